@@ -1,0 +1,36 @@
+# make demo   set up and run the whole way on the embedded model
+# make test   set up and run the tests        make slow   the long ones
+# make lint   ruff and pyright                make bench  side by side with bitsandbytes+peft
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+.PHONY: demo test slow lint bench setup clean
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "onecard needs Python >= 3.11, found $$($(PYTHON) --version); set PYTHON=/path/to/python3.11"; exit 1; }
+	@$(BIN)/python -c '' 2>/dev/null || { rm -rf .venv; $(PYTHON) -m venv .venv; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/onecard demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.train_step
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,163 @@
+"""Every setting, its default and its check. Nothing else in the package holds a default of its own.
+
+The field names are those of transformers, peft and bitsandbytes, so a setting means what it means there.
+A YAML file and the command line's flags fill the same fields; an unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from onecard.errors import UserError, did_you_mean
+
+QUANT_TYPES = ("nf4", "fp4", "int4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+NESTED_BLOCKSIZE = 256
+
+QuantType = Literal["nf4", "fp4", "int4"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+class QuantConfig(Strict):
+    """How the frozen base is stored and computed with (QLoRA, arXiv 2305.14314, section 3)."""
+
+    quant_type: QuantType = "nf4"
+    blocksize: int = 64
+    double_quant: bool = True
+    compute_dtype: ComputeDtype = "auto"
+
+    @field_validator("blocksize")
+    @classmethod
+    def _known_blocksize(cls, value: int) -> int:
+        if value not in BLOCKSIZES:
+            raise ValueError(f"must be one of {', '.join(map(str, BLOCKSIZES))}")
+        return value
+
+
+class LoraSettings(Strict):
+    """LoRA as peft names it; what is set here goes into peft's LoraConfig unchanged."""
+
+    r: int = Field(16, ge=1, description="rank of the update")
+    lora_alpha: float = Field(
+        32, gt=0, description="scale: lora_alpha/r, or lora_alpha/sqrt(r) with use_rslora"
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field("all-linear", description='names of linears, or "all-linear"')
+    use_rslora: bool = False
+    use_dora: bool = False
+    modules_to_save: list[str] | None = Field(
+        None, description="modules trained in full and saved with the adapter"
+    )
+
+
+class DataConfig(Strict):
+    """How a data file becomes tokens and labels."""
+
+    format: DataFormat = Field("auto", description="format of the data file's rows; auto recognises it")
+    max_seq_length: int = Field(1024, ge=8, description="tokens; longer examples are cut, and counted")
+    packing: bool = Field(True, description="several examples a row; they never attend to each other")
+    on_bad_rows: Literal["error", "skip"] = "error"
+
+
+class TrainConfig(QuantConfig, LoraSettings, DataConfig):
+    """One training run."""
+
+    model: str = Field(description="checkpoint folder, or a hub id where a network is")
+    data: str = Field(description="JSONL, JSON, CSV or Parquet file")
+    output: str = Field(description="folder for the adapter, checkpoints, metrics and report")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
+    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an update")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    num_train_epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="updates; overrides num_train_epochs")
+    seed: int = Field(42, ge=0)
+
+    optim: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(2e-4, gt=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="largest global gradient norm; above it, gradients are scaled"
+    )
+
+    eval_data: str | None = Field(None, description="file for the validation loss")
+    validation_split: float = Field(
+        0.0, ge=0, lt=1, description="share of --data held out for the validation loss"
+    )
+    eval_steps: int | None = Field(
+        None, ge=1, description="updates between validation losses; default: at the end"
+    )
+    save_steps: int | None = Field(None, ge=1, description="updates between checkpoints; default: ten a run")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    logging_steps: int = Field(1, ge=1)
+    loggers: list[Logger] = Field(default_factory=list, description="beside metrics.jsonl and metrics.csv")
+    sample_prompts: list[str] | None = Field(None, description="answered before and after, for the report")
+
+    @model_validator(mode="after")
+    def _one_validation_source(self) -> TrainConfig:
+        if self.eval_data is not None and self.validation_split > 0:
+            raise ValueError("give eval_data or validation_split, not both")
+        return self
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping of fields. Raises UserError for anything else."""
+    import yaml
+
+    try:
+        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(
+            "the config must be a readable YAML file", str(error), "check the path and the syntax", str(path)
+        ) from None
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise UserError(
+            "the config must be a mapping of field: value",
+            f"a {type(fields).__name__}",
+            "write lines such as `learning_rate: 2.0e-4`",
+            str(path),
+        )
+    return {str(key): value for key, value in fields.items()}
+
+
+def make_config(kind: type[T], fields: dict[str, Any], source: str = "config") -> T:
+    """Validate `fields` as a `kind`; the first mistake becomes a UserError with a did-you-mean."""
+    known = kind.model_fields
+    for key in fields:
+        if key not in known:
+            raise UserError(
+                "every key must be a field of the config",
+                f'"{key}"{did_you_mean(key, known)}',
+                "`onecard train --help` lists the fields",
+                source,
+            )
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = ".".join(map(str, first["loc"])) or "config"
+        value = "nothing" if first["type"] == "missing" else repr(first["input"])
+        if not first["loc"]:
+            value = "a combination that contradicts itself"
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{name}: {message}", value, "correct the value", source) from None
