@@ -1,0 +1,250 @@
+"""torch operators: schema, fake and gradient of each, and the one place that picks a backend.
+
+    qlora_linear:   y = x W^T + bias + s (x_lora A^T) B^T,     W = dequantize(packed, scales)
+
+W exists only inside the operator, in a scratch buffer that the next call reuses; what is saved for the backward
+is x_lora and x_lora A^T, never W. With g = dL/dy the backward is
+
+    dx = g W        dx_lora = s (g B) A        dA = s (g B)^T x_lora        dB = s g^T (x_lora A^T)
+
+and nothing for W (arXiv 2305.14314, equation 5). Without LoRA dropout x_lora is x and the two dx are summed.
+
+Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
+"""
+
+from __future__ import annotations
+
+import threading
+from math import prod
+
+import torch
+from torch import Tensor
+
+from onecard.kernels import reference
+from onecard.quant.blockwise import check_quantizable, make_state
+from onecard.quant.state import QuantState
+
+_scratch = threading.local()
+
+
+def backend(device: torch.device):
+    """The module that computes for tensors on `device`."""
+    return reference
+
+
+def quantize_4bit(
+    W: Tensor,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    name: str = "tensor",
+) -> tuple[Tensor, QuantState]:
+    """As quant.blockwise.quantize_4bit, on the fastest backend."""
+    check_quantizable(W, quant_type, blocksize, name)
+    packed, absmax = backend(W.device).quantize_blocks(W, quant_type, blocksize, name)
+    return packed, make_state(absmax, W.shape, W.dtype, quant_type, blocksize, double_quant)
+
+
+def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
+    """As quant.blockwise.dequantize_4bit, on the fastest backend; `dtype` overrides the state's."""
+    return torch.ops.onecard.dequantize_4bit(
+        packed,
+        state.absmax,
+        state.nested_absmax,
+        state.nested_offset,
+        state.quant_type,
+        state.blocksize,
+        list(state.shape),
+        dtype or state.dtype,
+    )
+
+
+def qlora_linear(
+    x: Tensor,
+    packed: Tensor,
+    state: QuantState,
+    bias: Tensor | None = None,
+    lora_A_RK: Tensor | None = None,
+    lora_B_NR: Tensor | None = None,
+    scaling: float = 1.0,
+    x_lora: Tensor | None = None,
+) -> Tensor:
+    """A 4-bit linear with its LoRA term.
+
+    Args:
+        x: (..., K) in the compute dtype (float32, bfloat16 or float16); y is (..., N) in the same.
+        packed, state: the frozen weight of shape (N, K).
+        bias: (N,), any float dtype, or None.
+        lora_A_RK, lora_B_NR: the adapter, any float dtype; cast to x's for the products. None for no adapter.
+        scaling: the LoRA term's factor.
+        x_lora: (..., K), what the adapter sees where that is not x (dropout).
+    """
+    y, _ = torch.ops.onecard.qlora_linear(
+        x,
+        packed,
+        state.absmax,
+        state.nested_absmax,
+        state.nested_offset,
+        state.quant_type,
+        state.blocksize,
+        list(state.shape),
+        bias,
+        lora_A_RK,
+        lora_B_NR,
+        scaling,
+        x_lora,
+    )
+    return y
+
+
+def dequantize_to_scratch(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    """The weight in the buffer that this thread reuses for the device; valid until the next call."""
+    buffers = _scratch.__dict__.setdefault("buffers", {})
+    key, num_bytes = packed.device, prod(shape) * dtype.itemsize
+    if key not in buffers or buffers[key].numel() < num_bytes:
+        buffers.pop(key, None)
+        buffers[key] = torch.empty(num_bytes, dtype=torch.uint8, device=packed.device)
+    W = buffers[key][:num_bytes].view(dtype).view(shape)
+    dequantize = backend(packed.device).dequantize_into
+    dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, W)
+    return W
+
+
+@torch.library.custom_op("onecard::dequantize_4bit", mutates_args=())
+def _dequantize_4bit(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    out = torch.empty(shape, dtype=dtype, device=packed.device)
+    dequantize = backend(packed.device).dequantize_into
+    dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out)
+    return out
+
+
+@_dequantize_4bit.register_fake
+def _(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("onecard::qlora_linear", mutates_args=())
+def _qlora_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    bias: Tensor | None,
+    lora_A_RK: Tensor | None,
+    lora_B_NR: Tensor | None,
+    scaling: float,
+    x_lora: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    N, K = shape
+    x_MK = x.reshape(-1, K)
+    W_NK = dequantize_to_scratch(
+        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, x.dtype
+    )
+    y_MN = x_MK @ W_NK.T
+    if bias is not None:
+        y_MN += bias.to(x.dtype)
+    if lora_A_RK is None or lora_B_NR is None:
+        return y_MN.view(*x.shape[:-1], N), x.new_empty(0)
+    x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K)
+    xA_MR = x_lora_MK @ lora_A_RK.to(x.dtype).T
+    y_MN.addmm_(xA_MR, lora_B_NR.to(x.dtype).T, alpha=scaling)
+    return y_MN.view(*x.shape[:-1], N), xA_MR
+
+
+@_qlora_linear.register_fake
+def _(
+    x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, bias, A, B, scaling, x_lora
+):
+    y = x.new_empty(*x.shape[:-1], shape[0])
+    return y, x.new_empty(0) if A is None else x.new_empty(x.numel() // shape[1], A.shape[0])
+
+
+@torch.library.custom_op("onecard::qlora_linear_backward", mutates_args=())
+def _qlora_linear_backward(
+    grad_y: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    add_MK: Tensor | None,
+) -> Tensor:
+    """g W, plus `add_MK` (the LoRA term's gradient with respect to x): (M, K)."""
+    N, _ = shape
+    g_MN = grad_y.reshape(-1, N)
+    W_NK = dequantize_to_scratch(
+        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, grad_y.dtype
+    )
+    return g_MN @ W_NK if add_MK is None else torch.addmm(add_MK, g_MN, W_NK)
+
+
+@_qlora_linear_backward.register_fake
+def _(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, add_MK):
+    return grad_y.new_empty(grad_y.numel() // shape[0], shape[1])
+
+
+def _setup_context(ctx, inputs, output):
+    (x, packed, absmax, nested_absmax, nested_offset, *rest) = inputs
+    (quant_type, blocksize, shape, bias, lora_A_RK, lora_B_NR, scaling, x_lora) = rest
+    ctx.weight = (quant_type, blocksize, shape)
+    ctx.scaling, ctx.x_shape, ctx.separate = scaling, x.shape, x_lora is not None
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    seen = None
+    if lora_A_RK is not None:
+        seen = x if x_lora is None else x_lora
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(
+        packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, output[1]
+    )
+
+
+def _backward(ctx, grad_y, _):
+    packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, xA_MR = ctx.saved_tensors
+    N, K = ctx.weight[2]
+    needs_x, needs_bias, needs_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[8], lora_A_RK is not None
+    g_MN = grad_y.reshape(-1, N)
+    grad_A = grad_B = grad_x_lora = None
+    if needs_lora:
+        gB_MR = (g_MN @ lora_B_NR.to(g_MN.dtype)) * ctx.scaling
+        if ctx.needs_input_grad[9]:
+            grad_A = (gB_MR.T @ seen.reshape(-1, K)).to(lora_A_RK.dtype)
+        if ctx.needs_input_grad[10]:
+            grad_B = ((g_MN.T @ xA_MR) * ctx.scaling).to(lora_B_NR.dtype)
+        if needs_x or ctx.needs_input_grad[12]:
+            grad_x_lora = gB_MR @ lora_A_RK.to(g_MN.dtype)
+    grad_x = None
+    if needs_x:
+        add_MK = None if ctx.separate else grad_x_lora
+        grad_x = torch.ops.onecard.qlora_linear_backward(
+            grad_y, packed, absmax, nested_absmax, nested_offset, *ctx.weight, add_MK
+        ).view(ctx.x_shape)
+    grad_bias = g_MN.sum(0).to(ctx.bias_dtype) if needs_bias else None
+    grad_x_lora = grad_x_lora.view(ctx.x_shape) if ctx.separate and grad_x_lora is not None else None
+    return (grad_x, *[None] * 7, grad_bias, grad_A, grad_B, None, grad_x_lora)
+
+
+torch.library.register_autograd("onecard::qlora_linear", _backward, setup_context=_setup_context)

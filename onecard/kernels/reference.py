@@ -1,0 +1,25 @@
+"""The backend that always works: quant/ itself, on any device that torch has."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from onecard.quant.blockwise import dequantize_blocks, quantize_blocks
+from onecard.quant.nested import dequantize_absmax
+
+__all__ = ["dequantize_into", "quantize_blocks"]
+
+
+def dequantize_into(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """Fill `out` (contiguous, any float dtype) with the weight that the codes and scales stand for."""
+    if nested_absmax is not None and nested_offset is not None:
+        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
+    dequantize_blocks(packed, absmax, quant_type, blocksize, out)

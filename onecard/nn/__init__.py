@@ -1,0 +1,1 @@
+"""Modules: the 4-bit linear and the LoRA layer that peft puts around it."""

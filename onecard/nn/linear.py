@@ -1,0 +1,66 @@
+"""Linear4bit: an nn.Linear whose weight is 4-bit codes beside a QuantState."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from onecard.kernels import ops
+from onecard.quant.state import QuantState
+
+
+class Linear4bit(nn.Linear):
+    """y = x W^T + bias with a frozen W stored in 4 bits.
+
+    It is an nn.Linear so that peft and transformers find it where they look for linears; `weight` holds the
+    packed codes, uint8 (ceil(numel/2), 1), and `quant_state` their scales. x is cast to `compute_dtype`, and y
+    back to x's dtype; compute_dtype None computes in x's.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, compute_dtype: torch.dtype | None, device=None
+    ):
+        super().__init__(in_features, out_features, bias=bias, device="meta")
+        self.weight = nn.Parameter(torch.empty(0, 1, dtype=torch.uint8, device=device), requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False)
+        self.compute_dtype = compute_dtype
+        self.quant_state: QuantState | None = None
+
+    def set_weight(self, packed: Tensor, state: QuantState) -> None:
+        """Take a quantized weight of shape (out_features, in_features)."""
+        assert tuple(state.shape) == (self.out_features, self.in_features), (state.shape, self)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.quant_state = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = ops.qlora_linear(x.to(self.compute_dtype or x.dtype), self.weight, self.state, self.bias)
+        return y.to(x.dtype)
+
+    @property
+    def state(self) -> QuantState:
+        """The QuantState of a weight that has been set."""
+        assert self.quant_state is not None, "a Linear4bit computes after set_weight"
+        return self.quant_state
+
+    def dequantize(self) -> Tensor:
+        """The weight, (out_features, in_features), in the compute dtype."""
+        return ops.dequantize_4bit(self.weight, self.state, self.compute_dtype)
+
+    @property
+    def W_q(self) -> Tensor:
+        """The packed codes: peft takes a layer that has this name as quantized and asks for dequantize()."""
+        return self.weight
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Linear4bit:
+        # .to(dtype) and .half() must not touch the scales; .to(device) must take them along.
+        super()._apply(fn, recurse)
+        if self.quant_state is not None and self.quant_state.absmax.device != self.weight.device:
+            self.quant_state = self.quant_state.to(self.weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        kind = self.quant_state.quant_type if self.quant_state else "no weight yet"
+        return f"{super().extra_repr()}, {kind}, compute_dtype={self.compute_dtype}"

@@ -1,0 +1,176 @@
+"""Blockwise 4-bit quantization: one float32 scale (absmax) for each `blocksize` consecutive weights.
+
+    code[i] = argmin_c |w[i] / absmax[i // blocksize] - quant_map[c]|,    w_hat[i] = quant_map[code[i]] * absmax
+
+Weights are taken in memory order, whatever their shape; two codes share a byte, the first in the high nibble.
+The order of the float32 operations is bitsandbytes', so that codes and scales are equal to the bit: a full
+block is multiplied by 1/absmax, the short last one divided by absmax. Work goes in slabs, so the extra memory
+is a few MiB however large the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onecard.config import BLOCKSIZES, QUANT_TYPES
+from onecard.errors import UserError
+from onecard.quant.codebook import decision_bounds, quant_map
+from onecard.quant.nested import dequantize_absmax, quantize_absmax
+from onecard.quant.state import QuantState
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SLAB = 1 << 18  # weights worked on at a time; a multiple of every blocksize
+SMALLEST_ABSMAX = 1e-38
+
+
+def quantize_4bit(
+    W: Tensor,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    name: str = "tensor",
+) -> tuple[Tensor, QuantState]:
+    """Quantize a tensor of any shape to 4 bits a weight.
+
+    Args:
+        W: float32, bfloat16 or float16, any shape with at least one element, every element finite.
+        quant_type: "nf4", "fp4" or "int4".
+        blocksize: weights a scale; a power of two from 32 to 4096.
+        double_quant: keep the scales in 8 bits (see nested.py).
+        name: what to call the tensor in an error.
+
+    Returns:
+        packed uint8 (ceil(numel/2), 1), and the QuantState that dequantize_4bit needs.
+
+    Raises:
+        UserError: unknown quant_type or blocksize, other dtype, empty tensor, NaN or Inf (with its index).
+    """
+    check_quantizable(W, quant_type, blocksize, name)
+    packed, absmax = quantize_blocks(W, quant_type, blocksize, name)
+    return packed, make_state(absmax, W.shape, W.dtype, quant_type, blocksize, double_quant)
+
+
+def dequantize_4bit(packed: Tensor, state: QuantState) -> Tensor:
+    """The weight back from 4 bits: state.shape, state.dtype; products in float32, rounded once."""
+    out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
+    absmax = state_absmax(state)
+    dequantize_blocks(packed, absmax, state.quant_type, state.blocksize, out)
+    return out
+
+
+def check_quantizable(W: Tensor, quant_type: str, blocksize: int, name: str) -> None:
+    """Raise UserError unless W can be quantized so; NaN and Inf are found block by block later."""
+    checks = (
+        (quant_type in QUANT_TYPES, f"quant_type must be one of {QUANT_TYPES}", repr(quant_type)),
+        (blocksize in BLOCKSIZES, f"blocksize must be one of {BLOCKSIZES}", repr(blocksize)),
+        (W.dtype in DTYPES, "a weight must be float32, bfloat16 or float16", str(W.dtype)),
+        (W.numel() > 0, "a weight must have elements", f"shape {tuple(W.shape)}"),
+    )
+    for holds, must, found in checks:
+        if not holds:
+            raise UserError(must, found, "pass a supported value", name)
+
+
+def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
+    """packed uint8 (ceil(numel/2), 1) and absmax float32 (ceil(numel/blocksize),)."""
+    flat = W.detach().reshape(-1)
+    num_weights = flat.numel()
+    packed = torch.empty((num_weights + 1) // 2, 1, dtype=torch.uint8, device=W.device)
+    absmax = torch.empty(-(-num_weights // blocksize), dtype=torch.float32, device=W.device)
+    for start in range(0, num_weights, SLAB):
+        x = flat[start : start + SLAB].float()
+        slab_absmax, scaled = scale_blocks(x, blocksize)
+        if not torch.isfinite(slab_absmax).all():
+            raise not_finite(flat, W.shape, name)
+        absmax[start // blocksize :][: slab_absmax.numel()] = slab_absmax
+        if scaled.numel() % 2:
+            scaled = torch.cat([scaled, scaled.new_zeros(1)])  # the spare nibble stands for 0
+        slab_packed = pack(nearest_codes(scaled, quant_type))
+        packed[start // 2 :][: slab_packed.shape[0]] = slab_packed
+    return packed, absmax
+
+
+def scale_blocks(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    """absmax float32 (ceil(n/blocksize),) and x / absmax in [-1, 1], float32 (n,), from float32 x (n,)."""
+    full = x.numel() - x.numel() % blocksize
+    blocks = x[:full].view(-1, blocksize)
+    absmax = blocks.abs().amax(dim=1)
+    scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST_ABSMAX))[:, None]).view(-1)
+    if full < x.numel():
+        tail_absmax = x[full:].abs().amax().clamp(min=SMALLEST_ABSMAX)
+        absmax = torch.cat([absmax, tail_absmax[None]])
+        scaled = torch.cat([scaled, x[full:] / tail_absmax])
+    return absmax, scaled.clamp_(-1, 1)
+
+
+def nearest_codes(scaled: Tensor, quant_type: str) -> Tensor:
+    """The code of the nearest level, uint8 (n,); a tie goes to the lower level."""
+    bounds, order = decision_bounds(quant_type, scaled.device)
+    interval = torch.bucketize(scaled, bounds, out_int32=True)
+    return order.to(torch.uint8)[interval]
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes a byte, the first in the high nibble: uint8 (n,), n even, to (n/2, 1)."""
+    return ((codes[::2] << 4) | codes[1::2])[:, None]
+
+
+def unpack(packed: Tensor, num_weights: int) -> Tensor:
+    """The codes back: uint8 (ceil(n/2), 1) to (n,)."""
+    return torch.stack([packed.view(-1) >> 4, packed.view(-1) & 0xF], dim=1).view(-1)[:num_weights]
+
+
+def dequantize_blocks(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
+    """Fill `out`, contiguous and of any float dtype, from its codes and float32 scales."""
+    levels = quant_map(quant_type, packed.device)
+    pairs = torch.cartesian_prod(levels, levels)  # (256, 2): one look-up a byte gives both of its weights
+    flat = out.view(-1)
+    for start in range(0, flat.numel(), SLAB):
+        piece = flat[start : start + SLAB]
+        num_bytes = (piece.numel() + 1) // 2
+        index = packed.view(-1)[start // 2 :][:num_bytes].int()
+        values = pairs.index_select(0, index).view(-1)[: piece.numel()]
+        scales = absmax[start // blocksize :][: -(-piece.numel() // blocksize)]
+        full = piece.numel() - piece.numel() % blocksize
+        num_full = full // blocksize
+        piece[:full] = (values[:full].view(-1, blocksize) * scales[:num_full, None]).view(-1)
+        if full < piece.numel():
+            piece[full:] = values[full:] * scales[-1]
+
+
+def make_state(
+    absmax: Tensor,
+    shape: torch.Size,
+    dtype: torch.dtype,
+    quant_type: str,
+    blocksize: int,
+    double_quant: bool,
+) -> QuantState:
+    """A QuantState from float32 scales (num_blocks,), nested if `double_quant`."""
+    if not double_quant:
+        return QuantState(absmax, shape, dtype, blocksize, quant_type)
+    codes, nested_absmax, offset = quantize_absmax(absmax)
+    return QuantState(codes, shape, dtype, blocksize, quant_type, nested_absmax, offset)
+
+
+def state_absmax(state: QuantState) -> Tensor:
+    """The scales in float32 (num_blocks,), nested or not."""
+    if state.nested_absmax is None or state.nested_offset is None:
+        return state.absmax
+    return dequantize_absmax(state.absmax, state.nested_absmax, state.nested_offset)
+
+
+def not_finite(flat: Tensor, shape: torch.Size, name: str) -> UserError:
+    """The error for NaN or Inf, with the first bad element's index."""
+    first = int((~torch.isfinite(flat)).nonzero()[0])
+    index, rest = [], first
+    for size in reversed(shape):
+        index.append(rest % size)
+        rest //= size
+    return UserError(
+        "every weight must be finite",
+        f"{flat[first].item()} at index {list(reversed(index))} of shape {list(shape)}",
+        "the checkpoint is damaged or its training diverged: fetch it again or use an earlier one",
+        name,
+    )
