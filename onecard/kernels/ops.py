@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from onecard.kernels import reference
+from onecard.kernels.cpu_info import product_dtype
 from onecard.quant.blockwise import check_quantizable, make_state
 from onecard.quant.state import QuantState
 
@@ -158,19 +159,19 @@ def _qlora_linear(
     x_lora: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     N, K = shape
-    x_MK = x.reshape(-1, K)
-    W_NK = dequantize_to_scratch(
-        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, x.dtype
-    )
+    work = product_dtype(x.dtype, x.device.type)
+    x_MK = x.reshape(-1, K).to(work)
+    W_NK = dequantize_to_scratch(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, work)
     y_MN = x_MK @ W_NK.T
     if bias is not None:
-        y_MN += bias.to(x.dtype)
+        y_MN += bias.to(work)
+    y_shape = (*x.shape[:-1], N)
     if lora_A_RK is None or lora_B_NR is None:
-        return y_MN.view(*x.shape[:-1], N), x.new_empty(0)
-    x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K)
-    xA_MR = x_lora_MK @ lora_A_RK.to(x.dtype).T
-    y_MN.addmm_(xA_MR, lora_B_NR.to(x.dtype).T, alpha=scaling)
-    return y_MN.view(*x.shape[:-1], N), xA_MR
+        return y_MN.view(y_shape).to(x.dtype), x.new_empty(0)
+    x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
+    xA_MR = x_lora_MK @ lora_A_RK.to(work).T
+    y_MN.addmm_(xA_MR, lora_B_NR.to(work).T, alpha=scaling)
+    return y_MN.view(y_shape).to(x.dtype), xA_MR
 
 
 @_qlora_linear.register_fake
@@ -178,7 +179,10 @@ def _(
     x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, bias, A, B, scaling, x_lora
 ):
     y = x.new_empty(*x.shape[:-1], shape[0])
-    return y, x.new_empty(0) if A is None else x.new_empty(x.numel() // shape[1], A.shape[0])
+    if A is None:
+        return y, x.new_empty(0)
+    work = product_dtype(x.dtype, x.device.type)
+    return y, x.new_empty(x.numel() // shape[1], A.shape[0], dtype=work)
 
 
 @torch.library.custom_op("onecard::qlora_linear_backward", mutates_args=())
@@ -194,12 +198,11 @@ def _qlora_linear_backward(
     add_MK: Tensor | None,
 ) -> Tensor:
     """g W, plus `add_MK` (the LoRA term's gradient with respect to x): (M, K)."""
-    N, _ = shape
-    g_MN = grad_y.reshape(-1, N)
-    W_NK = dequantize_to_scratch(
-        packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, grad_y.dtype
-    )
-    return g_MN @ W_NK if add_MK is None else torch.addmm(add_MK, g_MN, W_NK)
+    work = product_dtype(grad_y.dtype, grad_y.device.type)
+    g_MN = grad_y.reshape(-1, shape[0]).to(work)
+    W_NK = dequantize_to_scratch(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, work)
+    grad_x_MK = g_MN @ W_NK if add_MK is None else torch.addmm(add_MK, g_MN, W_NK)
+    return grad_x_MK.to(grad_y.dtype)
 
 
 @_qlora_linear_backward.register_fake
@@ -226,16 +229,17 @@ def _backward(ctx, grad_y, _):
     packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, xA_MR = ctx.saved_tensors
     N, K = ctx.weight[2]
     needs_x, needs_bias, needs_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[8], lora_A_RK is not None
-    g_MN = grad_y.reshape(-1, N)
+    work = product_dtype(grad_y.dtype, grad_y.device.type)
+    g_MN = grad_y.reshape(-1, N).to(work)
     grad_A = grad_B = grad_x_lora = None
     if needs_lora:
-        gB_MR = (g_MN @ lora_B_NR.to(g_MN.dtype)) * ctx.scaling
+        gB_MR = (g_MN @ lora_B_NR.to(work)) * ctx.scaling
         if ctx.needs_input_grad[9]:
-            grad_A = (gB_MR.T @ seen.reshape(-1, K)).to(lora_A_RK.dtype)
+            grad_A = (gB_MR.T @ seen.reshape(-1, K).to(work)).to(lora_A_RK.dtype)
         if ctx.needs_input_grad[10]:
             grad_B = ((g_MN.T @ xA_MR) * ctx.scaling).to(lora_B_NR.dtype)
         if needs_x or ctx.needs_input_grad[12]:
-            grad_x_lora = gB_MR @ lora_A_RK.to(g_MN.dtype)
+            grad_x_lora = gB_MR @ lora_A_RK.to(work)
     grad_x = None
     if needs_x:
         add_MK = None if ctx.separate else grad_x_lora
@@ -243,7 +247,8 @@ def _backward(ctx, grad_y, _):
             grad_y, packed, absmax, nested_absmax, nested_offset, *ctx.weight, add_MK
         ).view(ctx.x_shape)
     grad_bias = g_MN.sum(0).to(ctx.bias_dtype) if needs_bias else None
-    grad_x_lora = grad_x_lora.view(ctx.x_shape) if ctx.separate and grad_x_lora is not None else None
+    if grad_x_lora is not None:
+        grad_x_lora = grad_x_lora.view(ctx.x_shape).to(grad_y.dtype) if ctx.separate else None
     return (grad_x, *[None] * 7, grad_bias, grad_A, grad_B, None, grad_x_lora)
 
 

@@ -1,0 +1,220 @@
+"""The transformers quantizer: from_pretrained(..., quantization_config=onecard.BitsAndBytesConfig(...)).
+
+transformers builds the model on the meta device, asks us to put Linear4bit where its linears are, then reads the
+checkpoint tensor by tensor; each linear's weight passes through `Quantize4bit` and its 16-bit form is dropped
+before the next is read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from onecard.config import QuantConfig, make_config
+from onecard.errors import UserError
+from onecard.kernels import ops
+from onecard.nn.linear import Linear4bit
+
+METHOD = "onecard"
+
+
+@register_quantization_config(METHOD)
+class BitsAndBytesConfig(QuantizationConfigMixin):
+    """transformers' BitsAndBytesConfig for 4 bits, computed by onecard; the arguments and defaults are its own.
+
+    Args:
+        load_in_4bit: must be True; 8-bit loading is not offered.
+        bnb_4bit_quant_type: "fp4" (the default there, too), "nf4" or "int4".
+        bnb_4bit_use_double_quant: keep the scales in 8 bits.
+        bnb_4bit_compute_dtype: dtype or its name; what a weight is dequantized to. None: float32.
+        bnb_4bit_quant_storage: must be uint8.
+        bnb_4bit_blocksize: weights a scale; onecard's addition.
+        llm_int8_skip_modules: names of modules that stay in 16 bits; None: the output head.
+    """
+
+    def __init__(
+        self,
+        load_in_8bit: bool = False,
+        load_in_4bit: bool = True,
+        bnb_4bit_compute_dtype: torch.dtype | str | None = None,
+        bnb_4bit_quant_type: str = "fp4",
+        bnb_4bit_use_double_quant: bool = False,
+        bnb_4bit_quant_storage: torch.dtype | str | None = None,
+        bnb_4bit_blocksize: int = 64,
+        llm_int8_skip_modules: list[str] | None = None,
+        **kwargs: Any,
+    ):
+        where = "BitsAndBytesConfig"
+        if load_in_8bit or not load_in_4bit:
+            found = f"load_in_4bit={load_in_4bit}, load_in_8bit={load_in_8bit}"
+            raise UserError("onecard loads in 4 bits", found, "pass load_in_4bit=True", where)
+        if bnb_4bit_quant_storage not in (None, torch.uint8, "uint8"):
+            raise UserError(
+                "bnb_4bit_quant_storage must be uint8", str(bnb_4bit_quant_storage), "leave it out", where
+            )
+        unknown = [key for key in kwargs if not key.startswith(("llm_int8_", "_")) and key != "quant_method"]
+        if unknown:
+            raise UserError(
+                "arguments must be BitsAndBytesConfig's", ", ".join(unknown), "correct the name", where
+            )
+        fields = {
+            "quant_type": bnb_4bit_quant_type,
+            "double_quant": bnb_4bit_use_double_quant,
+            "blocksize": bnb_4bit_blocksize,
+        }
+        checked = make_config(QuantConfig, fields, where)
+        self.quant_method = METHOD
+        self.load_in_4bit = True
+        self.bnb_4bit_compute_dtype = as_dtype(bnb_4bit_compute_dtype or torch.float32)
+        self.bnb_4bit_quant_type = checked.quant_type
+        self.bnb_4bit_use_double_quant = checked.double_quant
+        self.bnb_4bit_blocksize = checked.blocksize
+        self.llm_int8_skip_modules = llm_int8_skip_modules
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**self.__dict__, "bnb_4bit_compute_dtype": str(self.bnb_4bit_compute_dtype)[len("torch.") :]}
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A float compute dtype from itself or its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(
+            "the compute dtype must be float32, bfloat16 or float16", repr(dtype), "pass one of them"
+        )
+    return found
+
+
+class Quantize4bit(ConversionOps):
+    """One linear's weight in, its codes out; the QuantState goes to the module."""
+
+    def __init__(self, hf_quantizer: OnecardQuantizer):
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name=None, model: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        config, result = self.hf_quantizer.quantization_config, {}
+        for name, values in input_dict.items():
+            W = values[0] if isinstance(values, list) else values
+            module, _ = get_module_from_name(model, name)
+            W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
+            check_shape(W, (module.out_features, module.in_features), name)
+            packed, state = ops.quantize_4bit(
+                W,
+                config.bnb_4bit_quant_type,
+                config.bnb_4bit_blocksize,
+                config.bnb_4bit_use_double_quant,
+                name,
+            )
+            module.set_weight(packed, state)
+            module._is_hf_initialized = True
+            result[name] = module.weight
+        return result
+
+
+def check_shape(W: Tensor, expected: tuple[int, int], name: str) -> None:
+    """Raise UserError unless W has the shape that config.json promises."""
+    if tuple(W.shape) != expected:
+        raise UserError(
+            f"the weight must have shape {list(expected)}",
+            f"shape {list(W.shape)}",
+            "the checkpoint does not fit its config.json: fetch both again",
+            name,
+        )
+
+
+@register_quantizer(METHOD)
+class OnecardQuantizer(HfQuantizer):
+    """Puts Linear4bit in place of a model's linears and quantizes their weights as they are read."""
+
+    requires_calibration = False
+
+    def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self.transposed: set[str] = set()
+
+    @property
+    def quantized_element_size(self) -> float:
+        return 0.5
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return False
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if device_map is not None:
+            return device_map
+        return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def get_quantize_ops(self) -> Quantize4bit:
+        return Quantize4bit(self)
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        config: Any = self.quantization_config
+        skip = self.get_modules_to_not_convert(
+            model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
+        )
+        for name, module in list(model.named_modules()):
+            if not isinstance(module, (nn.Linear, Conv1D)) or not should_convert_module(name, skip):
+                continue
+            out_features, in_features = module.weight.shape
+            if isinstance(module, Conv1D):
+                self.transposed.add(f"{name}.weight")
+                in_features, out_features = out_features, in_features
+            has_bias = module.bias is not None
+            linear = Linear4bit(in_features, out_features, has_bias, config.bnb_4bit_compute_dtype, "meta")
+            model.set_submodule(name, linear.train(module.training))
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        check_loaded(model)
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate ask for it
+        return model
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Raise UserError if a linear got no weight, or another parameter holds NaN or Inf."""
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit) and module.quant_state is None:
+            raise UserError(
+                "every linear must have its weight in the checkpoint",
+                "none",
+                "fetch the checkpoint again, or use one of the same architecture",
+                f"{name}.weight",
+            )
+    for name, tensor in model.named_parameters():
+        if tensor.is_floating_point() and tensor.device.type != "meta":
+            check_finite(name, tensor)
+
+
+def check_finite(name: str, tensor: Tensor, slab: int = 1 << 22) -> None:
+    """Raise UserError naming the first NaN or Inf of a tensor; takes a few MiB of extra memory."""
+    for number, piece in enumerate(tensor.detach().reshape(-1).split(slab)):
+        finite = torch.isfinite(piece)
+        if not finite.all():
+            first = int((~finite).nonzero()[0])
+            raise UserError(
+                "every parameter must be finite",
+                f"{piece[first].item()} at flat index {number * slab + first} of shape {list(tensor.shape)}",
+                "the checkpoint is damaged or its training diverged: fetch it again or use an earlier one",
+                name,
+            )
