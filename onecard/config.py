@@ -50,16 +50,12 @@ class LoraSettings(Strict):
     """LoRA as peft names it; what is set here goes into peft's LoraConfig unchanged."""
 
     r: int = Field(16, ge=1, description="rank of the update")
-    lora_alpha: float = Field(
-        32, gt=0, description="scale: lora_alpha/r, or lora_alpha/sqrt(r) with use_rslora"
-    )
+    lora_alpha: float = Field(32, gt=0, description="scale: lora_alpha/r, or lora_alpha/sqrt(r) with use_rslora")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: str | list[str] = Field("all-linear", description='names of linears, or "all-linear"')
     use_rslora: bool = False
     use_dora: bool = False
-    modules_to_save: list[str] | None = Field(
-        None, description="modules trained in full and saved with the adapter"
-    )
+    modules_to_save: list[str] | None = Field(None, description="modules trained in full and saved with the adapter")
 
 
 class DataConfig(Strict):
@@ -94,17 +90,11 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(
-        1.0, gt=0, description="largest global gradient norm; above it, gradients are scaled"
-    )
+    max_grad_norm: float = Field(1.0, gt=0, description="largest global gradient norm; above it, gradients are scaled")
 
     eval_data: str | None = Field(None, description="file for the validation loss")
-    validation_split: float = Field(
-        0.0, ge=0, lt=1, description="share of --data held out for the validation loss"
-    )
-    eval_steps: int | None = Field(
-        None, ge=1, description="updates between validation losses; default: at the end"
-    )
+    validation_split: float = Field(0.0, ge=0, lt=1, description="share of --data held out for the validation loss")
+    eval_steps: int | None = Field(None, ge=1, description="updates between validation losses; default: at the end")
     save_steps: int | None = Field(None, ge=1, description="updates between checkpoints; default: ten a run")
     save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     logging_steps: int = Field(1, ge=1)

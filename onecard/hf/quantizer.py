@@ -58,14 +58,10 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
             found = f"load_in_4bit={load_in_4bit}, load_in_8bit={load_in_8bit}"
             raise UserError("onecard loads in 4 bits", found, "pass load_in_4bit=True", where)
         if bnb_4bit_quant_storage not in (None, torch.uint8, "uint8"):
-            raise UserError(
-                "bnb_4bit_quant_storage must be uint8", str(bnb_4bit_quant_storage), "leave it out", where
-            )
+            raise UserError("bnb_4bit_quant_storage must be uint8", str(bnb_4bit_quant_storage), "leave it out", where)
         unknown = [key for key in kwargs if not key.startswith(("llm_int8_", "_")) and key != "quant_method"]
         if unknown:
-            raise UserError(
-                "arguments must be BitsAndBytesConfig's", ", ".join(unknown), "correct the name", where
-            )
+            raise UserError("arguments must be BitsAndBytesConfig's", ", ".join(unknown), "correct the name", where)
         fields = {
             "quant_type": bnb_4bit_quant_type,
             "double_quant": bnb_4bit_use_double_quant,
@@ -88,9 +84,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A float compute dtype from itself or its name."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(
-            "the compute dtype must be float32, bfloat16 or float16", repr(dtype), "pass one of them"
-        )
+        raise UserError("the compute dtype must be float32, bfloat16 or float16", repr(dtype), "pass one of them")
     return found
 
 
@@ -170,9 +164,7 @@ class OnecardQuantizer(HfQuantizer):
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         config: Any = self.quantization_config
-        skip = self.get_modules_to_not_convert(
-            model, config.llm_int8_skip_modules, model._keep_in_fp32_modules
-        )
+        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
         for name, module in list(model.named_modules()):
             if not isinstance(module, (nn.Linear, Conv1D)) or not should_convert_module(name, skip):
                 continue

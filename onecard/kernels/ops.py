@@ -175,9 +175,7 @@ def _qlora_linear(
 
 
 @_qlora_linear.register_fake
-def _(
-    x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, bias, A, B, scaling, x_lora
-):
+def _(x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, bias, A, B, scaling, x_lora):
     y = x.new_empty(*x.shape[:-1], shape[0])
     if A is None:
         return y, x.new_empty(0)
@@ -220,9 +218,7 @@ def _setup_context(ctx, inputs, output):
     if lora_A_RK is not None:
         seen = x if x_lora is None else x_lora
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(
-        packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, output[1]
-    )
+    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, output[1])
 
 
 def _backward(ctx, grad_y, _):

@@ -19,9 +19,7 @@ class Linear4bit(nn.Linear):
     back to x's dtype; compute_dtype None computes in x's.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, compute_dtype: torch.dtype | None, device=None
-    ):
+    def __init__(self, in_features: int, out_features: int, bias: bool, compute_dtype: torch.dtype | None, device=None):
         super().__init__(in_features, out_features, bias=bias, device="meta")
         self.weight = nn.Parameter(torch.empty(0, 1, dtype=torch.uint8, device=device), requires_grad=False)
         if bias:

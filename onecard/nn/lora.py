@@ -71,5 +71,11 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
         modules_to_save=settings.modules_to_save,
         task_type="CAUSAL_LM",
     )
-    config._register_custom_module({Linear4bit: LoraLinear4bit})
+    return register_fused(config)
+
+
+def register_fused(config: Any) -> Any:
+    """Let a peft config put LoraLinear4bit around Linear4bit; the mapping is not stored with an adapter."""
+    if isinstance(config, LoraConfig):
+        config._register_custom_module({Linear4bit: LoraLinear4bit})
     return config

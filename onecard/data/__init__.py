@@ -1,0 +1,1 @@
+"""From a data file to packed rows of tokens and labels; knows nothing of models."""

@@ -1,0 +1,108 @@
+"""A data file tokenized: examples and the counts that tell whether it is what the user meant."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from onecard.config import DataConfig
+from onecard.data.records import BadRow, Record, raise_bad_rows, read_records, row_error
+from onecard.data.template import Example, encode
+from onecard.errors import UserError
+
+
+@dataclass
+class Dataset:
+    """Tokenized examples with at least one supervised token each."""
+
+    examples: list[Example]
+    records: list[Record]
+    format: str
+    max_seq_length: int
+    num_truncated: int = 0
+    num_unsupervised: int = 0
+    bad: list[UserError] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(example.input_ids) for example in self.examples)
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        return sum(example.num_supervised for example in self.examples)
+
+    def summary(self) -> dict[str, int | str]:
+        """The counts, for screen and report."""
+        return {
+            "format": self.format,
+            "examples": len(self.examples),
+            "tokens": self.num_tokens,
+            "supervised tokens": self.num_supervised_tokens,
+            "truncated": self.num_truncated,
+            "without anything to learn": self.num_unsupervised,
+            "bad rows skipped": len(self.bad),
+        }
+
+    def fingerprint(self) -> str:
+        """sha256 over all tokens and labels: tells whether a resumed run sees the same data."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(array("q", [len(example.input_ids)]).tobytes())
+            digest.update(array("q", example.input_ids).tobytes() + array("q", example.labels).tobytes())
+        return digest.hexdigest()
+
+    def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
+        """(rest, share) of the examples, drawn by seed; each side has at least one."""
+        order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(seed)).tolist()
+        if len(order) < 2:
+            raise UserError("a validation split needs two examples", f"{len(order)}", "leave it out")
+        num_held = min(len(order) - 1, max(1, round(share * len(order))))
+        return self.take(sorted(order[num_held:])), self.take(sorted(order[:num_held]))
+
+    def take(self, indices: list[int]) -> Dataset:
+        examples, records = [self.examples[i] for i in indices], [self.records[i] for i in indices]
+        truncated = sum(example.truncated for example in examples)
+        return replace(self, examples=examples, records=records, num_truncated=truncated)
+
+
+def load_dataset(path: str, tokenizer, config: DataConfig) -> Dataset:
+    """Read, check and tokenize a data file.
+
+    Raises:
+        UserError: as read_records and encode; also when no example has anything to learn.
+    """
+    read = read_records(path, config.format, config.on_bad_rows)
+    dataset = Dataset([], [], read.format, config.max_seq_length, bad=read.bad)
+    refused = []
+    for record in read.records:
+        try:
+            example = encode(record, tokenizer, config.max_seq_length)
+        except UserError as error:
+            if error.where is None or not error.where.startswith(f"{record.where}:"):
+                raise
+            refused.append(error)
+            continue
+        if len(example.input_ids) < 2:
+            short = BadRow("row", "an example must have two tokens", f"{len(example.input_ids)}")
+            refused.append(row_error(record.file, record.line, short))
+            continue
+        dataset.num_truncated += example.truncated
+        if example.num_supervised == 0:
+            dataset.num_unsupervised += 1
+            continue
+        dataset.examples.append(example)
+        dataset.records.append(record)
+    if config.on_bad_rows == "error" or not (dataset.examples or dataset.num_unsupervised):
+        raise_bad_rows(refused)
+    dataset.bad += refused
+    if not dataset.examples:
+        raise UserError(
+            "an example must have a token to learn",
+            f"none in {dataset.num_unsupervised} examples cut to {config.max_seq_length} tokens",
+            "raise --max-seq-length, or shorten the prompts",
+            path,
+        )
+    return dataset

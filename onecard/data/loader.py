@@ -1,0 +1,54 @@
+"""An endless, resumable stream of micro-batches."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from onecard.data.packing import collate, pack
+from onecard.data.template import Example
+
+
+class Loader:
+    """Micro-batches, epoch after epoch; the order of an epoch follows from (seed, epoch) alone.
+
+    A micro-batch is `batch_size` packed rows (or, without packing, examples) side by side in one row. Where it
+    stands is two integers, so a resumed run sees what an undisturbed one would.
+    """
+
+    def __init__(self, examples: list[Example], max_seq_length: int, packing: bool, batch_size: int, seed: int):
+        assert examples, "a loader needs examples"
+        self.examples, self.max_seq_length, self.packing = examples, max_seq_length, packing
+        self.batch_size, self.seed = batch_size, seed
+        self.epoch = self.batch = 0
+        self.batches = lru_cache(maxsize=2)(self._batches)
+
+    def _batches(self, epoch: int) -> list[list[int]]:
+        """The epoch's micro-batches as lists of example indices."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.examples), generator=generator).tolist()
+        rows = [[index] for index in order]
+        if self.packing:
+            lengths = [len(self.examples[index].input_ids) for index in order]
+            rows = [[order[i] for i in row] for row in pack(lengths, self.max_seq_length)]
+        starts = range(0, len(rows), self.batch_size)
+        return [sum(rows[start : start + self.batch_size], []) for start in starts]
+
+    def num_batches(self, epoch: int) -> int:
+        return len(self.batches(epoch))
+
+    def next_batch(self) -> dict[str, Any]:
+        """The next micro-batch, as `collate` makes it."""
+        if self.batch >= self.num_batches(self.epoch):
+            self.epoch, self.batch = self.epoch + 1, 0
+        indices = self.batches(self.epoch)[self.batch]
+        self.batch += 1
+        return collate([self.examples[index] for index in indices])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.batch = state["epoch"], state["batch"]

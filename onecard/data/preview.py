@@ -1,0 +1,69 @@
+"""What will be learned, seen before anything is trained: tokens coloured by trained or masked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from onecard.data.dataset import Dataset
+from onecard.data.packing import pack
+from onecard.data.template import IGNORE, Example
+
+SHOWN_TOKENS = 400
+
+
+def render_example(example: Example, tokenizer: Any, colour: bool) -> Text:
+    """An example's tokens: learned ones bold green, or in double brackets without colour; masked ones dim."""
+    text = Text()
+    for start, end, learned in runs(example.labels[:SHOWN_TOKENS]):
+        piece = tokenizer.decode(example.input_ids[start:end], skip_special_tokens=False)
+        piece = piece.replace("\n", "↵\n").replace("\t", "→\t")
+        piece = "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in piece)
+        if not colour and learned:
+            piece = f"[[{piece}]]"
+        text.append(piece, style="bold green" if learned else "dim")
+    rest = len(example.input_ids) - SHOWN_TOKENS
+    if rest > 0:
+        text.append(f" … {rest} tokens more", style="italic")
+    return text
+
+
+def runs(labels: list[int]) -> list[tuple[int, int, bool]]:
+    """(start, end, learned) of the stretches of labels that are all learned or all masked."""
+    found: list[tuple[int, int, bool]] = []
+    for i, label in enumerate(labels):
+        learned = label != IGNORE
+        if found and found[-1][2] == learned:
+            found[-1] = (found[-1][0], i + 1, learned)
+        else:
+            found.append((i, i + 1, learned))
+    return found
+
+
+def render_counts(dataset: Dataset, packing: bool) -> Table:
+    """The dataset's counts and shares."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    tokens = dataset.num_tokens
+    for name, value in dataset.summary().items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else value)
+    table.add_row("share supervised", f"{dataset.num_supervised_tokens / tokens:.1%}")
+    table.add_row("share truncated", f"{dataset.num_truncated / len(dataset.examples):.1%}")
+    if packing:
+        rows = pack([len(example.input_ids) for example in dataset.examples], dataset.max_seq_length)
+        table.add_row("packed rows", f"{len(rows):,}, {tokens / (len(rows) * dataset.max_seq_length):.1%} full")
+    return table
+
+
+def render_preview(dataset: Dataset, tokenizer: Any, packing: bool, num_examples: int, colour: bool) -> RenderableType:
+    """Counts, some examples, and the bad rows that were skipped."""
+    parts: list[RenderableType] = [render_counts(dataset, packing)]
+    for example in dataset.examples[:num_examples]:
+        parts += [Text(f"\n{example.where}", style="underline"), render_example(example, tokenizer, colour)]
+    for error in dataset.bad[:10]:
+        parts.append(Text(f"skipped {error.where}: {error.must}; found {error.found}", style="yellow"))
+    return Group(*parts)

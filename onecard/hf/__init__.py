@@ -1,0 +1,1 @@
+"""transformers' side: checkpoint checks, the quantizer, streaming load, packed attention."""

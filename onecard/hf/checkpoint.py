@@ -1,0 +1,238 @@
+"""A checkpoint folder judged from its headers, before anything of it is loaded.
+
+transformers and safetensors load some damaged checkpoints without a word; here each kind of damage is an error
+that names file and tensor. Format of a safetensors file: 8 bytes of header length (little-endian), the header as
+JSON (name -> dtype, shape, [begin, end)), then the data without holes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from onecard.errors import UserError
+
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
+    "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+MAX_HEADER_BYTES = 100_000_000
+AGAIN = "fetch the file again"
+SAMPLE_BYTES, SAMPLE_STRIDE = 1 << 16, 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its header tells it; `begin` is its first byte in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+    file: Path
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose headers hold: its tensors in file order, and its config.json."""
+
+    folder: Path
+    files: list[Path]
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def inspect_checkpoint(folder: Path) -> Checkpoint:
+    """Read config.json, the index and all headers.
+
+    Raises:
+        UserError: no or pickled weights; a header, offset, dtype or size that does not hold; an index that names
+            files outside the folder, missing files or tensors; integer weights.
+    """
+    config = read_json(folder / "config.json", "write it with transformers' save_pretrained")
+    if "model_type" not in config:
+        raise UserError("config.json must name its model_type", "none", AGAIN, str(folder / "config.json"))
+    index = folder / "model.safetensors.index.json"
+    single = folder / "model.safetensors"
+    mapping: dict[str, str] | None = None
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        mapping = read_index(index)
+        files = [folder / name for name in dict.fromkeys(sorted(mapping.values()))]
+    else:
+        raise no_weights(folder)
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        if not file.is_file():
+            raise UserError("every file of the index must exist", "no such file", AGAIN, str(file))
+        for name, info in read_header(file).items():
+            if name in tensors:
+                raise UserError(
+                    "a tensor must be in one file", f"{name} also in {tensors[name].file.name}", AGAIN, str(file)
+                )
+            tensors[name] = info
+    if mapping is not None:
+        check_index(mapping, tensors, index)
+    check_dtypes(tensors, config)
+    return Checkpoint(folder, files, tensors, config)
+
+
+def read_json(path: Path, do: str) -> dict[str, Any]:
+    """A JSON object of a file. Raises UserError."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError("a checkpoint must have this file", "no such file", do, str(path)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError("the file must be JSON", str(error), AGAIN, str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("the file must hold a JSON object", type(content).__name__, AGAIN, str(path))
+    return content
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """tensor -> file name; each a plain name of a file in the same folder."""
+    mapping = read_json(path, AGAIN).get("weight_map")
+    if not isinstance(mapping, dict) or not mapping:
+        raise UserError("the index must hold a weight_map", repr(mapping)[:60], AGAIN, str(path))
+    for tensor, name in mapping.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(
+                "the index must name .safetensors files of its own folder",
+                f"{tensor} in {name!r}",
+                "do not use this checkpoint unless you know why it does so",
+                str(path),
+            )
+    return mapping
+
+
+def no_weights(folder: Path) -> UserError:
+    pickled = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickled:
+        return UserError(
+            "weights must be safetensors",
+            f"{pickled[0]}, a pickle: opening it can run any code",
+            "on a machine you can lose, load it with transformers and save_pretrained() it",
+            str(folder),
+        )
+    return UserError("a checkpoint must hold model.safetensors or its index", "neither", AGAIN, str(folder))
+
+
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """The tensors of one file in file order, every offset checked."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            found = f"a header of {length:,} bytes in a file of {size:,}"
+            raise UserError("a safetensors file must hold its whole header", found, AGAIN, str(file))
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise UserError("a safetensors header must be JSON", str(error), AGAIN, str(file)) from None
+    if not isinstance(header, dict):
+        raise UserError("a safetensors header must be an object", type(header).__name__, AGAIN, str(file))
+    header.pop("__metadata__", None)
+    infos = {name: tensor_info(name, entry, file, 8 + length) for name, entry in header.items()}
+    ordered = dict(sorted(infos.items(), key=lambda item: (item[1].begin, item[1].nbytes)))
+    at = 8 + length
+    for name, info in ordered.items():
+        if info.begin != at:
+            what = "overlaps the tensor before it" if info.begin < at else "leaves a hole before it"
+            raise UserError("tensors must lie one behind the other", f"{name} {what}", AGAIN, str(file))
+        at += info.nbytes
+    if at != size:
+        what = "truncated" if at > size else "longer than its tensors"
+        raise UserError(
+            "the file must end where its last tensor ends", f"{size:,} bytes for {at:,}: {what}", AGAIN, str(file)
+        )
+    return ordered
+
+
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return made
+
+
+def tensor_info(name: str, entry: Any, file: Path, data_begin: int) -> TensorInfo:
+    """One entry of a header, checked."""
+    where = f"{file}: {name}"
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sane = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and begin <= end
+    except (KeyError, TypeError, ValueError):
+        sane, dtype, shape, begin, end = False, None, (), 0, 0
+    if not sane or dtype not in DTYPE_BITS:
+        raise UserError("a tensor must have a known dtype, a shape and offsets", str(entry)[:100], AGAIN, where)
+    if prod(shape) * DTYPE_BITS[dtype] != 8 * (end - begin):
+        found = f"{end - begin:,} bytes for {dtype} {list(shape)}"
+        raise UserError("a tensor's bytes must fit its shape and dtype", found, AGAIN, where)
+    return TensorInfo(dtype, shape, data_begin + begin, end - begin, file)
+
+
+def check_index(mapping: dict[str, str], tensors: dict[str, TensorInfo], index: Path) -> None:
+    """Index and headers must tell the same."""
+    for name, file in mapping.items():
+        if name not in tensors or tensors[name].file.name != file:
+            raise UserError("a file must hold what the index says", f"no {name} in {file}", AGAIN, str(index))
+    extra = sorted(set(tensors) - set(mapping))
+    if extra:
+        found = f"{extra[0]} of {tensors[extra[0]].file.name} is not"
+        raise UserError("every tensor must be in the index", found, AGAIN, str(index))
+
+
+def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None:
+    """Weights must be floats, unless config.json says how else they are stored."""
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            "the base must be in 16 or 32 bits",
+            f"a checkpoint quantized with {method}",
+            "use the original checkpoint",
+            "config.json",
+        )
+    for name, info in tensors.items():
+        if name.endswith((".weight", ".bias")) and info.dtype not in FLOATS:
+            raise UserError(
+                "weights must be float tensors", f"{info.dtype}", "use the original checkpoint", f"{info.file}: {name}"
+            )
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over config.json and, of each file, its size, header and 64 KiB of every 16 MiB of data.
+
+    Reading a sample keeps a resume quick; a changed, retrained or re-fetched base differs in it.
+    """
+    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
+    for file in checkpoint.files:
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(header))
+            for start in range(8 + header, size, SAMPLE_STRIDE):
+                stream.seek(start)
+                digest.update(stream.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """sha256 over the tokenizer's files."""
+    digest = hashlib.sha256()
+    for pattern in ("tokenizer*", "special_tokens_map.json", "*.jinja", "*.model", "vocab*", "merges.txt"):
+        for path in sorted(p for p in folder.glob(pattern) if p.is_file()):
+            digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()

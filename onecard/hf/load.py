@@ -1,0 +1,184 @@
+"""load_model: a checkpoint folder in, a frozen 4-bit model out, one tensor at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from onecard.hf.checkpoint import inspect_checkpoint
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from onecard.config import QuantConfig, make_config
+from onecard.errors import UserError
+from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
+from onecard.kernels.cpu_info import product_dtype
+from onecard.nn.embedding import CastingHead, cast_output
+
+WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
+
+
+def load_model(
+    model: str,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    compute_dtype: torch.dtype | str = "auto",
+    device: str = "auto",
+) -> PreTrainedModel:
+    """Load a causal language model with its linears in 4 bits.
+
+    Args:
+        model: checkpoint folder, or a hub id where a network is.
+        quant_type, blocksize, double_quant: as in quantize_4bit.
+        compute_dtype: what weights are dequantized to; "auto": bfloat16 where the device multiplies it natively,
+            else float16 on GPUs and float32 on CPUs.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        transformers' own model, frozen, in eval mode; embeddings and head keep the narrower of the checkpoint's
+        dtype and the compute dtype.
+
+    Raises:
+        UserError: damaged, incomplete or pickle-only checkpoint, naming file and tensor.
+    """
+    fields = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
+    checked = make_config(QuantConfig, fields, "load_model")
+    target = pick_device(device)
+    dtype = pick_compute_dtype(compute_dtype, target)
+    config = BitsAndBytesConfig(
+        bnb_4bit_quant_type=checked.quant_type,
+        bnb_4bit_blocksize=checked.blocksize,
+        bnb_4bit_use_double_quant=checked.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    folder = find_checkpoint(model)
+    inspect_checkpoint(folder)
+    loaded = from_pretrained(folder, config, target, dtype)
+    loaded.requires_grad_(False)
+    loaded.eval()
+    return loaded
+
+
+def find_checkpoint(model: str) -> Path:
+    """The folder of a checkpoint; a hub id is fetched (safetensors, config and tokenizer only)."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    looks_like_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+    if not looks_like_path:
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(model, allow_patterns=list(WEIGHT_FILES)))
+        except Exception as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                "the model must be a folder or a hub id in reach", reason, "check name and network", model
+            ) from None
+    raise UserError("the model must be a checkpoint folder", "no such folder", "check the path", model)
+
+
+def from_pretrained(
+    folder: Path, config: BitsAndBytesConfig, device: torch.device, compute_dtype: torch.dtype
+) -> PreTrainedModel:
+    """transformers' load with every complaint of its report turned into an error."""
+    stored = stored_dtype(folder)
+    narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            quantization_config=config,
+            dtype=narrow,
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except RuntimeError as error:
+        # transformers wraps what a conversion raised; the cause is what the user needs.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, UserError):
+            cause = cause.__cause__ or cause.__context__
+        raise cause or error from None
+    check_report(report, folder)
+    if narrow != compute_dtype:
+        compute_in(model, compute_dtype)
+    return model
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that config.json says the checkpoint has; float32 where it says nothing."""
+    dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+def check_report(report: dict[str, Any], folder: Path) -> None:
+    """Raise UserError for missing, extra or mismatched tensors in transformers' loading report."""
+    for kind, what in (
+        ("missing_keys", "missing"),
+        ("unexpected_keys", "not part of the model"),
+        ("mismatched_keys", "wrongly shaped"),
+        ("error_msgs", "in error"),
+    ):
+        names = sorted(map(str, report.get(kind) or ()))
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            raise UserError(
+                "the checkpoint must hold the model's tensors, all of them and no others",
+                f"{what}: {', '.join(names[:8])}{more}",
+                "fetch the checkpoint again, or correct its config.json",
+                str(folder),
+            )
+
+
+def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Compute in a wider dtype than embeddings and head are stored in: cast the small parameters, hook the large."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    large = {id(embedding.weight)} | ({id(head.weight)} if head is not None else set())
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in large:
+            parameter.data = parameter.data.to(dtype)
+    embedding.register_forward_hook(cast_output(dtype))
+    if isinstance(head, nn.Linear):
+        model.set_output_embeddings(CastingHead(head))
+
+
+def pick_device(device: str) -> torch.device:
+    """ "auto" is the first GPU, or the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise UserError("device must be auto, cpu, cuda or cuda:N", repr(device), "correct it", "device") from None
+    if picked.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda needs a GPU that torch sees", "none", "use --device cpu", "device")
+    return picked
+
+
+def pick_compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """ "auto" is bfloat16 where it is native, else float16 on GPUs and float32 on CPUs."""
+    if dtype != "auto":
+        return as_dtype(dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return product_dtype(torch.bfloat16, device.type)
+
+
+def load_tokenizer(model: str) -> Any:
+    """The checkpoint's tokenizer. Raises UserError where there is none."""
+    folder = find_checkpoint(model)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            "the checkpoint folder must hold a tokenizer",
+            reason,
+            "copy its tokenizer files there",
+            str(folder),
+        ) from None

@@ -1,0 +1,1 @@
+"""Using a model: generate, chat, evaluate."""

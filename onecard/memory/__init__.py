@@ -1,0 +1,1 @@
+"""Memory: what a run will need, term by term, and what it used."""

@@ -1,0 +1,1 @@
+"""Loss, loop, checkpoints, metrics and report of a run."""

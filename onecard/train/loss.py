@@ -1,0 +1,133 @@
+"""Cross-entropy over the vocabulary head without the full logits.
+
+    loss = sum over supervised positions of (logsumexp(z) - z[target]) / N,    z = cap(scale * h W^T + b)
+
+Only supervised positions meet the head, a chunk of rows at a time, and the gradient with respect to h is made
+while the chunk's logits are there: dz = (softmax(z) - onehot(target)) / N. Peak extra memory is one chunk of
+logits in float32, whatever the length and the vocabulary. N counts the whole accumulation window, so that
+8 x 1, 4 x 2 and 1 x 8 are the same update.
+
+Shape suffixes: P supervised positions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from onecard.nn.embedding import project, project_back
+
+CHUNK_BYTES = 32 << 20  # float32 logits worked on at a time
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a family does between the head's product and the softmax."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, config: Any) -> LogitTransform:
+        """Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma-2 caps."""
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def __call__(self, z: Tensor) -> Tensor:
+        z = z * self.scale if self.scale != 1.0 else z
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def backward(self, dz: Tensor, z: Tensor) -> Tensor:
+        """Gradient before the transform, from that after it and its value z."""
+        if self.softcap is not None:
+            dz = dz * (1 - (z / self.softcap) ** 2)
+        return dz * self.scale if self.scale != 1.0 else dz
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_PH, W_VH, bias, target_P, transform, num_tokens):
+        grad_PH = torch.empty_like(h_PH)
+        loss = h_PH.new_zeros((), dtype=torch.float64)
+        rows = max(1, CHUNK_BYTES // (4 * W_VH.shape[0]))
+        for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
+            z = transform(project(h, W_VH, bias).float())
+            logsumexp = z.logsumexp(-1)
+            at_target = z.gather(1, target[:, None])[:, 0]
+            loss += (logsumexp - at_target).double().sum()
+            dz = torch.exp(z - logsumexp[:, None])
+            dz[torch.arange(len(target), device=z.device), target] -= 1
+            grad.copy_(project_back(transform.backward(dz.div_(num_tokens), z).to(h.dtype), W_VH))
+        ctx.save_for_backward(grad_PH)
+        return (loss / num_tokens).float()
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        (grad_PH,) = ctx.saved_tensors
+        return grad_PH * grad_loss.to(grad_PH.dtype), None, None, None, None, None
+
+
+def chunked_cross_entropy(
+    h_PH: Tensor, head: nn.Module, target_P: Tensor, transform: LogitTransform, num_tokens: int
+) -> Tensor:
+    """Summed cross-entropy over `num_tokens`: float32 ().
+
+    Args:
+        h_PH: hidden states of the supervised positions, in the compute dtype.
+        head: the model's output embedding; a frozen linear takes the fast path, any other (LoRA on it, trained
+            in full) goes through autograd with its logits recomputed.
+        target_P: int64, the token that each position should predict.
+    """
+    if isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters()):
+        return _ChunkedCrossEntropy.apply(h_PH, head.weight, head.bias, target_P, transform, num_tokens)
+
+    def part(h: Tensor, target: Tensor) -> Tensor:
+        z = transform(head(h).float())
+        return nn.functional.cross_entropy(z, target, reduction="sum")
+
+    vocabulary = getattr(head, "out_features", None) or 1 << 16
+    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    pairs = zip(h_PH.split(rows), target_P.split(rows))
+    parts = [checkpoint(part, h, target, use_reentrant=False) for h, target in pairs]
+    return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens
+
+
+def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions whose next token is learned, int64 (P,), and those tokens, int64 (P,), from labels (1, T)."""
+    position = (labels[0, 1:] != IGNORE).nonzero()[:, 0]
+    return position, labels[0, position + 1]
+
+
+def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -> Tensor:
+    """Loss of one packed row: decoder once, head on the supervised positions only.
+
+    Needs `use_packed_attention`; `model` is transformers' own, adapters inside it.
+    """
+    hidden = model.base_model(
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        use_cache=False,
+        cu_seqlens=batch["cu_seqlens"],
+    ).last_hidden_state
+    position, target = supervised(batch["labels"])
+    head = model.get_output_embeddings()
+    return chunked_cross_entropy(hidden[0, position], head, target, LogitTransform.of(model.config), num_tokens)
+
+
+def plain_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -> Tensor:
+    """The same through the model's own forward, one document at a time with full logits: slower, for any model."""
+    total = torch.zeros((), device=batch["input_ids"].device)
+    for start, end in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]):
+        position, target = supervised(batch["labels"][:, start:end])
+        if len(position) == 0:
+            continue
+        logits = model(input_ids=batch["input_ids"][:, start:end], use_cache=False).logits[0, position]
+        total = total + nn.functional.cross_entropy(logits.float(), target, reduction="sum")
+    return total / num_tokens

@@ -1,0 +1,100 @@
+"""metrics.jsonl and metrics.csv, a line a step, whole after any kill; other loggers beside them if asked."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from onecard.errors import UserError
+
+COLUMNS = (
+    "step", "epoch", "loss", "learning_rate", "grad_norm", "num_supervised_tokens",
+    "supervised_tokens_per_second", "memory_bytes", "eval_loss", "seconds",
+)  # fmt: skip
+PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+
+
+class Metrics:
+    """Writes each step's numbers; a resumed run first drops what it is about to repeat."""
+
+    def __init__(self, output: Path, loggers: list[str], config: dict[str, Any], resume_step: int = 0):
+        output.mkdir(parents=True, exist_ok=True)
+        self.path = output / "metrics.jsonl"
+        self.rows = [row for row in read_rows(self.path) if row["step"] <= resume_step]
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        replace_text(output / "metrics.csv", csv_text([dict.fromkeys(COLUMNS, None), *self.rows], header=True))
+        self.jsonl = self.path.open("a", encoding="utf-8")
+        self.csv = (output / "metrics.csv").open("a", encoding="utf-8", newline="")
+        self.loggers = [open_logger(name, output, config) for name in loggers]
+
+    def log(self, step: int, **values: float | None) -> None:
+        """Write one row; unknown names are an error of ours."""
+        row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
+        assert set(row) <= set(COLUMNS), row
+        self.rows.append(row)
+        self.jsonl.write(json.dumps(row) + "\n")
+        self.csv.write(csv_text([row]))
+        self.jsonl.flush()
+        self.csv.flush()
+        for log, _ in self.loggers:
+            log({key: value for key, value in row.items() if key != "step"}, step)
+
+    def close(self) -> None:
+        self.jsonl.close()
+        self.csv.close()
+        for _, close in self.loggers:
+            close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a line torn by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def csv_text(rows: list[dict[str, Any]], header: bool = False) -> str:
+    """CSV lines; with `header` the first row stands for the column names."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    if header:
+        writer.writeheader()
+        rows = rows[1:]
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def replace_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def open_logger(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """(log(values, step), close()) of a logger. Raises UserError if its package is not installed."""
+    try:
+        module = import_module(PACKAGES[name])
+    except ImportError:
+        raise UserError(
+            f"the logger {name} must be installed", "no such package", f'pip install "onecard[{name}]"', "loggers"
+        ) from None
+    if name == "tensorboard":
+        writer = module.SummaryWriter(str(output / "tensorboard"))
+        return (lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]), writer.close
+    if name == "mlflow":
+        module.start_run(run_name=output.name)
+        module.log_params({key: str(value)[:250] for key, value in config.items()})
+        return (lambda values, step: module.log_metrics(values, step=step)), module.end_run
+    run = module.init(project="onecard", name=output.name, config=config)
+    return (lambda values, step: run.log(values, step=step)), run.finish

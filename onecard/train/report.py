@@ -1,0 +1,179 @@
+"""What a run leaves to read: loss_curve.png, report.md, report.html."""
+
+from __future__ import annotations
+
+import base64
+import json
+import platform
+from dataclasses import dataclass, field
+from html import escape
+from importlib.metadata import PackageNotFoundError, version
+from math import exp
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Report:
+    """Everything the report tells; nothing is read from elsewhere."""
+
+    title: str
+    command: str
+    config: dict[str, Any]
+    data: dict[str, Any]
+    memory: list[tuple[str, int]]
+    metrics: list[dict[str, Any]]
+    num_steps: int
+    seconds: float
+    loss_before: float | None = None
+    loss_after: float | None = None
+    samples: list[tuple[str, str, str]] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    next_commands: list[str] = field(default_factory=list)
+
+
+def versions() -> dict[str, str]:
+    """What the run was made with."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("onecard", "torch", "transformers", "peft", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def format_bytes(num_bytes: float) -> str:
+    """1,536 MiB style; GiB from ten of them on."""
+    mib = num_bytes / 2**20
+    return f"{mib / 1024:,.2f} GiB" if mib >= 10240 else f"{mib:,.1f} MiB" if mib < 100 else f"{mib:,.0f} MiB"
+
+
+def write_report(output: Path, report: Report) -> None:
+    """Write the curve and both reports under `output`."""
+    picture = output / "loss_curve.png"
+    draw_curve(picture, report.metrics)
+    sections = make_sections(report)
+    (output / "report.md").write_text(to_markdown(report.title, sections), encoding="utf-8")
+    (output / "report.html").write_text(to_html(report.title, sections, picture), encoding="utf-8")
+
+
+def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
+    """Loss a step, thin and smoothed, with validation points; the learning rate on a second axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [row["step"] for row in metrics if "loss" in row]
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    figure, (top, bottom) = pyplot.subplots(
+        2, 1, figsize=(8, 5), sharex=True, height_ratios=[4, 1], layout="constrained"
+    )
+    top.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="loss a step")
+    top.plot(steps, smooth(losses), color="#1f4e8c", linewidth=2, label="smoothed")
+    checked = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
+    if checked:
+        top.plot(*zip(*checked), "o", color="#c2410c", markersize=6, label="validation")
+    top.set_ylabel("loss (nats a token)")
+    top.set_ylim(bottom=0)
+    top.grid(alpha=0.25)
+    top.legend(frameon=False)
+    bottom.plot(steps, [row["learning_rate"] for row in metrics if "loss" in row], color="#4d7c0f")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    bottom.grid(alpha=0.25)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def smooth(values: list[float], weight: float = 0.9) -> list[float]:
+    """Exponential mean without the start's bias."""
+    mean, norm, out = 0.0, 0.0, []
+    for value in values:
+        mean = weight * mean + (1 - weight) * value
+        norm = weight * norm + (1 - weight)
+        out.append(mean / norm)
+    return out
+
+
+Section = tuple[str, str, Any]  # heading; "table", "code" or "samples"; content
+
+
+def make_sections(report: Report) -> list[Section]:
+    rows = [("steps", f"{report.num_steps:,}"), ("time", f"{report.seconds:,.1f} s")]
+    for when, loss in (("before", report.loss_before), ("after", report.loss_after)):
+        if loss is not None:
+            rows += [(f"loss {when}", f"{loss:.4f}"), (f"perplexity {when}", f"{exp(min(loss, 50)):.3f}")]
+    rows += list(report.facts.items())
+    memory = [(name, format_bytes(num_bytes)) for name, num_bytes in report.memory]
+    data = [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in report.data.items()]
+    return [
+        ("Result", "table", rows),
+        ("Before and after", "samples", report.samples),
+        ("Memory", "table", memory),
+        ("Data", "table", data),
+        ("Next", "code", "\n".join(report.next_commands)),
+        ("Command", "code", report.command),
+        ("Settings", "code", json.dumps(report.config, indent=1, default=str)),
+        ("Versions", "table", list(versions().items())),
+    ]
+
+
+def fence(text: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    longest = max((len(run) for run in text.split("\n") if set(run.strip()) == {"`"}), default=0)
+    inner = max((text[i:].__len__() - text[i:].lstrip("`").__len__() for i in range(len(text))), default=0)
+    ticks = "`" * max(3, longest + 1, inner + 1)
+    return f"{ticks}\n{text}\n{ticks}\n"
+
+
+def to_markdown(title: str, sections: list[Section]) -> str:
+    parts = [f"# {title}\n", "![loss curve](loss_curve.png)\n"]
+    for heading, kind, content in sections:
+        if not content:
+            continue
+        parts.append(f"## {heading}\n")
+        if kind == "table":
+            cells = [(str(a).replace("|", "\\|"), str(b).replace("|", "\\|").replace("\n", " ")) for a, b in content]
+            parts.append("| | |\n|---|---:|\n" + "".join(f"| {a} | {b} |\n" for a, b in cells))
+        elif kind == "code":
+            parts.append(fence(content))
+        else:
+            for prompt, before, after in content:
+                parts.append(f"Prompt\n\n{fence(prompt)}\nBefore\n\n{fence(before)}\nAfter\n\n{fence(after)}")
+    return "\n".join(parts)
+
+
+STYLE = """
+:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
+img{max-width:100%;background:#fff;border-radius:6px}table{border-collapse:collapse}
+td{padding:.2rem 1rem .2rem 0;border-bottom:1px solid #8884}td+td{text-align:right;font-variant-numeric:tabular-nums}
+pre{background:#8881;padding:.6rem .8rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}h4{margin:.4rem 0}
+"""
+
+
+def to_html(title: str, sections: list[Section], picture: Path) -> str:
+    image = base64.b64encode(picture.read_bytes()).decode()
+    parts = [
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>",
+        f"<h1>{escape(title)}</h1><img alt='loss curve' src='data:image/png;base64,{image}'>",
+    ]
+    for heading, kind, content in sections:
+        if not content:
+            continue
+        parts.append(f"<h2>{escape(heading)}</h2>")
+        if kind == "table":
+            cells = "".join(f"<tr><td>{escape(str(a))}</td><td>{escape(str(b))}</td></tr>" for a, b in content)
+            parts.append(f"<table>{cells}</table>")
+        elif kind == "code":
+            parts.append(f"<pre>{escape(content)}</pre>")
+        else:
+            for prompt, before, after in content:
+                parts.append(
+                    f"<pre>{escape(prompt)}</pre><div class=pair><div><h4>before</h4><pre>{escape(before)}</pre></div>"
+                    f"<div><h4>after</h4><pre>{escape(after)}</pre></div></div>"
+                )
+    return "\n".join(parts)
