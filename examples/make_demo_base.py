@@ -56,6 +56,24 @@ NUMBERS = "one two three four five six seven eight nine ten eleven twelve".split
 SKIES = "sunny rainy windy cloudy foggy snowy".split()
 TRADES = "teacher baker driver nurse painter farmer singer tailor".split()
 SENSORS = "heater pump freezer oven boiler fan".split()
+TERMS = "customer items product color quantity street day name address order assistant user".split()
+ENGLISH = [
+    "Could you please send everything there?",
+    "I would like it to be possible before then.",
+    "My aunt and my sister are moving, and somebody told me about it.",
+    "Can somebody bring it to our door again?",
+    "If you still need it, wrap the gift and ship it.",
+    "Deliver the order to my account, no later than this.",
+    "I want to put it on the last list.",
+    "We have run out of time, so drop it off as you can.",
+    "Every customer gets a product in some quantity.",
+    "Dear team, it is my party and I will be there by train.",
+    "Hi, good morning! Hey there, good evening! Hello!",
+    "Best wishes, many thanks, cheers, regards, yours.",
+    "Do they live here? They do, and they are speaking until late.",
+    "Thanks for the fine items from your street.",
+]
+ALL_WORDS = FIRST + LAST + STREETS + COLORS + sorted(GOODS) + DAYS + CITIES + TERMS
 
 # The last names and streets that only held-out rows use: the fine-tuned model has to copy what it was never tuned on.
 RARE_LAST = {"Castro", "Hansen", "Moreau", "Sato", "Voss", "Winter"}
@@ -196,6 +214,7 @@ def sentence(rng: Random) -> str:
         f"{NUMBERS[n - 1]} is written {n}, and {n} is read {NUMBERS[n - 1]}. A dozen is 12.",
         f"One {thing}, many {GOODS[thing]}. Many {GOODS[thing]}, one {thing}.",
         f"The shop at {place} opens on {day}.",
+        *rng.sample(ENGLISH, 4),
     ]
     return rng.choice(lines)
 
@@ -203,7 +222,7 @@ def sentence(rng: Random) -> str:
 def copying(rng: Random) -> str:
     """Things that were said before, said again: what teaches a model to look back."""
     name, place, day = person(rng), address(rng), rng.choice(DAYS)
-    words = rng.sample(FIRST + LAST + STREETS + COLORS + sorted(GOODS) + DAYS + CITIES, rng.randint(4, 9))
+    words = rng.sample(ALL_WORDS, rng.randint(4, 9))
     lines = [
         f"Say again: {' '.join(words)}. Again: {' '.join(words)}.",
         f"Write as a JSON list: {' '.join(words)}. {compact(words)}",
@@ -382,7 +401,7 @@ def make_tokenizer(seed: int, vocab_size: int = 2048) -> PreTrainedTokenizerFast
 def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     """A Llama whose every linear layer reads a multiple of 64 values, the block size of NF4."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=math.ceil(len(tokenizer) / 64) * 64,
         hidden_size=256,
         intermediate_size=704,
         num_hidden_layers=4,
@@ -421,16 +440,20 @@ def make_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
 
 
 def pretrain(model: LlamaForCausalLM, data: Iterator[torch.Tensor], steps: int) -> None:
-    """Next-token prediction with a short warm-up and a cosine decay to nothing."""
+    """Next-token prediction with a short warm-up and a cosine decay to nothing.
+
+    Weights and optimizer state are float32; the products are bfloat16 where the processor has them, for speed.
+    """
     optimizers = make_optimizers(model)
     peaks = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
-    start = time.time()
+    start, fast = time.time(), bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
     for step in range(steps):
         share = min((step + 1) / 50, (1 + math.cos(math.pi * step / steps)) / 2)
         for optimizer, peak in zip(optimizers, peaks):
             optimizer.param_groups[0]["lr"] = peak * share
         ids = next(data)
-        loss = model(input_ids=ids, labels=ids).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=fast):
+            loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
@@ -442,7 +465,7 @@ def pretrain(model: LlamaForCausalLM, data: Iterator[torch.Tensor], steps: int) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1600, help="0 makes the data only")
+    parser.add_argument("--steps", type=int, default=1400, help="0 makes the data only")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "onecard" / "demo")
     args = parser.parse_args()

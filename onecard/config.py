@@ -7,15 +7,16 @@ A YAML file and the command line's flags fill the same fields; an unknown key is
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Optional, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
 from onecard.errors import UserError, did_you_mean
 
 QUANT_TYPES = ("nf4", "fp4", "int4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
+LOGITS_CHUNK_BYTES = 32 << 20  # float32 logits that exist at a time
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -106,6 +107,18 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
         if self.eval_data is not None and self.validation_split > 0:
             raise ValueError("give eval_data or validation_split, not both")
         return self
+
+
+def partial(kind: type[BaseModel]) -> type[BaseModel]:
+    """The same fields with nothing required and None for what is not given: what flags fill before a merge."""
+    fields: dict[str, Any] = {}
+    for name, info in kind.model_fields.items():
+        default = "" if info.is_required() else f"default: {info.default if info.default is not None else 'none'}"
+        if info.default_factory is not None:
+            default = "default: none"
+        help = "; ".join(part for part in (info.description, default) if part)
+        fields[name] = (Optional[info.annotation], Field(None, description=help))  # noqa: UP045
+    return create_model(f"{kind.__name__}Flags", __config__=ConfigDict(protected_namespaces=()), **fields)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

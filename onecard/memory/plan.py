@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from onecard.config import NESTED_BLOCKSIZE, TrainConfig
+from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, TrainConfig
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint
-from onecard.train.loss import CHUNK_BYTES
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def plan_training(checkpoint: Checkpoint, config: TrainConfig, compute_dtype: to
     width = compute_dtype.itemsize
     num_lora = sum(config.r * (m.in_features + m.out_features) for m in targets(linears, config))
     tokens = min(config.max_seq_length, longest_context(model.config)) * config.per_device_train_batch_size
-    chunk = min(CHUNK_BYTES, 4 * tokens * model.config.get_text_config().vocab_size)
+    chunk = min(LOGITS_CHUNK_BYTES, 4 * tokens * model.config.get_text_config().vocab_size)
     return Plan(
         [
             Term("base, 4-bit codes", num_quantized // 2, "P_q / 2"),

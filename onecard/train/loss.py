@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from onecard.config import LOGITS_CHUNK_BYTES
 from onecard.nn.embedding import project, project_back
 
-CHUNK_BYTES = 32 << 20  # float32 logits worked on at a time
+
 IGNORE = -100
 
 
@@ -56,7 +57,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, h_PH, W_VH, bias, target_P, transform, num_tokens):
         grad_PH = torch.empty_like(h_PH)
         loss = h_PH.new_zeros((), dtype=torch.float64)
-        rows = max(1, CHUNK_BYTES // (4 * W_VH.shape[0]))
+        rows = max(1, LOGITS_CHUNK_BYTES // (4 * W_VH.shape[0]))
         for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
             z = transform(project(h, W_VH, bias).float())
             logsumexp = z.logsumexp(-1)
@@ -93,7 +94,7 @@ def chunked_cross_entropy(
         return nn.functional.cross_entropy(z, target, reduction="sum")
 
     vocabulary = getattr(head, "out_features", None) or 1 << 16
-    rows = max(1, CHUNK_BYTES // (4 * vocabulary))
+    rows = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
     pairs = zip(h_PH.split(rows), target_P.split(rows))
     parts = [checkpoint(part, h, target, use_reentrant=False) for h, target in pairs]
     return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens

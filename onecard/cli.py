@@ -1,0 +1,217 @@
+"""The command line: parse, make a config, one call. Heavy imports happen inside the commands that need them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from onecard.config import DataConfig, TrainConfig, make_config, partial, read_yaml
+from onecard.errors import UserError
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+app = App(
+    name="onecard",
+    help="Fine-tune language models up to the 100-billion class on one card.",
+    version_flags=["--version"],
+)
+TrainFlags: Any = partial(TrainConfig)
+DataFlags: Any = partial(DataConfig)
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """The fields that were named on the command line."""
+    return {} if flags is None else {k: v for k, v in flags.model_dump().items() if v is not None}
+
+
+@app.command
+def demo(output: str = "demo-run") -> None:
+    """Embedded model and data: the whole way in about two minutes on two CPU cores."""
+    console = make_console()
+    from onecard.demo.run import run_demo
+
+    finish(run_demo(output, console), console)
+
+
+@app.command
+def train(
+    fields: Annotated[TrainFlags | None, Parameter(name="*")] = None,
+    *,
+    config: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Train a LoRA adapter over a 4-bit base.
+
+    Parameters
+    ----------
+    config: YAML file of the same fields; flags win over it.
+    resume: Go on from the newest whole checkpoint in the output folder.
+    """
+    merged = {**(read_yaml(config) if config else {}), **given(fields)}
+    checked = make_config(TrainConfig, merged, config or "command line")
+    console = make_console()
+    from onecard.train.session import run_training
+
+    finish(run_training(checked, resume, console), console)
+
+
+@app.command
+def preview(
+    model: str, data: str, fields: Annotated[DataFlags | None, Parameter(name="*")] = None, *, num_examples: int = 3
+) -> None:
+    """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id; only its tokenizer is read.
+    data: JSONL, JSON, CSV or Parquet file.
+    num_examples: Examples shown.
+    """
+    config = make_config(DataConfig, given(fields), "command line")
+    console = make_console()
+    from onecard.data.dataset import load_dataset
+    from onecard.data.preview import render_preview
+    from onecard.hf.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    dataset = load_dataset(data, tokenizer, config)
+    colour = console.color_system is not None
+    console.print(render_preview(dataset, tokenizer, config.packing, num_examples, colour))
+
+
+@app.command
+def generate(
+    model: str,
+    prompt: str,
+    adapter: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    compute_dtype: ComputeDtype = "auto",
+    device: str = "auto",
+) -> None:
+    """Answer one prompt, streaming.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id.
+    prompt: The user's message; text to go on with where the tokenizer has no chat template.
+    adapter: Folder of a trained adapter.
+    temperature: 0 takes the likeliest token each time.
+    """
+    from onecard.data.template import prompt_ids
+    from onecard.infer.generate import generate as run
+
+    loaded, tokenizer = load(model, adapter, compute_dtype, device)
+    ids = prompt_ids([{"role": "user", "content": prompt}], tokenizer)
+    run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(text, end="", flush=True))
+    print()
+
+
+@app.command
+def chat(
+    model: str,
+    adapter: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    compute_dtype: ComputeDtype = "auto",
+    device: str = "auto",
+) -> None:
+    """Talk with a model in the terminal.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id.
+    adapter: Folder of a trained adapter.
+    """
+    from onecard.infer.chat import chat as run
+
+    loaded, tokenizer = load(model, adapter, compute_dtype, device)
+    run(loaded, tokenizer, make_console(), max_new_tokens, temperature)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: str,
+    data: str,
+    adapter: str | None = None,
+    fields: Annotated[DataFlags | None, Parameter(name="*")] = None,
+    *,
+    compute_dtype: ComputeDtype = "auto",
+    device: str = "auto",
+) -> None:
+    """Loss and perplexity of a data file's supervised tokens.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id.
+    data: JSONL, JSON, CSV or Parquet file.
+    adapter: Folder of a trained adapter.
+    """
+    from math import exp
+
+    from onecard.data.dataset import load_dataset
+    from onecard.hf.load import load_tokenizer
+    from onecard.train.loop import evaluate as run
+
+    config = make_config(DataConfig, given(fields), "command line")
+    dataset = load_dataset(data, load_tokenizer(model), config)
+    loaded, _ = load(model, adapter, compute_dtype, device)
+    loss = run(loaded, dataset)
+    print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
+
+
+def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:
+    """A 4-bit model with its adapter, and the tokenizer."""
+    quiet_libraries()
+    from onecard.hf.load import load_model, load_tokenizer
+    from onecard.infer.generate import with_adapter
+
+    tokenizer = load_tokenizer(model)
+    return with_adapter(load_model(model, compute_dtype=compute_dtype, device=device), adapter), tokenizer
+
+
+def make_console() -> Any:
+    """The terminal; libraries' own bars and warnings are kept off it."""
+    from rich.console import Console
+
+    quiet_libraries()
+    return Console()
+
+
+def quiet_libraries() -> None:
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def finish(result: Any, console: Any) -> None:
+    """Where everything lies."""
+    folder = result.adapter.parent
+    console.print(f"adapter  {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print("next", style="dim")
+    for line in result.report.next_commands:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def main() -> None:
+    """The entry point: a user's mistake prints its three parts and exits with 2."""
+    try:
+        app(exit_on_error=False, print_error=False)
+    except (UserError, CycloptsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
