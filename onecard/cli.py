@@ -40,8 +40,8 @@ def demo(output: str = "demo-run") -> None:
 
 @app.command
 def train(
-    fields: Annotated[TrainFlags | None, Parameter(name="*")] = None,
     *,
+    fields: Annotated[TrainFlags | None, Parameter(name="*")] = None,
     config: str | None = None,
     resume: bool = False,
 ) -> None:

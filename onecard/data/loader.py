@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Loader:
             lengths = [len(self.examples[index].input_ids) for index in order]
             rows = [[order[i] for i in row] for row in pack(lengths, self.max_seq_length)]
         starts = range(0, len(rows), self.batch_size)
-        return [sum(rows[start : start + self.batch_size], []) for start in starts]
+        return [list(chain(*rows[start : start + self.batch_size])) for start in starts]
 
     def num_batches(self, epoch: int) -> int:
         return len(self.batches(epoch))

@@ -23,7 +23,6 @@ DTYPE_BITS = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 100_000_000
 AGAIN = "fetch the file again"
-SAMPLE_BYTES, SAMPLE_STRIDE = 1 << 16, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -209,24 +208,6 @@ def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None
             raise UserError(
                 "weights must be float tensors", f"{info.dtype}", "use the original checkpoint", f"{info.file}: {name}"
             )
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 over config.json and, of each file, its size, header and 64 KiB of every 16 MiB of data.
-
-    Reading a sample keeps a resume quick; a changed, retrained or re-fetched base differs in it.
-    """
-    digest = hashlib.sha256((checkpoint.folder / "config.json").read_bytes())
-    for file in checkpoint.files:
-        size = file.stat().st_size
-        digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(header))
-            for start in range(8 + header, size, SAMPLE_STRIDE):
-                stream.seek(start)
-                digest.update(stream.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

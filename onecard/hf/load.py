@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from onecard.hf.checkpoint import inspect_checkpoint
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
+from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import CastingHead, cast_output
+from onecard.nn.linear import Linear4bit
 
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
@@ -86,24 +88,16 @@ def from_pretrained(
     """transformers' load with every complaint of its report turned into an error."""
     stored = stored_dtype(folder)
     narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            quantization_config=config,
-            dtype=narrow,
-            device_map={"": device},
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except UserError:
-        raise
-    except RuntimeError as error:
-        # transformers wraps what a conversion raised; the cause is what the user needs.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, UserError):
-            cause = cause.__cause__ or cause.__context__
-        raise cause or error from None
+    model, report = AutoModelForCausalLM.from_pretrained(
+        folder,
+        quantization_config=config,
+        dtype=narrow,
+        device_map={"": device},
+        use_safetensors=True,
+        local_files_only=True,
+        ignore_mismatched_sizes=True,  # so that they are in the report, by name
+        output_loading_info=True,
+    )
     check_report(report, folder)
     if narrow != compute_dtype:
         compute_in(model, compute_dtype)
@@ -167,6 +161,24 @@ def pick_compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return product_dtype(torch.bfloat16, device.type)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """sha256 over a loaded base as it computes: codes, scales and the tensors beside them."""
+    digest = hashlib.sha256()
+    for name, tensor in model.named_parameters():
+        digest.update(name.encode() + as_bytes(tensor))
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            state = module.state
+            for tensor in (state.absmax, state.nested_absmax, state.nested_offset):
+                digest.update(b"" if tensor is None else as_bytes(tensor))
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's bytes without a copy where it lies in host memory."""
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def load_tokenizer(model: str) -> Any:

@@ -97,23 +97,31 @@ class Quantize4bit(ConversionOps):
     def convert(
         self, input_dict: dict[str, Any], full_layer_name=None, model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        config, result = self.hf_quantizer.quantization_config, {}
+        result = {}
         for name, values in input_dict.items():
-            W = values[0] if isinstance(values, list) else values
             module, _ = get_module_from_name(model, name)
-            W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
-            check_shape(W, (module.out_features, module.in_features), name)
-            packed, state = ops.quantize_4bit(
-                W,
-                config.bnb_4bit_quant_type,
-                config.bnb_4bit_blocksize,
-                config.bnb_4bit_use_double_quant,
-                name,
-            )
-            module.set_weight(packed, state)
+            try:
+                self.quantize(name, values[0] if isinstance(values, list) else values, module)
+            except UserError as error:
+                # transformers would log an error raised here and end in one of its own: raised after loading.
+                self.hf_quantizer.errors.append(error)
             module._is_hf_initialized = True
             result[name] = module.weight
         return result
+
+    def quantize(self, name: str, W: Tensor, module: Any) -> None:
+        """Give `module` its weight. Raises UserError for a wrong shape, NaN or Inf."""
+        config: Any = self.hf_quantizer.quantization_config
+        W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
+        check_shape(W, (module.out_features, module.in_features), name)
+        packed, state = ops.quantize_4bit(
+            W,
+            config.bnb_4bit_quant_type,
+            config.bnb_4bit_blocksize,
+            config.bnb_4bit_use_double_quant,
+            name,
+        )
+        module.set_weight(packed, state)
 
 
 def check_shape(W: Tensor, expected: tuple[int, int], name: str) -> None:
@@ -136,6 +144,7 @@ class OnecardQuantizer(HfQuantizer):
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.transposed: set[str] = set()
+        self.errors: list[UserError] = []
 
     @property
     def quantized_element_size(self) -> float:
@@ -178,6 +187,8 @@ class OnecardQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if self.errors:
+            raise self.errors[0]
         check_loaded(model)
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate ask for it
         return model

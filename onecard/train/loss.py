@@ -23,7 +23,6 @@ from transformers import PreTrainedModel
 from onecard.config import LOGITS_CHUNK_BYTES
 from onecard.nn.embedding import project, project_back
 
-
 IGNORE = -100
 
 

@@ -21,8 +21,8 @@ from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
 from onecard.data.template import prompt_ids
 from onecard.errors import UserError
-from onecard.hf.checkpoint import fingerprint, inspect_checkpoint, tokenizer_fingerprint
-from onecard.hf.load import find_checkpoint, load_model, load_tokenizer, pick_compute_dtype, pick_device
+from onecard.hf.checkpoint import inspect_checkpoint, tokenizer_fingerprint
+from onecard.hf.load import find_checkpoint, fingerprint, load_model, load_tokenizer, pick_compute_dtype, pick_device
 from onecard.infer.generate import generate
 from onecard.memory.plan import Plan, peak_memory_bytes, plan_training
 from onecard.nn.lora import lora_config
@@ -127,7 +127,6 @@ def prepare(config: TrainConfig) -> Prepared:
     elif config.validation_split > 0:
         training, validation = training.split(config.validation_split, config.seed)
     identity = {
-        "base": fingerprint(checkpoint),
         "tokenizer": tokenizer_fingerprint(folder),
         "data": training.fingerprint(),
     }
@@ -187,6 +186,7 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         prepared.compute_dtype,
         config.device,
     )
+    prepared.identity["base"] = fingerprint(base)
     torch.manual_seed(config.seed)
     try:
         model = get_peft_model(base, lora_config(config))

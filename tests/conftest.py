@@ -1,0 +1,116 @@
+"""Small checkpoints written by the real libraries, in milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TEXT = [
+    "the quick brown fox jumps over the lazy dog",
+    "how many mugs do you want?",
+    "two blue mugs, please",
+    "0123456789",
+]
+FAMILIES: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma2": Gemma2Config,
+    "phi3": Phi3Config,
+}
+
+
+def make_tokenizer(template: str | None = CHATML, specials: tuple[str, ...] = (), **kwargs: Any) -> Any:
+    """A byte-level BPE tokenizer of some 350 tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    named = ["<|pad|>", "<|bos|>", "<|im_start|>", "<|im_end|>", *specials]
+    trainer = trainers.BpeTrainer(
+        vocab_size=300 + len(named),
+        special_tokens=named,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXT, trainer)
+    fields = {"bos_token": "<|bos|>", "eos_token": "<|im_end|>", "pad_token": "<|pad|>", "chat_template": template}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        additional_special_tokens=["<|im_start|>", *specials],
+        **{**fields, **kwargs},
+    )
+
+
+def make_checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = torch.float32, **kwargs: Any) -> Path:
+    """A two-layer model of a family, with its tokenizer, as transformers saves them."""
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    fields = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "initializer_range": 0.2,
+    }
+    if family == "phi3":
+        fields.pop("head_dim")
+    config = FAMILIES[family](**{**fields, **kwargs})
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat_rows(count: int) -> list[dict[str, Any]]:
+    """Chats of different lengths."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"how many mugs do you want? {'the lazy dog ' * (i % 5)}{i}"},
+                {"role": "assistant", "content": f"{i} blue mugs, please" + " fox" * (i % 3)},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "chats.jsonl", chat_rows(24))

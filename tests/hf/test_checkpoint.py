@@ -1,0 +1,147 @@
+"""Exact: each kind of damage is an error that names file and tensor."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import onecard
+from onecard.errors import UserError
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.load import fingerprint
+from tests.conftest import make_checkpoint
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+NORM = "model.norm.weight"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("sound"))
+
+
+def edit(change):
+    """Damage done to the tensors."""
+
+    def damage(folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return damage
+
+
+def edit_header(change):
+    """Damage done to the header's JSON; the data stays."""
+
+    def damage(folder):
+        path = folder / "model.safetensors"
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+
+    return damage
+
+
+def truncate(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def wrong_index(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    mapping = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
+    mapping[Q] = "../a.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+
+
+def missing_shard(folder):
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    mapping = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
+    mapping[Q] = "b.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+
+
+def pickled(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def set_value(name, value):
+    def change(tensors):
+        tensors[name].view(-1)[5] = value
+
+    return edit(change)
+
+
+DAMAGES = {
+    "missing linear": (edit(lambda t: t.pop(Q)), Q),
+    "missing norm": (edit(lambda t: t.pop(NORM)), NORM),
+    "missing head": (edit(lambda t: t.pop("lm_head.weight")), "lm_head.weight"),
+    "extra tensor": (edit(lambda t: t.update({"model.more.weight": torch.zeros(4)})), "model.more.weight"),
+    "wrong shape of a linear": (edit(lambda t: t.update({Q: torch.zeros(64, 32)})), Q),
+    "wrong shape of a norm": (edit(lambda t: t.update({NORM: torch.zeros(32)})), NORM),
+    "NaN in a linear": (set_value(Q, float("nan")), Q),
+    "Inf in a norm": (set_value(NORM, float("inf")), NORM),
+    "NaN in the embedding": (set_value("model.embed_tokens.weight", float("nan")), "model.embed_tokens.weight"),
+    "int8 weights": (edit(lambda t: t.update({Q: t[Q].to(torch.int8)})), Q),
+    "truncated file": (truncate, "model.safetensors"),
+    "overlapping tensors": (
+        edit_header(lambda h: h[Q].update(data_offsets=[n - 64 for n in h[Q]["data_offsets"]])),
+        "model.safetensors",
+    ),
+    "bytes do not fit shape": (edit_header(lambda h: h[Q].update(shape=[64, 65])), Q),
+    "unknown dtype": (edit_header(lambda h: h[Q].update(dtype="Q4")), Q),
+    "header not JSON": (
+        lambda f: (f / "model.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"x" * 16),
+        "model.safetensors",
+    ),
+    "header longer than the file": (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 16), "model.safetensors"),
+    "index outside the folder": (wrong_index, "../a.safetensors"),
+    "missing shard": (missing_shard, "b.safetensors"),
+    "pickle only": (pickled, "pytorch_model.bin"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
+    "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGES))
+def test_damage_is_named(kind, sound, tmp_path):
+    damage, named = DAMAGES[kind]
+    folder = tmp_path / "copy"
+    shutil.copytree(sound, folder)
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        onecard.load_model(str(folder), device="cpu")
+    assert named in str(error.value)
+
+
+def test_a_sharded_checkpoint_loads_the_same(sound, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(sound).save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(inspect_checkpoint(tmp_path).files) > 2
+    ids = torch.tensor([[5, 6, 7]])
+    one, many = (onecard.load_model(str(f), device="cpu")(ids).logits for f in (sound, tmp_path))
+    assert torch.equal(one, many)
+
+
+def test_the_fingerprint_sees_a_changed_weight(sound, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(sound, folder)
+    one, same = (fingerprint(onecard.load_model(str(f), device="cpu")) for f in (sound, folder))
+    assert one == same
+    set_value(Q, 3.0)(folder)
+    assert fingerprint(onecard.load_model(str(folder), device="cpu")) != one
+
+
+def test_a_path_that_is_none(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        onecard.load_model(str(tmp_path / "absent"))

@@ -1,0 +1,94 @@
+"""Exact: torch's own checks of the operators. No worse than plain: gradients against float64."""
+
+import pytest
+import torch
+
+from onecard.kernels import ops
+
+N, K, R = 96, 160, 8
+
+
+def make(dtype=torch.float32, bias=True, separate=False, seed=0):
+    """Everything that a 4-bit linear with LoRA takes."""
+    torch.manual_seed(seed)
+    packed, state = ops.quantize_4bit(torch.randn(N, K, dtype=dtype))
+    x = torch.randn(3, 7, K, dtype=dtype, requires_grad=True)
+    A = torch.randn(R, K, requires_grad=True)
+    B = torch.randn(N, R, requires_grad=True)
+    b = torch.randn(N, dtype=dtype, requires_grad=True) if bias else None
+    x_lora = torch.randn(3, 7, K, dtype=dtype, requires_grad=True) if separate else None
+    return x, packed, state, b, A, B, x_lora
+
+
+def flat(x, packed, state, b, A, B, x_lora):
+    scales = (state.absmax, state.nested_absmax, state.nested_offset)
+    return (x, packed, *scales, state.quant_type, state.blocksize, list(state.shape), b, A, B, 0.5, x_lora)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("lora", [True, False])
+def test_opcheck(bias, separate, lora):
+    x, packed, state, b, A, B, x_lora = make(bias=bias, separate=separate)
+    if not lora:
+        A = B = x_lora = None
+    torch.library.opcheck(torch.ops.onecard.qlora_linear.default, flat(x, packed, state, b, A, B, x_lora))
+
+
+def test_opcheck_dequantize():
+    _, packed, state, *_ = make()
+    scales = (state.absmax, state.nested_absmax, state.nested_offset)
+    args = (packed, *scales, state.quant_type, state.blocksize, list(state.shape), torch.bfloat16)
+    torch.library.opcheck(torch.ops.onecard.dequantize_4bit.default, args)
+
+
+def test_compile_has_no_graph_break():
+    x, packed, state, b, A, B, _ = make()
+    compiled = torch.compile(
+        lambda x: ops.qlora_linear(x, packed, state, b, A, B, 0.5), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(x), ops.qlora_linear(x, packed, state, b, A, B, 0.5))
+
+
+def plain(x, W, b, A, B, x_lora):
+    seen = x if x_lora is None else x_lora
+    y = x @ W.T + 0.5 * (seen @ A.T) @ B.T
+    return y if b is None else y + b
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("separate", [True, False])
+def test_no_worse_than_plain(dtype, separate):
+    x, packed, state, b, A, B, x_lora = make(dtype, separate=separate)
+    g = torch.randn(3, 7, N, dtype=dtype)
+    leaves = [t for t in (x, b, A, B, x_lora) if t is not None]
+    y = ops.qlora_linear(x, packed, state, b, A, B, 0.5, x_lora)
+    ours = [y, *torch.autograd.grad(y, leaves, g)]
+
+    def reference(to):
+        moved = {id(t): t.detach().to(to).requires_grad_() for t in leaves}
+        W = ops.dequantize_4bit(packed, state, torch.float32).to(to)
+        take = [None if t is None else moved[id(t)] for t in (x, b, A, B, x_lora)]
+        out = plain(take[0], W, *take[1:])
+        return [out, *torch.autograd.grad(out, list(moved.values()), g.to(to))]
+
+    exact, same = reference(torch.float64), reference(dtype)
+    for mine, truth, theirs in zip(ours, exact, same):
+        floor = truth.abs().max() * torch.finfo(dtype).eps  # one rounding of the largest value
+        assert (mine.double() - truth).abs().max() <= 2 * (theirs.double() - truth).abs().max() + floor
+
+
+def test_nothing_is_saved_of_W():
+    x, packed, state, b, A, B, _ = make()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        ops.qlora_linear(x, packed, state, b, A, B, 0.5)
+    assert not any(t.numel() == N * K and t.is_floating_point() for t in saved)
+    assert any(t.shape == x.shape for t in saved) and any(t.shape == (21, R) for t in saved)
+
+
+def test_the_scratch_buffer_is_reused():
+    _, packed, state, *_ = make()
+    scales = (state.absmax, state.nested_absmax, state.nested_offset)
+    args = (packed, *scales, state.quant_type, state.blocksize, list(state.shape), torch.float32)
+    assert ops.dequantize_to_scratch(*args).data_ptr() == ops.dequantize_to_scratch(*args).data_ptr()

@@ -1,0 +1,69 @@
+"""Behaviour: the commands as a user types them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import chat_rows, write_rows
+
+
+def onecard(*args):
+    done = subprocess.run([sys.executable, "-m", "onecard.cli", *map(str, args)], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def trained(checkpoint, chats, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "o"
+    code, out, err = onecard(
+        "train", "--model", checkpoint, "--data", chats, "--output", output, "--max-steps", 3, "--device", "cpu"
+    )
+    assert code == 0, err
+    return output, out
+
+
+def test_train_says_what_it_will_do_and_where_it_lies(trained):
+    output, out = trained
+    for said in (
+        "messages",
+        "share supervised",
+        "[[0 blue mugs",
+        "memory plan",
+        "learning rate",
+        "step 3/3",
+        "report.html",
+    ):
+        assert said in out, said
+    assert (output / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_generate_and_eval_with_the_adapter(trained, checkpoint, chats):
+    adapter = trained[0] / "adapter"
+    code, out, err = onecard(
+        "generate", "--model", checkpoint, "--adapter", adapter, "--prompt", "how many?", "--max-new-tokens", 8
+    )
+    assert code == 0 and out.strip(), err
+    code, out, err = onecard("eval", "--model", checkpoint, "--adapter", adapter, "--data", chats)
+    assert code == 0 and "perplexity" in out, err
+
+
+def test_chat_answers_and_ends(checkpoint):
+    done = subprocess.run(
+        [sys.executable, "-m", "onecard.cli", "chat", "--model", str(checkpoint), "--max-new-tokens", "4"],
+        input="hello\n/reset\nagain\n/quit\n",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.count("you") >= 3, done.stderr
+
+
+def test_mistakes_exit_with_2_and_no_traceback(checkpoint, tmp_path):
+    bad = write_rows(tmp_path / "d.jsonl", [*chat_rows(2), {"messages": [{"role": "robot", "content": ""}]}])
+    for args, said in (
+        (("train", "--modle", "x"), "--model"),
+        (("train", "--model", checkpoint, "--data", bad, "--output", tmp_path / "o"), "d.jsonl:3:messages[0].role"),
+        (("preview", "--model", tmp_path / "none", "--data", bad), "no such folder"),
+    ):
+        code, _, err = onecard(*args)
+        assert code == 2 and said in err and "Traceback" not in err, err

@@ -1,0 +1,274 @@
+"""Exact: what a run ends in does not depend on how the window is split, nor on where it was killed."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from onecard.config import TrainConfig, make_config
+from onecard.errors import UserError
+from onecard.train import state as state_module
+from onecard.train.session import run_training
+from onecard.train.state import load_newest, save_state
+from tests.conftest import chat_rows, make_checkpoint, write_rows
+
+
+def quiet():
+    return Console(file=open(os.devnull, "w"), width=100)
+
+
+def fields(checkpoint, chats, output, **more):
+    return {
+        "model": str(checkpoint),
+        "data": str(chats),
+        "output": str(output),
+        "device": "cpu",
+        "compute_dtype": "float32",
+        "max_seq_length": 96,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 5e-3,
+        "lora_dropout": 0.1,
+        "r": 4,
+        "save_steps": 1,
+        "save_total_limit": 50,
+        "sample_prompts": [],
+        **more,
+    }
+
+
+def run(checkpoint, chats, output, resuming=False, **more):
+    return run_training(make_config(TrainConfig, fields(checkpoint, chats, output, **more)), resuming, quiet())
+
+
+def adapter_bytes(output):
+    return (output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_learns_and_leaves_everything(checkpoint, chats, tmp_path):
+    output = tmp_path / "o"
+    result = run(checkpoint, chats, output, num_train_epochs=3, validation_split=0.1, sample_prompts=["how many?"])
+    assert result.report.loss_after < result.report.loss_before - 0.5
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, result.report.num_steps + 1))
+    assert (output / "metrics.csv").read_text().count("\n") == len(rows) + 1
+    for name in ("loss_curve.png", "report.md", "report.html", "adapter/adapter_config.json"):
+        assert (output / name).stat().st_size > 0
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), output / "adapter")
+    stored = load_file(output / "adapter" / "adapter_model.safetensors")
+    loaded = {n.replace(".default", ""): p for n, p in plain.named_parameters() if "lora" in n}
+    assert stored.keys() == loaded.keys() and all(torch.equal(stored[n], loaded[n]) for n in stored)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_any_split_of_the_window_is_the_same_update(packing, checkpoint, tmp_path):
+    # Documents of one length fill rows alike, so that each split has the same documents in its window.
+    text = " fox dog fox dog fox dog fox dog fox dog fox dog fox dog fox"
+    data = write_rows(
+        tmp_path / "d.jsonl", [{"prompt": f"{i % 10}{text}", "completion": " mug" * (1 + i % 3)} for i in range(16)]
+    )
+    adapters = []
+    for batch, accumulation in ((8, 1), (4, 2), (1, 8)):
+        output = tmp_path / f"{batch}"
+        run(
+            checkpoint,
+            data,
+            output,
+            packing=packing,
+            max_seq_length=40,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+            lora_dropout=0.0,
+            warmup_ratio=0.0,
+            learning_rate=1e-3,
+            adam_epsilon=1e-4,
+        )
+        adapters.append(load_file(output / "adapter" / "adapter_model.safetensors"))
+    for other in adapters[1:]:
+        for name, tensor in adapters[0].items():
+            assert (tensor - other[name]).abs().max() <= 1e-5, name
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"use_dora": True}])
+def test_straight_is_stop_and_resume(more, checkpoint, chats, tmp_path):
+    more = {"num_train_epochs": 2, **more}
+    straight = tmp_path / "straight"
+    result = run(checkpoint, chats, straight, **more)
+    steps = result.report.num_steps
+    assert steps > 6
+    for k in (1, steps // 2, steps // 2 + 1, steps - 1, steps):
+        output = tmp_path / f"resumed-{k}"
+        shutil.copytree(straight, output)
+        shutil.rmtree(output / "adapter")
+        for folder in (output / "checkpoints").iterdir():
+            if int(folder.name.split("-")[1]) > k:
+                shutil.rmtree(folder)
+        again = run(checkpoint, chats, output, resuming=True, **more)
+        assert adapter_bytes(output) == adapter_bytes(straight)
+        rows = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+        assert rows == list(range(1, steps + 1)) and len(again.report.metrics) == steps
+
+
+def test_checkpointing_changes_nothing(checkpoint, chats, tmp_path):
+    for name, flag in (("a", False), ("b", True)):
+        run(checkpoint, chats, tmp_path / name, gradient_checkpointing=flag, lora_dropout=0.0)
+    a, b = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_changed_run_is_not_resumed(checkpoint, chats, tmp_path):
+    output = tmp_path / "o"
+    run(checkpoint, chats, output, max_steps=2)
+    with pytest.raises(UserError, match="learning_rate"):
+        run(checkpoint, chats, output, resuming=True, max_steps=2, learning_rate=1e-3)
+    other = make_checkpoint(tmp_path / "other", initializer_range=0.3)
+    with pytest.raises(UserError, match="model is"):
+        run(other, chats, output, resuming=True, max_steps=2)
+    moved = tmp_path / "moved"
+    shutil.copytree(checkpoint, moved)
+    run(moved, chats, tmp_path / "p", max_steps=2)
+    shutil.copytree(other, moved, dirs_exist_ok=True)
+    with pytest.raises(UserError, match="base has changed"):
+        run(moved, chats, tmp_path / "p", resuming=True, max_steps=2)
+    data = write_rows(tmp_path / "d.jsonl", chat_rows(24))
+    run(checkpoint, data, tmp_path / "q", max_steps=2)
+    write_rows(data, chat_rows(23))
+    with pytest.raises(UserError, match="data has changed"):
+        run(checkpoint, data, tmp_path / "q", resuming=True, max_steps=2)
+    with pytest.raises(UserError, match="new or empty"):
+        run(checkpoint, chats, output, max_steps=2)
+
+
+def test_not_finite_stops_before_the_update(checkpoint, chats, tmp_path, monkeypatch):
+    import onecard.train.loop as loop
+
+    whole = loop.packed_loss
+
+    def broken(model, batch, num_tokens):
+        return whole(model, batch, num_tokens) * float("nan")
+
+    monkeypatch.setattr("onecard.train.session.choose_loss", lambda *args: (broken, None))
+    with pytest.raises(UserError, match="step 1; the update was not made"):
+        run(checkpoint, chats, tmp_path / "o", max_steps=2)
+
+
+def test_float16_trains(checkpoint, chats, tmp_path):
+    result = run(checkpoint, chats, tmp_path / "o", compute_dtype="float16", num_train_epochs=2)
+    losses = [row["loss"] for row in result.report.metrics]
+    assert losses[-1] < losses[0]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("call", range(12))
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(call, tmp_path, monkeypatch):
+    save = lambda step: save_state(
+        tmp_path, step, {"a": {"x": torch.full((4,), float(step))}}, {"b": {"step": step}}, 1
+    )  # noqa: E731
+    save(1)
+    count = 0
+
+    def counted(real):
+        def call_or_die(*args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == call + 1:
+                raise Killed
+            return real(*args, **kwargs)
+
+        return call_or_die
+
+    for name in ("replace", "fsync"):
+        monkeypatch.setattr(state_module.os, name, counted(getattr(os, name)))
+    monkeypatch.setattr(state_module.shutil, "rmtree", counted(shutil.rmtree))
+    try:
+        save(2)
+        done = True
+    except Killed:
+        done = False
+    monkeypatch.undo()
+    found = load_newest(tmp_path)
+    assert found is not None and found.step in ((2,) if done else (1, 2))
+    assert found.tensors["a"]["x"][0] == found.step == found.documents["b"]["step"]
+
+
+def test_a_flipped_bit_is_seen_and_the_older_one_taken(tmp_path):
+    for step in (1, 2):
+        save_state(tmp_path, step, {"a": {"x": torch.full((4,), float(step))}}, {"b": {}}, 2)
+    path = tmp_path / "checkpoint-2" / "a.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(bytes(raw))
+    found = load_newest(tmp_path)
+    assert found.step == 1 and "a.safetensors" in found.skipped[0]
+    (tmp_path / "checkpoint-1" / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="whole"):
+        load_newest(tmp_path)
+
+
+def command(config_path, *more):
+    code = "import torch; torch.set_num_threads(1); from onecard.cli import main; main()"
+    return [sys.executable, "-c", code, "train", "--config", str(config_path), *more]
+
+
+def kill_and_resume(checkpoint, chats, tmp_path, times, rng):
+    """Kill -9 at random moments until the run ends; the adapter's bytes."""
+    output = tmp_path / f"killed-{rng.random()}"
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(fields(checkpoint, chats, output, num_train_epochs=4, save_total_limit=2)))
+    kills = 0
+    while True:
+        process = subprocess.Popen(command(path, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        if kills < times:
+            # Let it come as far as the loop, then strike anywhere in it.
+            metrics, before, end = output / "metrics.jsonl", count_lines(output), time.time() + 120
+            while process.poll() is None and count_lines(output) <= before and time.time() < end:
+                time.sleep(0.02)
+            time.sleep(rng.random() * 0.4)
+            process.send_signal(signal.SIGKILL)
+            kills += metrics.exists()
+        stderr = process.communicate()[1]
+        if process.returncode == 0:
+            return adapter_bytes(output), kills
+        assert process.returncode == -signal.SIGKILL, stderr.decode()
+
+
+def count_lines(output):
+    path = output / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def straight_bytes(checkpoint, chats, tmp_path):
+    output, path = tmp_path / "straight", tmp_path / "straight.yaml"
+    path.write_text(json.dumps(fields(checkpoint, chats, output, num_train_epochs=4, save_total_limit=2)))
+    subprocess.run(command(path), check=True, stdout=subprocess.DEVNULL)
+    return adapter_bytes(output)
+
+
+def test_kill_9(checkpoint, chats, tmp_path):
+    expected = straight_bytes(checkpoint, chats, tmp_path)
+    found, kills = kill_and_resume(checkpoint, chats, tmp_path, 2, random.Random(0))
+    assert kills >= 1 and found == expected
+
+
+@pytest.mark.slow
+def test_kill_9_at_twenty_moments(checkpoint, chats, tmp_path):
+    expected, total, seed = straight_bytes(checkpoint, chats, tmp_path), 0, 1
+    while total < 20:
+        found, kills = kill_and_resume(checkpoint, chats, tmp_path, 4, random.Random(seed))
+        assert found == expected
+        total, seed = total + kills, seed + 1

@@ -1,0 +1,124 @@
+"""No worse than plain: the chunked loss. Exact to rounding: packed against apart, and any split of a window."""
+
+import pytest
+import torch
+
+import onecard
+from onecard.config import LoraSettings, TrainConfig
+from onecard.data.dataset import load_dataset
+from onecard.hf.attention import use_packed_attention
+from onecard.hf.load import load_tokenizer
+from onecard.nn.lora import lora_config
+from onecard.train import loss as loss_module
+from onecard.train.loop import choose_loss, evaluate
+from onecard.train.loss import LogitTransform, chunked_cross_entropy, packed_loss, plain_loss
+from tests.conftest import FAMILIES, make_checkpoint
+
+TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(softcap=5.0), LogitTransform(2.0, 5.0)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_chunked_cross_entropy(transform, dtype, trained_head, monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 50 * 7)  # seven rows a chunk
+    head = torch.nn.Linear(32, 50).to(dtype).requires_grad_(trained_head)
+    h, target = torch.randn(33, 32, dtype=dtype, requires_grad=True), torch.randint(0, 50, (33,))
+    ours = chunked_cross_entropy(h, head, target, transform, 33)
+    (grad,) = torch.autograd.grad(ours, h)
+
+    def plain(to):
+        x = h.detach().to(to).requires_grad_()
+        z = transform(x @ head.weight.detach().to(to).T + head.bias.detach().to(to))
+        value = torch.nn.functional.cross_entropy(z if to == torch.float64 else z.float(), target)
+        return value, torch.autograd.grad(value, x)[0]
+
+    (truth, true_grad), (same, same_grad) = plain(torch.float64), plain(dtype)
+    eps = torch.finfo(dtype).eps
+    assert abs(ours - truth) <= 2 * abs(same - truth) + eps * abs(truth)
+    worst = (same_grad.double() - true_grad).abs().max()
+    assert (grad.double() - true_grad).abs().max() <= 2 * worst + eps * true_grad.abs().max()
+
+
+def test_the_full_logits_never_exist(monkeypatch):
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 1000 * 8)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    head = torch.nn.Linear(16, 1000, bias=False).requires_grad_(False)
+    h = torch.randn(256, 16, requires_grad=True)
+    with Watch():
+        chunked_cross_entropy(h, head, torch.randint(0, 1000, (256,)), LogitTransform(), 256).backward()
+    assert largest <= 16_000  # the head itself; all logits would be 256,000
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """Each family with an adapter that does something, and data."""
+    from peft import get_peft_model
+
+    made = {}
+
+    def get(family):
+        if family not in made:
+            extra = {"sliding_window": 8} if family in ("mistral", "gemma2") else {}
+            folder = make_checkpoint(tmp_path_factory.mktemp(family), family, **extra)
+            model = get_peft_model(
+                onecard.load_model(str(folder), compute_dtype="float32", device="cpu"), lora_config(LoraSettings())
+            )
+            for name, p in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(p, std=0.05, generator=torch.Generator().manual_seed(1))
+            made[family] = (model, load_tokenizer(str(folder)))
+        return made[family]
+
+    return get
+
+
+def config_for(chats, **fields):
+    return TrainConfig(model="m", data=str(chats), output="o", **fields)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_packed_documents_do_not_see_each_other(family, tuned, chats):
+    model, tokenizer = tuned(family)
+    dataset = load_dataset(str(chats), tokenizer, config_for(chats))
+    from onecard.data.packing import collate
+
+    base = model.get_base_model()
+    batch = collate(dataset.examples[:4])
+    num_tokens = sum(example.num_supervised for example in dataset.examples[:4])
+    apart = plain_loss(base, batch, num_tokens)
+    apart.backward()
+    wanted = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    with use_packed_attention(base):
+        packed = packed_loss(base, batch, num_tokens)
+        packed.backward()
+    # The same float32 sums in another order.
+    assert abs(packed - apart) <= 1e-5 * abs(apart)
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            assert (p.grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-7, name
+    model.zero_grad()
+    assert choose_loss(model, dataset) == (packed_loss, None)
+
+
+def test_evaluate_is_the_models_own_loss(tuned, chats):
+    model, tokenizer = tuned("llama")
+    dataset = load_dataset(str(chats), tokenizer, config_for(chats))
+    total = num_tokens = 0.0
+    for example in dataset.examples:
+        labels = torch.tensor([example.labels])
+        count = example.num_supervised
+        total += model(torch.tensor([example.input_ids]), labels=labels).loss.item() * count
+        num_tokens += count
+    assert abs(evaluate(model, dataset) - total / num_tokens) <= 1e-5 * total / num_tokens
