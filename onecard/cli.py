@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -19,8 +19,11 @@ app = App(
     help="Fine-tune language models up to the 100-billion class on one card.",
     version_flags=["--version"],
 )
-TrainFlags: Any = partial(TrainConfig)
-DataFlags: Any = partial(DataConfig)
+if TYPE_CHECKING:
+    TrainFields = DataFields = Any
+else:
+    TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
+    DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -41,7 +44,7 @@ def demo(output: str = "demo-run") -> None:
 @app.command
 def train(
     *,
-    fields: Annotated[TrainFlags | None, Parameter(name="*")] = None,
+    fields: TrainFields = None,
     config: str | None = None,
     resume: bool = False,
 ) -> None:
@@ -61,9 +64,7 @@ def train(
 
 
 @app.command
-def preview(
-    model: str, data: str, fields: Annotated[DataFlags | None, Parameter(name="*")] = None, *, num_examples: int = 3
-) -> None:
+def preview(model: str, data: str, fields: DataFields = None, *, num_examples: int = 3) -> None:
     """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
 
     Parameters
@@ -139,7 +140,7 @@ def evaluate(
     model: str,
     data: str,
     adapter: str | None = None,
-    fields: Annotated[DataFlags | None, Parameter(name="*")] = None,
+    fields: DataFields = None,
     *,
     compute_dtype: ComputeDtype = "auto",
     device: str = "auto",

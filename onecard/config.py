@@ -16,6 +16,7 @@ from onecard.errors import UserError, did_you_mean
 QUANT_TYPES = ("nf4", "fp4", "int4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
+ROW_MULTIPLE = 64  # rows are filled up to a multiple of it: a product has few shapes, each prepared once
 LOGITS_CHUNK_BYTES = 32 << 20  # float32 logits that exist at a time
 
 QuantType = Literal["nf4", "fp4", "int4"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from onecard.config import ROW_MULTIPLE
 from onecard.data.packing import collate, pack
 from onecard.data.template import Example
 
@@ -46,7 +47,7 @@ class Loader:
             self.epoch, self.batch = self.epoch + 1, 0
         indices = self.batches(self.epoch)[self.batch]
         self.batch += 1
-        return collate([self.examples[index] for index in indices])
+        return collate([self.examples[index] for index in indices], ROW_MULTIPLE)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batch": self.batch}

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from onecard.data.template import Example
+from onecard.data.template import IGNORE, Example
 
 
 def pack(lengths: Sequence[int], max_seq_length: int) -> list[list[int]]:
@@ -37,8 +37,8 @@ def pack(lengths: Sequence[int], max_seq_length: int) -> list[list[int]]:
     return rows
 
 
-def collate(examples: Sequence[Example]) -> dict[str, Any]:
-    """Documents side by side in one row.
+def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]:
+    """Documents side by side in one row; a last document of nothing fills it up to `multiple_of` tokens.
 
     Returns:
         input_ids, labels, position_ids: int64 (1, T), positions starting at 0 in each document;
@@ -49,6 +49,12 @@ def collate(examples: Sequence[Example]) -> dict[str, Any]:
         input_ids += example.input_ids
         labels += example.labels
         positions += range(len(example.input_ids))
+        ends.append(len(input_ids))
+    filler = -len(input_ids) % multiple_of
+    if filler:
+        input_ids += [0] * filler
+        labels += [IGNORE] * filler
+        positions += range(filler)
         ends.append(len(input_ids))
     return {
         "input_ids": torch.tensor([input_ids]),

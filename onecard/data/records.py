@@ -6,13 +6,12 @@ Formats, recognised by the rows' keys: chat `messages` (OpenAI), `prompt`/`compl
 
 from __future__ import annotations
 
-import csv
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onecard.data.files import BadRow, describe, read_rows, shown
 from onecard.errors import UserError
 
 KEYS = {
@@ -65,14 +64,6 @@ class Records:
     bad: list[UserError] = field(default_factory=list)
 
 
-class BadRow(Exception):
-    """A row that cannot be used: field, what must hold, what was found."""
-
-    def __init__(self, field: str, must: str, found: str):
-        self.field, self.must, self.found = field, must, found
-        super().__init__(field, must, found)
-
-
 def read_records(path: str | Path, format: str = "auto", on_bad_rows: str = "error") -> Records:
     """Read a data file.
 
@@ -119,108 +110,6 @@ def raise_bad_rows(bad: list[UserError]) -> None:
     if len(bad) > SHOWN_ERRORS:
         lines.append(f"and {len(bad) - SHOWN_ERRORS} more")
     raise UserError("every row must be usable", f"{len(bad)} bad rows\n    " + "\n    ".join(lines), FIX)
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """(line, row) of a file; a row that cannot be parsed comes as a BadRow."""
-    readers = {".jsonl": jsonl, ".ndjson": jsonl, ".json": json_file, ".csv": csv_file, ".parquet": parquet}
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise UserError("the data must be a file", found, "check the path", str(path))
-    if path.suffix.lower() not in readers:
-        raise UserError(
-            "the data file's name must end in .jsonl, .json, .csv or .parquet",
-            repr(path.suffix),
-            "convert or rename it",
-            str(path),
-        )
-    if path.stat().st_size == 0:
-        raise UserError("the data file must have rows", "an empty file", "check the file", str(path))
-    yield from readers[path.suffix.lower()](path)
-
-
-def jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, 1):
-            if line == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.strip():
-                yield line, parse_row(raw)
-
-
-def parse_row(raw: bytes) -> dict[str, Any] | BadRow:
-    """A JSON object from one line of bytes."""
-    try:
-        return checked_row(json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys))
-    except UnicodeDecodeError as error:
-        return BadRow("row", "a row must be UTF-8", f"byte 0x{raw[error.start]:02x} at column {error.start + 1}")
-    except json.JSONDecodeError as error:
-        return BadRow("row", "a row must be JSON", f"{error.msg} at column {error.colno}")
-    except RecursionError:
-        return BadRow("row", "a row must be an object of plain fields", "JSON nested too deep")
-    except BadRow as error:
-        return error
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRow(twice, "a key must occur once in an object", f'"{twice}" twice')
-    return made
-
-
-def checked_row(row: Any) -> dict[str, Any] | BadRow:
-    if not isinstance(row, dict):
-        return BadRow("row", "a row must be a JSON object", describe(row))
-    return row
-
-
-def json_file(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    """An array of objects, numbered from 1; or JSON lines under the wrong name."""
-    raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not raw.lstrip().startswith(b"["):
-        yield from jsonl(path)
-        return
-    try:
-        rows = json.loads(raw.decode("utf-8"), object_pairs_hook=unique_keys)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError, BadRow) as error:
-        raise UserError("a .json file must hold an array of objects", str(error), "correct it", str(path)) from None
-    for number, row in enumerate(rows, 1):
-        yield number, checked_row(row)
-
-
-def csv_file(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    csv.field_size_limit(1 << 30)
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            header = next(reader)
-            line = reader.line_num
-            for cells in reader:
-                start, line = line + 1, reader.line_num
-                if len(cells) == len(header):
-                    yield start, dict(zip(header, cells))
-                elif cells:
-                    found = f"{len(cells)} cells under {len(header)} columns"
-                    yield start, BadRow("row", "a row must have a cell for each column", found)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError("the file must be UTF-8 CSV with a header", str(error), "correct it", str(path)) from None
-
-
-def parquet(path: Path) -> Iterator[tuple[int, dict[str, Any] | BadRow]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1024):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError("the file must be readable Parquet", str(error), "write it again", str(path)) from None
 
 
 def recognise(rows: list[tuple[int, dict[str, Any]]], path: str | Path) -> str:
@@ -330,11 +219,3 @@ def check_part(field: str, part: Any) -> str:
     if not isinstance(part, dict) or part.get("type") != "text":
         raise BadRow(field, "a part must be of type text", describe(part))
     return check_text(f"{field}.text", part.get("text"), empty=True)
-
-
-def describe(value: Any) -> str:
-    """What was found, briefly."""
-    if value is None:
-        return "null"
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"

@@ -57,14 +57,18 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
 
 def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
     """Raise UserError if a text holds a special token's spelling: it would become the control token."""
-    texts = [("text", record.text), ("prompt", record.prompt), ("completion", record.completion)]
+    texts: list[tuple[str, str | None]] = [
+        ("text", record.text),
+        ("prompt", record.prompt),
+        ("completion", record.completion),
+    ]
     for i, turn in enumerate(record.messages or ()):
         texts.append((f"messages[{i}].content", turn["content"]))
     specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     specials |= set(tokenizer.all_special_tokens)
     for field, text in texts:
-        for special in specials if text else ():
-            if special and special in text:
+        for special in specials:
+            if text and special and special in text:
                 raise UserError(
                     "text must not hold the tokenizer's control tokens",
                     f"{special!r} at {text.index(special)}",

@@ -96,7 +96,7 @@ def supports_packing(model: PreTrainedModel) -> bool:
 @contextmanager
 def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's attention is `packed_attention`; outside, what it was."""
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:
         yield

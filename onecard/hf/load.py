@@ -50,6 +50,7 @@ def load_model(
     target = pick_device(device)
     dtype = pick_compute_dtype(compute_dtype, target)
     config = BitsAndBytesConfig(
+        load_in_4bit=True,
         bnb_4bit_quant_type=checked.quant_type,
         bnb_4bit_blocksize=checked.blocksize,
         bnb_4bit_use_double_quant=checked.double_quant,
@@ -88,7 +89,7 @@ def from_pretrained(
     """transformers' load with every complaint of its report turned into an error."""
     stored = stored_dtype(folder)
     narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=config,
         dtype=narrow,
@@ -98,6 +99,7 @@ def from_pretrained(
         ignore_mismatched_sizes=True,  # so that they are in the report, by name
         output_loading_info=True,
     )
+    model, report = loaded
     check_report(report, folder)
     if narrow != compute_dtype:
         compute_in(model, compute_dtype)
@@ -178,7 +180,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's bytes without a copy where it lies in host memory."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def load_tokenizer(model: str) -> Any:

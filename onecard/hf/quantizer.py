@@ -27,7 +27,6 @@ from onecard.nn.linear import Linear4bit
 METHOD = "onecard"
 
 
-@register_quantization_config(METHOD)
 class BitsAndBytesConfig(QuantizationConfigMixin):
     """transformers' BitsAndBytesConfig for 4 bits, computed by onecard; the arguments and defaults are its own.
 
@@ -68,7 +67,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
             "blocksize": bnb_4bit_blocksize,
         }
         checked = make_config(QuantConfig, fields, where)
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         self.load_in_4bit = True
         self.bnb_4bit_compute_dtype = as_dtype(bnb_4bit_compute_dtype or torch.float32)
         self.bnb_4bit_quant_type = checked.quant_type
@@ -92,7 +91,7 @@ class Quantize4bit(ConversionOps):
     """One linear's weight in, its codes out; the QuantState goes to the module."""
 
     def __init__(self, hf_quantizer: OnecardQuantizer):
-        self.hf_quantizer = hf_quantizer
+        self.hf_quantizer: Any = hf_quantizer
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name=None, model: Any = None, **kwargs: Any
@@ -135,7 +134,6 @@ def check_shape(W: Tensor, expected: tuple[int, int], name: str) -> None:
         )
 
 
-@register_quantizer(METHOD)
 class OnecardQuantizer(HfQuantizer):
     """Puts Linear4bit in place of a model's linears and quantizes their weights as they are read."""
 
@@ -173,7 +171,8 @@ class OnecardQuantizer(HfQuantizer):
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         config: Any = self.quantization_config
-        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, model._keep_in_fp32_modules)
+        kept: Any = model._keep_in_fp32_modules
+        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept)
         for name, module in list(model.named_modules()):
             if not isinstance(module, (nn.Linear, Conv1D)) or not should_convert_module(name, skip):
                 continue
@@ -192,6 +191,10 @@ class OnecardQuantizer(HfQuantizer):
         check_loaded(model)
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate ask for it
         return model
+
+
+register_quantization_config(METHOD)(BitsAndBytesConfig)
+register_quantizer(METHOD)(OnecardQuantizer)
 
 
 def check_loaded(model: nn.Module) -> None:

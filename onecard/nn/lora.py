@@ -25,17 +25,19 @@ class LoraLinear4bit(PeftLinear):
         name = self.plain_adapter()
         if name is None or args or kwargs:
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         x_in = x.to(base.compute_dtype or x.dtype)
         dropout = self.lora_dropout[name]
+        adapter_A: Any = self.lora_A[name]
+        adapter_B: Any = self.lora_B[name]
         active = self.training and not isinstance(dropout, nn.Identity)
         y = ops.qlora_linear(
             x_in,
             base.weight,
             base.state,
             base.bias,
-            self.lora_A[name].weight,
-            self.lora_B[name].weight,
+            adapter_A.weight,
+            adapter_B.weight,
             self.scaling[name],
             dropout(x_in) if active else None,
         )

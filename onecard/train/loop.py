@@ -282,7 +282,7 @@ def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> f
     training = model.training
     model.eval()
     total, num_tokens = 0.0, 0
-    device = model.get_input_embeddings().weight.device
+    device = next(model.parameters()).device
     loader = Loader(dataset.examples, dataset.max_seq_length, True, 1, 0)
     with torch.no_grad():
         for _ in range(loader.num_batches(0)):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from onecard.config import LOGITS_CHUNK_BYTES
+from onecard.config import LOGITS_CHUNK_BYTES, ROW_MULTIPLE
 from onecard.nn.embedding import project, project_back
 
 IGNORE = -100
@@ -54,18 +54,21 @@ class LogitTransform:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_PH, W_VH, bias, target_P, transform, num_tokens):
+        num_positions = len(target_P)
+        filler = -num_positions % ROW_MULTIPLE
+        h_PH, target_P = nn.functional.pad(h_PH, (0, 0, 0, filler)), nn.functional.pad(target_P, (0, filler))
         grad_PH = torch.empty_like(h_PH)
-        loss = h_PH.new_zeros((), dtype=torch.float64)
-        rows = max(1, LOGITS_CHUNK_BYTES // (4 * W_VH.shape[0]))
+        losses = []
+        rows = chunk_rows(W_VH.shape[0])
         for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
             z = transform(project(h, W_VH, bias).float())
             logsumexp = z.logsumexp(-1)
-            at_target = z.gather(1, target[:, None])[:, 0]
-            loss += (logsumexp - at_target).double().sum()
+            losses.append(logsumexp - z.gather(1, target[:, None])[:, 0])
             dz = torch.exp(z - logsumexp[:, None])
             dz[torch.arange(len(target), device=z.device), target] -= 1
             grad.copy_(project_back(transform.backward(dz.div_(num_tokens), z).to(h.dtype), W_VH))
-        ctx.save_for_backward(grad_PH)
+        ctx.save_for_backward(grad_PH[:num_positions])
+        loss = torch.cat(losses)[:num_positions].double().sum()
         return (loss / num_tokens).float()
 
     @staticmethod
@@ -92,11 +95,16 @@ def chunked_cross_entropy(
         z = transform(head(h).float())
         return nn.functional.cross_entropy(z, target, reduction="sum")
 
-    vocabulary = getattr(head, "out_features", None) or 1 << 16
-    rows = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
+    rows = chunk_rows(getattr(head, "out_features", None) or 1 << 16)
     pairs = zip(h_PH.split(rows), target_P.split(rows))
     parts = [checkpoint(part, h, target, use_reentrant=False) for h, target in pairs]
     return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Rows of logits worked on at a time: as many as fit LOGITS_CHUNK_BYTES, a multiple of ROW_MULTIPLE."""
+    rows = LOGITS_CHUNK_BYTES // (4 * vocab_size)
+    return max(rows - rows % ROW_MULTIPLE, ROW_MULTIPLE)
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +125,7 @@ def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) 
         cu_seqlens=batch["cu_seqlens"],
     ).last_hidden_state
     position, target = supervised(batch["labels"])
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     return chunked_cross_entropy(hidden[0, position], head, target, LogitTransform.of(model.config), num_tokens)
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow"
 class Metrics:
     """Writes each step's numbers; a resumed run first drops what it is about to repeat."""
 
-    def __init__(self, output: Path, loggers: list[str], config: dict[str, Any], resume_step: int = 0):
+    def __init__(self, output: Path, loggers: Sequence[str], config: dict[str, Any], resume_step: int = 0):
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / "metrics.jsonl"
         self.rows = [row for row in read_rows(self.path) if row["step"] <= resume_step]
@@ -67,7 +68,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def csv_text(rows: list[dict[str, Any]], header: bool = False) -> str:
     """CSV lines; with `header` the first row stands for the column names."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer: Any = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     if header:
         writer.writeheader()
         rows = rows[1:]

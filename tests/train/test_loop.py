@@ -176,9 +176,9 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("call", range(12))
 def test_a_kill_while_saving_leaves_a_whole_checkpoint(call, tmp_path, monkeypatch):
-    save = lambda step: save_state(
-        tmp_path, step, {"a": {"x": torch.full((4,), float(step))}}, {"b": {"step": step}}, 1
-    )  # noqa: E731
+    def save(step):
+        save_state(tmp_path, step, {"a": {"x": torch.full((4,), float(step))}}, {"b": {"step": step}}, 1)
+
     save(1)
     count = 0
 

@@ -22,10 +22,10 @@ TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(softca
 @pytest.mark.parametrize("trained_head", [False, True])
 def test_chunked_cross_entropy(transform, dtype, trained_head, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 50 * 7)  # seven rows a chunk
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 1)  # 64 rows a chunk
     head = torch.nn.Linear(32, 50).to(dtype).requires_grad_(trained_head)
-    h, target = torch.randn(33, 32, dtype=dtype, requires_grad=True), torch.randint(0, 50, (33,))
-    ours = chunked_cross_entropy(h, head, target, transform, 33)
+    h, target = torch.randn(150, 32, dtype=dtype, requires_grad=True), torch.randint(0, 50, (150,))
+    ours = chunked_cross_entropy(h, head, target, transform, 150)
     (grad,) = torch.autograd.grad(ours, h)
 
     def plain(to):
@@ -42,7 +42,7 @@ def test_chunked_cross_entropy(transform, dtype, trained_head, monkeypatch):
 
 
 def test_the_full_logits_never_exist(monkeypatch):
-    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 1000 * 8)
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 1000 * 64)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -54,10 +54,10 @@ def test_the_full_logits_never_exist(monkeypatch):
             return out
 
     head = torch.nn.Linear(16, 1000, bias=False).requires_grad_(False)
-    h = torch.randn(256, 16, requires_grad=True)
+    h = torch.randn(1024, 16, requires_grad=True)
     with Watch():
-        chunked_cross_entropy(h, head, torch.randint(0, 1000, (256,)), LogitTransform(), 256).backward()
-    assert largest <= 16_000  # the head itself; all logits would be 256,000
+        chunked_cross_entropy(h, head, torch.randint(0, 1000, (1024,)), LogitTransform(), 1024).backward()
+    assert largest <= 64_000  # one chunk; all logits would be 1,024,000
 
 
 @pytest.fixture(scope="module")
