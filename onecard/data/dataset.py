@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from array import array
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
 from onecard.config import DataConfig
-from onecard.data.records import BadRow, Record, raise_bad_rows, read_records, row_error
+from onecard.data.files import BadRow
+from onecard.data.records import Record, Records, line_of, raise_bad_rows, read_records, row_error
 from onecard.data.template import Example, encode
 from onecard.errors import UserError
 
@@ -25,6 +27,15 @@ class Dataset:
     num_truncated: int = 0
     num_unsupervised: int = 0
     bad: list[UserError] = field(default_factory=list)
+
+    @property
+    def num_records(self) -> int:
+        """Rows read: those kept, those dropped with nothing to learn and the bad ones."""
+        return len(self.examples) + self.num_unsupervised + self.num_skipped
+
+    @property
+    def num_skipped(self) -> int:
+        return len(self.bad)
 
     @property
     def num_tokens(self) -> int:
@@ -68,26 +79,29 @@ class Dataset:
         return replace(self, examples=examples, records=records, num_truncated=truncated)
 
 
-def load_dataset(path: str, tokenizer, config: DataConfig) -> Dataset:
-    """Read, check and tokenize a data file.
+def load_dataset(path: str, tokenizer: Any, config: DataConfig) -> Dataset:
+    """Read, check and tokenize a data file. Raises UserError as read_records and prepare do."""
+    return prepare(read_records(path, config.format, "skip"), tokenizer, config)
+
+
+def prepare(read: Records, tokenizer: Any, config: DataConfig) -> Dataset:
+    """Tokenize records.
 
     Raises:
-        UserError: as read_records and encode; also when no example has anything to learn.
+        UserError: the bad rows of reading and of tokenizing in one list, unless they are skipped or nothing
+            else is left; no example has anything to learn.
     """
-    read = read_records(path, config.format, config.on_bad_rows)
-    dataset = Dataset([], [], read.format, config.max_seq_length, bad=read.bad)
-    refused = []
+    dataset = Dataset([], [], read.format, config.max_seq_length, bad=list(read.bad))
     for record in read.records:
         try:
             example = encode(record, tokenizer, config.max_seq_length)
+            if len(example.input_ids) < 2:
+                short = BadRow("row", "an example must have two tokens", str(len(example.input_ids)))
+                raise row_error(record.file, record.line, short)
         except UserError as error:
             if error.where is None or not error.where.startswith(f"{record.where}:"):
                 raise
-            refused.append(error)
-            continue
-        if len(example.input_ids) < 2:
-            short = BadRow("row", "an example must have two tokens", f"{len(example.input_ids)}")
-            refused.append(row_error(record.file, record.line, short))
+            dataset.bad.append(error)
             continue
         dataset.num_truncated += example.truncated
         if example.num_supervised == 0:
@@ -95,14 +109,14 @@ def load_dataset(path: str, tokenizer, config: DataConfig) -> Dataset:
             continue
         dataset.examples.append(example)
         dataset.records.append(record)
+    dataset.bad.sort(key=lambda error: line_of(error, read.file))
     if config.on_bad_rows == "error" or not (dataset.examples or dataset.num_unsupervised):
-        raise_bad_rows(refused)
-    dataset.bad += refused
+        raise_bad_rows(dataset.bad)
     if not dataset.examples:
         raise UserError(
             "an example must have a token to learn",
             f"none in {dataset.num_unsupervised} examples cut to {config.max_seq_length} tokens",
             "raise --max-seq-length, or shorten the prompts",
-            path,
+            read.file,
         )
     return dataset

@@ -1,8 +1,8 @@
-"""From bytes to rows: JSONL, JSON, CSV and Parquet, each row with its line; what cannot be parsed is a BadRow.
+"""From bytes to rows: JSONL, JSON, CSV and Parquet, each row with its line; what is no row is a BadRow.
 
-A bad row must not hide the ones after it, so every reader goes on where its format allows: JSON lines and CSV
-always, a JSON array up to its first error of syntax. Numbers are lines of the file, 1-based; rows in a JSON array
-and in Parquet.
+A bad row must not hide the ones after it, so every reader goes on where its format allows: JSON lines and
+CSV always, a JSON array up to its first error of syntax. Numbers are lines of the file, 1-based; rows in a
+JSON array and in Parquet.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ def parse_row(raw: bytes) -> dict[str, Any] | BadRow:
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=partial(to_object, repeated))
     except UnicodeDecodeError as error:
-        return BadRow("row", "a row must be UTF-8", f"byte 0x{raw[error.start]:02x} at column {error.start + 1}")
+        found = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
+        return BadRow("row", "a row must be UTF-8", found)
     except json.JSONDecodeError as error:
         return BadRow("row", "a row must be JSON", f"{error.msg} at column {error.colno}")
     except RecursionError:

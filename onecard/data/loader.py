@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
 from typing import Any
@@ -29,7 +30,7 @@ class Loader:
 
     def _batches(self, epoch: int) -> list[list[int]]:
         """The epoch's micro-batches as lists of example indices."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         rows = [[index] for index in order]
         if self.packing:
@@ -40,6 +41,11 @@ class Loader:
 
     def num_batches(self, epoch: int) -> int:
         return len(self.batches(epoch))
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Micro-batches for ever, from where the loader stands."""
+        while True:
+            yield self.next_batch()
 
     def next_batch(self) -> dict[str, Any]:
         """The next micro-batch, as `collate` makes it."""

@@ -47,7 +47,7 @@ def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]
     input_ids, labels, positions, ends = [], [], [], [0]
     for example in examples:
         input_ids += example.input_ids
-        labels += example.labels
+        labels += [IGNORE, *example.labels[1:]]  # never predicted: what comes before is another document
         positions += range(len(example.input_ids))
         ends.append(len(input_ids))
     filler = -len(input_ids) % multiple_of

@@ -9,10 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 from onecard.data.dataset import Dataset
+from onecard.data.files import shown
 from onecard.data.packing import pack
 from onecard.data.template import IGNORE, Example
 
 SHOWN_TOKENS = 400
+SHOWN_BAD = 10
 
 
 def render_example(example: Example, tokenizer: Any, colour: bool) -> Text:
@@ -21,7 +23,7 @@ def render_example(example: Example, tokenizer: Any, colour: bool) -> Text:
     for start, end, learned in runs(example.labels[:SHOWN_TOKENS]):
         piece = tokenizer.decode(example.input_ids[start:end], skip_special_tokens=False)
         piece = piece.replace("\n", "↵\n").replace("\t", "→\t")
-        piece = "".join(c if c in "\n\t" or c.isprintable() else f"\\x{ord(c):02x}" for c in piece)
+        piece = "".join(c if c in "\n\t" else shown(c) for c in piece)
         if not colour and learned:
             piece = f"[[{piece}]]"
         text.append(piece, style="bold green" if learned else "dim")
@@ -52,7 +54,9 @@ def render_counts(dataset: Dataset, packing: bool) -> Table:
     for name, value in dataset.summary().items():
         table.add_row(name, f"{value:,}" if isinstance(value, int) else value)
     table.add_row("share supervised", f"{dataset.num_supervised_tokens / tokens:.1%}")
-    table.add_row("share truncated", f"{dataset.num_truncated / len(dataset.examples):.1%}")
+    table.add_row(
+        "share truncated", f"{dataset.num_truncated / (len(dataset.examples) + dataset.num_unsupervised):.1%}"
+    )
     if packing:
         rows = pack([len(example.input_ids) for example in dataset.examples], dataset.max_seq_length)
         table.add_row("packed rows", f"{len(rows):,}, {tokens / (len(rows) * dataset.max_seq_length):.1%} full")
@@ -64,6 +68,8 @@ def render_preview(dataset: Dataset, tokenizer: Any, packing: bool, num_examples
     parts: list[RenderableType] = [render_counts(dataset, packing)]
     for example in dataset.examples[:num_examples]:
         parts += [Text(f"\n{example.where}", style="underline"), render_example(example, tokenizer, colour)]
-    for error in dataset.bad[:10]:
+    for error in dataset.bad[:SHOWN_BAD]:
         parts.append(Text(f"skipped {error.where}: {error.must}; found {error.found}", style="yellow"))
+    if len(dataset.bad) > SHOWN_BAD:
+        parts.append(Text(f"and {len(dataset.bad) - SHOWN_BAD} more", style="yellow"))
     return Group(*parts)

@@ -1,12 +1,13 @@
 """A data file's rows as records, each with its file and line; every bad row told as file:line:field.
 
 Formats, recognised by the rows' keys: chat `messages` (OpenAI), `prompt`/`completion`, alpaca (`instruction`,
-`input`, `output`), ShareGPT `conversations`, plain `text`. Files: JSONL, JSON, CSV, Parquet.
+`input`, `output`), ShareGPT `conversations`, plain `text`. `files.py` reads the files themselves.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,23 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
+    "function_response": "tool",
 }
+EXTRA = ("name", "tool_call_id", "reasoning_content")  # of a message, handed to the chat template
 SHOWN_ERRORS = 20
 FIX = "correct the row, or pass --on-bad-rows skip"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One example before tokenization: `messages` for a chat, else `prompt` and `completion`, or `text`."""
+    """One example before tokenization: `messages` for a chat, else `prompt` and `completion`, or `text`.
+
+    Attributes:
+        line: 1-based line of the file; the row's number in Parquet and JSON arrays.
+        num_prompt_messages: messages at the head that are never learned: a prompt of messages, as trl has it.
+        fields: what the file calls each message's content, for errors; empty where it is messages[i].content.
+    """
 
     file: str
     line: int
@@ -49,6 +59,19 @@ class Record:
     completion: str | None = None
     text: str | None = None
     alpaca: bool = False
+    num_prompt_messages: int = 0
+    fields: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """chat, completion or text."""
+        if self.messages is not None:
+            return "chat"
+        return "text" if self.text is not None else "completion"
+
+    def field_of(self, i: int) -> str:
+        """What the file calls message i's content."""
+        return self.fields[i] if self.fields else f"messages[{i}].content"
 
     @property
     def where(self) -> str:
@@ -62,6 +85,11 @@ class Records:
     records: list[Record]
     format: str
     bad: list[UserError] = field(default_factory=list)
+    file: str = ""
+
+    @property
+    def num_skipped(self) -> int:
+        return len(self.bad)
 
 
 def read_records(path: str | Path, format: str = "auto", on_bad_rows: str = "error") -> Records:
@@ -90,14 +118,19 @@ def read_records(path: str | Path, format: str = "auto", on_bad_rows: str = "err
             records.append(to_record(name, row, str(path), line))
         except BadRow as error:
             bad.append(row_error(path, line, error))
-    bad.sort(key=lambda error: int((error.where or "").removeprefix(f"{path}:").split(":")[0]))
+    bad.sort(key=lambda error: line_of(error, str(path)))
     if on_bad_rows == "error" or not records:
         raise_bad_rows(bad)
-    return Records(records, name, bad)
+    return Records(records, name, bad, str(path))
 
 
 def row_error(path: str | Path, line: int, error: BadRow) -> UserError:
-    return UserError(error.must, error.found, FIX, f"{path}:{line}:{error.field}")
+    return UserError(error.must, shown(error.found), FIX, f"{path}:{line}:{shown(error.field)}")
+
+
+def line_of(error: UserError, file: str) -> int:
+    """The line of a bad row's error."""
+    return int((error.where or "").removeprefix(f"{file}:").split(":")[0])
 
 
 def raise_bad_rows(bad: list[UserError]) -> None:
@@ -118,7 +151,7 @@ def recognise(rows: list[tuple[int, dict[str, Any]]], path: str | Path) -> str:
     counts = {name: sum(all(key in row for key in keys) for row in first) for name, keys in KEYS.items()}
     best = max(counts, key=lambda name: counts[name])
     if counts[best] == 0:
-        keys = sorted({str(key) for row in first for key in row})
+        keys = sorted({shown(str(key))[:40] for row in first for key in row})
         formats = "; ".join(f"{name}: {', '.join(keys)}" for name, keys in KEYS.items())
         raise UserError(
             f"rows must have the keys of a known format ({formats})",
@@ -133,7 +166,8 @@ def to_record(format: str, row: dict[str, Any], file: str, line: int) -> Record:
     """Check one row and make it a Record. Raises BadRow."""
     for key in KEYS[format]:
         if key not in row:
-            raise BadRow(key, f'a row of format {format} must have "{key}"', f"keys {', '.join(row) or 'none'}")
+            found = f"keys {', '.join(list(row)[:12]) or 'none'}"
+            raise BadRow(key, f'a row of format {format} must have "{key}"', found)
     if format == "text":
         return Record(file, line, text=check_text("text", row["text"]))
     if format == "alpaca":
@@ -141,20 +175,36 @@ def to_record(format: str, row: dict[str, Any], file: str, line: int) -> Record:
     if format == "messages":
         return Record(file, line, messages=check_chat("messages", row["messages"]))
     if format == "sharegpt":
-        return Record(file, line, messages=check_chat("conversations", from_sharegpt(row["conversations"])))
-    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
-        return Record(file, line, messages=check_chat("completion", row["prompt"] + row["completion"]))
-    prompt = check_text("prompt", row["prompt"], empty=True)
-    return Record(file, line, prompt=prompt, completion=check_text("completion", row["completion"]))
+        turns = from_sharegpt(row["conversations"])
+        names = tuple(f"conversations[{i}]" for i in range(len(turns)))
+        chat = check_chat("conversations", turns, names, "value")
+        return Record(file, line, messages=chat, fields=tuple(f"{name}.value" for name in names))
+    return pair_record(row, file, line)
+
+
+def pair_record(row: dict[str, Any], file: str, line: int) -> Record:
+    """prompt and completion: two strings, or two lists of messages of which the completion's are learned."""
+    prompt, completion = row["prompt"], row["completion"]
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        prompt = check_text("prompt", prompt, empty=True)
+        return Record(file, line, prompt=prompt, completion=check_text("completion", completion))
+    if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion):
+        raise BadRow("completion", "a completion must have an assistant message", describe(completion))
+    names = [f"prompt[{i}]" for i in range(len(prompt))]
+    names += [f"completion[{i}]" for i in range(len(completion))]
+    chat = check_chat("prompt", prompt + completion, names)
+    fields = tuple(f"{name}.content" for name in names)
+    return Record(file, line, messages=chat, num_prompt_messages=len(prompt), fields=fields)
 
 
 def alpaca_record(row: dict[str, Any], file: str, line: int) -> Record:
     asked = check_text("instruction", row["instruction"])
-    more = check_text("input", row.get("input") or "", empty=True)
+    more = row.get("input")
+    more = check_text("input", "" if more is None else more, empty=True)
     answer = check_text("output", row["output"])
     user = f"{asked}\n\n{more}" if more.strip() else asked
     turns = ({"role": "user", "content": user}, {"role": "assistant", "content": answer})
-    return Record(file, line, messages=turns, alpaca=True)
+    return Record(file, line, messages=turns, alpaca=True, fields=("instruction", "output"))
 
 
 def check_text(field: str, value: Any, empty: bool = False) -> str:
@@ -169,10 +219,10 @@ def check_text(field: str, value: Any, empty: bool = False) -> str:
     return value
 
 
-def from_sharegpt(turns: Any) -> Any:
-    """ShareGPT's from/value as role/content; what is not so is left for check_chat to tell."""
+def from_sharegpt(turns: Any) -> list[dict[str, Any]]:
+    """ShareGPT's from/value as role/content; a missing value is left for check_chat to tell."""
     if not isinstance(turns, list):
-        return turns
+        raise BadRow("conversations", "conversations must be a list of turns", describe(turns))
     made = []
     for i, turn in enumerate(turns):
         if not isinstance(turn, dict) or "from" not in turn:
@@ -185,34 +235,74 @@ def from_sharegpt(turns: Any) -> Any:
     return made
 
 
-def check_chat(field: str, turns: Any) -> tuple[dict[str, Any], ...]:
-    """Check a list of messages; parts of text are joined."""
+def check_chat(
+    field: str, turns: Any, names: Sequence[str] | None = None, content: str = "content"
+) -> tuple[dict[str, Any], ...]:
+    """Check a list of messages; parts of text are joined.
+
+    Args:
+        names: what the file calls each message; default field[i].
+        content: what the file calls a message's content.
+    """
     if not isinstance(turns, list) or not turns:
         raise BadRow(field, f"{field} must be a list of messages", describe(turns))
-    made = tuple(check_turn(f"{field}[{i}]", turn) for i, turn in enumerate(turns))
+    names = names or [f"{field}[{i}]" for i in range(len(turns))]
+    made = tuple(check_turn(name, turn, content) for name, turn in zip(names, turns))
     roles = [turn["role"] for turn in made]
     if "assistant" not in roles:
         raise BadRow(field, "a chat must have an assistant message to learn", f"roles {', '.join(roles)}")
     if "system" in roles[1:]:
-        raise BadRow(f"{field}[{roles.index('system', 1)}].role", "system must come first", "a later system message")
-    if next(role for role in roles if role not in ("system", "developer")) == "assistant":
-        raise BadRow(field, "a user message must come before the assistant's", f"roles {', '.join(roles)}")
+        late = names[roles.index("system", 1)]
+        raise BadRow(f"{late}.role", "system must come first", "a later system message")
+    first = next(i for i, role in enumerate(roles) if role not in ("system", "developer"))
+    if roles[first] != "user":
+        must = "a user message must come before the assistant's"
+        raise BadRow(f"{names[first]}.role", must, f"roles {', '.join(roles)}")
     return made
 
 
-def check_turn(field: str, turn: Any) -> dict[str, Any]:
+def check_turn(field: str, turn: Any, content_field: str = "content") -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise BadRow(field, "a message must be an object with role and content", describe(turn))
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
         raise BadRow(f"{field}.role", f"role must be one of {', '.join(ROLES)}", describe(role))
-    extra = {key: turn[key] for key in ("tool_calls", "name", "tool_call_id") if turn.get(key) is not None}
+    name = f"{field}.{content_field}"
+    given = [key for key in EXTRA if turn.get(key) is not None]
+    extra: dict[str, Any] = {key: check_text(f"{field}.{key}", turn[key]) for key in given}
+    if turn.get("tool_calls") is not None:
+        extra["tool_calls"] = check_tool_calls(f"{field}.tool_calls", turn["tool_calls"], role)
     if isinstance(content, list):
-        content = "".join(check_part(f"{field}.content[{i}]", part) for i, part in enumerate(content))
+        content = "".join(check_part(f"{name}[{i}]", part) for i, part in enumerate(content))
     if content is None and "tool_calls" in extra:
         content = ""
     must_say = role == "assistant" and "tool_calls" not in extra
-    return {"role": role, "content": check_text(f"{field}.content", content, empty=not must_say), **extra}
+    return {"role": role, "content": check_text(name, content, empty=not must_say), **extra}
+
+
+def check_tool_calls(field: str, calls: Any, role: str) -> list[dict[str, Any]]:
+    """An assistant's calls; arguments become objects, for templates write a string as a quoted string."""
+    if role != "assistant":
+        raise BadRow(field, "only the assistant may call tools", f"role {role}")
+    if not isinstance(calls, list) or not calls:
+        raise BadRow(field, "tool_calls must be a list of calls", describe(calls))
+    return [check_call(f"{field}[{i}]", call) for i, call in enumerate(calls)]
+
+
+def check_call(field: str, call: Any) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(f"{field}.function", "a call must have a function with a name", describe(call))
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            found = describe(arguments)
+            raise BadRow(f"{field}.function.arguments", "arguments must be JSON", found) from None
+    if not isinstance(arguments, dict):
+        raise BadRow(f"{field}.function.arguments", "arguments must be an object", describe(arguments))
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def check_part(field: str, part: Any) -> str:

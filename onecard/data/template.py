@@ -1,23 +1,50 @@
-"""A record's tokens and labels: the tokenizer's own chat template, loss on the assistant's words only.
+"""A record's tokens and labels: the tokenizer's own chat template, loss only on what the assistant writes.
 
-The whole chat is rendered and tokenized once; which characters are the assistant's is found by rendering it again
-with each assistant message replaced by a marker, so it works with templates that know nothing of training masks.
-What follows the words up to and with the end-of-turn token is learned too, so that the model learns to stop.
+The whole chat is rendered once and tokenized once; which of its characters the assistant writes is found so:
 
-Exactly one BOS: the template's if it writes one, else the tokenizer's. Rows are never padded, so no pad token can
-take an end token's place in the labels.
+1. The template marks them with {% generation %}: taken as marked.
+2. Else turn i is what lies between the rendering of messages[:i] with the generation prompt, which is what
+   the model is given, and that of messages[:i+1], where both are prefixes of the whole.
+3. Else (the template knows no generation prompt, or writes earlier turns otherwise than the last, as those
+   do that cut old thoughts) the message's content is replaced by a mark in a second rendering; what stands
+   around the mark must stand around the content in the whole.
+4. Else the row is refused: never train on tokens that are only likely to be the assistant's.
+
+A turn is learned up to and with its end-of-turn token, not the line break after it. Where the template ends
+the last answer with no such token, the text is cut there and EOS appended, so that the model learns to stop.
+
+Exactly one BOS: the template's if it writes one, else the tokenizer's. Examples are never padded (packing
+fills a row up with a document of its own, all masked), so no pad token takes an end token's place in labels.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+from onecard.data.files import shown
 from onecard.data.records import FIX, Record
 from onecard.errors import UserError
 
+Span = tuple[int, int]  # characters: start, end
+Turn = tuple[int, int, bool]  # start, end, and whether an end-of-turn token closes it
 IGNORE = -100
-MARK = "\u2042{}\u2042"  # around a number; no chat holds it, else it is refused
+MARK = "\u2042{}\u2042"  # around a number; a chat that holds it is refused where marks are needed
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
+END_NAMES = (  # of tokens that end a turn, for templates whose special tokens do not tell it by their place
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|eom_id|>",
+    "<|return|>",
+    "</s>",
+    "<|END_OF_TURN_TOKEN|>",
+)
 
 
 @dataclass(frozen=True)
@@ -57,24 +84,50 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
 
 def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
     """Raise UserError if a text holds a special token's spelling: it would become the control token."""
-    texts: list[tuple[str, str | None]] = [
-        ("text", record.text),
-        ("prompt", record.prompt),
-        ("completion", record.completion),
-    ]
+    pattern = specials_of(tokenizer)[1]
+    for field, text in texts_of(record):
+        match = pattern.search(text)
+        if match is not None:
+            raise UserError(
+                "text must not hold the tokenizer's control tokens",
+                f"{match.group()!r} at {match.start()}",
+                FIX,
+                f"{record.where}:{field}",
+            )
+
+
+def specials_of(tokenizer: Any) -> tuple[frozenset[str], re.Pattern[str]]:
+    """The tokens that can end a turn (special ones and END_NAMES), and a pattern that finds special ones."""
+    return cached_specials(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
+
+
+@lru_cache(maxsize=4)
+def cached_specials(tokenizer: Any, size: int, named: tuple[str, ...]) -> tuple[frozenset[str], re.Pattern]:
+    """specials_of; `size` and `named` tell a tokenizer that was changed from the one that is cached."""
+    added = tokenizer.added_tokens_decoder.values()
+    special = {str(token) for token in added if token.special} | set(named) - {""}
+    longest_first = sorted(special, key=len, reverse=True)
+    pattern = "|".join(re.escape(token) for token in longest_first) or "(?!)"
+    return frozenset(special | set(END_NAMES) & {str(token) for token in added}), re.compile(pattern)
+
+
+def texts_of(record: Record) -> Iterator[tuple[str, str]]:
+    """(field, text) of everything in a record that becomes tokens, tool calls' names and arguments too."""
+    for field in ("text", "prompt", "completion"):
+        if getattr(record, field) is not None:
+            yield field, getattr(record, field)
     for i, turn in enumerate(record.messages or ()):
-        texts.append((f"messages[{i}].content", turn["content"]))
-    specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    specials |= set(tokenizer.all_special_tokens)
-    for field, text in texts:
-        for special in specials:
-            if text and special and special in text:
-                raise UserError(
-                    "text must not hold the tokenizer's control tokens",
-                    f"{special!r} at {text.index(special)}",
-                    FIX,
-                    f"{record.where}:{field}",
-                )
+        yield record.field_of(i), turn["content"]
+        keys = [key for key in turn if key not in ("content", "role")]
+        rest: list[tuple[str, Any]] = [(f"messages[{i}].{key}", turn[key]) for key in keys]
+        while rest:  # not recursion: arguments may be nested deep
+            field, value = rest.pop()
+            if isinstance(value, str):
+                yield field, value
+            elif isinstance(value, dict):
+                rest += [(field, key) for key in value] + [(f"{field}.{key}", value[key]) for key in value]
+            elif isinstance(value, list):
+                rest += [(f"{field}[{k}]", each) for k, each in enumerate(value)]
 
 
 def alpaca_text(record: Record) -> tuple[str, str]:
@@ -102,59 +155,63 @@ def bos(tokenizer: Any) -> list[int]:
 
 def eos(tokenizer: Any) -> list[int]:
     if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer must have an EOS token", "none", "set eos_token in tokenizer_config.json")
+        do = "set eos_token in tokenizer_config.json"
+        raise UserError("the tokenizer must have an EOS token", "none", do)
     return [tokenizer.eos_token_id]
 
 
 def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of the rendered chat, labels on the assistant's words and their end of turn."""
+    """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token."""
     messages = [dict(turn) for turn in record.messages or ()]
     text = render(messages, tokenizer, record.where)
-    spans = assistant_spans(messages, text, tokenizer, record.where)
+    stops = specials_of(tokenizer)[0]
+    turns = [
+        close_turn(text, start, end, stops, tokenizer)
+        for start, end in assistant_turns(record, messages, text, tokenizer)
+    ]
+    unended = messages[-1]["role"] == "assistant" and bool(turns) and not turns[-1][2]
+    if unended:
+        text = text[: turns[-1][1]]
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
-    stops = end_token_ids(tokenizer)
     learned = [False] * len(ids)
-    ended = True
-    for start, end in spans:
-        inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > start and b > a]
-        if not inside:
-            continue
-        for i in inside:
+    for start, end, _ in turns:
+        for i in tokens_within(offsets, start, end):
             learned[i] = True
-        ended = learn_end(ids, inside[-1] + 1, stops, learned)
-    if not ended:  # the template ends the last answer with nothing: the model must still learn to stop
-        ids.append(eos(tokenizer)[0])
-        learned.append(True)
-    if tokenizer.bos_token_id is not None and ids[:1] != [tokenizer.bos_token_id]:
-        added = bos(tokenizer)
-        ids, learned = added + ids, [False] * len(added) + learned
+    if unended:
+        ids, learned = ids + eos(tokenizer), [*learned, True]
+    first = missing_bos(text, tokenizer)
+    ids, learned = first + ids, [False] * len(first) + learned
     return ids, [token if yes else IGNORE for token, yes in zip(ids, learned)]
 
 
-def learn_end(ids: list[int], at: int, stops: set[int], learned: list[bool]) -> bool:
-    """Mark the end-of-turn token that follows within a few tokens, and what lies before it."""
-    for i in range(at, min(at + 4, len(ids))):
-        if ids[i] in stops:
-            learned[at : i + 1] = [True] * (i + 1 - at)
-            return True
-    return False
+def tokens_within(offsets: list[tuple[int, int]], start: int, end: int) -> range:
+    """The run of tokens that spell text[start:end].
+
+    A run: tokenizers that trim offsets give tokens of nothing but spaces no width; those inside belong to it.
+    """
+    inside = [i for i, (a, b) in enumerate(offsets) if b > start and (a < end or a == b == end)]
+    return range(inside[0], inside[-1] + 1) if inside and start < end else range(0)
 
 
-def end_token_ids(tokenizer: Any) -> set[int]:
-    """EOS and the special tokens that end a turn in the known templates."""
-    names = (
-        "<|im_end|>",
-        "<|eot_id|>",
-        "<end_of_turn>",
-        "<|end|>",
-        "<|eom_id|>",
-        "<|return|>",
-        "</s>",
-        "<|END_OF_TURN_TOKEN|>",
-    )
-    found = {tokenizer.convert_tokens_to_ids(name) for name in names if name in tokenizer.get_added_vocab()}
-    return found | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set())
+def close_turn(text: str, start: int, end: int, stops: frozenset[str], tokenizer: Any) -> Turn:
+    """(start, end, ended): the turn with its end-of-turn token and without the white space after it."""
+    turn = text[start:end].rstrip()
+    if any(turn.endswith(stop) for stop in stops):
+        return start, start + len(turn), True
+    named = [name for name in (tokenizer.eos_token, *END_NAMES) if name in stops]
+    gap = len(text[end:]) - len(text[end:].lstrip())
+    for name in named:  # a template may write it between turns instead of after each
+        if text.startswith(name, end + gap):
+            return start, end + gap + len(name), True
+    return start, start + len(turn), False
+
+
+def missing_bos(text: str, tokenizer: Any) -> list[int]:
+    """The BOS that the tokenizer would write, unless the rendered text begins with one."""
+    if tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token):
+        return []
+    return bos(tokenizer)
 
 
 def render(messages: list[dict[str, Any]], tokenizer: Any, where: str, **kwargs: Any) -> str:
@@ -170,43 +227,113 @@ def render(messages: list[dict[str, Any]], tokenizer: Any, where: str, **kwargs:
         return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError("the chat template must accept the messages", reason, FIX, f"{where}:messages") from None
+        must = "the chat template must accept the messages"
+        raise UserError(must, shown(reason), FIX, f"{where}:messages") from None
 
 
-def assistant_spans(messages: list[dict[str, Any]], text: str, tokenizer: Any, where: str) -> list[tuple[int, int]]:
-    """Character spans of the assistant's words in `text`.
-
-    Each assistant message in turn is replaced by a marker; the text before the marker and the text after it are
-    the same as in the true rendering, and what lies between them there is the message's words. A template that
-    changes more than that (it trims, or cuts an earlier turn's thoughts) leaves the words as it writes them.
-    """
-    spans, last = [], 0
-    for i, turn in enumerate(messages):
-        if turn["role"] != "assistant":
+def assistant_turns(record: Record, messages: list[dict[str, Any]], text: str, tokenizer: Any) -> list[Span]:
+    """Character spans of `text` that the learned assistant messages take; UserError where not certain."""
+    turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    marked = generation_spans(messages, text, tokenizer, record.where)
+    if marked is not None and len(marked) != len(turns):
+        raise unfound(record, turns[0], tokenizer)
+    spans: list[tuple[int, int]] = []
+    for k, i in enumerate(turns):
+        if i < record.num_prompt_messages:
             continue
-        mark = MARK.format(i)
-        content = turn["content"]
-        marked = [{**each, "content": mark} if k == i else each for k, each in enumerate(messages)]
-        other = render(marked, tokenizer, where)
-        at = other.find(mark)
-        before, after = other[:at], other[at + len(mark) :]
-        found = at >= 0 and text.startswith(before) and text.endswith(after)
-        end = len(text) - len(after)
-        if not found or mark in text or len(before) > end or len(before) < last:
-            words = content.strip()
-            start = text.find(words, last) if words else -1
-            if start < 0 or text.count(words) > 1:
-                raise UserError(
-                    "the assistant's words must be found in the chat template's output",
-                    f"message {i} is not there as it is",
-                    "use a tokenizer whose chat template keeps them, or rows of prompt/completion",
-                    f"{where}:messages[{i}]",
-                )
-            spans.append((start, start + len(words)))
-        else:
-            spans.append((len(before), end))
-        last = spans[-1][1]
+        span = marked[k] if marked is not None else turn_span(messages, i, text, tokenizer, record.where)
+        if span is None or (spans and span[0] < spans[-1][1]):
+            raise unfound(record, i, tokenizer)
+        spans.append(span)
     return spans
+
+
+def unfound(record: Record, i: int, tokenizer: Any) -> UserError:
+    name = tokenizer.name_or_path or "the tokenizer"
+    return UserError(
+        "the assistant's words must be found in the chat template's output",
+        f"message {i} is not there for certain in the chat template of {name}",
+        "use a tokenizer whose chat template keeps them, or rows of prompt/completion",
+        f"{record.where}:messages[{i}]",
+    )
+
+
+def generation_spans(
+    messages: list[dict[str, Any]], text: str, tokenizer: Any, where: str
+) -> list[tuple[int, int]] | None:
+    """Spans of the template's {% generation %} blocks; None if it has no such block, [] if they are unsure.
+
+    The blocks' edges are written out as characters in a second rendering. transformers' own
+    return_assistant_tokens_mask goes over token offsets: where an edge falls on a space whose offset the
+    tokenizer trims, its mask breaks off.
+    """
+    template = tokenizer.get_chat_template()
+    if not GENERATION.search(template):
+        return None
+    shown_edges = render(messages, tokenizer, where, chat_template=GENERATION.sub(write_edge, template))
+    parts = re.split(f"({OPEN}|{CLOSE})", shown_edges)
+    at, open_at, spans = 0, None, []
+    for part in parts:
+        if part == OPEN:
+            open_at = at
+        elif part == CLOSE and open_at is not None:
+            spans.append((open_at, at))
+            open_at = None
+        else:
+            at += len(part)
+    return spans if re.sub(f"{OPEN}|{CLOSE}", "", shown_edges) == text else []
+
+
+def write_edge(tag: re.Match[str]) -> str:
+    """An edge of a generation block as a block that writes a mark; white space is trimmed as at the tag."""
+    left, end, right = tag.groups()
+    return f"{{%{left} if true %}}{{{{ '{CLOSE if end else OPEN}' }}}}{{% endif {right}%}}"
+
+
+def turn_span(messages: list[dict[str, Any]], i: int, text: str, tokenizer: Any, where: str) -> Span | None:
+    """Characters of `text` that message i takes, its end of turn included; None if unsure."""
+    before = render(messages[:i], tokenizer, where)
+    given = render(messages[:i], tokenizer, where, add_generation_prompt=True)
+    prompted = given != before and text.startswith(given)
+    through = render(messages[: i + 1], tokenizer, where) if i + 1 < len(messages) else text
+    if prompted and text.startswith(through) and len(through) > len(given):
+        return len(given), len(through)
+    if messages[i].get("tool_calls") and not prompted:
+        return None  # nothing tells the turn's header from the call
+    span = content_span(messages, i, text, tokenizer, where)
+    if span is None or not prompted:
+        return span
+    return (len(given), span[1]) if len(given) <= span[1] else None
+
+
+def content_span(
+    messages: list[dict[str, Any]], i: int, text: str, tokenizer: Any, where: str
+) -> tuple[int, int] | None:
+    """Message i's content in `text` and what the template writes after it, found by a mark in its place.
+
+    Where the message calls tools, the span is from the last call's name on.
+    """
+    mark, calls = MARK.format(i), messages[i].get("tool_calls")
+    marked = [with_mark(turn, mark) if k == i else turn for k, turn in enumerate(messages)]
+    before, found, after = render(marked, tokenizer, where).partition(mark)
+    end = len(text) - len(after)
+    if not found or mark in text or mark in after or len(before) > end:
+        return None
+    if not text.endswith(after) or not (calls or text.startswith(before)):
+        return None
+    tail = render(marked[: i + 1], tokenizer, where).partition(mark)[2]
+    whole = text.startswith(tail, end)
+    if calls and not whole:
+        return None  # the call's arguments come after the mark: their end must be known
+    return len(before), end + (len(tail) if whole else 0)
+
+
+def with_mark(turn: dict[str, Any], mark: str) -> dict[str, Any]:
+    """The message with a mark for its content, or for its last tool call's name."""
+    if not turn.get("tool_calls"):
+        return {**turn, "content": mark}
+    *calls, last = turn["tool_calls"]
+    return {**turn, "tool_calls": [*calls, {**last, "function": {**last["function"], "name": mark}}]}
 
 
 def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
@@ -217,5 +344,4 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
         return bos(tokenizer) + plain_ids(messages[-1]["content"], tokenizer)
     text = render(messages, tokenizer, "prompt", add_generation_prompt=True)
-    ids = plain_ids(text, tokenizer)
-    return ids if ids[:1] == [tokenizer.bos_token_id] else bos(tokenizer) + ids
+    return missing_bos(text, tokenizer) + plain_ids(text, tokenizer)

@@ -1,0 +1,194 @@
+"""Bad data of every kind, each with the place that its message must name and a word that it must say.
+
+`python -m tests.data.bad_data` prints the messages as a table.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from onecard.config import DataConfig
+from onecard.data.dataset import load_dataset
+from onecard.errors import UserError
+from tests.conftest import make_tokenizer
+
+GOOD = json.dumps({"messages": [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "two"}]})
+ASKED = {"role": "user", "content": "how?"}
+SAID = {"role": "assistant", "content": "two"}
+
+
+def chat(*turns: object) -> str:
+    return json.dumps({"messages": list(turns)})
+
+
+def call(**function: object) -> str:
+    return chat(ASKED, {"role": "assistant", "content": None, "tool_calls": [{"function": function}]})
+
+
+def sharegpt(*turns: object) -> str:
+    return json.dumps({"conversations": list(turns)})
+
+
+def parquet_rows(rows: list[dict[str, object]]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+# kind: (line 2 of a JSONL file of chats, the field named, a word of the message)
+CHAT_LINES: dict[str, tuple[str | bytes, str, str]] = {
+    "not JSON": ("{'messages'}", "row", "JSON"),
+    "cut off": ('{"messages": [{"role": "us', "row", "JSON"),
+    "not an object": ("[1, 2]", "row", "object"),
+    "not UTF-8": (b'{"messages": "\xff"}', "row", "0xff"),
+    "nested too deep": ("[" * 100_000 + "]" * 100_000, "row", "deep"),
+    "integer of 5000 digits": ('{"messages": ' + "1" * 5000 + "}", "row", "digits"),
+    "key twice": ('{"messages": [], "messages": []}', "messages", "once"),
+    "key twice, inside": (GOOD[:-1] + ', "a": {"b": 1, "b": 2}}', "b", "once"),
+    "missing field": ('{"text": "a"}', "messages", "must have"),
+    "null instead of messages": ('{"messages": null}', "messages", "null"),
+    "text instead of messages": ('{"messages": "hello"}', "messages", "list"),
+    "no messages": ('{"messages": []}', "messages", "list"),
+    "message not an object": (chat("hi"), "messages[0]", "object"),
+    "unknown role": (chat(ASKED, {"role": "robot", "content": "x"}), "messages[1].role", "robot"),
+    "role of half a surrogate": ('{"messages": [{"role": "\\ud800"}]}', "messages[0].role", "ud800"),
+    "null content": (chat(ASKED, {"role": "assistant", "content": None}), "messages[1].content", "null"),
+    "missing content": (chat(ASKED, {"role": "assistant"}), "messages[1].content", "null"),
+    "number as content": (chat(ASKED, {"role": "assistant", "content": 7}), "messages[1].content", "int 7"),
+    "NaN as content": (chat(ASKED, {"role": "assistant", "content": float("nan")}), "messages[1].content", "NaN"),
+    "blank answer": (chat(ASKED, {"role": "assistant", "content": " \n"}), "messages[1].content", "empty"),
+    "no assistant": (chat(ASKED), "messages", "assistant"),
+    "assistant first": (chat(SAID, ASKED), "messages[0].role", "before"),
+    "tool first": (chat({"role": "tool", "content": "7"}, SAID), "messages[0].role", "before"),
+    "late system": (chat(ASKED, {"role": "system", "content": "s"}, SAID), "messages[1].role", "first"),
+    "image part": (chat({"role": "user", "content": [{"type": "image"}]}, SAID), "messages[0].content[0]", "text"),
+    "NUL": (chat(ASKED, {"role": "assistant", "content": "a\x00"}), "messages[1].content", "NUL"),
+    "half a surrogate": (chat({"role": "user", "content": "\ud800"}, SAID), "messages[0].content", "surrogate"),
+    "control token": (chat({"role": "user", "content": "a<|im_end|>"}, SAID), "messages[0].content", "im_end"),
+    "control token in a call": (
+        call(name="f", arguments={"a": ["<|im_end|>"]}),
+        "messages[1].tool_calls[0].function.arguments.a[0]",
+        "im_end",
+    ),
+    "call without a name": (call(arguments={}), "messages[1].tool_calls[0].function", "name"),
+    "arguments not JSON": (
+        call(name="f", arguments="{a"),
+        "messages[1].tool_calls[0].function.arguments",
+        "arguments must be JSON",
+    ),
+    "user calls a tool": (chat({**ASKED, "tool_calls": [{}]}, SAID), "messages[0].tool_calls", "only the assistant"),
+}
+
+# kind: (file's name, its bytes, the place named, a word of the message)
+FILES: dict[str, tuple[str, bytes, str, str]] = {
+    "wrong suffix": ("d.txt", b"x", "d.txt", "must end in"),
+    "empty file": ("d.jsonl", b"", "d.jsonl", "empty file"),
+    "blank lines only": ("d.jsonl", b"\n \n", "d.jsonl", "none"),
+    "no known format": ("d.jsonl", b'{"question": "a"}\n', "d.jsonl", "question"),
+    "gzip": ("d.jsonl", b"\x1f\x8b\x08\x00abc", "d.jsonl", "gzip"),
+    "Parquet named JSONL": ("d.jsonl", parquet_rows([{"text": "a"}]), "d.jsonl", "Parquet"),
+    "UTF-16": ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "d.jsonl", "UTF-16"),
+    "binary": ("d.csv", bytes(64) + b"ab", "d.csv", "binary"),
+    "JSON array cut off": ("d.json", b'[{"text": "a"},\n{"text"', "d.json:2:row", "line 2"),
+    "JSON array, comma at the end": ("d.json", b'[{"text": "a"},]', "d.json:2:row", "Expecting value"),
+    "JSON array, more after it": ("d.json", b'[{"text": "a"}] x', "d.json:1:row", "after the array"),
+    "JSON array of numbers": ("d.json", b'[{"text": "a"}, 7]', "d.json:2:row", "int 7"),
+    "JSON array, key twice": ("d.json", b'[{"text": "a"}, {"text": "b", "text": "c"}]', "d.json:2:text", "once"),
+    "one JSON object": ("d.json", b'{\n"data": []\n}', "d.json", "one object with the keys data"),
+    "CSV, ragged": ("d.csv", b"prompt,completion\na,b\nc\n", "d.csv:3:row", "1 cells under 2"),
+    "CSV, open quote": ("d.csv", b'prompt,completion\na,b\n"c,d\n', "d.csv:3:row", "unexpected end"),
+    "CSV, not UTF-8": ("d.csv", b'prompt,completion\n"a\nb",c\n\xff,d\n', "d.csv:4:prompt", "0xff"),
+    "CSV, column twice": ("d.csv", b"text,text\na,b\n", "d.csv:1", '"text" twice'),
+    "CSV, byte-order mark only": ("d.csv", b"\xef\xbb\xbf", "d.csv:1", "an empty line"),
+    "CSV, empty completion": ("d.csv", b"prompt,completion\na,\n", "d.csv:2:completion", "empty"),
+    "Parquet cut off": ("d.parquet", parquet_rows([{"text": "a"}])[:40], "d.parquet", "Parquet"),
+    "Parquet, null": ("d.parquet", parquet_rows([{"text": "a"}, {"text": None}]), "d.parquet:2:text", "null"),
+    "blank text": ("d.jsonl", b'{"text": " \\n"}\n', "d.jsonl:1:text", "empty"),
+    "control token in text": ("d.jsonl", b'{"text": "<|bos|>"}\n', "d.jsonl:1:text", "bos"),
+    "empty completion": ("d.jsonl", b'{"prompt": "a", "completion": ""}\n', "d.jsonl:1:completion", "empty"),
+    "prompt a list, completion not": (
+        "d.jsonl",
+        b'{"prompt": [], "completion": "a"}\n',
+        "d.jsonl:1:prompt",
+        "string",
+    ),
+    "completion without assistant": (
+        "d.jsonl",
+        json.dumps({"prompt": [ASKED, SAID], "completion": [ASKED]}).encode(),
+        "d.jsonl:1:completion",
+        "assistant",
+    ),
+    "alpaca, input a number": (
+        "d.jsonl",
+        b'{"instruction": "a", "input": 0, "output": "b"}\n',
+        "d.jsonl:1:input",
+        "int 0",
+    ),
+    "alpaca, control token": (
+        "d.jsonl",
+        b'{"instruction": "a", "output": "<|im_end|>"}\n',
+        "d.jsonl:1:output",
+        "im_end",
+    ),
+    "ShareGPT, unknown speaker": (
+        "d.jsonl",
+        sharegpt({"from": "alien", "value": "a"}).encode(),
+        "d.jsonl:1:conversations[0].from",
+        "alien",
+    ),
+    "ShareGPT, no value": (
+        "d.jsonl",
+        sharegpt({"from": "human", "value": "a"}, {"from": "gpt"}).encode(),
+        "d.jsonl:1:conversations[1].value",
+        "null",
+    ),
+    "ShareGPT, control token": (
+        "d.jsonl",
+        sharegpt({"from": "human", "value": "<|bos|>"}, {"from": "gpt", "value": "a"}).encode(),
+        "d.jsonl:1:conversations[0].value",
+        "bos",
+    ),
+}
+
+
+def message_of(path: Path) -> str:
+    """What is said about a file; its folder left out."""
+    try:
+        load_dataset(str(path), make_tokenizer(), DataConfig())
+    except UserError as error:
+        return str(error).replace(f"{path.parent}/", "")
+    return "NOT REFUSED"
+
+
+def chat_file(folder: Path, line: str | bytes) -> Path:
+    """A JSONL file with a bad second line between good ones."""
+    path = folder / "data.jsonl"
+    raw = line.encode() if isinstance(line, str) else line
+    path.write_bytes(GOOD.encode() + b"\n" + raw + b"\n\n" + GOOD.encode() + b"\n")
+    return path
+
+
+def table() -> str:
+    rows = ["| kind | message |", "|---|---|"]
+    with tempfile.TemporaryDirectory() as name:
+        for kind, (line, _, _) in CHAT_LINES.items():
+            rows.append(f"| {kind} | {cell(message_of(chat_file(Path(name), line)))} |")
+        for kind, (file, raw, _, _) in FILES.items():
+            (Path(name) / file).write_bytes(raw)
+            rows.append(f"| {kind} | {cell(message_of(Path(name) / file))} |")
+        rows.append(f"| missing file | {cell(message_of(Path(name) / 'absent.jsonl'))} |")
+        rows.append(f"| folder | {cell(message_of(Path(name)))} |")
+    return "\n".join(rows) + "\n"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")
+
+
+if __name__ == "__main__":
+    print(table(), end="")
