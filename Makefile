@@ -30,7 +30,7 @@ lint: $(STAMP)
 	$(BIN)/pyright
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.train
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

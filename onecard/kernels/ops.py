@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from onecard.kernels import reference
+from onecard.kernels.cpu import native
 from onecard.kernels.cpu_info import product_dtype
 from onecard.quant.blockwise import check_quantizable, make_state
 from onecard.quant.state import QuantState
@@ -30,7 +31,7 @@ _scratch = threading.local()
 
 def backend(device: torch.device):
     """The module that computes for tensors on `device`."""
-    return reference
+    return native if device.type == "cpu" else reference
 
 
 def quantize_4bit(

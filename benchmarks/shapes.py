@@ -1,0 +1,56 @@
+"""Checkpoints of known shapes with random weights, as transformers saves them, kept for the next call."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from onecard.hf.load import load_tokenizer
+
+CACHE = Path(__file__).parent / ".checkpoints"
+TOKENIZER = Path(__file__).parents[1] / "onecard" / "demo" / "base"
+SHAPES: dict[str, dict[str, Any]] = {
+    "135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def make_checkpoint(shape: str) -> Path:
+    """The folder of a bfloat16 checkpoint in shards of at most 500 MB, with the demo's tokenizer."""
+    folder = CACHE / shape
+    if not (folder / "tokenizer.json").is_file():
+        torch.manual_seed(0)
+        tokenizer = load_tokenizer(str(TOKENIZER))
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        config = LlamaConfig(max_position_embeddings=2048, **special, **SHAPES[shape])
+        config.dtype = torch.bfloat16
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(folder, max_shard_size="500MB")
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", choices=SHAPES)
+    print(make_checkpoint(parser.parse_args().shape))

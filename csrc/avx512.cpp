@@ -1,0 +1,151 @@
+// AVX-512 (F, BW, VL, DQ): sixteen floats a register, and a look-up in sixteen entries is one instruction.
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "convert.h"
+#include "kernels.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
+#endif
+
+namespace onecard {
+namespace {
+
+struct Isa {
+    static constexpr int kMaxRows = 16;
+
+    static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
+    static __m512 load(const BFloat16* x) {
+        __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+    static __m512 load(const Float16* x) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+    }
+
+    template <class T>
+    static uint32_t max_abs_bits(const T* x, int64_t n) {
+        __m512i most = _mm512_setzero_si512(), mask = _mm512_set1_epi32(0x7FFFFFFF);
+        for (int64_t i = 0; i < n; i += 16) {
+            most = _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(load(x + i)), mask));
+        }
+        return _mm512_reduce_max_epu32(most);
+    }
+
+    // How many of the fifteen bounds lie below each value: four steps of a binary search in one register.
+    static __m512i intervals(__m512 scaled, __m512 bounds) {
+        __m512i found = _mm512_setzero_si512();
+        for (int step = 8; step > 0; step /= 2) {
+            __m512 bound = _mm512_permutexvar_ps(_mm512_add_epi32(found, _mm512_set1_epi32(step - 1)), bounds);
+            __mmask16 above = _mm512_cmp_ps_mask(scaled, bound, _CMP_GT_OQ);
+            found = _mm512_mask_add_epi32(found, above, found, _mm512_set1_epi32(step));
+        }
+        return found;
+    }
+
+    template <class T>
+    static void encode(const T* x, int64_t n, float inverse, const Quantization& q, uint8_t* out) {
+        __m512 bounds = _mm512_maskz_loadu_ps(0x7FFF, q.bounds), by = _mm512_set1_ps(inverse);
+        __m128i order = _mm_loadu_si128(reinterpret_cast<const __m128i*>(q.order)), weights = _mm_set1_epi16(0x0110);
+        for (int64_t i = 0; i < n; i += 16) {
+            __m512i found = intervals(_mm512_mul_ps(load(x + i), by), bounds);
+            __m128i codes = _mm_shuffle_epi8(order, _mm512_cvtepi32_epi8(found));
+            __m128i pairs = _mm_maddubs_epi16(codes, weights);  // 16 * first + second
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(out + i / 2), _mm_packus_epi16(pairs, pairs));
+        }
+    }
+
+    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, float* out) {
+        __m512 table = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
+        for (int64_t i = 0; i < n; i += 16) {
+            __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i / 2));
+            __m512i wide = _mm512_cvtepu8_epi64(eight);
+            __m512i codes = _mm512_or_si512(_mm512_srli_epi64(wide, 4), _mm512_slli_epi64(wide, 32));
+            _mm512_storeu_ps(out + i, _mm512_permutexvar_ps(codes, table));
+        }
+    }
+
+    static __m256i narrow(__m512 x, BFloat16) {  // in integers: vcvtneps2bf16 would flush denormals
+        __m512i bits = _mm512_castps_si512(x);
+        __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+        return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+    }
+    static __m256i narrow(__m512 x, Float16) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+
+    // The table is in the register twice, so that the fifth bit of an index does not matter.
+    template <class T>
+    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out) {
+        __m256i half = narrow(_mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale)), T{});
+        __m512i table = _mm512_broadcast_i64x4(half);
+        for (int64_t i = 0; i < n; i += 32) {
+            __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i / 2)));
+            __m512i codes = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(codes, table));
+        }
+    }
+
+    // The scales of a chunk's sixteen words, eight weights each.
+    static __m512 chunk_scales(const float* scales, int64_t blocksize, int64_t chunk, int64_t left) {
+        if (blocksize >= 128) return _mm512_set1_ps(scales[chunk * 128 / blocksize]);
+        const float* s = scales + chunk * 128 / blocksize;
+        if (blocksize == 64) {
+            return left < 128 ? _mm512_set1_ps(s[0])
+                              : _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
+        }
+        __m512 low = _mm512_mask_blend_ps(0x00F0, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
+        if (left < 128) return low;
+        low = _mm512_mask_blend_ps(0x0F00, low, _mm512_set1_ps(s[2]));
+        return _mm512_mask_blend_ps(0xF000, low, _mm512_set1_ps(s[3]));
+    }
+
+    template <int M>
+    static void product_rows(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
+                             float* y, int64_t y_stride) {
+        int64_t x_stride = (K + 127) / 128 * 128;
+        __m512 table = _mm512_loadu_ps(w.quant_map), sums[M];
+        for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
+        for (int64_t k = 0; k < K; k += 128, x += 128) {
+            __mmask16 valid = K - k < 128 ? 0x00FF : 0xFFFF;
+            __m512i words = _mm512_maskz_loadu_epi32(valid, row + k / 2);
+            __m512 scale = chunk_scales(scales, w.blocksize, k / 128, K - k), part = _mm512_setzero_ps();
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j) {
+                __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
+                if (M == 1) {
+                    part = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + j * 16), part);
+                    continue;
+                }
+                value = _mm512_mul_ps(value, scale);
+                for (int m = 0; m < M; ++m) {
+                    sums[m] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + m * x_stride + j * 16), sums[m]);
+                }
+            }
+            if (M == 1) sums[0] = _mm512_fmadd_ps(part, scale, sums[0]);
+        }
+        for (int m = 0; m < M; ++m) y[m * y_stride] = _mm512_reduce_add_ps(sums[m]);
+    }
+};
+
+#include "blocks.inl"
+
+}  // namespace
+
+const Kernels kAvx512 = {"avx512", quantize, dequantize, product, arrange};
+
+}  // namespace onecard
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,131 @@
+// The loops over blocks, for any instruction set. An instruction set's file includes this inside its own namespace,
+// after it has defined a struct Isa with
+//     max_abs_bits(x, n)                          the largest |x| as bits (NaN and Inf are larger than any number)
+//     encode(x, n, inverse, q, out)               n weights, a multiple of 32, to n / 2 bytes
+//     decode(bytes, n, levels, scale, out)        back, n a multiple of 32
+//     product_rows<M>(w, x, K, n, y, y_stride)    row n of W against M rows of arranged x
+//     kMaxRows                                    the most rows of x that it takes at once
+
+constexpr uint32_t kLargestFinite = 0x7F7FFFFF;
+constexpr float kSmallestAbsmax = 1e-38f;
+
+template <class T>
+uint32_t plain_max_abs_bits(const T* x, int64_t n) {
+    uint32_t most = 0;
+    for (int64_t i = 0; i < n; ++i) most = std::max(most, bits_of(to_float(x[i])) & 0x7FFFFFFF);
+    return most;
+}
+
+inline uint8_t plain_code(float scaled, const Quantization& q) {
+    int interval = 0;
+    for (int i = 0; i < 15; ++i) interval += scaled > q.bounds[i];
+    return q.order[interval];
+}
+
+// The last, short block divides by its absmax, as bitsandbytes does; a spare nibble stands for 0.
+template <class T>
+void encode_tail(const T* x, int64_t n, float absmax, const Quantization& q, uint8_t* out) {
+    for (int64_t i = 0; i < n; i += 2) {
+        uint8_t high = plain_code(to_float(x[i]) / absmax, q);
+        uint8_t low = plain_code(i + 1 < n ? to_float(x[i + 1]) / absmax : 0.0f, q);
+        out[i / 2] = static_cast<uint8_t>(high << 4 | low);
+    }
+}
+
+template <class T>
+bool quantize_typed(const T* W, const Quantization& q, uint8_t* packed, float* absmax, int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+        int64_t first = block * q.blocksize, n = std::min(q.blocksize, q.num_weights - first);
+        const T* x = W + first;
+        bool whole = n == q.blocksize;
+        uint32_t most = whole ? Isa::max_abs_bits(x, n) : plain_max_abs_bits(x, n);
+        if (most > kLargestFinite) return false;
+        float largest = from_bits(most), floor = std::max(largest, kSmallestAbsmax);
+        absmax[block] = whole ? largest : floor;
+        if (whole) {
+            Isa::encode(x, n, 1.0f / floor, q, packed + first / 2);
+        } else {
+            encode_tail(x, n, floor, q, packed + first / 2);
+        }
+    }
+    return true;
+}
+
+bool quantize(const void* W, Dtype dtype, const Quantization& q, uint8_t* packed, float* absmax, int64_t begin,
+              int64_t end) {
+    if (dtype == kFloat32) return quantize_typed(static_cast<const float*>(W), q, packed, absmax, begin, end);
+    if (dtype == kBFloat16) return quantize_typed(static_cast<const BFloat16*>(W), q, packed, absmax, begin, end);
+    return quantize_typed(static_cast<const Float16*>(W), q, packed, absmax, begin, end);
+}
+
+template <class T>
+void dequantize_typed(const Weight& w, T* out, int64_t begin, int64_t end) {
+    constexpr int64_t kBatch = 64;
+    float scales[kBatch];
+    for (int64_t block = begin; block < end; ++block) {
+        if ((block - begin) % kBatch == 0) w.scales(block, std::min(kBatch, end - block), scales);
+        float scale = scales[(block - begin) % kBatch];
+        int64_t first = block * w.blocksize, n = std::min(w.blocksize, w.num_weights - first), even = n & ~int64_t{31};
+        Isa::decode(w.packed + first / 2, even, w.quant_map, scale, out + first);
+        for (int64_t i = even; i < n; ++i) {
+            uint8_t byte = w.packed[(first + i) / 2];
+            convert(w.quant_map[i % 2 ? byte & 15 : byte >> 4] * scale, out[first + i]);
+        }
+    }
+}
+
+void dequantize(const Weight& w, Dtype dtype, void* out, int64_t begin, int64_t end) {
+    if (dtype == kFloat32) return dequantize_typed(w, static_cast<float*>(out), begin, end);
+    if (dtype == kBFloat16) return dequantize_typed(w, static_cast<BFloat16*>(out), begin, end);
+    return dequantize_typed(w, static_cast<Float16*>(out), begin, end);
+}
+
+// In a chunk of 128 weights, 64 bytes, nibble j of 32-bit word i (counted from the low end) is weight 8 i + (j ^ 1).
+// `arrange` puts that weight's x at [j][i], so that words are shifted and looked up as they lie in memory.
+template <class T>
+void arrange_typed(const T* x, int64_t M, int64_t K, float* out) {
+    int64_t chunks = (K + 127) / 128;
+    for (int64_t m = 0; m < M; ++m, x += K) {
+        for (int64_t c = 0; c < chunks; ++c, out += 128) {
+            for (int64_t j = 0; j < 8; ++j) {
+                for (int64_t i = 0; i < 16; ++i) {
+                    int64_t k = c * 128 + i * 8 + (j ^ 1);
+                    out[j * 16 + i] = k < K ? to_float(x[k]) : 0.0f;
+                }
+            }
+        }
+    }
+}
+
+void arrange(const void* x, Dtype dtype, int64_t M, int64_t K, float* out) {
+    if (dtype == kFloat32) return arrange_typed(static_cast<const float*>(x), M, K, out);
+    if (dtype == kBFloat16) return arrange_typed(static_cast<const BFloat16*>(x), M, K, out);
+    arrange_typed(static_cast<const Float16*>(x), M, K, out);
+}
+
+// K is a multiple of 64 and of the blocksize.
+void product(const Weight& w, const float* x, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
+             int64_t end) {
+    int64_t x_stride = (K + 127) / 128 * 128;
+    thread_local std::vector<float> scales;
+    scales.resize(static_cast<size_t>(K / w.blocksize));
+    for (int64_t n = begin; n < end; ++n) {
+        w.scales(n * K / w.blocksize, K / w.blocksize, scales.data());
+        const uint8_t* row = w.packed + n * K / 2;
+        for (int64_t m = 0; m < M;) {
+            const float* x_m = x + m * x_stride;
+            float* y_m = y + m * y_stride + n;
+            if (Isa::kMaxRows >= 16 && M - m >= 16) {
+                Isa::template product_rows<16>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 16;
+            } else if (M - m >= 8) {
+                Isa::template product_rows<8>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 8;
+            } else if (M - m >= 4) {
+                Isa::template product_rows<4>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 4;
+            } else if (M - m >= 2) {
+                Isa::template product_rows<2>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 2;
+            } else {
+                Isa::template product_rows<1>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 1;
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+// The plain C interface that onecard/kernels/cpu/native.py loads.
+#include <atomic>
+#include <cstring>
+#include <memory>
+
+#include "kernels.h"
+#include "parallel.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace onecard;
+
+namespace {
+
+const Kernels* best() {
+#if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq")) {
+        return &kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2;
+#endif
+    return &kScalar;
+}
+
+const Kernels* current = best();
+
+Weight make_weight(const uint8_t* packed, const void* absmax, const float* nested_absmax, const float* dynamic_map,
+                   float offset, const float* quant_map, int64_t num_weights, int64_t blocksize) {
+    bool nested = nested_absmax != nullptr;
+    return {packed,
+            nested ? nullptr : static_cast<const float*>(absmax),
+            nested ? static_cast<const uint8_t*>(absmax) : nullptr,
+            nested_absmax,
+            dynamic_map,
+            offset,
+            quant_map,
+            num_weights,
+            blocksize};
+}
+
+}  // namespace
+
+EXPORT const char* onecard_isa() { return current->name; }
+
+// Takes another instruction set by name; 0 if this CPU or build does not have it.
+EXPORT int onecard_set_isa(const char* name) {
+    const Kernels* widest = best();
+    const Kernels* known[] = {
+        &kScalar,
+#if defined(__x86_64__) || defined(_M_X64)
+        &kAvx2, &kAvx512,
+#endif
+    };
+    for (const Kernels* kernels : known) {
+        if (std::strcmp(kernels->name, name) == 0) {
+            current = kernels;
+            return 1;
+        }
+        if (kernels == widest) break;
+    }
+    return 0;
+}
+
+EXPORT void onecard_set_gomp(void* gomp_parallel) { set_gomp_parallel(gomp_parallel); }
+
+// 1, or 0 if a weight is not finite (then packed and absmax mean nothing).
+EXPORT int onecard_quantize(const void* W, int dtype, int64_t num_weights, int64_t blocksize, const float* bounds,
+                            const uint8_t* order, uint8_t* packed, float* absmax, int num_threads) {
+    Quantization q{bounds, order, num_weights, blocksize};
+    std::atomic<bool> finite{true};
+    int64_t num_blocks = (num_weights + blocksize - 1) / blocksize;
+    parallel_for(num_blocks, 256, num_threads, [&](int64_t begin, int64_t end) {
+        if (!current->quantize(W, static_cast<Dtype>(dtype), q, packed, absmax, begin, end)) finite = false;
+    });
+    return finite;
+}
+
+EXPORT void onecard_dequantize(const uint8_t* packed, const void* absmax, const float* nested_absmax,
+                               const float* dynamic_map, float offset, const float* quant_map, int64_t num_weights,
+                               int64_t blocksize, void* out, int dtype, int num_threads) {
+    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, num_weights, blocksize);
+    int64_t num_blocks = (num_weights + blocksize - 1) / blocksize;
+    parallel_for(num_blocks, 256, num_threads, [&](int64_t begin, int64_t end) {
+        current->dequantize(w, static_cast<Dtype>(dtype), out, begin, end);
+    });
+}
+
+// y (M, N) float32 = x (M, K) W^T straight from the codes; K a multiple of 64 and of the blocksize.
+EXPORT void onecard_product(const uint8_t* packed, const void* absmax, const float* nested_absmax,
+                            const float* dynamic_map, float offset, const float* quant_map, int64_t N, int64_t K,
+                            int64_t blocksize, const void* x, int dtype, int64_t M, float* y, int num_threads) {
+    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, N * K, blocksize);
+    std::unique_ptr<float[]> arranged(new float[static_cast<size_t>(M * ((K + 127) / 128 * 128))]);
+    current->arrange(x, static_cast<Dtype>(dtype), M, K, arranged.get());
+    parallel_for(N, 16, num_threads, [&](int64_t begin, int64_t end) {
+        current->product(w, arranged.get(), M, K, y, N, begin, end);
+    });
+}

@@ -1,0 +1,61 @@
+// The kernels of one instruction set, as a table of functions. Every set gives the same bits.
+#pragma once
+
+#include <cstdint>
+
+namespace onecard {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// A 4-bit weight: codes two a byte (the first in the high nibble) and a scale a block. The scale of block b is
+// absmax[b], or, nested, dynamic_map[codes8[b]] * nested_absmax[b / 256] + offset with the product rounded first
+// (everything here is compiled without contraction to fused multiply-adds).
+struct Weight {
+    const uint8_t* packed;
+    const float* absmax;         // null if nested
+    const uint8_t* codes8;       // null if not nested
+    const float* nested_absmax;
+    const float* dynamic_map;    // 256 values
+    float offset;
+    const float* quant_map;      // 16 values
+    int64_t num_weights;
+    int64_t blocksize;           // a power of two, at least 32
+
+    void scales(int64_t block, int64_t count, float* out) const {
+        if (absmax) {
+            for (int64_t i = 0; i < count; ++i) out[i] = absmax[block + i];
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            out[i] = dynamic_map[codes8[block + i]] * nested_absmax[(block + i) / 256] + offset;
+        }
+    }
+};
+
+struct Quantization {
+    const float* bounds;   // 15 midpoints between neighbouring levels, ascending
+    const uint8_t* order;  // 16 codes, one an interval
+    int64_t num_weights;
+    int64_t blocksize;
+};
+
+struct Kernels {
+    const char* name;
+    // Blocks [begin, end) of W into codes and scales; false if a weight is not finite.
+    bool (*quantize)(const void* W, Dtype dtype, const Quantization& q, uint8_t* packed, float* absmax, int64_t begin,
+                     int64_t end);
+    // Blocks [begin, end) of the weight, rounded once to dtype, into out (the whole weight's buffer).
+    void (*dequantize)(const Weight& w, Dtype dtype, void* out, int64_t begin, int64_t end);
+    // y[m][n] = sum_k x[m][k] W[n][k] for rows n in [begin, end); x in the order of `arrange`, float32 throughout.
+    void (*product)(const Weight& w, const float* x, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
+                    int64_t end);
+    // x (M, K) of any dtype into the order in which `product` reads it: (M, round_up(K, 128)) float32.
+    void (*arrange)(const void* x, Dtype dtype, int64_t M, int64_t K, float* out);
+};
+
+extern const Kernels kScalar;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const Kernels kAvx2, kAvx512;
+#endif
+
+}  // namespace onecard

@@ -1,0 +1,62 @@
+// Plain C++: the path for any CPU, and the others' measure.
+#include <algorithm>
+#include <vector>
+
+#include "convert.h"
+#include "kernels.h"
+
+namespace onecard {
+namespace {
+
+template <class T>
+uint32_t plain_max_abs_bits(const T* x, int64_t n);
+inline uint8_t plain_code(float scaled, const Quantization& q);
+
+struct Isa {
+    static constexpr int kMaxRows = 8;
+
+    template <class T>
+    static uint32_t max_abs_bits(const T* x, int64_t n) {
+        return plain_max_abs_bits(x, n);
+    }
+
+    template <class T>
+    static void encode(const T* x, int64_t n, float inverse, const Quantization& q, uint8_t* out) {
+        for (int64_t i = 0; i < n; i += 2) {
+            uint8_t high = plain_code(to_float(x[i]) * inverse, q), low = plain_code(to_float(x[i + 1]) * inverse, q);
+            out[i / 2] = static_cast<uint8_t>(high << 4 | low);
+        }
+    }
+
+    template <class T>
+    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out) {
+        T table[16];
+        for (int i = 0; i < 16; ++i) convert(levels[i] * scale, table[i]);
+        for (int64_t i = 0; i < n; i += 2) {
+            out[i] = table[bytes[i / 2] >> 4];
+            out[i + 1] = table[bytes[i / 2] & 15];
+        }
+    }
+
+    template <int M>
+    static void product_rows(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
+                             float* y, int64_t y_stride) {
+        int64_t x_stride = (K + 127) / 128 * 128;
+        float sums[M] = {};
+        for (int64_t k = 0; k < K; ++k) {
+            uint8_t code = k % 2 ? row[k / 2] & 15 : row[k / 2] >> 4;
+            float value = w.quant_map[code] * scales[k / w.blocksize];
+            int64_t at = k / 128 * 128 + (k % 8 ^ 1) * 16 + k % 128 / 8;
+            for (int m = 0; m < M; ++m) sums[m] += value * x[m * x_stride + at];
+        }
+        for (int m = 0; m < M; ++m) y[m * y_stride] = sums[m];
+    }
+};
+
+#include "blocks.inl"
+
+}  // namespace
+
+const Kernels kScalar = {"scalar", quantize, dequantize, product, arrange};
+
+}  // namespace onecard

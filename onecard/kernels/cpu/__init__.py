@@ -1,0 +1,1 @@
+"""The C++ backend for CPUs: csrc/ behind ctypes."""

@@ -1,0 +1,172 @@
+"""The backend in C++ (csrc/): AVX-512, AVX2 or plain code, chosen at run time, bit-equal to quant/.
+
+The library is built with the package (setup.py) and loaded with ctypes. Without a compiler there is none; then
+`library()` is None, the reference backend does the work, and a line on standard error says so once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onecard.kernels import reference
+from onecard.quant.blockwise import not_finite
+from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LARGEST_M = 16  # rows of x up to which the product straight from the codes beats dequantize-and-multiply
+_SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p)  # packed, absmax, nested, maps, offset
+SIGNATURES: dict[str, tuple] = {
+    "onecard_isa": (c_char_p,),
+    "onecard_set_isa": (c_int, c_char_p),
+    "onecard_set_gomp": (None, c_void_p),
+    "onecard_quantize": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "onecard_dequantize": (None, *_SCALES, c_int64, c_int64, c_void_p, c_int, c_int),
+    "onecard_product": (
+        None, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
+    ),
+}  # fmt: skip
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None if it was not built; ONECARD_ISA forces a path (avx512, avx2, scalar)."""
+    folder = Path(__file__).parent
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
+    if not found:
+        print("onecard: built without its C++ kernels (no compiler was found); the CPU is slower so", file=sys.stderr)
+        return None
+    loaded = ctypes.CDLL(str(found[0]))
+    for name, (result, *arguments) in SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.restype, function.argtypes = result, arguments
+    loaded.onecard_set_gomp(torch_gomp_parallel())
+    wanted = os.environ.get("ONECARD_ISA")
+    if wanted and not loaded.onecard_set_isa(wanted.encode()):
+        raise ValueError(f"ONECARD_ISA must name a path of this CPU, found {wanted!r}; unset it")
+    return loaded
+
+
+def torch_gomp_parallel() -> int | None:
+    """Address of GOMP_parallel in the libgomp that torch has loaded, if that is its thread pool."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
+    if len(paths) != 1:  # none, or two runtimes: which is torch's is not known
+        return None
+    return ctypes.cast(ctypes.CDLL(paths.pop()).GOMP_parallel, c_void_p).value
+
+
+def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
+    """As quant.blockwise.quantize_blocks."""
+    native = library()
+    if native is None:
+        return reference.quantize_blocks(W, quant_type, blocksize, name)
+    flat = W.detach().reshape(-1).contiguous()
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
+    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
+    bounds, order = coding(quant_type)
+    finite = native.onecard_quantize(
+        flat.data_ptr(),
+        DTYPES[flat.dtype],
+        flat.numel(),
+        blocksize,
+        bounds.data_ptr(),
+        order.data_ptr(),
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    if not finite:
+        raise not_finite(flat, W.shape, name)
+    return packed, absmax
+
+
+@cache
+def coding(quant_type: str) -> tuple[Tensor, Tensor]:
+    """Bounds float32 (15,) and the code of each interval, uint8 (16,)."""
+    bounds, order = decision_bounds(quant_type, "cpu")
+    return bounds.contiguous(), order.to(torch.uint8)
+
+
+def scales(
+    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, quant_type: str
+) -> tuple:
+    """The arguments by which every kernel reads a weight."""
+    nested = nested_absmax is not None and nested_offset is not None
+    return (
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        nested_absmax.data_ptr() if nested else None,
+        dynamic_map("cpu").data_ptr(),
+        nested_offset.item() if nested else 0.0,
+        quant_map(quant_type, "cpu").data_ptr(),
+    )
+
+
+def dequantize_into(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """As reference.dequantize_into."""
+    native = library()
+    if native is None or out.dtype not in DTYPES:
+        return reference.dequantize_into(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out)
+    native.onecard_dequantize(
+        *scales(packed, absmax, nested_absmax, nested_offset, quant_type),
+        out.numel(),
+        blocksize,
+        out.data_ptr(),
+        DTYPES[out.dtype],
+        torch.get_num_threads(),
+    )
+
+
+def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
+    """Whether `multiply` takes this x."""
+    M, K = x_MK.shape
+    return M <= LARGEST_M and K % 64 == 0 and K % blocksize == 0 and x_MK.dtype in DTYPES and library() is not None
+
+
+def multiply(
+    x_MK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    num_outputs: int,
+) -> Tensor:
+    """x W^T straight from the codes, float32 (M, N): weights and sums in float32, nothing rounded to x's dtype."""
+    native = library()
+    assert native is not None
+    M, K = x_MK.shape
+    x_MK = x_MK.contiguous()
+    y_MN = torch.empty(M, num_outputs, dtype=torch.float32)
+    native.onecard_product(
+        *scales(packed, absmax, nested_absmax, nested_offset, quant_type),
+        num_outputs,
+        K,
+        blocksize,
+        x_MK.data_ptr(),
+        DTYPES[x_MK.dtype],
+        M,
+        y_MN.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y_MN

@@ -1,0 +1,131 @@
+"""Exact: the C++ kernels give the reference's bits on every path and at every thread count. Bound from the maths:
+the product straight from the codes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from onecard.errors import UserError
+from onecard.kernels import reference
+from onecard.kernels.cpu import native
+from onecard.quant.blockwise import make_state
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1,), (3,), (33,), (7, 65), (64, 192), (100, 300), (4097,)]
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def isa(request):
+    """Each path that this CPU has, forced."""
+    library = native.library()
+    if library is None:
+        pytest.skip("built without a compiler")
+    before = library.onecard_isa()
+    if not library.onecard_set_isa(request.param.encode()):
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    library.onecard_set_isa(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def weights(dtype):
+    """Weights of every kind: short blocks, zero blocks, denormals, outliers, ties."""
+    generator = torch.Generator().manual_seed(0)
+    for shape in SHAPES:
+        W = torch.randn(shape, generator=generator) * torch.randn(1, generator=generator).exp()
+        if W.numel() > 64:
+            W.view(-1)[:40] = 0
+            W.view(-1)[50] *= 100
+        yield W.to(dtype)
+    yield torch.zeros(130, dtype=dtype)
+    yield torch.full((128,), 1e-40).to(dtype)
+    yield torch.linspace(-1, 1, 961).to(dtype)
+
+
+def bits(x):
+    return x.view(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_quantize_is_bit_equal(isa, quant_type, dtype):
+    for W in weights(dtype):
+        for blocksize in (32, 64, 256, 4096):
+            packed, absmax = native.quantize_blocks(W, quant_type, blocksize, "W")
+            expected_packed, expected_absmax = reference.quantize_blocks(W, quant_type, blocksize, "W")
+            assert torch.equal(packed, expected_packed)
+            assert torch.equal(bits(absmax), bits(expected_absmax))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+def test_dequantize_is_bit_equal(isa, quant_type, dtype):
+    for W in weights(torch.float32):
+        for blocksize in (32, 64, 256, 4096):
+            packed, absmax = reference.quantize_blocks(W, quant_type, blocksize, "W")
+            nested = make_state(absmax, W.shape, W.dtype, quant_type, blocksize, True)
+            for scales in ((absmax, None, None), (nested.absmax, nested.nested_absmax, nested.nested_offset)):
+                found, expected = torch.empty(W.shape, dtype=dtype), torch.empty(W.shape, dtype=dtype)
+                native.dequantize_into(packed, *scales, quant_type, blocksize, found)
+                reference.dequantize_into(packed, *scales, quant_type, blocksize, expected)
+                assert torch.equal(bits(found), bits(expected))
+
+
+def test_any_thread_count_gives_the_same_bits(isa, threads):
+    W = torch.randn(300, 1024, generator=torch.Generator().manual_seed(0))
+    packed, absmax = native.quantize_blocks(W, "nf4", 64, "W")
+    expected_packed, expected_absmax = reference.quantize_blocks(W, "nf4", 64, "W")
+    assert torch.equal(packed, expected_packed) and torch.equal(absmax, expected_absmax)
+    out = torch.empty_like(W)
+    native.dequantize_into(packed, absmax, None, None, "nf4", 64, out)
+    x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(1))
+    y = native.multiply(x, packed, absmax, None, None, "nf4", 64, 300)
+    torch.set_num_threads(1)
+    alone = torch.empty_like(W)
+    native.dequantize_into(packed, absmax, None, None, "nf4", 64, alone)
+    assert torch.equal(out, alone)
+    assert torch.equal(y, native.multiply(x, packed, absmax, None, None, "nf4", 64, 300))
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("K, blocksize", [(64, 32), (64, 64), (192, 32), (576, 64), (2048, 128), (1536, 512)])
+def test_product_is_within_its_rounding(isa, num_rows, K, blocksize):
+    """float32 sums of K terms: |error| <= (K + 2) 2^-24 sum |x w|, the textbook bound at its first order."""
+    generator = torch.Generator().manual_seed(0)
+    packed, absmax = reference.quantize_blocks(torch.randn(48, K, generator=generator), "nf4", blocksize, "W")
+    state = make_state(absmax, torch.Size((48, K)), torch.float32, "nf4", blocksize, True)
+    weight = (packed, state.absmax, state.nested_absmax, state.nested_offset, "nf4", blocksize)
+    W = torch.empty(48, K)
+    reference.dequantize_into(*weight, W)
+    x = torch.randn(num_rows, K, generator=generator)
+    exact = x.double() @ W.double().T
+    bound = (K + 2) * 2**-24 * (x.double().abs() @ W.double().abs().T)
+    assert ((native.multiply(x, *weight, 48) - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("where", [0, 77, 129])
+def test_not_finite_is_an_error(isa, bad, where):
+    W = torch.randn(10, 13)
+    W.view(-1)[where] = bad
+    with pytest.raises(UserError, match=rf"\[{where // 13}, {where % 13}\]"):
+        native.quantize_blocks(W, "nf4", 64, "some.weight")
+
+
+def test_environment_forces_a_path():
+    program = "from onecard.kernels.cpu import native; print(native.library().onecard_isa().decode())"
+    if native.library() is None:
+        pytest.skip("built without a compiler")
+    environment = {**os.environ, "ONECARD_ISA": "scalar"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "scalar", done.stderr
