@@ -172,8 +172,15 @@ def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     unended = messages[-1]["role"] == "assistant" and bool(turns) and not turns[-1][2]
     if unended:
         text = text[: turns[-1][1]]
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
+    ids, offsets = encode_text(text, [], tokenizer)
+    cuts = [
+        start
+        for i, (start, _, _) in zip(learned_turns(record), turns)
+        if any(a < start < b for a, b in offsets)
+        and render(messages[:i], tokenizer, record.where, add_generation_prompt=True) == text[:start]
+    ]
+    if cuts:
+        ids, offsets = encode_text(text, cuts, tokenizer)
     learned = [False] * len(ids)
     for start, end, _ in turns:
         for i in tokens_within(offsets, start, end):
@@ -183,6 +190,21 @@ def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     first = missing_bos(text, tokenizer)
     ids, learned = first + ids, [False] * len(first) + learned
     return ids, [token if yes else IGNORE for token, yes in zip(ids, learned)]
+
+
+def encode_text(text: str, cuts: list[int], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens and their character spans, with no token across a cut.
+
+    The cuts are where generation begins: a tokenizer that would join the prompt's last characters with the answer's
+    first ones must not, since the model never sees that token after a prompt.
+    """
+    ids: list[int] = []
+    offsets: list[tuple[int, int]] = []
+    for start, end in zip([0, *cuts], [*cuts, len(text)]):
+        coded = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+        ids += coded["input_ids"]
+        offsets += [(start + a, start + b) for a, b in coded["offset_mapping"]]
+    return ids, offsets
 
 
 def tokens_within(offsets: list[tuple[int, int]], start: int, end: int) -> range:
@@ -238,14 +260,19 @@ def assistant_turns(record: Record, messages: list[dict[str, Any]], text: str, t
     if marked is not None and len(marked) != len(turns):
         raise unfound(record, turns[0], tokenizer)
     spans: list[tuple[int, int]] = []
-    for k, i in enumerate(turns):
-        if i < record.num_prompt_messages:
-            continue
+    for i in learned_turns(record):
+        k = turns.index(i)
         span = marked[k] if marked is not None else turn_span(messages, i, text, tokenizer, record.where)
         if span is None or (spans and span[0] < spans[-1][1]):
             raise unfound(record, i, tokenizer)
         spans.append(span)
     return spans
+
+
+def learned_turns(record: Record) -> list[int]:
+    """Indices of the assistant's messages that are not part of the prompt."""
+    turns = enumerate(record.messages or ())
+    return [i for i, turn in turns if turn["role"] == "assistant" and i >= record.num_prompt_messages]
 
 
 def unfound(record: Record, i: int, tokenizer: Any) -> UserError:

@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rate": 2e-3,
     "max_seq_length": 512,
     "gradient_accumulation_steps": 2,
-    "num_train_epochs": 2,
+    "num_train_epochs": 5,
     "warmup_ratio": 0.05,
 }
 

@@ -1,6 +1,9 @@
 """Exact: which tokens are learned, for templates of every kind."""
 
+import json
+
 import pytest
+from tokenizers import Tokenizer
 
 from onecard.config import DataConfig
 from onecard.data.dataset import load_dataset
@@ -157,3 +160,22 @@ def test_truncation_is_counted_and_nothing_left_is_an_error(tmp_path):
     write_rows(path, rows[:1])
     with pytest.raises(UserError, match="token to learn"):
         load_dataset(str(path), make_tokenizer(), DataConfig(max_seq_length=16))
+
+
+def test_no_token_joins_the_prompt_to_the_answer():
+    """A tokenizer with a token for newline and brace: generation ends its prompt before it, so learning must too."""
+    tokenizer = make_tokenizer()
+    assert len(tokenizer('\n{"', add_special_tokens=False)["input_ids"]) > 1
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    backend["model"]["vocab"]["Ċ{"] = len(backend["model"]["vocab"])
+    backend["model"]["merges"].append(["Ċ", "{"])
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    joined = tokenizer.convert_tokens_to_ids("Ċ{")
+    assert joined in tokenizer('\n{"', add_special_tokens=False)["input_ids"]
+    turns = ("a", '{"b": 1}', "c", '{"d": 2}')
+    example = encode(record(*turns), tokenizer, 512)
+    assert joined not in example.input_ids
+    assert learned(example, tokenizer) == ['{"b": 1}<|im_end|>', '{"d": 2}<|im_end|>']
+    prompt = prompt_ids([{"role": "user", "content": "a"}], tokenizer)
+    assert example.input_ids[: len(prompt)] == prompt
