@@ -66,7 +66,7 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     config = make_config(TrainConfig, fields, "benchmark")
     model = get_peft_model(base, lora_config(config))
     start_adapter(model)
-    data = [Example(row, row) for row in rows(args.shape, args.length, args.steps).tolist()]
+    data = [Example(row, row, "random") for row in rows(args.shape, args.length, args.steps).tolist()]
     loader = Loader(data, args.length, False, 1, 0)
     loader.batches = lambda epoch: [[i] for i in range(len(data))]  # in the order of the peers
     run = Run(config, model, loader, args.steps, {})

@@ -19,7 +19,7 @@ namespace onecard {
 namespace {
 
 struct Isa {
-    static constexpr int kMaxRows = 8;
+    static constexpr int kRows = 2;
 
     static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
     static __m256 load(const BFloat16* x) {
@@ -124,35 +124,46 @@ struct Isa {
         }
     }
 
-    // Words 8 h ... 8 h + 7 of a chunk: 64 weights.
-    template <int M>
-    static void product_rows(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
+    // Half a chunk, 64 weights in eight words, at a time.
+    template <int R, int M>
+    static void product_tile(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
                              float* y, int64_t y_stride) {
-        int64_t x_stride = (K + 127) / 128 * 128;
-        __m256 low = _mm256_loadu_ps(w.quant_map), high = _mm256_loadu_ps(w.quant_map + 8), sums[M];
-        for (int m = 0; m < M; ++m) sums[m] = _mm256_setzero_ps();
+        int64_t x_stride = (K + 127) / 128 * 128, blocks = K / w.blocksize;
+        __m256 low = _mm256_loadu_ps(w.quant_map), high = _mm256_loadu_ps(w.quant_map + 8), sums[R][M];
+        for (int r = 0; r < R; ++r) {
+            for (int m = 0; m < M; ++m) sums[r][m] = _mm256_setzero_ps();
+        }
         for (int64_t k = 0; k < K; k += 64) {
-            __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + k / 2));
-            const float* s = scales + k / w.blocksize;
-            __m256 scale = w.blocksize >= 64 ? _mm256_set1_ps(s[0])
+            __m256i words[R];
+            __m256 scale[R];
+            for (int r = 0; r < R; ++r) {
+                words[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + (r * K + k) / 2));
+                const float* s = scales + r * blocks + k / w.blocksize;
+                scale[r] = w.blocksize >= 64 ? _mm256_set1_ps(s[0])
                                              : _mm256_blend_ps(_mm256_set1_ps(s[0]), _mm256_set1_ps(s[1]), 0xF0);
+            }
             const float* x_k = x + k / 128 * 128 + (k % 128 ? 8 : 0);
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
-                __m256i code = _mm256_srli_epi32(words, 4 * j);
-                __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - 4 * j));  // its sign: code >= 8
-                __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
-                                                _mm256_permutevar8x32_ps(high, code), upper);
-                value = _mm256_mul_ps(value, scale);
-                for (int m = 0; m < M; ++m) {
-                    sums[m] = _mm256_fmadd_ps(value, _mm256_loadu_ps(x_k + m * x_stride + j * 16), sums[m]);
+                for (int r = 0; r < R; ++r) {
+                    __m256i code = _mm256_srli_epi32(words[r], 4 * j);
+                    __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(words[r], 28 - 4 * j));  // sign: code >= 8
+                    __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, code),
+                                                    _mm256_permutevar8x32_ps(high, code), upper);
+                    value = _mm256_mul_ps(value, scale[r]);
+                    for (int m = 0; m < M; ++m) {
+                        __m256 x_m = _mm256_loadu_ps(x_k + m * x_stride + j * 16);
+                        sums[r][m] = _mm256_fmadd_ps(value, x_m, sums[r][m]);
+                    }
                 }
             }
         }
-        for (int m = 0; m < M; ++m) {
-            float lanes[8];
-            _mm256_storeu_ps(lanes, sums[m]);
-            y[m * y_stride] = ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+        for (int r = 0; r < R; ++r) {
+            for (int m = 0; m < M; ++m) {
+                float v[8];
+                _mm256_storeu_ps(v, sums[r][m]);
+                y[m * y_stride + r] = ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+            }
         }
     }
 };

@@ -20,7 +20,7 @@ namespace onecard {
 namespace {
 
 struct Isa {
-    static constexpr int kMaxRows = 16;
+    static constexpr int kRows = 4;
 
     static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
     static __m512 load(const BFloat16* x) {
@@ -107,31 +107,50 @@ struct Isa {
         return _mm512_mask_blend_ps(0xF000, low, _mm512_set1_ps(s[3]));
     }
 
-    template <int M>
-    static void product_rows(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
+    template <int R, int M>
+    static void product_tile(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
                              float* y, int64_t y_stride) {
-        int64_t x_stride = (K + 127) / 128 * 128;
-        __m512 table = _mm512_loadu_ps(w.quant_map), sums[M];
-        for (int m = 0; m < M; ++m) sums[m] = _mm512_setzero_ps();
+        int64_t x_stride = (K + 127) / 128 * 128, blocks = K / w.blocksize;
+        __m512 table = _mm512_loadu_ps(w.quant_map), sums[R][M];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
+        }
         for (int64_t k = 0; k < K; k += 128, x += 128) {
             __mmask16 valid = K - k < 128 ? 0x00FF : 0xFFFF;
-            __m512i words = _mm512_maskz_loadu_epi32(valid, row + k / 2);
-            __m512 scale = chunk_scales(scales, w.blocksize, k / 128, K - k), part = _mm512_setzero_ps();
+            __m512i words[R];
+            __m512 scale[R], part = _mm512_setzero_ps();
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                words[r] = _mm512_maskz_loadu_epi32(valid, row + (r * K + k) / 2);
+                scale[r] = chunk_scales(scales + r * blocks, w.blocksize, k / 128, K - k);
+            }
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
-                __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * j), table);
-                if (M == 1) {
+                if (R * M == 1) {  // the scale can wait until the chunk's sum
+                    __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(words[0], 4 * j), table);
                     part = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + j * 16), part);
                     continue;
                 }
-                value = _mm512_mul_ps(value, scale);
-                for (int m = 0; m < M; ++m) {
-                    sums[m] = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + m * x_stride + j * 16), sums[m]);
+                __m512 x_m[M];
+#pragma GCC unroll 4
+                for (int m = 0; m < M; ++m) x_m[m] = _mm512_loadu_ps(x + m * x_stride + j * 16);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; ++r) {
+                    __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(words[r], 4 * j), table);
+                    value = _mm512_mul_ps(value, scale[r]);
+#pragma GCC unroll 4
+                    for (int m = 0; m < M; ++m) sums[r][m] = _mm512_fmadd_ps(value, x_m[m], sums[r][m]);
                 }
             }
-            if (M == 1) sums[0] = _mm512_fmadd_ps(part, scale, sums[0]);
+            if (R * M == 1) sums[0][0] = _mm512_fmadd_ps(part, scale[0], sums[0][0]);
         }
-        for (int m = 0; m < M; ++m) y[m * y_stride] = _mm512_reduce_add_ps(sums[m]);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) y[m * y_stride + r] = _mm512_reduce_add_ps(sums[r][m]);
+        }
     }
 };
 

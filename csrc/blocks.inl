@@ -3,8 +3,8 @@
 //     max_abs_bits(x, n)                          the largest |x| as bits (NaN and Inf are larger than any number)
 //     encode(x, n, inverse, q, out)               n weights, a multiple of 32, to n / 2 bytes
 //     decode(bytes, n, levels, scale, out)        back, n a multiple of 32
-//     product_rows<M>(w, x, K, n, y, y_stride)    row n of W against M rows of arranged x
-//     kMaxRows                                    the most rows of x that it takes at once
+//     product_tile<R, M>(w, row, scales, x, K, y, y_stride)   R rows of W against M rows of arranged x
+//     kRows                                       the R that suits its registers
 
 constexpr uint32_t kLargestFinite = 0x7F7FFFFF;
 constexpr float kSmallestAbsmax = 1e-38f;
@@ -103,29 +103,36 @@ void arrange(const void* x, Dtype dtype, int64_t M, int64_t K, float* out) {
     arrange_typed(static_cast<const Float16*>(x), M, K, out);
 }
 
-// K is a multiple of 64 and of the blocksize.
+// K is a multiple of 64 and of the blocksize. R rows of W meet M rows of x at a time, so that a look-up serves M sums
+// and a load of x serves R.
+template <int R, int M>
+void product_tile(const Weight& w, const float* scales, const float* x, int64_t K, float* y, int64_t y_stride,
+                  int64_t n) {
+    Isa::template product_tile<R, M>(w, w.packed + n * K / 2, scales, x, K, y + n, y_stride);
+}
+
+template <int R>
+void product_rows(const Weight& w, float* scales, const float* x, int64_t M, int64_t K, float* y, int64_t y_stride,
+                  int64_t n) {
+    int64_t x_stride = (K + 127) / 128 * 128, m = 0;
+    w.scales(n * K / w.blocksize, R * K / w.blocksize, scales);
+    for (; M - m >= 4; m += 4) product_tile<R, 4>(w, scales, x + m * x_stride, K, y + m * y_stride, y_stride, n);
+    const float* rest = x + m * x_stride;
+    y += m * y_stride;
+    if (M - m == 3) product_tile<R, 3>(w, scales, rest, K, y, y_stride, n);
+    if (M - m == 2) product_tile<R, 2>(w, scales, rest, K, y, y_stride, n);
+    if (M - m == 1) product_tile<R, 1>(w, scales, rest, K, y, y_stride, n);
+}
+
 void product(const Weight& w, const float* x, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
              int64_t end) {
-    int64_t x_stride = (K + 127) / 128 * 128;
     thread_local std::vector<float> scales;
-    scales.resize(static_cast<size_t>(K / w.blocksize));
-    for (int64_t n = begin; n < end; ++n) {
-        w.scales(n * K / w.blocksize, K / w.blocksize, scales.data());
-        const uint8_t* row = w.packed + n * K / 2;
-        for (int64_t m = 0; m < M;) {
-            const float* x_m = x + m * x_stride;
-            float* y_m = y + m * y_stride + n;
-            if (Isa::kMaxRows >= 16 && M - m >= 16) {
-                Isa::template product_rows<16>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 16;
-            } else if (M - m >= 8) {
-                Isa::template product_rows<8>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 8;
-            } else if (M - m >= 4) {
-                Isa::template product_rows<4>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 4;
-            } else if (M - m >= 2) {
-                Isa::template product_rows<2>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 2;
-            } else {
-                Isa::template product_rows<1>(w, row, scales.data(), x_m, K, y_m, y_stride), m += 1;
-            }
+    scales.resize(static_cast<size_t>(Isa::kRows * K / w.blocksize));
+    int64_t n = begin;
+    if (M > 1) {
+        for (; end - n >= Isa::kRows; n += Isa::kRows) {
+            product_rows<Isa::kRows>(w, scales.data(), x, M, K, y, y_stride, n);
         }
     }
+    for (; n < end; ++n) product_rows<1>(w, scales.data(), x, M, K, y, y_stride, n);
 }

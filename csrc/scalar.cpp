@@ -13,7 +13,7 @@ uint32_t plain_max_abs_bits(const T* x, int64_t n);
 inline uint8_t plain_code(float scaled, const Quantization& q);
 
 struct Isa {
-    static constexpr int kMaxRows = 8;
+    static constexpr int kRows = 1;
 
     template <class T>
     static uint32_t max_abs_bits(const T* x, int64_t n) {
@@ -38,9 +38,10 @@ struct Isa {
         }
     }
 
-    template <int M>
-    static void product_rows(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
+    template <int R, int M>
+    static void product_tile(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
                              float* y, int64_t y_stride) {
+        static_assert(R == 1, "one row at a time");
         int64_t x_stride = (K + 127) / 128 * 128;
         float sums[M] = {};
         for (int64_t k = 0; k < K; ++k) {

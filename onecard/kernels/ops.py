@@ -162,8 +162,11 @@ def _qlora_linear(
     N, K = shape
     work = product_dtype(x.dtype, x.device.type)
     x_MK = x.reshape(-1, K).to(work)
-    W_NK = dequantize_to_scratch(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, work)
-    y_MN = x_MK @ W_NK.T
+    weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    if backend(x.device).can_multiply(x_MK, blocksize):
+        y_MN = backend(x.device).multiply(x_MK, *weight, N).to(work)
+    else:
+        y_MN = x_MK @ dequantize_to_scratch(*weight, shape, work).T
     if bias is not None:
         y_MN += bias.to(work)
     y_shape = (*x.shape[:-1], N)

@@ -7,7 +7,16 @@ from torch import Tensor
 from onecard.quant.blockwise import dequantize_blocks, quantize_blocks
 from onecard.quant.nested import dequantize_absmax
 
-__all__ = ["dequantize_into", "quantize_blocks"]
+__all__ = ["can_multiply", "dequantize_into", "multiply", "quantize_blocks"]
+
+
+def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
+    """Never: here a product is dequantize_into and a matrix product of torch."""
+    return False
+
+
+def multiply(x_MK: Tensor, *weight) -> Tensor:
+    raise NotImplementedError("can_multiply says no")
 
 
 def dequantize_into(

@@ -22,7 +22,8 @@ from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LARGEST_M = 16  # rows of x up to which the product straight from the codes beats dequantize-and-multiply
+# Rows of x up to which the product straight from the codes beats dequantize-and-multiply (benchmarks/kernels.py).
+LARGEST_M = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}
 _SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p)  # packed, absmax, nested, maps, offset
 SIGNATURES: dict[str, tuple] = {
     "onecard_isa": (c_char_p,),
@@ -139,7 +140,7 @@ def dequantize_into(
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
     """Whether `multiply` takes this x."""
     M, K = x_MK.shape
-    return M <= LARGEST_M and K % 64 == 0 and K % blocksize == 0 and x_MK.dtype in DTYPES and library() is not None
+    return M <= LARGEST_M.get(x_MK.dtype, 0) and K % 64 == 0 and K % blocksize == 0 and library() is not None
 
 
 def multiply(
