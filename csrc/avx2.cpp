@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "convert.h"
@@ -20,6 +21,41 @@ namespace {
 
 struct Isa {
     static constexpr int kRows = 2;
+
+    using V = __m256;
+    static constexpr int kLanes = 8, kColumns = 2;
+    static V set1(float x) { return _mm256_set1_ps(x); }
+    static void store(float* x, V v) { _mm256_storeu_ps(x, v); }
+    static V add(V a, V b) { return _mm256_add_ps(a, b); }
+    static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    static V max(V a, V b) { return _mm256_max_ps(a, b); }
+    static V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static float reduce_add(V v) {
+        float lanes[8];
+        store(lanes, v);
+        return ((lanes[0] + lanes[4]) + (lanes[1] + lanes[5])) + ((lanes[2] + lanes[6]) + (lanes[3] + lanes[7]));
+    }
+    static float reduce_max(V v) {
+        float lanes[8];
+        store(lanes, v);
+        return *std::max_element(lanes, lanes + 8);
+    }
+    // As in avx512.cpp; what would be below the smallest normal number is 0.
+    static V exp(V x) {
+        V t = mul(x, set1(1.44269504f)), small = _mm256_cmp_ps(t, set1(-126.0f), _CMP_LT_OQ);
+        t = max(t, set1(-126.0f));
+        V n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+        V result = mul(power_of_two(_mm256_sub_ps(t, n)), _mm256_castsi256_ps(exponent));
+        return _mm256_andnot_ps(small, result);
+    }
+    static V power_of_two(V f) {
+        V p = set1(1.54035304e-4f);
+        for (float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) {
+            p = fmadd(p, f, set1(c));
+        }
+        return p;
+    }
 
     static __m256 load(const float* x) { return _mm256_loadu_ps(x); }
     static __m256 load(const BFloat16* x) {
@@ -169,10 +205,11 @@ struct Isa {
 };
 
 #include "blocks.inl"
+#include "attention.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", quantize, dequantize, product, arrange};
+const Kernels kAvx2 = {"avx2", quantize, dequantize, product, arrange, attention_forward, attention_backward};
 
 }  // namespace onecard
 

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "convert.h"
@@ -21,6 +22,30 @@ namespace {
 
 struct Isa {
     static constexpr int kRows = 4;
+
+    using V = __m512;
+    static constexpr int kLanes = 16, kColumns = 4;
+    static V set1(float x) { return _mm512_set1_ps(x); }
+    static void store(float* x, V v) { _mm512_storeu_ps(x, v); }
+    static V add(V a, V b) { return _mm512_add_ps(a, b); }
+    static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+    static V max(V a, V b) { return _mm512_max_ps(a, b); }
+    static V fmadd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static float reduce_add(V v) { return _mm512_reduce_add_ps(v); }
+    static float reduce_max(V v) { return _mm512_reduce_max_ps(v); }
+    // 2^n 2^f with n the nearest integer to x log2(e) and f by Horner's rule, its error below 2^-23 on [-0.5, 0.5].
+    static V exp(V x) {
+        V t = mul(max(x, set1(-200.0f)), set1(1.44269504f));
+        V n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        return _mm512_scalef_ps(power_of_two(_mm512_sub_ps(t, n)), n);
+    }
+    static V power_of_two(V f) {
+        V p = set1(1.54035304e-4f);
+        for (float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) {
+            p = fmadd(p, f, set1(c));
+        }
+        return p;
+    }
 
     static __m512 load(const float* x) { return _mm512_loadu_ps(x); }
     static __m512 load(const BFloat16* x) {
@@ -155,10 +180,11 @@ struct Isa {
 };
 
 #include "blocks.inl"
+#include "attention.inl"
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", quantize, dequantize, product, arrange};
+const Kernels kAvx512 = {"avx512", quantize, dequantize, product, arrange, attention_forward, attention_backward};
 
 }  // namespace onecard
 

@@ -101,3 +101,15 @@ EXPORT void onecard_product(const uint8_t* packed, const void* absmax, const flo
         current->product(w, arranged.get(), M, K, y, N, begin, end);
     });
 }
+
+// Every head over every document (num_documents + 1 boundaries); the backward if a.grad_out is set.
+EXPORT void onecard_attention(const Attention* a, const int64_t* boundaries, int64_t num_documents, int num_threads) {
+    std::atomic<int64_t> next{0};
+    auto one = a->grad_out ? current->attention_backward : current->attention_forward;
+    parallel_for(num_threads, 1, num_threads, [&](int64_t, int64_t) {
+        for (int64_t task; (task = next.fetch_add(1)) < num_documents * a->H;) {
+            int64_t document = task / a->H;
+            one(*a, task % a->H, boundaries[document], boundaries[document + 1]);
+        }
+    });
+}

@@ -39,6 +39,22 @@ struct Quantization {
     int64_t blocksize;
 };
 
+// Causal attention of H query heads over H_kv key heads; a document is a range of tokens that see only each other.
+// Strides are in elements; out, grad_out and grad_q are (T, H, D), lse (H, T), grad_k and grad_v (H, T, D) float32.
+struct Attention {
+    Dtype dtype;
+    int64_t T, H, H_kv, D;
+    int64_t window;  // tokens that a query sees, itself included; 0 for all before it
+    float scale;
+    const void *q, *k, *v;
+    int64_t q_head, q_token, k_head, k_token, v_head, v_token;
+    void* out;
+    float* lse;
+    const void* grad_out;
+    void* grad_q;
+    float *grad_k, *grad_v;
+};
+
 struct Kernels {
     const char* name;
     // Blocks [begin, end) of W into codes and scales; false if a weight is not finite.
@@ -51,6 +67,9 @@ struct Kernels {
                     int64_t end);
     // x (M, K) of any dtype into the order in which `product` reads it: (M, round_up(K, 128)) float32.
     void (*arrange)(const void* x, Dtype dtype, int64_t M, int64_t K, float* out);
+    // One head over tokens [start, end); D a multiple of 16.
+    void (*attention_forward)(const Attention& a, int64_t head, int64_t start, int64_t end);
+    void (*attention_backward)(const Attention& a, int64_t head, int64_t start, int64_t end);
 };
 
 extern const Kernels kScalar;

@@ -1,5 +1,6 @@
 // Plain C++: the path for any CPU, and the others' measure.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "convert.h"
@@ -14,6 +15,19 @@ inline uint8_t plain_code(float scaled, const Quantization& q);
 
 struct Isa {
     static constexpr int kRows = 1;
+
+    using V = float;
+    static constexpr int kLanes = 1, kColumns = 4;
+    static V set1(float x) { return x; }
+    static V load(const float* x) { return *x; }
+    static void store(float* x, V v) { *x = v; }
+    static V add(V a, V b) { return a + b; }
+    static V mul(V a, V b) { return a * b; }
+    static V max(V a, V b) { return std::max(a, b); }
+    static V fmadd(V a, V b, V c) { return a * b + c; }
+    static V exp(V x) { return std::exp(x); }
+    static float reduce_add(V v) { return v; }
+    static float reduce_max(V v) { return v; }
 
     template <class T>
     static uint32_t max_abs_bits(const T* x, int64_t n) {
@@ -55,9 +69,10 @@ struct Isa {
 };
 
 #include "blocks.inl"
+#include "attention.inl"
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", quantize, dequantize, product, arrange};
+const Kernels kScalar = {"scalar", quantize, dequantize, product, arrange, attention_forward, attention_backward};
 
 }  // namespace onecard

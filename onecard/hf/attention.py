@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from onecard.kernels import attention as kernel
+
 NAME = "onecard_packed"
 
 
@@ -46,6 +48,8 @@ def packed_attention(
     assert cu_seqlens is not None and cu_seqlens[-1] == query.shape[2], "a packed row needs its cu_seqlens"
     assert kwargs.get("s_aux") is None, "attention sinks take the model's own attention"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if softcap is None and dropout == 0.0 and kernel.supports(query, key, value):
+        return kernel.attention(query, key, value, cu_seqlens, scale, sliding_window), None
     out = torch.empty_like(query.transpose(1, 2)) if not query.requires_grad else None
     pieces = []
     for start, end in zip(cu_seqlens, cu_seqlens[1:]):

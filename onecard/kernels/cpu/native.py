@@ -24,6 +24,20 @@ from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x up to which the product straight from the codes beats dequantize-and-multiply (benchmarks/kernels.py).
 LARGEST_M = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}
+
+
+class Attention(ctypes.Structure):
+    """struct Attention of csrc/kernels.h."""
+
+    _fields_ = (
+        ("dtype", c_int), ("T", c_int64), ("H", c_int64), ("H_kv", c_int64), ("D", c_int64), ("window", c_int64),
+        ("scale", c_float), ("q", c_void_p), ("k", c_void_p), ("v", c_void_p),
+        ("q_head", c_int64), ("q_token", c_int64), ("k_head", c_int64), ("k_token", c_int64),
+        ("v_head", c_int64), ("v_token", c_int64), ("out", c_void_p), ("lse", c_void_p),
+        ("grad_out", c_void_p), ("grad_q", c_void_p), ("grad_k", c_void_p), ("grad_v", c_void_p),
+    )  # fmt: skip
+
+
 _SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p)  # packed, absmax, nested, maps, offset
 SIGNATURES: dict[str, tuple] = {
     "onecard_isa": (c_char_p,),
@@ -34,6 +48,7 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_product": (
         None, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
     ),
+    "onecard_attention": (None, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip
 
 
@@ -171,3 +186,35 @@ def multiply(
         torch.get_num_threads(),
     )
     return y_MN
+
+
+def attention(
+    q_HTD: Tensor,
+    k_HTD: Tensor,
+    v_HTD: Tensor,
+    cu_seqlens: list[int],
+    scale: float,
+    window: int,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+) -> None:
+    """Fill out_THD and lse_HT; or, with grads = (grad_out, grad_q, grad_k, grad_v), the last three.
+
+    Args:
+        q_HTD (H, T, D), k_HTD and v_HTD (H_kv, T, D): of one dtype, any strides with the last dimension dense.
+        out_THD, grad_out, grad_q: (T, H, D) contiguous, q's dtype; lse_HT: (H, T) float32.
+        grad_k, grad_v: float32 (H, T, D), a part for each query head.
+    """
+    native = library()
+    assert native is not None
+    H, T, D = q_HTD.shape
+    strides = [stride for x in (q_HTD, k_HTD, v_HTD) for stride in x.stride()[:2]]
+    pointers = [None if x is None else x.data_ptr() for x in grads or (None,) * 4]
+    call = Attention(
+        DTYPES[q_HTD.dtype], T, H, k_HTD.shape[0], D, window, scale,
+        q_HTD.data_ptr(), k_HTD.data_ptr(), v_HTD.data_ptr(), *strides,
+        out_THD.data_ptr(), lse_HT.data_ptr(), *pointers,
+    )  # fmt: skip
+    boundaries = (c_int64 * len(cu_seqlens))(*cu_seqlens)
+    native.onecard_attention(ctypes.byref(call), boundaries, len(cu_seqlens) - 1, torch.get_num_threads())

@@ -1,0 +1,108 @@
+"""Causal attention over the documents of a packed row, as one torch operator on the CPU's C++ kernels.
+
+    O = softmax(s Q K^T + mask) V, and from P: dV = P^T dO, dS = s P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q
+
+The probabilities are never stored: the backward makes them again from the log-sum-exp of each row (FlashAttention,
+arXiv 2205.14135). Everything between inputs and outputs is float32, and the bits do not depend on the threads.
+
+Shape suffixes: H query heads, G key heads, T tokens, D head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onecard.kernels.cpu import native
+
+
+def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention` takes these: (1, H, T, D) and (1, G, T, D) on the CPU, one dtype, D a multiple of 16."""
+    D = q.shape[-1]
+    return (
+        q.device.type == "cpu"
+        and q.dtype in native.DTYPES
+        and q.dtype == k.dtype == v.dtype
+        and D % 16 == 0
+        and v.shape[-1] == D
+        and native.library() is not None
+    )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float, window: int | None) -> Tensor:
+    """Each document's causal attention.
+
+    Args:
+        q: (1, H, T, D); k, v: (1, G, T, D), H a multiple of G; see `supports`.
+        cu_seqlens: 0, the ends of the documents, T last.
+        window: tokens a query sees, itself included; None for all before it.
+
+    Returns:
+        (1, T, H, D), q's dtype.
+    """
+    out, _ = torch.ops.onecard.attention(q, k, v, cu_seqlens, scale, window or 0)
+    return out
+
+
+def heads(x: Tensor) -> Tensor:
+    """(1, H, T, D) to (H, T, D) with the last dimension dense."""
+    return x[0] if x.stride(-1) == 1 else x[0].contiguous()
+
+
+@torch.library.custom_op("onecard::attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float, window: int
+) -> tuple[Tensor, Tensor]:
+    _, H, T, D = q.shape
+    out = torch.empty(1, T, H, D, dtype=q.dtype)
+    lse_HT = torch.empty(H, T)
+    native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT)
+    return out, lse_HT
+
+
+@_attention.register_fake
+def _(q, k, v, cu_seqlens, scale, window):
+    _, H, T, D = q.shape
+    return q.new_empty(1, T, H, D), q.new_empty(H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op("onecard::attention_backward", mutates_args=())
+def _attention_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse_HT: Tensor,
+    cu_seqlens: list[int],
+    scale: float,
+    window: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _, H, T, D = q.shape
+    G = k.shape[1]
+    grad_q = torch.empty(1, T, H, D, dtype=q.dtype)
+    parts = torch.empty(2, H, T, D)
+    grads = (grad_out.contiguous(), grad_q, parts[0], parts[1])
+    native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT, grads)
+    grad_k, grad_v = (part.view(1, G, H // G, T, D).sum(2).to(k.dtype) for part in parts)
+    return grad_q.transpose(1, 2), grad_k, grad_v
+
+
+@_attention_backward.register_fake
+def _(grad_out, q, k, v, out, lse_HT, cu_seqlens, scale, window):
+    _, H, T, D = q.shape
+    return q.new_empty(1, T, H, D).transpose(1, 2), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, ctx.cu_seqlens, ctx.scale, ctx.window = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(q, k, v, *output)
+
+
+def _backward(ctx, grad_out, _):
+    arguments = (ctx.cu_seqlens, ctx.scale, ctx.window)
+    return *torch.ops.onecard.attention_backward(grad_out, *ctx.saved_tensors, *arguments), None, None, None
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)
