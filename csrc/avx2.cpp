@@ -129,6 +129,11 @@ struct Isa {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
     }
 
+    template <class T>
+    static void store_as(T* x, V v) {
+        narrow(v, x);
+    }
+
     static void look_up(const Planes<float>& table, __m128i codes, float* out) {
         __m128i b0 = _mm_shuffle_epi8(table.plane[0], codes), b1 = _mm_shuffle_epi8(table.plane[1], codes);
         __m128i b2 = _mm_shuffle_epi8(table.plane[2], codes), b3 = _mm_shuffle_epi8(table.plane[3], codes);
@@ -206,10 +211,12 @@ struct Isa {
 
 #include "blocks.inl"
 #include "attention.inl"
+#include "rows.inl"
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", quantize, dequantize, product, arrange, attention_forward, attention_backward};
+const Kernels kAvx2 = {"avx2", quantize,          dequantize,         product,      arrange,
+                       attention_forward, attention_backward, cross_entropy};
 
 }  // namespace onecard
 

@@ -106,6 +106,12 @@ struct Isa {
     }
     static __m256i narrow(__m512 x, Float16) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
 
+    template <class T>
+    static void store_as(T* x, V v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), narrow(v, T{}));
+    }
+    static void store_as(float* x, V v) { _mm512_storeu_ps(x, v); }
+
     // The table is in the register twice, so that the fifth bit of an index does not matter.
     template <class T>
     static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out) {
@@ -181,10 +187,12 @@ struct Isa {
 
 #include "blocks.inl"
 #include "attention.inl"
+#include "rows.inl"
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", quantize, dequantize, product, arrange, attention_forward, attention_backward};
+const Kernels kAvx512 = {"avx512", quantize,          dequantize,         product,      arrange,
+                       attention_forward, attention_backward, cross_entropy};
 
 }  // namespace onecard
 

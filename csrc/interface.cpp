@@ -113,3 +113,10 @@ EXPORT void onecard_attention(const Attention* a, const int64_t* boundaries, int
         }
     });
 }
+
+EXPORT void onecard_cross_entropy(void* logits, int dtype, int64_t rows, int64_t V, const int64_t* target, float* losses,
+                                  int num_threads) {
+    parallel_for(rows, 1, num_threads, [&](int64_t begin, int64_t end) {
+        current->cross_entropy(logits, static_cast<Dtype>(dtype), V, target, losses, begin, end);
+    });
+}

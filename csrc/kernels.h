@@ -70,6 +70,9 @@ struct Kernels {
     // One head over tokens [start, end); D a multiple of 16.
     void (*attention_forward)(const Attention& a, int64_t head, int64_t start, int64_t end);
     void (*attention_backward)(const Attention& a, int64_t head, int64_t start, int64_t end);
+    // Rows [begin, end) of logits (rows, V): losses logsumexp(z) - z[target]; z becomes softmax(z) - onehot(target).
+    void (*cross_entropy)(void* logits, Dtype dtype, int64_t V, const int64_t* target, float* losses, int64_t begin,
+                          int64_t end);
 };
 
 extern const Kernels kScalar;

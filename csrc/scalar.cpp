@@ -19,7 +19,14 @@ struct Isa {
     using V = float;
     static constexpr int kLanes = 1, kColumns = 4;
     static V set1(float x) { return x; }
-    static V load(const float* x) { return *x; }
+    template <class T>
+    static V load(const T* x) {
+        return to_float(*x);
+    }
+    template <class T>
+    static void store_as(T* x, V v) {
+        convert(v, *x);
+    }
     static void store(float* x, V v) { *x = v; }
     static V add(V a, V b) { return a + b; }
     static V mul(V a, V b) { return a * b; }
@@ -70,9 +77,11 @@ struct Isa {
 
 #include "blocks.inl"
 #include "attention.inl"
+#include "rows.inl"
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", quantize, dequantize, product, arrange, attention_forward, attention_backward};
+const Kernels kScalar = {"scalar", quantize,          dequantize,         product,      arrange,
+                       attention_forward, attention_backward, cross_entropy};
 
 }  // namespace onecard

@@ -61,6 +61,14 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     )
 
 
+def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
+    """The losses logsumexp(z) - z[target], float32 (P,), of logits of any float dtype and int64 targets.
+
+    In place: z becomes its gradient, softmax(z) - onehot(target). Computed in float32.
+    """
+    return backend(z_PV.device).cross_entropy_(z_PV, target_P)
+
+
 def qlora_linear(
     x: Tensor,
     packed: Tensor,

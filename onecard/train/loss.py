@@ -3,8 +3,8 @@
     loss = sum over supervised positions of (logsumexp(z) - z[target]) / N,    z = cap(scale * h W^T + b)
 
 Only supervised positions meet the head, a chunk of rows at a time, and the gradient with respect to h is made
-while the chunk's logits are there: dz = (softmax(z) - onehot(target)) / N. Peak extra memory is one chunk of
-logits in float32, whatever the length and the vocabulary. N counts the whole accumulation window, so that
+while the chunk's logits are there, in their place: N dz = softmax(z) - onehot(target). Peak extra memory is one
+chunk of logits, whatever the length and the vocabulary. N counts the whole accumulation window, so that
 8 x 1, 4 x 2 and 1 x 8 are the same update.
 
 Shape suffixes: P supervised positions, H hidden size, V vocabulary.
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from onecard.config import LOGITS_CHUNK_BYTES, ROW_MULTIPLE
+from onecard.kernels import ops
 from onecard.nn.embedding import project, project_back
 
 IGNORE = -100
@@ -59,22 +60,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         h_PH, target_P = nn.functional.pad(h_PH, (0, 0, 0, filler)), nn.functional.pad(target_P, (0, filler))
         grad_PH = torch.empty_like(h_PH)
         losses = []
-        rows = chunk_rows(W_VH.shape[0])
+        rows = chunk_rows(W_VH.shape[0], h_PH.dtype.itemsize if transform == LogitTransform() else 4)
         for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
-            z = transform(project(h, W_VH, bias).float())
-            logsumexp = z.logsumexp(-1)
-            losses.append(logsumexp - z.gather(1, target[:, None])[:, 0])
-            dz = torch.exp(z - logsumexp[:, None])
-            dz[torch.arange(len(target), device=z.device), target] -= 1
-            grad.copy_(project_back(transform.backward(dz.div_(num_tokens), z).to(h.dtype), W_VH))
+            z = project(h, W_VH, bias)
+            if transform != LogitTransform():
+                z = transform(z.float())
+            dz = z.clone() if transform.softcap is not None else z
+            losses.append(ops.cross_entropy_(dz, target))
+            grad.copy_(project_back(transform.backward(dz, z).to(h.dtype), W_VH))
         ctx.save_for_backward(grad_PH[:num_positions])
+        ctx.num_tokens = num_tokens
         loss = torch.cat(losses)[:num_positions].double().sum()
         return (loss / num_tokens).float()
 
     @staticmethod
     def backward(ctx, grad_loss):
+        # Divided here, where a loss scale is already multiplied in: 1 / N alone could be too small for float16.
         (grad_PH,) = ctx.saved_tensors
-        return grad_PH * grad_loss.to(grad_PH.dtype), None, None, None, None, None
+        return (grad_PH * (grad_loss / ctx.num_tokens)).to(grad_PH.dtype), None, None, None, None, None
 
 
 def chunked_cross_entropy(
@@ -95,15 +98,15 @@ def chunked_cross_entropy(
         z = transform(head(h).float())
         return nn.functional.cross_entropy(z, target, reduction="sum")
 
-    rows = chunk_rows(getattr(head, "out_features", None) or 1 << 16)
+    rows = chunk_rows(getattr(head, "out_features", None) or 1 << 16, 4)
     pairs = zip(h_PH.split(rows), target_P.split(rows))
     parts = [checkpoint(part, h, target, use_reentrant=False) for h, target in pairs]
     return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens
 
 
-def chunk_rows(vocab_size: int) -> int:
+def chunk_rows(vocab_size: int, itemsize: int) -> int:
     """Rows of logits worked on at a time: as many as fit LOGITS_CHUNK_BYTES, a multiple of ROW_MULTIPLE."""
-    rows = LOGITS_CHUNK_BYTES // (4 * vocab_size)
+    rows = LOGITS_CHUNK_BYTES // (itemsize * vocab_size)
     return max(rows - rows % ROW_MULTIPLE, ROW_MULTIPLE)
 
 

@@ -48,6 +48,7 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_product": (
         None, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
     ),
+    "onecard_cross_entropy": (None, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "onecard_attention": (None, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip
 
@@ -186,6 +187,24 @@ def multiply(
         torch.get_num_threads(),
     )
     return y_MN
+
+
+def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
+    """As reference.cross_entropy_."""
+    native = library()
+    if native is None or z_PV.dtype not in DTYPES:
+        return reference.cross_entropy_(z_PV, target_P)
+    assert z_PV.is_contiguous() and target_P.is_contiguous() and target_P.dtype == torch.int64
+    losses_P = torch.empty(len(target_P))
+    native.onecard_cross_entropy(
+        z_PV.data_ptr(),
+        DTYPES[z_PV.dtype],
+        *z_PV.shape,
+        target_P.data_ptr(),
+        losses_P.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return losses_P
 
 
 def attention(
