@@ -28,6 +28,7 @@ struct Isa {
     static void store(float* x, V v) { _mm256_storeu_ps(x, v); }
     static V add(V a, V b) { return _mm256_add_ps(a, b); }
     static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    static V divide(V a, V b) { return _mm256_div_ps(a, b); }
     static V max(V a, V b) { return _mm256_max_ps(a, b); }
     static V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
     static float reduce_add(V v) {
@@ -215,8 +216,10 @@ struct Isa {
 
 }  // namespace
 
-const Kernels kAvx2 = {"avx2", quantize,          dequantize,         product,      arrange,
-                       attention_forward, attention_backward, cross_entropy};
+const Kernels kAvx2 = {
+    "avx2", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward,
+};
 
 }  // namespace onecard
 

@@ -29,6 +29,7 @@ struct Isa {
     static void store(float* x, V v) { _mm512_storeu_ps(x, v); }
     static V add(V a, V b) { return _mm512_add_ps(a, b); }
     static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+    static V divide(V a, V b) { return _mm512_div_ps(a, b); }
     static V max(V a, V b) { return _mm512_max_ps(a, b); }
     static V fmadd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
     static float reduce_add(V v) { return _mm512_reduce_add_ps(v); }
@@ -191,8 +192,10 @@ struct Isa {
 
 }  // namespace
 
-const Kernels kAvx512 = {"avx512", quantize,          dequantize,         product,      arrange,
-                       attention_forward, attention_backward, cross_entropy};
+const Kernels kAvx512 = {
+    "avx512", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward,
+};
 
 }  // namespace onecard
 

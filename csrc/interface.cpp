@@ -120,3 +120,30 @@ EXPORT void onecard_cross_entropy(void* logits, int dtype, int64_t rows, int64_t
         current->cross_entropy(logits, static_cast<Dtype>(dtype), V, target, losses, begin, end);
     });
 }
+
+EXPORT void onecard_rms_norm(const void* x, const void* w, void* y, float* rstd, int dtype, int64_t rows, int64_t D,
+                             float eps, int num_threads) {
+    parallel_for(rows, 1, num_threads, [&](int64_t begin, int64_t end) {
+        current->rms_norm(x, w, y, rstd, static_cast<Dtype>(dtype), D, eps, begin, end);
+    });
+}
+
+EXPORT void onecard_rms_norm_backward(const void* grad_y, const void* x, const void* w, const float* rstd, void* grad_x,
+                                      int dtype, int64_t rows, int64_t D, int num_threads) {
+    parallel_for(rows, 1, num_threads, [&](int64_t begin, int64_t end) {
+        current->rms_norm_backward(grad_y, x, w, rstd, grad_x, static_cast<Dtype>(dtype), D, begin, end);
+    });
+}
+
+EXPORT void onecard_swiglu(const void* gate, const void* up, void* y, int dtype, int64_t size, int num_threads) {
+    parallel_for(size, 4096, num_threads, [&](int64_t begin, int64_t end) {
+        current->swiglu(gate, up, y, static_cast<Dtype>(dtype), begin, end);
+    });
+}
+
+EXPORT void onecard_swiglu_backward(const void* grad_y, const void* gate, const void* up, void* grad_gate, void* grad_up,
+                                    int dtype, int64_t size, int num_threads) {
+    parallel_for(size, 4096, num_threads, [&](int64_t begin, int64_t end) {
+        current->swiglu_backward(grad_y, gate, up, grad_gate, grad_up, static_cast<Dtype>(dtype), begin, end);
+    });
+}

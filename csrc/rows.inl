@@ -24,9 +24,131 @@ void cross_entropy_typed(T* logits, int64_t V, const int64_t* target, float* los
     }
 }
 
+template <class T>
+void rms_norm_typed(const T* x, const T* w, T* y, float* rstd, int64_t D, float eps, int64_t begin, int64_t end) {
+    int64_t whole = D / Isa::kLanes * Isa::kLanes;
+    for (int64_t row = begin; row < end; ++row) {
+        const T* x_row = x + row * D;
+        T* y_row = y + row * D;
+        typename Isa::V sums = Isa::set1(0.0f);
+        for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+            typename Isa::V v = Isa::load(x_row + i);
+            sums = Isa::fmadd(v, v, sums);
+        }
+        float sum = Isa::reduce_add(sums);
+        for (int64_t i = whole; i < D; ++i) sum += to_float(x_row[i]) * to_float(x_row[i]);
+        float r = 1.0f / std::sqrt(sum / static_cast<float>(D) + eps);
+        rstd[row] = r;
+        for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+            Isa::store_as(y_row + i, Isa::mul(Isa::load(x_row + i), Isa::set1(r)));
+            Isa::store_as(y_row + i, Isa::mul(Isa::load(y_row + i), Isa::load(w + i)));
+        }
+        for (int64_t i = whole; i < D; ++i) {
+            convert(to_float(x_row[i]) * r, y_row[i]);
+            convert(to_float(y_row[i]) * to_float(w[i]), y_row[i]);
+        }
+    }
+}
+
+// dx = r (g - n mean(g n)) with n = r x, g = w dy
+template <class T>
+void rms_norm_backward_typed(const T* grad_y, const T* x, const T* w, const float* rstd, T* grad_x, int64_t D,
+                             int64_t begin, int64_t end) {
+    int64_t whole = D / Isa::kLanes * Isa::kLanes;
+    for (int64_t row = begin; row < end; ++row) {
+        const T *dy = grad_y + row * D, *x_row = x + row * D;
+        T* dx = grad_x + row * D;
+        typename Isa::V sums = Isa::set1(0.0f);
+        for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+            typename Isa::V g = Isa::mul(Isa::load(dy + i), Isa::load(w + i));
+            sums = Isa::fmadd(g, Isa::load(x_row + i), sums);
+        }
+        float sum = Isa::reduce_add(sums), r = rstd[row];
+        for (int64_t i = whole; i < D; ++i) sum += to_float(dy[i]) * to_float(w[i]) * to_float(x_row[i]);
+        float back = -sum * r * r * r / static_cast<float>(D);
+        for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+            typename Isa::V g = Isa::mul(Isa::load(dy + i), Isa::load(w + i));
+            typename Isa::V part = Isa::mul(Isa::load(x_row + i), Isa::set1(back));
+            Isa::store_as(dx + i, Isa::fmadd(g, Isa::set1(r), part));
+        }
+        for (int64_t i = whole; i < D; ++i) {
+            convert(to_float(dy[i]) * to_float(w[i]) * r + to_float(x_row[i]) * back, dx[i]);
+        }
+    }
+}
+
+inline typename Isa::V sigmoid(typename Isa::V x) {
+    typename Isa::V one = Isa::set1(1.0f);
+    return Isa::divide(one, Isa::add(one, Isa::exp(Isa::mul(x, Isa::set1(-1.0f)))));
+}
+
+inline float sigmoid(float x, int) { return 1.0f / (1.0f + std::exp(-x)); }
+
+template <class T>
+void swiglu_typed(const T* gate, const T* up, T* y, int64_t begin, int64_t end) {
+    int64_t i = begin;
+    for (; i + Isa::kLanes <= end; i += Isa::kLanes) {
+        typename Isa::V g = Isa::load(gate + i);
+        Isa::store_as(y + i, Isa::mul(Isa::mul(g, sigmoid(g)), Isa::load(up + i)));
+    }
+    for (; i < end; ++i) convert(to_float(gate[i]) * sigmoid(to_float(gate[i]), 0) * to_float(up[i]), y[i]);
+}
+
+// s = sigmoid(g): d gate = dy up s (1 + g (1 - s)), d up = dy g s
+template <class T>
+void swiglu_backward_typed(const T* grad_y, const T* gate, const T* up, T* grad_gate, T* grad_up, int64_t begin,
+                           int64_t end) {
+    int64_t i = begin;
+    typename Isa::V one = Isa::set1(1.0f), minus = Isa::set1(-1.0f);
+    for (; i + Isa::kLanes <= end; i += Isa::kLanes) {
+        typename Isa::V g = Isa::load(gate + i), dy = Isa::load(grad_y + i), s = sigmoid(g);
+        typename Isa::V slope = Isa::mul(s, Isa::fmadd(g, Isa::fmadd(s, minus, one), one));
+        Isa::store_as(grad_gate + i, Isa::mul(Isa::mul(dy, Isa::load(up + i)), slope));
+        Isa::store_as(grad_up + i, Isa::mul(dy, Isa::mul(g, s)));
+    }
+    for (; i < end; ++i) {
+        float g = to_float(gate[i]), dy = to_float(grad_y[i]), s = sigmoid(g, 0);
+        convert(dy * to_float(up[i]) * s * (1.0f + g * (1.0f - s)), grad_gate[i]);
+        convert(dy * g * s, grad_up[i]);
+    }
+}
+
+// Calls f with a null pointer of the type that dtype names.
+template <class F>
+void with_type(Dtype dtype, F f) {
+    if (dtype == kFloat32) return f(static_cast<float*>(nullptr));
+    if (dtype == kBFloat16) return f(static_cast<BFloat16*>(nullptr));
+    f(static_cast<Float16*>(nullptr));
+}
+
+#define TYPED(x) static_cast<decltype(type)>(const_cast<void*>(x))
+
 void cross_entropy(void* logits, Dtype dtype, int64_t V, const int64_t* target, float* losses, int64_t begin,
                    int64_t end) {
-    if (dtype == kFloat32) return cross_entropy_typed(static_cast<float*>(logits), V, target, losses, begin, end);
-    if (dtype == kBFloat16) return cross_entropy_typed(static_cast<BFloat16*>(logits), V, target, losses, begin, end);
-    cross_entropy_typed(static_cast<Float16*>(logits), V, target, losses, begin, end);
+    with_type(dtype, [&](auto type) { cross_entropy_typed(TYPED(logits), V, target, losses, begin, end); });
 }
+
+void rms_norm(const void* x, const void* w, void* y, float* rstd, Dtype dtype, int64_t D, float eps, int64_t begin,
+              int64_t end) {
+    with_type(dtype, [&](auto type) { rms_norm_typed(TYPED(x), TYPED(w), TYPED(y), rstd, D, eps, begin, end); });
+}
+
+void rms_norm_backward(const void* grad_y, const void* x, const void* w, const float* rstd, void* grad_x, Dtype dtype,
+                       int64_t D, int64_t begin, int64_t end) {
+    with_type(dtype, [&](auto type) {
+        rms_norm_backward_typed(TYPED(grad_y), TYPED(x), TYPED(w), rstd, TYPED(grad_x), D, begin, end);
+    });
+}
+
+void swiglu(const void* gate, const void* up, void* y, Dtype dtype, int64_t begin, int64_t end) {
+    with_type(dtype, [&](auto type) { swiglu_typed(TYPED(gate), TYPED(up), TYPED(y), begin, end); });
+}
+
+void swiglu_backward(const void* grad_y, const void* gate, const void* up, void* grad_gate, void* grad_up, Dtype dtype,
+                     int64_t begin, int64_t end) {
+    with_type(dtype, [&](auto type) {
+        swiglu_backward_typed(TYPED(grad_y), TYPED(gate), TYPED(up), TYPED(grad_gate), TYPED(grad_up), begin, end);
+    });
+}
+
+#undef TYPED

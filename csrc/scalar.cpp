@@ -30,6 +30,7 @@ struct Isa {
     static void store(float* x, V v) { *x = v; }
     static V add(V a, V b) { return a + b; }
     static V mul(V a, V b) { return a * b; }
+    static V divide(V a, V b) { return a / b; }
     static V max(V a, V b) { return std::max(a, b); }
     static V fmadd(V a, V b, V c) { return a * b + c; }
     static V exp(V x) { return std::exp(x); }
@@ -81,7 +82,9 @@ struct Isa {
 
 }  // namespace
 
-const Kernels kScalar = {"scalar", quantize,          dequantize,         product,      arrange,
-                       attention_forward, attention_backward, cross_entropy};
+const Kernels kScalar = {
+    "scalar", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward,
+};
 
 }  // namespace onecard

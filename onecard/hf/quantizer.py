@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.kernels import ops
+from onecard.nn.fused import fuse
 from onecard.nn.linear import Linear4bit
 
 METHOD = "onecard"
@@ -189,6 +190,7 @@ class OnecardQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         check_loaded(model)
+        fuse(model)
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate ask for it
         return model
 

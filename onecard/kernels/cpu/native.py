@@ -49,6 +49,10 @@ SIGNATURES: dict[str, tuple] = {
         None, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
     ),
     "onecard_cross_entropy": (None, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
+    "onecard_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_float, c_int),
+    "onecard_rms_norm_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int64, c_int),
+    "onecard_swiglu": (None, *[c_void_p] * 3, c_int, c_int64, c_int),
+    "onecard_swiglu_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int),
     "onecard_attention": (None, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip
 
@@ -83,26 +87,24 @@ def torch_gomp_parallel() -> int | None:
     return ctypes.cast(ctypes.CDLL(paths.pop()).GOMP_parallel, c_void_p).value
 
 
+def call(name: str, *arguments: object) -> int:
+    """Call a kernel, with tensors as their addresses (contiguous ones only) and this process's thread count."""
+    native = library()
+    assert native is not None
+    assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor)), name
+    plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
+    return getattr(native, name)(*plain, torch.get_num_threads())
+
+
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
     """As quant.blockwise.quantize_blocks."""
-    native = library()
-    if native is None:
+    if library() is None:
         return reference.quantize_blocks(W, quant_type, blocksize, name)
     flat = W.detach().reshape(-1).contiguous()
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
-    bounds, order = coding(quant_type)
-    finite = native.onecard_quantize(
-        flat.data_ptr(),
-        DTYPES[flat.dtype],
-        flat.numel(),
-        blocksize,
-        bounds.data_ptr(),
-        order.data_ptr(),
-        packed.data_ptr(),
-        absmax.data_ptr(),
-        torch.get_num_threads(),
-    )
+    sizes = (DTYPES[flat.dtype], flat.numel(), blocksize)
+    finite = call("onecard_quantize", flat, *sizes, *coding(quant_type), packed, absmax)
     if not finite:
         raise not_finite(flat, W.shape, name)
     return packed, absmax
@@ -119,15 +121,8 @@ def scales(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, quant_type: str
 ) -> tuple:
     """The arguments by which every kernel reads a weight."""
-    nested = nested_absmax is not None and nested_offset is not None
-    return (
-        packed.data_ptr(),
-        absmax.data_ptr(),
-        nested_absmax.data_ptr() if nested else None,
-        dynamic_map("cpu").data_ptr(),
-        nested_offset.item() if nested else 0.0,
-        quant_map(quant_type, "cpu").data_ptr(),
-    )
+    offset = nested_offset.item() if nested_offset is not None else 0.0
+    return packed, absmax, nested_absmax, dynamic_map("cpu"), offset, quant_map(quant_type, "cpu")
 
 
 def dequantize_into(
@@ -140,17 +135,10 @@ def dequantize_into(
     out: Tensor,
 ) -> None:
     """As reference.dequantize_into."""
-    native = library()
-    if native is None or out.dtype not in DTYPES:
+    if library() is None or out.dtype not in DTYPES:
         return reference.dequantize_into(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out)
-    native.onecard_dequantize(
-        *scales(packed, absmax, nested_absmax, nested_offset, quant_type),
-        out.numel(),
-        blocksize,
-        out.data_ptr(),
-        DTYPES[out.dtype],
-        torch.get_num_threads(),
-    )
+    weight = scales(packed, absmax, nested_absmax, nested_offset, quant_type)
+    call("onecard_dequantize", *weight, out.numel(), blocksize, out, DTYPES[out.dtype])
 
 
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
@@ -170,40 +158,20 @@ def multiply(
     num_outputs: int,
 ) -> Tensor:
     """x W^T straight from the codes, float32 (M, N): weights and sums in float32, nothing rounded to x's dtype."""
-    native = library()
-    assert native is not None
     M, K = x_MK.shape
-    x_MK = x_MK.contiguous()
     y_MN = torch.empty(M, num_outputs, dtype=torch.float32)
-    native.onecard_product(
-        *scales(packed, absmax, nested_absmax, nested_offset, quant_type),
-        num_outputs,
-        K,
-        blocksize,
-        x_MK.data_ptr(),
-        DTYPES[x_MK.dtype],
-        M,
-        y_MN.data_ptr(),
-        torch.get_num_threads(),
-    )
+    weight = scales(packed, absmax, nested_absmax, nested_offset, quant_type)
+    call("onecard_product", *weight, num_outputs, K, blocksize, x_MK.contiguous(), DTYPES[x_MK.dtype], M, y_MN)
     return y_MN
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     """As reference.cross_entropy_."""
-    native = library()
-    if native is None or z_PV.dtype not in DTYPES:
+    if library() is None or z_PV.dtype not in DTYPES:
         return reference.cross_entropy_(z_PV, target_P)
-    assert z_PV.is_contiguous() and target_P.is_contiguous() and target_P.dtype == torch.int64
+    assert target_P.dtype == torch.int64
     losses_P = torch.empty(len(target_P))
-    native.onecard_cross_entropy(
-        z_PV.data_ptr(),
-        DTYPES[z_PV.dtype],
-        *z_PV.shape,
-        target_P.data_ptr(),
-        losses_P.data_ptr(),
-        torch.get_num_threads(),
-    )
+    call("onecard_cross_entropy", z_PV, DTYPES[z_PV.dtype], *z_PV.shape, target_P, losses_P)
     return losses_P
 
 
@@ -225,15 +193,13 @@ def attention(
         out_THD, grad_out, grad_q: (T, H, D) contiguous, q's dtype; lse_HT: (H, T) float32.
         grad_k, grad_v: float32 (H, T, D), a part for each query head.
     """
-    native = library()
-    assert native is not None
     H, T, D = q_HTD.shape
     strides = [stride for x in (q_HTD, k_HTD, v_HTD) for stride in x.stride()[:2]]
     pointers = [None if x is None else x.data_ptr() for x in grads or (None,) * 4]
-    call = Attention(
+    struct = Attention(
         DTYPES[q_HTD.dtype], T, H, k_HTD.shape[0], D, window, scale,
         q_HTD.data_ptr(), k_HTD.data_ptr(), v_HTD.data_ptr(), *strides,
         out_THD.data_ptr(), lse_HT.data_ptr(), *pointers,
     )  # fmt: skip
     boundaries = (c_int64 * len(cu_seqlens))(*cu_seqlens)
-    native.onecard_attention(ctypes.byref(call), boundaries, len(cu_seqlens) - 1, torch.get_num_threads())
+    call("onecard_attention", ctypes.byref(struct), boundaries, len(cu_seqlens) - 1)
