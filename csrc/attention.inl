@@ -96,6 +96,24 @@ inline void scale_row(float* x, int64_t n, float factor) {
     for (int64_t d = 0; d < n; d += Isa::kLanes) Isa::store(x + d, Isa::mul(Isa::load(x + d), Isa::set1(factor)));
 }
 
+// One step of a row's running softmax: scores times factor become exponentials, what was summed before is rescaled.
+inline void softmax_row(float* row, Range range, float factor, float& most, float& sum, float* out, int64_t D) {
+    if (factor != 1.0f) scale_row(row, kBlock, factor);
+    std::fill(row, row + range.low, -INFINITY);
+    std::fill(row + range.high, row + kBlock, -INFINITY);
+    typename Isa::V largest = Isa::load(row);
+    for (int64_t k = Isa::kLanes; k < kBlock; k += Isa::kLanes) largest = Isa::max(largest, Isa::load(row + k));
+    float now = std::max(most, Isa::reduce_max(largest));
+    if (now == -INFINITY) {
+        std::fill(row, row + kBlock, 0.0f);
+        return;
+    }
+    float kept = most == -INFINITY ? 0.0f : std::exp(most - now);
+    if (kept != 1.0f) scale_row(out, D, kept);
+    sum = sum * kept + exponentials(row, range, now);
+    most = now;
+}
+
 template <class T>
 void attention_forward_typed(const Attention& a, int64_t head, int64_t start, int64_t end) {
     int64_t n = end - start, padded = round_up(n), D = a.D, kv = head / (a.H / a.H_kv);
@@ -117,23 +135,7 @@ void attention_forward_typed(const Attention& a, int64_t head, int64_t start, in
         for (int64_t j = first_block(a, i); j < i + rows; j += kBlock) {
             multiply_add(Q, D, 1, KT + j * D, kBlock, S, kBlock, rows4, kBlock, D, false);
             for (int64_t r = 0; r < rows; ++r) {
-                float* row = S + r * kBlock;
-                Range range = visible(a, i + r, j);
-                std::fill(row, row + range.low, -INFINITY);
-                std::fill(row + range.high, row + kBlock, -INFINITY);
-                typename Isa::V largest = Isa::load(row);
-                for (int64_t k = Isa::kLanes; k < kBlock; k += Isa::kLanes) {
-                    largest = Isa::max(largest, Isa::load(row + k));
-                }
-                float now = std::max(most[r], Isa::reduce_max(largest));
-                if (now == -INFINITY) {
-                    std::fill(row, row + kBlock, 0.0f);
-                    continue;
-                }
-                float kept = most[r] == -INFINITY ? 0.0f : std::exp(most[r] - now);
-                if (kept != 1.0f) scale_row(O + r * D, D, kept);
-                sum[r] = sum[r] * kept + exponentials(row, range, now);
-                most[r] = now;
+                softmax_row(S + r * kBlock, visible(a, i + r, j), 1.0f, most[r], sum[r], O + r * D, D);
             }
             multiply_add(S, kBlock, 1, V + j * D, D, O, D, rows4, D, kBlock, true);
         }

@@ -1,4 +1,5 @@
 // AVX-512 (F, BW, VL, DQ): sixteen floats a register, and a look-up in sixteen entries is one instruction.
+// avx512_bf16.cpp compiles this file again with the BF16 instructions for attention in bfloat16.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
@@ -9,7 +10,13 @@
 #include "convert.h"
 #include "kernels.h"
 
-#if defined(__clang__)
+#if defined(ONECARD_AVX512_BF16) && defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
+                             apply_to = function)
+#elif defined(ONECARD_AVX512_BF16)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
                              apply_to = function)
 #elif defined(__GNUC__)
@@ -189,13 +196,23 @@ struct Isa {
 #include "blocks.inl"
 #include "attention.inl"
 #include "rows.inl"
+#if defined(ONECARD_AVX512_BF16)
+#include "attention_bf16.inl"
+#endif
 
 }  // namespace
 
+#if defined(ONECARD_AVX512_BF16)
+const Kernels kAvx512Bf16 = {
+    "avx512_bf16", quantize, dequantize, product, arrange, attention_forward_bf16, attention_backward_bf16,
+    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward,
+};
+#else
 const Kernels kAvx512 = {
     "avx512", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
     rms_norm, rms_norm_backward, swiglu, swiglu_backward,
 };
+#endif
 
 }  // namespace onecard
 

@@ -20,7 +20,7 @@ const Kernels* best() {
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-        return &kAvx512;
+        return __builtin_cpu_supports("avx512bf16") ? &kAvx512Bf16 : &kAvx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2;
 #endif
@@ -53,7 +53,7 @@ EXPORT int onecard_set_isa(const char* name) {
     const Kernels* known[] = {
         &kScalar,
 #if defined(__x86_64__) || defined(_M_X64)
-        &kAvx2, &kAvx512,
+        &kAvx2, &kAvx512, &kAvx512Bf16,
 #endif
     };
     for (const Kernels* kernels : known) {

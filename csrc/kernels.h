@@ -87,7 +87,7 @@ struct Kernels {
 
 extern const Kernels kScalar;
 #if defined(__x86_64__) || defined(_M_X64)
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 #endif
 
 }  // namespace onecard

@@ -17,7 +17,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (3,), (33,), (7, 65), (64, 192), (100, 300), (4097,)]
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
+@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
 def isa(request):
     """Each path that this CPU has, forced."""
     library = native.library()
