@@ -7,6 +7,9 @@ before the next is read.
 
 from __future__ import annotations
 
+import ctypes
+from mmap import PAGESIZE
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,7 @@ from onecard.nn.fused import fuse
 from onecard.nn.linear import Linear4bit
 
 METHOD = "onecard"
+MADV_DONTNEED = 4  # of Linux
 
 
 class BitsAndBytesConfig(QuantizationConfigMixin):
@@ -122,6 +126,27 @@ class Quantize4bit(ConversionOps):
             name,
         )
         module.set_weight(packed, state)
+        release_file_pages(W)
+
+
+def release_file_pages(W: Tensor) -> None:
+    """Let go of the memory that holds a tensor's part of a memory-mapped checkpoint file.
+
+    The pages are the file's, unwritten: who needs them again reads them again. Without this they would count as the
+    process's until the file is closed, the whole checkpoint in 16 bits. Anything but such a mapping is left alone.
+    """
+    maps = Path("/proc/self/maps")
+    if W.device.type != "cpu" or not maps.exists():
+        return
+    begin, end = W.data_ptr(), W.data_ptr() + W.nbytes
+    for line in maps.read_text().splitlines():
+        if line.endswith(".safetensors"):
+            low, high = (int(edge, 16) for edge in line.split(" ", 1)[0].split("-"))
+            if low <= begin and end <= high:
+                first, last = -(-begin // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
+                if first < last:
+                    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
+                return
 
 
 def check_shape(W: Tensor, expected: tuple[int, int], name: str) -> None:

@@ -1,0 +1,88 @@
+"""No worse than plain: RMSNorm, SwiGLU and the in-place cross-entropy, with their gradients, against float64 and
+beside torch in the same dtype."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from onecard.kernels import ops, reference, rows
+from onecard.kernels.cpu import native
+from tests.kernels.test_native import isa  # noqa: F401
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="built without a compiler")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = 1e-5
+
+
+def random(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def norm(x, w):
+    wide = x if x.dtype == torch.float64 else x.float()
+    return w * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def with_gradients(call, inputs):
+    given = [x.detach().clone().requires_grad_() for x in inputs]
+    out = call(*given)
+    grad = random(*out.shape, seed=9).to(out.dtype)
+    return out, *torch.autograd.grad(out, given, grad)
+
+
+def check(ours, torchs, truth):
+    """|error| <= 2 |torch's error| + 8 roundings of float32, in the Euclidean norm."""
+    for a, b, c in zip(ours, torchs, truth):
+        assert a.dtype == b.dtype
+        assert (a - c).norm() <= 2 * (b - c).norm() + 8 * 2**-24 * c.norm()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 5, 576), (64, 64)])
+def test_rms_norm(isa, dtype, shape):  # noqa: F811
+    x, w = random(*shape).to(dtype), random(shape[-1], seed=1).to(dtype)
+    check(
+        with_gradients(lambda x: rows.rms_norm(x, w, EPS)[0], [x]),
+        with_gradients(lambda x: norm(x, w), [x]),
+        with_gradients(lambda x: norm(x, w.double()), [x.double()]),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 5, 1536)])
+def test_swiglu(isa, dtype, shape):  # noqa: F811
+    gate, up = 4 * random(*shape).to(dtype), random(*shape, seed=1).to(dtype)
+
+    def plain(gate, up):
+        return F.silu(gate) * up
+
+    check(
+        with_gradients(rows.swiglu, [gate, up]),
+        with_gradients(plain, [gate, up]),
+        with_gradients(plain, [gate.double(), up.double()]),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 7, 1000])
+def test_cross_entropy_in_place(isa, dtype, vocab):  # noqa: F811
+    logits = (5 * random(9, vocab)).to(dtype)
+    target = torch.arange(9) % vocab
+    found, plain, exact = logits.clone(), logits.clone(), logits.double()
+    losses = ops.cross_entropy_(found, target)
+    torchs = reference.cross_entropy_(plain, target)
+    truth = F.cross_entropy(exact, target, reduction="none")
+    gradient = exact.softmax(-1) - F.one_hot(target, vocab)
+    check((losses, found), (torchs, plain), (truth, gradient))
+
+
+def test_large_logits_stay_finite(isa):  # noqa: F811
+    logits = torch.tensor([[3e38, -3e38, 0.0] * 8, [-3e38] * 24])
+    losses = ops.cross_entropy_(logits, torch.tensor([0, 0]))
+    assert torch.isfinite(logits).all() and torch.isfinite(losses).all()
+
+
+def test_opcheck():
+    x, w = random(4, 32).requires_grad_(), random(32)
+    torch.library.opcheck(torch.ops.onecard.rms_norm.default, (x, w, EPS))
+    torch.library.opcheck(torch.ops.onecard.swiglu.default, (x, random(4, 32).requires_grad_()))
