@@ -146,7 +146,17 @@ def main() -> None:
         lines.append(cells)
         print("  ".join(cells), flush=True)
     shutil.rmtree(folder)
-    header = ["2,000 rows of", "ours", "bitsandbytes + peft", "ratio", "ours, MB", "peer, MB", "ratio", "losses, first and last", "peer's"]
+    header = [
+        "2,000 rows of",
+        "ours",
+        "bitsandbytes + peft",
+        "ratio",
+        "ours, MB",
+        "peer, MB",
+        "ratio",
+        "losses, first and last",
+        "peer's",
+    ]
     note = (
         f"{args.shape} Llama shape, random weights, rows of up to {LENGTH} tokens, rank {RANK}, {args.steps} updates, "
         "the first left out; supervised tokens a second (median), peak of the whole process, mean loss of an update. Ours packs "

@@ -83,8 +83,8 @@ def main() -> None:
     ours = runs["onecard"][0]
     bound = ours["model"] + 2 * ours["largest"]
     note = (
-        f"{args.shape} Llama shape, {args.rounds} processes each. The model is {ours['model'] / MB:,.0f} MB, its largest "
-        f"tensor {ours['largest'] / MB:,.0f} MB in 16 bits: the bound is {bound / MB:,.0f} MB."
+        f"{args.shape} Llama shape, {args.rounds} processes each. The model is {ours['model'] / MB:,.0f} MB, "
+        f"its largest tensor {ours['largest'] / MB:,.0f} MB in 16 bits: the bound is {bound / MB:,.0f} MB."
     )
     header = ["", "seconds", "faster than bitsandbytes", "anonymous peak, MB", "peak with file pages, MB"]
     print(write_result(f"load_{args.shape}", "Loading to 4 bits, side by side", f"{note}\n\n{table(header, lines)}"))

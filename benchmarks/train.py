@@ -19,8 +19,17 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import MB, RESULTS, anonymous_peak, matmul_flops, run_child, spread, status_bytes, table
-from benchmarks.measure import write_result
+from benchmarks.measure import (
+    MB,
+    RESULTS,
+    anonymous_peak,
+    matmul_flops,
+    run_child,
+    spread,
+    status_bytes,
+    table,
+    write_result,
+)
 from benchmarks.shapes import SHAPES, make_checkpoint
 
 CONTENDERS = {"onecard": "onecard", "bnb": "bitsandbytes + peft", "lora": "16-bit LoRA (peft)"}
@@ -120,7 +129,7 @@ def run_peer(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[
 def child(args: argparse.Namespace) -> None:
     folder = make_checkpoint(args.shape)
     if args.child == "onecard":
-        import onecard.hf.load  # noqa: F401
+        import onecard.hf.load
         import onecard.train.loop  # noqa: F401
     base = status_bytes("VmRSS")
     with anonymous_peak() as peak:
@@ -141,9 +150,12 @@ def useful_flops(shape: str, length: int, recompute: bool) -> float:
     N = L * sum(a * b for a, b in linears)
     P = L * sum(RANK * (a + b) for a, b in linears)
     again = recompute
-    return (6 if again else 4) * N + 4 * s["vocab_size"] * d + (8 if again else 6) * P + (
-        4.5 if again else 3.5
-    ) * 2 * length * d * L
+    return (
+        (6 if again else 4) * N
+        + 4 * s["vocab_size"] * d
+        + (8 if again else 6) * P
+        + (4.5 if again else 3.5) * 2 * length * d * L
+    )
 
 
 def main() -> None:
@@ -192,7 +204,17 @@ def report(args: argparse.Namespace, runs: dict[tuple[str, str], list[dict[str, 
             cells += ["", ""]
         cells.append(f"{found[0]['losses'][-1]:.4f}")
         lines.append(cells)
-    header = ["", "activations", "tok/s", "of GEMM limit", "peak MB", "load s", "speed / bnb", "memory / bnb", "last loss"]
+    header = [
+        "",
+        "activations",
+        "tok/s",
+        "of GEMM limit",
+        "peak MB",
+        "load s",
+        "speed / bnb",
+        "memory / bnb",
+        "last loss",
+    ]
     gaps = loss_gaps(runs)
     body = (
         f"{args.shape} Llama shape, {args.length} tokens a step, rank {RANK} on all linears, bfloat16, AdamW; "

@@ -71,11 +71,16 @@ def counterpart(module: Any) -> tuple[nn.Module | None, int]:
     return None, 0
 
 
+def input_dtype(module: Any) -> torch.dtype:
+    """What the module's weights compute in."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return weight.dtype if weight is not None else module.gate_proj.compute_dtype or torch.float32
+
+
 @torch.no_grad()
 def same_output(module: nn.Module, other: nn.Module, width: int) -> bool:
     """Whether both modules give the same on random input, in dtype and to AGREE_EPS roundings of it."""
-    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
-    dtype = module.gate_proj.compute_dtype if weight is None else weight.dtype  # type: ignore[union-attr]
+    dtype = input_dtype(module)
     device = next(module.parameters()).device
     x = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     try:

@@ -167,7 +167,12 @@ def test_no_token_joins_the_prompt_to_the_answer():
     tokenizer = make_tokenizer()
     assert len(tokenizer('\n{"', add_special_tokens=False)["input_ids"]) > 1
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    backend["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    backend["pre_tokenizer"] = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": False,
+    }
     backend["model"]["vocab"]["Ċ{"] = len(backend["model"]["vocab"])
     backend["model"]["merges"].append(["Ċ", "{"])
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))

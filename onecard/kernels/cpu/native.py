@@ -144,7 +144,7 @@ def dequantize_into(
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
     """Whether `multiply` takes this x."""
     M, K = x_MK.shape
-    return M <= LARGEST_M.get(x_MK.dtype, 0) and K % 64 == 0 and K % blocksize == 0 and library() is not None
+    return LARGEST_M.get(x_MK.dtype, 0) >= M and K % 64 == 0 and K % blocksize == 0 and library() is not None
 
 
 def multiply(
