@@ -159,8 +159,8 @@ def main() -> None:
     ]
     note = (
         f"{args.shape} Llama shape, random weights, rows of up to {LENGTH} tokens, rank {RANK}, {args.steps} updates, "
-        "the first left out; supervised tokens a second (median), peak of the whole process, mean loss of an update. Ours packs "
-        "documents, the peer pads them."
+        "the first left out; supervised tokens a second (median), peak of the whole process, mean loss of an update. "
+        "Ours packs documents, the peer pads them."
     )
     print(write_result(f"formats_{args.shape}", "Five data formats, side by side", f"{note}\n\n{table(header, lines)}"))
 

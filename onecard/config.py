@@ -79,7 +79,9 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
 
     per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
     gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an update")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
+    gradient_checkpointing: bool | None = Field(
+        None, description="recompute activations: less memory, more time; by itself only where the plan needs it"
+    )
     num_train_epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="updates; overrides num_train_epochs")
     seed: int = Field(42, ge=0)

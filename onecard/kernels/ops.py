@@ -15,7 +15,11 @@ Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from math import prod
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,7 +35,26 @@ _scratch = threading.local()
 
 def backend(device: torch.device):
     """The module that computes for tensors on `device`."""
-    return native if device.type == "cpu" else reference
+    return BACKENDS.get(device.type, _reference)()
+
+
+def _native() -> ModuleType:
+    return native if native.library() is not None else reference
+
+
+def _reference() -> ModuleType:
+    return reference
+
+
+@cache
+def _triton() -> ModuleType:
+    try:
+        return import_module("onecard.kernels.triton.backend")
+    except ImportError:  # a torch without Triton
+        return reference
+
+
+BACKENDS: dict[str, Callable[[], ModuleType]] = {"cpu": _native, "cuda": _triton}
 
 
 def quantize_4bit(

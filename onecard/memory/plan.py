@@ -9,8 +9,10 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -129,6 +131,17 @@ def activation_bytes(config: Any, tokens: int, width: int, settings: TrainConfig
 
 def activation_formula(config: TrainConfig) -> str:
     return "T (L d + 16 d + 5 f) c" if config.gradient_checkpointing else "T L (16 d + 5 f) c"
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that a run may still take: free on the GPU, or available to this process under its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+        free = min(free, int(text) - int(used.read_text()))
+    return free
 
 
 def peak_memory_bytes(device: torch.device) -> int:

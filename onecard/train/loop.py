@@ -38,6 +38,7 @@ from onecard.train.state import State, save_state
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
 LARGEST_SCALE = 2.0**16
 FREE_TO_CHANGE = {
+    "gradient_checkpointing",  # the same bits either way
     "output",
     "save_steps",
     "save_total_limit",

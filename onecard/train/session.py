@@ -21,10 +21,10 @@ from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
 from onecard.data.template import prompt_ids
 from onecard.errors import UserError
-from onecard.hf.checkpoint import inspect_checkpoint, tokenizer_fingerprint
+from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.load import find_checkpoint, fingerprint, load_model, load_tokenizer, pick_compute_dtype, pick_device
 from onecard.infer.generate import generate
-from onecard.memory.plan import Plan, peak_memory_bytes, plan_training
+from onecard.memory.plan import Plan, available_bytes, peak_memory_bytes, plan_training
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.train.loop import Interrupted, Run, choose_loss, count_steps, evaluate, resume, train
@@ -34,6 +34,7 @@ from onecard.train.report import Report, format_bytes, write_report
 from onecard.train.state import load_newest
 
 SAMPLE_TOKENS = 96
+SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take
 
 
 @dataclass
@@ -45,6 +46,7 @@ class Prepared:
     training: Dataset
     validation: Dataset | None
     plan: Plan
+    recompute: str
     compute_dtype: torch.dtype
     identity: dict[str, str]
 
@@ -73,6 +75,7 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
     state = load_newest(output / "checkpoints") if resuming else None
     check_output(output, resuming)
     prepared = prepare(config)
+    config = prepared.config
     show(prepared, console)
     model = load_adapted(config, prepared, console)
     loader = Loader(
@@ -130,8 +133,24 @@ def prepare(config: TrainConfig) -> Prepared:
         "tokenizer": tokenizer_fingerprint(folder),
         "data": training.fingerprint(),
     }
-    plan = plan_training(checkpoint, config, dtype)
-    return Prepared(config, tokenizer, training, validation, plan, dtype, identity)
+    config, plan, why = choose_recompute(checkpoint, config, dtype)
+    return Prepared(config, tokenizer, training, validation, plan, why, dtype, identity)
+
+
+def choose_recompute(checkpoint: Checkpoint, config: TrainConfig, dtype: torch.dtype) -> tuple[TrainConfig, Plan, str]:
+    """The config with gradient_checkpointing settled, its plan, and why: recompute only where memory asks for it."""
+    free = available_bytes(pick_device(config.device))
+    kept = plan_training(checkpoint, config.model_copy(update={"gradient_checkpointing": False}), dtype)
+    recompute, why = config.gradient_checkpointing, "as asked"
+    if recompute is None:
+        recompute = kept.total_bytes > SHARE_OF_FREE * free
+        why = f"keeping them takes {format_bytes(kept.total_bytes)} in all, {format_bytes(free)} are free"
+    config = config.model_copy(update={"gradient_checkpointing": recompute})
+    plan = plan_training(checkpoint, config, dtype) if recompute else kept
+    line = f"activations are {'recomputed' if recompute else 'kept'}: {why}"
+    if plan.total_bytes > free:
+        line += f"\nmore than the {format_bytes(free)} that are free: lower max_seq_length, batch size or r"
+    return config, plan, line
 
 
 def show(prepared: Prepared, console: Console) -> None:
@@ -144,6 +163,7 @@ def show(prepared: Prepared, console: Console) -> None:
         console.print(f"validation: {len(prepared.validation.examples):,} examples")
     console.rule("memory plan", align="left")
     console.print(plan_table(prepared.plan))
+    console.print(prepared.recompute, highlight=False)
     console.rule("schedule", align="left")
     loader = Loader(
         prepared.training.examples,

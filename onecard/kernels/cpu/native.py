@@ -1,7 +1,7 @@
 """The backend in C++ (csrc/): AVX-512, AVX2 or plain code, chosen at run time, bit-equal to quant/.
 
 The library is built with the package (setup.py) and loaded with ctypes. Without a compiler there is none; then
-`library()` is None, the reference backend does the work, and a line on standard error says so once.
+`library()` is None, the reference backend is taken instead, and a line on standard error says so once.
 """
 
 from __future__ import annotations
@@ -98,8 +98,6 @@ def call(name: str, *arguments: object) -> int:
 
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
     """As quant.blockwise.quantize_blocks."""
-    if library() is None:
-        return reference.quantize_blocks(W, quant_type, blocksize, name)
     flat = W.detach().reshape(-1).contiguous()
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
     absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
@@ -135,7 +133,7 @@ def dequantize_into(
     out: Tensor,
 ) -> None:
     """As reference.dequantize_into."""
-    if library() is None or out.dtype not in DTYPES:
+    if out.dtype not in DTYPES:
         return reference.dequantize_into(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out)
     weight = scales(packed, absmax, nested_absmax, nested_offset, quant_type)
     call("onecard_dequantize", *weight, out.numel(), blocksize, out, DTYPES[out.dtype])
@@ -144,7 +142,7 @@ def dequantize_into(
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
     """Whether `multiply` takes this x."""
     M, K = x_MK.shape
-    return LARGEST_M.get(x_MK.dtype, 0) >= M and K % 64 == 0 and K % blocksize == 0 and library() is not None
+    return LARGEST_M.get(x_MK.dtype, 0) >= M and K % 64 == 0 and K % blocksize == 0
 
 
 def multiply(
@@ -167,7 +165,7 @@ def multiply(
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     """As reference.cross_entropy_."""
-    if library() is None or z_PV.dtype not in DTYPES:
+    if z_PV.dtype not in DTYPES:
         return reference.cross_entropy_(z_PV, target_P)
     assert target_P.dtype == torch.int64
     losses_P = torch.empty(len(target_P))

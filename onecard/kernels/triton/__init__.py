@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs (CUDA, ROCm), one file a kernel; the same bits as quant/."""

@@ -1,0 +1,9 @@
+"""The backend for GPUs: each operation of reference.py on its kernel."""
+
+from __future__ import annotations
+
+from onecard.kernels.triton.blockwise import dequantize_into, quantize_blocks
+from onecard.kernels.triton.cross_entropy import cross_entropy_
+from onecard.kernels.triton.product import can_multiply, multiply
+
+__all__ = ["can_multiply", "cross_entropy_", "dequantize_into", "multiply", "quantize_blocks"]

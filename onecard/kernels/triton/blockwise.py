@@ -1,0 +1,132 @@
+"""Quantize and dequantize on a GPU, a launch each; nested scales are decoded in the same launch.
+
+The float32 operations are those of quant/blockwise.py in the same order: division rounds to nearest, and a product
+is rounded before its sum (launched with enable_fp_fusion=False), so codes, scales and weights are the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onecard.config import NESTED_BLOCKSIZE
+from onecard.quant.blockwise import not_finite
+from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
+
+WEIGHTS_A_PROGRAM = 2048
+
+
+@triton.jit
+def quantize_kernel(
+    W, bounds, order, packed, absmax, num_weights, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """BLOCKS blocks: two neighbouring weights to a byte, the first in the high nibble."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    first = block[:, None] * BLOCKSIZE + 2 * tl.arange(0, BLOCKSIZE // 2)[None, :]
+    x0 = tl.load(W + first, mask=first < num_weights, other=0.0).to(tl.float32)
+    x1 = tl.load(W + first + 1, mask=first + 1 < num_weights, other=0.0).to(tl.float32)
+    # As integers, so that NaN and Inf come out as the largest.
+    bits0 = x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits1 = x1.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    most = tl.max(tl.maximum(bits0, bits1), axis=1).to(tl.float32, bitcast=True)
+    floor = tl.maximum(most, tl.full([BLOCKS], 1e-38, tl.float32))
+    whole = (block + 1) * BLOCKSIZE <= num_weights
+    inverse = tl.math.div_rn(tl.full([BLOCKS], 1.0, tl.float32), floor)
+    divisor = tl.broadcast_to(floor[:, None], [BLOCKS, BLOCKSIZE // 2])
+    scaled0 = tl.where(whole[:, None], x0 * inverse[:, None], tl.math.div_rn(x0, divisor))
+    scaled1 = tl.where(whole[:, None], x1 * inverse[:, None], tl.math.div_rn(x1, divisor))
+    interval0 = tl.zeros([BLOCKS, BLOCKSIZE // 2], tl.int32)
+    interval1 = tl.zeros([BLOCKS, BLOCKSIZE // 2], tl.int32)
+    for i in tl.static_range(15):
+        bound = tl.load(bounds + i)
+        interval0 += (scaled0 > bound).to(tl.int32)
+        interval1 += (scaled1 > bound).to(tl.int32)
+    byte = (tl.load(order + interval0) << 4) | tl.load(order + interval1)
+    tl.store(packed + first // 2, byte.to(tl.uint8), mask=first < num_weights)
+    tl.store(absmax + block, tl.where(whole, most, floor), mask=block * BLOCKSIZE < num_weights)
+
+
+@triton.jit
+def block_scale(
+    block, mask, absmax, nested_absmax, dynamic, offset, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr
+):
+    """The float32 scale of each block number."""
+    if NESTED:
+        code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
+        outer = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
+        return tl.load(dynamic + code) * outer + tl.load(offset)
+    else:
+        return tl.load(absmax + block, mask=mask, other=0.0)
+
+
+@triton.jit
+def dequantize_kernel(
+    packed, absmax, nested_absmax, dynamic, offset, levels, out, num_weights,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, PAIRS: tl.constexpr,
+):  # fmt: skip
+    """PAIRS bytes to twice as many weights."""
+    start = tl.program_id(0).to(tl.int64) * PAIRS
+    pair = start + tl.arange(0, PAIRS)
+    mask = 2 * pair < num_weights
+    byte = tl.load(packed + pair, mask=mask, other=0).to(tl.int32)
+    block = 2 * pair // BLOCKSIZE
+    scale = block_scale(block, mask, absmax, nested_absmax, dynamic, offset, NESTED, NESTED_BLOCKSIZE)
+    values = tl.interleave(tl.load(levels + (byte >> 4)) * scale, tl.load(levels + (byte & 15)) * scale)
+    at = 2 * start + tl.arange(0, 2 * PAIRS)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < num_weights)
+
+
+@cache
+def coding(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Bounds float32 (15,) and the code of each interval, int32 (16,)."""
+    bounds, order = decision_bounds(quant_type, device)
+    return bounds.contiguous(), order.int()
+
+
+def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
+    """As quant.blockwise.quantize_blocks."""
+    flat = W.detach().reshape(-1).contiguous()
+    num_blocks = triton.cdiv(flat.numel(), blocksize)
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=W.device)
+    absmax = torch.empty(num_blocks, dtype=torch.float32, device=W.device)
+    blocks = max(1, WEIGHTS_A_PROGRAM // blocksize)
+    bounds, order = coding(quant_type, W.device)
+    quantize_kernel[(triton.cdiv(num_blocks, blocks),)](
+        flat, bounds, order, packed, absmax, flat.numel(), BLOCKSIZE=blocksize, BLOCKS=blocks, enable_fp_fusion=False
+    )
+    if not torch.isfinite(absmax).all():
+        raise not_finite(flat, W.shape, name)
+    return packed, absmax
+
+
+def dequantize_into(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    out: Tensor,
+) -> None:
+    """As reference.dequantize_into, one launch."""
+    nested = nested_absmax is not None
+    pairs = WEIGHTS_A_PROGRAM // 2
+    dequantize_kernel[(triton.cdiv(out.numel(), 2 * pairs),)](
+        packed,
+        absmax,
+        nested_absmax if nested else absmax,
+        dynamic_map(packed.device),
+        nested_offset if nested else absmax,
+        quant_map(quant_type, packed.device),
+        out,
+        out.numel(),
+        BLOCKSIZE=blocksize,
+        NESTED=nested,
+        NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
+        PAIRS=pairs,
+        enable_fp_fusion=False,
+    )

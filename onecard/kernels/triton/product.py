@@ -1,0 +1,89 @@
+"""y = x W^T for few rows of x straight from the codes: for decoding, where the weight's bytes are the whole cost.
+
+A program takes BLOCK_N rows of W and walks along K; the weights of even and of odd index are decoded apart and meet
+the even and odd columns of x, so that a byte never has to be spread over neighbouring lanes. A decoded weight is
+rounded to x's dtype, as dequantize_into would, and the sums are float32.
+
+Shape suffixes: M rows of x, N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onecard.config import NESTED_BLOCKSIZE
+from onecard.kernels.triton.blockwise import block_scale
+from onecard.quant.codebook import dynamic_map, quant_map
+
+LARGEST_M = 16  # rows of a tensor core's tile: fewer are padded up to it
+BLOCK_N, BLOCK_K = 32, 256
+
+
+@triton.jit
+def product_kernel(
+    x, packed, absmax, nested_absmax, dynamic, offset, levels, y, M, N, K: tl.constexpr,
+    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, ROWS)
+    sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + 2 * tl.arange(0, BLOCK_K // 2)
+        inside = (n[:, None] < N) & (k[None, :] < K)
+        at = n[:, None] * K + k[None, :]
+        byte = tl.load(packed + at // 2, mask=inside, other=0).to(tl.int32)
+        scale = block_scale(at // BLOCKSIZE, inside, absmax, nested_absmax, dynamic, offset, NESTED, NESTED_BLOCKSIZE)
+        even = (tl.load(levels + (byte >> 4)) * scale).to(x.dtype.element_ty)
+        odd = (tl.load(levels + (byte & 15)) * scale).to(x.dtype.element_ty)
+        seen = (m[:, None] < M) & (k[None, :] < K)
+        x_even = tl.load(x + m[:, None] * K + k[None, :], mask=seen, other=0.0)
+        x_odd = tl.load(x + m[:, None] * K + k[None, :] + 1, mask=seen, other=0.0)
+        sums = tl.dot(x_even, tl.trans(even), sums, input_precision="ieee")
+        sums = tl.dot(x_odd, tl.trans(odd), sums, input_precision="ieee")
+    tl.store(y + m[:, None] * N + n[None, :], sums, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
+    """Whether `multiply` takes this x."""
+    return x_MK.shape[0] <= LARGEST_M and x_MK.shape[1] % blocksize == 0
+
+
+def multiply(
+    x_MK: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    num_outputs: int,
+) -> Tensor:
+    """x W^T, float32 (M, N)."""
+    M, K = x_MK.shape
+    y_MN = torch.empty(M, num_outputs, dtype=torch.float32, device=x_MK.device)
+    nested = nested_absmax is not None
+    product_kernel[(triton.cdiv(num_outputs, BLOCK_N),)](
+        x_MK.contiguous(),
+        packed,
+        absmax,
+        nested_absmax if nested else absmax,
+        dynamic_map(packed.device),
+        nested_offset if nested else absmax,
+        quant_map(quant_type, packed.device),
+        y_MN,
+        M,
+        num_outputs,
+        K,
+        BLOCKSIZE=blocksize,
+        NESTED=nested,
+        NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
+        ROWS=LARGEST_M,
+        BLOCK_N=BLOCK_N,
+        BLOCK_K=BLOCK_K,
+        enable_fp_fusion=False,
+    )
+    return y_MN

@@ -1,0 +1,69 @@
+"""Compile each Triton kernel for each target without a GPU and print its spills.
+
+python -m tests.kernels.compile_triton
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from onecard.kernels.triton.blockwise import dequantize_kernel, quantize_kernel
+from onecard.kernels.triton.cross_entropy import cross_entropy_kernel
+from onecard.kernels.triton.product import product_kernel
+
+TARGETS = (80, 86, 89, 90, 100)
+SIZES = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256}
+SCALES = {"absmax": "*u8", "nested_absmax": "*fp32", "dynamic": "*fp32", "offset": "*fp32", "levels": "*fp32"}
+
+
+def cases():
+    """(kernel, types of its arguments, constants)"""
+    for dtype in ("*bf16", "*fp16", "*fp32"):
+        codes = {"bounds": "*fp32", "order": "*i32", "packed": "*u8", "absmax": "*fp32", "num_weights": "i64"}
+        yield quantize_kernel, {"W": dtype, **codes}, {"BLOCKSIZE": 64, "BLOCKS": 32}
+        yield (
+            dequantize_kernel,
+            {"packed": "*u8", **SCALES, "out": dtype, "num_weights": "i64"},
+            {**SIZES, "PAIRS": 1024},
+        )
+    for dtype in ("*bf16", "*fp16"):
+        sizes = {"M": "i32", "N": "i32"}
+        constants = {**SIZES, "K": 2048, "ROWS": 16, "BLOCK_N": 32, "BLOCK_K": 256}
+        yield product_kernel, {"x": dtype, "packed": "*u8", **SCALES, "y": "*fp32", **sizes}, constants
+    row = {"z": "*bf16", "target": "*i64", "losses": "*fp32"}
+    yield cross_entropy_kernel, row, {"V": 32000, "BLOCK": 4096}
+
+
+def spills(compiled) -> int:
+    """Bytes of registers stored to memory, read from the machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"STACK:(\d+)", usage.stdout + usage.stderr)
+    assert found, usage
+    return int(found[1])
+
+
+def main() -> int:
+    worst = 0
+    for kernel, types, constants in cases():
+        for target in TARGETS:
+            signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
+            found = spills(compiled)
+            worst = max(worst, found)
+            print(f"sm_{target} {kernel.__name__} {next(iter(types.values()))}: {found} spills")
+    return int(worst > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
