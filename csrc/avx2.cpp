@@ -20,6 +20,7 @@ namespace onecard {
 namespace {
 
 struct Isa {
+    using X = float;
     static constexpr int kRows = 2;
 
     using V = __m256;

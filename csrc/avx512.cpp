@@ -1,5 +1,5 @@
 // AVX-512 (F, BW, VL, DQ): sixteen floats a register, and a look-up in sixteen entries is one instruction.
-// avx512_bf16.cpp compiles this file again with the BF16 instructions for attention in bfloat16.
+// avx512_bf16.cpp compiles this file again with the BF16 instructions for products and attention in bfloat16.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
@@ -28,6 +28,7 @@ namespace onecard {
 namespace {
 
 struct Isa {
+    using X = float;
     static constexpr int kRows = 4;
 
     using V = __m512;
@@ -197,14 +198,14 @@ struct Isa {
 #include "attention.inl"
 #include "rows.inl"
 #if defined(ONECARD_AVX512_BF16)
-#include "attention_bf16.inl"
+#include "bf16.inl"
 #endif
 
 }  // namespace
 
 #if defined(ONECARD_AVX512_BF16)
 const Kernels kAvx512Bf16 = {
-    "avx512_bf16", quantize, dequantize, product, arrange, attention_forward_bf16, attention_backward_bf16,
+    "avx512_bf16", quantize, dequantize, product_bf16, arrange_bf16, attention_forward_bf16, attention_backward_bf16,
     cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward,
 };
 #else

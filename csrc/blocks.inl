@@ -5,6 +5,7 @@
 //     decode(bytes, n, levels, scale, out)        back, n a multiple of 32
 //     product_tile<R, M>(w, row, scales, x, K, y, y_stride)   R rows of W against M rows of arranged x
 //     kRows                                       the R that suits its registers
+//     X                                           float, what arranged x is made of
 
 constexpr uint32_t kLargestFinite = 0x7F7FFFFF;
 constexpr float kSmallestAbsmax = 1e-38f;
@@ -97,42 +98,44 @@ void arrange_typed(const T* x, int64_t M, int64_t K, float* out) {
     }
 }
 
-void arrange(const void* x, Dtype dtype, int64_t M, int64_t K, float* out) {
-    if (dtype == kFloat32) return arrange_typed(static_cast<const float*>(x), M, K, out);
-    if (dtype == kBFloat16) return arrange_typed(static_cast<const BFloat16*>(x), M, K, out);
-    arrange_typed(static_cast<const Float16*>(x), M, K, out);
+void arrange(const void* x, Dtype dtype, int64_t M, int64_t K, void* out) {
+    float* to = static_cast<float*>(out);
+    if (dtype == kFloat32) return arrange_typed(static_cast<const float*>(x), M, K, to);
+    if (dtype == kBFloat16) return arrange_typed(static_cast<const BFloat16*>(x), M, K, to);
+    arrange_typed(static_cast<const Float16*>(x), M, K, to);
 }
 
 // K is a multiple of 64 and of the blocksize. R rows of W meet M rows of x at a time, so that a look-up serves M sums
-// and a load of x serves R.
-template <int R, int M>
-void product_tile(const Weight& w, const float* scales, const float* x, int64_t K, float* y, int64_t y_stride,
-                  int64_t n) {
-    Isa::template product_tile<R, M>(w, w.packed + n * K / 2, scales, x, K, y + n, y_stride);
-}
-
-template <int R>
-void product_rows(const Weight& w, float* scales, const float* x, int64_t M, int64_t K, float* y, int64_t y_stride,
-                  int64_t n) {
-    int64_t x_stride = (K + 127) / 128 * 128, m = 0;
+// and a load of x serves R. A Tile is Isa, or another struct with its product_tile, kRows and type of arranged x.
+template <class Tile, int R>
+void product_rows(const Weight& w, float* scales, const typename Tile::X* x, int64_t M, int64_t K, float* y,
+                  int64_t y_stride, int64_t n) {
+    int64_t x_stride = (K + 127) / 128 * 128;
+    const uint8_t* row = w.packed + n * K / 2;
     w.scales(n * K / w.blocksize, R * K / w.blocksize, scales);
-    for (; M - m >= 4; m += 4) product_tile<R, 4>(w, scales, x + m * x_stride, K, y + m * y_stride, y_stride, n);
-    const float* rest = x + m * x_stride;
-    y += m * y_stride;
-    if (M - m == 3) product_tile<R, 3>(w, scales, rest, K, y, y_stride, n);
-    if (M - m == 2) product_tile<R, 2>(w, scales, rest, K, y, y_stride, n);
-    if (M - m == 1) product_tile<R, 1>(w, scales, rest, K, y, y_stride, n);
+    for (y += n; M >= 4; M -= 4, x += 4 * x_stride, y += 4 * y_stride) {
+        Tile::template product_tile<R, 4>(w, row, scales, x, K, y, y_stride);
+    }
+    if (M == 3) Tile::template product_tile<R, 3>(w, row, scales, x, K, y, y_stride);
+    if (M == 2) Tile::template product_tile<R, 2>(w, row, scales, x, K, y, y_stride);
+    if (M == 1) Tile::template product_tile<R, 1>(w, row, scales, x, K, y, y_stride);
 }
 
-void product(const Weight& w, const float* x, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
-             int64_t end) {
+template <class Tile>
+void product_tiled(const Weight& w, const typename Tile::X* x, int64_t M, int64_t K, float* y, int64_t y_stride,
+                   int64_t begin, int64_t end) {
     thread_local std::vector<float> scales;
-    scales.resize(static_cast<size_t>(Isa::kRows * K / w.blocksize));
+    scales.resize(static_cast<size_t>(Tile::kRows * K / w.blocksize));
     int64_t n = begin;
     if (M > 1) {
-        for (; end - n >= Isa::kRows; n += Isa::kRows) {
-            product_rows<Isa::kRows>(w, scales.data(), x, M, K, y, y_stride, n);
+        for (; end - n >= Tile::kRows; n += Tile::kRows) {
+            product_rows<Tile, Tile::kRows>(w, scales.data(), x, M, K, y, y_stride, n);
         }
     }
-    for (; n < end; ++n) product_rows<1>(w, scales.data(), x, M, K, y, y_stride, n);
+    for (; n < end; ++n) product_rows<Tile, 1>(w, scales.data(), x, M, K, y, y_stride, n);
+}
+
+void product(const Weight& w, const void* x, Dtype, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
+             int64_t end) {
+    product_tiled<Isa>(w, static_cast<const float*>(x), M, K, y, y_stride, begin, end);
 }

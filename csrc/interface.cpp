@@ -98,7 +98,7 @@ EXPORT void onecard_product(const uint8_t* packed, const void* absmax, const flo
     std::unique_ptr<float[]> arranged(new float[static_cast<size_t>(M * ((K + 127) / 128 * 128))]);
     current->arrange(x, static_cast<Dtype>(dtype), M, K, arranged.get());
     parallel_for(N, 16, num_threads, [&](int64_t begin, int64_t end) {
-        current->product(w, arranged.get(), M, K, y, N, begin, end);
+        current->product(w, arranged.get(), static_cast<Dtype>(dtype), M, K, y, N, begin, end);
     });
 }
 

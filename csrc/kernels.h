@@ -62,11 +62,11 @@ struct Kernels {
                      int64_t end);
     // Blocks [begin, end) of the weight, rounded once to dtype, into out (the whole weight's buffer).
     void (*dequantize)(const Weight& w, Dtype dtype, void* out, int64_t begin, int64_t end);
-    // y[m][n] = sum_k x[m][k] W[n][k] for rows n in [begin, end); x in the order of `arrange`, float32 throughout.
-    void (*product)(const Weight& w, const float* x, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
-                    int64_t end);
-    // x (M, K) of any dtype into the order in which `product` reads it: (M, round_up(K, 128)) float32.
-    void (*arrange)(const void* x, Dtype dtype, int64_t M, int64_t K, float* out);
+    // y[m][n] = sum_k x[m][k] W[n][k], float32, for rows n in [begin, end); x as `arrange` made it from this dtype.
+    void (*product)(const Weight& w, const void* x, Dtype dtype, int64_t M, int64_t K, float* y, int64_t y_stride,
+                    int64_t begin, int64_t end);
+    // x (M, K) into the order in which `product` reads it: at most (M, round_up(K, 128)) times four bytes.
+    void (*arrange)(const void* x, Dtype dtype, int64_t M, int64_t K, void* out);
     // One head over tokens [start, end); D a multiple of 16.
     void (*attention_forward)(const Attention& a, int64_t head, int64_t start, int64_t end);
     void (*attention_backward)(const Attention& a, int64_t head, int64_t start, int64_t end);

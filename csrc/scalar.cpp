@@ -14,6 +14,7 @@ uint32_t plain_max_abs_bits(const T* x, int64_t n);
 inline uint8_t plain_code(float scaled, const Quantization& q);
 
 struct Isa {
+    using X = float;
     static constexpr int kRows = 1;
 
     using V = float;

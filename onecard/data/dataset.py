@@ -71,7 +71,8 @@ class Dataset:
         if len(order) < 2:
             raise UserError("a validation split needs two examples", f"{len(order)}", "leave it out")
         num_held = min(len(order) - 1, max(1, round(share * len(order))))
-        return self.take(sorted(order[num_held:])), self.take(sorted(order[:num_held]))
+        held = replace(self.take(sorted(order[:num_held])), num_unsupervised=0, bad=[])  # those count once
+        return self.take(sorted(order[num_held:])), held
 
     def take(self, indices: list[int]) -> Dataset:
         examples, records = [self.examples[i] for i in indices], [self.records[i] for i in indices]

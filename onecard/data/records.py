@@ -49,6 +49,8 @@ class Record:
     Attributes:
         line: 1-based line of the file; the row's number in Parquet and JSON arrays.
         num_prompt_messages: messages at the head that are never learned: a prompt of messages, as trl has it.
+        unlearned: messages of weight 0, as OpenAI's format has it: read, not learned.
+        tools: what the assistant may call, handed to the chat template.
         fields: what the file calls each message's content, for errors; empty where it is messages[i].content.
     """
 
@@ -60,6 +62,8 @@ class Record:
     text: str | None = None
     alpaca: bool = False
     num_prompt_messages: int = 0
+    unlearned: tuple[int, ...] = ()
+    tools: list[dict[str, Any]] | None = None
     fields: tuple[str, ...] = ()
 
     @property
@@ -173,7 +177,9 @@ def to_record(format: str, row: dict[str, Any], file: str, line: int) -> Record:
     if format == "alpaca":
         return alpaca_record(row, file, line)
     if format == "messages":
-        return Record(file, line, messages=check_chat("messages", row["messages"]))
+        chat = check_chat("messages", row["messages"])
+        unlearned = check_weights(row["messages"])
+        return Record(file, line, messages=chat, unlearned=unlearned, tools=check_tools(row.get("tools")))
     if format == "sharegpt":
         turns = from_sharegpt(row["conversations"])
         names = tuple(f"conversations[{i}]" for i in range(len(turns)))
@@ -278,6 +284,36 @@ def check_turn(field: str, turn: Any, content_field: str = "content") -> dict[st
         content = ""
     must_say = role == "assistant" and "tool_calls" not in extra
     return {"role": role, "content": check_text(name, content, empty=not must_say), **extra}
+
+
+def check_weights(turns: list[dict[str, Any]]) -> tuple[int, ...]:
+    """The messages with weight 0; only the assistant's may have one, and at least one of theirs must be learned."""
+    unlearned = []
+    for i, turn in enumerate(turns):
+        weight = turn.get("weight")
+        if weight is None:
+            continue
+        if turn["role"] != "assistant" or weight not in (0, 1):
+            raise BadRow(f"messages[{i}].weight", "weight must be 0 or 1, on an assistant message", describe(weight))
+        if weight == 0:
+            unlearned.append(i)
+    if len(unlearned) == sum(turn["role"] == "assistant" for turn in turns):
+        raise BadRow("messages", "an assistant message must have a weight other than 0", "all are 0")
+    return tuple(unlearned)
+
+
+def check_tools(tools: Any) -> list[dict[str, Any]] | None:
+    """A row's tools: a list of objects, or the JSON text of one."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError):
+            raise BadRow("tools", "tools must be a list, or the JSON of one", describe(tools)) from None
+    if tools is None or tools == []:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise BadRow("tools", "tools must be a list of objects", describe(tools))
+    return tools
 
 
 def check_tool_calls(field: str, calls: Any, role: str) -> list[dict[str, Any]]:

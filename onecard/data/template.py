@@ -118,16 +118,23 @@ def texts_of(record: Record) -> Iterator[tuple[str, str]]:
             yield field, getattr(record, field)
     for i, turn in enumerate(record.messages or ()):
         yield record.field_of(i), turn["content"]
-        keys = [key for key in turn if key not in ("content", "role")]
-        rest: list[tuple[str, Any]] = [(f"messages[{i}].{key}", turn[key]) for key in keys]
-        while rest:  # not recursion: arguments may be nested deep
-            field, value = rest.pop()
-            if isinstance(value, str):
-                yield field, value
-            elif isinstance(value, dict):
-                rest += [(field, key) for key in value] + [(f"{field}.{key}", value[key]) for key in value]
-            elif isinstance(value, list):
-                rest += [(f"{field}[{k}]", each) for k, each in enumerate(value)]
+        for key in turn:
+            if key not in ("content", "role"):
+                yield from strings_in(f"messages[{i}].{key}", turn[key])
+    yield from strings_in("tools", record.tools)
+
+
+def strings_in(field: str, value: Any) -> Iterator[tuple[str, str]]:
+    """(field, text) of every string and key in a JSON value."""
+    rest = [(field, value)]
+    while rest:  # not recursion: arguments may be nested deep
+        field, value = rest.pop()
+        if isinstance(value, str):
+            yield field, value
+        elif isinstance(value, dict):
+            rest += [(field, key) for key in value] + [(f"{field}.{key}", value[key]) for key in value]
+        elif isinstance(value, list):
+            rest += [(f"{field}[{k}]", each) for k, each in enumerate(value)]
 
 
 def alpaca_text(record: Record) -> tuple[str, str]:
@@ -163,7 +170,7 @@ def eos(tokenizer: Any) -> list[int]:
 def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token."""
     messages = [dict(turn) for turn in record.messages or ()]
-    text = render(messages, tokenizer, record.where)
+    text = render(messages, tokenizer, record.where, record.tools)
     stops = specials_of(tokenizer)[0]
     turns = [
         close_turn(text, start, end, stops, tokenizer)
@@ -177,7 +184,7 @@ def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
         start
         for i, (start, _, _) in zip(learned_turns(record), turns)
         if any(a < start < b for a, b in offsets)
-        and render(messages[:i], tokenizer, record.where, add_generation_prompt=True) == text[:start]
+        and render(messages[:i], tokenizer, record.where, record.tools, add_generation_prompt=True) == text[:start]
     ]
     if cuts:
         ids, offsets = encode_text(text, cuts, tokenizer)
@@ -236,7 +243,9 @@ def missing_bos(text: str, tokenizer: Any) -> list[int]:
     return bos(tokenizer)
 
 
-def render(messages: list[dict[str, Any]], tokenizer: Any, where: str, **kwargs: Any) -> str:
+def render(
+    messages: list[dict[str, Any]], tokenizer: Any, where: str, tools: list[dict[str, Any]] | None, **kwargs: Any
+) -> str:
     """The chat template's text; its refusal becomes a UserError of the row."""
     if not tokenizer.chat_template:
         raise UserError(
@@ -246,7 +255,7 @@ def render(messages: list[dict[str, Any]], tokenizer: Any, where: str, **kwargs:
             where,
         )
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **kwargs)
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
     except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         must = "the chat template must accept the messages"
@@ -256,13 +265,13 @@ def render(messages: list[dict[str, Any]], tokenizer: Any, where: str, **kwargs:
 def assistant_turns(record: Record, messages: list[dict[str, Any]], text: str, tokenizer: Any) -> list[Span]:
     """Character spans of `text` that the learned assistant messages take; UserError where not certain."""
     turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-    marked = generation_spans(messages, text, tokenizer, record.where)
+    marked = generation_spans(messages, text, tokenizer, record)
     if marked is not None and len(marked) != len(turns):
         raise unfound(record, turns[0], tokenizer)
     spans: list[tuple[int, int]] = []
     for i in learned_turns(record):
         k = turns.index(i)
-        span = marked[k] if marked is not None else turn_span(messages, i, text, tokenizer, record.where)
+        span = marked[k] if marked is not None else turn_span(messages, i, text, tokenizer, record)
         if span is None or (spans and span[0] < spans[-1][1]):
             raise unfound(record, i, tokenizer)
         spans.append(span)
@@ -270,9 +279,9 @@ def assistant_turns(record: Record, messages: list[dict[str, Any]], text: str, t
 
 
 def learned_turns(record: Record) -> list[int]:
-    """Indices of the assistant's messages that are not part of the prompt."""
-    turns = enumerate(record.messages or ())
-    return [i for i, turn in turns if turn["role"] == "assistant" and i >= record.num_prompt_messages]
+    """Indices of the assistant's messages that are neither part of the prompt nor of weight 0."""
+    turns = [i for i, turn in enumerate(record.messages or ()) if turn["role"] == "assistant"]
+    return [i for i in turns if i >= record.num_prompt_messages and i not in record.unlearned]
 
 
 def unfound(record: Record, i: int, tokenizer: Any) -> UserError:
@@ -286,7 +295,7 @@ def unfound(record: Record, i: int, tokenizer: Any) -> UserError:
 
 
 def generation_spans(
-    messages: list[dict[str, Any]], text: str, tokenizer: Any, where: str
+    messages: list[dict[str, Any]], text: str, tokenizer: Any, record: Record
 ) -> list[tuple[int, int]] | None:
     """Spans of the template's {% generation %} blocks; None if it has no such block, [] if they are unsure.
 
@@ -297,7 +306,8 @@ def generation_spans(
     template = tokenizer.get_chat_template()
     if not GENERATION.search(template):
         return None
-    shown_edges = render(messages, tokenizer, where, chat_template=GENERATION.sub(write_edge, template))
+    edged = GENERATION.sub(write_edge, template)
+    shown_edges = render(messages, tokenizer, record.where, record.tools, chat_template=edged)
     parts = re.split(f"({OPEN}|{CLOSE})", shown_edges)
     at, open_at, spans = 0, None, []
     for part in parts:
@@ -317,24 +327,24 @@ def write_edge(tag: re.Match[str]) -> str:
     return f"{{%{left} if true %}}{{{{ '{CLOSE if end else OPEN}' }}}}{{% endif {right}%}}"
 
 
-def turn_span(messages: list[dict[str, Any]], i: int, text: str, tokenizer: Any, where: str) -> Span | None:
+def turn_span(messages: list[dict[str, Any]], i: int, text: str, tokenizer: Any, record: Record) -> Span | None:
     """Characters of `text` that message i takes, its end of turn included; None if unsure."""
-    before = render(messages[:i], tokenizer, where)
-    given = render(messages[:i], tokenizer, where, add_generation_prompt=True)
+    before = render(messages[:i], tokenizer, record.where, record.tools)
+    given = render(messages[:i], tokenizer, record.where, record.tools, add_generation_prompt=True)
     prompted = given != before and text.startswith(given)
-    through = render(messages[: i + 1], tokenizer, where) if i + 1 < len(messages) else text
+    through = render(messages[: i + 1], tokenizer, record.where, record.tools) if i + 1 < len(messages) else text
     if prompted and text.startswith(through) and len(through) > len(given):
         return len(given), len(through)
     if messages[i].get("tool_calls") and not prompted:
         return None  # nothing tells the turn's header from the call
-    span = content_span(messages, i, text, tokenizer, where)
+    span = content_span(messages, i, text, tokenizer, record)
     if span is None or not prompted:
         return span
     return (len(given), span[1]) if len(given) <= span[1] else None
 
 
 def content_span(
-    messages: list[dict[str, Any]], i: int, text: str, tokenizer: Any, where: str
+    messages: list[dict[str, Any]], i: int, text: str, tokenizer: Any, record: Record
 ) -> tuple[int, int] | None:
     """Message i's content in `text` and what the template writes after it, found by a mark in its place.
 
@@ -342,13 +352,13 @@ def content_span(
     """
     mark, calls = MARK.format(i), messages[i].get("tool_calls")
     marked = [with_mark(turn, mark) if k == i else turn for k, turn in enumerate(messages)]
-    before, found, after = render(marked, tokenizer, where).partition(mark)
+    before, found, after = render(marked, tokenizer, record.where, record.tools).partition(mark)
     end = len(text) - len(after)
     if not found or mark in text or mark in after or len(before) > end:
         return None
     if not text.endswith(after) or not (calls or text.startswith(before)):
         return None
-    tail = render(marked[: i + 1], tokenizer, where).partition(mark)[2]
+    tail = render(marked[: i + 1], tokenizer, record.where, record.tools).partition(mark)[2]
     whole = text.startswith(tail, end)
     if calls and not whole:
         return None  # the call's arguments come after the mark: their end must be known
@@ -370,5 +380,5 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
     """
     if not tokenizer.chat_template:
         return bos(tokenizer) + plain_ids(messages[-1]["content"], tokenizer)
-    text = render(messages, tokenizer, "prompt", add_generation_prompt=True)
+    text = render(messages, tokenizer, "prompt", None, add_generation_prompt=True)
     return missing_bos(text, tokenizer) + plain_ids(text, tokenizer)

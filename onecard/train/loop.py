@@ -333,6 +333,7 @@ def checkpoint(run: Run, root: Path) -> None:
         "step": run.step,
         "num_steps": run.num_steps,
         "loss_scale": run.loss_scale,
+        "num_threads": torch.get_num_threads(),
         "loader": run.loader.state_dict(),
     }
     config = run.config.model_dump()

@@ -96,6 +96,10 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
         for line in state.skipped:
             console.print(f"skipped a broken checkpoint: {line}", style="yellow", markup=False)
         console.print(f"resumed at step {run.step} of {run.num_steps}")
+        threads = state.documents["progress"].get("num_threads")
+        if run.device.type == "cpu" and threads != torch.get_num_threads():
+            line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
+            console.print(line, style="yellow")
     elif resuming:
         console.print("no checkpoint yet: starting at step 0")
     start = time.perf_counter()

@@ -1,8 +1,12 @@
 """Exact: which tokens of a turn are learned, where templates and tokenizers make it hard to tell."""
 
+import json
+
 import pytest
 from tokenizers import processors
 
+from onecard.config import DataConfig
+from onecard.data.dataset import load_dataset
 from onecard.data.records import Record, read_records
 from onecard.data.template import encode, prompt_ids
 from onecard.errors import UserError
@@ -219,3 +223,54 @@ def test_a_template_that_changes_the_order_is_refused():
     template = "{% for m in messages | reverse %}{{ m.role }}:{{ m.content }}\n{% endfor %}"
     with pytest.raises(UserError, match="not there for certain"):
         encode(chat("how?", "two", "more?", "fox"), make_tokenizer(template), 512)
+
+
+WITH_TOOLS = (
+    "{% if tools %}Tools: {% for t in tools %}{{ t.name }} {% endfor %}\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def read_one(tmp_path, row, template=CHATML):
+    tokenizer = make_tokenizer(template)
+    return load_dataset(str(write_rows(tmp_path / "d.jsonl", [row])), tokenizer, DataConfig()), tokenizer
+
+
+def test_a_message_of_weight_0_is_read_but_not_learned(tmp_path):
+    turns = [("user", "a"), ("assistant", "first"), ("user", "b"), ("assistant", "second")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[1]["weight"] = 0
+    dataset, tokenizer = read_one(tmp_path, {"messages": messages})
+    example = dataset.examples[0]
+    learned = tokenizer.decode([t for t, label in zip(example.input_ids, example.labels) if label != -100])
+    assert learned == "second<|im_end|>"
+    assert "first" in tokenizer.decode(example.input_ids)
+
+
+@pytest.mark.parametrize("weight, role", [(0.5, "assistant"), ("0", "assistant"), (0, "user"), (0, "assistant")])
+def test_bad_weights(tmp_path, weight, role):
+    """The last case: nothing is left to learn."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    messages[role == "assistant"]["weight"] = weight
+    with pytest.raises(UserError, match=r"d\.jsonl:1:messages"):
+        read_one(tmp_path, {"messages": messages})
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_tools_reach_the_template(tmp_path, as_text):
+    tools = [{"name": "weather"}, {"name": "clock"}]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"messages": messages, "tools": json.dumps(tools) if as_text else tools}
+    dataset, tokenizer = read_one(tmp_path, row, WITH_TOOLS)
+    example = dataset.examples[0]
+    assert tokenizer.decode(example.input_ids).startswith("Tools: weather clock <|im_start|>")
+    learned = tokenizer.decode([t for t, label in zip(example.input_ids, example.labels) if label != -100])
+    assert learned == "b<|im_end|>"
+
+
+@pytest.mark.parametrize("tools", ["{", {"name": "x"}, [1], 3, [{"name": "<|im_end|>"}]])
+def test_bad_tools(tmp_path, tools):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(UserError, match=r"d\.jsonl:1:tools"):
+        read_one(tmp_path, {"messages": messages, "tools": tools}, WITH_TOOLS)

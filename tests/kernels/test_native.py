@@ -129,3 +129,18 @@ def test_environment_forces_a_path():
     environment = {**os.environ, "ONECARD_ISA": "scalar"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "scalar", done.stderr
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("K, blocksize", [(64, 32), (192, 64), (576, 64), (2048, 128)])
+def test_product_of_bfloat16_is_within_its_rounding(isa, num_rows, K, blocksize):
+    """A weight carries at most one rounding to bfloat16, 2^-9, beside the float32 sum's (K + 2) 2^-24."""
+    generator = torch.Generator().manual_seed(0)
+    packed, absmax = reference.quantize_blocks(torch.randn(48, K, generator=generator), "nf4", blocksize, "W")
+    weight = (packed, absmax, None, None, "nf4", blocksize)
+    W = torch.empty(48, K)
+    reference.dequantize_into(*weight, W)
+    x = torch.randn(num_rows, K, generator=generator).bfloat16()
+    exact = x.double() @ W.double().T
+    bound = (2**-9 + (K + 2) * 2**-24) * (x.double().abs() @ W.double().abs().T)
+    assert ((native.multiply(x, *weight, 48) - exact).abs() <= bound).all()

@@ -1,3 +1,72 @@
+// What the BF16 instructions do faster: the product straight from the codes, and attention, both for bfloat16.
+
+// Products of bfloat16 x: 32 codes become 32 levels in one look-up, and vdpbf16ps adds two products to each of sixteen
+// sums. The levels are rounded to bfloat16 and scaled after the sum of a block, so a weight carries one rounding to
+// bfloat16, as it does when it is dequantized. In a chunk of 128 weights nibble j of 16-bit word i is weight
+// 4 i + (j ^ 1); two neighbouring words share a sum, eight weights, of one block.
+struct Bf16Tile {
+    using X = uint16_t;
+    static constexpr int kRows = 2;
+
+    template <int R, int M>
+    static void product_tile(const Weight& w, const uint8_t* row, const float* scales, const uint16_t* x, int64_t K,
+                             float* y, int64_t y_stride) {
+        int64_t x_stride = (K + 127) / 128 * 128, blocks = K / w.blocksize;
+        __m512i table = _mm512_broadcast_i64x4(Isa::narrow(_mm512_loadu_ps(w.quant_map), BFloat16{}));
+        __m512 sums[R][M];
+        for (int r = 0; r < R; ++r) {
+            for (int m = 0; m < M; ++m) sums[r][m] = _mm512_setzero_ps();
+        }
+        for (int64_t k = 0; k < K; k += 128, x += 128) {
+            __mmask16 valid = K - k < 128 ? 0x00FF : 0xFFFF;
+            __m512i words[R];
+            __m512 parts[R][M];
+            for (int r = 0; r < R; ++r) {
+                words[r] = _mm512_maskz_loadu_epi32(valid, row + (r * K + k) / 2);
+                for (int m = 0; m < M; ++m) parts[r][m] = _mm512_setzero_ps();
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                __m512bh x_m[M];
+                for (int m = 0; m < M; ++m) x_m[m] = (__m512bh)_mm512_loadu_si512(x + m * x_stride + j * 32);
+                for (int r = 0; r < R; ++r) {
+                    __m512bh level = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(words[r], 4 * j), table);
+                    for (int m = 0; m < M; ++m) parts[r][m] = _mm512_dpbf16_ps(parts[r][m], level, x_m[m]);
+                }
+            }
+            for (int r = 0; r < R; ++r) {
+                __m512 scale = Isa::chunk_scales(scales + r * blocks, w.blocksize, k / 128, K - k);
+                for (int m = 0; m < M; ++m) sums[r][m] = _mm512_fmadd_ps(parts[r][m], scale, sums[r][m]);
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            for (int m = 0; m < M; ++m) y[m * y_stride + r] = _mm512_reduce_add_ps(sums[r][m]);
+        }
+    }
+};
+
+void product_bf16(const Weight& w, const void* x, Dtype dtype, int64_t M, int64_t K, float* y, int64_t y_stride,
+                  int64_t begin, int64_t end) {
+    if (dtype != kBFloat16) return product(w, x, dtype, M, K, y, y_stride, begin, end);
+    product_tiled<Bf16Tile>(w, static_cast<const uint16_t*>(x), M, K, y, y_stride, begin, end);
+}
+
+void arrange_bf16(const void* x, Dtype dtype, int64_t M, int64_t K, void* out) {
+    if (dtype != kBFloat16) return arrange(x, dtype, M, K, out);
+    const uint16_t* from = static_cast<const uint16_t*>(x);
+    uint16_t* to = static_cast<uint16_t*>(out);
+    for (int64_t m = 0; m < M; ++m, from += K) {
+        for (int64_t c = 0; c < K; c += 128, to += 128) {
+            for (int64_t j = 0; j < 4; ++j) {
+                for (int64_t i = 0; i < 32; ++i) {
+                    int64_t k = c + 4 * i + (j ^ 1);
+                    to[j * 32 + i] = k < K ? from[k] : 0;
+                }
+            }
+        }
+    }
+}
+
 // Attention in bfloat16 on vdpbf16ps, which adds two products of pairs to each float32: the same steps as
 // attention.inl with Q, K, V, dO, P and dS in bfloat16 and every sum in float32.
 //
