@@ -23,7 +23,7 @@ from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x up to which the product straight from the codes beats dequantize-and-multiply (benchmarks/kernels.py).
-LARGEST_M = {torch.float32: 16, torch.bfloat16: 8, torch.float16: 8}
+LARGEST_M = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 8}
 
 
 class Attention(ctypes.Structure):
