@@ -181,6 +181,7 @@ struct Isa {
             __m256 scale[R];
             for (int r = 0; r < R; ++r) {
                 words[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + (r * K + k) / 2));
+                _mm_prefetch(reinterpret_cast<const char*>(row + (r * K + k) / 2 + kAhead), _MM_HINT_T0);
                 const float* s = scales + r * blocks + k / w.blocksize;
                 scale[r] = w.blocksize >= 64 ? _mm256_set1_ps(s[0])
                                              : _mm256_blend_ps(_mm256_set1_ps(s[0]), _mm256_set1_ps(s[1]), 0xF0);
@@ -219,7 +220,7 @@ struct Isa {
 
 const Kernels kAvx2 = {
     "avx2", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product,
 };
 
 }  // namespace onecard

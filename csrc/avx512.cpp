@@ -164,6 +164,7 @@ struct Isa {
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) {
                 words[r] = _mm512_maskz_loadu_epi32(valid, row + (r * K + k) / 2);
+                _mm_prefetch(reinterpret_cast<const char*>(row + (r * K + k) / 2 + kAhead), _MM_HINT_T0);
                 scale[r] = chunk_scales(scales + r * blocks, w.blocksize, k / 128, K - k);
             }
 #pragma GCC unroll 8
@@ -206,12 +207,12 @@ struct Isa {
 #if defined(ONECARD_AVX512_BF16)
 const Kernels kAvx512Bf16 = {
     "avx512_bf16", quantize, dequantize, product_bf16, arrange_bf16, attention_forward_bf16, attention_backward_bf16,
-    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward,
+    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product,
 };
 #else
 const Kernels kAvx512 = {
     "avx512", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product,
 };
 #endif
 

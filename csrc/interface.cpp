@@ -147,3 +147,10 @@ EXPORT void onecard_swiglu_backward(const void* grad_y, const void* gate, const 
         current->swiglu_backward(grad_y, gate, up, grad_gate, grad_up, static_cast<Dtype>(dtype), begin, end);
     });
 }
+
+EXPORT void onecard_dense_product(const void* W, const void* x, int dtype, int64_t M, int64_t N, int64_t K, float* y,
+                                  int num_threads) {
+    parallel_for(N, 16, num_threads, [&](int64_t begin, int64_t end) {
+        current->dense_product(W, x, static_cast<Dtype>(dtype), M, K, y, N, begin, end);
+    });
+}

@@ -32,6 +32,8 @@ struct Weight {
     }
 };
 
+constexpr int64_t kAhead = 2048;  // bytes of codes that a product asks for in advance
+
 struct Quantization {
     const float* bounds;   // 15 midpoints between neighbouring levels, ascending
     const uint8_t* order;  // 16 codes, one an interval
@@ -83,6 +85,9 @@ struct Kernels {
     void (*swiglu)(const void* gate, const void* up, void* y, Dtype dtype, int64_t begin, int64_t end);
     void (*swiglu_backward)(const void* grad_y, const void* gate, const void* up, void* grad_gate, void* grad_up,
                             Dtype dtype, int64_t begin, int64_t end);
+    // y[m][n] = sum_k x[m][k] W[n][k], float32, for a W that is not quantized, rows n in [begin, end).
+    void (*dense_product)(const void* W, const void* x, Dtype dtype, int64_t M, int64_t K, float* y, int64_t y_stride,
+                          int64_t begin, int64_t end);
 };
 
 extern const Kernels kScalar;

@@ -113,6 +113,30 @@ void swiglu_backward_typed(const T* grad_y, const T* gate, const T* up, T* grad_
     }
 }
 
+// y[m][n] = sum_k x[m][k] W[n][k] for a W that is not quantized, rows n in [begin, end).
+template <class T>
+void dense_product_typed(const T* W, const T* x, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
+                         int64_t end) {
+    constexpr int64_t kStep = 4 * Isa::kLanes;
+    int64_t whole = K / kStep * kStep;
+    for (int64_t n = begin; n < end; ++n) {
+        const T* w = W + n * K;
+        for (int64_t m = 0; m < M; ++m) {
+            const T* x_m = x + m * K;
+            typename Isa::V sums[4] = {Isa::set1(0.0f), Isa::set1(0.0f), Isa::set1(0.0f), Isa::set1(0.0f)};
+            for (int64_t k = 0; k < whole; k += kStep) {
+                for (int i = 0; i < 4; ++i) {
+                    int64_t at = k + i * Isa::kLanes;
+                    sums[i] = Isa::fmadd(Isa::load(w + at), Isa::load(x_m + at), sums[i]);
+                }
+            }
+            float sum = Isa::reduce_add(Isa::add(Isa::add(sums[0], sums[1]), Isa::add(sums[2], sums[3])));
+            for (int64_t k = whole; k < K; ++k) sum += to_float(w[k]) * to_float(x_m[k]);
+            y[m * y_stride + n] = sum;
+        }
+    }
+}
+
 // Calls f with a null pointer of the type that dtype names.
 template <class F>
 void with_type(Dtype dtype, F f) {
@@ -149,6 +173,11 @@ void swiglu_backward(const void* grad_y, const void* gate, const void* up, void*
     with_type(dtype, [&](auto type) {
         swiglu_backward_typed(TYPED(grad_y), TYPED(gate), TYPED(up), TYPED(grad_gate), TYPED(grad_up), begin, end);
     });
+}
+
+void dense_product(const void* W, const void* x, Dtype dtype, int64_t M, int64_t K, float* y, int64_t y_stride,
+                   int64_t begin, int64_t end) {
+    with_type(dtype, [&](auto type) { dense_product_typed(TYPED(W), TYPED(x), M, K, y, y_stride, begin, end); });
 }
 
 #undef TYPED

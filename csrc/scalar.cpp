@@ -85,7 +85,7 @@ struct Isa {
 
 const Kernels kScalar = {
     "scalar", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product,
 };
 
 }  // namespace onecard

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from onecard.config import QuantConfig, make_config
@@ -15,7 +14,7 @@ from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.kernels.cpu_info import product_dtype
-from onecard.nn.embedding import CastingHead, cast_output
+from onecard.nn.embedding import cast_output
 from onecard.nn.linear import Linear4bit
 
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
@@ -139,8 +138,6 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if parameter.is_floating_point() and id(parameter) not in large:
             parameter.data = parameter.data.to(dtype)
     embedding.register_forward_hook(cast_output(dtype))
-    if isinstance(head, nn.Linear):
-        model.set_output_embeddings(CastingHead(head))
 
 
 def pick_device(device: str) -> torch.device:

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.kernels import ops
+from onecard.nn.embedding import Head
 from onecard.nn.fused import fuse
 from onecard.nn.linear import Linear4bit
 
@@ -216,6 +217,9 @@ class OnecardQuantizer(HfQuantizer):
             raise self.errors[0]
         check_loaded(model)
         fuse(model)
+        head = model.get_output_embeddings()
+        if type(head) is nn.Linear:
+            model.set_output_embeddings(Head(head))
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate ask for it
         return model
 

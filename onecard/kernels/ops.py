@@ -112,7 +112,10 @@ def qlora_linear(
         scaling: the LoRA term's factor.
         x_lora: (..., K), what the adapter sees where that is not x (dropout).
     """
-    y, _ = torch.ops.onecard.qlora_linear(
+    compute = torch.ops.onecard.qlora_linear
+    if type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        compute = _compute_qlora_linear  # generation: the dispatcher would cost as much as a small product
+    y, _ = compute(
         x,
         packed,
         state.absmax,
@@ -174,8 +177,7 @@ def _(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("onecard::qlora_linear", mutates_args=())
-def _qlora_linear(
+def _compute_qlora_linear(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -207,6 +209,9 @@ def _qlora_linear(
     xA_MR = x_lora_MK @ lora_A_RK.to(work).T
     y_MN.addmm_(xA_MR, lora_B_NR.to(work).T, alpha=scaling)
     return y_MN.view(y_shape).to(x.dtype), xA_MR
+
+
+_qlora_linear = torch.library.custom_op("onecard::qlora_linear", _compute_qlora_linear, mutates_args=())
 
 
 @_qlora_linear.register_fake

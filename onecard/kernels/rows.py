@@ -1,4 +1,5 @@
 """RMSNorm and SwiGLU as one operator each, on the CPU's C++ kernels; in the backward only x (or gate and up) is kept.
+And the head's product for few rows, where reading the weight once is the whole cost.
 
     rms_norm: y = w * round(x r), r = (mean(x^2) + eps)^-1/2;   dx = r (g - n mean(g n)) with n = r x, g = w dy
     swiglu:   y = g s u, s = sigmoid(g);   dg = dy u s (1 + g (1 - s)), du = dy g s
@@ -101,3 +102,15 @@ def _swiglu_backward(ctx, grad_y):
 
 
 swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_context)
+
+
+FEW_ROWS = 4  # up to which dense_product beats torch's linear in bfloat16 (measured, benchmarks/generate.py)
+
+
+def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
+    """x W^T for x (..., K), summed in float32, in x's dtype; no gradient."""
+    x = x.contiguous()
+    (N, K), M = W_NK.shape, x.numel() // x.shape[-1]
+    y_MN = torch.empty(M, N)
+    native.call("onecard_dense_product", W_NK, x, native.DTYPES[x.dtype], M, N, K, y_MN)
+    return y_MN.to(x.dtype).view(*x.shape[:-1], N)

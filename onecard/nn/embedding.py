@@ -5,17 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from onecard.kernels import rows
+
 SLICE_ROWS = 4096
 
 
-class CastingHead(nn.Linear):
-    """A linear whose 16-bit weight is cast to x's dtype a slice of outputs at a time."""
+class Head(nn.Linear):
+    """The output embedding: a narrower weight is cast to x's dtype a slice of outputs at a time, and few rows of x
+    (decoding) go through a product that reads the weight once."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        learning = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        few = x.numel() <= rows.FEW_ROWS * self.in_features
+        if few and not learning and rows.supports(x, self.weight):
+            y = rows.dense_product(x, self.weight)
+            return y if self.bias is None else y + self.bias.to(x.dtype)
         return project(x, self.weight, self.bias)
 
 
@@ -23,7 +31,7 @@ def project(x: Tensor, W_NK: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias in x's dtype; a W of another dtype is cast `SLICE_ROWS` rows at a time."""
     if W_NK.dtype == x.dtype:
         return nn.functional.linear(x, W_NK, None if bias is None else bias.to(x.dtype))
-    y = torch.cat([x @ rows.to(x.dtype).T for rows in W_NK.split(SLICE_ROWS)], dim=-1)
+    y = torch.cat([x @ part.to(x.dtype).T for part in W_NK.split(SLICE_ROWS)], dim=-1)
     return y if bias is None else y + bias.to(x.dtype)
 
 
@@ -31,8 +39,8 @@ def project_back(g: Tensor, W_NK: Tensor) -> Tensor:
     """g W in g's dtype, the gradient of `project` with respect to x."""
     if W_NK.dtype == g.dtype:
         return g @ W_NK
-    parts = zip(g.split(SLICE_ROWS, dim=-1), W_NK.split(SLICE_ROWS))
-    return sum((part @ rows.to(g.dtype) for part, rows in parts), g.new_zeros(()))
+    pairs = zip(g.split(SLICE_ROWS, dim=-1), W_NK.split(SLICE_ROWS))
+    return sum((columns @ part.to(g.dtype) for columns, part in pairs), g.new_zeros(()))
 
 
 def cast_output(dtype: torch.dtype):

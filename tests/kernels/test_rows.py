@@ -86,3 +86,13 @@ def test_opcheck():
     x, w = random(4, 32).requires_grad_(), random(32)
     torch.library.opcheck(torch.ops.onecard.rms_norm.default, (x, w, EPS))
     torch.library.opcheck(torch.ops.onecard.swiglu.default, (x, random(4, 32).requires_grad_()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M, N, K", [(1, 5, 3), (1, 300, 576), (4, 33, 130)])
+def test_dense_product(isa, dtype, M, N, K):  # noqa: F811
+    """float32 sums of K exact products, rounded once to the dtype: (K + 2) 2^-24 sum |x w|, and one rounding."""
+    x, W = random(M, K).to(dtype), random(N, K, seed=1).to(dtype)
+    exact = x.double() @ W.double().T
+    bound = (K + 2) * 2**-24 * (x.double().abs() @ W.double().abs().T) + torch.finfo(dtype).eps / 2 * exact.abs()
+    assert ((rows.dense_product(x, W) - exact).abs() <= bound).all()

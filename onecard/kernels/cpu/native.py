@@ -53,6 +53,7 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_rms_norm_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int64, c_int),
     "onecard_swiglu": (None, *[c_void_p] * 3, c_int, c_int64, c_int),
     "onecard_swiglu_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int),
+    "onecard_dense_product": (None, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
     "onecard_attention": (None, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip
 
