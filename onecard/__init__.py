@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from onecard.hf.quantizer import BitsAndBytesConfig as BitsAndBytesConfig
     from onecard.kernels.ops import dequantize_4bit as dequantize_4bit
     from onecard.kernels.ops import quantize_4bit as quantize_4bit
+    from onecard.memory.plan import plan as plan
     from onecard.quant.state import QuantState as QuantState
 
 _HOMES = {
@@ -19,9 +20,10 @@ _HOMES = {
     "UserError": "onecard.errors",
     "dequantize_4bit": "onecard.kernels.ops",
     "load_model": "onecard.hf.load",
+    "plan": "onecard.memory.plan",
     "quantize_4bit": "onecard.kernels.ops",
 }
-__all__ = ["BitsAndBytesConfig", "QuantState", "UserError", "dequantize_4bit", "load_model", "quantize_4bit"]
+__all__ = ["BitsAndBytesConfig", "QuantState", "UserError", "dequantize_4bit", "load_model", "plan", "quantize_4bit"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from onecard.config import DataConfig, TrainConfig, make_config, partial, read_yaml
+from onecard.config import (
+    DataConfig,
+    PlanConfig,
+    QuantConfig,
+    TrainConfig,
+    make_config,
+    parse_bytes,
+    partial,
+    read_yaml,
+)
 from onecard.errors import UserError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -20,10 +29,12 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = Any
 else:
     TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
     DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
+    QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
+    PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -61,6 +72,66 @@ def train(
     from onecard.train.session import run_training
 
     finish(run_training(checked, resume, console), console)
+
+
+@app.command
+def plan(
+    model: str,
+    fields: PlanFields = None,
+    *,
+    method: Literal["full", "lora", "qlora"] = "qlora",
+    device_memory: str | None = None,
+    json: bool = False,
+) -> None:
+    """Say what memory training takes, term by term, before anything is loaded.
+
+    Parameters
+    ----------
+    model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
+    method: qlora; lora (16-bit base) and full are there to compare.
+    device_memory: What there is, such as 24GiB: adds the largest context and micro-batch that fit.
+    json: Print JSON.
+    """
+    from json import dumps
+
+    from onecard.memory.plan import plan as run
+
+    limit = None if device_memory is None else parse_bytes(device_memory)
+    found = run(model, method, limit, **given(fields))
+    if json:
+        terms = [{"name": term.name, "bytes": term.num_bytes, "formula": term.formula} for term in found.terms]
+        more = {"total_bytes": found.total_bytes, "fits": found.fits}
+        more |= {"largest_length": found.largest_length, "largest_batch": found.largest_batch}
+        print(dumps({"terms": terms, **more}))
+        return
+    from onecard.train.session import plan_lines
+
+    console = make_console()
+    for line in plan_lines(found):
+        console.print(line, highlight=False)
+
+
+@app.command
+def figures(output: str = "figures", model: str | None = None) -> None:
+    """Draw where a 7B model's training memory goes, and NF4 against Int4 over a real layer's weights.
+
+    Parameters
+    ----------
+    output: Folder for memory_bill.png and nf4_int4.png.
+    model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's.
+    """
+    from pathlib import Path
+
+    from onecard.memory.figures import levels_and_density, memory_bill
+
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for method, groups in memory_bill(folder / "memory_bill.png").items():
+        print(f"{method:6s} {sum(groups.values()):6.1f} GB")
+    base = model or str(Path(__file__).parent / "demo" / "base")
+    for (kind, nested), error in levels_and_density(folder / "nf4_int4.png", base).items():
+        print(f"{kind:4s}{' double quantization' if nested else '':20s} error {error:.3%} of the weight's norm")
+    print(f"figures  {folder}")
 
 
 @app.command
@@ -164,6 +235,47 @@ def evaluate(
     loaded, _ = load(model, adapter, compute_dtype, device)
     loss = run(loaded, dataset)
     print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
+
+
+@app.command
+def merge(
+    model: str,
+    adapter: str,
+    output: str,
+    *,
+    base: Literal["dequantized", "original"] = "dequantized",
+    verify: str | None = None,
+    quant: QuantFields = None,
+) -> None:
+    """Merge an adapter into a 16-bit checkpoint, streaming: memory for about one tensor.
+
+    Parameters
+    ----------
+    model: Checkpoint that the adapter was trained on.
+    adapter: Folder of the trained adapter.
+    output: New folder for the merged checkpoint.
+    base: dequantized: what training saw, the nearest to the live adapter; original: the checkpoint's own weights.
+    verify: Data file on which the merged model is compared with the live adapter.
+    """
+    from onecard.export.merged import merge as run
+
+    config = make_config(QuantConfig, given(quant), "command line")
+    quiet_libraries()
+    folder = run(model, adapter, output, base, config)
+    print(f"merged   {folder}  (16-bit, {base} base)")
+    if verify is not None:
+        from onecard.data.dataset import load_dataset
+        from onecard.export.verify import compare
+        from onecard.hf.load import load_model, load_tokenizer
+
+        dataset = load_dataset(verify, load_tokenizer(model), make_config(DataConfig, {}, "merge"))
+        live = load_model(model, config.quant_type, config.blocksize, config.double_quant, device="cpu")
+        found = compare(live, adapter, str(folder), dataset)
+        print(
+            f"verified off by {found.difference:.2%} of the adapter's effect; same likeliest token at "
+            f"{found.argmax:.2%}; loss {found.loss_merged:.4f}, live adapter {found.loss_live:.4f}"
+        )
+    print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + str(folder))
 
 
 def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:

@@ -6,6 +6,7 @@ A YAML file and the command line's flags fill the same fields; an unknown key is
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, Optional, TypeVar
 
@@ -67,6 +68,14 @@ class DataConfig(Strict):
     max_seq_length: int = Field(1024, ge=8, description="tokens; longer examples are cut, and counted")
     packing: bool = Field(True, description="several examples a row; they never attend to each other")
     on_bad_rows: Literal["error", "skip"] = "error"
+
+
+class PlanConfig(QuantConfig, LoraSettings):
+    """What a run's memory depends on."""
+
+    max_seq_length: int = Field(1024, ge=8, description="tokens a row")
+    per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
+    gradient_checkpointing: bool = Field(True, description="recompute activations, as train does where it must")
 
 
 class TrainConfig(QuantConfig, LoraSettings, DataConfig):
@@ -167,3 +176,12 @@ def make_config(kind: type[T], fields: dict[str, Any], source: str = "config") -
             value = "a combination that contradicts itself"
         message = first["msg"].removeprefix("Value error, ")
         raise UserError(f"{name}: {message}", value, "correct the value", source) from None
+
+
+def parse_bytes(text: str) -> int:
+    """ "24GiB", "6 GB" or "1500MB" in bytes; the letters' case does not matter. Raises UserError for anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if match is None:
+        raise UserError("a size must be a number and a unit", repr(text), "write it like 24GiB or 6GB", "size")
+    number, letter, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(letter or " "))

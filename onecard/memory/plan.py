@@ -1,7 +1,13 @@
-"""The memory plan: bytes a term, its formula beside it, from headers and settings alone.
+"""The memory plan: bytes a term, its formula beside it, from headers or a known shape and the settings alone.
 
-With P_q weights in 4-bit linears, P_o others, P_l LoRA weights, T tokens a micro-batch, L layers, d hidden, f
-intermediate and V vocabulary size, c bytes of the compute dtype:
+P_q weights in the linears that 4 bits take, P_o the others, P = P_q + P_o, P_l LoRA weights; T tokens a micro-batch,
+L layers, d hidden, a = heads x head size, k = key heads x head size, f intermediate, V vocabulary, r rank, n linears
+with an adapter in a layer; c bytes of the compute dtype. What the backward keeps of a layer, a token:
+
+    4 d (residual in, norm, residual between, norm) + 2 a + 2 k (query, attention's output, key, value)
+    + 3 f (gate, up, their product) + n r (x A^T)
+
+Models whose norms and MLP are not of the fused kind keep 6 d + 2 f more (float32 copies, the activation's output).
 """
 
 from __future__ import annotations
@@ -10,14 +16,21 @@ import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, TrainConfig
-from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint
+from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, TrainConfig, make_config
+from onecard.errors import UserError, did_you_mean
+from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
+from onecard.hf.load import find_checkpoint, pick_compute_dtype, pick_device
+from onecard.memory.shapes import KNOWN
+from onecard.nn.fused import counterpart
+
+Method = Literal["full", "lora", "qlora"]
+METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
 
 
 @dataclass(frozen=True)
@@ -31,54 +44,164 @@ class Term:
 
 @dataclass(frozen=True)
 class Plan:
-    """The bill of a run."""
+    """The bill of a run; the process itself (libraries, CUDA context) comes on top.
+
+    Attributes:
+        largest_length, largest_batch: tokens of context at this batch size, and rows of a micro-batch at this
+            length, that fit in device_memory_bytes; None without such a limit, 0 if nothing fits.
+    """
 
     terms: list[Term]
+    device_memory_bytes: int | None = None
+    largest_length: int | None = None
+    largest_batch: int | None = None
 
     @property
     def total_bytes(self) -> int:
         return sum(term.num_bytes for term in self.terms)
 
+    @property
+    def fits(self) -> bool | None:
+        """Whether the total is within device_memory_bytes; None without such a limit."""
+        return None if self.device_memory_bytes is None else self.total_bytes <= self.device_memory_bytes
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a plan needs to know of a model: its modules without weights, and the bytes of each stored value."""
+
+    modules: Any  # transformers' model on the meta device
+    itemsize: dict[str, int]  # of a parameter as stored; 2 where it is not named
+
+    @property
+    def linears(self) -> dict[str, torch.nn.Linear]:
+        """The linears that 4 bits take, by their weight's name."""
+        head = self.modules.get_output_embeddings()
+        named = self.modules.named_modules()
+        return {f"{n}.weight": m for n, m in named if isinstance(m, torch.nn.Linear) and m is not head}
+
+    @property
+    def text(self) -> Any:
+        return self.modules.config.get_text_config()
+
+
+def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None = None, **fields: Any) -> Plan:
+    """The memory that training a model takes, in seconds and without its weights.
+
+    Args:
+        model: checkpoint folder, hub id, or a name of memory/shapes.py such as "llama-2-7b".
+        method: "qlora"; or, to compare, "lora" on a 16-bit base, "full" in 16 bits with float32 masters.
+        device_memory_bytes: what there is; adds the largest context and batch that fit.
+        fields: any field of TrainConfig: r, max_seq_length, per_device_train_batch_size, ...; activations are
+            recomputed unless gradient_checkpointing=False.
+
+    Raises:
+        UserError: unknown model, method or field.
+    """
+    if method not in METHODS:
+        raise UserError(f"method must be one of {', '.join(METHODS)}", repr(method), "correct it", "method")
+    needed = {"data": "-", "output": "-", "gradient_checkpointing": True, **fields, "model": model}
+    config = make_config(TrainConfig, needed, "plan")
+    if model.lower() in KNOWN:
+        known, dtype = Model(meta_model(known_config(model.lower())), {}), torch.bfloat16
+    else:
+        known = read_model(inspect_checkpoint(find_known(model)))
+        dtype = pick_compute_dtype(config.compute_dtype, pick_device(config.device))
+    terms = plan_terms(known, config, dtype, method)
+    if device_memory_bytes is None:
+        return Plan(terms)
+
+    def fits(**change: int) -> bool:
+        changed = plan_terms(known, config.model_copy(update=change), dtype, method)
+        return sum(term.num_bytes for term in changed) <= device_memory_bytes
+
+    step = 64
+    length = step * largest(lambda n: fits(max_seq_length=step * n), longest_context(known) // step)
+    batch = largest(lambda n: fits(per_device_train_batch_size=n), 4096)
+    return Plan(terms, device_memory_bytes, length, batch)
+
+
+def largest(holds: Any, limit: int) -> int:
+    """The largest n in 1 ... limit for which holds(n), which is true up to some n; 0 if there is none."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def find_known(model: str) -> Path:
+    """find_checkpoint, its error with a did-you-mean of the known names."""
+    try:
+        return find_checkpoint(model)
+    except UserError as error:
+        raise UserError(error.must, f"{error.found}{did_you_mean(model.lower(), KNOWN)}", error.do, model) from None
+
+
+def known_config(name: str) -> Any:
+    fields = dict(KNOWN[name])
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def read_model(checkpoint: Checkpoint) -> Model:
+    """A checkpoint's model from its config and headers."""
+    sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
+    return Model(meta_model(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)), sizes)
+
+
+def meta_model(config: Any) -> Any:
+    """transformers' model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
 
 def plan_training(checkpoint: Checkpoint, config: TrainConfig, compute_dtype: torch.dtype) -> Plan:
     """What `train` will hold at its peak, process and runtime not counted."""
-    model = meta_model(checkpoint)
-    head = model.get_output_embeddings()
-    linears = {
-        f"{name}.weight": module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
-    }
-    sizes = [module.weight.numel() for module in linears.values()]
-    num_quantized = sum(sizes)
-    width = compute_dtype.itemsize
+    return Plan(plan_terms(read_model(checkpoint), config, compute_dtype, "qlora"))
+
+
+def plan_terms(model: Model, config: TrainConfig, dtype: torch.dtype, method: Method) -> list[Term]:
+    """The terms of a method."""
+    linears, c = model.linears, dtype.itemsize
+    num_weights = sum(p.numel() for p in model.modules.parameters())
     num_lora = sum(config.r * (m.in_features + m.out_features) for m in targets(linears, config))
-    tokens = min(config.max_seq_length, longest_context(model.config)) * config.per_device_train_batch_size
-    chunk = min(LOGITS_CHUNK_BYTES, 4 * tokens * model.config.get_text_config().vocab_size)
-    return Plan(
-        [
-            Term("base, 4-bit codes", num_quantized // 2, "P_q / 2"),
-            Term("base, scales", scale_bytes(sizes, config), scale_formula(config)),
-            Term(
-                "embeddings, norms, head",
-                other_bytes(checkpoint, linears, width),
-                "P_o x bytes of its dtype, at most c",
-            ),
+    tokens = min(config.max_seq_length, longest_context(model)) * config.per_device_train_batch_size
+    if method == "full":
+        terms = [
+            Term("weights, 16-bit", 2 * num_weights, "2 P"),
+            Term("gradients", 2 * num_weights, "2 P"),
+            Term("float32 masters", 4 * num_weights, "4 P"),
+            Term("AdamW states", 8 * num_weights, "8 P"),
+        ]
+    else:
+        terms = base_terms(model, config, c) if method == "qlora" else [Term("weights, 16-bit", 2 * num_weights, "2 P")]
+        terms += [
             Term("LoRA weights", 4 * num_lora, "4 P_l"),
             Term("LoRA gradients", 4 * num_lora, "4 P_l"),
             Term("AdamW states", 8 * num_lora, "8 P_l"),
-            Term("dequantized weight", width * max(sizes, default=0), "c x the largest linear"),
-            Term("activations", activation_bytes(model.config, tokens, width, config), activation_formula(config)),
-            Term("logits chunk", 3 * chunk, "3 x min(32 MiB, 4 T V)"),
         ]
-    )
+    chunk = min(LOGITS_CHUNK_BYTES, c * tokens * model.text.vocab_size)
+    return [
+        *terms,
+        activation_term(model, config, tokens, c, 0 if method == "full" else config.r),
+        Term("logits chunk", chunk, "min(32 MiB, c T V)"),
+    ]
 
 
-def meta_model(checkpoint: Checkpoint) -> Any:
-    """transformers' model without weights."""
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+def base_terms(model: Model, config: TrainConfig, c: int) -> list[Term]:
+    """The frozen base in 4 bits."""
+    sizes = [linear.weight.numel() for linear in model.linears.values()]
+    others = [
+        p.numel() * min(c, model.itemsize.get(name, 2))
+        for name, p in model.modules.named_parameters()
+        if name not in model.linears
+    ]
+    return [
+        Term("base, 4-bit codes", sum(sizes) // 2, "P_q / 2"),
+        Term("base, scales", scale_bytes(sizes, config), scale_formula(config)),
+        Term("embeddings, norms, head", sum(others), "P_o x bytes of its dtype, at most c"),
+        Term("dequantized weight", c * max(sizes, default=0), "c x the largest linear"),
+    ]
 
 
 def targets(linears: dict[str, torch.nn.Linear], config: TrainConfig) -> list[torch.nn.Linear]:
@@ -89,8 +212,8 @@ def targets(linears: dict[str, torch.nn.Linear], config: TrainConfig) -> list[to
     return [m for path, m in linears.items() if any(path.removesuffix(".weight").endswith(name) for name in names)]
 
 
-def longest_context(config: Any) -> int:
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+def longest_context(model: Model) -> int:
+    return getattr(model.text, "max_position_embeddings", None) or 1 << 30
 
 
 def scale_bytes(sizes: list[int], config: TrainConfig) -> int:
@@ -106,31 +229,20 @@ def scale_formula(config: TrainConfig) -> str:
     return f"P_q / {config.blocksize} + 4 P_q / ({config.blocksize} x {NESTED_BLOCKSIZE})"
 
 
-def other_bytes(checkpoint: Checkpoint, linears: dict[str, Any], width: int) -> int:
-    total = 0
-    for name, info in checkpoint.tensors.items():
-        if name not in linears:
-            bits = DTYPE_BITS[info.dtype]
-            total += info.nbytes * min(bits, 8 * width) // bits
-    return total
-
-
-def activation_bytes(config: Any, tokens: int, width: int, settings: TrainConfig) -> int:
-    """Saved for the backward: 16 d + 5 f values a token and layer (with recompute d, and one whole layer)."""
-    text = config.get_text_config()
-    d, f, layers = (
-        text.hidden_size,
-        getattr(text, "intermediate_size", 0) or 4 * text.hidden_size,
-        text.num_hidden_layers,
-    )
-    a_layer = tokens * (16 * d + 5 * f) * width
-    if settings.gradient_checkpointing:
-        return layers * tokens * d * width + a_layer
-    return layers * a_layer
-
-
-def activation_formula(config: TrainConfig) -> str:
-    return "T (L d + 16 d + 5 f) c" if config.gradient_checkpointing else "T L (16 d + 5 f) c"
+def activation_term(model: Model, config: TrainConfig, tokens: int, c: int, r: int) -> Term:
+    """What the backward keeps: of every layer, or with recomputation each layer's input and one whole layer."""
+    text = model.text
+    d, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or d // heads
+    a, k = heads * head_dim, (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    f = getattr(text, "intermediate_size", None) or 4 * d
+    n = len(targets(model.linears, config)) / layers
+    values, formula = 4 * d + 2 * a + 2 * k + 3 * f + n * r, "4 d + 2 a + 2 k + 3 f + n r"
+    if not any(counterpart(module)[0] is not None for module in model.modules.modules()):
+        values, formula = values + 6 * d + 2 * f, "10 d + 2 a + 2 k + 5 f + n r"
+    if config.gradient_checkpointing:
+        return Term("activations", int(tokens * (layers * d + values) * c), f"c T (L d + {formula})")
+    return Term("activations", int(tokens * layers * values * c), f"c T L ({formula})")
 
 
 def available_bytes(device: torch.device) -> int:

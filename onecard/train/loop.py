@@ -100,7 +100,7 @@ def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        foreach=True,
+        fused=True,
     )
 
 
@@ -353,7 +353,7 @@ def resume(run: Run, state: State) -> None:
         entry = {}
         for key in ("step", "exp_avg", "exp_avg_sq"):
             value = state.tensors["optimizer"][f"{name}.{key}"]
-            entry[key] = value if key == "step" else value.to(parameter.device)
+            entry[key] = value.to(parameter.device)
         run.optimizer.state[parameter] = entry
     progress = state.documents["progress"]
     run.step, run.loss_scale = progress["step"], progress["loss_scale"]

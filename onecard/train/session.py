@@ -199,6 +199,18 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
+def plan_lines(plan: Plan) -> list[Any]:
+    """A plan for the terminal: its table, and what fits."""
+    lines: list[Any] = [plan_table(plan)]
+    if plan.device_memory_bytes is not None:
+        verdict = "fits in" if plan.fits else "does not fit in"
+        lines.append(f"{verdict} {format_bytes(plan.device_memory_bytes)}")
+        lines.append(f"largest context {plan.largest_length:,} tokens; largest micro-batch {plan.largest_batch:,} rows")
+        if not plan.fits:
+            lines.append("to make it fit: --gradient-checkpointing, a shorter --max-seq-length, a smaller --r")
+    return lines
+
+
 def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> Any:
     """The 4-bit base with a fresh adapter; LoRA's random start follows from the seed."""
     start = time.perf_counter()

@@ -1,0 +1,105 @@
+"""Two figures from real numbers: where a 7B model's training memory goes, and why NF4's levels lie where they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from onecard.config import QUANT_TYPES
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.load import find_checkpoint
+from onecard.kernels import ops
+from onecard.memory.plan import METHODS, plan, read_model
+from onecard.quant.codebook import quant_map
+
+GB = 1e9
+TITLES = {"full": "full fine-tuning", "lora": "LoRA, 16-bit base", "qlora": "QLoRA, 4-bit base"}
+GROUPS = {
+    "weights": ("weights, 16-bit", "base, 4-bit codes", "base, scales", "embeddings, norms, head", "LoRA weights"),
+    "gradients": ("gradients", "LoRA gradients"),
+    "float32 masters": ("float32 masters",),
+    "optimizer states": ("AdamW states",),
+    "activations and scratch": ("activations", "logits chunk", "dequantized weight"),
+}
+COLOURS = ("#1f6f8b", "#e09f3e", "#9e2a2b", "#540b0e", "#99c1b9")
+BLOCKSIZE = 64
+
+
+def memory_bill(path: Path, model: str = "llama-2-7b", length: int = 512) -> dict[str, dict[str, float]]:
+    """Stacked bars of full, LoRA and QLoRA; returns {method: {group: GB}}."""
+    bills = {}
+    for method in METHODS:
+        terms = {term.name: term.num_bytes for term in plan(model, method, max_seq_length=length).terms}
+        assert set(terms) <= {name for names in GROUPS.values() for name in names}, terms
+        bills[method] = {group: sum(terms.get(name, 0) for name in names) / GB for group, names in GROUPS.items()}
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axis: Any = figure.subplots()
+    left = [0.0] * len(METHODS)
+    for group, colour in zip(GROUPS, COLOURS):
+        values = [bills[method][group] for method in METHODS]
+        axis.barh([TITLES[m] for m in METHODS], values, left=left, color=colour, label=group, height=0.6)
+        left = [a + b for a, b in zip(left, values)]
+    for row, total in enumerate(left):
+        axis.text(total + 1, row, f"{total:.1f} GB", va="center", fontsize=11, fontweight="bold")
+    axis.set_xlabel(f"GB of device memory, {model}, one row of {length} tokens, rank 16 on all linears")
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=150)
+    return bills
+
+
+def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:
+    """NF4's and Int4's levels over the density of a real layer's scaled weights, and each type's measured error.
+
+    Returns:
+        {(quant_type, double_quant): ||W - W_hat|| / ||W||} of the model's largest linear.
+    """
+    name, W = largest_linear(model)
+    errors = {(kind, nested): relative_error(W, kind, nested) for kind in QUANT_TYPES for nested in (False, True)}
+    blocks = W.flatten()[: W.numel() // BLOCKSIZE * BLOCKSIZE].view(-1, BLOCKSIZE)
+    scaled = (blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-38)).flatten()
+    figure = Figure(figsize=(9, 5.4), layout="constrained")
+    top, bottom = figure.subplots(2, 1, height_ratios=(3, 1.25))
+    top.hist(scaled.numpy(), bins=160, range=(-1, 1), density=True, color="#d5dde0")
+    height = top.get_ylim()[1]
+    for kind, colour, low, high in (("nf4", "#1f6f8b", 0.0, 0.52), ("int4", "#e09f3e", 0.54, 1.0)):
+        levels = [x for x in quant_map(kind).tolist() if abs(x) <= 1]
+        title = {"nf4": "NF4: as many weights to each level", "int4": "Int4: as far from each level to the next"}[kind]
+        top.vlines(levels, low * height, high * height, color=colour, linewidth=1.6, label=title)
+    top.set_ylabel("density")
+    top.set_xlabel(f"weight / absmax of its block of {BLOCKSIZE}: {name}, {tuple(W.shape)}")
+    top.spines[["top", "right"]].set_visible(False)
+    top.legend(frameon=False, loc="upper right", fontsize=9)
+    rows = [f"{kind}{', double quantization' if nested else ''}" for kind, nested in errors]
+    bars = bottom.barh(rows, [100 * e for e in errors.values()],
+                       color=["#1f6f8b" if kind == "nf4" else "#b9c4c9" for kind, _ in errors])  # fmt: skip
+    bottom.bar_label(bars, fmt="{:.2f} %", padding=3, fontsize=9)
+    bottom.set_xlabel("error, % of the weight's norm")
+    bottom.invert_yaxis()
+    bottom.margins(x=0.12)
+    bottom.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return errors
+
+
+def relative_error(W: Tensor, quant_type: str, double_quant: bool) -> float:
+    """||W - W_hat|| / ||W|| after 4 bits and back."""
+    back = ops.dequantize_4bit(*ops.quantize_4bit(W, quant_type, BLOCKSIZE, double_quant))
+    return ((W.double() - back.double()).norm() / W.double().norm()).item()
+
+
+def largest_linear(model: str) -> tuple[str, Tensor]:
+    """Name and float32 weight of the largest linear that 4 bits would take, the only tensor that is read."""
+    from safetensors import safe_open
+
+    checkpoint = inspect_checkpoint(find_checkpoint(model))
+    linears = read_model(checkpoint).linears
+    name = max((n for n in checkpoint.tensors if n in linears), key=lambda n: linears[n].weight.numel())
+    with safe_open(checkpoint.tensors[name].file, "pt") as file:
+        return name, file.get_tensor(name).to(torch.float32)

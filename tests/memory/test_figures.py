@@ -1,0 +1,18 @@
+"""Behaviour: the two figures and the numbers they are drawn from."""
+
+from onecard.demo.run import SETTINGS
+from onecard.memory.figures import levels_and_density, memory_bill
+
+
+def test_memory_bill(tmp_path):
+    bills = memory_bill(tmp_path / "bill.png")
+    totals = [sum(bills[method].values()) for method in ("full", "lora", "qlora")]
+    assert totals == sorted(totals, reverse=True)
+    assert (tmp_path / "bill.png").stat().st_size > 10_000
+
+
+def test_nf4_is_nearer_than_the_others(tmp_path):
+    errors = levels_and_density(tmp_path / "levels.png", SETTINGS["model"])
+    assert errors["nf4", False] < errors["int4", False] and errors["nf4", False] < errors["fp4", False]
+    assert errors["nf4", True] < 1.02 * errors["nf4", False]  # double quantization costs little
+    assert (tmp_path / "levels.png").stat().st_size > 10_000
