@@ -75,7 +75,8 @@ def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:
     top.set_ylabel("density")
     top.set_xlabel(f"weight / absmax of its block of {BLOCKSIZE}: {name}, {tuple(W.shape)}")
     top.spines[["top", "right"]].set_visible(False)
-    top.legend(frameon=False, loc="upper right", fontsize=9)
+    top.set_ylim(0, 1.15 * height)
+    top.legend(frameon=False, loc="upper center", ncols=2, fontsize=9)
     rows = [f"{kind}{', double quantization' if nested else ''}" for kind, nested in errors]
     bars = bottom.barh(rows, [100 * e for e in errors.values()],
                        color=["#1f6f8b" if kind == "nf4" else "#b9c4c9" for kind, _ in errors])  # fmt: skip
