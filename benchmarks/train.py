@@ -2,8 +2,8 @@
 
     python -m benchmarks.train [--shape 135m|1.1b] [--length 512] [--steps 6] [--rounds 3]
 
-Every run is a process of its own on the same checkpoint, tokens, rank, targets, dtype and attention (torch's SDPA);
-every token is supervised. Each contender runs with and without recomputation of activations: rows that agree in it
+Every run is a process of its own on the same checkpoint, tokens, rank, targets and dtype; every token is supervised.
+"onecard's step on 16-bit weights" is ours with all weights dequantized beforehand: what 4 bits cost. Each contender runs with and without recomputation of activations: rows that agree in it
 are the matched settings, each contender's fastest row is its best. The final losses come from the same adapter
 start and the same batches.
 """
@@ -32,7 +32,12 @@ from benchmarks.measure import (
 )
 from benchmarks.shapes import SHAPES, make_checkpoint
 
-CONTENDERS = {"onecard": "onecard", "bnb": "bitsandbytes + peft", "lora": "16-bit LoRA (peft)"}
+CONTENDERS = {
+    "onecard": "onecard",
+    "onecard16": "onecard's step on 16-bit weights",
+    "bnb": "bitsandbytes + peft",
+    "lora": "16-bit LoRA (peft)",
+}
 RANK, RATE = 16, 2e-4
 
 
@@ -75,6 +80,8 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     config = make_config(TrainConfig, fields, "benchmark")
     model = get_peft_model(base, lora_config(config))
     start_adapter(model)
+    if args.child == "onecard16":
+        keep_16_bits(model)
     data = [Example(row, row, "random") for row in rows(args.shape, args.length, args.steps).tolist()]
     loader = Loader(data, args.length, False, 1, 0)
     loader.batches = lambda epoch: [[i] for i in range(len(data))]  # in the order of the peers
@@ -86,6 +93,15 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     with use_packed_attention(run.base):
         steps = [update(run) for _ in range(args.steps)]
     return [step["seconds"] for step in steps], [step["loss"] for step in steps], load
+
+
+def keep_16_bits(model: Any) -> None:
+    """Dequantize every weight once and for all: what is left of the step is LoRA on a 16-bit base."""
+    from onecard.kernels import ops
+    from onecard.nn.linear import Linear4bit
+
+    kept = {m.weight.data_ptr(): m.dequantize() for m in model.modules() if isinstance(m, Linear4bit)}
+    ops.dequantize_to_scratch = lambda packed, *rest: kept[packed.data_ptr()]
 
 
 def run_peer(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[float], float]:
@@ -128,12 +144,12 @@ def run_peer(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[
 
 def child(args: argparse.Namespace) -> None:
     folder = make_checkpoint(args.shape)
-    if args.child == "onecard":
+    if args.child.startswith("onecard"):
         import onecard.hf.load
         import onecard.train.loop  # noqa: F401
     base = status_bytes("VmRSS")
     with anonymous_peak() as peak:
-        times, losses, load = (run_onecard if args.child == "onecard" else run_peer)(args, folder)
+        times, losses, load = (run_onecard if args.child.startswith("onecard") else run_peer)(args, folder)
     found = {"seconds": times[1:], "losses": losses, "load": load, "base": base}
     print(json.dumps({**found, "peak": status_bytes("VmHWM"), "anonymous": peak[0]}))
 
@@ -247,7 +263,7 @@ def draw(args: argparse.Namespace, speed: dict[tuple[str, str], list[float]], pe
 
     figure = Figure(figsize=(9, 0.55 * len(speed) + 1.4), layout="constrained")
     names = [f"{CONTENDERS[name]}, {setting}" for name, setting in speed]
-    colours = ["#1f6f8b" if name == "onecard" else "#b9c4c9" for name, _ in speed]
+    colours = ["#1f6f8b" if name.startswith("onecard") else "#b9c4c9" for name, _ in speed]
     panels: Any = figure.subplots(1, 2, sharey=True)
     for axis, values, label in (
         (panels[0], [statistics.median(v) for v in speed.values()], "tokens / s (more is better)"),
