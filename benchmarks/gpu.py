@@ -120,7 +120,8 @@ def random_model(shape: str, contender: str, device: torch.device) -> Any:
             value = torch.ones if "norm" in name else lambda s, **k: 0.02 * torch.randn(s, **k)
             filled = value(parameter.shape, device=device, dtype=torch.bfloat16)
             setattr(owner, name.rpartition(".")[2], nn.Parameter(filled, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config, device=device)
+    with device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
     model.requires_grad_(False)
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     if contender == "onecard":
