@@ -278,6 +278,25 @@ def merge(
     print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + str(folder))
 
 
+@app.command
+def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
+    """Write a checkpoint with its linears in 4 bits, in bitsandbytes' format, streaming.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id, in 16 or 32 bits.
+    output: New folder.
+    """
+    from onecard.export.quantized import quantize_checkpoint
+
+    quiet_libraries()
+    config = make_config(QuantConfig, given(quant), "command line")
+    folder = quantize_checkpoint(model, output, config)
+    print(
+        f"quantized {folder}  ({config.quant_type})\nnext\n  onecard train --model {folder} --weights-budget 4GiB ..."
+    )
+
+
 def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:
     """A 4-bit model with its adapter, and the tokenizer."""
     quiet_libraries()

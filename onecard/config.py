@@ -85,6 +85,11 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
     data: str = Field(description="JSONL, JSON, CSV or Parquet file")
     output: str = Field(description="folder for the adapter, checkpoints, metrics and report")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device_memory: str | None = Field(None, description="most that the run may take, like 6GiB; default: what is free")
+    weights_budget: str | None = Field(
+        None,
+        description="most of the base that is in memory, like 2GiB; the rest is paged; by itself as the plan needs",
+    )
 
     per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
     gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an update")
@@ -113,6 +118,13 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
     logging_steps: int = Field(1, ge=1)
     loggers: list[Logger] = Field(default_factory=list, description="beside metrics.jsonl and metrics.csv")
     sample_prompts: list[str] | None = Field(None, description="answered before and after, for the report")
+
+    @field_validator("device_memory", "weights_budget")
+    @classmethod
+    def _a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
 
     @model_validator(mode="after")
     def _one_validation_source(self) -> TrainConfig:

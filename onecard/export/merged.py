@@ -10,14 +10,11 @@ file by file as the base has them, and renamed when whole.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -25,18 +22,18 @@ from torch import Tensor
 
 from onecard.config import QuantConfig
 from onecard.errors import UserError
+from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
 from onecard.hf.checkpoint import Checkpoint, TensorInfo, inspect_checkpoint, read_json
 from onecard.hf.load import find_checkpoint
+from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.memory.plan import read_model
 from onecard.quant.blockwise import state_absmax
 
 Base = Literal["dequantized", "original"]
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PREFIX = "base_model.model."
 SLAB_VALUES = 1 << 22
-OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
 
 
 @dataclass
@@ -71,21 +68,18 @@ def merge(model: str, adapter: str, output: str, base: Base = "dequantized", qua
             an output folder that is not new.
     """
     checkpoint, target = inspect_checkpoint(find_checkpoint(model)), Path(output)
-    if target.exists():
-        raise UserError("the output must be a new folder", "it exists", "choose another --output", output)
     tuned = read_adapter(Path(adapter))
     check_belongs(tuned, checkpoint)
-    check_room(target, checkpoint)
-    temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    check_room(target, checkpoint.nbytes)
     linears = set(read_model(checkpoint).linears) if base == "dequantized" else set()
     more, config = extra_tensors(tuned, checkpoint)
-    for number, file in enumerate(checkpoint.files):
-        last = number == len(checkpoint.files) - 1
-        write_file(temporary / file.name, checkpoint, tuned, linears, quant or QuantConfig(), more if last else {})
-    write_rest(temporary, checkpoint, config, more)
-    os.replace(temporary, target)
+    places: dict[str, str] = {}
+    with new_folder(target) as folder:
+        for file in checkpoint.files:
+            extra = more if file == checkpoint.files[-1] else {}
+            names = write_file(folder / file.name, checkpoint, tuned, linears, quant or QuantConfig(), extra)
+            places |= dict.fromkeys(names, file.name)
+        write_others(folder, checkpoint, config, places)
     return target
 
 
@@ -143,15 +137,6 @@ def check_belongs(adapter: Adapter, checkpoint: Checkpoint) -> None:
             )
 
 
-def check_room(target: Path, checkpoint: Checkpoint) -> None:
-    """The disk must hold the result."""
-    parent = next(p for p in (target.parent.resolve(), *target.parent.resolve().parents) if p.exists())
-    free = shutil.disk_usage(parent).free
-    if free < checkpoint.nbytes * 1.02:
-        found = f"{free / 1e9:.1f} GB free for {checkpoint.nbytes / 1e9:.1f} GB"
-        raise UserError("the disk must have room for the merged model", found, "make room", str(parent))
-
-
 def extra_tensors(adapter: Adapter, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors that the base's files do not have, and config.json for the result.
 
@@ -173,45 +158,27 @@ def extra_tensors(adapter: Adapter, checkpoint: Checkpoint) -> tuple[dict[str, T
     return more, config
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """One tensor of a file, read, not mapped: nothing of it stays in memory but the tensor."""
-    with info.file.open("rb") as stream:
-        stream.seek(info.begin)
-        buffer = bytearray(info.nbytes)
-        stream.readinto(buffer)
-    return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).view(info.shape)
-
-
 def write_file(
     path: Path, checkpoint: Checkpoint, adapter: Adapter, linears: set[str], quant: QuantConfig, more: dict[str, Tensor]
-) -> None:
-    """One safetensors file as the base has it, tensor by tensor, `more` behind."""
+) -> list[str]:
+    """One safetensors file as the base has it, tensor by tensor, with `more`; the names in it."""
     source = checkpoint.folder / path.name
     infos = {name: info for name, info in checkpoint.tensors.items() if info.file == source}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    full = {**{name: tensor for name, tensor in adapter.saved.items() if name in infos}, **more}
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {name: (info.dtype, info.shape) for name, info in infos.items()}
-    for name, tensor in {**{n: t for n, t in adapter.saved.items() if n in infos}, **more}.items():
+    for name, tensor in full.items():
         shapes[name] = (NAMES[stored_dtype(name, tensor, infos)], tuple(tensor.shape))
-    for name, (dtype, shape) in shapes.items():
-        size = torch.Size(shape).numel() * DTYPES[dtype].itemsize if dtype in DTYPES else infos[name].nbytes
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
-        at += size
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as stream:
-        stream.write(len(raw).to_bytes(8, "little") + raw)
-        for name in shapes:
-            full = more.get(name, adapter.saved.get(name))
-            if full is not None:
-                write_tensor(stream, full.to(stored_dtype(name, full, infos)))
-            elif name in adapter.updates or name in linears:
-                for slab in merged_slabs(infos[name], adapter.updates.get(name), name in linears, quant, name):
-                    write_tensor(stream, slab)
-            else:
-                copy_bytes(infos[name], stream)
-        stream.flush()
-        os.fsync(stream.fileno())
+    file = TensorFile(path, shapes)
+    for name in shapes:
+        if name in full:
+            file.append(name, full[name].to(stored_dtype(name, full[name], infos)))
+        elif name in adapter.updates or name in linears:
+            for slab in merged_slabs(infos[name], adapter.updates.get(name), name in linears, quant, name):
+                file.append(name, slab)
+        else:
+            file.copy(name, infos[name])
+    file.close()
+    return list(shapes)
 
 
 def stored_dtype(name: str, tensor: Tensor, infos: dict[str, TensorInfo]) -> torch.dtype:
@@ -246,31 +213,3 @@ def merged_slabs(
                 norm = torch.linalg.vector_norm(piece, dim=1, keepdim=True)
                 piece *= update.magnitude_N[start : start + rows, None] / norm
         yield piece.to(W.dtype)
-
-
-def write_tensor(stream: BinaryIO, tensor: Tensor) -> None:
-    stream.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-
-
-def copy_bytes(info: TensorInfo, stream: BinaryIO, step: int = 1 << 24) -> None:
-    with info.file.open("rb") as source:
-        source.seek(info.begin)
-        left = info.nbytes
-        while left:
-            piece = source.read(min(step, left))
-            stream.write(piece)
-            left -= len(piece)
-
-
-def write_rest(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], more: dict[str, Tensor]) -> None:
-    """config.json, the index and every other file that a checkpoint brings along."""
-    for pattern in OTHER_FILES:
-        for path in checkpoint.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        content = json.loads(index.read_bytes())
-        content["weight_map"] |= dict.fromkeys(more, checkpoint.files[-1].name)
-        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -49,6 +49,11 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def is_4bit(self) -> bool:
+        """Whether its linears are in bitsandbytes' 4-bit format."""
+        return "quantization_config" in self.config
+
 
 def inspect_checkpoint(folder: Path) -> Checkpoint:
     """Read config.json, the index and all headers.
@@ -194,17 +199,19 @@ def check_index(mapping: dict[str, str], tensors: dict[str, TensorInfo], index: 
 
 
 def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None:
-    """Weights must be floats, unless config.json says how else they are stored."""
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
+    """Weights must be floats, or in bitsandbytes' 4-bit format where config.json says so."""
+    quantization = config.get("quantization_config")
+    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("load_in_4bit")):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise UserError(
-            "the base must be in 16 or 32 bits",
+            "the base must be in 16 or 32 bits, or in bitsandbytes' 4-bit format",
             f"a checkpoint quantized with {method}",
             "use the original checkpoint",
             "config.json",
         )
     for name, info in tensors.items():
-        if name.endswith((".weight", ".bias")) and info.dtype not in FLOATS:
+        packed = quantization is not None and info.dtype == "U8" and f"{name}.absmax" in tensors
+        if name.endswith((".weight", ".bias")) and info.dtype not in FLOATS and not packed:
             raise UserError(
                 "weights must be float tensors", f"{info.dtype}", "use the original checkpoint", f"{info.file}: {name}"
             )

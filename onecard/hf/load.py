@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
-from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
+from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
+from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype, paging
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import cast_output
 from onecard.nn.linear import Linear4bit
+from onecard.paging.files import Segment
+from onecard.paging.weights import SLICE_ROWS, PagedBase, PagedEmbedding, PagedHead
 
+TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
 
@@ -27,15 +31,21 @@ def load_model(
     double_quant: bool = True,
     compute_dtype: torch.dtype | str = "auto",
     device: str = "auto",
+    weights_budget: int | None = None,
+    page_folder: str | Path | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model with its linears in 4 bits.
 
     Args:
-        model: checkpoint folder, or a hub id where a network is.
-        quant_type, blocksize, double_quant: as in quantize_4bit.
+        model: checkpoint folder, or a hub id where a network is; its linears in 16 or 32 bits, or in bitsandbytes'
+            4-bit format.
+        quant_type, blocksize, double_quant: as in quantize_4bit; a 4-bit checkpoint keeps its own.
         compute_dtype: what weights are dequantized to; "auto": bfloat16 where the device multiplies it natively,
             else float16 on GPUs and float32 on CPUs.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        weights_budget: bytes of the base that may be on the device at a time (paging/weights.py); None: all of it.
+        page_folder: where a 16-bit checkpoint's codes then go, in a file that vanishes with the process; None: the
+            user's cache.
 
     Returns:
         transformers' own model, frozen, in eval mode; embeddings and head keep the narrower of the checkpoint's
@@ -55,12 +65,43 @@ def load_model(
         bnb_4bit_use_double_quant=checked.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    folder = find_checkpoint(model)
-    inspect_checkpoint(folder)
-    loaded = from_pretrained(folder, config, target, dtype)
+    checkpoint = inspect_checkpoint(find_checkpoint(model))
+    if weights_budget is None:
+        loaded = from_pretrained(checkpoint, config, target, dtype)
+    else:
+        base = PagedBase(weights_budget, Path(page_folder or Path.home() / ".cache" / "onecard"), target)
+        loaded = load_paged(checkpoint, config, target, dtype, base)
     loaded.requires_grad_(False)
     loaded.eval()
     return loaded
+
+
+def load_paged(
+    checkpoint: Checkpoint, config: BitsAndBytesConfig, device: torch.device, dtype: torch.dtype, base: PagedBase
+) -> PreTrainedModel:
+    """from_pretrained with every linear's weight going to `base` as it comes."""
+    files = {file: file.open("rb") for file in checkpoint.files}
+    base.open += files.values()
+    places = {
+        name: Segment(files[info.file].fileno(), info.begin, info.nbytes) for name, info in checkpoint.tensors.items()
+    }
+    token = paging.set((base, places))
+    try:
+        model = from_pretrained(checkpoint, config, device, dtype)
+    finally:
+        paging.reset(token)
+    found = []
+    modules: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    for module in modules:
+        name = next((n for n, p in model.named_parameters() if p is module.weight), "")
+        info = checkpoint.tensors.get(name)
+        stored = TORCH_DTYPES.get(info.dtype) if info else None
+        if stored is not None:
+            found.append((places[name], stored))
+        else:  # the checkpoint calls it otherwise
+            found.append((base.write(module.weight), module.weight.dtype))
+    base.start(model, *found)
+    return model
 
 
 def find_checkpoint(model: str) -> Path:
@@ -83,14 +124,15 @@ def find_checkpoint(model: str) -> Path:
 
 
 def from_pretrained(
-    folder: Path, config: BitsAndBytesConfig, device: torch.device, compute_dtype: torch.dtype
+    checkpoint: Checkpoint, config: BitsAndBytesConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> PreTrainedModel:
     """transformers' load with every complaint of its report turned into an error."""
+    folder = checkpoint.folder
     stored = stored_dtype(folder)
     narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
-        quantization_config=config,
+        **how_quantized(checkpoint, config),
         dtype=narrow,
         device_map={"": device},
         use_safetensors=True,
@@ -103,6 +145,18 @@ def from_pretrained(
     if narrow != compute_dtype:
         compute_in(model, compute_dtype)
     return model
+
+
+def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[str, Any]:
+    """from_pretrained's arguments for a checkpoint that is to be quantized, or for one that is."""
+    if not checkpoint.is_4bit:
+        return {"quantization_config": config}
+    stored = checkpoint.config["quantization_config"]
+    config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
+    model_config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    fields = {key: value for key, value in config.to_dict().items() if key != "load_in_4bit"}
+    model_config.quantization_config = fields  # with that key, transformers would take it for bitsandbytes' own
+    return {"config": model_config}
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -163,16 +217,30 @@ def pick_compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over a loaded base as it computes: codes, scales and the tensors beside them."""
+    """sha256 over a loaded base as it computes, paged or not: codes, scales and the tensors beside them."""
     digest = hashlib.sha256()
-    for name, tensor in model.named_parameters():
-        digest.update(name.encode() + as_bytes(tensor))
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            state = module.state
-            for tensor in (state.absmax, state.nested_absmax, state.nested_offset):
-                digest.update(b"" if tensor is None else as_bytes(tensor))
+    for name, module in model.named_modules():
+        for key, tensor in held_tensors(module):
+            digest.update(f"{name}.{key}".encode())
+            digest.update(as_bytes(tensor))
     return digest.hexdigest()
+
+
+def held_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A module's own tensors, brought in where they are paged; an embedding in pieces."""
+    if isinstance(module, Linear4bit):
+        packed, state = module.stored()
+        named = [("weight", packed), ("absmax", state.absmax), ("nested_absmax", state.nested_absmax),
+                 ("nested_offset", state.nested_offset), ("bias", module.bias)]  # fmt: skip
+        yield from ((key, tensor) for key, tensor in named if tensor is not None)
+        return
+    if isinstance(module, PagedEmbedding):
+        yield from (("weight", piece) for piece in module.slices())
+    elif isinstance(module, PagedHead):
+        yield "weight", module.weight
+    for key, parameter in module.named_parameters(recurse=False):
+        pieces = parameter.split(SLICE_ROWS) if isinstance(module, torch.nn.Embedding) else [parameter]
+        yield from ((key, piece) for piece in pieces)
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

@@ -8,9 +8,11 @@ before the next is read.
 from __future__ import annotations
 
 import ctypes
+from contextvars import ContextVar
+from dataclasses import replace
 from mmap import PAGESIZE
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +30,13 @@ from onecard.kernels import ops
 from onecard.nn.embedding import Head
 from onecard.nn.fused import fuse
 from onecard.nn.linear import Linear4bit
+from onecard.paging.files import Segment
+from onecard.paging.weights import PagedBase
+from onecard.quant.state import BNB_KEYS, QuantState, from_bnb
 
 METHOD = "onecard"
+paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
+"""While a paged model loads: who takes its weights, and where the checkpoint's tensors lie."""
 MADV_DONTNEED = 4  # of Linux
 
 
@@ -98,6 +105,7 @@ class Quantize4bit(ConversionOps):
 
     def __init__(self, hf_quantizer: OnecardQuantizer):
         self.hf_quantizer: Any = hf_quantizer
+        self.paging = paging.get()
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name=None, model: Any = None, **kwargs: Any
@@ -127,7 +135,50 @@ class Quantize4bit(ConversionOps):
             name,
         )
         module.set_weight(packed, state)
+        if self.paging is not None:
+            self.paging[0].take(module)
         release_file_pages(W)
+
+
+class Deserialize4bit(ConversionOps):
+    """One linear's tensors of a bitsandbytes checkpoint in, its codes out; the QuantState goes to the module."""
+
+    def __init__(self, hf_quantizer: OnecardQuantizer):
+        self.hf_quantizer: Any = hf_quantizer
+        self.paging = paging.get()
+
+    def __deepcopy__(self, memo: dict) -> Deserialize4bit:
+        return self  # transformers copies it for every weight; errors and pages are shared
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        module, name = get_module_from_name(model, full_layer_name)
+        if not isinstance(module, Linear4bit) or name != "weight":
+            return tensors
+        loaded: Any = module
+        try:
+            packed, state = from_bnb(full_layer_name, {key.removeprefix("weight"): t for key, t in tensors.items()})
+            check_shape(
+                torch.empty(state.shape, device="meta"), (module.out_features, module.in_features), full_layer_name
+            )
+            self.set(module, full_layer_name, packed, state)
+        except UserError as error:
+            self.hf_quantizer.errors.append(error)
+        loaded._is_hf_initialized = True
+        return {"weight": module.weight}
+
+    def set(self, module: Linear4bit, name: str, packed: Tensor, state: QuantState) -> None:
+        """Give `module` its weight: in memory of its own, or as a page of the checkpoint's file."""
+        if self.paging is None:
+            module.set_weight(packed.clone(), replace(state, absmax=state.absmax.clone()))
+        else:
+            base, places = self.paging
+            module.set_weight(packed, state)
+            found = [places.get(key) for key in (name, f"{name}.absmax")]
+            base.take(module, (found[0], found[1]) if found[0] and found[1] else None)
+        release_file_pages(packed)
 
 
 def release_file_pages(W: Tensor) -> None:
@@ -165,6 +216,7 @@ class OnecardQuantizer(HfQuantizer):
     """Puts Linear4bit in place of a model's linears and quantizes their weights as they are read."""
 
     requires_calibration = False
+    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", *(f"weight.{key}" for key in BNB_KEYS)]}
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
@@ -193,6 +245,9 @@ class OnecardQuantizer(HfQuantizer):
 
     def get_quantize_ops(self) -> Quantize4bit:
         return Quantize4bit(self)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        return {"deserialize": Deserialize4bit}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any

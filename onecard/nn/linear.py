@@ -16,7 +16,8 @@ class Linear4bit(nn.Linear):
 
     It is an nn.Linear so that peft and transformers find it where they look for linears; `weight` holds the
     packed codes, uint8 (ceil(numel/2), 1), and `quant_state` their scales. x is cast to `compute_dtype`, and y
-    back to x's dtype; compute_dtype None computes in x's.
+    back to x's dtype; compute_dtype None computes in x's. Where the weight is paged, `weight` is empty and `fetch`
+    brings codes and scales in.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool, compute_dtype: torch.dtype | None, device=None):
@@ -26,6 +27,7 @@ class Linear4bit(nn.Linear):
             self.bias = nn.Parameter(torch.empty(out_features, device=device), requires_grad=False)
         self.compute_dtype = compute_dtype
         self.quant_state: QuantState | None = None
+        self.fetch: Callable[[], tuple[Tensor, QuantState]] | None = None
 
     def set_weight(self, packed: Tensor, state: QuantState) -> None:
         """Take a quantized weight of shape (out_features, in_features)."""
@@ -34,8 +36,12 @@ class Linear4bit(nn.Linear):
         self.quant_state = state
 
     def forward(self, x: Tensor) -> Tensor:
-        y = ops.qlora_linear(x.to(self.compute_dtype or x.dtype), self.weight, self.state, self.bias)
+        y = ops.qlora_linear(x.to(self.compute_dtype or x.dtype), *self.stored(), self.bias)
         return y.to(x.dtype)
+
+    def stored(self) -> tuple[Tensor, QuantState]:
+        """Codes and scales to compute with."""
+        return (self.weight, self.state) if self.fetch is None else self.fetch()
 
     @property
     def state(self) -> QuantState:
@@ -45,7 +51,7 @@ class Linear4bit(nn.Linear):
 
     def dequantize(self) -> Tensor:
         """The weight, (out_features, in_features), in the compute dtype."""
-        return ops.dequantize_4bit(self.weight, self.state, self.compute_dtype)
+        return ops.dequantize_4bit(*self.stored(), self.compute_dtype)
 
     @property
     def W_q(self) -> Tensor:

@@ -31,10 +31,11 @@ class LoraLinear4bit(PeftLinear):
         adapter_A: Any = self.lora_A[name]
         adapter_B: Any = self.lora_B[name]
         active = self.training and not isinstance(dropout, nn.Identity)
+        packed, state = base.stored()
         y = ops.qlora_linear(
             x_in,
-            base.weight,
-            base.state,
+            packed,
+            state,
             base.bias,
             adapter_A.weight,
             adapter_B.weight,

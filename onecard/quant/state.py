@@ -1,12 +1,25 @@
-"""QuantState: everything beside the packed codes that a 4-bit weight needs, as plain tensors."""
+"""QuantState: everything beside the packed codes that a 4-bit weight needs, as plain tensors; and its form in files.
+
+In a bitsandbytes checkpoint a weight NAME of shape (N, K) is NAME (the codes), NAME.absmax, NAME.quant_map, with
+double quantization NAME.nested_absmax and NAME.nested_quant_map, and NAME.quant_state.bitsandbytes__nf4 (or fp4): JSON
+as a uint8 tensor, with the rest.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 from torch import Tensor
+
+from onecard.config import BLOCKSIZES, NESTED_BLOCKSIZE
+from onecard.errors import UserError
+from onecard.quant.codebook import dynamic_map, quant_map
+
+STATE_KEY = "quant_state.bitsandbytes__"
+BNB_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE_KEY}nf4", f"{STATE_KEY}fp4")
 
 
 @dataclass
@@ -54,3 +67,90 @@ class QuantState:
             nested_absmax=None if self.nested_absmax is None else self.nested_absmax.to(device),
             nested_offset=None if self.nested_offset is None else self.nested_offset.to(device),
         )
+
+
+def to_bnb(packed: Tensor, state: QuantState) -> dict[str, Tensor]:
+    """The tensors of a bitsandbytes checkpoint for one weight, by what follows its name ("" for the codes).
+
+    Raises:
+        UserError: int4, which bitsandbytes does not have.
+    """
+    if state.quant_type not in ("nf4", "fp4"):
+        raise UserError("bitsandbytes' format holds nf4 and fp4", state.quant_type, "quantize to nf4", "quant_type")
+    facts = {
+        "quant_type": state.quant_type,
+        "blocksize": state.blocksize,
+        "dtype": str(state.dtype).removeprefix("torch."),
+        "shape": list(state.shape),
+    }
+    device = packed.device
+    found = {"": packed, ".absmax": state.absmax, ".quant_map": quant_map(state.quant_type, device).clone()}
+    if state.nested_absmax is not None and state.nested_offset is not None:
+        facts |= {
+            "nested_blocksize": NESTED_BLOCKSIZE,
+            "nested_dtype": "float32",
+            "nested_offset": state.nested_offset.item(),
+        }
+        found |= {".nested_absmax": state.nested_absmax, ".nested_quant_map": dynamic_map(device).clone()}
+    text = json.dumps(facts).encode()
+    found[f".{STATE_KEY}{state.quant_type}"] = torch.frombuffer(bytearray(text), dtype=torch.uint8).clone()
+    return found
+
+
+def from_bnb(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, QuantState]:
+    """The inverse of `to_bnb`; keys as there. Raises UserError for anything that does not fit together."""
+    facts = read_facts(name, tensors)
+    quant_type, shape, nested = facts["quant_type"], torch.Size(facts["shape"]), "nested_offset" in facts
+    blocks = -(-prod(shape) // facts["blocksize"])
+    expected: dict[str, tuple[int, torch.dtype]] = {
+        "": ((prod(shape) + 1) // 2, torch.uint8),
+        ".absmax": (blocks, torch.uint8 if nested else torch.float32),
+        ".quant_map": (16, torch.float32),
+    }
+    if nested:
+        expected[".nested_absmax"] = (-(-blocks // NESTED_BLOCKSIZE), torch.float32)
+        expected[".nested_quant_map"] = (256, torch.float32)
+    for key, (numel, dtype) in expected.items():
+        found = tensors.get(key)
+        if found is None or found.numel() != numel or found.dtype != dtype:
+            what = "none" if found is None else f"{found.numel()} of {found.dtype}"
+            raise damaged(name + key, f"{numel} values of {dtype}", what)
+    device = tensors[""].device
+    maps = {".quant_map": quant_map(quant_type, device)} | (
+        {".nested_quant_map": dynamic_map(device)} if nested else {}
+    )
+    for key, levels in maps.items():
+        if not torch.equal(tensors[key].to(device).flatten(), levels):
+            raise damaged(name + key, f"the levels of {quant_type} and of the dynamic map", "others")
+    for key in (".nested_absmax",) if nested else (".absmax",):
+        if not tensors[key].isfinite().all():
+            raise damaged(name + key, "finite scales", "NaN or Inf")
+    absmax = tensors[".absmax"].flatten()
+    state = QuantState(absmax, shape, getattr(torch, facts["dtype"]), facts["blocksize"], quant_type)
+    if nested:
+        state.nested_absmax = tensors[".nested_absmax"].flatten()
+        state.nested_offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=device)
+    return tensors[""].view(-1, 1), state
+
+
+def read_facts(name: str, tensors: dict[str, Tensor]) -> dict:
+    """The JSON of a weight's quant_state, checked."""
+    kind = next((kind for kind in ("nf4", "fp4") if f".{STATE_KEY}{kind}" in tensors), None)
+    if kind is None:
+        raise damaged(name, f"its .{STATE_KEY}nf4 (or fp4)", "none")
+    key = f"{name}.{STATE_KEY}{kind}"
+    try:
+        facts = json.loads(bytes(tensors[f".{STATE_KEY}{kind}"].tolist()))
+        known = facts["quant_type"] == kind and facts["blocksize"] in BLOCKSIZES
+        known &= facts["dtype"] in ("float32", "bfloat16", "float16") and min(facts["shape"]) > 0
+        if "nested_offset" in facts:
+            known &= facts["nested_blocksize"] == NESTED_BLOCKSIZE and abs(float(facts["nested_offset"])) < 1e30
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(key, "a JSON object with quant_type, blocksize, dtype and shape", repr(error)) from None
+    if not known:
+        raise damaged(key, f"{kind}, a known blocksize, a float dtype, blocks of {NESTED_BLOCKSIZE}", str(facts)[:120])
+    return facts
+
+
+def damaged(name: str, must: str, found: str) -> UserError:
+    return UserError(f"a 4-bit weight must have {must}", found, "fetch the checkpoint again", name)

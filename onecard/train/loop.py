@@ -14,7 +14,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from onecard.errors import UserError
 from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.memory.plan import peak_memory_bytes
 from onecard.optim.schedule import learning_rate
+from onecard.paging.pager import Pager
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
 from onecard.train.metrics import Metrics
 from onecard.train.state import State, save_state
@@ -86,6 +87,11 @@ class Run:
     @property
     def device(self) -> torch.device:
         return next(iter(self.trainable.values())).device
+
+    def saved_as_pages(self) -> AbstractContextManager:
+        """Where the base is paged, autograd holds its pages by name only."""
+        pager: Pager | None = getattr(self.base, "pager", None)
+        return nullcontext() if pager is None else pager.saved_as_pages()
 
     @property
     def epoch(self) -> float:
@@ -251,7 +257,8 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
         generators = random_state(run.device)
         losses = []
         for batch in window:
-            loss = run.loss(run.base, to_device(batch, run.device), num_tokens)
+            with run.saved_as_pages():
+                loss = run.loss(run.base, to_device(batch, run.device), num_tokens)
             (loss * run.loss_scale).backward()
             losses.append(loss.detach())
         total = torch.stack(losses).sum().item()

@@ -1,0 +1,67 @@
+"""A safetensors file written piece by piece: its tensors are never in memory together."""
+
+from __future__ import annotations
+
+import json
+import os
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onecard.hf.checkpoint import DTYPE_BITS, TensorInfo
+
+STEP_BYTES = 1 << 24
+
+
+class TensorFile:
+    """Shapes and dtypes first, then each tensor's values, in pieces, in any order of the tensors."""
+
+    def __init__(self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]):
+        """Write the header.
+
+        Args:
+            tensors: name -> (dtype as safetensors spells it, shape); wider dtypes come first in the file, so that
+                every tensor is aligned.
+        """
+        ordered = sorted(tensors.items(), key=lambda item: -DTYPE_BITS[item[1][0]])
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        self.next: dict[str, int] = {}
+        self.end: dict[str, int] = {}
+        at = 0
+        for name, (dtype, shape) in ordered:
+            size = prod(shape) * DTYPE_BITS[dtype] // 8
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + size]}
+            self.next[name], self.end[name] = at, at + size
+            at += size
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        raw += b" " * (-len(raw) % 8)
+        self.stream = path.open("wb")
+        self.stream.write(len(raw).to_bytes(8, "little") + raw)
+        self.base = 8 + len(raw)
+
+    def append(self, name: str, piece: Tensor | bytes) -> None:
+        """The next values of a tensor, in its dtype."""
+        if isinstance(piece, Tensor):
+            piece = piece.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert self.next[name] + len(piece) <= self.end[name], f"{name} is longer than its header says"
+        self.stream.seek(self.base + self.next[name])
+        self.stream.write(piece)
+        self.next[name] += len(piece)
+
+    def copy(self, name: str, info: TensorInfo) -> None:
+        """All of a tensor, from another file."""
+        with info.file.open("rb") as source:
+            source.seek(info.begin)
+            for at in range(0, info.nbytes, STEP_BYTES):
+                self.append(name, source.read(min(STEP_BYTES, info.nbytes - at)))
+
+    def close(self) -> None:
+        """Sync the file to the disk; every tensor must be whole."""
+        short = [name for name in self.next if self.next[name] != self.end[name]]
+        assert not short, f"{short[0]} is shorter than its header says"
+        self.stream.flush()
+        os.fsync(self.stream.fileno())
+        self.stream.close()

@@ -1,0 +1,82 @@
+"""Pages in files: parts of a checkpoint, or of a file without a name that vanishes with the process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from onecard.errors import UserError
+
+ALIGNMENT = 64  # bytes; of each part in its page
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`num_bytes` at `begin` of an open file."""
+
+    descriptor: int
+    begin: int
+    num_bytes: int
+
+
+def read_into(segment: Segment, out: Tensor) -> None:
+    """Fill `out`, uint8, contiguous, on the CPU. Raises UserError if the file has become shorter."""
+    view, at = out.numpy().data, 0
+    while at < segment.num_bytes:
+        count = os.preadv(segment.descriptor, [view[at:]], segment.begin + at)
+        if count == 0:
+            raise UserError(
+                "a file that pages are read from must stay as it was",
+                "it ends early",
+                "leave the checkpoint alone while it is in use; --resume goes on from the last checkpoint",
+                "paging",
+            )
+        at += count
+
+
+def page_layout(segments: list[Segment]) -> tuple[list[slice], int]:
+    """Where each segment lies in its page, and the page's bytes."""
+    places, at = [], 0
+    for segment in segments:
+        places.append(slice(at, at + segment.num_bytes))
+        at += -(-segment.num_bytes // ALIGNMENT) * ALIGNMENT
+    return places, at
+
+
+def read_page(segments: list[Segment], pinned: bool = False) -> Tensor:
+    """The segments of a page as one uint8 tensor in host memory."""
+    places, num_bytes = page_layout(segments)
+    page = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+    for segment, place in zip(segments, places):
+        read_into(segment, page[place])
+    return page
+
+
+class Spill:
+    """A file without a name for pages that no checkpoint holds: gone when the process ends, however it ends."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  kept open
+        self.end = 0
+
+    def write(self, tensor: Tensor) -> Segment:
+        """Append a tensor's bytes. Raises UserError if the disk is full."""
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        try:
+            written = self.file.write(data)
+            self.file.flush()
+        except OSError as error:
+            raise UserError(
+                "the 4-bit weights must fit on the disk", str(error), "free some space", str(self.folder)
+            ) from None
+        assert written == data.nbytes
+        segment = Segment(self.file.fileno(), self.end, data.nbytes)
+        self.end += data.nbytes
+        return segment

@@ -1,0 +1,163 @@
+"""The frozen base in pages: one a decoder layer, one for the output head; embeddings are read row by row.
+
+Codes and scales lie in files (the 4-bit checkpoint itself, or one written while a 16-bit checkpoint is quantized) and
+are in memory only while a layer computes, as far as the budget goes. The smaller statistics of double quantization,
+biases and norms stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onecard.nn.embedding import Head
+from onecard.nn.linear import Linear4bit
+from onecard.paging.files import Segment, Spill, page_layout, read_into, read_page
+from onecard.paging.pager import Page, Pager
+from onecard.quant.state import QuantState
+
+SLICE_ROWS = 4096  # of an embedding, read at a time
+
+
+@dataclass
+class PagedWeight:
+    """A 4-bit weight whose codes and scales lie in a page; `state.absmax` is empty."""
+
+    pager: Pager
+    page: Page
+    codes: slice
+    absmax: slice
+    state: QuantState
+    absmax_dtype: torch.dtype
+
+    def __call__(self) -> tuple[Tensor, QuantState]:
+        """Codes and state, brought in if they are not there."""
+        page = self.pager.touch(self.page)
+        return page[self.codes].view(-1, 1), replace(self.state, absmax=page[self.absmax].view(self.absmax_dtype))
+
+
+class PagedHead(Head):
+    """An output head whose weight, (out_features, in_features), is a page."""
+
+    def __init__(self, head: nn.Linear, pager: Pager, page: Page, file_dtype: torch.dtype):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = head.in_features, head.out_features
+        self.pager, self.page, self.dtype, self.file_dtype = pager, page, head.weight.dtype, file_dtype
+        self.register_parameter("bias", head.bias)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        size = self.out_features * self.in_features * self.file_dtype.itemsize
+        stored = self.pager.touch(self.page)[:size].view(self.file_dtype)
+        return stored.view(self.out_features, self.in_features).to(self.dtype)
+
+
+class PagedEmbedding(nn.Module):
+    """An embedding whose rows are read from their file when they are asked for."""
+
+    def __init__(self, embedding: nn.Embedding, segment: Segment, file_dtype: torch.dtype):
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
+        self.segment, self.file_dtype = segment, file_dtype
+        device, self.dtype = embedding.weight.device, embedding.weight.dtype
+        self.place: Tensor
+        self.register_buffer("place", torch.empty(0, dtype=self.dtype, device=device), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor where the rows will be: for those who ask for device and dtype."""
+        return self.place
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        ids, places = torch.unique(input_ids.cpu(), return_inverse=True)
+        rows = torch.empty(len(ids), self.embedding_dim, dtype=self.file_dtype)
+        for row, number in zip(rows, ids.tolist()):
+            if not 0 <= number < self.num_embeddings:
+                raise IndexError(f"token {number} of a vocabulary of {self.num_embeddings}")
+            read_into(self.part(number, 1), row.view(torch.uint8))
+        return rows.to(self.dtype)[places].to(self.place.device)
+
+    def part(self, first: int, count: int) -> Segment:
+        """Where rows first ... first + count lie."""
+        size = self.embedding_dim * self.file_dtype.itemsize
+        return Segment(self.segment.descriptor, self.segment.begin + first * size, count * size)
+
+    def slices(self) -> Iterator[Tensor]:
+        """All rows in order, `SLICE_ROWS` at a time."""
+        for first in range(0, self.num_embeddings, SLICE_ROWS):
+            count = min(SLICE_ROWS, self.num_embeddings - first)
+            rows = torch.empty(count, self.embedding_dim, dtype=self.file_dtype)
+            read_into(self.part(first, count), rows.view(torch.uint8).view(-1))
+            yield rows.to(self.dtype)
+
+
+class PagedBase:
+    """Collects a model's 4-bit weights while it loads, and pages them when it has."""
+
+    def __init__(self, budget_bytes: int, folder: Path, device: torch.device):
+        """Args: folder: for a file without a name, where weights go that no checkpoint holds in 4 bits."""
+        self.budget_bytes, self.folder, self.device = budget_bytes, folder, device
+        self.spill: Spill | None = None
+        self.segments: dict[Linear4bit, tuple[Segment, Segment]] = {}
+        self.open: list[Any] = []
+
+    def write(self, tensor: Tensor) -> Segment:
+        """Put a tensor's bytes into the file without a name."""
+        self.spill = self.spill or Spill(self.folder)
+        return self.spill.write(tensor)
+
+    def take(self, linear: Linear4bit, segments: tuple[Segment, Segment] | None = None) -> None:
+        """Take codes and absmax out of memory; `segments` say where a file holds them already."""
+        packed, state = linear.weight, linear.state
+        absmax_dtype = state.absmax.dtype
+        self.segments[linear] = segments or (self.write(packed), self.write(state.absmax))
+        linear.weight = nn.Parameter(packed.new_empty(0, 1), requires_grad=False)
+        linear.quant_state = replace(state, absmax=state.absmax.new_empty(0))
+        linear.fetch = lambda: self.read(linear, absmax_dtype)
+
+    def read(self, linear: Linear4bit, absmax_dtype: torch.dtype) -> tuple[Tensor, QuantState]:
+        """One weight from its file, kept nowhere: until `start` has made pages."""
+        segments = list(self.segments[linear])
+        page, (codes, absmax) = read_page(segments).to(self.device), page_layout(segments)[0]
+        return page[codes].view(-1, 1), replace(linear.state, absmax=page[absmax].view(absmax_dtype))
+
+    def start(self, model: Any, embedding: tuple[Segment, torch.dtype], head: tuple[Segment, torch.dtype]) -> Pager:
+        """Page the model's weights; `embedding` and `head` say where their values lie, and as what dtype."""
+        groups: dict[str, list[Linear4bit]] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit):
+                groups.setdefault(layer_of(name), []).append(module)
+        pages = {name: self.page(name, [s for m in linears for s in self.segments[m]])
+                 for name, linears in groups.items()}  # fmt: skip
+        before, last = model.get_input_embeddings(), model.get_output_embeddings()
+        paged_head = self.page("head", [head[0]]) if isinstance(last, Head) else None
+        pager = Pager(self.device, self.budget_bytes, [*pages.values(), *([paged_head] if paged_head else [])])
+        for name, linears in groups.items():
+            places, _ = page_layout([s for m in linears for s in self.segments[m]])
+            for number, linear in enumerate(linears):
+                codes, absmax = places[2 * number : 2 * number + 2]
+                dtype = linear.state.absmax.dtype
+                linear.fetch = PagedWeight(pager, pages[name], codes, absmax, linear.state, dtype)
+        if paged_head is not None:
+            model.set_output_embeddings(PagedHead(last, pager, paged_head, head[1]))
+        if type(before) is nn.Embedding:
+            model.set_input_embeddings(PagedEmbedding(before, *embedding))
+        model.get_input_embeddings().register_forward_pre_hook(lambda *_: pager.begin_pass())
+        model.pager, model.paged_base = pager, self
+        return pager
+
+    def page(self, name: str, segments: list[Segment]) -> Page:
+        pinned = self.device.type == "cuda"
+        return Page(name, page_layout(segments)[1], lambda: read_page(segments, pinned))
+
+
+def layer_of(name: str) -> str:
+    """The decoder layer that a module is in: its name up to the first number; else its own name."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else name
