@@ -3,9 +3,9 @@
     python -m benchmarks.train [--shape 135m|1.1b] [--length 512] [--steps 6] [--rounds 3]
 
 Every run is a process of its own on the same checkpoint, tokens, rank, targets and dtype; every token is supervised.
-"onecard's step on 16-bit weights" is ours with all weights dequantized beforehand: what 4 bits cost. Each contender runs with and without recomputation of activations: rows that agree in it
-are the matched settings, each contender's fastest row is its best. The final losses come from the same adapter
-start and the same batches.
+"onecard's step on 16-bit weights" is ours with all weights dequantized beforehand: what 4 bits cost. Each contender
+runs with and without recomputation of activations: rows that agree in it are the matched settings, each contender's
+fastest row is its best. The final losses come from the same adapter start and the same batches.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
     from onecard.nn.lora import lora_config
-    from onecard.train.loop import Run, update
+    from onecard.train.step import Run, recompute_layers, update
 
     begin = time.perf_counter()
     base = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
@@ -88,8 +88,7 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     run = Run(config, model, loader, args.steps, {})
     model.train()
     if args.recompute:
-        run.base.gradient_checkpointing_enable({"use_reentrant": False})
-        run.base.enable_input_require_grads()
+        recompute_layers(run.base, run.base.config.num_hidden_layers)
     with use_packed_attention(run.base):
         steps = [update(run) for _ in range(args.steps)]
     return [step["seconds"] for step in steps], [step["loss"] for step in steps], load

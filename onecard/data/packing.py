@@ -62,3 +62,20 @@ def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]
         "position_ids": torch.tensor([positions]),
         "cu_seqlens": ends,
     }
+
+
+def split(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
+    """A batch cut at documents' ends into at most num_parts batches of about as many tokens; those with nothing to
+    learn are left out. Documents never attend to each other, so the sum of the parts' losses is the whole's."""
+    if num_parts == 1:
+        return [batch]
+    ends, total = batch["cu_seqlens"][1:], batch["cu_seqlens"][-1]
+    cuts = sorted({min(ends, key=lambda end: abs(end - total * part // num_parts)) for part in range(1, num_parts)})
+    parts = []
+    for first, last in zip([0, *cuts], [*cuts, total]):
+        labels = batch["labels"][:, first:last]
+        if (labels != IGNORE).any():
+            pieces = {key: batch[key][:, first:last] for key in ("input_ids", "position_ids")}
+            inside = [end - first for end in batch["cu_seqlens"] if first <= end <= last]
+            parts.append({**pieces, "labels": labels, "cu_seqlens": inside})
+    return parts

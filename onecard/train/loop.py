@@ -1,8 +1,4 @@
-"""The training loop: the only file that sees both data and model.
-
-    for each update:  N = supervised tokens of the window
-                      for each micro-batch: backward(loss / N)        loss.py
-                      stop on NaN or Inf, clip, AdamW on the float32 masters, schedule
+"""The training loop: with step.py the only place that sees both data and model.
 
 All that an update depends on is in the checkpoint (adapter, AdamW's states, random generators, data cursor), so a
 run that is killed and resumed ends in the same bits as one that was not.
@@ -12,15 +8,12 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from onecard.config import TrainConfig
@@ -29,17 +22,15 @@ from onecard.data.loader import Loader
 from onecard.data.packing import collate
 from onecard.errors import UserError
 from onecard.hf.attention import supports_packing, use_packed_attention
-from onecard.memory.plan import peak_memory_bytes
-from onecard.optim.schedule import learning_rate
-from onecard.paging.pager import Pager
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
 from onecard.train.metrics import Metrics
 from onecard.train.state import State, save_state
+from onecard.train.step import LossFunction, Run, random_state, recompute_layers, restore_random, to_device, update
 
-LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
-LARGEST_SCALE = 2.0**16
 FREE_TO_CHANGE = {
     "gradient_checkpointing",  # the same bits either way
+    "device_memory",
+    "weights_budget",
     "output",
     "save_steps",
     "save_total_limit",
@@ -52,62 +43,6 @@ FREE_TO_CHANGE = {
 
 class Interrupted(Exception):
     """Ctrl-C: the step was finished and the checkpoint written."""
-
-
-@dataclass
-class Run:
-    """A model in training and all that its next update depends on."""
-
-    config: TrainConfig
-    model: Any  # peft's model around transformers'
-    loader: Loader
-    num_steps: int
-    identity: dict[str, str]
-    loss: LossFunction = packed_loss
-    step: int = 0
-    loss_scale: float = 1.0
-    optimizer: torch.optim.AdamW = field(init=False)
-    trainable: dict[str, torch.nn.Parameter] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.trainable, self.config)
-        if self.compute_dtype == torch.float16:
-            self.loss_scale = LARGEST_SCALE
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """transformers' model, adapters inside it."""
-        return self.model.get_base_model()
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.base.config.quantization_config.bnb_4bit_compute_dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.trainable.values())).device
-
-    def saved_as_pages(self) -> AbstractContextManager:
-        """Where the base is paged, autograd holds its pages by name only."""
-        pager: Pager | None = getattr(self.base, "pager", None)
-        return nullcontext() if pager is None else pager.saved_as_pages()
-
-    @property
-    def epoch(self) -> float:
-        return self.loader.epoch + self.loader.batch / self.loader.num_batches(self.loader.epoch)
-
-
-def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in float32 (arXiv 1711.05101) over the adapter's masters."""
-    return torch.optim.AdamW(
-        list(trainable.values()),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
 
 
 def count_steps(loader: Loader, config: TrainConfig) -> int:
@@ -159,10 +94,6 @@ def probe_batch(examples: Dataset) -> dict[str, Any]:
     }
 
 
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
 def train(
     run: Run,
     metrics: Metrics,
@@ -179,9 +110,7 @@ def train(
     config = run.config
     save_steps = config.save_steps or max(1, math.ceil(run.num_steps / 10))
     run.model.train()
-    if config.gradient_checkpointing:
-        run.base.gradient_checkpointing_enable({"use_reentrant": False})
-        run.base.enable_input_require_grads()
+    recompute_layers(run.base, run.num_recomputed)
     packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
     with packed, finish_step_on_interrupt() as interrupted:
         while run.step < run.num_steps:
@@ -196,8 +125,7 @@ def train(
                 checkpoint(run, checkpoints)
             if interrupted and not last:
                 raise Interrupted
-    if config.gradient_checkpointing:
-        run.base.gradient_checkpointing_disable()
+    recompute_layers(run.base, 0)
     run.model.eval()
 
 
@@ -219,70 +147,6 @@ def finish_step_on_interrupt() -> Iterator[list[int]]:
         yield seen
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def update(run: Run) -> dict[str, Any]:
-    """One optimizer step over one accumulation window; the row of metrics that tells of it."""
-    start, epoch = time.perf_counter(), run.epoch
-    window = [run.loader.next_batch() for _ in range(run.config.gradient_accumulation_steps)]
-    num_tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in window)
-    rate = learning_rate(run.step, run.num_steps, run.config)
-    loss, norm = gradients(run, window, num_tokens)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    run.step += 1
-    seconds = time.perf_counter() - start
-    return {
-        "step": run.step,
-        "epoch": epoch,
-        "loss": loss,
-        "learning_rate": rate,
-        "grad_norm": norm,
-        "num_supervised_tokens": num_tokens,
-        "supervised_tokens_per_second": num_tokens / seconds,
-        "memory_bytes": peak_memory_bytes(run.device),
-        "seconds": seconds,
-    }
-
-
-def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[float, float]:
-    """Fill .grad, clipped; loss and gradient norm of the window.
-
-    Under float16 the loss is scaled against underflow; an overflow halves the scale and repeats the window with
-    the same random numbers.
-    """
-    while True:
-        generators = random_state(run.device)
-        losses = []
-        for batch in window:
-            with run.saved_as_pages():
-                loss = run.loss(run.base, to_device(batch, run.device), num_tokens)
-            (loss * run.loss_scale).backward()
-            losses.append(loss.detach())
-        total = torch.stack(losses).sum().item()
-        for parameter in run.trainable.values():
-            if parameter.grad is not None and run.loss_scale != 1.0:
-                parameter.grad /= run.loss_scale
-        norm = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm).item()
-        if math.isfinite(total) and math.isfinite(norm):
-            return total, norm
-        run.optimizer.zero_grad(set_to_none=True)
-        if run.loss_scale <= 1.0 or not math.isfinite(total):
-            raise not_finite(run, total, norm)
-        run.loss_scale /= 2
-        restore_random(generators, run.device)
-
-
-def not_finite(run: Run, loss: float, norm: float) -> UserError:
-    found = f"loss {loss}, gradient norm {norm} at step {run.step + 1}; the update was not made"
-    return UserError(
-        "loss and gradients must be finite",
-        found,
-        "lower learning_rate, raise warmup_ratio, or use compute_dtype bfloat16 or float32; "
-        "--resume goes on from the last checkpoint",
-    )
 
 
 def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> float:
@@ -308,20 +172,6 @@ def evaluate(model: Any, dataset: Dataset) -> float:
     loss = packed_loss if supports_packing(base) else plain_loss
     with use_packed_attention(base) if loss is packed_loss else nullcontext():
         return mean_loss(base, dataset, loss)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def checkpoint(run: Run, root: Path) -> None:

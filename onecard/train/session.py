@@ -15,7 +15,7 @@ from peft import get_peft_model
 from rich.console import Console
 from rich.table import Table
 
-from onecard.config import TrainConfig
+from onecard.config import TrainConfig, parse_bytes
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
@@ -27,11 +27,12 @@ from onecard.infer.generate import generate
 from onecard.memory.plan import Plan, available_bytes, peak_memory_bytes, plan_training
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
-from onecard.train.loop import Interrupted, Run, choose_loss, count_steps, evaluate, resume, train
+from onecard.train.loop import Interrupted, choose_loss, count_steps, evaluate, resume, train
 from onecard.train.metrics import Metrics
 from onecard.train.progress import Progress
 from onecard.train.report import Report, format_bytes, write_report
 from onecard.train.state import load_newest
+from onecard.train.step import Run
 
 SAMPLE_TOKENS = 96
 SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take
@@ -47,6 +48,8 @@ class Prepared:
     validation: Dataset | None
     plan: Plan
     recompute: str
+    num_recomputed: int
+    weights_budget: int | None
     compute_dtype: torch.dtype
     identity: dict[str, str]
 
@@ -86,6 +89,7 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
         config.seed,
     )
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity)
+    run.num_recomputed = prepared.num_recomputed
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
@@ -138,7 +142,10 @@ def prepare(config: TrainConfig) -> Prepared:
         "data": training.fingerprint(),
     }
     config, plan, why = choose_recompute(checkpoint, config, dtype)
-    return Prepared(config, tokenizer, training, validation, plan, why, dtype, identity)
+    num_layers = checkpoint.config.get("num_hidden_layers", 1 << 30)
+    num_recomputed = num_layers if config.gradient_checkpointing else 0
+    budget = parse_bytes(config.weights_budget) if config.weights_budget else None
+    return Prepared(config, tokenizer, training, validation, plan, why, num_recomputed, budget, dtype, identity)
 
 
 def choose_recompute(checkpoint: Checkpoint, config: TrainConfig, dtype: torch.dtype) -> tuple[TrainConfig, Plan, str]:
@@ -221,6 +228,8 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         config.double_quant,
         prepared.compute_dtype,
         config.device,
+        prepared.weights_budget,
+        config.output,
     )
     prepared.identity["base"] = fingerprint(base)
     torch.manual_seed(config.seed)
