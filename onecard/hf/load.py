@@ -100,7 +100,7 @@ def load_paged(
             found.append((places[name], stored))
         else:  # the checkpoint calls it otherwise
             found.append((base.write(module.weight), module.weight.dtype))
-    base.start(model, *found)
+    base.start(model, dtype, *found)
     return model
 
 

@@ -59,12 +59,12 @@ class PagedHead(Head):
 
 
 class PagedEmbedding(nn.Module):
-    """An embedding whose rows are read from their file when they are asked for."""
+    """An embedding whose rows are read from their file when they are asked for, and given in `compute_dtype`."""
 
-    def __init__(self, embedding: nn.Embedding, segment: Segment, file_dtype: torch.dtype):
+    def __init__(self, embedding: nn.Embedding, segment: Segment, file_dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
-        self.segment, self.file_dtype = segment, file_dtype
+        self.segment, self.file_dtype, self.compute_dtype = segment, file_dtype, compute_dtype
         device, self.dtype = embedding.weight.device, embedding.weight.dtype
         self.place: Tensor
         self.register_buffer("place", torch.empty(0, dtype=self.dtype, device=device), persistent=False)
@@ -81,7 +81,7 @@ class PagedEmbedding(nn.Module):
             if not 0 <= number < self.num_embeddings:
                 raise IndexError(f"token {number} of a vocabulary of {self.num_embeddings}")
             read_into(self.part(number, 1), row.view(torch.uint8))
-        return rows.to(self.dtype)[places].to(self.place.device)
+        return rows.to(self.dtype)[places].to(self.place.device, self.compute_dtype)
 
     def part(self, first: int, count: int) -> Segment:
         """Where rows first ... first + count lie."""
@@ -127,7 +127,13 @@ class PagedBase:
         page, (codes, absmax) = read_page(segments).to(self.device), page_layout(segments)[0]
         return page[codes].view(-1, 1), replace(linear.state, absmax=page[absmax].view(absmax_dtype))
 
-    def start(self, model: Any, embedding: tuple[Segment, torch.dtype], head: tuple[Segment, torch.dtype]) -> Pager:
+    def start(
+        self,
+        model: Any,
+        compute_dtype: torch.dtype,
+        embedding: tuple[Segment, torch.dtype],
+        head: tuple[Segment, torch.dtype],
+    ) -> Pager:
         """Page the model's weights; `embedding` and `head` say where their values lie, and as what dtype."""
         groups: dict[str, list[Linear4bit]] = {}
         for name, module in model.named_modules():
@@ -147,7 +153,7 @@ class PagedBase:
         if paged_head is not None:
             model.set_output_embeddings(PagedHead(last, pager, paged_head, head[1]))
         if type(before) is nn.Embedding:
-            model.set_input_embeddings(PagedEmbedding(before, *embedding))
+            model.set_input_embeddings(PagedEmbedding(before, *embedding, compute_dtype))
         model.get_input_embeddings().register_forward_pre_hook(lambda *_: pager.begin_pass())
         model.pager, model.paged_base = pager, self
         return pager
