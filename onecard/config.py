@@ -23,6 +23,7 @@ LOGITS_CHUNK_BYTES = 32 << 20  # float32 logits that exist at a time
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+Optim = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -100,7 +101,9 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
     max_steps: int | None = Field(None, ge=1, description="updates; overrides num_train_epochs")
     seed: int = Field(42, ge=0)
 
-    optim: Literal["adamw"] = "adamw"
+    optim: Optim = Field(
+        "adamw", description="8bit: states of 2 bytes a weight; paged: states leave when memory is short"
+    )
     learning_rate: float = Field(2e-4, gt=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, le=1)

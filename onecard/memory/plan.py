@@ -8,6 +8,8 @@ with an adapter in a layer; c bytes of the compute dtype. What the backward keep
     + 3 f (gate, up, their product) + n r (x A^T)
 
 Models whose norms and MLP are not of the fused kind keep 6 d + 2 f more (float32 copies, the activation's output).
+A layer that recomputes keeps its input, d, and is whole again while its backward runs. A paged base takes its budget
+and nothing more: the head is a page of it, embeddings are read row by row.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, TrainConfig, make_config
+from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, TrainConfig, make_config, parse_bytes
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, pick_compute_dtype, pick_device
 from onecard.memory.shapes import KNOWN
 from onecard.nn.fused import counterpart
+from onecard.optim.adamw import SMALL
+from onecard.paging.files import ALIGNMENT
+from onecard.paging.weights import layer_of
+from onecard.quant.dynamic import STATE_BLOCKSIZE
 
 Method = Literal["full", "lora", "qlora"]
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
@@ -67,6 +73,21 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What can be traded for memory.
+
+    Attributes:
+        num_recomputed: decoder layers, the first ones, whose activations are made again in the backward.
+        weights_budget: bytes of a paged base; None for a resident one.
+        states_away: whether the optimizer's states leave the device between updates.
+    """
+
+    num_recomputed: int
+    weights_budget: int | None = None
+    states_away: bool = False
+
+
+@dataclass(frozen=True)
 class Model:
     """What a plan needs to know of a model: its modules without weights, and the bytes of each stored value."""
 
@@ -83,6 +104,23 @@ class Model:
     @property
     def text(self) -> Any:
         return self.modules.config.get_text_config()
+
+    @property
+    def num_layers(self) -> int:
+        return self.text.num_hidden_layers
+
+    def page_bytes(self, config: TrainConfig, c: int) -> list[int]:
+        """Bytes of each page that the base would be in: a decoder layer's codes and scales, the head's weight."""
+        pages: dict[str, int] = {}
+        for name, linear in self.linears.items():
+            numel, layer = linear.weight.numel(), layer_of(name)
+            blocks = -(-numel // config.blocksize)
+            parts = ((numel + 1) // 2, blocks * (1 if config.double_quant else 4))
+            pages[layer] = pages.get(layer, 0) + sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
+        head = self.modules.get_output_embeddings()
+        if head is not None:
+            pages["head"] = head.weight.numel() * self.itemsize.get("lm_head.weight", min(c, 2))
+        return list(pages.values())
 
 
 def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None = None, **fields: Any) -> Plan:
@@ -155,13 +193,39 @@ def meta_model(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def plan_training(checkpoint: Checkpoint, config: TrainConfig, compute_dtype: torch.dtype) -> Plan:
-    """What `train` will hold at its peak, process and runtime not counted."""
-    return Plan(plan_terms(read_model(checkpoint), config, compute_dtype, "qlora"))
+def choose_fit(model: Model, config: TrainConfig, dtype: torch.dtype, limit: int) -> tuple[Fit, Plan]:
+    """The quickest way to train within `limit` bytes, or the smallest there is if none fits.
+
+    What costs most time comes last: keep all activations; recompute those of as few layers as need be; page the base
+    with all of them recomputed; let paged optimizers' states wait outside. What the settings fix stays fixed.
+    """
+    layers = model.num_layers
+    budget = parse_bytes(config.weights_budget) if config.weights_budget else None
+    asked = config.gradient_checkpointing
+
+    def bill(fit: Fit) -> Plan:
+        return Plan(plan_terms(model, config, dtype, "qlora", fit), limit)
+
+    if asked is not False:
+        fewest = layers - largest(lambda kept: bool(bill(Fit(layers - kept, budget)).fits), layers - 1)
+    keep = asked is False or (asked is None and bill(Fit(0, budget)).fits)
+    fit = Fit(0 if keep else layers if asked else fewest, budget)
+    if bill(fit).fits:
+        return fit, bill(fit)
+    smallest = sum(sorted(model.page_bytes(config, dtype.itemsize))[-2:])
+    for away in (False, True) if config.optim.startswith("paged") else (False,):
+        left = limit - bill(Fit(fit.num_recomputed, 0, away)).total_bytes
+        fit = Fit(fit.num_recomputed, budget or max(left, smallest), away)
+        if bill(fit).fits:
+            break
+    return fit, bill(fit)
 
 
-def plan_terms(model: Model, config: TrainConfig, dtype: torch.dtype, method: Method) -> list[Term]:
-    """The terms of a method."""
+def plan_terms(
+    model: Model, config: TrainConfig, dtype: torch.dtype, method: Method, fit: Fit | None = None
+) -> list[Term]:
+    """The terms of a method; without a fit, as gradient_checkpointing says and with a resident base."""
+    fit = fit or Fit(model.num_layers if config.gradient_checkpointing else 0)
     linears, c = model.linears, dtype.itemsize
     num_weights = sum(p.numel() for p in model.modules.parameters())
     num_lora = sum(config.r * (m.in_features + m.out_features) for m in targets(linears, config))
@@ -174,23 +238,47 @@ def plan_terms(model: Model, config: TrainConfig, dtype: torch.dtype, method: Me
             Term("AdamW states", 8 * num_weights, "8 P"),
         ]
     else:
-        terms = base_terms(model, config, c) if method == "qlora" else [Term("weights, 16-bit", 2 * num_weights, "2 P")]
+        terms = (
+            base_terms(model, config, c, fit.weights_budget)
+            if method == "qlora"
+            else [Term("weights, 16-bit", 2 * num_weights, "2 P")]
+        )
         terms += [
             Term("LoRA weights", 4 * num_lora, "4 P_l"),
             Term("LoRA gradients", 4 * num_lora, "4 P_l"),
-            Term("AdamW states", 8 * num_lora, "8 P_l"),
+            state_term(targets(linears, config), config, fit),
         ]
     chunk = min(LOGITS_CHUNK_BYTES, c * tokens * model.text.vocab_size)
     return [
         *terms,
-        activation_term(model, config, tokens, c, 0 if method == "full" else config.r),
+        activation_term(model, config, tokens, c, 0 if method == "full" else config.r, fit.num_recomputed),
         Term("logits chunk", chunk, "min(32 MiB, c T V)"),
     ]
 
 
-def base_terms(model: Model, config: TrainConfig, c: int) -> list[Term]:
+def state_term(linears: list[torch.nn.Linear], config: TrainConfig, fit: Fit) -> Term:
+    """AdamW's two states of each LoRA weight."""
+    sizes = [config.r * n for m in linears for n in (m.in_features, m.out_features)]
+    eight, formula = config.optim.endswith("8bit"), "8 P_l"
+    if eight:
+        formula = f"(2 + 8 / {STATE_BLOCKSIZE}) P_l, small tensors 8 P_l"
+    each = [8 * n if not eight or n < SMALL else 2 * n + 8 * -(-n // STATE_BLOCKSIZE) for n in sizes]
+    if fit.states_away:
+        return Term("AdamW states", max(each, default=0), "one tensor's at a time")
+    return Term("AdamW states", sum(each), formula)
+
+
+def base_terms(model: Model, config: TrainConfig, c: int, budget: int | None) -> list[Term]:
     """The frozen base in 4 bits."""
     sizes = [linear.weight.numel() for linear in model.linears.values()]
+    if budget is not None:
+        pages = model.page_bytes(config, c)
+        norms = sum(p.numel() * c for p in model.modules.parameters() if p.ndim == 1)
+        return [
+            Term("base, pages", min(budget, sum(pages)), f"the budget; in all {len(pages)} pages"),
+            Term("norms, scales of scales", norms + nested_bytes(sizes, config), "not paged"),
+            Term("dequantized weight", c * max(sizes, default=0), "c x the largest linear"),
+        ]
     others = [
         p.numel() * min(c, model.itemsize.get(name, 2))
         for name, p in model.modules.named_parameters()
@@ -216,11 +304,17 @@ def longest_context(model: Model) -> int:
     return getattr(model.text, "max_position_embeddings", None) or 1 << 30
 
 
+def nested_bytes(sizes: list[int], config: TrainConfig) -> int:
+    """Of double quantization's own scales and offsets."""
+    blocks = [-(-size // config.blocksize) for size in sizes]
+    return sum(4 * -(-b // NESTED_BLOCKSIZE) + 4 for b in blocks) if config.double_quant else 0
+
+
 def scale_bytes(sizes: list[int], config: TrainConfig) -> int:
     blocks = [-(-size // config.blocksize) for size in sizes]
     if not config.double_quant:
         return 4 * sum(blocks)
-    return sum(b + 4 * -(-b // NESTED_BLOCKSIZE) + 4 for b in blocks)
+    return sum(blocks) + nested_bytes(sizes, config)
 
 
 def scale_formula(config: TrainConfig) -> str:
@@ -229,8 +323,8 @@ def scale_formula(config: TrainConfig) -> str:
     return f"P_q / {config.blocksize} + 4 P_q / ({config.blocksize} x {NESTED_BLOCKSIZE})"
 
 
-def activation_term(model: Model, config: TrainConfig, tokens: int, c: int, r: int) -> Term:
-    """What the backward keeps: of every layer, or with recomputation each layer's input and one whole layer."""
+def activation_term(model: Model, config: TrainConfig, tokens: int, c: int, r: int, num_recomputed: int) -> Term:
+    """What the backward keeps: of every layer all, or of those that recompute the input, and one of them whole."""
     text = model.text
     d, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or d // heads
@@ -240,9 +334,13 @@ def activation_term(model: Model, config: TrainConfig, tokens: int, c: int, r: i
     values, formula = 4 * d + 2 * a + 2 * k + 3 * f + n * r, "4 d + 2 a + 2 k + 3 f + n r"
     if not any(counterpart(module)[0] is not None for module in model.modules.modules()):
         values, formula = values + 6 * d + 2 * f, "10 d + 2 a + 2 k + 5 f + n r"
-    if config.gradient_checkpointing:
-        return Term("activations", int(tokens * (layers * d + values) * c), f"c T (L d + {formula})")
-    return Term("activations", int(tokens * layers * values * c), f"c T L ({formula})")
+    kept, again = layers - num_recomputed, num_recomputed
+    if again == 0:
+        return Term("activations", int(tokens * layers * values * c), f"c T L ({formula})")
+    name = f"activations, {again} of {layers} layers recomputed"
+    terms = [f"{kept} x ({formula})"] if kept else []
+    formula = f"c T ({' + '.join([*terms, f'{again} d', formula])})"
+    return Term(name, int(tokens * (kept * values + again * d + values) * c), formula)
 
 
 def available_bytes(device: torch.device) -> int:

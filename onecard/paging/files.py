@@ -72,15 +72,18 @@ class Spill:
 
     def write(self, tensor: Tensor) -> Segment:
         """Append a tensor's bytes. Raises UserError if the disk is full."""
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
+        segment = Segment(self.file.fileno(), self.end, tensor.nbytes)
+        self.overwrite(segment, tensor)
+        self.end += tensor.nbytes
+        return segment
+
+    def overwrite(self, segment: Segment, tensor: Tensor) -> None:
+        """Put a tensor's bytes where others of as many were. Raises UserError if the disk is full."""
+        data, at = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, 0
         try:
-            written = self.file.write(data)
-            self.file.flush()
+            while at < segment.num_bytes:
+                at += os.pwrite(segment.descriptor, data[at:], segment.begin + at)
         except OSError as error:
             raise UserError(
-                "the 4-bit weights must fit on the disk", str(error), "free some space", str(self.folder)
+                "what is paged out must fit on the disk", str(error), "free some space and --resume", str(self.folder)
             ) from None
-        assert written == data.nbytes
-        segment = Segment(self.file.fileno(), self.end, data.nbytes)
-        self.end += data.nbytes
-        return segment

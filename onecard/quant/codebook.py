@@ -75,14 +75,15 @@ def decision_bounds(quant_type: str, device: torch.device | str = "cpu") -> tupl
 
 
 @cache
-def dynamic_map(device: torch.device | str = "cpu") -> Tensor:
-    """The signed 8-bit dynamic map: float32 (256,), ascending; 0 is code 127, 1 is code 255."""
+def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
+    """The 8-bit dynamic map: float32 (256,), ascending. Signed: 0 is code 127, 1 is code 255. Unsigned, for what is
+    never negative: the sign's bit goes to the steps, twice as many a decade; 0 is code 0."""
     levels = [0.0, 1.0]
     for exponent in range(7):
-        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
         centres = (edges[:-1] + edges[1:]) / 2
         decade = 10 ** (exponent - 6)
-        levels += (decade * centres).tolist() + (-decade * centres).tolist()
+        levels += (decade * centres).tolist() + ((-decade * centres).tolist() if signed else [])
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 

@@ -176,13 +176,12 @@ def evaluate(model: Any, dataset: Dataset) -> float:
 
 def checkpoint(run: Run, root: Path) -> None:
     """Write all that the next update depends on."""
-    states = run.optimizer.state
     tensors = {
         "adapter": {name: p.detach().cpu().contiguous() for name, p in run.trainable.items()},
         "optimizer": {
-            f"{name}.{key}": value.cpu().contiguous()
+            f"{name}.{key}": value.contiguous()
             for name, p in run.trainable.items()
-            for key, value in states[p].items()
+            for key, value in run.optimizer.state_tensors(p).items()
         },
         "random": random_state(run.device),
     }
@@ -207,11 +206,10 @@ def resume(run: Run, state: State) -> None:
     check_unchanged(run, state)
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state.tensors["adapter"][name])
-        entry = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            value = state.tensors["optimizer"][f"{name}.{key}"]
-            entry[key] = value.to(parameter.device)
-        run.optimizer.state[parameter] = entry
+        found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
+        run.optimizer.state[parameter] = {
+            key.rpartition(".")[2]: value.to(parameter.device) for key, value in found.items()
+        }
     progress = state.documents["progress"]
     run.step, run.loss_scale = progress["step"], progress["loss_scale"]
     run.loader.load_state_dict(progress["loader"])

@@ -21,10 +21,19 @@ from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
 from onecard.data.template import prompt_ids
 from onecard.errors import UserError
-from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint, tokenizer_fingerprint
+from onecard.hf.checkpoint import inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.load import find_checkpoint, fingerprint, load_model, load_tokenizer, pick_compute_dtype, pick_device
 from onecard.infer.generate import generate
-from onecard.memory.plan import Plan, available_bytes, peak_memory_bytes, plan_training
+from onecard.memory.plan import (
+    Fit,
+    Model,
+    Plan,
+    available_bytes,
+    choose_fit,
+    peak_memory_bytes,
+    plan_terms,
+    read_model,
+)
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.train.loop import Interrupted, choose_loss, count_steps, evaluate, resume, train
@@ -47,9 +56,8 @@ class Prepared:
     training: Dataset
     validation: Dataset | None
     plan: Plan
-    recompute: str
-    num_recomputed: int
-    weights_budget: int | None
+    fit: Fit
+    why: str
     compute_dtype: torch.dtype
     identity: dict[str, str]
 
@@ -89,7 +97,9 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
         config.seed,
     )
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity)
-    run.num_recomputed = prepared.num_recomputed
+    run.num_recomputed = prepared.fit.num_recomputed
+    if run.optimizer.paged is not None:
+        run.optimizer.paged.crowded = prepared.fit.states_away
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
@@ -141,27 +151,44 @@ def prepare(config: TrainConfig) -> Prepared:
         "tokenizer": tokenizer_fingerprint(folder),
         "data": training.fingerprint(),
     }
-    config, plan, why = choose_recompute(checkpoint, config, dtype)
-    num_layers = checkpoint.config.get("num_hidden_layers", 1 << 30)
-    num_recomputed = num_layers if config.gradient_checkpointing else 0
-    budget = parse_bytes(config.weights_budget) if config.weights_budget else None
-    return Prepared(config, tokenizer, training, validation, plan, why, num_recomputed, budget, dtype, identity)
+    fit, plan, why = choose_memory(read_model(checkpoint), config, dtype)
+    return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity)
 
 
-def choose_recompute(checkpoint: Checkpoint, config: TrainConfig, dtype: torch.dtype) -> tuple[TrainConfig, Plan, str]:
-    """The config with gradient_checkpointing settled, its plan, and why: recompute only where memory asks for it."""
+def choose_memory(model: Model, config: TrainConfig, dtype: torch.dtype) -> tuple[Fit, Plan, str]:
+    """What is kept, recomputed and paged, its bill, and why.
+
+    Raises:
+        UserError: nothing fits in device_memory, or in all that is free.
+    """
     free = available_bytes(pick_device(config.device))
-    kept = plan_training(checkpoint, config.model_copy(update={"gradient_checkpointing": False}), dtype)
-    recompute, why = config.gradient_checkpointing, "as asked"
-    if recompute is None:
-        recompute = kept.total_bytes > SHARE_OF_FREE * free
-        why = f"keeping them takes {format_bytes(kept.total_bytes)} in all, {format_bytes(free)} are free"
-    config = config.model_copy(update={"gradient_checkpointing": recompute})
-    plan = plan_training(checkpoint, config, dtype) if recompute else kept
-    line = f"activations are {'recomputed' if recompute else 'kept'}: {why}"
-    if plan.total_bytes > free:
-        line += f"\nmore than the {format_bytes(free)} that are free: lower max_seq_length, batch size or r"
-    return config, plan, line
+    limit = parse_bytes(config.device_memory) if config.device_memory else int(SHARE_OF_FREE * free)
+    fit, plan = choose_fit(model, config, dtype, limit)
+    kept = Plan(plan_terms(model, config, dtype, "qlora", Fit(0)))
+    of = f"{format_bytes(limit)} given" if config.device_memory else f"{format_bytes(free)} free"
+    if plan.total_bytes > (limit if config.device_memory else free):
+        raise UserError(
+            "the run must fit in memory",
+            f"{format_bytes(plan.total_bytes)} with {describe(fit, model)}; {of}",
+            "lower max_seq_length, per_device_train_batch_size or r, or pass --optim paged_adamw_8bit",
+            "device_memory",
+        )
+    return (
+        fit,
+        plan,
+        f"{describe(fit, model)}; resident and all kept it would be {format_bytes(kept.total_bytes)}, {of}",
+    )
+
+
+def describe(fit: Fit, model: Model) -> str:
+    """A fit in words."""
+    layers = f"{fit.num_recomputed} of {model.num_layers} layers" if fit.num_recomputed else "no layer"
+    parts = [f"{layers} recomputed"]
+    if fit.weights_budget is not None:
+        parts.append(f"the base paged within {format_bytes(fit.weights_budget)}")
+    if fit.states_away:
+        parts.append("the optimizer's states outside between updates")
+    return ", ".join(parts)
 
 
 def show(prepared: Prepared, console: Console) -> None:
@@ -174,7 +201,7 @@ def show(prepared: Prepared, console: Console) -> None:
         console.print(f"validation: {len(prepared.validation.examples):,} examples")
     console.rule("memory plan", align="left")
     console.print(plan_table(prepared.plan))
-    console.print(prepared.recompute, highlight=False)
+    console.print(prepared.why, highlight=False)
     console.rule("schedule", align="left")
     loader = Loader(
         prepared.training.examples,
@@ -228,7 +255,7 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         config.double_quant,
         prepared.compute_dtype,
         config.device,
-        prepared.weights_budget,
+        prepared.fit.weights_budget,
         config.output,
     )
     prepared.identity["base"] = fingerprint(base)

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard.errors import UserError
@@ -56,20 +57,21 @@ def save_state(
     for stale in root.glob(f"{TEMPORARY}*"):
         shutil.rmtree(stale, ignore_errors=True)
     temporary, final = root / f"{TEMPORARY}{step}", root / f"{PREFIX}{step}"
-    files = {f"{stem}.safetensors": lambda named=named: save(named) for stem, named in tensors.items()}
-    files |= {f"{stem}.json": lambda d=d: json.dumps(d, indent=1).encode() for stem, d in documents.items()}
     try:
         temporary.mkdir()
+        for stem, named in tensors.items():
+            save_file(named, temporary / f"{stem}.safetensors")
+        for stem, document in documents.items():
+            (temporary / f"{stem}.json").write_text(json.dumps(document, indent=1))
         manifest = {}
-        for name, content in files.items():
-            data = content()
-            write_synced(temporary / name, data)
-            manifest[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for path in sorted(temporary.iterdir()):
+            sync(path)
+            manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         write_synced(temporary / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1).encode())
         sync_folder(temporary)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        if error.errno != errno.ENOSPC:
+        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
             raise
         raise UserError(
             "a checkpoint must fit on the disk", "no space left", "free some space and --resume", str(root)
@@ -87,6 +89,17 @@ def remove(folder: Path) -> None:
     """Delete a checkpoint, its manifest first: half deleted, it no longer counts as one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Have a written file on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
 
 
 def write_synced(path: Path, data: bytes) -> None:
@@ -122,12 +135,12 @@ def load_newest(root: Path) -> State | None:
     skipped = []
     for folder in numbered(root):
         try:
-            contents = verified(folder)
+            paths = verified(folder)
+            tensors = {path.stem: load_file(path) for path in paths if path.suffix == ".safetensors"}
+            documents = {path.stem: json.loads(path.read_bytes()) for path in paths if path.suffix == ".json"}
         except (OSError, ValueError, KeyError, TypeError) as error:
             skipped.append(f"{folder.name}: {error}")
             continue
-        tensors = {Path(name).stem: load(data) for name, data in contents.items() if name.endswith(".safetensors")}
-        documents = {Path(name).stem: json.loads(data) for name, data in contents.items() if name.endswith(".json")}
         return State(int(folder.name.removeprefix(PREFIX)), folder, tensors, documents, skipped)
     if skipped:
         raise UserError(
@@ -136,15 +149,12 @@ def load_newest(root: Path) -> State | None:
     return None
 
 
-def verified(folder: Path) -> dict[str, bytes]:
+def verified(folder: Path) -> list[Path]:
     """The files of a checkpoint, each equal to its hash. Raises ValueError, KeyError or OSError."""
     manifest = json.loads((folder / MANIFEST).read_bytes())
-    contents = {}
     for name, entry in manifest["files"].items():
         if Path(name).name != name:
             raise ValueError(f"{name} lies outside the folder")
-        data = (folder / name).read_bytes()
-        if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        if sha256(folder / name) != entry["sha256"]:
             raise ValueError(f"{name} is not what the manifest says")
-        contents[name] = data
-    return contents
+    return [folder / name for name in manifest["files"]]

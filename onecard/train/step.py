@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.memory.plan import peak_memory_bytes
+from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Pager
+from onecard.paging.states import PagedStates
 from onecard.train.loss import IGNORE, packed_loss
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
@@ -49,7 +52,7 @@ class Run:
     step: int = 0
     loss_scale: float = 1.0
     num_parts: int = 1  # that a micro-batch is split into
-    optimizer: torch.optim.AdamW = field(init=False)
+    optimizer: AdamW = field(init=False)
     trainable: dict[str, torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,24 +79,21 @@ class Run:
         pager: Pager | None = getattr(self.base, "pager", None)
         return nullcontext() if pager is None else pager.saved_as_pages()
 
-    def page_out_states(self) -> bool:
-        """Move the optimizer's states off the device; whether that gave room."""
-        return False
-
     @property
     def epoch(self) -> float:
         return self.loader.epoch + self.loader.batch / self.loader.num_batches(self.loader.epoch)
 
 
-def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in float32 (arXiv 1711.05101) over the adapter's masters."""
-    return torch.optim.AdamW(
-        list(trainable.values()),
+def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> AdamW:
+    """The optimizer that `optim` names, over the adapter's float32 masters."""
+    return AdamW(
+        trainable.values(),
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         weight_decay=config.weight_decay,
-        fused=True,
+        state_bits=8 if config.optim.endswith("8bit") else 32,
+        paged=PagedStates(Path(config.output)) if config.optim.startswith("paged") else None,
     )
 
 
@@ -195,7 +195,7 @@ def make_room(run: Run, window: list[dict[str, Any]], reason: str) -> None:
     """After an allocation has failed: let something go, or split micro-batches. Raises UserError if neither can be."""
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    if run.page_out_states():
+    if run.optimizer.page_out():
         return
     if run.num_parts < max(len(batch["cu_seqlens"]) - 1 for batch in window):
         run.num_parts *= 2

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.train import state as state_module
-from onecard.train.session import prepare, run_training
+from onecard.train.session import run_training
 from onecard.train.state import load_newest, save_state
 from tests.conftest import chat_rows, make_checkpoint, write_rows
 
@@ -272,14 +272,3 @@ def test_kill_9_at_twenty_moments(checkpoint, chats, tmp_path):
         found, kills = kill_and_resume(checkpoint, chats, tmp_path, 4, random.Random(seed))
         assert found == expected
         total, seed = total + kills, seed + 1
-
-
-@pytest.mark.parametrize("free, asked, recomputed", [(1 << 40, None, False), (1 << 10, None, True), (1, False, False)])
-def test_activations_are_recomputed_only_where_memory_asks(
-    checkpoint, chats, tmp_path, monkeypatch, free, asked, recomputed
-):
-    monkeypatch.setattr("onecard.train.session.available_bytes", lambda device: free)
-    fields = {"model": str(checkpoint), "data": str(chats), "output": str(tmp_path), "gradient_checkpointing": asked}
-    prepared = prepare(make_config(TrainConfig, fields, "test"))
-    assert prepared.config.gradient_checkpointing is recomputed
-    assert ("are free" in prepared.recompute) == (asked is None or free == 1)

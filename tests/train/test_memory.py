@@ -11,9 +11,11 @@ from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.hf.attention import use_packed_attention
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.memory.plan import choose_fit, read_model
 from onecard.train import step as step_module
 from onecard.train.loss import IGNORE
-from onecard.train.session import load_adapted, prepare
+from onecard.train.session import choose_memory, load_adapted, prepare
 from onecard.train.step import Run, gradients, recompute_layers
 from tests.conftest import make_checkpoint
 from tests.train.test_loop import adapter_bytes, fields, quiet, run
@@ -45,6 +47,51 @@ def test_a_run_may_change_its_budget_when_it_is_resumed(deep, chats, tmp_path):
             shutil.rmtree(folder)
     run(deep, chats, tmp_path / "o", resuming=True, max_steps=4, weights_budget="500KB")
     assert adapter_bytes(tmp_path / "o") == adapter_bytes(tmp_path / "straight")
+
+
+def choice(checkpoint, chats, tmp_path, free, **more):
+    """What a run on a machine with so much free memory would do."""
+    config = make_config(TrainConfig, fields(checkpoint, chats, tmp_path / "o", **{"max_seq_length": 256, **more}))
+    model, dtype = read_model(inspect_checkpoint(checkpoint)), torch.float32
+    fit, plan = choose_fit(model, config, dtype, free)
+    return fit, plan
+
+
+def test_memory_is_traded_for_time_no_further_than_it_must_be(deep, chats, tmp_path):
+    free, seen = 1 << 40, []
+    while True:
+        fit, plan = choice(deep, chats, tmp_path, free, optim="paged_adamw_32bit")
+        if not plan.fits:
+            break
+        seen.append(fit)
+        free = plan.total_bytes - 1 if fit.weights_budget is None else int(0.97 * plan.total_bytes)
+    recomputed = [fit.num_recomputed for fit in seen if fit.weights_budget is None]
+    assert recomputed == sorted(set(recomputed)) and recomputed[0] == 0 and recomputed[-1] == 6
+    paged = [fit for fit in seen if fit.weights_budget is not None]
+    assert paged and all(fit.num_recomputed == 6 for fit in paged)
+    assert [fit.states_away for fit in paged] == sorted(fit.states_away for fit in paged) and paged[-1].states_away
+    with pytest.raises(UserError, match="must fit in memory"):
+        choose_memory(
+            read_model(inspect_checkpoint(deep)),
+            make_config(TrainConfig, fields(deep, chats, tmp_path / "o", device_memory="100KB")),
+            torch.float32,
+        )
+
+
+def test_what_the_settings_fix_stays(deep, chats, tmp_path):
+    assert choice(deep, chats, tmp_path, 1 << 40, gradient_checkpointing=True)[0].num_recomputed == 6
+    assert choice(deep, chats, tmp_path, 1, gradient_checkpointing=False)[0].num_recomputed == 0
+    assert choice(deep, chats, tmp_path, 1 << 40, weights_budget="400KB")[0].weights_budget == 400_000
+
+
+def test_a_run_within_a_small_device_memory_ends_in_the_same_bytes(deep, chats, tmp_path):
+    run(deep, chats, tmp_path / "resident", max_steps=4)
+    fit, plan = choice(deep, chats, tmp_path, 1, optim="paged_adamw_32bit", max_seq_length=96)
+    more = {"optim": "paged_adamw_32bit", "device_memory": f"{plan.total_bytes}", "max_seq_length": 96}
+    result = run(deep, chats, tmp_path / "small", max_steps=4, **more)
+    pager = result.model.get_base_model().pager
+    assert fit.states_away and pager.budget_bytes < sum(page.num_bytes for page in pager.pages)
+    assert adapter_bytes(tmp_path / "small") == adapter_bytes(tmp_path / "resident")
 
 
 def make_run(checkpoint, chats, tmp_path, **more):
@@ -129,7 +176,7 @@ def test_a_failed_allocation_anywhere_splits_and_repeats(deep, chats, tmp_path, 
     assert fresh_gradients(made, window, num_tokens)[0] == expected[0]
     monkeypatch.undo()
     assert counter.count > 500
-    for at in range(0, counter.count, 29):
+    for at in range(0, counter.count, 61):
         made.num_parts = 1
         with_spike(monkeypatch, Spike(at))
         found = fresh_gradients(made, window, num_tokens)
@@ -137,6 +184,58 @@ def test_a_failed_allocation_anywhere_splits_and_repeats(deep, chats, tmp_path, 
         assert made.num_parts == 2, at
         for name, gradient in expected[1].items():
             assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, (at, name)
+
+
+def adapter_of(made):
+    return {name: p.detach().clone() for name, p in made.trainable.items()}
+
+
+def steps_with_spikes(made, count, monkeypatch, spikes):
+    """Updates, each with a failed allocation where `spikes` says (None for none)."""
+    made.loader.load_state_dict({"epoch": 0, "batch": 0})
+    torch.manual_seed(5)
+    with use_packed_attention(made.base):
+        for number in range(count):
+            if spikes[number] is not None:
+                with_spike(monkeypatch, Spike(spikes[number]))
+            step_module.update(made)
+            monkeypatch.undo()
+    return adapter_of(made)
+
+
+@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize("crowded", [False, True])
+def test_paged_states_are_the_unpaged_ones_bit_for_bit(optim, crowded, deep, chats, tmp_path, monkeypatch):
+    count = 100
+    plain, _, _ = make_run(deep, chats, tmp_path / "a", optim=optim.removeprefix("paged_").removesuffix("_32bit"))
+    paged, _, _ = make_run(deep, chats, tmp_path / "b", optim=optim)
+    paged.optimizer.paged.crowded = crowded
+    plain.num_steps = paged.num_steps = count
+    paged.model.load_state_dict(plain.model.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    at = torch.randint(0, 400, (count,), generator=generator).tolist()
+    # The first update has no states yet, so a spike there could only split; later ones send the states away.
+    spikes = [None if number % 3 == 0 or crowded else at[number] for number in range(count)]
+    expected = steps_with_spikes(plain, count, monkeypatch, [None] * count)
+    found = steps_with_spikes(paged, count, monkeypatch, spikes)
+    assert paged.num_parts == 1
+    assert paged.optimizer.paged.bytes_brought > 0
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for (_, a), (_, b) in zip(plain.trainable.items(), paged.trainable.items()):
+        mine, theirs = plain.optimizer.state_tensors(a), paged.optimizer.state_tensors(b)
+        assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"])
+def test_every_optimizer_resumes_exactly(optim, deep, chats, tmp_path):
+    run(deep, chats, tmp_path / "straight", max_steps=4, optim=optim)
+    shutil.copytree(tmp_path / "straight", tmp_path / "o")
+    shutil.rmtree(tmp_path / "o" / "adapter")
+    for folder in (tmp_path / "o" / "checkpoints").iterdir():
+        if int(folder.name.split("-")[1]) > 2:
+            shutil.rmtree(folder)
+    run(deep, chats, tmp_path / "o", resuming=True, max_steps=4, optim=optim)
+    assert adapter_bytes(tmp_path / "o") == adapter_bytes(tmp_path / "straight")
 
 
 def test_when_nothing_can_be_split_the_error_says_so(deep, chats, tmp_path, monkeypatch):
