@@ -1,9 +1,11 @@
-"""A frozen base that does not fit: paged against resident. python -m benchmarks.paging [--shape 8b] [--budget 3GiB]
+"""A frozen base that does not fit, paged, against a resident one.
+
+    python -m benchmarks.paging [--shape 8b] [--device-memory 3GiB]
 
 The checkpoint has random weights, written straight in 4 bits (bitsandbytes' format). Each contender trains a few steps
 in a process of its own on the same tokens; the losses must be equal to the bit. Memory is the process's anonymous
-memory over what it had before loading: what the run itself takes. --device-memory lets the plan choose, as `train`
-does; shapes too large for this machine's memory run with --only paged.
+memory over what it had before loading: what the run itself takes. The plan chooses from --device-memory what is
+recomputed and paged, as `train` does; shapes too large for this machine's memory run with --only paged.
 """
 
 from __future__ import annotations
@@ -120,22 +122,31 @@ def child(args: argparse.Namespace) -> None:
     from onecard.data.loader import Loader
     from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
+    from onecard.hf.checkpoint import inspect_checkpoint
+    from onecard.memory.measure import return_large_blocks
+    from onecard.memory.plan import Fit, choose_fit, read_model
     from onecard.nn.lora import lora_config
     from onecard.train.step import Run, recompute_layers, update
 
     folder = make_4bit_checkpoint(args.shape)
+    return_large_blocks()
     before = status_bytes("RssAnon")
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(4, SHAPES[args.shape]["vocab_size"], (args.steps, args.length), generator=generator).tolist()
     fields = {
-        "model": str(folder), "data": "-", "output": "-", "r": args.rank, "gradient_checkpointing": True,
+        "model": str(folder), "data": "-", "output": "-", "r": args.rank,
         "max_seq_length": args.length, "max_steps": args.steps, "gradient_accumulation_steps": 1, "packing": False,
         "optim": args.optim,
     }  # fmt: skip
     config = make_config(TrainConfig, fields, "benchmark")
+    fit = Fit(SHAPES[args.shape]["num_hidden_layers"])
+    if args.child == "paged":
+        model = read_model(inspect_checkpoint(folder))
+        fit, plan = choose_fit(model, config, torch.bfloat16, parse_bytes(args.device_memory))
+        assert plan.fits, plan
     with anonymous_peak() as peak:
         begin = time.perf_counter()
-        budget = parse_bytes(args.budget) if args.child == "paged" else None
+        budget = fit.weights_budget
         base = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu", weights_budget=budget)
         load = time.perf_counter() - begin
         torch.manual_seed(0)
@@ -143,10 +154,13 @@ def child(args: argparse.Namespace) -> None:
         loader = Loader([Example(row, row, "random") for row in rows], args.length, False, 1, 0)
         run = Run(config, model, loader, args.steps, {})
         model.train()
-        recompute_layers(run.base, run.base.config.num_hidden_layers)
+        recompute_layers(run.base, fit.num_recomputed)
+        if run.optimizer.paged is not None:
+            run.optimizer.paged.crowded = fit.states_away
         with use_packed_attention(run.base):
             steps = [update(run) for _ in range(args.steps)]
-    found = {"seconds": [s["seconds"] for s in steps], "losses": [s["loss"] for s in steps], "load": load}
+    found: dict[str, Any] = {"seconds": [s["seconds"] for s in steps], "losses": [s["loss"] for s in steps]}
+    found |= {"load": load, "fit": vars(fit), "plan": plan.total_bytes if args.child == "paged" else None}
     pager = getattr(run.base, "pager", None)
     if pager is not None:
         found["pages"] = vars(pager.take_statistics())
@@ -156,7 +170,7 @@ def child(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--budget", default="400MiB", help="bytes of the base in memory at a time")
+    parser.add_argument("--device-memory", default="1GiB", help="what the paged run may take; the plan chooses how")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--rank", type=int, default=16)
@@ -168,7 +182,8 @@ def main() -> None:
     if args.child:
         return child(args)
     make_4bit_checkpoint(args.shape)
-    common = [f"--{name}={getattr(args, name)}" for name in ("shape", "budget", "length", "steps", "rank", "optim")]
+    common = [f"--{name}={getattr(args, name)}" for name in ("shape", "length", "steps", "rank", "optim")]
+    common.append(f"--device-memory={args.device_memory}")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in args.only}
     for _ in range(args.rounds):
         for name in args.only:
@@ -193,7 +208,8 @@ def main() -> None:
         notes = f"Losses equal to the bit: {equal}. Paged runs at {ratio:.0%} of the resident speed."
     body = (
         f"{args.shape} Llama shape in 4 bits, {args.length} tokens a step, rank {args.rank}, activations recomputed, "
-        f"weights' budget {args.budget}, {args.optim}; the first of {args.steps} steps left out of the speed.\n\n"
+        f"{args.optim}; the paged run within {args.device_memory}; the first of {args.steps} steps left out of the "
+        f"speed, in which the order of the pages is learned.\n\n"
         f"{table(header, lines)}\n\n{notes}"
     )
     print(write_result(f"paging_{args.shape}", "A base that is paged", body))

@@ -65,9 +65,11 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     from onecard.data.loader import Loader
     from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
+    from onecard.memory.measure import return_large_blocks
     from onecard.nn.lora import lora_config
     from onecard.train.step import Run, recompute_layers, update
 
+    return_large_blocks()
     begin = time.perf_counter()
     base = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
     load = time.perf_counter() - begin

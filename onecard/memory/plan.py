@@ -14,13 +14,10 @@ and nothing more: the head is a page of it, embeddings are read row by row.
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -337,26 +334,6 @@ def activation_term(model: Model, config: TrainConfig, tokens: int, c: int, r: i
     kept, again = layers - num_recomputed, num_recomputed
     if again == 0:
         return Term("activations", int(tokens * layers * values * c), f"c T L ({formula})")
-    name = f"activations, {again} of {layers} layers recomputed"
     terms = [f"{kept} x ({formula})"] if kept else []
     formula = f"c T ({' + '.join([*terms, f'{again} d', formula])})"
-    return Term(name, int(tokens * (kept * values + again * d + values) * c), formula)
-
-
-def available_bytes(device: torch.device) -> int:
-    """Memory that a run may still take: free on the GPU, or available to this process under its control group."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
-    return free
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the allocator on a GPU, of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return Term("activations", int(tokens * (kept * values + again * d + values) * c), formula)

@@ -24,13 +24,12 @@ from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.load import find_checkpoint, fingerprint, load_model, load_tokenizer, pick_compute_dtype, pick_device
 from onecard.infer.generate import generate
+from onecard.memory.measure import available_bytes, peak_memory_bytes, return_large_blocks
 from onecard.memory.plan import (
     Fit,
     Model,
     Plan,
-    available_bytes,
     choose_fit,
-    peak_memory_bytes,
     plan_terms,
     read_model,
 )
@@ -85,6 +84,7 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
     output = Path(config.output)
     state = load_newest(output / "checkpoints") if resuming else None
     check_output(output, resuming)
+    return_large_blocks()
     prepared = prepare(config)
     config = prepared.config
     show(prepared, console)

@@ -27,7 +27,7 @@ from onecard.config import TrainConfig
 from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
-from onecard.memory.plan import peak_memory_bytes
+from onecard.memory.measure import peak_memory_bytes
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Pager

@@ -120,6 +120,6 @@ def test_a_full_disk_is_told_first(tmp_path, monkeypatch):
     base = make_checkpoint(tmp_path / "base")
     make_adapter(tmp_path / "adapter", base)
     usage = type("Usage", (), {"free": 10})
-    monkeypatch.setattr("onecard.export.merged.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("onecard.export.folder.shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="room"):
         merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
