@@ -57,6 +57,17 @@ def anonymous_peak(every: float = 0.002) -> Iterator[list[int]]:
         peak[0] = max(peak[0], status_bytes("RssAnon"))
 
 
+def mapped_bytes(folder: Path) -> int:
+    """Resident bytes of this process's mappings of files in a folder."""
+    total, inside = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = line.find(f"{folder}/") >= 0
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
 def matmul_flops(seconds: float = 2.0) -> float:
     """Floating-point operations a second of a bfloat16 (512 x 2048) (2048 x 5632) product, the best of many."""
     a, b = torch.randn(512, 2048).bfloat16(), torch.randn(5632, 2048).bfloat16()

@@ -89,7 +89,7 @@ def plan(
     ----------
     model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
     method: qlora; lora (16-bit base) and full are there to compare.
-    device_memory: What there is, such as 24GiB: adds the largest context and micro-batch that fit.
+    device_memory: What there is, such as 24GiB: plans for what train would keep, recompute and page in it.
     json: Print JSON.
     """
     from json import dumps
@@ -100,7 +100,7 @@ def plan(
     found = run(model, method, limit, **given(fields))
     if json:
         terms = [{"name": term.name, "bytes": term.num_bytes, "formula": term.formula} for term in found.terms]
-        more = {"total_bytes": found.total_bytes, "fits": found.fits}
+        more = {"total_bytes": found.total_bytes, "fits": found.fits, "choice": found.choice}
         more |= {"largest_length": found.largest_length, "largest_batch": found.largest_batch}
         print(dumps({"terms": terms, **more}))
         return

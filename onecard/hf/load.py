@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
-from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype, paging
+from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype, paging, release_file_pages
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import cast_output
 from onecard.nn.linear import Linear4bit
@@ -100,6 +100,7 @@ def load_paged(
             found.append((places[name], stored))
         else:  # the checkpoint calls it otherwise
             found.append((base.write(module.weight), module.weight.dtype))
+        release_file_pages(module.weight)
     base.start(model, dtype, *found)
     return model
 

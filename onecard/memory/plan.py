@@ -1,32 +1,32 @@
 """The memory plan: bytes a term, its formula beside it, from headers or a known shape and the settings alone.
 
 P_q weights in the linears that 4 bits take, P_o the others, P = P_q + P_o, P_l LoRA weights; T tokens a micro-batch,
-L layers, d hidden, a = heads x head size, k = key heads x head size, f intermediate, V vocabulary, r rank, n linears
-with an adapter in a layer; c bytes of the compute dtype. What the backward keeps of a layer, a token:
+L layers, d hidden, V vocabulary; c bytes of the compute dtype. What a layer keeps for its backward is told in
+activations.py. The terms of a step are those at its fullest moment, one of
 
-    4 d (residual in, norm, residual between, norm) + 2 a + 2 k (query, attention's output, key, value)
-    + 3 f (gate, up, their product) + n r (x A^T)
+    the loss                           all that is kept, the inputs of the layers that recompute, the logits' chunk
+    a recomputing layer's backward     the inputs, that layer whole and what its backward works on, gradients so far
+    the first layer's backward         that layer, what its backward works on, all gradients
 
-Models whose norms and MLP are not of the fused kind keep 6 d + 2 f more (float32 copies, the activation's output).
-A layer that recomputes keeps its input, d, and is whole again while its backward runs. A paged base takes its budget
-and nothing more: the head is a page of it, embeddings are read row by row.
+A paged base takes its budget and nothing more: the head is a page of it, embeddings are read row by row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, TrainConfig, make_config, parse_bytes
+from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig, make_config, parse_bytes
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, pick_compute_dtype, pick_device
+from onecard.memory.activations import Activations, layer_activations
 from onecard.memory.shapes import KNOWN
-from onecard.nn.fused import counterpart
 from onecard.optim.adamw import SMALL
 from onecard.paging.files import ALIGNMENT
 from onecard.paging.weights import layer_of
@@ -34,6 +34,7 @@ from onecard.quant.dynamic import STATE_BLOCKSIZE
 
 Method = Literal["full", "lora", "qlora"]
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora")
+END_TENSORS = 4  # of a token's hidden size, that live around the loss
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,23 @@ class Term:
     formula: str
 
 
+CPU_BUFFERS = Term("libraries' buffers", 36 << 20, "measured")
+CUDA_CONTEXT = Term("CUDA context, libraries", 500 << 20, "an allowance")
+
+
 @dataclass(frozen=True)
 class Plan:
     """The bill of a run; the process itself (libraries, CUDA context) comes on top.
 
     Attributes:
+        choice: in words, what `onecard train` would keep, recompute and page in device_memory_bytes.
         largest_length, largest_batch: tokens of context at this batch size, and rows of a micro-batch at this
-            length, that fit in device_memory_bytes; None without such a limit, 0 if nothing fits.
+            length, that fit then; None without such a limit, 0 if nothing fits.
     """
 
     terms: list[Term]
     device_memory_bytes: int | None = None
+    choice: str | None = None
     largest_length: int | None = None
     largest_batch: int | None = None
 
@@ -84,19 +91,29 @@ class Fit:
     states_away: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """What a plan needs to know of a model: its modules without weights, and the bytes of each stored value."""
 
     modules: Any  # transformers' model on the meta device
     itemsize: dict[str, int]  # of a parameter as stored; 2 where it is not named
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, torch.nn.Linear]:
         """The linears that 4 bits take, by their weight's name."""
         head = self.modules.get_output_embeddings()
         named = self.modules.named_modules()
         return {f"{n}.weight": m for n, m in named if isinstance(m, torch.nn.Linear) and m is not head}
+
+    @cached_property
+    def num_weights(self) -> int:
+        return sum(p.numel() for p in self.modules.parameters())
+
+    @cached_property
+    def head_itemsize(self) -> int:
+        head = self.modules.get_output_embeddings()
+        name = next((n for n, p in self.modules.named_parameters() if head is not None and p is head.weight), "")
+        return self.itemsize.get(name, 2)
 
     @property
     def text(self) -> Any:
@@ -126,34 +143,48 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
     Args:
         model: checkpoint folder, hub id, or a name of memory/shapes.py such as "llama-2-7b".
         method: "qlora"; or, to compare, "lora" on a 16-bit base, "full" in 16 bits with float32 masters.
-        device_memory_bytes: what there is; adds the largest context and batch that fit.
-        fields: any field of TrainConfig: r, max_seq_length, per_device_train_batch_size, ...; activations are
-            recomputed unless gradient_checkpointing=False.
+        device_memory_bytes: what there is; QLoRA's plan is then for what `onecard train` would choose, and says the
+            largest context and batch that fit.
+        fields: any field of TrainConfig: r, max_seq_length, per_device_train_batch_size, ...; without a limit
+            activations are recomputed unless gradient_checkpointing=False.
 
     Raises:
         UserError: unknown model, method or field.
     """
     if method not in METHODS:
         raise UserError(f"method must be one of {', '.join(METHODS)}", repr(method), "correct it", "method")
-    needed = {"data": "-", "output": "-", "gradient_checkpointing": True, **fields, "model": model}
-    config = make_config(TrainConfig, needed, "plan")
+    default = {} if device_memory_bytes is not None and method == "qlora" else {"gradient_checkpointing": True}
+    config = make_config(TrainConfig, {"data": "-", "output": "-", **default, **fields, "model": model}, "plan")
     if model.lower() in KNOWN:
         known, dtype = Model(meta_model(known_config(model.lower())), {}), torch.bfloat16
     else:
         known = read_model(inspect_checkpoint(find_known(model)))
-        dtype = pick_compute_dtype(config.compute_dtype, pick_device(config.device))
-    terms = plan_terms(known, config, dtype, method)
+        dtype = pick_compute_dtype(config.compute_dtype, torch.device(device_type(config)))
     if device_memory_bytes is None:
-        return Plan(terms)
+        return Plan(plan_terms(known, config, dtype, method))
 
-    def fits(**change: int) -> bool:
-        changed = plan_terms(known, config.model_copy(update=change), dtype, method)
-        return sum(term.num_bytes for term in changed) <= device_memory_bytes
+    def chosen(**change: int) -> tuple[Fit | None, Plan]:
+        changed = config.model_copy(update=change)
+        if method == "qlora":
+            return choose_fit(known, changed, dtype, device_memory_bytes)
+        return None, Plan(plan_terms(known, changed, dtype, method), device_memory_bytes)
 
     step = 64
-    length = step * largest(lambda n: fits(max_seq_length=step * n), longest_context(known) // step)
-    batch = largest(lambda n: fits(per_device_train_batch_size=n), 4096)
-    return Plan(terms, device_memory_bytes, length, batch)
+    fit, found = chosen()
+    length = largest(lambda n: bool(chosen(max_seq_length=step * n)[1].fits), longest_context(known) // step)
+    batch = largest(lambda n: bool(chosen(per_device_train_batch_size=n)[1].fits), 4096)
+    choice = fit and describe(fit, known)
+    return replace(found, choice=choice, largest_length=step * length, largest_batch=batch)
+
+
+def describe(fit: Fit, model: Model) -> str:
+    """A fit in words."""
+    parts = [f"{fit.num_recomputed or 'none'} of {model.num_layers} layers recomputed"]
+    if fit.weights_budget is not None:
+        parts.append(f"the base paged within {fit.weights_budget / 2**20:,.0f} MiB")
+    if fit.states_away:
+        parts.append("the optimizer's states outside between updates")
+    return ", ".join(parts)
 
 
 def largest(holds: Any, limit: int) -> int:
@@ -223,34 +254,100 @@ def plan_terms(
 ) -> list[Term]:
     """The terms of a method; without a fit, as gradient_checkpointing says and with a resident base."""
     fit = fit or Fit(model.num_layers if config.gradient_checkpointing else 0)
-    linears, c = model.linears, dtype.itemsize
-    num_weights = sum(p.numel() for p in model.modules.parameters())
-    num_lora = sum(config.r * (m.in_features + m.out_features) for m in targets(linears, config))
-    tokens = min(config.max_seq_length, longest_context(model)) * config.per_device_train_batch_size
+    c, device = dtype.itemsize, device_type(config)
+    num_weights = model.num_weights
     if method == "full":
         terms = [
             Term("weights, 16-bit", 2 * num_weights, "2 P"),
-            Term("gradients", 2 * num_weights, "2 P"),
             Term("float32 masters", 4 * num_weights, "4 P"),
             Term("AdamW states", 8 * num_weights, "8 P"),
         ]
-    else:
-        terms = (
-            base_terms(model, config, c, fit.weights_budget)
-            if method == "qlora"
-            else [Term("weights, 16-bit", 2 * num_weights, "2 P")]
-        )
-        terms += [
-            Term("LoRA weights", 4 * num_lora, "4 P_l"),
-            Term("LoRA gradients", 4 * num_lora, "4 P_l"),
-            state_term(targets(linears, config), config, fit),
-        ]
-    chunk = min(LOGITS_CHUNK_BYTES, c * tokens * model.text.vocab_size)
+        return [*terms, *step_terms(model, config, dtype, {}, Term("gradients", 2 * num_weights, "2 P"), fit)]
+    adapted = targets(model.linears, config)
+    num_lora = sum(config.r * (m.in_features + m.out_features) for m in adapted.values())
+    base = (
+        base_terms(model, config, c, device, fit.weights_budget)
+        if method == "qlora"
+        else [Term("weights, 16-bit", 2 * num_weights, "2 P")]
+    )
     return [
-        *terms,
-        activation_term(model, config, tokens, c, 0 if method == "full" else config.r, fit.num_recomputed),
-        Term("logits chunk", chunk, "min(32 MiB, c T V)"),
+        *base,
+        Term("LoRA weights", 4 * num_lora, "4 P_l"),
+        state_term(list(adapted.values()), config, fit),
+        *step_terms(model, config, dtype, adapted, Term("LoRA gradients", 4 * num_lora, "4 P_l"), fit),
+        CUDA_CONTEXT if device == "cuda" else CPU_BUFFERS,
     ]
+
+
+def step_terms(
+    model: Model,
+    config: TrainConfig,
+    dtype: torch.dtype,
+    adapted: dict[str, torch.nn.Linear],
+    gradients: Term,
+    fit: Fit,
+) -> list[Term]:
+    """Activations, gradients and logits at the fullest of a step's moments."""
+    layers, device = model.num_layers, device_type(config)
+    length = min(config.max_seq_length, longest_context(model))
+    tokens = length * config.per_device_train_batch_size
+    layer = activations_of(model, frozenset(adapted), config.r, config.lora_dropout > 0, dtype, device)
+    kept = tokens * (layer.kept + length * layer.pair)
+    whole = kept + tokens * (layer.working + length * layer.pair_working)
+    ends = END_TENSORS * tokens * layer.hidden  # the last norm's, the loss's gradient
+    again, stay = fit.num_recomputed, layers - fit.num_recomputed
+    inputs = f"{again} d" if again else ""
+
+    def activations(num_bytes: float, *parts: str) -> Term:
+        return Term("activations", int(num_bytes), f"c T ({' + '.join(part for part in parts if part)})")
+
+    def so_far(share: float) -> Term:
+        if config.gradient_accumulation_steps > 1 or share == 1:
+            return gradients
+        return Term(gradients.name, int(share * gradients.num_bytes), f"those so far of {gradients.formula}")
+
+    first = activations(whole + ends, f"{layer.formula} + 3 f + {2 + END_TENSORS} d")
+    moments = [[so_far(1), first]]
+    loss = activations(
+        stay * kept + tokens * again * layer.hidden + ends,
+        inputs,
+        f"{stay} x ({layer.formula})" if stay else "",
+        f"{END_TENSORS} d",
+    )
+    moments.append([so_far(0), loss, logits_term(model, tokens, dtype)])
+    if again:
+        num_bytes = tokens * again * layer.hidden + whole + ends
+        last = activations(num_bytes, inputs, f"{layer.formula} + 3 f + {2 + END_TENSORS} d")
+        moments.append([so_far(stay / layers), last])
+    return [term for term in max(moments, key=lambda moment: sum(t.num_bytes for t in moment)) if term.num_bytes]
+
+
+@lru_cache(maxsize=16)
+def activations_of(
+    model: Model, adapted: frozenset[str], r: int, dropout: bool, dtype: torch.dtype, device: str
+) -> Activations:
+    return layer_activations(model.modules, {name: model.linears[name] for name in adapted}, r, dropout, dtype, device)
+
+
+def logits_term(model: Model, tokens: int, dtype: torch.dtype) -> Term:
+    """A chunk of the head's output: float32 copies of it where the family caps the logits, a cast head's parts."""
+    c, vocabulary, text = dtype.itemsize, model.text.vocab_size, model.text
+    capped = getattr(text, "final_logit_softcapping", None) is not None
+    size = 4 if capped else c
+    rows = max(LOGITS_CHUNK_BYTES // (size * vocabulary), ROW_MULTIPLE)
+    chunk = size * vocabulary * min(rows, tokens)
+    if capped:
+        return Term("logits chunk", 4 * chunk, "4 x min(32 MiB, 4 T V)")
+    if model.head_itemsize < c:
+        return Term("logits chunk", 2 * chunk, "2 x min(32 MiB, c T V)")
+    return Term("logits chunk", chunk, "min(32 MiB, c T V)")
+
+
+def device_type(config: TrainConfig) -> str:
+    """ "cuda" or "cpu"; a device that is not here can be planned for."""
+    if config.device == "auto":
+        return pick_device("auto").type
+    return config.device.partition(":")[0]
 
 
 def state_term(linears: list[torch.nn.Linear], config: TrainConfig, fit: Fit) -> Term:
@@ -265,16 +362,18 @@ def state_term(linears: list[torch.nn.Linear], config: TrainConfig, fit: Fit) ->
     return Term("AdamW states", sum(each), formula)
 
 
-def base_terms(model: Model, config: TrainConfig, c: int, budget: int | None) -> list[Term]:
+def base_terms(model: Model, config: TrainConfig, c: int, device: str, budget: int | None) -> list[Term]:
     """The frozen base in 4 bits."""
     sizes = [linear.weight.numel() for linear in model.linears.values()]
+    buffers = 2 if device == "cuda" else 1  # autograd's thread there has one of its own
+    scratch = Term("dequantized weight", buffers * c * max(sizes, default=0), "c x the largest linear")
     if budget is not None:
         pages = model.page_bytes(config, c)
         norms = sum(p.numel() * c for p in model.modules.parameters() if p.ndim == 1)
         return [
             Term("base, pages", min(budget, sum(pages)), f"the budget; in all {len(pages)} pages"),
             Term("norms, scales of scales", norms + nested_bytes(sizes, config), "not paged"),
-            Term("dequantized weight", c * max(sizes, default=0), "c x the largest linear"),
+            scratch,
         ]
     others = [
         p.numel() * min(c, model.itemsize.get(name, 2))
@@ -285,16 +384,17 @@ def base_terms(model: Model, config: TrainConfig, c: int, budget: int | None) ->
         Term("base, 4-bit codes", sum(sizes) // 2, "P_q / 2"),
         Term("base, scales", scale_bytes(sizes, config), scale_formula(config)),
         Term("embeddings, norms, head", sum(others), "P_o x bytes of its dtype, at most c"),
-        Term("dequantized weight", c * max(sizes, default=0), "c x the largest linear"),
+        scratch,
     ]
 
 
-def targets(linears: dict[str, torch.nn.Linear], config: TrainConfig) -> list[torch.nn.Linear]:
-    """The linears that get an adapter."""
+def targets(linears: dict[str, torch.nn.Linear], config: TrainConfig) -> dict[str, torch.nn.Linear]:
+    """The linears that get an adapter, by their weight's name."""
     if config.target_modules == "all-linear":
-        return list(linears.values())
+        return linears
     names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    return [m for path, m in linears.items() if any(path.removesuffix(".weight").endswith(name) for name in names)]
+    named = linears.items()
+    return {path: m for path, m in named if any(path.removesuffix(".weight").endswith(name) for name in names)}
 
 
 def longest_context(model: Model) -> int:
@@ -318,22 +418,3 @@ def scale_formula(config: TrainConfig) -> str:
     if not config.double_quant:
         return f"4 P_q / {config.blocksize}"
     return f"P_q / {config.blocksize} + 4 P_q / ({config.blocksize} x {NESTED_BLOCKSIZE})"
-
-
-def activation_term(model: Model, config: TrainConfig, tokens: int, c: int, r: int, num_recomputed: int) -> Term:
-    """What the backward keeps: of every layer all, or of those that recompute the input, and one of them whole."""
-    text = model.text
-    d, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or d // heads
-    a, k = heads * head_dim, (getattr(text, "num_key_value_heads", None) or heads) * head_dim
-    f = getattr(text, "intermediate_size", None) or 4 * d
-    n = len(targets(model.linears, config)) / layers
-    values, formula = 4 * d + 2 * a + 2 * k + 3 * f + n * r, "4 d + 2 a + 2 k + 3 f + n r"
-    if not any(counterpart(module)[0] is not None for module in model.modules.modules()):
-        values, formula = values + 6 * d + 2 * f, "10 d + 2 a + 2 k + 5 f + n r"
-    kept, again = layers - num_recomputed, num_recomputed
-    if again == 0:
-        return Term("activations", int(tokens * layers * values * c), f"c T L ({formula})")
-    terms = [f"{kept} x ({formula})"] if kept else []
-    formula = f"c T ({' + '.join([*terms, f'{again} d', formula])})"
-    return Term("activations", int(tokens * (kept * values + again * d + values) * c), formula)

@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from onecard.paging.states import PagedStates
-from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit
+from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit, zeros_8bit
 
 SMALL = 4096  # elements, up to which states stay in 32 bits, as in bitsandbytes
-SLICE = 1 << 20  # elements in float32 at a time, a multiple of STATE_BLOCKSIZE
+SLICE = 1 << 18  # elements in float32 at a time, a multiple of STATE_BLOCKSIZE
 
 
 class AdamW(torch.optim.Optimizer):
@@ -65,9 +65,8 @@ class AdamW(torch.optim.Optimizer):
         step = torch.zeros((), dtype=torch.float32, device=p.device)
         if self.state_bits == 32 or p.numel() < SMALL:
             return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        zeros = torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
-        m, m_absmax = quantize_8bit(zeros, signed=True)
-        v, v_absmax = quantize_8bit(zeros, signed=False)
+        m, m_absmax = zeros_8bit(p.numel(), p.device, signed=True)
+        v, v_absmax = zeros_8bit(p.numel(), p.device, signed=False)
         return {"step": step, "exp_avg": m, "exp_avg_absmax": m_absmax, "exp_avg_sq": v, "exp_avg_sq_absmax": v_absmax}
 
     def state_tensors(self, p: torch.nn.Parameter) -> dict[str, Tensor]:

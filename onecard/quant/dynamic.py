@@ -39,3 +39,10 @@ def dequantize_8bit(codes: Tensor, absmax: Tensor, signed: bool) -> Tensor:
     x = dynamic_map(codes.device, signed)[codes.long()]
     scale = absmax.repeat_interleave(STATE_BLOCKSIZE)[: codes.numel()]
     return x * scale
+
+
+def zeros_8bit(size: int, device: torch.device | str, signed: bool) -> tuple[Tensor, Tensor]:
+    """What quantize_8bit gives for `size` zeros."""
+    code, _ = quantize_8bit(torch.zeros(1, device=device), signed)
+    absmax = torch.zeros(-(-size // STATE_BLOCKSIZE), dtype=torch.float32, device=device)
+    return code.expand(size).contiguous(), absmax

@@ -68,6 +68,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dz = z.clone() if transform.softcap is not None else z
             losses.append(ops.cross_entropy_(dz, target))
             grad.copy_(project_back(transform.backward(dz, z).to(h.dtype), W_VH))
+            del z, dz  # before the next chunk's
         ctx.save_for_backward(grad_PH[:num_positions])
         ctx.num_tokens = num_tokens
         loss = torch.cat(losses)[:num_positions].double().sum()

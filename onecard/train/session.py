@@ -25,14 +25,7 @@ from onecard.hf.checkpoint import inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.load import find_checkpoint, fingerprint, load_model, load_tokenizer, pick_compute_dtype, pick_device
 from onecard.infer.generate import generate
 from onecard.memory.measure import available_bytes, peak_memory_bytes, return_large_blocks
-from onecard.memory.plan import (
-    Fit,
-    Model,
-    Plan,
-    choose_fit,
-    plan_terms,
-    read_model,
-)
+from onecard.memory.plan import Fit, Model, Plan, choose_fit, describe, plan_terms, read_model
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.train.loop import Interrupted, choose_loss, count_steps, evaluate, resume, train
@@ -180,17 +173,6 @@ def choose_memory(model: Model, config: TrainConfig, dtype: torch.dtype) -> tupl
     )
 
 
-def describe(fit: Fit, model: Model) -> str:
-    """A fit in words."""
-    layers = f"{fit.num_recomputed} of {model.num_layers} layers" if fit.num_recomputed else "no layer"
-    parts = [f"{layers} recomputed"]
-    if fit.weights_budget is not None:
-        parts.append(f"the base paged within {format_bytes(fit.weights_budget)}")
-    if fit.states_away:
-        parts.append("the optimizer's states outside between updates")
-    return ", ".join(parts)
-
-
 def show(prepared: Prepared, console: Console) -> None:
     """Data, one sample, plan and schedule, before the weights load."""
     config = prepared.config
@@ -238,10 +220,11 @@ def plan_lines(plan: Plan) -> list[Any]:
     lines: list[Any] = [plan_table(plan)]
     if plan.device_memory_bytes is not None:
         verdict = "fits in" if plan.fits else "does not fit in"
-        lines.append(f"{verdict} {format_bytes(plan.device_memory_bytes)}")
+        how = f" with {plan.choice}" if plan.choice else ""
+        lines.append(f"{verdict} {format_bytes(plan.device_memory_bytes)}{how}")
         lines.append(f"largest context {plan.largest_length:,} tokens; largest micro-batch {plan.largest_batch:,} rows")
         if not plan.fits:
-            lines.append("to make it fit: --gradient-checkpointing, a shorter --max-seq-length, a smaller --r")
+            lines.append("to make it fit: a shorter --max-seq-length, a smaller --r, --optim paged_adamw_8bit")
     return lines
 
 

@@ -66,7 +66,7 @@ def test_memory_is_traded_for_time_no_further_than_it_must_be(deep, chats, tmp_p
         seen.append(fit)
         free = plan.total_bytes - 1 if fit.weights_budget is None else int(0.97 * plan.total_bytes)
     recomputed = [fit.num_recomputed for fit in seen if fit.weights_budget is None]
-    assert recomputed == sorted(set(recomputed)) and recomputed[0] == 0 and recomputed[-1] == 6
+    assert recomputed == sorted(set(recomputed)) and recomputed[0] == 0 and recomputed[-1] >= 5
     paged = [fit for fit in seen if fit.weights_budget is not None]
     assert paged and all(fit.num_recomputed == 6 for fit in paged)
     assert [fit.states_away for fit in paged] == sorted(fit.states_away for fit in paged) and paged[-1].states_away

@@ -1,0 +1,113 @@
+"""What the backward keeps of a decoder layer, in bytes a token, from the layer's modules.
+
+With d hidden, a = heads x head size, k = key heads x head size, f intermediate, r rank, and an adapter on every one
+of n linears, a layer of the Llama kind keeps
+
+    4 d (residual in, norm, residual between, norm) + 2 a + 2 k (query, attention's output, key, value)
+    + 3 f (gate, up, their product) + n r (x A^T)
+
+values of the compute dtype. What changes that:
+
+- an input that only linears without an adapter see is not kept: a frozen 4-bit linear needs none;
+- with LoRA dropout each adapted linear keeps an input of its own and its mask, on CPUs in c bytes too;
+- a norm that has no fused form keeps a float32 copy of its input; norms of the query and key keep a + k more;
+- an MLP that has none keeps the activation's output, f;
+- attention with capped scores keeps them: (4 + 2 c) bytes for each head and pair of a document's tokens.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from onecard.nn.fused import FusedGatedMLP, FusedRMSNorm, counterpart
+
+INNER = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "wo", "w2")
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Of one layer on average.
+
+    Attributes:
+        kept: bytes a token that its backward needs.
+        working: bytes a token, more, while that backward runs.
+        formula: of `kept` over the compute dtype's bytes.
+        hidden: bytes a token of its input.
+        pair, pair_working: bytes for each two tokens of a document, kept and more in the backward.
+    """
+
+    kept: float
+    working: float
+    formula: str
+    hidden: int
+    pair: float
+    pair_working: float
+
+
+def layer_activations(
+    modules: Any, adapted: dict[str, nn.Linear], r: int, dropout: bool, dtype: torch.dtype, device: str
+) -> Activations:
+    """For transformers' model on the meta device with LoRA of rank r on the linears `adapted`, by name."""
+    text, c = modules.config.get_text_config(), dtype.itemsize
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    width = (getattr(text, "moe_intermediate_size", None) if experts > 1 else None) or text.intermediate_size
+    size = {
+        "d": text.hidden_size,
+        "a": heads * head_dim,
+        "k": (getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        "f": experts * width,
+        "r": r,
+    }
+    count: Counter[str] = Counter()
+    count.update({"a": 2, "k": 2, "f": 2})
+    norm, gated = fused_kinds(modules, device)
+    copies = 1.0 if norm else 4 / c
+    for name, width in norms(modules):
+        if width == size["d"]:
+            count["d"] += copies / layers
+        else:
+            count["a" if name.endswith("q_norm") else "k"] += copies / layers
+    if not gated:
+        count["f"] += 1
+    shared = set()
+    for name in adapted:
+        parent, leaf = name.removesuffix(".weight").rsplit(".", 1)
+        attention, inner = "attn" in parent or "attention" in parent, leaf in INNER
+        symbol = "d" if not inner else "a" if attention else "f"
+        count["r"] += 1 / layers
+        if dropout:
+            count[symbol] += (2 if device == "cpu" else 1 + 1 / c) / layers
+        elif (parent, inner) not in shared and not (attention and inner):
+            shared.add((parent, inner))
+            count[symbol] += 1 / layers
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    return Activations(
+        kept=c * sum(number * size[symbol] for symbol, number in count.items()),
+        working=c * (3 * size["f"] + 2 * size["d"]),
+        formula=" + ".join(f"{number:.3g} {symbol}" for symbol, number in count.items() if number),
+        hidden=c * size["d"],
+        pair=heads * (4 + 2 * c) if capped else 0,
+        pair_working=heads * (8 + c) if capped else 0,
+    )
+
+
+def norms(modules: Any) -> list[tuple[str, int]]:
+    """Name and width of the norms in the decoder layers."""
+    named = [(name, list(module.parameters(recurse=False))) for name, module in modules.named_modules()]
+    return [(n, p[0].numel()) for n, p in named if "layers." in n and len(p) in (1, 2) and p[0].ndim == 1]
+
+
+def fused_kinds(modules: Any, device: str) -> tuple[bool, bool]:
+    """Whether the model's norms and MLPs take the fused form (nn/fused.py) on such a device."""
+    if device != "cpu":
+        return False, False
+    found = [(module, counterpart(module)[0]) for module in modules.modules()]
+    gated = [m for m, other in found if isinstance(other, FusedGatedMLP) and "silu" in type(m.act_fn).__name__.lower()]
+    return any(isinstance(other, FusedRMSNorm) for _, other in found), bool(gated)
