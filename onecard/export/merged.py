@@ -27,7 +27,7 @@ from onecard.hf.checkpoint import Checkpoint, TensorInfo, inspect_checkpoint, re
 from onecard.hf.load import find_checkpoint
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.memory.plan import read_model
+from onecard.memory.model import read_model
 from onecard.quant.blockwise import state_absmax
 
 Base = Literal["dequantized", "original"]

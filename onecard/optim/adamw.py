@@ -5,7 +5,8 @@
 
 8-bit states (arXiv 2110.02861) take 2 + 8/256 bytes a weight instead of 8: each update dequantizes them, computes in
 float32 and quantizes again. The update of one parameter depends on no other, so states can be brought in for it and
-sent away after it (paging/states.py) without changing a bit.
+sent away after it (paging/states.py) without changing a bit; and it is made whole or not at all: what it allocates, it
+allocates before it writes, so a step that ran out of memory goes on from the parameter that it came to.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from onecard.paging.states import PagedStates
 from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit, zeros_8bit
 
 SMALL = 4096  # elements, up to which states stay in 32 bits, as in bitsandbytes
+STATES_8BIT = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
 SLICE = 1 << 18  # elements in float32 at a time, a multiple of STATE_BLOCKSIZE
 
 
@@ -43,22 +45,25 @@ class AdamW(torch.optim.Optimizer):
     ):
         assert state_bits in (8, 32), state_bits
         self.state_bits, self.paged = state_bits, paged
+        self.left: list[tuple[torch.nn.Parameter, dict[str, Any]]] = []  # of this step, the next one last
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if p not in self.state or not self.state[p]:
-                    self.state[p] = self.first_state(p)
-                if self.paged is not None:
-                    self.paged.bring(p, self.state[p])
-                update(p, p.grad, self.state[p], **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
-                if self.paged is not None and self.paged.crowded:
-                    self.paged.send(p, self.state[p])
+        """Update every parameter that has a gradient; after an allocation has failed, a second call goes on."""
+        if not self.left:
+            pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+            self.left = pairs[::-1]
+        while self.left:
+            p, group = self.left[-1]
+            if p not in self.state or not self.state[p]:
+                self.state[p] = self.first_state(p)
+            if self.paged is not None:
+                self.paged.bring(p, self.state[p])
+            update(p, p.grad, self.state[p], **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
+            self.left.pop()
+            if self.paged is not None and self.paged.crowded:
+                self.paged.send(p, self.state[p])
 
     def first_state(self, p: Tensor) -> dict[str, Tensor]:
         """A parameter's states before its first update: zeros."""
@@ -99,19 +104,22 @@ def update_8bit(
     p: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, betas: tuple[float, float], eps: float,
     weight_decay: float,
 ) -> None:  # fmt: skip
-    """The same with 8-bit states, `SLICE` elements at a time."""
-    state["step"] += 1
-    t = int(state["step"].item())
+    """The same with 8-bit states, `SLICE` elements in float32 at a time; nothing is written before all is made."""
+    t = int(state["step"].item()) + 1
     rate, root = lr / (1 - betas[0] ** t), (1 - betas[1] ** t) ** 0.5
-    w_all, g_all = p.view(-1), grad.reshape(-1).float()
+    w_all, g_all, made = p.view(-1), grad.reshape(-1).float(), []
     for first in range(0, p.numel(), SLICE):
         part = slice(first, min(first + SLICE, p.numel()))
         scales = slice(first // STATE_BLOCKSIZE, -(-part.stop // STATE_BLOCKSIZE))
-        w, g = w_all[part], g_all[part]
+        g = g_all[part]
         m = dequantize_8bit(state["exp_avg"][part], state["exp_avg_absmax"][scales], signed=True)
         v = dequantize_8bit(state["exp_avg_sq"][part], state["exp_avg_sq_absmax"][scales], signed=False)
         m.lerp_(g, 1 - betas[0])
         v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        w.mul_(1 - lr * weight_decay).addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-rate)
-        state["exp_avg"][part], state["exp_avg_absmax"][scales] = quantize_8bit(m, signed=True)
-        state["exp_avg_sq"][part], state["exp_avg_sq_absmax"][scales] = quantize_8bit(v, signed=False)
+        w = w_all[part].mul(1 - lr * weight_decay).addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-rate)
+        values = (*quantize_8bit(m, signed=True), *quantize_8bit(v, signed=False))
+        places = [state[key][scales if "absmax" in key else part] for key in STATES_8BIT]
+        made += [(w_all[part], w), *zip(places, values)]
+    for place, value in made:
+        place.copy_(value)
+    state["step"] += 1
