@@ -45,13 +45,13 @@ class AdamW(torch.optim.Optimizer):
     ):
         assert state_bits in (8, 32), state_bits
         self.state_bits, self.paged = state_bits, paged
-        self.left: list[tuple[torch.nn.Parameter, dict[str, Any]]] = []  # of this step, the next one last
+        self.left: list[tuple[torch.nn.Parameter, dict[str, Any]]] | None = None  # of a step begun, the next one last
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; after an allocation has failed, a second call goes on."""
-        if not self.left:
+        if self.left is None:
             pairs = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
             self.left = pairs[::-1]
         while self.left:
@@ -64,6 +64,7 @@ class AdamW(torch.optim.Optimizer):
             self.left.pop()
             if self.paged is not None and self.paged.crowded:
                 self.paged.send(p, self.state[p])
+        self.left = None
 
     def first_state(self, p: Tensor) -> dict[str, Tensor]:
         """A parameter's states before its first update: zeros."""
