@@ -1,4 +1,4 @@
-"""The backend in C++ (csrc/): AVX-512, AVX2 or plain code, chosen at run time, bit-equal to quant/.
+"""The backend in C++ (csrc/): AVX-512, AVX2, NEON or plain code, chosen at run time, bit-equal to quant/.
 
 The library is built with the package (setup.py) and loaded with ctypes. Without a compiler there is none; then
 `library()` is None, the reference backend is taken instead, and a line on standard error says so once.
@@ -73,7 +73,7 @@ SIGNATURES: dict[str, tuple] = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None if it was not built; ONECARD_ISA forces a path (avx512, avx2, scalar)."""
+    """The loaded library, or None if it was not built; ONECARD_ISA forces a path (avx512, avx2, neon, scalar)."""
     folder = Path(__file__).parent
     found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
     if not found:
