@@ -79,32 +79,36 @@ def plan(
     model: str,
     fields: PlanFields = None,
     *,
-    method: Literal["full", "lora", "qlora"] = "qlora",
+    method: Literal["full", "lora", "qlora", "generate"] = "qlora",
     device_memory: str | None = None,
     json: bool = False,
+    plot: str | None = None,
 ) -> None:
-    """Say what memory training takes, term by term, before anything is loaded.
+    """Say what memory training takes, term by term with its formula, before anything is loaded.
 
     Parameters
     ----------
     model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
-    method: qlora; lora (16-bit base) and full are there to compare.
-    device_memory: What there is, such as 24GiB: plans for what train would keep, recompute and page in it.
+    method: qlora; generate (its KV cache for max_seq_length tokens); lora (16-bit base) and full, to compare.
+    device_memory: What there is, such as 24GiB: plans for what train would keep, recompute, offload and page in it.
     json: Print JSON.
+    plot: PNG file for the terms as bars.
     """
+    from dataclasses import asdict
     from json import dumps
 
     from onecard.memory.plan import plan as run
 
     limit = None if device_memory is None else parse_bytes(device_memory)
     found = run(model, method, limit, **given(fields))
+    if plot:
+        from onecard.memory.figures import plot_plan
+
+        plot_plan(plot, found, f"{model}, {method}")
     if json:
-        terms = [{"name": term.name, "bytes": term.num_bytes, "formula": term.formula} for term in found.terms]
-        more = {"total_bytes": found.total_bytes, "fits": found.fits, "choice": found.choice}
-        more |= {"largest_length": found.largest_length, "largest_batch": found.largest_batch}
-        print(dumps({"terms": terms, **more}))
+        print(dumps({**asdict(found), "total_bytes": found.total_bytes, "fits": found.fits}))
         return
-    from onecard.train.session import plan_lines
+    from onecard.memory.show import plan_lines
 
     console = make_console()
     for line in plan_lines(found):

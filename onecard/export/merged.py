@@ -29,7 +29,7 @@ from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint, re
 from onecard.hf.load import find_checkpoint
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.memory.plan import read_model
+from onecard.memory.model import read_model
 from onecard.quant.blockwise import state_absmax
 from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, read_facts
 

@@ -18,7 +18,7 @@ from onecard.hf.checkpoint import Checkpoint, TensorInfo, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.memory.plan import read_model
+from onecard.memory.model import read_model
 from onecard.quant.state import STATE_KEY, to_bnb
 
 STATE_BYTES = 256  # of a weight's JSON, filled up with spaces
