@@ -207,9 +207,8 @@ def resume(run: Run, state: State) -> None:
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state.tensors["adapter"][name])
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
-        run.optimizer.state[parameter] = {
-            key.rpartition(".")[2]: value.to(parameter.device) for key, value in found.items()
-        }
+        found = {key.rpartition(".")[2]: value for key, value in found.items()}
+        run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
     progress = state.documents["progress"]
     run.step, run.loss_scale = progress["step"], progress["loss_scale"]
     run.loader.load_state_dict(progress["loader"])

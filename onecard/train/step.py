@@ -32,7 +32,7 @@ from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Pager
 from onecard.paging.states import PagedStates
-from onecard.train.loss import IGNORE, packed_loss
+from onecard.train.loss import IGNORE, packed_loss, supervised
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
 LARGEST_SCALE = 2.0**16
@@ -98,7 +98,15 @@ def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """A micro-batch where the model is, without waiting for it; labels stay on the host (`supervised` says why)."""
+    position, target = supervised(batch["labels"])
+    tensors = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    moved = {key: upload(tensor, device) for key, tensor in tensors.items()}
+    return {**batch, **moved, "supervised": (upload(position, device), upload(target, device))}
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def recompute_layers(base: PreTrainedModel, number: int) -> None:
@@ -162,11 +170,12 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
             make_room(run, window, reason)
             restore_random(generators, run.device)
             continue
-        total = torch.stack(losses).sum().item()
         for parameter in run.trainable.values():
             if parameter.grad is not None and run.loss_scale != 1.0:
                 parameter.grad /= run.loss_scale
-        norm = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm).item()
+        clipped = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
+        # The update's only wait for a GPU; what is left after it is AdamW, a launch or two.
+        total, norm = torch.stack([torch.stack(losses).sum(), clipped.float()]).tolist()
         if math.isfinite(total) and math.isfinite(norm):
             return total, norm
         run.optimizer.zero_grad(set_to_none=True)
