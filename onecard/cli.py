@@ -10,6 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from onecard.config import (
     DataConfig,
+    ExportConfig,
     PlanConfig,
     QuantConfig,
     TrainConfig,
@@ -29,11 +30,12 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = ExportFields = Any
 else:
     TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
     DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
     QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
+    ExportFields = Annotated[partial(ExportConfig) | None, Parameter(name="*")]
     PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -299,6 +301,19 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
     print(
         f"quantized {folder}  ({config.quant_type})\nnext\n  onecard train --model {folder} --weights-budget 4GiB ..."
     )
+
+
+@app.command
+def export(fields: ExportFields = None) -> None:
+    """Write a model, merged with an adapter if there is one, in another tool's format, streaming."""
+    from onecard.export.folder import need_package
+
+    config = make_config(ExportConfig, given(fields), "command line")
+    quiet_libraries()
+    need_package("gguf", "gguf")
+    from onecard.export.gguf import export_gguf
+
+    print("\n".join(export_gguf(config).lines()))
 
 
 def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:

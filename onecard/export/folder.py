@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,27 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     os.replace(temporary, target)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """The same for a file."""
+    if target.exists():
+        raise UserError("the output must be a new file", "it exists", "choose another --output", str(target))
+    temporary = target.with_name(f".{target.name}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, target)
+
+
+def need_package(name: str, extra: str) -> None:
+    """Raise UserError unless a package that a format needs is installed."""
+    if find_spec(name) is None:
+        raise UserError(f"this format needs the package {name}", "none", f'pip install "onecard[{extra}]"')
 
 
 def check_room(target: Path, num_bytes: int) -> None:
