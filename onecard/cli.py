@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from onecard.config import (
+    CalibrationConfig,
     DataConfig,
     PlanConfig,
     QuantConfig,
@@ -29,12 +30,13 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = CalibrationFields = Any
 else:
     TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
     DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
     QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
     PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
+    CalibrationFields = Annotated[partial(CalibrationConfig) | None, Parameter(name="*")]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -276,6 +278,41 @@ def merge(
             f"{found.argmax:.2%}; loss {found.loss_merged:.4f}, live adapter {found.loss_live:.4f}"
         )
     print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + str(folder))
+
+
+@app.command
+def export(
+    model: str,
+    output: str,
+    *,
+    format: Literal["gptq", "awq"],
+    data: str,
+    adapter: str | None = None,
+    base: Literal["dequantized", "original"] | None = None,
+    quant: QuantFields = None,
+    fields: CalibrationFields = None,
+) -> None:
+    """Merge, then write a 4-bit checkpoint chosen by your own data, one decoder layer in memory at a time.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id.
+    output: New folder.
+    format: gptq or awq, as vLLM and transformers read them.
+    data: JSONL, JSON, CSV or Parquet file that the layers are run on; best what the adapter was trained on.
+    adapter: Folder of a trained adapter.
+    base: What an adapter is merged into, as for merge; default: dequantized.
+    """
+    from onecard.export.calibrated import export_calibrated
+
+    quiet_libraries()
+    config = make_config(CalibrationConfig, given(fields), "command line")
+    quantization = make_config(QuantConfig, given(quant), "command line")
+    folder, left_out = export_calibrated(format, model, adapter, data, output, config, base, quantization)
+    print(f"exported {folder}  ({format}, 4 bits)")
+    if left_out:
+        print(f"16-bit   {', '.join(left_out)}: their widths are no multiples of a group")
+    print(f"next\n  vllm serve {folder}\n  AutoModelForCausalLM.from_pretrained(...): pip install gptqmodel optimum")
 
 
 @app.command

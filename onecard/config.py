@@ -71,6 +71,20 @@ class DataConfig(Strict):
     on_bad_rows: Literal["error", "skip"] = "error"
 
 
+class CalibrationConfig(Strict):
+    """How GPTQ and AWQ are run on the user's own data."""
+
+    num_rows: int = Field(128, ge=1, description="packed rows of examples that are run")
+    max_seq_length: int = Field(1024, ge=8, description="tokens a row")
+    group_size: Literal[128, 64, 32] = Field(
+        128, description="weights of a row that share a scale; less where a width is not a multiple of it"
+    )
+    sym: bool = Field(True, description="gptq: levels on both sides of zero alike, as most kernels need")
+    desc_act: bool = Field(False, description="gptq: inputs of large activations first; slower to read")
+    damp_percent: float = Field(0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it")
+    device: str = Field("auto", description="where a decoder layer is run: auto, cpu, cuda or cuda:N")
+
+
 class PlanConfig(QuantConfig, LoraSettings):
     """What a run's memory depends on."""
 
