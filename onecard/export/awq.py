@@ -35,12 +35,13 @@ class Source:
     """What makes a linear's input and can be divided by s: a norm, or the last rows of a linear.
 
     Attributes:
-        num_rows: 0 for a norm.
-        repeat: how many heads of the input each head of head_dim rows makes (grouped keys and values).
+        size: of its outputs that make the input.
+        repeat: how many heads of the input each head of head_dim outputs makes (grouped keys and values).
     """
 
     name: str
-    num_rows: int = 0
+    size: int
+    is_norm: bool = False
     head_dim: int = 1
     repeat: int = 1
 
@@ -76,7 +77,7 @@ class Scaling:
 
     def scale(self, inputs: Inputs, source: Source, s: Tensor) -> None:
         """Divide the source by s, multiply the linears by it; H becomes that of x / s."""
-        s = self.divide_norm(source.name, s) if source.num_rows == 0 else self.divide_rows(source, s)
+        s = self.divide_norm(source.name, s) if source.is_norm else self.divide_rows(source, s)
         s_K = source.spread(s)
         self.columns |= dict.fromkeys(inputs.names, s_K)
         inputs.H_KK /= s_K[:, None] * s_K
@@ -96,7 +97,7 @@ class Scaling:
     def divide_rows(self, source: Source, s: Tensor) -> Tensor:
         linear: Any = self.layer.module.get_submodule(source.name)
         divisor = torch.ones(linear.weight.shape[0], device=s.device)
-        divisor[-source.num_rows :] = s
+        divisor[-source.size :] = s
         self.rows[source.name] = divisor
         if linear.bias is not None:
             linear.bias.copy_(linear.bias.float() / divisor)
@@ -120,22 +121,23 @@ def scale_layer(layer: Layer, names: set[str], group_size: int) -> Scaling:
     scaling = Scaling(layer)
     for inputs in layer.inputs:
         source = find_source(layer.module, inputs)
-        if source is not None and names.issuperset(inputs.names) and (not source.num_rows or source.name in names):
+        if source is not None and names.issuperset(inputs.names) and (source.is_norm or source.name in names):
             scaling.scale(inputs, source, search(scaling, inputs, source, group_size))
     return scaling
 
 
 def find_source(layer: nn.Module, inputs: Inputs) -> Source | None:
     """What makes the input, if that is known to be linear in it."""
+    K = len(inputs.mean_K)
     if inputs.norm:
-        return Source(inputs.norm)
+        return Source(inputs.norm, K, is_norm=True)
     parent, _, last = inputs.names[0].rpartition(".")
     block: Any = layer.get_submodule(parent)
-    children, K = dict(block.named_children()), len(inputs.mean_K)
+    children = dict(block.named_children())
     if last == "o_proj" and set(children) <= ATTENTION:
         name = "v_proj" if "v_proj" in children else "qkv_proj"
-        num_rows = block.config.num_key_value_heads * block.head_dim
-        return Source(f"{parent}.{name}", num_rows, block.head_dim, K // num_rows)
+        size = block.config.num_key_value_heads * block.head_dim
+        return Source(f"{parent}.{name}", size, False, block.head_dim, K // size)
     if last == "down_proj" and set(children) <= MLP and not set(children).isdisjoint(GATES):
         name = "up_proj" if "up_proj" in children else "gate_up_proj"
         return Source(f"{parent}.{name}", K)
