@@ -310,10 +310,12 @@ def export(fields: ExportFields = None) -> None:
 
     config = make_config(ExportConfig, given(fields), "command line")
     quiet_libraries()
-    need_package("gguf", "gguf")
-    from onecard.export.gguf import export_gguf
-
-    print("\n".join(export_gguf(config).lines()))
+    if config.format == "gguf":
+        need_package("gguf", "gguf")
+        from onecard.export.gguf import export_gguf as run
+    else:
+        from onecard.export.calibrated import export_calibrated as run
+    print("\n".join(run(config).lines()))
 
 
 def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:

@@ -71,18 +71,41 @@ class DataConfig(Strict):
     on_bad_rows: Literal["error", "skip"] = "error"
 
 
-class ExportConfig(QuantConfig):
-    """A file for another tool, of a model with or without an adapter. quant_type etc. say what training used."""
+class CalibrationConfig(Strict):
+    """How GPTQ and AWQ are run on the user's own data."""
 
-    format: Literal["gguf"] = Field(description="gguf: llama.cpp, Ollama, LM Studio")
+    num_rows: int = Field(128, ge=1, description="gptq, awq: packed rows of examples that are run")
+    max_seq_length: int = Field(1024, ge=8, description="gptq, awq: tokens a row")
+    group_size: Literal[128, 64, 32] = Field(
+        128, description="gptq, awq: weights that share a scale; less where a width is not a multiple of it"
+    )
+    sym: bool = Field(True, description="gptq: levels on both sides of zero alike, as most kernels need")
+    desc_act: bool = Field(False, description="gptq: inputs of large activations first; slower to read")
+    damp_percent: float = Field(0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it")
+    device: str = Field("auto", description="gptq, awq: where a decoder layer is run: auto, cpu, cuda or cuda:N")
+
+
+class ExportConfig(QuantConfig, CalibrationConfig):
+    """A model with or without an adapter in another tool's format. quant_type etc. say what training used."""
+
+    format: Literal["gguf", "gptq", "awq"] = Field(
+        description="gguf: llama.cpp, Ollama, LM Studio; gptq, awq: vLLM and transformers"
+    )
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
     adapter: str | None = Field(None, description="folder of a trained adapter")
-    output: str = Field(description="new folder; a name that ends in .gguf is a new file")
-    base: Literal["dequantized", "original"] = Field(
-        "dequantized", description="what the adapter is merged into: what training saw, or the checkpoint's own weights"
+    output: str = Field(description="new folder; gguf: a name that ends in .gguf is a new file")
+    base: Literal["dequantized", "original"] | None = Field(
+        None, description="what the adapter is merged into: what training saw (by itself), or the original weights"
     )
     outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field("bf16", description="gguf: how matrices are stored")
     adapter_only: bool = Field(False, description="gguf: the adapter as a LoRA file of its own, in float32")
+    data: str | None = Field(None, description="gptq, awq: data file to calibrate on, best that of the training")
+
+    @model_validator(mode="after")
+    def _calibrated_on_data(self) -> ExportConfig:
+        if self.format != "gguf" and self.data is None:
+            raise ValueError("gptq and awq are calibrated on your data: give data")
+        return self
 
 
 class PlanConfig(QuantConfig, LoraSettings):

@@ -130,14 +130,13 @@ class Merged:
         return ops.quantize_4bit(read_tensor(info), quant.quant_type, quant.blocksize, quant.double_quant, name)
 
 
-def open_merged(
-    model: str, adapter: str | None, base: Base = "dequantized", quant: QuantConfig | None = None
-) -> Merged:
+def open_merged(model: str, adapter: str | None, base: Base | None = None, quant: QuantConfig | None = None) -> Merged:
     """The checkpoint that `model` and a trained adapter, or none, make together.
 
     Args:
         model: the checkpoint that the adapter was trained on, in 16 bits or in bitsandbytes' 4-bit format.
-        base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights.
+        base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights; None: what training
+            saw, or without an adapter the checkpoint itself.
         quant: how training stored a 16-bit base; the defaults if not given.
 
     Raises:
@@ -145,6 +144,7 @@ def open_merged(
             of a checkpoint that has none.
     """
     checkpoint = inspect_checkpoint(find_checkpoint(model))
+    base = base or ("dequantized" if adapter is not None or checkpoint.is_4bit else "original")
     if checkpoint.is_4bit and base == "original":
         found = "a checkpoint in 4 bits"
         raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
@@ -185,7 +185,7 @@ def common_dtype(shapes: Shapes) -> str:
     return Counter(dtype for dtype, _ in shapes.values() if dtype in DTYPES).most_common(1)[0][0]
 
 
-def merge(model: str, adapter: str, output: str, base: Base = "dequantized", quant: QuantConfig | None = None) -> Path:
+def merge(model: str, adapter: str, output: str, base: Base | None = None, quant: QuantConfig | None = None) -> Path:
     """Write a 16-bit checkpoint with the adapter in it; its folder. Arguments and errors are open_merged's.
 
     Raises:
