@@ -27,6 +27,7 @@ from onecard.errors import UserError
 from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint, read_json
 from onecard.hf.load import find_checkpoint
+from onecard.hf.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.memory.plan import read_model
@@ -138,11 +139,11 @@ def open_merged(
     Args:
         model: the checkpoint that the adapter was trained on, in 16 bits or in bitsandbytes' 4-bit format.
         base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights.
-        quant: how training stored a 16-bit base; the defaults if not given.
+        quant: how training stored a 16-bit base; if not given, as the adapter's folder says, or the defaults.
 
     Raises:
-        UserError: an adapter that does not belong to the model or is of a kind not known here; the original weights
-            of a checkpoint that has none.
+        UserError: an adapter that does not belong to the model, was trained over another quantization or is of a
+            kind not known here; the original weights of a checkpoint that has none.
     """
     checkpoint = inspect_checkpoint(find_checkpoint(model))
     if checkpoint.is_4bit and base == "original":
@@ -151,14 +152,31 @@ def open_merged(
     tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
     shapes = stored_shapes(checkpoint)
     check_belongs(tuned, shapes, checkpoint.folder)
-    rounded = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"}
-    if base == "dequantized" and not checkpoint.is_4bit:
-        rounded = set(read_model(checkpoint).linears) & set(shapes)
+    linears = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"}
+    if not checkpoint.is_4bit:
+        linears = set(read_model(checkpoint).linears) & set(shapes)
+    quant = trained_over(checkpoint, linears, adapter, quant)
+    rounded = linears if base == "dequantized" else set()
     full, config = saved_tensors(tuned, checkpoint, shapes)
     for name, tensor in full.items():
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
         shapes[name] = (dtype, tuple(tensor.shape))
-    return Merged(checkpoint, tuned, quant or QuantConfig(), config, shapes, rounded, full)
+    return Merged(checkpoint, tuned, quant, config, shapes, rounded, full)
+
+
+def trained_over(
+    checkpoint: Checkpoint, linears: set[str], adapter: str | None, quant: QuantConfig | None
+) -> QuantConfig:
+    """How the adapter met the base. Raises UserError if that, or the base, is not what its folder says."""
+    fields = {} if quant is None else quant.model_dump()
+    if checkpoint.is_4bit:
+        state = read_4bit(checkpoint, min(linears))[1]
+        fields |= {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
+    found, origin = stored_as(adapter, fields), read_origin(adapter) if adapter is not None else None
+    if origin is not None and adapter is not None:
+        sample = sample_base(checkpoint, linears, found.quant_type, found.blocksize)
+        check_sample(sample, origin, adapter, checkpoint.folder)
+    return found
 
 
 def stored_shapes(checkpoint: Checkpoint) -> Shapes:

@@ -74,14 +74,20 @@ class Streamer:
 
 
 def with_adapter(model: Any, adapter: str | None) -> Any:
-    """The model with a peft adapter folder on it; a missing or unknown tensor is an error."""
+    """The model with a peft adapter folder on it.
+
+    Raises:
+        UserError: a missing or unknown tensor; a base other than the one that onecard trained the adapter on.
+    """
     if adapter is None:
         return model
     from peft import PeftConfig, PeftModel
     from safetensors import safe_open
 
+    from onecard.hf.origin import check_origin
     from onecard.nn.lora import register_fused
 
+    check_origin(model, adapter)
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(
