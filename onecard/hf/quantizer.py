@@ -319,7 +319,6 @@ class OnecardQuantizer(HfQuantizer):
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate ask for it
         return model
 
-
     def tell_how_stored(self, model: PreTrainedModel) -> None:
         """A checkpoint in 4 bits keeps its own type, blocks and nesting: let the model's config say so."""
         state = next((m.state for m in model.modules() if isinstance(m, Linear4bit)), None)

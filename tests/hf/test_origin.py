@@ -16,7 +16,6 @@ from onecard.export.quantized import quantize_checkpoint
 from onecard.hf.origin import FILE, read_origin, stored_as
 from onecard.infer.generate import with_adapter
 from onecard.train.session import run_training
-from tests.conftest import make_checkpoint
 
 STORED = {"quant_type": "fp4", "blocksize": 128, "double_quant": False}
 
