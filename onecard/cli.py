@@ -37,7 +37,6 @@ else:
     QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
     ExportFields = Annotated[partial(ExportConfig) | None, Parameter(name="*")]
     PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
-ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def given(flags: Any) -> dict[str, Any]:
@@ -169,7 +168,7 @@ def generate(
     adapter: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    compute_dtype: ComputeDtype = "auto",
+    quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Answer one prompt, streaming.
@@ -184,7 +183,7 @@ def generate(
     from onecard.data.template import prompt_ids
     from onecard.infer.generate import generate as run
 
-    loaded, tokenizer = load(model, adapter, compute_dtype, device)
+    loaded, tokenizer = load(model, adapter, quant, device)
     ids = prompt_ids([{"role": "user", "content": prompt}], tokenizer)
     run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(text, end="", flush=True))
     print()
@@ -196,7 +195,7 @@ def chat(
     adapter: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.7,
-    compute_dtype: ComputeDtype = "auto",
+    quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Talk with a model in the terminal.
@@ -208,7 +207,7 @@ def chat(
     """
     from onecard.infer.chat import chat as run
 
-    loaded, tokenizer = load(model, adapter, compute_dtype, device)
+    loaded, tokenizer = load(model, adapter, quant, device)
     run(loaded, tokenizer, make_console(), max_new_tokens, temperature)
 
 
@@ -219,7 +218,7 @@ def evaluate(
     adapter: str | None = None,
     fields: DataFields = None,
     *,
-    compute_dtype: ComputeDtype = "auto",
+    quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Loss and perplexity of a data file's supervised tokens.
@@ -238,7 +237,7 @@ def evaluate(
 
     config = make_config(DataConfig, given(fields), "command line")
     dataset = load_dataset(data, load_tokenizer(model), config)
-    loaded, _ = load(model, adapter, compute_dtype, device)
+    loaded, _ = load(model, adapter, quant, device)
     loss = run(loaded, dataset)
     print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
 
@@ -249,9 +248,11 @@ def merge(
     adapter: str,
     output: str,
     *,
-    base: Literal["dequantized", "original"] = "dequantized",
+    base: Literal["dequantized", "original"] | None = None,
     verify: str | None = None,
+    requantize: Literal["nf4", "fp4"] | None = None,
     quant: QuantFields = None,
+    device: str = "cpu",
 ) -> None:
     """Merge an adapter into a 16-bit checkpoint, streaming: memory for about one tensor.
 
@@ -260,28 +261,44 @@ def merge(
     model: Checkpoint that the adapter was trained on.
     adapter: Folder of the trained adapter.
     output: New folder for the merged checkpoint.
-    base: dequantized: what training saw, the nearest to the live adapter; original: the checkpoint's own weights.
-    verify: Data file on which the merged model is compared with the live adapter.
+    base: dequantized (default): what training saw, the nearest to the live adapter; original: the checkpoint's own
+        weights. With --verify and no --base, both are tried and the better one is kept.
+    verify: Data file on whose first examples the result is compared with the live adapter.
+    requantize: Store the result in 4 bits again, which takes off part of the update; how much is left is told.
+    device: Where --verify computes.
     """
-    from onecard.export.merged import merge as run
+    from onecard.hf.origin import read_origin, stored_as
 
-    config = make_config(QuantConfig, given(quant), "command line")
     quiet_libraries()
-    folder = run(model, adapter, output, base, config)
-    print(f"merged   {folder}  (16-bit, {base} base)")
+    config = stored_as(adapter, given(quant))
+    if read_origin(adapter) is None:
+        print(
+            f"no onecard.json beside the adapter: its base is taken as {config.quant_type}, {config.blocksize} a block"
+        )
+    small = None if requantize is None else config.model_copy(update={"quant_type": requantize})
+    share = None
     if verify is not None:
         from onecard.data.dataset import load_dataset
-        from onecard.export.verify import compare
-        from onecard.hf.load import load_model, load_tokenizer
+        from onecard.export.verify import bases_of, merge_verified
+        from onecard.hf.load import load_tokenizer
 
         dataset = load_dataset(verify, load_tokenizer(model), make_config(DataConfig, {}, "merge"))
-        live = load_model(model, config.quant_type, config.blocksize, config.double_quant, device="cpu")
-        found = compare(live, adapter, str(folder), dataset)
-        print(
-            f"verified off by {found.difference:.2%} of the adapter's effect; same likeliest token at "
-            f"{found.argmax:.2%}; loss {found.loss_merged:.4f}, live adapter {found.loss_live:.4f}"
-        )
-    print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + str(folder))
+        bases = [base] if base is not None else bases_of(model, small)
+        found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
+        print("\n".join(found.table()))
+        base, share = found.kept, found.weights_kept
+    elif small is not None:
+        from onecard.export.quantized import requantize as run
+
+        _, share = run(model, adapter, output, small, base or "dequantized", config)
+    else:
+        from onecard.export.merged import merge as run
+
+        run(model, adapter, output, base or "dequantized", config)
+    print(f"merged   {output}  ({requantize or '16-bit'}, {base or 'dequantized'} base)")
+    if share is not None:
+        print(f"kept     {share:.1%} of the adapter's update in the weights; the rest was rounded away")
+    print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + output)
 
 
 @app.command
@@ -318,14 +335,16 @@ def export(fields: ExportFields = None) -> None:
     print("\n".join(run(config).lines()))
 
 
-def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:
-    """A 4-bit model with its adapter, and the tokenizer."""
+def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
+    """A 4-bit model, stored as its adapter's run had it, with the adapter; and the tokenizer."""
     quiet_libraries()
     from onecard.hf.load import load_model, load_tokenizer
+    from onecard.hf.origin import stored_as
     from onecard.infer.generate import with_adapter
 
+    config = stored_as(adapter, given(quant))
     tokenizer = load_tokenizer(model)
-    return with_adapter(load_model(model, compute_dtype=compute_dtype, device=device), adapter), tokenizer
+    return with_adapter(load_model(model, **config.model_dump(), device=device), adapter), tokenizer
 
 
 def make_console() -> Any:

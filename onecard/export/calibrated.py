@@ -19,6 +19,7 @@ from onecard.export.folder import DTYPES, check_room, new_folder, write_others
 from onecard.export.merged import Merged, Shapes, open_merged
 from onecard.hf.checkpoint import DTYPE_BITS
 from onecard.hf.load import load_tokenizer, pick_device
+from onecard.hf.origin import STORED, stored_as
 from onecard.hf.writer import TensorFile
 
 METHODS: dict[str, Any] = {"gptq": gptq, "awq": awq}
@@ -54,7 +55,8 @@ def export_calibrated(config: ExportConfig) -> Exported:
     """
     method, target = METHODS[config.format], Path(config.output)
     device = pick_device(config.device)
-    merged = open_merged(config.model, config.adapter, config.base, config)
+    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
+    merged = open_merged(config.model, config.adapter, config.base, quant)
     skeleton, layers = meta_decoder(merged)
     linears = {f"{n}.{k}": m for n, layer in layers.items() for k, m in layer.named_modules() if is_linear(m)}
     config = config.model_copy(update={"group_size": pick_group_size(linears, config.group_size)})

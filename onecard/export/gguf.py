@@ -33,6 +33,7 @@ from onecard.export.modelfile import modelfile
 from onecard.export.vocabulary import add_vocabulary
 from onecard.hf.checkpoint import read_json
 from onecard.hf.load import load_tokenizer
+from onecard.hf.origin import STORED, stored_as
 
 KINDS = {"bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
 FILE_TYPES = {
@@ -94,7 +95,8 @@ def export_gguf(config: ExportConfig) -> Exported:
             range; no room on the disk; an output that exists; and open_merged's.
     """
     target = Path(config.output)
-    merged = open_merged(config.model, config.adapter, config.base, config)
+    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
+    merged = open_merged(config.model, config.adapter, config.base, quant)
     if target.suffix == ".gguf":
         text, recipe = target.name, target.with_suffix(".Modelfile")
         with new_file(recipe) as second, new_file(target) as first:

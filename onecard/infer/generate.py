@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,14 +75,20 @@ class Streamer:
 
 
 def with_adapter(model: Any, adapter: str | None) -> Any:
-    """The model with a peft adapter folder on it; a missing or unknown tensor is an error."""
+    """The model with a peft adapter folder on it.
+
+    Raises:
+        UserError: a missing or unknown tensor; a base other than the one that onecard trained the adapter on.
+    """
     if adapter is None:
         return model
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
+    from onecard.hf.origin import check_origin
     from onecard.nn.lora import register_fused
 
+    check_origin(model, adapter)
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(
@@ -90,12 +97,14 @@ def with_adapter(model: Any, adapter: str | None) -> Any:
             "pass the run's adapter/ folder",
             adapter,
         )
-    config = register_fused(PeftConfig.from_pretrained(adapter))
-    tuned = PeftModel.from_pretrained(model, adapter, config=config)
     with safe_open(weights, "pt") as file:
         stored = set(file.keys())
-    from peft import get_peft_model_state_dict
-
+        embeddings = [key for key in stored if re.search(r"embed_tokens(\.token_adapter\.base_layer)?\.weight$", key)]
+        num_rows = max((file.get_slice(key).get_shape()[0] for key in embeddings), default=0)
+    if num_rows > model.get_input_embeddings().weight.shape[0]:  # tokens that training added
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    config = register_fused(PeftConfig.from_pretrained(adapter))
+    tuned = PeftModel.from_pretrained(model, adapter, config=config)
     expected = set(get_peft_model_state_dict(tuned))
     if stored != expected:
         wrong = sorted(stored ^ expected)
