@@ -301,7 +301,7 @@ def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tu
     """A 4-bit model with its adapter, and the tokenizer."""
     quiet_libraries()
     from onecard.hf.load import load_model, load_tokenizer
-    from onecard.infer.generate import with_adapter
+    from onecard.infer.adapters import with_adapter
 
     tokenizer = load_tokenizer(model)
     return with_adapter(load_model(model, compute_dtype=compute_dtype, device=device), adapter), tokenizer

@@ -71,12 +71,37 @@ class DataConfig(Strict):
     on_bad_rows: Literal["error", "skip"] = "error"
 
 
+class SamplingConfig(Strict):
+    """How the next token is drawn."""
+
+    temperature: float = Field(0.0, ge=0, le=2, description="0 takes the likeliest token")
+    top_p: float | None = Field(None, gt=0, le=1, description="default: the checkpoint's generation config")
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64, description="default: another each time")
+    stop: tuple[str, ...] = Field((), description="texts that end an answer; they are not part of it")
+
+
 class PlanConfig(QuantConfig, LoraSettings):
     """What a run's memory depends on."""
 
     max_seq_length: int = Field(1024, ge=8, description="tokens a row")
     per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
     gradient_checkpointing: bool = Field(True, description="recompute activations, as train does where it must")
+
+
+class ServeConfig(Strict):
+    """A server of OpenAI's API."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; any but this machine's own needs an api_key")
+    port: int = Field(8000, ge=0, le=65535)
+    api_key: str | None = Field(None, min_length=1, description="token that requests must carry")
+    allowed_hosts: list[str] = Field(
+        default_factory=list, description="names in the Host header besides this machine's own, for a proxy before it"
+    )
+    max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; default: the model's")
+    max_num_seqs: int = Field(8, ge=1, description="requests answered at a time, a token each in turn")
+    max_queued: int = Field(64, ge=1, description="requests that wait; more are turned away")
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+    client_timeout_seconds: float = Field(60, gt=0, description="for a client that neither sends nor reads")
 
 
 class TrainConfig(QuantConfig, LoraSettings, DataConfig):

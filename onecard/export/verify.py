@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from onecard.data.dataset import Dataset
-from onecard.infer.generate import with_adapter
+from onecard.infer.adapters import with_adapter
 from onecard.train.loss import IGNORE
 
 

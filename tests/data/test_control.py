@@ -1,7 +1,7 @@
 """Exact: a control token that a person spells stays text, for tokenizers of three families; the rest is untouched."""
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from onecard.data.control import specials_of
