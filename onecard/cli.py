@@ -12,6 +12,7 @@ from onecard.config import (
     DataConfig,
     PlanConfig,
     QuantConfig,
+    ServeConfig,
     TrainConfig,
     make_config,
     parse_bytes,
@@ -29,10 +30,11 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = ServeFields = Any
 else:
     TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
     DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
+    ServeFields = Annotated[partial(ServeConfig) | None, Parameter(name="*")]
     QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
     PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -204,6 +206,33 @@ def chat(
 
     loaded, tokenizer = load(model, adapter, compute_dtype, device)
     run(loaded, tokenizer, make_console(), max_new_tokens, temperature)
+
+
+@app.command
+def serve(
+    model: str,
+    adapter: list[str] | None = None,
+    fields: ServeFields = None,
+    *,
+    compute_dtype: ComputeDtype = "auto",
+    device: str = "auto",
+) -> None:
+    """Answer OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, with streaming.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id.
+    adapter: Folder of a trained adapter, or NAME=FOLDER; NAME is the model that requests ask for. May be repeated.
+    """
+    given_fields = {"api_key": os.environ.get("ONECARD_API_KEY"), **given(fields)}
+    config = make_config(ServeConfig, given_fields, "serve")
+    try:
+        from onecard.infer.server import serve as run
+    except ImportError as error:
+        raise UserError("serving needs fastapi and uvicorn", str(error), "pip install 'onecard[serve]'") from None
+
+    loaded, tokenizer = load(model, None, compute_dtype, device)
+    run(loaded, tokenizer, model, adapter or [], config, print)
 
 
 @app.command(name="eval")

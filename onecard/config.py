@@ -6,6 +6,7 @@ A YAML file and the command line's flags fill the same fields; an unknown key is
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Any, Literal, Optional, TypeVar
@@ -103,6 +104,12 @@ class ServeConfig(Strict):
     max_body_bytes: int = Field(1 << 20, ge=1024)
     client_timeout_seconds: float = Field(60, gt=0, description="for a client that neither sends nor reads")
 
+    @model_validator(mode="after")
+    def _open_only_with_a_token(self) -> ServeConfig:
+        if self.api_key is None and not is_loopback(self.host):
+            raise ValueError(f"host {self.host} is reached by others: pass --api-key, or set ONECARD_API_KEY")
+        return self
+
 
 class TrainConfig(QuantConfig, LoraSettings, DataConfig):
     """One training run."""
@@ -159,6 +166,14 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
         if self.eval_data is not None and self.validation_split > 0:
             raise ValueError("give eval_data or validation_split, not both")
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def partial(kind: type[BaseModel]) -> type[BaseModel]:

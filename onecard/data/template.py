@@ -93,7 +93,7 @@ def encode_pair(prompt: str, completion: str, tokenizer: Any, where: str) -> tup
     return before + learned, [IGNORE] * len(before) + learned
 
 
-def text_ids(text: str, tokenizer: Any, where: str) -> list[int]:
+def text_ids(text: str, tokenizer: Any, where: str = "prompt") -> list[int]:
     """Tokens of a text that no template wraps, with the BOS that the tokenizer writes; all of it stays text."""
     return bos(tokenizer) + encode_text(as_text(text, tokenizer), tokenizer, where)[0]
 
@@ -289,7 +289,7 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
     A tokenizer without a chat template gets the last message's text as it is.
     """
     if not tokenizer.chat_template:
-        return text_ids(messages[-1]["content"], tokenizer, "prompt")
+        return text_ids(messages[-1]["content"], tokenizer)
     asked = (len(messages), True)
     text = Renderings(messages_as_text(messages, tokenizer), tokenizer, "prompt", wanted=[asked]).text(*asked)
     return missing_bos(text, tokenizer) + encode_text(text, tokenizer, "prompt")[0]

@@ -9,36 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 from contextlib import suppress
 from typing import Any
 
 from starlette.responses import JSONResponse
 
-from onecard.config import ServeConfig
-from onecard.errors import UserError
+from onecard.config import ServeConfig, is_loopback
 from onecard.infer.protocol import ApiError
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches the address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def check_exposure(config: ServeConfig) -> None:
-    """Raise UserError for an address that others reach without a token that they must know."""
-    if not is_loopback(config.host) and config.api_key is None:
-        raise UserError(
-            "an address that others can reach needs a token",
-            f"host {config.host} and no api key",
-            "pass --api-key or set ONECARD_API_KEY, or listen on 127.0.0.1",
-            "serve",
-        )
 
 
 class Guard:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -22,8 +23,9 @@ from starlette.types import Receive, Scope, Send
 from onecard.config import ServeConfig
 from onecard.data.template import prompt_ids, text_ids
 from onecard.errors import UserError
+from onecard.infer.adapters import with_adapter
 from onecard.infer.engine import Engine, Piece, Work
-from onecard.infer.guard import Guard, check_exposure
+from onecard.infer.guard import Guard
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -55,9 +57,10 @@ class Service:
                 if len(prompt) > 1:
                     raise ApiError(400, "one prompt a request is supported", "prompt", "unsupported_value")
                 prompt = prompt[0]
-            ids = text_ids(prompt, self.tokenizer, "prompt") if isinstance(prompt, str) else prompt
+            ids = text_ids(prompt, self.tokenizer) if isinstance(prompt, str) else prompt
         except UserError as error:
-            raise ApiError(400, f"{error.must}; found: {error.found}", "messages", "invalid_value") from None
+            param = "messages" if isinstance(request, ChatRequest) else "prompt"
+            raise ApiError(400, f"{error.must}; found: {error.found}", param, "invalid_value") from None
         if not ids or not all(0 <= token < self.vocab_size for token in ids):
             raise ApiError(400, "a prompt must have tokens, all of the vocabulary", "prompt", "invalid_value")
         return ids
@@ -203,8 +206,6 @@ def make_app(service: Service) -> FastAPI:
 
 
 def make_server(model: Any, tokenizer: Any, models: dict[str, str | None], config: ServeConfig) -> uvicorn.Server:
-    """A server that is ready to run. Raises UserError for an open address without a token."""
-    check_exposure(config)
     app = make_app(Service(model, tokenizer, models, config))
     settings = uvicorn.Config(
         app,
@@ -216,3 +217,26 @@ def make_server(model: Any, tokenizer: Any, models: dict[str, str | None], confi
         ws="none",
     )
     return uvicorn.Server(settings)
+
+
+def serve(
+    model: Any, tokenizer: Any, name: str, adapters: list[str], config: ServeConfig, say: Callable[[str], None]
+) -> None:
+    """Load the adapters, say where the server is, and run it until Ctrl-C.
+
+    Args:
+        name: the checkpoint's folder or hub id; its last part is what requests call the base.
+        adapters: FOLDER or NAME=FOLDER.
+    """
+    models: dict[str, str | None] = {Path(name).resolve().name if Path(name).exists() else name: None}
+    for i, given in enumerate(adapters):
+        called, _, folder = given.rpartition("=")
+        called = called or Path(folder).resolve().name
+        if called in models:
+            raise UserError("each model needs a name of its own", f"{called!r} twice", "write NAME=FOLDER", "adapter")
+        models[called] = f"adapter_{i}"  # peft's names take no dots
+        model = with_adapter(model, folder, models[called])
+    server = make_server(model, tokenizer, models, config)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    say(f"serving  {', '.join(models)}\nbase_url http://{host}:{config.port}/v1  (Ctrl-C ends)")
+    server.run()
