@@ -94,7 +94,7 @@ class ServeConfig(Strict):
 
     host: str = Field("127.0.0.1", description="address to listen on; any but this machine's own needs an api_key")
     port: int = Field(8000, ge=0, le=65535)
-    api_key: str | None = Field(None, min_length=1, description="token that requests must carry")
+    api_key: str | None = Field(None, pattern="^[!-~]+$", description="token that requests must carry")
     allowed_hosts: list[str] = Field(
         default_factory=list, description="names in the Host header besides this machine's own, for a proxy before it"
     )

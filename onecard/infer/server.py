@@ -170,6 +170,7 @@ def make_app(service: Service) -> FastAPI:
         await asyncio.to_thread(service.close)
 
     app = FastAPI(title="onecard", lifespan=lifespan, openapi_url=None)
+    app.state.service = service
     app.add_middleware(Guard, config=service.config)
 
     @app.exception_handler(ApiError)

@@ -67,7 +67,7 @@ def test_a_template_that_takes_too_much_is_stopped(sandbox):
 
 def test_recursion_without_an_end_is_refused():
     tokenizer = make_tokenizer("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}")
-    with pytest.raises(UserError, match="chat template of .* must accept.*\n.*recursion"):
+    with pytest.raises(UserError, match=r"chat template of .* must accept.*\n.*recursion"):
         prompt_ids(ASKED, tokenizer)
 
 
