@@ -328,6 +328,9 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
 
 def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:
     """A 4-bit model with its adapter, and the tokenizer."""
+    from onecard.data.rendering import sandbox
+
+    sandbox.start()  # takes the second that the libraries take
     quiet_libraries()
     from onecard.hf.load import load_model, load_tokenizer
     from onecard.infer.adapters import with_adapter

@@ -95,7 +95,8 @@ class Sampler:
     def pick(self, tokens: list[int], logits_1V: torch.Tensor) -> int:
         """The token after `tokens`."""
         if self.shape:
-            logits_1V = self.shape(torch.tensor([tokens], device=logits_1V.device), logits_1V)
+            ids: Any = torch.tensor([tokens], device=logits_1V.device)
+            logits_1V = self.shape(ids, logits_1V)
         if self.greedy:
             return int(logits_1V.argmax(-1))
         return int(torch.multinomial(logits_1V.softmax(-1).cpu(), 1, generator=self.generator))

@@ -235,8 +235,8 @@ def serve(
         called = called or Path(folder).resolve().name
         if called in models:
             raise UserError("each model needs a name of its own", f"{called!r} twice", "write NAME=FOLDER", "adapter")
-        models[called] = f"adapter_{i}"  # peft's names take no dots
-        model = with_adapter(model, folder, models[called])
+        models[called] = own = f"adapter_{i}"  # peft's names take no dots
+        model = with_adapter(model, folder, own)
     server = make_server(model, tokenizer, models, config)
     host = f"[{config.host}]" if ":" in config.host else config.host
     say(f"serving  {', '.join(models)}\nbase_url http://{host}:{config.port}/v1  (Ctrl-C ends)")
