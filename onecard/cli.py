@@ -13,6 +13,7 @@ from onecard.config import (
     ExportConfig,
     PlanConfig,
     QuantConfig,
+    ServeConfig,
     TrainConfig,
     make_config,
     parse_bytes,
@@ -30,10 +31,11 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = ExportFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = ExportFields = ServeFields = Any
 else:
     TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
     DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
+    ServeFields = Annotated[partial(ServeConfig) | None, Parameter(name="*")]
     QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
     ExportFields = Annotated[partial(ExportConfig) | None, Parameter(name="*")]
     PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
@@ -211,6 +213,34 @@ def chat(
     run(loaded, tokenizer, make_console(), max_new_tokens, temperature)
 
 
+@app.command
+def serve(
+    model: str,
+    adapter: list[str] | None = None,
+    fields: ServeFields = None,
+    *,
+    quant: QuantFields = None,
+    device: str = "auto",
+) -> None:
+    """Answer OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, with streaming.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id.
+    adapter: Folder of a trained adapter, or NAME=FOLDER; NAME is the model that requests ask for. May be repeated.
+    """
+    given_fields = {"api_key": os.environ.get("ONECARD_API_KEY"), **given(fields)}
+    config = make_config(ServeConfig, given_fields, "serve")
+    try:
+        from onecard.infer.server import serve as run
+    except ImportError as error:
+        raise UserError("serving needs fastapi and uvicorn", str(error), "pip install 'onecard[serve]'") from None
+
+    first = adapter[0].rpartition("=")[2] if adapter else None
+    loaded, tokenizer = load_base(model, first, quant, device)
+    run(loaded, tokenizer, model, adapter or [], config, print)
+
+
 @app.command(name="eval")
 def evaluate(
     model: str,
@@ -336,15 +366,24 @@ def export(fields: ExportFields = None) -> None:
 
 
 def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
-    """A 4-bit model, stored as its adapter's run had it, with the adapter; and the tokenizer."""
+    """A 4-bit model with its adapter, and the tokenizer."""
+    from onecard.infer.adapters import with_adapter
+
+    base, tokenizer = load_base(model, adapter, quant, device)
+    return with_adapter(base, adapter), tokenizer
+
+
+def load_base(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
+    """A 4-bit model, stored as the adapter's run had it, and the tokenizer."""
+    from onecard.data.rendering import sandbox
+
+    sandbox.start()  # takes the second that the libraries take
     quiet_libraries()
     from onecard.hf.load import load_model, load_tokenizer
     from onecard.hf.origin import stored_as
-    from onecard.infer.generate import with_adapter
 
     config = stored_as(adapter, given(quant))
-    tokenizer = load_tokenizer(model)
-    return with_adapter(load_model(model, **config.model_dump(), device=device), adapter), tokenizer
+    return load_model(model, **config.model_dump(), device=device), load_tokenizer(model)
 
 
 def make_console() -> Any:

@@ -33,7 +33,7 @@ from onecard.export.quantized import check_type, write_quantized
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, load_model
-from onecard.infer.generate import with_adapter
+from onecard.infer.adapters import with_adapter
 from onecard.nn.embedding import Head, cast_output
 from onecard.train.loop import choose_loss
 from onecard.train.loss import packed_loss, supervised

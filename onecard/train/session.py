@@ -288,6 +288,7 @@ def measure(result: Result, prepared: Prepared, when: str, extra: Any, cache: Pa
     if prepared.validation:
         found["loss"] = evaluate(result.model, prepared.validation)
     answers = []
+    result.model.eval()  # no dropout in the samples; the loop sets it to train
     for prompt in sample_prompts(prepared):
         ids = prompt_ids([{"role": "user", "content": prompt}], prepared.tokenizer)
         answers.append((prompt, generate(result.model, prepared.tokenizer, ids, SAMPLE_TOKENS)))

@@ -15,7 +15,7 @@ from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.merged import merge, open_merged
 from onecard.export.quantized import quantize_checkpoint
-from onecard.infer.generate import with_adapter
+from onecard.infer.adapters import with_adapter
 from onecard.nn.lora import register_fused
 from tests.conftest import make_checkpoint
 

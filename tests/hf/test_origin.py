@@ -14,7 +14,7 @@ from onecard.errors import UserError
 from onecard.export.merged import open_merged
 from onecard.export.quantized import quantize_checkpoint
 from onecard.hf.origin import FILE, read_origin, stored_as
-from onecard.infer.generate import with_adapter
+from onecard.infer.adapters import with_adapter
 from onecard.train.session import run_training
 
 STORED = {"quant_type": "fp4", "blocksize": 128, "double_quant": False}
