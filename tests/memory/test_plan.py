@@ -6,7 +6,8 @@ import torch
 import onecard
 from onecard.config import parse_bytes
 from onecard.errors import UserError
-from onecard.memory.plan import known_config, meta_model, plan
+from onecard.memory.model import known_config, meta_model
+from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
 
 BILLIONS = {
