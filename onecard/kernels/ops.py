@@ -214,7 +214,7 @@ def _compute_qlora_linear(
     else:
         y_MN = x_MK @ dequantize_to_scratch(*weight, shape, work).T
         if lora is not None:
-            y_MN.addmm_(lora[0], lora_B_NR.to(work).T, alpha=scaling)
+            y_MN.addmm_(lora[0], lora[1].to(work).T, alpha=scaling)
     if bias is not None:
         y_MN += bias.to(y_MN.dtype)
     return y_MN.view(*x.shape[:-1], N).to(x.dtype), x.new_empty(0) if lora is None else lora[0]

@@ -11,7 +11,7 @@ allocates before it writes, so a step that ran out of memory goes on from the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class AdamW(torch.optim.Optimizer):
             found += [(some, group) for some in kinds if some]
         return found
 
-    def in_8bit(self, p: torch.nn.Parameter) -> bool:
+    def in_8bit(self, p: Tensor) -> bool:
         """Whether a parameter's states are in 8 bits."""
         return self.state_bits == 8 and p.numel() >= SMALL
 
@@ -110,7 +110,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def update(
-    params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float,
+    params: Sequence[Tensor], grads: Sequence[Any], states: Sequence[dict[str, Tensor]], lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """One update of all parameters, in place, their states too; no device is waited for."""
