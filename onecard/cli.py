@@ -232,7 +232,7 @@ def serve(
         raise UserError("serving needs fastapi and uvicorn", str(error), "pip install 'onecard[serve]'") from None
 
     loaded, tokenizer = load(model, None, compute_dtype, device)
-    run(loaded, tokenizer, model, adapter or [], config, print)
+    run(loaded, tokenizer, model, adapter or [], config)
 
 
 @app.command(name="eval")
