@@ -238,7 +238,7 @@ def serve(
 
     first = adapter[0].rpartition("=")[2] if adapter else None
     loaded, tokenizer = load_base(model, first, quant, device)
-    run(loaded, tokenizer, model, adapter or [], config, print)
+    run(loaded, tokenizer, model, adapter or [], config)
 
 
 @app.command(name="eval")
