@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from onecard.config import CalibrationConfig, DataConfig, QuantConfig
+from onecard.config import CalibrationConfig, DataConfig, QuantConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
@@ -51,14 +51,15 @@ def export_calibrated(
     device = pick_device(config.device)
     merged = open_merged(model, adapter, base or ("original" if adapter is None else "dequantized"), quant)
     skeleton, layers = meta_decoder(merged)
-    linears = {f"{n}.{k}": m for n, layer in layers.items() for k, m in layer.named_modules() if is_linear(m)}
+    linears = linears_of(layers)
     config = config.model_copy(update={"group_size": pick_group_size(linears, config.group_size)})
     fitting = {n: m for n, m in linears.items() if m.out_features % 8 == 0 and m.in_features % config.group_size == 0}
     if not fitting:
         raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", model)
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values()))
-    dataset = load_dataset(data, load_tokenizer(model), DataConfig(max_seq_length=config.max_seq_length))
+    reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
+    dataset = load_dataset(data, load_tokenizer(model), reading)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
@@ -75,17 +76,19 @@ def export_calibrated(
     return target, left_out
 
 
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def linears_of(layers: dict[str, nn.Module]) -> dict[str, nn.Linear]:
+    """All linears of decoder layers, by name in the model."""
+    modules = {f"{name}.{key}": m for name, layer in layers.items() for key, m in layer.named_modules()}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
 
 
-def pick_group_size(linears: dict[str, Any], largest: int) -> int:
+def pick_group_size(linears: dict[str, nn.Linear], largest: int) -> int:
     """The largest group that all linears' widths are multiples of; else the one that most are."""
     sizes = [size for size in GROUP_SIZES if size <= largest]
     return max(sizes, key=lambda size: (sum(m.in_features % size == 0 for m in linears.values()), size))
 
 
-def result_shapes(merged: Merged, linears: dict[str, Any], method: Any, group_size: int) -> Shapes:
+def result_shapes(merged: Merged, linears: dict[str, nn.Linear], method: Any, group_size: int) -> Shapes:
     """The dtype and shape of every tensor of the result."""
     found: Shapes = {}
     for name, (dtype, shape) in merged.shapes.items():
