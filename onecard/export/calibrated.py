@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from onecard.config import DataConfig, ExportConfig
+from onecard.config import DataConfig, ExportConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
@@ -58,7 +58,7 @@ def export_calibrated(config: ExportConfig) -> Exported:
     quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
     merged = open_merged(config.model, config.adapter, config.base, quant)
     skeleton, layers = meta_decoder(merged)
-    linears = {f"{n}.{k}": m for n, layer in layers.items() for k, m in layer.named_modules() if is_linear(m)}
+    linears = linears_of(layers)
     config = config.model_copy(update={"group_size": pick_group_size(linears, config.group_size)})
     fitting = {n: m for n, m in linears.items() if m.out_features % 8 == 0 and m.in_features % config.group_size == 0}
     if not fitting:
@@ -66,8 +66,8 @@ def export_calibrated(config: ExportConfig) -> Exported:
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values()))
     assert config.data is not None, "checked in config.py"
-    data = DataConfig(max_seq_length=config.max_seq_length)
-    dataset = load_dataset(config.data, load_tokenizer(config.model), data)
+    reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
+    dataset = load_dataset(config.data, load_tokenizer(config.model), reading)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
@@ -84,17 +84,19 @@ def export_calibrated(config: ExportConfig) -> Exported:
     return Exported(target, config.format, left_out)
 
 
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def linears_of(layers: dict[str, nn.Module]) -> dict[str, nn.Linear]:
+    """All linears of decoder layers, by name in the model."""
+    modules = {f"{name}.{key}": m for name, layer in layers.items() for key, m in layer.named_modules()}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
 
 
-def pick_group_size(linears: dict[str, Any], largest: int) -> int:
+def pick_group_size(linears: dict[str, nn.Linear], largest: int) -> int:
     """The largest group that all linears' widths are multiples of; else the one that most are."""
     sizes = [size for size in GROUP_SIZES if size <= largest]
     return max(sizes, key=lambda size: (sum(m.in_features % size == 0 for m in linears.values()), size))
 
 
-def result_shapes(merged: Merged, linears: dict[str, Any], method: Any, group_size: int) -> Shapes:
+def result_shapes(merged: Merged, linears: dict[str, nn.Linear], method: Any, group_size: int) -> Shapes:
     """The dtype and shape of every tensor of the result."""
     found: Shapes = {}
     for name, (dtype, shape) in merged.shapes.items():
