@@ -10,7 +10,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from onecard.config import (
     DataConfig,
-    ExportConfig,
+    GgufConfig,
     PlanConfig,
     QuantConfig,
     TrainConfig,
@@ -30,12 +30,12 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = ExportFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = GgufFields = Any
 else:
     TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
     DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
     QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
-    ExportFields = Annotated[partial(ExportConfig) | None, Parameter(name="*")]
+    GgufFields = Annotated[partial(GgufConfig) | None, Parameter(name="*")]
     PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -300,16 +300,35 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
 
 
 @app.command
-def export(fields: ExportFields = None) -> None:
-    """Write a model, merged with an adapter if there is one, in another tool's format, streaming."""
+def export(
+    model: str,
+    output: str,
+    *,
+    format: Literal["gguf"],
+    adapter: str | None = None,
+    base: Literal["dequantized", "original"] = "dequantized",
+    quant: QuantFields = None,
+    fields: GgufFields = None,
+) -> None:
+    """Write a model, merged with an adapter if there is one, as a GGUF file, streaming.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id.
+    output: New folder for the file and a Modelfile; a name that ends in .gguf is a new file.
+    format: gguf, as llama.cpp, Ollama and LM Studio read it.
+    adapter: Folder of a trained adapter.
+    base: What an adapter is merged into, as for merge.
+    """
     from onecard.export.folder import need_package
 
-    config = make_config(ExportConfig, given(fields), "command line")
     quiet_libraries()
+    config = make_config(GgufConfig, given(fields), "command line")
+    quantization = make_config(QuantConfig, given(quant), "command line")
     need_package("gguf", "gguf")
     from onecard.export.gguf import export_gguf
 
-    print("\n".join(export_gguf(config).lines()))
+    print("\n".join(export_gguf(model, adapter, output, config, base, quantization).lines()))
 
 
 def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:

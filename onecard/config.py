@@ -71,18 +71,11 @@ class DataConfig(Strict):
     on_bad_rows: Literal["error", "skip"] = "error"
 
 
-class ExportConfig(QuantConfig):
-    """A file for another tool, of a model with or without an adapter. quant_type etc. say what training used."""
+class GgufConfig(Strict):
+    """What a GGUF file holds."""
 
-    format: Literal["gguf"] = Field(description="gguf: llama.cpp, Ollama, LM Studio")
-    model: str = Field(description="checkpoint folder, or a hub id where a network is")
-    adapter: str | None = Field(None, description="folder of a trained adapter")
-    output: str = Field(description="new folder; a name that ends in .gguf is a new file")
-    base: Literal["dequantized", "original"] = Field(
-        "dequantized", description="what the adapter is merged into: what training saw, or the checkpoint's own weights"
-    )
-    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field("bf16", description="gguf: how matrices are stored")
-    adapter_only: bool = Field(False, description="gguf: the adapter as a LoRA file of its own, in float32")
+    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field("bf16", description="how the model's matrices are stored")
+    adapter_only: bool = Field(False, description="the adapter as a LoRA file of its own, in float32")
 
 
 class PlanConfig(QuantConfig, LoraSettings):
