@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
-from onecard.config import CalibrationConfig, DataConfig, ExportConfig, make_config
+from onecard.config import CalibrationConfig, DataConfig
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
@@ -235,8 +235,7 @@ def test_a_bfloat16_norm_is_divided_exactly(tmp_path, chats):
 def test_families_read_back(tmp_path, chats, family, format):
     """The reader's logits on the calibration rows are nearer to the model's than round-to-nearest's."""
     base = make_checkpoint(tmp_path / "base", family)
-    fields = {"model": str(base), "data": str(chats), "output": str(tmp_path / "out"), **CONFIG.model_dump()}
-    export_calibrated(make_config(ExportConfig, {"format": format, **fields}, "test"))
+    export_calibrated(format, str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     _, rows = calibration_rows(base, chats)
     found = distance(plain, read_checkpoint(tmp_path / "out"), rows)
