@@ -23,6 +23,8 @@ const Kernels* best() {
         return __builtin_cpu_supports("avx512bf16") ? &kAvx512Bf16 : &kAvx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2;
+#elif defined(__aarch64__)
+    return &kNeon;
 #endif
     return &kScalar;
 }
@@ -54,6 +56,8 @@ EXPORT int onecard_set_isa(const char* name) {
         &kScalar,
 #if defined(__x86_64__) || defined(_M_X64)
         &kAvx2, &kAvx512, &kAvx512Bf16,
+#elif defined(__aarch64__)
+        &kNeon,
 #endif
     };
     for (const Kernels* kernels : known) {
@@ -153,4 +157,9 @@ EXPORT void onecard_dense_product(const void* W, const void* x, int dtype, int64
     parallel_for(N, 16, num_threads, [&](int64_t begin, int64_t end) {
         current->dense_product(W, x, static_cast<Dtype>(dtype), M, K, y, N, begin, end);
     });
+}
+
+EXPORT void onecard_adamw_8bit(const AdamW8bit* a, int num_threads) {
+    parallel_for((a->size + kStateBlock - 1) / kStateBlock, 16, num_threads,
+                 [&](int64_t begin, int64_t end) { current->adamw_8bit(*a, begin, end); });
 }

@@ -190,7 +190,10 @@ def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> 
     lora = Term("LoRA weights", 4 * P_l, "4 P_l")
     if method == "full":
         masters = Term("float32 masters", 4 * P, "4 P")
-        own, step = [masters, Term("AdamW states", 8 * P, "8 P")], step_terms(case, fit, Term("gradients", 2 * P, "2 P"))
+        own, step = (
+            [masters, Term("AdamW states", 8 * P, "8 P")],
+            step_terms(case, fit, Term("gradients", 2 * P, "2 P")),
+        )
     elif method == "generate":
         own, step = [lora], generate_terms(case)
     else:
@@ -305,7 +308,9 @@ def disk_terms(case: Case, fit: Fit, paged_from_file: bool) -> list[Term]:
     if case.device == "cpu" and case.config.optim.startswith("paged"):
         terms.append(Term("states paged out", sum(case.state_sizes), "AdamW states"))
     if case.device == "cpu" and fit.num_offloaded:
-        terms.append(Term("inputs paged out", fit.num_offloaded * case.tokens(fit) * case.layer.hidden, "c T d a layer"))
+        terms.append(
+            Term("inputs paged out", fit.num_offloaded * case.tokens(fit) * case.layer.hidden, "c T d a layer")
+        )
     return terms
 
 

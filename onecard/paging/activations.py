@@ -130,7 +130,9 @@ class Offload:
     def start(self, away: Away) -> None:
         """Have a tensor come back, if it is not on its way."""
         if away.coming is None:
-            away.coming = self.worker.submit(self.read, away) if self.stream is None else self.copy_in(away, self.stream)
+            away.coming = (
+                self.worker.submit(self.read, away) if self.stream is None else self.copy_in(away, self.stream)
+            )
 
     def taken(self, away: Away) -> Tensor:
         """A tensor that has come back; a second backward has it come again."""

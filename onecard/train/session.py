@@ -22,6 +22,7 @@ from onecard.data.template import prompt_ids
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.load import find_checkpoint, fingerprint, load_model, load_tokenizer, pick_compute_dtype, pick_device
+from onecard.hf.origin import Origin, origin_of, write_origin
 from onecard.infer.generate import generate
 from onecard.memory.fit import choose_fit, total_bytes
 from onecard.memory.measure import available_bytes, format_bytes, peak_memory_bytes, return_large_blocks
@@ -81,9 +82,10 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
     output = Path(config.output)
     state = load_newest(output / "checkpoints") if resuming else None
     check_output(output, resuming)
-    return_large_blocks()
     prepared = prepare(config)
     config = prepared.config
+    if prepared.fit != Fit(0):
+        return_large_blocks()
     show(prepared, console)
     model = load_adapted(config, prepared, console)
     loader = Loader(
@@ -116,7 +118,7 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
     start = time.perf_counter()
     train_shown(run, prepared, result, console, output)
     result.report.seconds = time.perf_counter() - start
-    save_adapter(model, result.adapter)
+    save_adapter(model, result.adapter, origin_of(model.get_base_model(), config.model))
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, None), run)
     write_report(output, result.report)
     return result
@@ -271,11 +273,12 @@ def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, 
         result.report.metrics = metrics.rows
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, origin: Origin) -> None:
     """Write peft's adapter folder under a temporary name, then rename it."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
+    write_origin(temporary, origin)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -286,6 +289,7 @@ def measure(result: Result, prepared: Prepared, when: str, extra: Any, cache: Pa
     if prepared.validation:
         found["loss"] = evaluate(result.model, prepared.validation)
     answers = []
+    result.model.eval()  # no dropout in the samples; the loop sets it to train
     for prompt in sample_prompts(prepared):
         ids = prompt_ids([{"role": "user", "content": prompt}], prepared.tokenizer)
         answers.append((prompt, generate(result.model, prepared.tokenizer, ids, SAMPLE_TOKENS)))

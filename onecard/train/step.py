@@ -37,7 +37,7 @@ from onecard.optim.schedule import learning_rate
 from onecard.paging.activations import Offload
 from onecard.paging.pager import Pager, Statistics
 from onecard.paging.states import PagedStates
-from onecard.train.loss import IGNORE, packed_loss
+from onecard.train.loss import IGNORE, packed_loss, supervised
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
 LARGEST_SCALE = 2.0**16
@@ -127,10 +127,20 @@ def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """A micro-batch where the model is, without waiting for it; labels stay on the host (`supervised` says why)."""
+    position, target = supervised(batch["labels"])
+    tensors = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    moved = {key: upload(tensor, device) for key, tensor in tensors.items()}
+    return {**batch, **moved, "supervised": (upload(position, device), upload(target, device))}
 
 
-def recompute_layers(base: PreTrainedModel, number: int, offload: Offload | None = None, num_offloaded: int = 0) -> None:
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def recompute_layers(
+    base: PreTrainedModel, number: int, offload: Offload | None = None, num_offloaded: int = 0
+) -> None:
     """Let the first `number` decoder layers make their activations again in the backward, the others keep them; of the
     first `num_offloaded` the input waits outside meanwhile.
 
@@ -208,11 +218,12 @@ def try_gradients(
     run.optimizer.zero_grad(set_to_none=True)
     restore_random(generators, run.device)
     losses = [micro_batch(run, part, num_tokens) for batch in window for part in split(batch, run.part_tokens)]
-    total = torch.stack(losses).sum().item()
     for parameter in run.trainable.values():
         if parameter.grad is not None and run.loss_scale != 1.0:
             parameter.grad /= run.loss_scale
-    norm = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm).item()
+    clipped = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
+    # The update's only wait for a GPU; what is left after it is AdamW, a launch or two.
+    total, norm = torch.stack([torch.stack(losses).sum(), clipped.float()]).tolist()
     return total, norm
 
 

@@ -144,7 +144,7 @@ def fresh_gradients(made, window, num_tokens, spike=None):
     torch.manual_seed(3)
     with use_packed_attention(made.base), spike or nullcontext():
         loss, _ = gradients(made, window, num_tokens)
-    return loss, {name: p.grad.clone() for name, p in made.trainable.items()}
+    return loss, {name: p.grad for name, p in made.trainable.items()}  # a copy could be what a Spike hits
 
 
 @pytest.mark.parametrize("number, offloaded", [(0, 0), (1, 0), (3, 1), (6, 0), (6, 1), (6, 6)])
@@ -206,7 +206,9 @@ SPIKED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["paged", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("resident", "8bit"))])
+@pytest.mark.parametrize(
+    "kind", ["paged", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("resident", "8bit"))]
+)
 def test_a_spike_at_every_allocation_of_a_step_changes_no_bit(kind, checkpoint, chats, tmp_path):
     """In the loader, forward, backward, clipping, AdamW and paging: the update is made, once, and is the same."""
     settings, fit = SPIKED[kind]

@@ -1,0 +1,136 @@
+"""A Modelfile for Ollama: the chat template in Go's language, and the tokens that end an answer.
+
+Ollama does not run Jinja. What a chat template writes around the messages is found by rendering probes:
+
+    head | system_head S system_tail   then   user_head U user_tail   A assistant_tail   ...
+
+where user_tail ends with what asks for an answer. The parts are taken from a chat of two users and one assistant;
+they stand for the template only if they also make up longer chats, with and without a system message. Else TEMPLATE
+is left out and a note says so.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from onecard.data.template import bos, render
+from onecard.errors import UserError
+
+SYSTEM, USER, ASSISTANT = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")  # marks that stand for messages
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Chat:
+    """What stands around the messages; `system` is None where the template takes no system message at the start."""
+
+    head: str
+    system: tuple[str, str] | None
+    user: tuple[str, str]
+    assistant_tail: str
+
+    def text(self, messages: list[Message]) -> str:
+        """The prompt that asks for the next answer."""
+        made, rest = self.head, messages
+        if self.system and messages[0]["role"] == "system":
+            made, rest = messages[0]["content"].join(self.system), messages[1:]
+        for turn in rest:
+            made += turn["content"].join(self.user if turn["role"] == "user" else ("", self.assistant_tail))
+        return made
+
+    def go(self) -> str | None:
+        """The template in Go's language; None if a part would be read as Go or end the Modelfile's quotes."""
+        parts = (self.head, *(self.system or ()), *self.user, self.assistant_tail)
+        if any("{{" in part or '"""' in part for part in parts):
+            return None
+        head, content = self.head, "{{ .Content }}"
+        if self.system:
+            head = "{{ if .System }}" + "{{ .System }}".join(self.system) + "{{ else }}" + head + "{{ end }}"
+        user, assistant = content.join(self.user), content + self.assistant_tail
+        return (
+            head
+            + '{{ range .Messages }}{{ if eq .Role "user" }}'
+            + user
+            + '{{ else if eq .Role "assistant" }}'
+            + assistant
+            + "{{ end }}{{ end }}"
+        )
+
+
+def modelfile(start: str, tokenizer: Any, end_ids: list[int]) -> tuple[str, list[str]]:
+    """The file's text, and notes.
+
+    Args:
+        start: FROM and ADAPTER lines.
+        end_ids: every token that ends an answer.
+    """
+    lines, notes = [start], []
+    if tokenizer.chat_template:
+        chat = find_chat(tokenizer)
+        template = chat.go() if chat else None
+        if template is None:
+            notes.append("the chat template has no simple form in Ollama's language: write TEMPLATE in the Modelfile")
+        else:
+            lines.append(f'TEMPLATE """{template}"""')
+        if chat and chat.system is None:
+            notes.append("the Modelfile's TEMPLATE leaves out system messages: the chat template has none at the start")
+    lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(i)}"' for i in end_ids]
+    return "\n".join(lines) + "\n", notes
+
+
+def find_chat(tokenizer: Any) -> Chat | None:
+    """What a chat template writes around messages; None if that is not all that it does."""
+    for system in (find_system(tokenizer), ()):
+        try:
+            chat = parts_of(tokenizer, system)
+        except (UserError, ValueError):
+            return None
+        long = chat_of(USER, ASSISTANT, "x", "y", "z")
+        probes = [long[:1], long[:3], long]
+        if system:
+            probes.append([{"role": "system", "content": SYSTEM}, *long])
+        if all(chat.text(probe) == rendered(probe, tokenizer) for probe in probes):
+            return chat
+    return None
+
+
+def parts_of(tokenizer: Any, system: tuple[str, ...]) -> Chat:
+    """The parts as a chat of three messages has them. Raises ValueError where it does not keep the messages as is."""
+    talk = rendered(chat_of(USER, ASSISTANT, USER), tokenizer)
+    head, user_tail, between, _ = talk.replace(ASSISTANT, USER).split(USER)
+    user_head = common_end([head, between, *system[1:]])
+    head, assistant_tail = head.removesuffix(user_head), between.removesuffix(user_head)
+    around = (system[0], system[1].removesuffix(user_head)) if system else None
+    return Chat(head, around, (user_head, user_tail), assistant_tail)
+
+
+def find_system(tokenizer: Any) -> tuple[str, ...]:
+    """What stands before a system message, and between it and the first user's; empty where there is no place."""
+    try:
+        probe = [{"role": "system", "content": SYSTEM}, *chat_of(USER)]
+        before, between = rendered(probe, tokenizer).partition(USER)[0].split(SYSTEM)
+    except (UserError, ValueError):
+        return ()
+    return before, between
+
+
+def chat_of(*contents: str) -> list[Message]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+
+
+def common_end(texts: list[str]) -> str:
+    """The longest string that all of the texts end with; from its first bracket on, so as not to begin in a token."""
+    longest = min(texts, key=len)
+    starts = (longest[i:] for i in range(len(longest) + 1))
+    end = next(end for end in starts if all(text.endswith(end) for text in texts))
+    bracket = re.search(r"[<\[]", end)
+    return end[bracket.start() :] if bracket else end
+
+
+def rendered(messages: list[Message], tokenizer: Any) -> str:
+    """The chat template's prompt, without the BOS where the reader writes one by itself."""
+    text = render(messages, tokenizer, "chat template", None, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token) if bos(tokenizer) else text
