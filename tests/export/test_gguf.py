@@ -131,7 +131,7 @@ def test_llama3_s_rotary_factors(tmp_path):
     short, long = waves < 64 / 4, waves > 64 / 1
     off = factors / np.where(short, 1, 8) - 1
     assert factors.shape == (8,) and (np.abs(off[short | long]) <= 4 * 2**-24).all()
-    assert ((1 < factors) & (factors < 8))[~short & ~long].all()
+    assert ((factors > 1) & (factors < 8))[~short & ~long].all()
 
 
 @pytest.mark.parametrize(("outtype", "levels"), [("f16", None), ("q8_0", 127), ("q4_0", 8)])
