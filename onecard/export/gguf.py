@@ -89,7 +89,7 @@ def export_gguf(
     adapter: str | None,
     output: str,
     config: GgufConfig,
-    base: Base = "dequantized",
+    base: Base | None = None,
     quant: QuantConfig | None = None,
 ) -> Exported:
     """Write a GGUF file and a Modelfile beside it.

@@ -27,17 +27,20 @@ from onecard.errors import UserError
 from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint, read_json
 from onecard.hf.load import find_checkpoint
+from onecard.hf.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.memory.plan import read_model
+from onecard.memory.model import read_model
 from onecard.quant.blockwise import state_absmax
 from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
+HEAD = "lm_head.weight"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
 PREFIX = "base_model.model."
+TOKENS = ".token_adapter.trainable_tokens_delta"  # by its name a difference, but it holds the rows themselves
 SLAB_VALUES = 1 << 22
 
 
@@ -66,6 +69,8 @@ class Adapter:
     folder: Path | None = None
     updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight that each changes
     saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: these replace the base's
+    tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # trained rows of an embedding
+    stays_tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,18 @@ class Merged:
     shapes: Shapes
     rounded: set[str]  # weights that stand in 4 bits first
     full: dict[str, Tensor]  # tensors that are not the base's
+    linears: set[str]  # weights that training has in 4 bits
+
+    @property
+    def nbytes(self) -> int:
+        return sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in self.shapes.values())
+
+    def files(self) -> Iterator[tuple[str, list[str]]]:
+        """The result's tensors by file, as the base has them; new ones are in the last."""
+        infos, files = self.checkpoint.tensors, self.checkpoint.files
+        for file in files:
+            names = [n for n in self.shapes if (infos[n].file == file if n in infos else file == files[-1])]
+            yield file.name, names
 
     def read(self, name: str) -> Tensor:
         """One tensor of the result, whole."""
@@ -105,22 +122,18 @@ class Merged:
         """Whether a tensor is in the base just as it will be in the result."""
         return name not in self.full and name not in self.rounded and name not in self.adapter.updates
 
-    def base_slabs(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """The base's weight, (N, K), in float32: the first row's number and some rows."""
+    def base_slabs(self, name: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+        """The base's weight, (N, K), in float32: the first row's number, and some rows, a multiple of `multiple`."""
         N, K = self.shapes[name][1]
         if name not in self.rounded:
-            W, rows = read_tensor(self.checkpoint.tensors[name]), max(SLAB_VALUES // K, 1)
+            W, rows = read_tensor(self.checkpoint.tensors[name]), max(SLAB_VALUES // K // multiple, 1) * multiple
             yield from ((start, W[start : start + rows].float()) for start in range(0, N, rows))
             return
         packed, state = self.in_4bit(name)
-        absmax, blocksize = state_absmax(state), state.blocksize
-        rows = max(SLAB_VALUES // K // blocksize, 1) * blocksize  # so that a slab starts with a block
+        absmax, multiple = state_absmax(state), max(state.blocksize, multiple)  # both are powers of two
+        rows = max(SLAB_VALUES // K // multiple, 1) * multiple  # so that a slab starts with a block
         for start in range(0, N, rows):
-            piece, first = torch.empty(min(rows, N - start), K), start * K
-            codes = packed[first // 2 : (first + piece.numel() + 1) // 2]
-            weight = (codes, absmax[first // blocksize :], None, None, state.quant_type, blocksize)
-            ops.backend(piece.device).dequantize_into(*weight, piece)
-            yield start, piece
+            yield start, dequantize_rows(packed, absmax, state, start, min(start + rows, N))
 
     def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
         """Codes and state of a weight as training had it."""
@@ -130,35 +143,61 @@ class Merged:
         return ops.quantize_4bit(read_tensor(info), quant.quant_type, quant.blocksize, quant.double_quant, name)
 
 
-def open_merged(
-    model: str, adapter: str | None, base: Base = "dequantized", quant: QuantConfig | None = None
-) -> Merged:
+def dequantize_rows(packed: Tensor, absmax: Tensor, state: QuantState, start: int, end: int) -> Tensor:
+    """Rows of a 4-bit weight, (N, K), in float32, from one that starts with a block."""
+    piece, first = torch.empty(end - start, state.shape[1]), start * state.shape[1]
+    codes = packed[first // 2 : (first + piece.numel() + 1) // 2]
+    weight = (codes, absmax[first // state.blocksize :], None, None, state.quant_type, state.blocksize)
+    ops.backend(piece.device).dequantize_into(*weight, piece)
+    return piece
+
+
+def open_merged(model: str, adapter: str | None, base: Base | None = None, quant: QuantConfig | None = None) -> Merged:
     """The checkpoint that `model` and a trained adapter, or none, make together.
 
     Args:
         model: the checkpoint that the adapter was trained on, in 16 bits or in bitsandbytes' 4-bit format.
-        base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights.
-        quant: how training stored a 16-bit base; the defaults if not given.
+        base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights; None: what training
+            saw, or without an adapter the checkpoint itself.
+        quant: how training stored a 16-bit base; if not given, as the adapter's folder says, or the defaults.
 
     Raises:
-        UserError: an adapter that does not belong to the model or is of a kind not known here; the original weights
-            of a checkpoint that has none.
+        UserError: an adapter that does not belong to the model, was trained over another quantization or is of a
+            kind not known here; the original weights of a checkpoint that has none.
     """
     checkpoint = inspect_checkpoint(find_checkpoint(model))
+    base = base or ("dequantized" if adapter is not None or checkpoint.is_4bit else "original")
     if checkpoint.is_4bit and base == "original":
         found = "a checkpoint in 4 bits"
         raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
     tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
     shapes = stored_shapes(checkpoint)
     check_belongs(tuned, shapes, checkpoint.folder)
-    rounded = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"}
-    if base == "dequantized" and not checkpoint.is_4bit:
-        rounded = set(read_model(checkpoint).linears) & set(shapes)
+    linears = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"}
+    if not checkpoint.is_4bit:
+        linears = set(read_model(checkpoint).linears) & set(shapes)
+    quant = trained_over(checkpoint, linears, adapter, quant)
+    rounded = linears if base == "dequantized" else set()
     full, config = saved_tensors(tuned, checkpoint, shapes)
     for name, tensor in full.items():
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
         shapes[name] = (dtype, tuple(tensor.shape))
-    return Merged(checkpoint, tuned, quant or QuantConfig(), config, shapes, rounded, full)
+    return Merged(checkpoint, tuned, quant, config, shapes, rounded, full, linears)
+
+
+def trained_over(
+    checkpoint: Checkpoint, linears: set[str], adapter: str | None, quant: QuantConfig | None
+) -> QuantConfig:
+    """How the adapter met the base. Raises UserError if that, or the base, is not what its folder says."""
+    fields = {} if quant is None else quant.model_dump()
+    if checkpoint.is_4bit:
+        state = read_4bit(checkpoint, min(linears))[1]
+        fields |= {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
+    found, origin = stored_as(adapter, fields), read_origin(adapter) if adapter is not None else None
+    if origin is not None and adapter is not None:
+        sample = sample_base(checkpoint, linears, found.quant_type, found.blocksize)
+        check_sample(sample, origin, adapter, checkpoint.folder)
+    return found
 
 
 def stored_shapes(checkpoint: Checkpoint) -> Shapes:
@@ -185,41 +224,42 @@ def common_dtype(shapes: Shapes) -> str:
     return Counter(dtype for dtype, _ in shapes.values() if dtype in DTYPES).most_common(1)[0][0]
 
 
-def merge(model: str, adapter: str, output: str, base: Base = "dequantized", quant: QuantConfig | None = None) -> Path:
+def merge(model: str, adapter: str, output: str, base: Base | None = None, quant: QuantConfig | None = None) -> Path:
     """Write a 16-bit checkpoint with the adapter in it; its folder. Arguments and errors are open_merged's.
 
     Raises:
         UserError: no room on the disk; an output folder that is not new.
     """
     merged, target = open_merged(model, adapter, base, quant), Path(output)
-    sizes = [DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in merged.shapes.values()]
-    check_room(target, sum(sizes))
-    places: dict[str, str] = {}
+    check_room(target, merged.nbytes)
     with new_folder(target) as folder:
-        for file in merged.checkpoint.files:
-            infos = merged.checkpoint.tensors
-            last = file == merged.checkpoint.files[-1]
-            names = [n for n in merged.shapes if (infos[n].file == file if n in infos else last)]
-            write_file(folder / file.name, merged, names)
-            places |= dict.fromkeys(names, file.name)
-        write_others(folder, merged.checkpoint, merged.config, places)
+        write_merged(merged, folder)
     return target
 
 
-def write_file(path: Path, merged: Merged, names: list[str]) -> None:
-    """One safetensors file with these tensors of the result."""
-    file = TensorFile(path, {name: merged.shapes[name] for name in names})
-    for name in names:
-        if merged.as_stored(name):
-            file.copy(name, merged.checkpoint.tensors[name])
-            continue
-        for slab in merged.slabs(name):
-            file.append(name, slab)
-    file.close()
+def write_merged(merged: Merged, folder: Path) -> None:
+    """A whole checkpoint in a folder that is there."""
+    places: dict[str, str] = {}
+    for file_name, names in merged.files():
+        file = TensorFile(folder / file_name, {name: merged.shapes[name] for name in names})
+        for name in names:
+            write_tensor(file, merged, name)
+        file.close()
+        places |= dict.fromkeys(names, file_name)
+    write_others(folder, merged.checkpoint, merged.config, places, merged.adapter.folder)
+
+
+def write_tensor(file: TensorFile, merged: Merged, name: str) -> None:
+    """One tensor of the result, a few rows at a time."""
+    if merged.as_stored(name):
+        file.copy(name, merged.checkpoint.tensors[name])
+        return
+    for slab in merged.slabs(name):
+        file.append(name, slab)
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """A peft folder of LoRA, rsLoRA or DoRA weights and modules saved in full."""
+    """A peft folder of LoRA, rsLoRA or DoRA weights, modules saved in full and rows trained for some tokens."""
     config = read_json(folder / "adapter_config.json", "pass the run's adapter/ folder")
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
         found = f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
@@ -227,7 +267,7 @@ def read_adapter(folder: Path) -> Adapter:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError("an adapter must hold adapter_model.safetensors", "no such file", "pass adapter/", str(folder))
-    adapter, parts = Adapter(folder), {}
+    adapter, parts = Adapter(folder, stays_tied=bool(config.get("ensure_weight_tying"))), {}
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118  not a dict
             name = key.removeprefix(PREFIX)
@@ -236,7 +276,11 @@ def read_adapter(folder: Path) -> Adapter:
                 parts.setdefault(match[1], {})[match[2]] = file.get_tensor(key).float()
             elif "lora_" in name or not key.startswith(PREFIX):
                 raise UserError("an adapter's tensors must be lora_A and lora_B", key, "merge it with peft", str(path))
-            else:
+            elif name.endswith(TOKENS):
+                module = name.removesuffix(TOKENS)
+                adapter.tokens[f"{module}.weight"] = (token_indices(module, config), file.get_tensor(key))
+            elif ".original_module." not in name:  # which is the base's, with as many rows as it was given
+                name = name.replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".")
                 adapter.saved[name] = file.get_tensor(key)
     for module, part in parts.items():
         if not {"lora_A", "lora_B"} <= set(part):
@@ -245,6 +289,14 @@ def read_adapter(folder: Path) -> Adapter:
         scaling = scale_of(module, config, A.shape[0])
         adapter.updates[f"{module}.weight"] = Update(A, B, scaling, part.get("lora_magnitude_vector"))
     return adapter
+
+
+def token_indices(module: str, config: dict[str, Any]) -> list[int]:
+    """Which rows of an embedding its trained ones replace; a list is for the input embedding and what is tied to it."""
+    found = config.get("trainable_token_indices") or []
+    if isinstance(found, list):
+        return found
+    return next((v for name, v in found.items() if module == name or module.endswith(f".{name}")), [])
 
 
 def scale_of(module: str, config: dict[str, Any], rank: int) -> float:
@@ -278,15 +330,39 @@ def saved_tensors(adapter: Adapter, checkpoint: Checkpoint, shapes: Shapes) -> t
     """
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     saved = dict(adapter.saved)
-    embedding = next((n for n in shapes if n.endswith("embed_tokens.weight")), None)
-    tied = config.get("tie_word_embeddings") and "lm_head.weight" not in shapes
-    trained = [name for name in saved if name == "lm_head.weight" or name.endswith("embed_tokens.weight")]
-    if tied and trained:
-        config["tie_word_embeddings"] = False
-        if "lm_head.weight" not in saved and embedding is not None:
-            saved["lm_head.weight"] = read_tensor(checkpoint.tensors[embedding])
-    for name in set(saved) - set(shapes) - {"lm_head.weight"}:
+    embedding = next((n for n in shapes if n.endswith("embed_tokens.weight")), "")
+    for name, (rows, values) in adapter.tokens.items():
+        stored = checkpoint.tensors.get(name if name in shapes else embedding)
+        if stored is None or len(rows) != len(values):
+            found = f"{len(values)} rows for {len(rows)} tokens of {name}"
+            raise UserError("trained tokens must be an embedding's", found, "use their own model", str(adapter.folder))
+        W = saved[name].clone() if name in saved else read_tensor(stored)
+        W[rows] = values.to(W.dtype)
+        saved[name] = W
+    for name in set(saved) - set(shapes) - {HEAD}:
         raise UserError("a module saved in full must be the model's", name, "use its own model", str(adapter.folder))
-    for name in trained:
-        config["vocab_size"] = adapter.saved[name].shape[0]
+    trained = {embedding, HEAD} & set(adapter.saved)
+    if trained and config.get("tie_word_embeddings") and HEAD not in shapes:
+        config["tie_word_embeddings"] = settle_ties(adapter, saved, embedding, checkpoint)
+    if trained:
+        found = {name: tensor.shape[0] for name, tensor in saved.items() if name in (embedding, HEAD)}
+        found = {name: shapes[name][1][0] for name in (embedding, HEAD) if name in shapes} | found
+        if len(set(found.values())) > 1:
+            do = "train both in full: modules_to_save embed_tokens and lm_head"
+            raise UserError("embedding and head must have the same tokens", str(found), do, str(adapter.folder))
+        config["vocab_size"] = min(found.values())
     return saved, config
+
+
+def settle_ties(adapter: Adapter, saved: dict[str, Tensor], embedding: str, checkpoint: Checkpoint) -> bool:
+    """Give `saved` an embedding and a head where the base has one for both; whether they are still the same."""
+    base = read_tensor(checkpoint.tensors[embedding])
+    head = saved.pop(HEAD, None)
+    if adapter.stays_tied:
+        head = saved.get(embedding, head)
+        saved[embedding] = base if head is None else head
+    head = base if head is None else head
+    if torch.equal(head, saved.setdefault(embedding, base)):
+        return True
+    saved[HEAD] = head
+    return False

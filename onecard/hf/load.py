@@ -155,7 +155,7 @@ def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[st
     stored = checkpoint.config["quantization_config"]
     config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
     model_config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    fields = {key: value for key, value in config.to_dict().items() if key != "load_in_4bit"}
+    fields = {key: value for key, value in vars(config).items() if key != "load_in_4bit"}
     model_config.quantization_config = fields  # with that key, transformers would take it for bitsandbytes' own
     return {"config": model_config}
 

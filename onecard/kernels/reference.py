@@ -82,24 +82,23 @@ def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
             uint8 (numel,), and absmax, float32 (ceil(numel / 256),).
     """
     for w, grad, *states in parts:
-        w, grad = w.view(-1), grad.reshape(-1)
+        w, grad, made = w.view(-1), grad.reshape(-1), []
         for first in range(0, w.numel(), SLICE):
             part = slice(first, min(first + SLICE, w.numel()))
             blocks = slice(first // STATE_BLOCKSIZE, -(-part.stop // STATE_BLOCKSIZE))
-            some = [state[blocks if number % 2 else part] for number, state in enumerate(states)]
-            _adamw_slice_(w[part], grad[part].float(), *some, rates)
+            places = [w[part], *(state[blocks if number % 2 else part] for number, state in enumerate(states))]
+            made += zip(places, _adamw_slice(grad[part].float(), *places, rates=rates))
+        for place, value in made:  # an allocation that fails before has changed nothing
+            place.copy_(value)
 
 
-def _adamw_slice_(
-    w: Tensor, g: Tensor, m_codes: Tensor, m_absmax: Tensor, v_codes: Tensor, v_absmax: Tensor, rates: Rates
-) -> None:
+def _adamw_slice(
+    g: Tensor, w: Tensor, m_codes: Tensor, m_absmax: Tensor, v_codes: Tensor, v_absmax: Tensor, rates: Rates
+) -> tuple[Tensor, ...]:
+    """The new w, codes and absmax of m and of v."""
     m, v = dequantize_8bit(m_codes, m_absmax, signed=True), dequantize_8bit(v_codes, v_absmax, signed=False)
     m.mul_(rates.beta1).add_(g * rates.rest1)
     v.mul_(rates.beta2).add_((g * g).mul_(rates.rest2))
     root = v.double().sqrt().float()  # to nearest; torch's own float32 one is off by a bit now and then
     update = (m / root.mul_(rates.root).add_(rates.eps)).mul_(rates.rate)
-    w.mul_(rates.decay).sub_(update)
-    for x, codes, absmax, signed in ((m, m_codes, m_absmax, True), (v, v_codes, v_absmax, False)):
-        new_codes, new_absmax = quantize_8bit(x, signed)
-        codes.copy_(new_codes)
-        absmax.copy_(new_absmax)
+    return (w * rates.decay).sub_(update), *quantize_8bit(m, True), *quantize_8bit(v, False)

@@ -5,12 +5,13 @@
 
 8-bit states (arXiv 2110.02861) take 2 + 8/256 bytes a weight instead of 8: each update dequantizes them, computes in
 float32 and quantizes again. The update of one parameter depends on no other, so states can be brought in for it and
-sent away after it (paging/states.py) without changing a bit.
+sent away after it (paging/states.py) without changing a bit; and it is made whole or not at all: what it allocates, it
+allocates before it writes, so a step that ran out of memory goes on from the parameter that it came to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,33 +46,48 @@ class AdamW(torch.optim.Optimizer):
     ):
         assert state_bits in (8, 32), state_bits
         self.state_bits, self.paged = state_bits, paged
+        self.left: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] | None = None  # of a step begun, the next last
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient: all at once, or one by one where states leave in between."""
-        crowded = self.paged is not None and self.paged.crowded
+        """Update every parameter that has a gradient; after an allocation has failed, a second call goes on."""
+        if self.left is None:
+            self.left = self.units()[::-1]
+        while self.left:
+            some, group = self.left[-1]
+            for p in some:
+                if p not in self.state or not self.state[p]:
+                    self.state[p] = self.first_state(p)
+                if self.paged is not None:
+                    self.paged.bring(p, self.state[p])
+            settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            update(some, [p.grad for p in some], [self.state[p] for p in some], **settings)
+            self.left.pop()
+            if self.paged is not None and self.paged.crowded:
+                self.paged.send(some[0], self.state[some[0]])
+        self.left = None
+
+    def units(self) -> list[tuple[list[torch.nn.Parameter], dict[str, Any]]]:
+        """What is updated together: all of a kind on a GPU, for few launches; one by one where states may leave."""
+        found: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] = []
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
-            settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
-            for some in [[p] for p in learning] if crowded else [learning]:
-                for p in some:
-                    self.bring_state(p)
-                update(some, [p.grad for p in some], [self.state[p] for p in some], **settings)
-                if crowded:
-                    self.paged.send(some[0], self.state[some[0]])
+            if self.paged is None and learning and learning[0].device.type == "cuda":
+                kinds = [[p for p in learning if self.in_8bit(p) == eight] for eight in (False, True)]
+            else:
+                kinds = [[p] for p in learning]
+            found += [(some, group) for some in kinds if some]
+        return found
 
-    def bring_state(self, p: torch.nn.Parameter) -> None:
-        """Have a parameter's states on its device, made if it had none."""
-        if p not in self.state or not self.state[p]:
-            self.state[p] = self.first_state(p)
-        if self.paged is not None:
-            self.paged.bring(p, self.state[p])
+    def in_8bit(self, p: Tensor) -> bool:
+        """Whether a parameter's states are in 8 bits."""
+        return self.state_bits == 8 and p.numel() >= SMALL
 
     def first_state(self, p: Tensor) -> dict[str, Tensor]:
         """A parameter's states before its first update: zeros."""
         step = torch.zeros((), dtype=torch.float32)
-        if self.state_bits == 32 or p.numel() < SMALL:
+        if not self.in_8bit(p):
             return self.placed(p, {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)})
         m, m_absmax = zeros_8bit(p.numel(), p.device, signed=True)
         v, v_absmax = zeros_8bit(p.numel(), p.device, signed=False)
@@ -95,7 +111,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def update(
-    params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float,
+    params: Sequence[Tensor], grads: Sequence[Any], states: Sequence[dict[str, Tensor]], lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """One update of all parameters, in place, their states too; no device is waited for."""
@@ -110,7 +126,9 @@ def update(
     parts: dict[int, list[tuple[Tensor, ...]]] = {}  # by their number of steps: usually one
     for p, grad, state in zip(params, grads, states):
         if "exp_avg_absmax" in state:
-            state["step"] += 1
-            parts.setdefault(int(state["step"]), []).append((p, grad, *(state[key] for key in STATES_8BIT)))
+            parts.setdefault(int(state["step"]) + 1, []).append((p, grad, *(state[key] for key in STATES_8BIT)))
     for step, some in parts.items():
         ops.adamw_8bit_(some, Rates.of(step, lr, betas, eps, weight_decay))
+    for state in states:
+        if "exp_avg_absmax" in state:
+            state["step"] += 1

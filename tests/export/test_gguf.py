@@ -458,12 +458,10 @@ def test_nothing_is_overwritten_and_room_is_checked(tmp_path, monkeypatch):
 def test_the_command_says_where_it_is_and_how_to_use_it(tmp_path):
     model = make_checkpoint(tmp_path / "model", "mistral", sliding_window=64)
     command = [sys.executable, "-m", "onecard.cli", "export", "--format", "gguf", "--model", str(model)]
-    done = subprocess.run([*command, "--output", str(tmp_path / "m.gguf")], capture_output=True, text=True)
+    done = subprocess.run([*command, "--output", tmp_path / "m.gguf"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for said in ("m.gguf  (", "last 64 tokens", "llama-cli -m", "ollama create m -f", "lms import"):
         assert said in done.stdout, said
-    wrong = subprocess.run([*command, "--output", str(tmp_path / "m.gguf")], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "it exists" in wrong.stderr
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
