@@ -27,7 +27,7 @@ from onecard.export.folder import DTYPES
 from onecard.export.merged import Merged, common_dtype
 from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.kernels.cpu_info import product_dtype
-from onecard.memory.plan import meta_model
+from onecard.memory.model import meta_model
 
 SEED = 0  # of the order in which examples are taken
 

@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.data.template import bos, render
+from onecard.data.rendering import Renderings
+from onecard.data.template import bos
 from onecard.errors import UserError
 
 SYSTEM, USER, ASSISTANT = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")  # marks that stand for messages
@@ -132,5 +133,6 @@ def common_end(texts: list[str]) -> str:
 
 def rendered(messages: list[Message], tokenizer: Any) -> str:
     """The chat template's prompt, without the BOS where the reader writes one by itself."""
-    text = render(messages, tokenizer, "chat template", None, add_generation_prompt=True)
+    asked = (len(messages), True)
+    text = Renderings(messages, tokenizer, "chat template", wanted=[asked]).text(*asked)
     return text.removeprefix(tokenizer.bos_token) if bos(tokenizer) else text

@@ -134,7 +134,7 @@ def test_a_hub_id_needs_no_more_than_config_and_headers(checkpoint, monkeypatch)
     def headers_of(repository):
         asked.append(repository)
         with safe_open(checkpoint / "model.safetensors", "pt") as file:
-            tensors = {name: SimpleNamespace(dtype=file.get_slice(name).get_dtype()) for name in file.keys()}
+            tensors = {name: SimpleNamespace(dtype=file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
         return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
 
     real = AutoConfig.from_pretrained
