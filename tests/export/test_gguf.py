@@ -390,6 +390,7 @@ def test_ollama_s_template_writes_what_the_chat_template_writes(family):
         "{% for m in messages %}{{ loop.index ~ ': ' + m['content'] + '\n' }}{% endfor %}",
         "{% for m in messages %}{{ m['role'] + m['content'] | upper }}{% endfor %}",
         "{% for m in messages %}{{ '{{' + m['content'] + '}}' }}{% endfor %}",
+        "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}" + CHATML,
     ],
 )
 def test_a_template_of_another_form_is_left_out(template):
