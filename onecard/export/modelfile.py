@@ -83,17 +83,17 @@ def modelfile(start: str, tokenizer: Any, end_ids: list[int]) -> tuple[str, list
 
 def find_chat(tokenizer: Any) -> Chat | None:
     """What a chat template writes around messages; None if that is not all that it does."""
+    long = chat_of(USER, ASSISTANT, "x", "y", "z")
     for system in (find_system(tokenizer), ()):
-        try:
-            chat = parts_of(tokenizer, system)
-        except (UserError, ValueError):
-            return None
-        long = chat_of(USER, ASSISTANT, "x", "y", "z")
         probes = [long[:1], long[:3], long]
         if system:
             probes.append([{"role": "system", "content": SYSTEM}, *long])
-        if all(chat.text(probe) == rendered(probe, tokenizer) for probe in probes):
-            return chat
+        try:
+            chat = parts_of(tokenizer, system)
+            if all(chat.text(probe) == rendered(probe, tokenizer) for probe in probes):
+                return chat
+        except (UserError, ValueError):  # a template that refuses such a chat, or does not keep its messages
+            continue
     return None
 
 
