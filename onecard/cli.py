@@ -31,10 +31,11 @@ app = App(
 if TYPE_CHECKING:
     TrainFields = DataFields = PlanFields = QuantFields = Any
 else:
-    TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
-    DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
-    QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
-    PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
+    flags = Parameter(name="*", negative_iterable=())
+    TrainFields = Annotated[partial(TrainConfig) | None, flags]
+    DataFields = Annotated[partial(DataConfig) | None, flags]
+    QuantFields = Annotated[partial(QuantConfig) | None, flags]
+    PlanFields = Annotated[partial(PlanConfig) | None, flags]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -61,10 +62,9 @@ def train(
 ) -> None:
     """Train a LoRA adapter over a 4-bit base.
 
-    Parameters
-    ----------
-    config: YAML file of the same fields; flags win over it.
-    resume: Go on from the newest whole checkpoint in the output folder.
+    Args:
+        config: YAML file of the same fields; flags win over it.
+        resume: Go on from the newest whole checkpoint in the output folder.
     """
     merged = {**(read_yaml(config) if config else {}), **given(fields)}
     checked = make_config(TrainConfig, merged, config or "command line")
@@ -77,20 +77,19 @@ def train(
 @app.command
 def plan(
     model: str,
-    fields: PlanFields = None,
     *,
+    fields: PlanFields = None,
     method: Literal["full", "lora", "qlora"] = "qlora",
     device_memory: str | None = None,
     json: bool = False,
 ) -> None:
     """Say what memory training takes, term by term, before anything is loaded.
 
-    Parameters
-    ----------
-    model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
-    method: qlora; lora (16-bit base) and full are there to compare.
-    device_memory: What there is, such as 24GiB: plans for what train would keep, recompute and page in it.
-    json: Print JSON.
+    Args:
+        model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
+        method: qlora; lora (16-bit base) and full are there to compare.
+        device_memory: What there is, such as 24GiB: plans for what train would keep, recompute and page in it.
+        json: Print JSON.
     """
     from json import dumps
 
@@ -115,10 +114,9 @@ def plan(
 def figures(output: str = "figures", model: str | None = None) -> None:
     """Draw where a 7B model's training memory goes, and NF4 against Int4 over a real layer's weights.
 
-    Parameters
-    ----------
-    output: Folder for memory_bill.png and nf4_int4.png.
-    model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's.
+    Args:
+        output: Folder for memory_bill.png and nf4_int4.png.
+        model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's.
     """
     from pathlib import Path
 
@@ -135,14 +133,13 @@ def figures(output: str = "figures", model: str | None = None) -> None:
 
 
 @app.command
-def preview(model: str, data: str, fields: DataFields = None, *, num_examples: int = 3) -> None:
+def preview(model: str, data: str, *, fields: DataFields = None, num_examples: int = 3) -> None:
     """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id; only its tokenizer is read.
-    data: JSONL, JSON, CSV or Parquet file.
-    num_examples: Examples shown.
+    Args:
+        model: Checkpoint folder or hub id; only its tokenizer is read.
+        data: JSONL, JSON, CSV or Parquet file.
+        num_examples: Examples shown.
     """
     config = make_config(DataConfig, given(fields), "command line")
     console = make_console()
@@ -168,12 +165,11 @@ def generate(
 ) -> None:
     """Answer one prompt, streaming.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id.
-    prompt: The user's message; text to go on with where the tokenizer has no chat template.
-    adapter: Folder of a trained adapter.
-    temperature: 0 takes the likeliest token each time.
+    Args:
+        model: Checkpoint folder or hub id.
+        prompt: The user's message; text to go on with where the tokenizer has no chat template.
+        adapter: Folder of a trained adapter.
+        temperature: 0 takes the likeliest token each time.
     """
     from onecard.data.template import prompt_ids
     from onecard.infer.generate import generate as run
@@ -195,10 +191,9 @@ def chat(
 ) -> None:
     """Talk with a model in the terminal.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id.
-    adapter: Folder of a trained adapter.
+    Args:
+        model: Checkpoint folder or hub id.
+        adapter: Folder of a trained adapter.
     """
     from onecard.infer.chat import chat as run
 
@@ -211,18 +206,17 @@ def evaluate(
     model: str,
     data: str,
     adapter: str | None = None,
-    fields: DataFields = None,
     *,
+    fields: DataFields = None,
     compute_dtype: ComputeDtype = "auto",
     device: str = "auto",
 ) -> None:
     """Loss and perplexity of a data file's supervised tokens.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id.
-    data: JSONL, JSON, CSV or Parquet file.
-    adapter: Folder of a trained adapter.
+    Args:
+        model: Checkpoint folder or hub id.
+        data: JSONL, JSON, CSV or Parquet file.
+        adapter: Folder of a trained adapter.
     """
     from math import exp
 
@@ -249,13 +243,12 @@ def merge(
 ) -> None:
     """Merge an adapter into a 16-bit checkpoint, streaming: memory for about one tensor.
 
-    Parameters
-    ----------
-    model: Checkpoint that the adapter was trained on.
-    adapter: Folder of the trained adapter.
-    output: New folder for the merged checkpoint.
-    base: dequantized: what training saw, the nearest to the live adapter; original: the checkpoint's own weights.
-    verify: Data file on which the merged model is compared with the live adapter.
+    Args:
+        model: Checkpoint that the adapter was trained on.
+        adapter: Folder of the trained adapter.
+        output: New folder for the merged checkpoint.
+        base: dequantized: what training saw, the nearest to the live adapter; original: the checkpoint's own weights.
+        verify: Data file on which the merged model is compared with the live adapter.
     """
     from onecard.export.merged import merge as run
 
@@ -282,10 +275,9 @@ def merge(
 def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
     """Write a checkpoint with its linears in 4 bits, in bitsandbytes' format, streaming.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id, in 16 or 32 bits.
-    output: New folder.
+    Args:
+        model: Checkpoint folder or hub id, in 16 or 32 bits.
+        output: New folder.
     """
     from onecard.export.quantized import quantize_checkpoint
 
