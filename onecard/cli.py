@@ -162,6 +162,8 @@ def generate(
     temperature: float = 0.0,
     compute_dtype: ComputeDtype = "auto",
     device: str = "auto",
+    *,
+    raw: bool = False,
 ) -> None:
     """Answer one prompt, streaming.
 
@@ -170,12 +172,13 @@ def generate(
         prompt: The user's message; text to go on with where the tokenizer has no chat template.
         adapter: Folder of a trained adapter.
         temperature: 0 takes the likeliest token each time.
+        raw: Go on from the prompt as it is, without the chat template: for adapters of prompt/completion or text.
     """
-    from onecard.data.template import prompt_ids
+    from onecard.data.template import prompt_ids, text_ids
     from onecard.infer.generate import generate as run
 
     loaded, tokenizer = load(model, adapter, compute_dtype, device)
-    ids = prompt_ids([{"role": "user", "content": prompt}], tokenizer)
+    ids = text_ids(prompt, tokenizer) if raw else prompt_ids([{"role": "user", "content": prompt}], tokenizer)
     run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(text, end="", flush=True))
     print()
 
@@ -308,19 +311,23 @@ def make_console() -> Any:
 
 
 def quiet_libraries() -> None:
+    import logging as standard
     import warnings
 
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # peft imports it where it is installed
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
 
 
 def finish(result: Any, console: Any) -> None:
     """Where everything lies."""
     folder = result.adapter.parent
-    console.print(f"adapter  {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True)
+    where = f"adapter  {result.adapter}\nreport   {folder / 'report.html'}"
+    console.print(where, highlight=False, markup=False, soft_wrap=True)
     console.print("next", style="dim")
     for line in result.report.next_commands:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from onecard.errors import UserError
+from onecard.hf.checkpoint import read_header, read_json
+from onecard.hf.load import first_line
+from onecard.hf.quantizer import check_finite
 
 
 def generate(
@@ -26,6 +29,9 @@ def generate(
         temperature: 0 takes the likeliest token.
         on_text: called with each finished piece of text as it comes.
     """
+    if max_new_tokens < 1 or not temperature >= 0:
+        found = f"max_new_tokens {max_new_tokens}, temperature {temperature}"
+        raise UserError("max_new_tokens must be 1 or more and temperature 0 or more", found, "correct it")
     ids = torch.tensor([input_ids], device=model.get_input_embeddings().weight.device)
     streamer = Streamer(tokenizer, on_text) if on_text else None
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -74,13 +80,14 @@ class Streamer:
 
 
 def with_adapter(model: Any, adapter: str | None) -> Any:
-    """The model with a peft adapter folder on it; a missing or unknown tensor is an error."""
+    """The model with a peft adapter folder on it.
+
+    Raises:
+        UserError: a file is missing or damaged, a tensor is missing, unknown, of another shape or not finite.
+    """
     if adapter is None:
         return model
-    from peft import PeftConfig, PeftModel
-    from safetensors import safe_open
-
-    from onecard.nn.lora import register_fused
+    from peft import PeftModel, get_peft_model_state_dict
 
     weights = Path(adapter) / "adapter_model.safetensors"
     if not weights.is_file():
@@ -90,19 +97,32 @@ def with_adapter(model: Any, adapter: str | None) -> Any:
             "pass the run's adapter/ folder",
             adapter,
         )
-    config = register_fused(PeftConfig.from_pretrained(adapter))
-    tuned = PeftModel.from_pretrained(model, adapter, config=config)
-    with safe_open(weights, "pt") as file:
-        stored = set(file.keys())
-    from peft import get_peft_model_state_dict
-
-    expected = set(get_peft_model_state_dict(tuned))
-    if stored != expected:
-        wrong = sorted(stored ^ expected)
-        raise UserError(
-            "the adapter's tensors must be the model's",
-            f"{len(wrong)} differ, first {wrong[0]}",
-            "use the base model that the adapter was trained on",
-            str(weights),
-        )
+    config = read_adapter_config(Path(adapter))
+    stored = set(read_header(weights))
+    do = "use the base model that the adapter was trained on"
+    try:
+        tuned = PeftModel.from_pretrained(model, adapter, config=config)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError("the adapter must fit the model", first_line(error), do, str(weights)) from None
+    wrong = sorted(stored ^ set(get_peft_model_state_dict(tuned)))
+    if wrong:
+        found = f"{len(wrong)} differ, first {wrong[0]}"
+        raise UserError("the adapter's tensors must be the model's", found, do, str(weights))
+    for name, tensor in get_peft_model_state_dict(tuned).items():
+        check_finite(f"{weights}: {name}", tensor)
     return tuned.eval()
+
+
+def read_adapter_config(folder: Path) -> Any:
+    """peft's config of an adapter folder. Raises UserError for what is none."""
+    from peft import PeftConfig
+
+    from onecard.nn.lora import register_fused
+
+    path = folder / "adapter_config.json"
+    read_json(path, "pass the run's adapter/ folder")
+    try:
+        return register_fused(PeftConfig.from_pretrained(str(folder)))
+    except (TypeError, ValueError, KeyError) as error:
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError("the file must be an adapter's config of peft", found, "save it again", str(path)) from None

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig, make_config, parse_bytes
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
-from onecard.hf.load import find_checkpoint, pick_compute_dtype, pick_device
+from onecard.hf.load import find_checkpoint, meta_model, pick_compute_dtype, pick_device, read_config
 from onecard.memory.activations import Activations, layer_activations
 from onecard.memory.shapes import KNOWN
 from onecard.optim.adamw import SMALL
@@ -156,7 +156,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
     default = {} if device_memory_bytes is not None and method == "qlora" else {"gradient_checkpointing": True}
     config = make_config(TrainConfig, {"data": "-", "output": "-", **default, **fields, "model": model}, "plan")
     if model.lower() in KNOWN:
-        known, dtype = Model(meta_model(known_config(model.lower())), {}), torch.bfloat16
+        known, dtype = Model(meta_model(known_config(model.lower()), model), {}), torch.bfloat16
     else:
         known = read_model(inspect_checkpoint(find_known(model)))
         dtype = pick_compute_dtype(config.compute_dtype, torch.device(device_type(config)))
@@ -212,13 +212,7 @@ def known_config(name: str) -> Any:
 def read_model(checkpoint: Checkpoint) -> Model:
     """A checkpoint's model from its config and headers."""
     sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
-    return Model(meta_model(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)), sizes)
-
-
-def meta_model(config: Any) -> Any:
-    """transformers' model without weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    return Model(meta_model(read_config(checkpoint.folder), str(checkpoint.folder / "config.json")), sizes)
 
 
 def choose_fit(model: Model, config: TrainConfig, dtype: torch.dtype, limit: int) -> tuple[Fit, Plan]:

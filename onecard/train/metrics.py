@@ -17,7 +17,7 @@ COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "num_supervised_tokens",
     "supervised_tokens_per_second", "memory_bytes", "eval_loss", "seconds",
 )  # fmt: skip
-PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
 class Metrics:
@@ -82,14 +82,18 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def open_logger(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """(log(values, step), close()) of a logger. Raises UserError if its package is not installed."""
+def import_logger(name: str) -> Any:
+    """A logger's module. Raises UserError if its package is not installed."""
     try:
-        module = import_module(PACKAGES[name])
+        return import_module(MODULES[name])
     except ImportError:
-        raise UserError(
-            f"the logger {name} must be installed", "no such package", f'pip install "onecard[{name}]"', "loggers"
-        ) from None
+        do = f'pip install "onecard[{name}]"'
+        raise UserError(f"the logger {name} must be installed", "no such package", do, "loggers") from None
+
+
+def open_logger(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """(log(values, step), close()) of a logger."""
+    module = import_logger(name)
     if name == "tensorboard":
         writer = module.SummaryWriter(str(output / "tensorboard"))
         return (lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]), writer.close

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Run:
     num_steps: int
     identity: dict[str, str]
     loss: LossFunction = packed_loss
+    date: str = ""  # that chat templates were given
     num_recomputed: int = 0  # decoder layers whose activations are not kept
     step: int = 0
     loss_scale: float = 1.0
@@ -79,9 +81,23 @@ class Run:
         pager: Pager | None = getattr(self.base, "pager", None)
         return nullcontext() if pager is None else pager.saved_as_pages()
 
+    @cached_property
+    def num_batches(self) -> int:
+        """Micro-batches in the whole run; the last window may be short."""
+        return count_batches(self.loader, self.config)
+
     @property
     def epoch(self) -> float:
         return self.loader.epoch + self.loader.batch / self.loader.num_batches(self.loader.epoch)
+
+
+def count_batches(loader: Loader, config: TrainConfig) -> int:
+    """Micro-batches of max_steps full windows, or those of num_train_epochs and no more."""
+    if config.max_steps is not None:
+        return config.max_steps * config.gradient_accumulation_steps
+    whole, part = divmod(config.num_train_epochs, 1)
+    batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
+    return batches + (math.ceil(part * loader.num_batches(int(whole))) if part else 0)
 
 
 def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> AdamW:
@@ -118,7 +134,8 @@ def recompute_layers(base: PreTrainedModel, number: int) -> None:
 def update(run: Run) -> dict[str, Any]:
     """One optimizer step over one accumulation window; the row of metrics that tells of it."""
     start, epoch = time.perf_counter(), run.epoch
-    window = [run.loader.next_batch() for _ in range(run.config.gradient_accumulation_steps)]
+    size = run.config.gradient_accumulation_steps
+    window = [run.loader.next_batch() for _ in range(min(size, run.num_batches - run.step * size))]
     num_tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in window)
     rate = learning_rate(run.step, run.num_steps, run.config)
     loss, norm = gradients(run, window, num_tokens)

@@ -6,7 +6,8 @@ import torch
 import onecard
 from onecard.config import parse_bytes
 from onecard.errors import UserError
-from onecard.memory.plan import known_config, meta_model, plan
+from onecard.hf.load import meta_model
+from onecard.memory.plan import known_config, plan
 from onecard.memory.shapes import KNOWN
 
 BILLIONS = {
@@ -19,7 +20,7 @@ BILLIONS = {
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_public_models_have_their_published_size(name):
-    count = sum(p.numel() for p in meta_model(known_config(name)).parameters())
+    count = sum(p.numel() for p in meta_model(known_config(name), name).parameters())
     assert round(count / 1e9, 2) == pytest.approx(BILLIONS[name], abs=0.0101)
 
 
