@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal, Optional, TypeVar
+from typing import Any, Literal, Optional, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
@@ -158,7 +158,9 @@ def partial(kind: type[BaseModel]) -> type[BaseModel]:
         if info.default_factory is not None:
             default = "default: none"
         help = "; ".join(part for part in (info.description, default) if part)
-        fields[name] = (Optional[info.annotation], Field(None, description=help))  # noqa: UP045
+        kinds = get_args(info.annotation)  # a flag that may be a list is one: it can be given again
+        annotation = next((kind for kind in kinds if get_origin(kind) is list), info.annotation)
+        fields[name] = (Optional[annotation], Field(None, description=help))  # noqa: UP045
     return create_model(f"{kind.__name__}Flags", __config__=ConfigDict(protected_namespaces=()), **fields)
 
 

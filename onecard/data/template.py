@@ -32,7 +32,6 @@ from onecard.errors import UserError
 Span = tuple[int, int]  # characters: start, end
 Turn = tuple[int, int, bool]  # start, end, and whether an end-of-turn token closes it
 IGNORE = -100
-SHOWN_TEXT = 80  # characters of a plain text that stand for its prompt
 MARK = "\u2042{}\u2042"  # around a number; a chat that holds it is refused where marks are needed
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
@@ -388,16 +387,3 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[
 def text_ids(text: str, tokenizer: Any) -> list[int]:
     """Tokens of a text to go on with, with the tokenizer's BOS."""
     return bos(tokenizer) + plain_ids(text, tokenizer)
-
-
-def record_prompt(record: Record, tokenizer: Any) -> tuple[str, list[int]]:
-    """What stands before a record's first learned answer, as text and as tokens: an inference asks like this."""
-    if record.messages is None:
-        text = record.prompt if record.prompt is not None else (record.text or "")[:SHOWN_TEXT]
-        return text, text_ids(text, tokenizer)
-    if record.alpaca and not tokenizer.chat_template:
-        text = alpaca_text(record)[0]
-        return text, text_ids(text, tokenizer)
-    asked = [dict(turn) for turn in record.messages[: learned_turns(record)[0]]]
-    text = asked[0]["content"] if len(asked) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in asked)
-    return text, prompt_ids(asked, tokenizer, record.tools)

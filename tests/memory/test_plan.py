@@ -34,7 +34,7 @@ def test_the_terms_of_a_loaded_model(checkpoint):
     model = onecard.load_model(str(checkpoint), compute_dtype=torch.bfloat16, device="cpu")
     quantized = [module for module in model.modules() if hasattr(module, "quant_state")]
     assert found["base, 4-bit codes"] == sum(module.weight.nbytes for module in quantized)
-    assert found["base, scales"] == sum(module.state.nbytes for module in quantized)
+    assert found["base, scales"] == sum(module.loaded_state.nbytes for module in quantized)
     others = sum(p.nbytes for p in model.parameters() if p.is_floating_point())
     assert found["embeddings, norms, head"] == others
     assert found["LoRA weights"] == sum(4 * 4 * (m.in_features + m.out_features) for m in quantized)
