@@ -26,12 +26,13 @@ from functools import lru_cache
 from typing import Any
 
 from onecard.data.files import shown
-from onecard.data.records import FIX, Record
+from onecard.data.records import FIX, Record, strings_in
 from onecard.errors import UserError
 
 Span = tuple[int, int]  # characters: start, end
 Turn = tuple[int, int, bool]  # start, end, and whether an end-of-turn token closes it
 IGNORE = -100
+LONGEST_TOKEN = 128  # characters, and to spare
 MARK = "\u2042{}\u2042"  # around a number; a chat that holds it is refused where marks are needed
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
@@ -70,13 +71,13 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
     """
     refuse_control_tokens(record, tokenizer)
     if record.messages is not None and (tokenizer.chat_template or not record.alpaca):
-        ids, labels = encode_chat(record, tokenizer)
+        ids, labels = encode_chat(record, tokenizer, max_seq_length)
     elif record.messages is not None:
-        ids, labels = encode_pair(*alpaca_text(record), tokenizer)
+        ids, labels = encode_pair(*alpaca_text(record), tokenizer, max_seq_length)
     elif record.text is not None:
-        ids, labels = encode_pair("", record.text, tokenizer)
+        ids, labels = encode_pair("", record.text, tokenizer, max_seq_length)
     else:
-        ids, labels = encode_pair(record.prompt or "", record.completion or "", tokenizer)
+        ids, labels = encode_pair(record.prompt or "", record.completion or "", tokenizer, max_seq_length)
     labels[0] = IGNORE  # nothing comes before it: the first token is never predicted
     truncated = len(ids) > max_seq_length
     return Example(ids[:max_seq_length], labels[:max_seq_length], record.where, truncated)
@@ -124,34 +125,31 @@ def texts_of(record: Record) -> Iterator[tuple[str, str]]:
     yield from strings_in("tools", record.tools)
 
 
-def strings_in(field: str, value: Any) -> Iterator[tuple[str, str]]:
-    """(field, text) of every string and key in a JSON value."""
-    rest = [(field, value)]
-    while rest:  # not recursion: arguments may be nested deep
-        field, value = rest.pop()
-        if isinstance(value, str):
-            yield field, value
-        elif isinstance(value, dict):
-            rest += [(field, key) for key in value] + [(f"{field}.{key}", value[key]) for key in value]
-        elif isinstance(value, list):
-            rest += [(f"{field}[{k}]", each) for k, each in enumerate(value)]
-
-
 def alpaca_text(record: Record) -> tuple[str, str]:
     """Prompt and answer for a tokenizer without a chat template: plain headings."""
     user, assistant = (turn["content"] for turn in record.messages or ())
     return f"### Instruction:\n{user}\n\n### Response:\n", assistant
 
 
-def encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """BOS prompt completion EOS, each tokenized apart so that the boundary is exact; the prompt is masked."""
-    before = bos(tokenizer) + plain_ids(prompt, tokenizer)
-    learned = plain_ids(completion, tokenizer) + eos(tokenizer)
+def encode_pair(prompt: str, completion: str, tokenizer: Any, most: int) -> tuple[list[int], list[int]]:
+    """BOS prompt completion EOS, each tokenized apart so that the boundary is exact; the prompt is masked.
+
+    Of more than `most` tokens those behind may be missing.
+    """
+    before = bos(tokenizer) + plain_ids(head(prompt, most, tokenizer), tokenizer)
+    learned = plain_ids(head(completion, most, tokenizer), tokenizer) + eos(tokenizer)
     return before + learned, [IGNORE] * len(before) + learned
 
 
 def plain_ids(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def head(text: str, most: int, tokenizer: Any) -> str:
+    """A text, or so much of its beginning that it has more than `most` tokens: a line of 100 MB is not tokenized whole
+    to be cut at once."""
+    start = text[: LONGEST_TOKEN * (most + 1)]
+    return start if start != text and len(plain_ids(start, tokenizer)) > most else text
 
 
 def bos(tokenizer: Any) -> list[int]:
@@ -167,8 +165,9 @@ def eos(tokenizer: Any) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token."""
+def encode_chat(record: Record, tokenizer: Any, most: int) -> tuple[list[int], list[int]]:
+    """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token; of more
+    than `most` tokens those behind may be missing."""
     messages = [dict(turn) for turn in record.messages or ()]
     text = render(messages, tokenizer, record.where, record.tools)
     stops = specials_of(tokenizer)[0]
@@ -179,11 +178,13 @@ def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     unended = messages[-1]["role"] == "assistant" and bool(turns) and not turns[-1][2]
     if unended:
         text = text[: turns[-1][1]]
+    text = head(text, most, tokenizer)
     ids, offsets = encode_text(text, [], tokenizer)
     cuts = [
         start
         for i, (start, _, _) in zip(learned_turns(record), turns)
-        if any(a < start < b for a, b in offsets)
+        if start < len(text)
+        and any(a < start < b for a, b in offsets)
         and render(messages[:i], tokenizer, record.where, record.tools, add_generation_prompt=True) == text[:start]
     ]
     if cuts:

@@ -40,6 +40,15 @@ def parquet_rows(rows: list[dict[str, object]]) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
+def parquet_twice() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    column, sink = pyarrow.array(["a"]), pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["text", "text"]), sink)
+    return sink.getvalue().to_pybytes()
+
+
 # kind: (line 2 of a JSONL file of chats, the field named, a word of the message)
 CHAT_LINES: dict[str, tuple[str | bytes, str, str]] = {
     "not JSON": ("{'messages'}", "row", "JSON"),
@@ -81,6 +90,15 @@ CHAT_LINES: dict[str, tuple[str | bytes, str, str]] = {
         "messages[1].tool_calls[0].function.arguments",
         "arguments must be JSON",
     ),
+    "half a surrogate in a call": (
+        call(name="f", arguments={"a": ["\ud800"]}),
+        "messages[1].tool_calls[0].function.arguments.a[0]",
+        "surrogate",
+    ),
+    "NUL in a call's name": (call(name="f\x00", arguments={}), "messages[1].tool_calls[0].function.name", "NUL"),
+    "NUL in the tools": (GOOD[:-1] + ', "tools": [{"name": "\\u0000"}]}', "tools[0].name", "NUL"),
+    "comma at the end": (GOOD[:-1] + ",}", "row", "double quotes"),
+    "raw control character": (GOOD.replace("two", "t\x01o"), "row", "Invalid control character at column"),
     "user calls a tool": (chat({**ASKED, "tool_calls": [{}]}, SAID), "messages[0].tool_calls", "only the assistant"),
 }
 
@@ -93,6 +111,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "gzip": ("d.jsonl", b"\x1f\x8b\x08\x00abc", "d.jsonl", "gzip"),
     "Parquet named JSONL": ("d.jsonl", parquet_rows([{"text": "a"}]), "d.jsonl", "Parquet"),
     "UTF-16": ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "d.jsonl", "UTF-16"),
+    "UTF-32": ("d.jsonl", '{"text": "a"}'.encode("utf-32"), "d.jsonl", "UTF-32"),
     "binary": ("d.csv", bytes(64) + b"ab", "d.csv", "binary"),
     "JSON array cut off": ("d.json", b'[{"text": "a"},\n{"text"', "d.json:2:row", "line 2"),
     "JSON array, comma at the end": ("d.json", b'[{"text": "a"},]', "d.json:2:row", "Expecting value"),
@@ -108,6 +127,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "CSV, empty completion": ("d.csv", b"prompt,completion\na,\n", "d.csv:2:completion", "empty"),
     "Parquet cut off": ("d.parquet", parquet_rows([{"text": "a"}])[:40], "d.parquet", "Parquet"),
     "Parquet, null": ("d.parquet", parquet_rows([{"text": "a"}, {"text": None}]), "d.parquet:2:text", "null"),
+    "Parquet, column twice": ("d.parquet", parquet_twice(), "d.parquet", '"text" twice'),
     "blank text": ("d.jsonl", b'{"text": " \\n"}\n', "d.jsonl:1:text", "empty"),
     "control token in text": ("d.jsonl", b'{"text": "<|bos|>"}\n', "d.jsonl:1:text", "bos"),
     "empty completion": ("d.jsonl", b'{"prompt": "a", "completion": ""}\n', "d.jsonl:1:completion", "empty"),
