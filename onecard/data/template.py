@@ -229,12 +229,17 @@ def close_turn(text: str, start: int, end: int, stops: frozenset[str], tokenizer
     turn = text[start:end].rstrip()
     if any(turn.endswith(stop) for stop in stops):
         return start, start + len(turn), True
-    named = [name for name in (tokenizer.eos_token, *END_NAMES) if name in stops]
     gap = len(text[end:]) - len(text[end:].lstrip())
-    for name in named:  # a template may write it between turns instead of after each
+    for name in turn_ends(tokenizer):  # a template may write it between turns instead of after each
         if text.startswith(name, end + gap):
             return start, end + gap + len(name), True
     return start, start + len(turn), False
+
+
+def turn_ends(tokenizer: Any) -> list[str]:
+    """The tokenizer's tokens that are known to end a turn."""
+    stops = specials_of(tokenizer)[0]
+    return [name for name in (tokenizer.eos_token, *END_NAMES) if name in stops]
 
 
 def missing_bos(text: str, tokenizer: Any) -> list[int]:
@@ -361,6 +366,9 @@ def content_span(
         return None
     tail = render(marked[: i + 1], tokenizer, record.where, record.tools).partition(mark)[2]
     whole = text.startswith(tail, end)
+    if not calls:  # some templates write the next turn's header after every turn
+        ends = [tail.find(name) + len(name) for name in turn_ends(tokenizer) if name in tail]
+        tail = tail[: min(ends, default=len(tail))]
     if calls and not whole:
         return None  # the call's arguments come after the mark: their end must be known
     return len(before), end + (len(tail) if whole else 0)

@@ -86,9 +86,9 @@ def import_logger(name: str) -> Any:
     """A logger's module. Raises UserError if its package is not installed."""
     try:
         return import_module(MODULES[name])
-    except ImportError:
+    except ImportError as error:
         do = f'pip install "onecard[{name}]"'
-        raise UserError(f"the logger {name} must be installed", "no such package", do, "loggers") from None
+        raise UserError(f"the logger {name} must be installed", str(error), do, "loggers") from None
 
 
 def open_logger(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:

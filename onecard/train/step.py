@@ -220,8 +220,8 @@ def make_room(run: Run, window: list[dict[str, Any]], reason: str) -> None:
     raise UserError(
         "a step must fit in memory",
         f"{reason}; the optimizer's states are not in the way and each document goes alone",
-        "lower max_seq_length or r, pass --gradient-checkpointing, a smaller --weights-budget or "
-        "--optim paged_adamw_8bit; --resume goes on from the last checkpoint",
+        "--resume with --gradient-checkpointing or a smaller --weights-budget; or start again with a lower "
+        "max_seq_length or r, or --optim paged_adamw_8bit",
     )
 
 
@@ -230,8 +230,7 @@ def not_finite(run: Run, loss: float, norm: float) -> UserError:
     return UserError(
         "loss and gradients must be finite",
         found,
-        "lower learning_rate, raise warmup_ratio, or use compute_dtype bfloat16 or float32; "
-        "--resume goes on from the last checkpoint",
+        "start again with a lower learning_rate, a larger warmup_ratio, or compute_dtype bfloat16 or float32",
     )
 
 
