@@ -140,7 +140,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one file in file order, every offset checked."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":  # the first word of such a pointer
+            must = "a safetensors file must hold its tensors"
+            raise UserError(must, "a pointer of git-lfs", "fetch the files themselves: git lfs pull", str(file))
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             found = f"a header of {length:,} bytes in a file of {size:,}"
             raise UserError("a safetensors file must hold its whole header", found, AGAIN, str(file))

@@ -223,7 +223,7 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
         ("mismatched_keys", "wrongly shaped"),
         ("error_msgs", "in error"),
     ):
-        names = sorted(map(str, report.get(kind) or ()))
+        names = sorted(map(told, report.get(kind) or ()))
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise UserError(
@@ -232,6 +232,13 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
                 "fetch the checkpoint again, or correct its config.json",
                 str(folder),
             )
+
+
+def told(entry: Any) -> str:
+    """An entry of the report; a mismatch is (name, shape found, shape expected)."""
+    if isinstance(entry, tuple) and len(entry) == 3:
+        return f"{entry[0]} {list(entry[1])} instead of {list(entry[2])}"
+    return str(entry)
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

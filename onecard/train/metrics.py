@@ -31,7 +31,7 @@ class Metrics:
         replace_text(output / "metrics.csv", csv_text([dict.fromkeys(COLUMNS, None), *self.rows], header=True))
         self.jsonl = self.path.open("a", encoding="utf-8")
         self.csv = (output / "metrics.csv").open("a", encoding="utf-8", newline="")
-        self.loggers = [open_logger(name, output, config) for name in loggers]
+        self.loggers = [started(name, output, config) for name in loggers]
 
     def log(self, step: int, **values: float | None) -> None:
         """Write one row; unknown names are an error of ours."""
@@ -89,6 +89,18 @@ def import_logger(name: str) -> Any:
     except ImportError as error:
         do = f'pip install "onecard[{name}]"'
         raise UserError(f"the logger {name} must be installed", str(error), do, "loggers") from None
+
+
+def started(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """open_logger; whatever keeps a service from starting (its address, a login, its store) is the user's matter."""
+    try:
+        return open_logger(name, output, config)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        do = "set the logger up, or leave it out of --loggers"
+        raise UserError(f"the logger {name} must start", reason, do, "loggers") from None
 
 
 def open_logger(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:

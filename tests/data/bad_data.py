@@ -1,18 +1,9 @@
-"""Bad data of every kind, each with the place that its message must name and a word that it must say.
-
-`python -m tests.data.bad_data` prints the messages as a table.
-"""
+"""Bad data of every kind, each with the place that its message must name and a word that it must say."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
-
-from onecard.config import DataConfig
-from onecard.data.dataset import load_dataset
-from onecard.errors import UserError
-from tests.conftest import make_tokenizer
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "two"}]})
 ASKED = {"role": "user", "content": "how?"}
@@ -176,39 +167,9 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
 }
 
 
-def message_of(path: Path) -> str:
-    """What is said about a file; its folder left out."""
-    try:
-        load_dataset(str(path), make_tokenizer(), DataConfig())
-    except UserError as error:
-        return str(error).replace(f"{path.parent}/", "")
-    return "NOT REFUSED"
-
-
 def chat_file(folder: Path, line: str | bytes) -> Path:
     """A JSONL file with a bad second line between good ones."""
     path = folder / "data.jsonl"
     raw = line.encode() if isinstance(line, str) else line
     path.write_bytes(GOOD.encode() + b"\n" + raw + b"\n\n" + GOOD.encode() + b"\n")
     return path
-
-
-def table() -> str:
-    rows = ["| kind | message |", "|---|---|"]
-    with tempfile.TemporaryDirectory() as name:
-        for kind, (line, _, _) in CHAT_LINES.items():
-            rows.append(f"| {kind} | {cell(message_of(chat_file(Path(name), line)))} |")
-        for kind, (file, raw, _, _) in FILES.items():
-            (Path(name) / file).write_bytes(raw)
-            rows.append(f"| {kind} | {cell(message_of(Path(name) / file))} |")
-        rows.append(f"| missing file | {cell(message_of(Path(name) / 'absent.jsonl'))} |")
-        rows.append(f"| folder | {cell(message_of(Path(name)))} |")
-    return "\n".join(rows) + "\n"
-
-
-def cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
-
-
-if __name__ == "__main__":
-    print(table(), end="")

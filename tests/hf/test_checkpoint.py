@@ -134,7 +134,7 @@ DAMAGES = {
     "pickle only": (pickled, "pytorch_model.bin"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
     "a page of HTML": (write("<!doctype html><title>404</title>"), "model.safetensors"),
-    "a pointer of git-lfs": (write("version https://git-lfs.github.com/spec/v1\nsize 12\n"), "model.safetensors"),
+    "a pointer of git-lfs": (write("version https://git-lfs.github.com/spec/v1\nsize 12\n"), "git lfs pull"),
     "bytes after the last tensor": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"x"),
         "longer than its tensors",
