@@ -60,7 +60,7 @@ def tables(folder: Path) -> dict[str, list[str]]:
     """heading -> the rows of its table."""
     from peft import get_peft_model
 
-    from onecard.infer.generate import with_adapter
+    from onecard.infer.adapters import with_adapter
     from onecard.nn.lora import lora_config
 
     def load(path: str) -> object:

@@ -1,27 +1,56 @@
-"""A 16-bit checkpoint as a 4-bit one in bitsandbytes' format, streamed tensor by tensor.
+"""A checkpoint in 4 bits in bitsandbytes' format, streamed tensor by tensor: a 16-bit one's, or a merged adapter's.
 
-What it holds is what `load_model` would have made of the original, bit for bit; bitsandbytes with transformers loads it
-as its own, onecard pages it straight from its files.
+What it holds is what `load_model` would have made of the 16-bit weights, bit for bit; bitsandbytes with transformers
+loads it as its own, onecard pages it straight from its files.
+
+Rounding a merged weight to 4 bits again takes off much of a small update. How much of it is left is measured while the
+weights go by, as the share of the update D that lies in what came out, over all updated weights together:
+
+    kept = <Q(W + D) - W, D> / <D, D>
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE, QuantConfig
 from onecard.errors import UserError
-from onecard.export.folder import check_room, new_folder, read_tensor, write_others
-from onecard.hf.checkpoint import Checkpoint, TensorInfo, inspect_checkpoint
+from onecard.export.folder import check_room, new_folder, write_others
+from onecard.export.merged import Base, Merged, Shapes, dequantize_rows, open_merged, write_tensor
+from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
+from onecard.hf.quantizer import BitsAndBytesConfig
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.memory.plan import read_model
-from onecard.quant.state import STATE_KEY, to_bnb
+from onecard.quant.blockwise import state_absmax
+from onecard.quant.state import STATE_KEY, QuantState, to_bnb
 
 STATE_BYTES = 256  # of a weight's JSON, filled up with spaces
+
+
+@dataclass
+class Kept:
+    """How much of the updates is left in 4 bits."""
+
+    along: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """None where there was no update."""
+        return self.along / self.whole if self.whole else None
+
+    def add(self, merged: Merged, name: str, packed: Tensor, state: QuantState) -> None:
+        absmax, update = state_absmax(state), merged.adapter.updates[name]
+        for start, W in merged.base_slabs(name, state.blocksize):
+            D = update.add_to(W, start) - W
+            found = dequantize_rows(packed, absmax, state, start, start + len(W)) - W
+            self.along += (found * D).sum(dtype=torch.float64).item()
+            self.whole += D.square().sum(dtype=torch.float64).item()
 
 
 def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Path:
@@ -33,59 +62,89 @@ def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dty
     Raises:
         UserError: a checkpoint that is not in 16 or 32 bits; int4; no room on the disk; an output that exists.
     """
-    checkpoint = inspect_checkpoint(find_checkpoint(model))
-    if checkpoint.is_4bit:
+    check_type(quant)
+    if inspect_checkpoint(find_checkpoint(model)).is_4bit:
         raise UserError("the model must be in 16 or 32 bits", "4 bits", "use it as it is", model)
+    merged, target = open_merged(model, None, "original"), Path(output)
+    check_room(target, merged.nbytes // 2)
+    with new_folder(target) as folder:
+        write_quantized(merged, folder, quant, compute_dtype)
+    return target
+
+
+def requantize(
+    model: str,
+    adapter: str,
+    output: str,
+    quant: QuantConfig,
+    base: Base = "dequantized",
+    trained: QuantConfig | None = None,
+) -> tuple[Path, float | None]:
+    """Write a base and an adapter merged and in 4 bits again: the folder, and the share of the update that is left.
+
+    Args:
+        quant: how the result is stored.
+        base, trained: `base` and `quant` of open_merged.
+
+    Raises:
+        UserError: as open_merged and quantize_checkpoint.
+    """
+    check_type(quant)
+    merged, target = open_merged(model, adapter, base, trained), Path(output)
+    check_room(target, merged.nbytes // 2)
+    with new_folder(target) as folder:
+        kept = write_quantized(merged, folder, quant)
+    return target, kept
+
+
+def check_type(quant: QuantConfig) -> None:
     if quant.quant_type == "int4":
         raise UserError("bitsandbytes' format holds nf4 and fp4", "int4", "choose one of them", "quant_type")
-    linears = set(read_model(checkpoint).linears)
-    check_room(Path(output), checkpoint.nbytes // 2)
-    with new_folder(Path(output)) as folder:
-        places: dict[str, str] = {}
-        for file in checkpoint.files:
-            infos = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
-            places |= dict.fromkeys(write_quantized(folder / file.name, infos, linears, quant), file.name)
-        write_others(folder, checkpoint, quantized_config(checkpoint, quant, compute_dtype), places)
-    return Path(output)
 
 
-def quantized_config(checkpoint: Checkpoint, quant: QuantConfig, compute_dtype: str) -> dict[str, Any]:
-    """config.json with transformers' BitsAndBytesConfig."""
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": quant.quant_type,
-        "bnb_4bit_use_double_quant": quant.double_quant,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": None,
-    }
-    return {**checkpoint.config, "quantization_config": quantization}
+def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dtype: str = "bfloat16") -> float | None:
+    """A whole checkpoint with its linears in 4 bits; the share of the adapter's update that is left, if any."""
+    places: dict[str, str] = {}
+    kept = Kept()
+    for file_name, names in merged.files():
+        shapes: Shapes = {}
+        for name in names:
+            dtype, shape = merged.shapes[name]
+            shapes |= quantized_shapes(name, shape, quant) if name in merged.linears else {name: (dtype, shape)}
+        file = TensorFile(folder / file_name, shapes)
+        for name in names:
+            if name not in merged.linears:
+                write_tensor(file, merged, name)
+                continue
+            packed, state = ops.quantize_4bit(
+                merged.read(name), quant.quant_type, quant.blocksize, quant.double_quant, name
+            )
+            append_4bit(file, name, packed, state)
+            if name in merged.adapter.updates:
+                kept.add(merged, name, packed, state)
+        file.close()
+        places |= dict.fromkeys(shapes, file_name)
+    before = merged.checkpoint.config.get("quantization_config") or {}
+    stored = BitsAndBytesConfig(
+        bnb_4bit_quant_type=quant.quant_type,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=before.get("llm_int8_skip_modules"),
+    )
+    config = {**merged.config, "quantization_config": stored.to_dict()}
+    write_others(folder, merged.checkpoint, config, places, merged.adapter.folder)
+    return kept.share
 
 
-def write_quantized(path: Path, infos: dict[str, TensorInfo], linears: set[str], quant: QuantConfig) -> list[str]:
-    """One file's tensors, the linears' weights in 4 bits; the names in it."""
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, info in infos.items():
-        tensors |= quantized_shapes(name, info.shape, quant) if name in linears else {name: (info.dtype, info.shape)}
-    file = TensorFile(path, tensors)
-    for name, info in infos.items():
-        if name not in linears:
-            file.copy(name, info)
-            continue
-        packed, state = ops.quantize_4bit(
-            read_tensor(info), quant.quant_type, quant.blocksize, quant.double_quant, name
-        )
-        for suffix, tensor in to_bnb(packed, state).items():
-            file.append(name + suffix, tensor)
-            if STATE_KEY in suffix:
-                file.append(name + suffix, b" " * (STATE_BYTES - tensor.numel()))
-    file.close()
-    return list(tensors)
+def append_4bit(file: TensorFile, name: str, packed: Tensor, state: QuantState) -> None:
+    """The tensors that stand for a weight."""
+    for suffix, tensor in to_bnb(packed, state).items():
+        file.append(name + suffix, tensor)
+        if STATE_KEY in suffix:
+            file.append(name + suffix, b" " * (STATE_BYTES - tensor.numel()))
 
 
-def quantized_shapes(name: str, shape: tuple[int, ...], quant: QuantConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+def quantized_shapes(name: str, shape: tuple[int, ...], quant: QuantConfig) -> Shapes:
     """Dtype and shape of each tensor that stands for a weight of this shape."""
     numel = torch.Size(shape).numel()
     blocks = -(-numel // quant.blocksize)

@@ -167,7 +167,7 @@ def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[st
     stored = checkpoint.config["quantization_config"]
     config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
     model_config = read_config(checkpoint.folder)
-    fields = {key: value for key, value in config.to_dict().items() if key != "load_in_4bit"}
+    fields = {key: value for key, value in vars(config).items() if key != "load_in_4bit"}
     model_config.quantization_config = fields  # with that key, transformers would take it for bitsandbytes' own
     return {"config": model_config}
 

@@ -32,7 +32,7 @@ from onecard.nn.fused import fuse
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
 from onecard.paging.weights import PagedBase
-from onecard.quant.state import BNB_KEYS, QuantState, from_bnb
+from onecard.quant.state import BNB_KEYS, QuantState, from_bnb, to_bnb
 
 METHOD = "onecard"
 paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
@@ -89,7 +89,20 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         self.llm_int8_skip_modules = llm_int8_skip_modules
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.__dict__, "bnb_4bit_compute_dtype": str(self.bnb_4bit_compute_dtype)[len("torch.") :]}
+        """What config.json says of a checkpoint in 4 bits: bitsandbytes' own fields, so that it reads ours.
+
+        The blocksize is not among them; each weight's own tensors tell it.
+        """
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "bnb_4bit_quant_type": self.bnb_4bit_quant_type,
+            "bnb_4bit_use_double_quant": self.bnb_4bit_use_double_quant,
+            "bnb_4bit_compute_dtype": str(self.bnb_4bit_compute_dtype).removeprefix("torch."),
+            "bnb_4bit_quant_storage": "uint8",
+            "llm_int8_skip_modules": self.llm_int8_skip_modules,
+        }
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -150,6 +163,10 @@ class Deserialize4bit(ConversionOps):
     def __deepcopy__(self, memo: dict) -> Deserialize4bit:
         return self  # transformers copies it for every weight; errors and pages are shared
 
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Keep()
+
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -179,6 +196,13 @@ class Deserialize4bit(ConversionOps):
             found = [places.get(key) for key in (name, f"{name}.absmax")]
             base.take(module, (found[0], found[1]) if found[0] and found[1] else None)
         release_file_pages(packed)
+
+
+class Keep(ConversionOps):
+    """The way back of Deserialize4bit: get_state_dict_and_metadata has made a weight's tensors already."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
 
 
 def release_file_pages(W: Tensor) -> None:
@@ -232,7 +256,23 @@ class OnecardQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
-        return False
+        return True
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What save_pretrained writes: each linear as bitsandbytes' tensors, all else as it is.
+
+        Raises:
+            UserError: int4, which that format lacks; a paged base, which is in no memory.
+        """
+        tensors = model.state_dict()
+        for name, module in model.named_modules():
+            if isinstance(module, Linear4bit):
+                if module.fetch is not None:
+                    do = "load it without a weights_budget, or use `onecard quantize`"
+                    raise UserError("a model must be in memory to be saved", "a paged base", do, name)
+                found = to_bnb(module.weight.detach(), module.state)
+                tensors |= {f"{name}.weight{suffix}": tensor for suffix, tensor in found.items()}
+        return tensors, {}
 
     def update_device_map(self, device_map: Any) -> Any:
         if device_map is not None:
@@ -271,12 +311,21 @@ class OnecardQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         check_loaded(model)
+        self.tell_how_stored(model)
         fuse(model)
         head = model.get_output_embeddings()
         if type(head) is nn.Linear:
             model.set_output_embeddings(Head(head))
         model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate ask for it
         return model
+
+    def tell_how_stored(self, model: PreTrainedModel) -> None:
+        """A checkpoint in 4 bits keeps its own type, blocks and nesting: let the model's config say so."""
+        state = next((m.state for m in model.modules() if isinstance(m, Linear4bit)), None)
+        if state is not None:
+            config: Any = self.quantization_config
+            config.bnb_4bit_quant_type, config.bnb_4bit_blocksize = state.quant_type, state.blocksize
+            config.bnb_4bit_use_double_quant = state.nested
 
 
 register_quantization_config(METHOD)(BitsAndBytesConfig)

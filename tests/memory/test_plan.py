@@ -7,7 +7,8 @@ import onecard
 from onecard.config import parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import meta_model
-from onecard.memory.plan import known_config, plan
+from onecard.memory.model import known_config
+from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
 
 BILLIONS = {
@@ -34,7 +35,7 @@ def test_the_terms_of_a_loaded_model(checkpoint):
     model = onecard.load_model(str(checkpoint), compute_dtype=torch.bfloat16, device="cpu")
     quantized = [module for module in model.modules() if hasattr(module, "quant_state")]
     assert found["base, 4-bit codes"] == sum(module.weight.nbytes for module in quantized)
-    assert found["base, scales"] == sum(module.loaded_state.nbytes for module in quantized)
+    assert found["base, scales"] == sum(module.state.nbytes for module in quantized)
     others = sum(p.nbytes for p in model.parameters() if p.is_floating_point())
     assert found["embeddings, norms, head"] == others
     assert found["LoRA weights"] == sum(4 * 4 * (m.in_features + m.out_features) for m in quantized)
