@@ -108,10 +108,12 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     """run_training in an output folder that is this run's."""
     output = Path(config.output)
     state = load_newest(output / "checkpoints") if resuming else None
-    return_large_blocks()
     prepared = prepare(config, state.documents["progress"].get("date") if state else None)
+    config = prepared.config
     if state is not None:  # before the weights load
         check_unchanged(config, prepared.identity, state)
+    if prepared.fit != Fit(0):
+        return_large_blocks()
     show(prepared, console)
     model = load_adapted(config, prepared, console)
     loader = Loader(
