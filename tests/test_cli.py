@@ -1,5 +1,6 @@
 """Behaviour: the commands as a user types them."""
 
+import json
 import subprocess
 import sys
 
@@ -89,3 +90,15 @@ def test_mistakes_exit_with_2_and_no_traceback(checkpoint, tmp_path):
     ):
         code, _, err = onecard(*args)
         assert code == 2 and said in err and "Traceback" not in err, err
+
+
+def test_lists_of_flags_and_help(checkpoint, chats, tmp_path):
+    code, out, err = onecard(
+        "train", "--model", checkpoint, "--data", chats, "--output", tmp_path / "[red]o", "--max-steps", 1,
+        "--target-modules", "q_proj", "--target-modules", "v_proj", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "[red]o/report.html" in out
+    saved = json.loads((tmp_path / "[red]o" / "adapter" / "adapter_config.json").read_text())
+    assert sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
+    assert "Folder of a trained adapter" in onecard("generate", "--help")[1]

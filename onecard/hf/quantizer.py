@@ -270,7 +270,7 @@ class OnecardQuantizer(HfQuantizer):
                 if module.fetch is not None:
                     do = "load it without a weights_budget, or use `onecard quantize`"
                     raise UserError("a model must be in memory to be saved", "a paged base", do, name)
-                found = to_bnb(module.weight.detach(), module.state)
+                found = to_bnb(module.weight.detach(), module.loaded_state)
                 tensors |= {f"{name}.weight{suffix}": tensor for suffix, tensor in found.items()}
         return tensors, {}
 
@@ -321,7 +321,7 @@ class OnecardQuantizer(HfQuantizer):
 
     def tell_how_stored(self, model: PreTrainedModel) -> None:
         """A checkpoint in 4 bits keeps its own type, blocks and nesting: let the model's config say so."""
-        state = next((m.state for m in model.modules() if isinstance(m, Linear4bit)), None)
+        state = next((m.loaded_state for m in model.modules() if isinstance(m, Linear4bit)), None)
         if state is not None:
             config: Any = self.quantization_config
             config.bnb_4bit_quant_type, config.bnb_4bit_blocksize = state.quant_type, state.blocksize
