@@ -16,7 +16,7 @@ from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype, paging, release_file_pages
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import cast_output
-from onecard.nn.linear import Linear4bit
+from onecard.nn.experts import weights_of
 from onecard.paging.files import Segment
 from onecard.paging.weights import SLICE_ROWS, PagedBase, PagedEmbedding, PagedHead
 
@@ -229,17 +229,19 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def held_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """A module's own tensors, brought in where they are paged; an embedding in pieces."""
-    if isinstance(module, Linear4bit):
-        packed, state = module.stored()
-        named = [("weight", packed), ("absmax", state.absmax), ("nested_absmax", state.nested_absmax),
-                 ("nested_offset", state.nested_offset), ("bias", module.bias)]  # fmt: skip
+    stored = dict(weights_of(module))
+    for name, weight in stored.items():
+        packed, state = weight.stored()
+        named = [(name, packed), ("absmax", state.absmax), ("nested_absmax", state.nested_absmax),
+                 ("nested_offset", state.nested_offset)]  # fmt: skip
         yield from ((key, tensor) for key, tensor in named if tensor is not None)
-        return
     if isinstance(module, PagedEmbedding):
         yield from (("weight", piece) for piece in module.slices())
     elif isinstance(module, PagedHead):
         yield "weight", module.weight
     for key, parameter in module.named_parameters(recurse=False):
+        if key in stored:
+            continue
         pieces = parameter.split(SLICE_ROWS) if isinstance(module, torch.nn.Embedding) else [parameter]
         yield from ((key, piece) for piece in pieces)
 

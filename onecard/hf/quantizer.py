@@ -2,12 +2,14 @@
 
 transformers builds the model on the meta device, asks us to put Linear4bit where its linears are, then reads the
 checkpoint tensor by tensor; each linear's weight passes through `Quantize4bit` and its 16-bit form is dropped
-before the next is read.
+before the next is read. Experts become Experts4bit and are quantized one by one, whether the checkpoint has them in
+tensors of their own or stacked, and whether its linears are in 16 bits or, by bitsandbytes, in 4.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import replace
 from mmap import PAGESIZE
@@ -17,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -28,6 +30,7 @@ from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.kernels import ops
 from onecard.nn.embedding import Head
+from onecard.nn.experts import Experts4bit, StackedWeight, are_stacked_experts, weights_of
 from onecard.nn.fused import fuse
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
@@ -100,84 +103,126 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
+class GatherExperts(ConversionOps):
+    """In place of transformers' stacking: leaves every expert's tensors where they are, a tuple for each expert."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        parts = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
+        complete = len(parts) == len(source_patterns) and len({len(part) for part in parts}) == 1
+        return {kwargs["full_layer_name"]: list(zip(*parts)) if complete else []}
+
+
 class Quantize4bit(ConversionOps):
-    """One linear's weight in, its codes out; the QuantState goes to the module."""
+    """One weight in, its codes out; the QuantState goes to the module."""
 
     def __init__(self, hf_quantizer: OnecardQuantizer):
         self.hf_quantizer: Any = hf_quantizer
         self.paging = paging.get()
+
+    def __deepcopy__(self, memo: dict) -> Quantize4bit:
+        return self  # transformers copies it for every weight; errors and pages are shared
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name=None, model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         result = {}
         for name, values in input_dict.items():
-            module, _ = get_module_from_name(model, name)
+            module, leaf = get_module_from_name(model, name)
+            weight = dict(weights_of(module))[leaf]
             try:
-                self.quantize(name, values[0] if isinstance(values, list) else values, module)
+                if isinstance(weight, StackedWeight):
+                    self.quantize_experts(name, values, weight)
+                else:
+                    self.quantize(name, values[0] if isinstance(values, list) else values, weight)
             except UserError as error:
                 # transformers would log an error raised here and end in one of its own: raised after loading.
                 self.hf_quantizer.errors.append(error)
             module._is_hf_initialized = True
-            result[name] = module.weight
+            result[name] = weight.weight
         return result
 
-    def quantize(self, name: str, W: Tensor, module: Any) -> None:
-        """Give `module` its weight. Raises UserError for a wrong shape, NaN or Inf."""
-        config: Any = self.hf_quantizer.quantization_config
+    def quantize(self, name: str, W: Tensor, linear: Linear4bit) -> None:
+        """Give `linear` its weight. Raises UserError for a wrong shape, NaN or Inf."""
         W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
-        check_shape(W, (module.out_features, module.in_features), name)
-        packed, state = ops.quantize_4bit(
-            W,
-            config.bnb_4bit_quant_type,
-            config.bnb_4bit_blocksize,
-            config.bnb_4bit_use_double_quant,
-            name,
-        )
-        module.set_weight(packed, state)
-        if self.paging is not None:
-            self.paging[0].take(module)
+        check_shape(W, (linear.out_features, linear.in_features), name)
+        self.set(linear, *ops.quantize_4bit(W, *self.quantization, name))
         release_file_pages(W)
 
+    def quantize_experts(self, name: str, values: Any, weight: StackedWeight) -> None:
+        """Give `weight` its experts, one by one. Raises UserError for a wrong number or shape, NaN or Inf.
 
-class Deserialize4bit(ConversionOps):
-    """One linear's tensors of a bitsandbytes checkpoint in, its codes out; the QuantState goes to the module."""
+        Args:
+            values: the stacked tensor, or for each expert the tensors that lie one below the other in it.
+        """
+        num_experts, *shape = weight.shape
+        values = values[0] if isinstance(values, list) and values and isinstance(values[0], Tensor) else values
+        if len(values) != num_experts:
+            raise UserError(
+                f"the checkpoint must have {num_experts} experts",
+                f"{len(values) or 'not the same number of each tensor'}",
+                "fetch the checkpoint again, or correct its config.json",
+                name,
+            )
 
-    def __init__(self, hf_quantizer: OnecardQuantizer):
-        self.hf_quantizer: Any = hf_quantizer
-        self.paging = paging.get()
+        def experts() -> Iterator[Tensor]:
+            for number, value in enumerate(values):
+                pieces = [value] if isinstance(value, Tensor) else value
+                W = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                check_shape(W, tuple(shape), f"{name}, expert {number}")
+                yield W
+                for piece in pieces:
+                    release_file_pages(piece)
 
-    def __deepcopy__(self, memo: dict) -> Deserialize4bit:
-        return self  # transformers copies it for every weight; errors and pages are shared
+        self.set(weight, *ops.quantize_stack(experts(), weight.shape, *self.quantization, name))
+
+    @property
+    def quantization(self) -> tuple[str, int, bool]:
+        config: Any = self.hf_quantizer.quantization_config
+        return config.bnb_4bit_quant_type, config.bnb_4bit_blocksize, config.bnb_4bit_use_double_quant
+
+    def set(self, weight: Any, packed: Tensor, state: QuantState) -> None:
+        weight.set_weight(packed, state)
+        if self.paging is not None:
+            self.paging[0].take(weight)
+
+
+class Deserialize4bit(Quantize4bit):
+    """One weight's tensors of a bitsandbytes checkpoint in, its codes out; experts that are in 16 bits there, as
+    bitsandbytes leaves them, are quantized."""
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        module, name = get_module_from_name(model, full_layer_name)
-        if not isinstance(module, Linear4bit) or name != "weight":
+        module, leaf = get_module_from_name(model, full_layer_name)
+        weight = dict(weights_of(module)).get(leaf)
+        if weight is None:
             return tensors
+        first = min(tensors, key=len)
+        if tensors[first].is_floating_point() and isinstance(weight, StackedWeight):
+            return super().convert({full_layer_name: tensors[first]}, full_layer_name, model)
         loaded: Any = module
         try:
-            packed, state = from_bnb(full_layer_name, {key.removeprefix("weight"): t for key, t in tensors.items()})
-            check_shape(
-                torch.empty(state.shape, device="meta"), (module.out_features, module.in_features), full_layer_name
-            )
-            self.set(module, full_layer_name, packed, state)
+            packed, state = from_bnb(full_layer_name, {key.removeprefix(first): t for key, t in tensors.items()})
+            expected = weight.shape if isinstance(weight, StackedWeight) else (weight.out_features, weight.in_features)
+            check_shape(torch.empty(state.shape, device="meta"), tuple(expected), full_layer_name)
+            self.set_stored(weight, full_layer_name, packed, state)
         except UserError as error:
             self.hf_quantizer.errors.append(error)
         loaded._is_hf_initialized = True
-        return {"weight": module.weight}
+        return {full_layer_name: weight.weight}
 
-    def set(self, module: Linear4bit, name: str, packed: Tensor, state: QuantState) -> None:
-        """Give `module` its weight: in memory of its own, or as a page of the checkpoint's file."""
+    def set_stored(self, weight: Any, name: str, packed: Tensor, state: QuantState) -> None:
+        """Give `weight` its codes: in memory of its own, or as a page of the checkpoint's file."""
         if self.paging is None:
-            module.set_weight(packed.clone(), replace(state, absmax=state.absmax.clone()))
+            weight.set_weight(packed.clone(), replace(state, absmax=state.absmax.clone()))
         else:
             base, places = self.paging
-            module.set_weight(packed, state)
+            weight.set_weight(packed, state)
             found = [places.get(key) for key in (name, f"{name}.absmax")]
-            base.take(module, (found[0], found[1]) if found[0] and found[1] else None)
+            base.take(weight, (found[0], found[1]) if found[0] and found[1] else None)
         release_file_pages(packed)
 
 
@@ -201,7 +246,7 @@ def release_file_pages(W: Tensor) -> None:
                 return
 
 
-def check_shape(W: Tensor, expected: tuple[int, int], name: str) -> None:
+def check_shape(W: Tensor, expected: tuple[int, ...], name: str) -> None:
     """Raise UserError unless W has the shape that config.json promises."""
     if tuple(W.shape) != expected:
         raise UserError(
@@ -241,13 +286,32 @@ class OnecardQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return name in dict(weights_of(module))
 
     def get_quantize_ops(self) -> Quantize4bit:
         return Quantize4bit(self)
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": Deserialize4bit}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Experts come one by one: where transformers would stack them, and where linears are in 4 bits already."""
+        named = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts4bit)]
+        stacks = sorted({f"{path.rpartition('.')[2]}.{name}" for path, module in named for name in module.weights})
+        quantize = [Quantize4bit(self)] if self.pre_quantized else []  # else transformers adds it
+        updated = []
+        for converter in weight_conversions:
+            stacking = isinstance(converter, WeightConverter) and isinstance(converter.operations[0], MergeModulelist)
+            if stacking and any(converter.target_patterns[0].endswith(stack) for stack in stacks):
+                sources, targets = converter._original_source_patterns, converter._original_target_patterns
+                converter = converter.copy(sources, targets, operations=[GatherExperts(), *quantize])
+            updated.append(converter)
+        if self.pre_quantized:
+            for stack in stacks:
+                whole = rf"(?<=\.){stack}"
+                names = [whole, *(f"{whole}.{key}" for key in BNB_KEYS)]
+                updated.append(WeightConverter(names, stack, [Deserialize4bit(self)]))
+        return super().update_weight_conversions(updated, model)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
@@ -256,6 +320,8 @@ class OnecardQuantizer(HfQuantizer):
         kept: Any = model._keep_in_fp32_modules
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept)
         for name, module in list(model.named_modules()):
+            if are_stacked_experts(module) and should_convert_module(name, skip):
+                model.set_submodule(name, Experts4bit(module, config.bnb_4bit_compute_dtype).train(module.training))
             if not isinstance(module, (nn.Linear, Conv1D)) or not should_convert_module(name, skip):
                 continue
             out_features, in_features = module.weight.shape
@@ -284,15 +350,16 @@ register_quantizer(METHOD)(OnecardQuantizer)
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Raise UserError if a linear got no weight, or another parameter holds NaN or Inf."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and module.quant_state is None:
-            raise UserError(
-                "every linear must have its weight in the checkpoint",
-                "none",
-                "fetch the checkpoint again, or use one of the same architecture",
-                f"{name}.weight",
-            )
+    """Raise UserError if a linear or experts got no weight, or another parameter holds NaN or Inf."""
+    for path, module in model.named_modules():
+        for name, weight in weights_of(module):
+            if weight.quant_state is None:
+                raise UserError(
+                    "every linear must have its weight in the checkpoint",
+                    "none",
+                    "fetch the checkpoint again, or use one of the same architecture",
+                    f"{path}.{name}",
+                )
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and tensor.device.type != "meta":
             check_finite(name, tensor)

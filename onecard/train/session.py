@@ -244,11 +244,10 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
     prepared.identity["base"] = fingerprint(base)
     torch.manual_seed(config.seed)
     try:
-        model = get_peft_model(base, lora_config(config))
+        model = get_peft_model(base, lora_config(config, base))
     except ValueError as error:
-        raise UserError(
-            "target_modules must name linears of the model", str(error), "correct it", "target_modules"
-        ) from None
+        must = "target_modules must name linears of the model, target_parameters stacked weights of its experts"
+        raise UserError(must, str(error), "correct it", "target_modules") from None
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.rule("training", align="left")
     console.print(
