@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -114,6 +114,12 @@ class GatherExperts(ConversionOps):
         return {kwargs["full_layer_name"]: list(zip(*parts)) if complete else []}
 
 
+def only_stacks(operations: list[Any]) -> bool:
+    """Whether a converter does no more than GatherExperts' tuples stand for."""
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
+    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+
+
 class Quantize4bit(ConversionOps):
     """One weight in, its codes out; the QuantState goes to the module."""
 
@@ -125,10 +131,11 @@ class Quantize4bit(ConversionOps):
         return self  # transformers copies it for every weight; errors and pages are shared
 
     def convert(
-        self, input_dict: dict[str, Any], full_layer_name=None, model: Any = None, **kwargs: Any
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
         result = {}
-        for name, values in input_dict.items():
+        for key, values in input_dict.items():
+            name = full_layer_name if len(input_dict) == 1 else key  # a key may be a pattern
             module, leaf = get_module_from_name(model, name)
             weight = dict(weights_of(module))[leaf]
             try:
@@ -169,9 +176,9 @@ class Quantize4bit(ConversionOps):
         def experts() -> Iterator[Tensor]:
             for number, value in enumerate(values):
                 pieces = [value] if isinstance(value, Tensor) else value
-                W = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                check_shape(W, tuple(shape), f"{name}, expert {number}")
-                yield W
+                for piece in pieces:
+                    check_shape(piece, (shape[0] // len(pieces), *shape[1:]), f"{name}, expert {number}")
+                yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)
                 for piece in pieces:
                     release_file_pages(piece)
 
@@ -298,13 +305,14 @@ class OnecardQuantizer(HfQuantizer):
         """Experts come one by one: where transformers would stack them, and where linears are in 4 bits already."""
         named = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts4bit)]
         stacks = sorted({f"{path.rpartition('.')[2]}.{name}" for path, module in named for name in module.weights})
-        quantize = [Quantize4bit(self)] if self.pre_quantized else []  # else transformers adds it
         updated = []
         for converter in weight_conversions:
-            stacking = isinstance(converter, WeightConverter) and isinstance(converter.operations[0], MergeModulelist)
-            if stacking and any(converter.target_patterns[0].endswith(stack) for stack in stacks):
+            if isinstance(converter, WeightConverter) and converter.target_patterns[0].endswith(tuple(stacks)):
+                operations = [GatherExperts()] if only_stacks(converter.operations) else converter.operations
+                if self.pre_quantized:  # else transformers adds it
+                    operations = [*operations, Quantize4bit(self)]
                 sources, targets = converter._original_source_patterns, converter._original_target_patterns
-                converter = converter.copy(sources, targets, operations=[GatherExperts(), *quantize])
+                converter = converter.copy(sources, targets, operations=operations)
             updated.append(converter)
         if self.pre_quantized:
             for stack in stacks:
