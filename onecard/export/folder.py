@@ -56,7 +56,8 @@ def read_tensor(info: TensorInfo) -> Tensor:
         stream.seek(info.begin)
         buffer = bytearray(info.nbytes)
         stream.readinto(buffer)
-    return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).view(info.shape)
+    dtype = torch.uint8 if info.dtype == "U8" else DTYPES[info.dtype]
+    return torch.frombuffer(buffer, dtype=dtype).view(info.shape)
 
 
 def write_others(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], places: dict[str, str]) -> None:

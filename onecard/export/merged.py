@@ -11,8 +11,10 @@ file by file as the base has them, and renamed when whole.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +25,18 @@ from torch import Tensor
 from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
-from onecard.hf.checkpoint import Checkpoint, TensorInfo, inspect_checkpoint, read_json
+from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint, read_json
 from onecard.hf.load import find_checkpoint
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.memory.plan import read_model
 from onecard.quant.blockwise import state_absmax
+from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
 PREFIX = "base_model.model."
 SLAB_VALUES = 1 << 22
 
@@ -45,42 +50,172 @@ class Update:
     scaling: float
     magnitude_N: Tensor | None = None
 
+    def add_to(self, W_NK: Tensor, start: int) -> Tensor:
+        """Float32 rows of the weight, from row `start` on, with the update in them."""
+        rows = slice(start, start + W_NK.shape[0])
+        W_NK = W_NK + self.scaling * (self.B_NR[rows] @ self.A_RK)
+        if self.magnitude_N is not None:
+            W_NK *= self.magnitude_N[rows, None] / torch.linalg.vector_norm(W_NK, dim=1, keepdim=True)
+        return W_NK
+
 
 @dataclass
 class Adapter:
     """A peft adapter folder, read and checked."""
 
-    folder: Path
+    folder: Path | None = None
     updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight that each changes
     saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: these replace the base's
 
 
-def merge(model: str, adapter: str, output: str, base: Base = "dequantized", quant: QuantConfig | None = None) -> Path:
-    """Write a 16-bit checkpoint with the adapter in it; its folder.
+@dataclass(frozen=True)
+class Merged:
+    """A base and an adapter as one 16-bit checkpoint, given tensor by tensor; nothing of it is written or kept.
+
+    Attributes:
+        config: config.json of the result.
+        shapes: each of its tensors: dtype as safetensors spells it, shape.
+    """
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    quant: QuantConfig
+    config: dict[str, Any]
+    shapes: Shapes
+    rounded: set[str]  # weights that stand in 4 bits first
+    full: dict[str, Tensor]  # tensors that are not the base's
+
+    def read(self, name: str) -> Tensor:
+        """One tensor of the result, whole."""
+        return torch.cat(list(self.slabs(name))).view(self.shapes[name][1])
+
+    def slabs(self, name: str) -> Iterator[Tensor]:
+        """One tensor of the result, consecutive rows at a time."""
+        if name in self.full:
+            yield self.full[name].to(DTYPES[self.shapes[name][0]])
+        elif self.as_stored(name):
+            yield read_tensor(self.checkpoint.tensors[name])
+        else:
+            update = self.adapter.updates.get(name)
+            for start, piece in self.base_slabs(name):
+                piece = piece if update is None else update.add_to(piece, start)
+                yield piece.to(DTYPES[self.shapes[name][0]])
+
+    def as_stored(self, name: str) -> bool:
+        """Whether a tensor is in the base just as it will be in the result."""
+        return name not in self.full and name not in self.rounded and name not in self.adapter.updates
+
+    def base_slabs(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """The base's weight, (N, K), in float32: the first row's number and some rows."""
+        N, K = self.shapes[name][1]
+        if name not in self.rounded:
+            W, rows = read_tensor(self.checkpoint.tensors[name]), max(SLAB_VALUES // K, 1)
+            yield from ((start, W[start : start + rows].float()) for start in range(0, N, rows))
+            return
+        packed, state = self.in_4bit(name)
+        absmax, blocksize = state_absmax(state), state.blocksize
+        rows = max(SLAB_VALUES // K // blocksize, 1) * blocksize  # so that a slab starts with a block
+        for start in range(0, N, rows):
+            piece, first = torch.empty(min(rows, N - start), K), start * K
+            codes = packed[first // 2 : (first + piece.numel() + 1) // 2]
+            weight = (codes, absmax[first // blocksize :], None, None, state.quant_type, blocksize)
+            ops.backend(piece.device).dequantize_into(*weight, piece)
+            yield start, piece
+
+    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
+        """Codes and state of a weight as training had it."""
+        info, quant = self.checkpoint.tensors[name], self.quant
+        if info.dtype == "U8":
+            return read_4bit(self.checkpoint, name)
+        return ops.quantize_4bit(read_tensor(info), quant.quant_type, quant.blocksize, quant.double_quant, name)
+
+
+def open_merged(
+    model: str, adapter: str | None, base: Base = "dequantized", quant: QuantConfig | None = None
+) -> Merged:
+    """The checkpoint that `model` and a trained adapter, or none, make together.
 
     Args:
-        model: the checkpoint that the adapter was trained on.
+        model: the checkpoint that the adapter was trained on, in 16 bits or in bitsandbytes' 4-bit format.
         base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights.
-        quant: how training stored the base; the defaults if not given.
+        quant: how training stored a 16-bit base; the defaults if not given.
 
     Raises:
-        UserError: an adapter that does not belong to the model or is of a kind not known here; no room on the disk;
-            an output folder that is not new.
+        UserError: an adapter that does not belong to the model or is of a kind not known here; the original weights
+            of a checkpoint that has none.
     """
-    checkpoint, target = inspect_checkpoint(find_checkpoint(model)), Path(output)
-    tuned = read_adapter(Path(adapter))
-    check_belongs(tuned, checkpoint)
-    check_room(target, checkpoint.nbytes)
-    linears = set(read_model(checkpoint).linears) if base == "dequantized" else set()
-    more, config = extra_tensors(tuned, checkpoint)
+    checkpoint = inspect_checkpoint(find_checkpoint(model))
+    if checkpoint.is_4bit and base == "original":
+        found = "a checkpoint in 4 bits"
+        raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
+    tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
+    shapes = stored_shapes(checkpoint)
+    check_belongs(tuned, shapes, checkpoint.folder)
+    rounded = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"}
+    if base == "dequantized" and not checkpoint.is_4bit:
+        rounded = set(read_model(checkpoint).linears) & set(shapes)
+    full, config = saved_tensors(tuned, checkpoint, shapes)
+    for name, tensor in full.items():
+        dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
+        shapes[name] = (dtype, tuple(tensor.shape))
+    return Merged(checkpoint, tuned, quant or QuantConfig(), config, shapes, rounded, full)
+
+
+def stored_shapes(checkpoint: Checkpoint) -> Shapes:
+    """Dtype and shape of each tensor of a checkpoint, as it was before 4 bits."""
+    shapes: Shapes = {}
+    for name, info in checkpoint.tensors.items():
+        if f"{name}.absmax" in checkpoint.tensors:
+            states = {suffix: checkpoint.tensors.get(name + suffix) for suffix in SUFFIXES if STATE_KEY in suffix}
+            facts = read_facts(name, {suffix: read_tensor(state) for suffix, state in states.items() if state})
+            shapes[name] = (NAMES[getattr(torch, facts["dtype"])], tuple(facts["shape"]))
+        elif not (checkpoint.is_4bit and name.endswith(SUFFIXES)):
+            shapes[name] = (info.dtype, info.shape)
+    return shapes
+
+
+def read_4bit(checkpoint: Checkpoint, name: str) -> tuple[Tensor, QuantState]:
+    """A weight of a bitsandbytes checkpoint: codes and state."""
+    infos = {suffix: checkpoint.tensors.get(name + suffix) for suffix in ("", *SUFFIXES)}
+    return from_bnb(name, {suffix: read_tensor(info) for suffix, info in infos.items() if info is not None})
+
+
+def common_dtype(shapes: Shapes) -> str:
+    """What most of a checkpoint's float tensors are stored in."""
+    return Counter(dtype for dtype, _ in shapes.values() if dtype in DTYPES).most_common(1)[0][0]
+
+
+def merge(model: str, adapter: str, output: str, base: Base = "dequantized", quant: QuantConfig | None = None) -> Path:
+    """Write a 16-bit checkpoint with the adapter in it; its folder. Arguments and errors are open_merged's.
+
+    Raises:
+        UserError: no room on the disk; an output folder that is not new.
+    """
+    merged, target = open_merged(model, adapter, base, quant), Path(output)
+    sizes = [DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in merged.shapes.values()]
+    check_room(target, sum(sizes))
     places: dict[str, str] = {}
     with new_folder(target) as folder:
-        for file in checkpoint.files:
-            extra = more if file == checkpoint.files[-1] else {}
-            names = write_file(folder / file.name, checkpoint, tuned, linears, quant or QuantConfig(), extra)
+        for file in merged.checkpoint.files:
+            infos = merged.checkpoint.tensors
+            last = file == merged.checkpoint.files[-1]
+            names = [n for n in merged.shapes if (infos[n].file == file if n in infos else last)]
+            write_file(folder / file.name, merged, names)
             places |= dict.fromkeys(names, file.name)
-        write_others(folder, checkpoint, config, places)
+        write_others(folder, merged.checkpoint, merged.config, places)
     return target
+
+
+def write_file(path: Path, merged: Merged, names: list[str]) -> None:
+    """One safetensors file with these tensors of the result."""
+    file = TensorFile(path, {name: merged.shapes[name] for name in names})
+    for name in names:
+        if merged.as_stored(name):
+            file.copy(name, merged.checkpoint.tensors[name])
+            continue
+        for slab in merged.slabs(name):
+            file.append(name, slab)
+    file.close()
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -122,94 +257,36 @@ def scale_of(module: str, config: dict[str, Any], rank: int) -> float:
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
 
 
-def check_belongs(adapter: Adapter, checkpoint: Checkpoint) -> None:
+def check_belongs(adapter: Adapter, shapes: Shapes, folder: Path) -> None:
     """Every update must find its weight, in shape."""
     for name, update in adapter.updates.items():
-        info = checkpoint.tensors.get(name)
         shape = (update.B_NR.shape[0], update.A_RK.shape[1])
-        if info is None or info.shape != shape or info.dtype not in DTYPES:
-            found = "no such tensor" if info is None else f"{info.dtype} {list(info.shape)}"
+        dtype, found = shapes.get(name, (None, None))
+        if found != shape or dtype not in DTYPES:
             raise UserError(
                 f"the model must have the adapter's {name} of shape {list(shape)}",
-                found,
+                "no such tensor" if found is None else f"{dtype} {list(found)}",
                 "use the model that the adapter was trained on",
-                str(checkpoint.folder),
+                str(folder),
             )
 
 
-def extra_tensors(adapter: Adapter, checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors that the base's files do not have, and config.json for the result.
+def saved_tensors(adapter: Adapter, checkpoint: Checkpoint, shapes: Shapes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors that are not the base's, and config.json for the result.
 
     A head or an embedding trained on its own unties the two; tokens added in training change the vocabulary's size.
     """
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    more = {name: tensor for name, tensor in adapter.saved.items() if name not in checkpoint.tensors}
-    embedding = next((n for n in checkpoint.tensors if n.endswith("embed_tokens.weight")), None)
-    tied = config.get("tie_word_embeddings") and "lm_head.weight" not in checkpoint.tensors
-    trained = [name for name in adapter.saved if name == "lm_head.weight" or name.endswith("embed_tokens.weight")]
+    saved = dict(adapter.saved)
+    embedding = next((n for n in shapes if n.endswith("embed_tokens.weight")), None)
+    tied = config.get("tie_word_embeddings") and "lm_head.weight" not in shapes
+    trained = [name for name in saved if name == "lm_head.weight" or name.endswith("embed_tokens.weight")]
     if tied and trained:
         config["tie_word_embeddings"] = False
-        if "lm_head.weight" not in adapter.saved and embedding is not None:
-            more["lm_head.weight"] = read_tensor(checkpoint.tensors[embedding])
-    for name in set(more) - {"lm_head.weight"}:
+        if "lm_head.weight" not in saved and embedding is not None:
+            saved["lm_head.weight"] = read_tensor(checkpoint.tensors[embedding])
+    for name in set(saved) - set(shapes) - {"lm_head.weight"}:
         raise UserError("a module saved in full must be the model's", name, "use its own model", str(adapter.folder))
     for name in trained:
         config["vocab_size"] = adapter.saved[name].shape[0]
-    return more, config
-
-
-def write_file(
-    path: Path, checkpoint: Checkpoint, adapter: Adapter, linears: set[str], quant: QuantConfig, more: dict[str, Tensor]
-) -> list[str]:
-    """One safetensors file as the base has it, tensor by tensor, with `more`; the names in it."""
-    source = checkpoint.folder / path.name
-    infos = {name: info for name, info in checkpoint.tensors.items() if info.file == source}
-    full = {**{name: tensor for name, tensor in adapter.saved.items() if name in infos}, **more}
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {name: (info.dtype, info.shape) for name, info in infos.items()}
-    for name, tensor in full.items():
-        shapes[name] = (NAMES[stored_dtype(name, tensor, infos)], tuple(tensor.shape))
-    file = TensorFile(path, shapes)
-    for name in shapes:
-        if name in full:
-            file.append(name, full[name].to(stored_dtype(name, full[name], infos)))
-        elif name in adapter.updates or name in linears:
-            for slab in merged_slabs(infos[name], adapter.updates.get(name), name in linears, quant, name):
-                file.append(name, slab)
-        else:
-            file.copy(name, infos[name])
-    file.close()
-    return list(shapes)
-
-
-def stored_dtype(name: str, tensor: Tensor, infos: dict[str, TensorInfo]) -> torch.dtype:
-    """A tensor trained in full goes back to its place's dtype; a new one keeps its own, at most that of a place."""
-    if name in infos:
-        return DTYPES[infos[name].dtype]
-    return next((DTYPES[info.dtype] for info in infos.values() if info.dtype in DTYPES), tensor.dtype)
-
-
-def merged_slabs(
-    info: TensorInfo, update: Update | None, dequantized: bool, quant: QuantConfig, name: str
-) -> Iterator[Tensor]:
-    """The merged weight, some rows at a time, in the dtype of the checkpoint."""
-    W = read_tensor(info)
-    N, K = W.shape
-    rows = max(SLAB_VALUES // K // quant.blocksize, 1) * quant.blocksize  # so that a slab starts with a block
-    packed = absmax = None
-    if dequantized:
-        packed, state = ops.quantize_4bit(W, quant.quant_type, quant.blocksize, quant.double_quant, name)
-        absmax = state_absmax(state)
-    for start in range(0, N, rows):
-        piece = W[start : start + rows].float()
-        if packed is not None and absmax is not None:
-            first = start * K
-            codes = packed[first // 2 : (first + piece.numel() + 1) // 2]
-            scales = absmax[first // quant.blocksize :]
-            weight = (codes, scales, None, None, quant.quant_type, quant.blocksize)
-            ops.backend(piece.device).dequantize_into(*weight, piece)
-        if update is not None:
-            piece += update.scaling * (update.B_NR[start : start + rows] @ update.A_RK)
-            if update.magnitude_N is not None:
-                norm = torch.linalg.vector_norm(piece, dim=1, keepdim=True)
-                piece *= update.magnitude_N[start : start + rows, None] / norm
-        yield piece.to(W.dtype)
+    return saved, config

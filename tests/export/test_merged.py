@@ -6,11 +6,14 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import onecard
+from onecard.config import QuantConfig
 from onecard.errors import UserError
-from onecard.export.merged import merge
+from onecard.export.merged import merge, open_merged
+from onecard.export.quantized import quantize_checkpoint
 from onecard.nn.lora import register_fused
 from tests.conftest import make_checkpoint
 
@@ -97,6 +100,20 @@ def test_shards_dtype_ties_and_other_files(tmp_path, tied):
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert model.dtype == torch.bfloat16
     assert not report["missing_keys"] and not report["unexpected_keys"]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_4bit_base_merges_to_the_same_bytes(tmp_path, nested):
+    """Exact: a checkpoint in 4 bits holds what the 16-bit one is rounded to."""
+    base, quant = make_checkpoint(tmp_path / "base", dtype=torch.bfloat16), QuantConfig(double_quant=nested)
+    make_adapter(tmp_path / "adapter", base)
+    small = quantize_checkpoint(str(base), str(tmp_path / "small"), quant)
+    for name, model in (("a", base), ("b", small)):
+        merge(str(model), str(tmp_path / "adapter"), str(tmp_path / name), quant=quant)
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+    with pytest.raises(UserError, match="original weights"):
+        open_merged(str(small), None, "original")
 
 
 def test_another_model_is_refused(tmp_path):
