@@ -1,7 +1,7 @@
 """The memory plan: bytes a term, its formula beside it, from headers or a known shape and the settings alone.
 
-P_q weights in the linears that 4 bits take, P_o the others, P = P_q + P_o, P_l LoRA weights; T tokens a micro-batch,
-L layers, d hidden, V vocabulary; c bytes of the compute dtype. What a layer keeps for its backward is told in
+P_q weights in the linears that 4 bits take, P_e in experts, P_o the others, P all of them, P_l LoRA weights; T tokens a
+micro-batch, L layers, d hidden, V vocabulary; c bytes of the compute dtype. What a layer keeps for its backward is told in
 activations.py. The terms of a step are those at its fullest moment, one of
 
     the loss                           all that is kept, the inputs of the layers that recompute, the logits' chunk
@@ -27,6 +27,7 @@ from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, pick_compute_dtype, pick_device
 from onecard.memory.activations import Activations, layer_activations
 from onecard.memory.shapes import KNOWN
+from onecard.memory.stacks import Stack, stacks_of
 from onecard.optim.adamw import SMALL
 from onecard.paging.files import ALIGNMENT
 from onecard.paging.weights import layer_of
@@ -106,6 +107,15 @@ class Model:
         return {f"{n}.weight": m for n, m in named if isinstance(m, torch.nn.Linear) and m is not head}
 
     @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        return stacks_of(self.modules)
+
+    @cached_property
+    def quantized(self) -> dict[str, Any]:
+        """Linears and experts' stacks."""
+        return {**self.linears, **self.stacks}
+
+    @cached_property
     def num_weights(self) -> int:
         return sum(p.numel() for p in self.modules.parameters())
 
@@ -126,7 +136,7 @@ class Model:
     def page_bytes(self, config: TrainConfig, c: int) -> list[int]:
         """Bytes of each page that the base would be in: a decoder layer's codes and scales, the head's weight."""
         pages: dict[str, int] = {}
-        for name, linear in self.linears.items():
+        for name, linear in self.quantized.items():
             numel, layer = linear.weight.numel(), layer_of(name)
             blocks = -(-numel // config.blocksize)
             parts = ((numel + 1) // 2, blocks * (1 if config.double_quant else 4))
@@ -263,7 +273,7 @@ def plan_terms(
             Term("AdamW states", 8 * num_weights, "8 P"),
         ]
         return [*terms, *step_terms(model, config, dtype, {}, Term("gradients", 2 * num_weights, "2 P"), fit)]
-    adapted = targets(model.linears, config)
+    adapted = targets(model, config)
     num_lora = sum(config.r * (m.in_features + m.out_features) for m in adapted.values())
     base = (
         base_terms(model, config, c, device, fit.weights_budget)
@@ -283,7 +293,7 @@ def step_terms(
     model: Model,
     config: TrainConfig,
     dtype: torch.dtype,
-    adapted: dict[str, torch.nn.Linear],
+    adapted: dict[str, Any],
     gradients: Term,
     fit: Fit,
 ) -> list[Term]:
@@ -326,7 +336,9 @@ def step_terms(
 def activations_of(
     model: Model, adapted: frozenset[str], r: int, dropout: bool, dtype: torch.dtype, device: str
 ) -> Activations:
-    return layer_activations(model.modules, {name: model.linears[name] for name in adapted}, r, dropout, dtype, device)
+    return layer_activations(
+        model.modules, {name: model.quantized[name] for name in adapted}, r, dropout, dtype, device
+    )
 
 
 def logits_term(model: Model, tokens: int, dtype: torch.dtype) -> Term:
@@ -350,7 +362,7 @@ def device_type(config: TrainConfig) -> str:
     return config.device.partition(":")[0]
 
 
-def state_term(linears: list[torch.nn.Linear], config: TrainConfig, fit: Fit) -> Term:
+def state_term(linears: list[Any], config: TrainConfig, fit: Fit) -> Term:
     """AdamW's two states of each LoRA weight."""
     sizes = [config.r * n for m in linears for n in (m.in_features, m.out_features)]
     eight, formula = config.optim.endswith("8bit"), "8 P_l"
@@ -364,9 +376,10 @@ def state_term(linears: list[torch.nn.Linear], config: TrainConfig, fit: Fit) ->
 
 def base_terms(model: Model, config: TrainConfig, c: int, device: str, budget: int | None) -> list[Term]:
     """The frozen base in 4 bits."""
-    sizes = [linear.weight.numel() for linear in model.linears.values()]
+    sizes = [linear.weight.numel() for linear in model.quantized.values()]
+    matrices = [linear.weight.numel() // getattr(linear, "num_experts", 1) for linear in model.quantized.values()]
     buffers = 2 if device == "cuda" else 1  # autograd's thread there has one of its own
-    scratch = Term("dequantized weight", buffers * c * max(sizes, default=0), "c x the largest linear")
+    scratch = Term("dequantized weight", buffers * c * max(matrices, default=0), "c x the largest matrix")
     if budget is not None:
         pages = model.page_bytes(config, c)
         norms = sum(p.numel() * c for p in model.modules.parameters() if p.ndim == 1)
@@ -378,23 +391,29 @@ def base_terms(model: Model, config: TrainConfig, c: int, device: str, budget: i
     others = [
         p.numel() * min(c, model.itemsize.get(name, 2))
         for name, p in model.modules.named_parameters()
-        if name not in model.linears
+        if name not in model.quantized
     ]
+    experts = sum(stack.weight.numel() for stack in model.stacks.values())
+    beside = f"P_e / 2; {2 * experts / 2**30:,.1f} GiB in 16 bits, as bitsandbytes leaves them"
     return [
-        Term("base, 4-bit codes", sum(sizes) // 2, "P_q / 2"),
+        Term("base, 4-bit codes", (sum(sizes) - experts) // 2, "P_q / 2"),
+        *([Term("experts, 4-bit codes", experts // 2, beside)] if experts else []),
         Term("base, scales", scale_bytes(sizes, config), scale_formula(config)),
         Term("embeddings, norms, head", sum(others), "P_o x bytes of its dtype, at most c"),
         scratch,
     ]
 
 
-def targets(linears: dict[str, torch.nn.Linear], config: TrainConfig) -> dict[str, torch.nn.Linear]:
-    """The linears that get an adapter, by their weight's name."""
+def targets(model: Model, config: TrainConfig) -> dict[str, Any]:
+    """The linears, and experts' stacks, that get an adapter, by their weight's name."""
+    ends = tuple(config.target_parameters or ())
+    experts = {path: stack for path, stack in model.stacks.items() if path.endswith(ends)}
     if config.target_modules == "all-linear":
-        return linears
+        return {**model.linears, **experts}
     names = [config.target_modules] if isinstance(config.target_modules, str) else config.target_modules
-    named = linears.items()
-    return {path: m for path, m in named if any(path.removesuffix(".weight").endswith(name) for name in names)}
+    named = model.linears.items()
+    linears = {path: m for path, m in named if any(path.removesuffix(".weight").endswith(name) for name in names)}
+    return {**linears, **experts}
 
 
 def longest_context(model: Model) -> int:

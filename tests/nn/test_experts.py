@@ -1,6 +1,5 @@
 """No worse than plain: experts in 4 bits against transformers on the dequantized weights. Exact: peft's format."""
 
-
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
