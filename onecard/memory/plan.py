@@ -1,8 +1,8 @@
 """The memory plan: bytes a term, its formula beside it, from headers or a known shape and the settings alone.
 
 P_q weights in the linears that 4 bits take, P_e in experts, P_o the others, P all of them, P_l LoRA weights; T tokens a
-micro-batch, L layers, d hidden, V vocabulary; c bytes of the compute dtype. What a layer keeps for its backward is told in
-activations.py. The terms of a step are those at its fullest moment, one of
+micro-batch, L layers, d hidden, V vocabulary; c bytes of the compute dtype. What a layer keeps for its backward is told
+in activations.py. The terms of a step are those at its fullest moment, one of
 
     the loss                           all that is kept, the inputs of the layers that recompute, the logits' chunk
     a recomputing layer's backward     the inputs, that layer whole and what its backward works on, gradients so far
