@@ -4,6 +4,7 @@
 
 W is by default what training saw, the dequantized 4-bit weight, in every linear that had one; "original" takes the
 checkpoint's own weights, which the adapter has never met. Sums are float32, rounded once to the checkpoint's dtype.
+Experts' matrices are merged one by one, whether the checkpoint has them in tensors of their own or stacked.
 4 bits again would undo most of the update, so the result is 16-bit. The output is written under a temporary name,
 file by file as the base has them, and renamed when whole.
 """
@@ -24,14 +25,17 @@ from torch import Tensor
 
 from onecard.config import QuantConfig
 from onecard.errors import UserError
+from onecard.export.experts import matrix_factors, matrix_info, matrix_key, read_experts, stack_layers
 from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint, read_json
+from onecard.hf.experts import Place, expert_places
 from onecard.hf.load import find_checkpoint
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.memory.plan import read_model
+from onecard.memory.stacks import Stack
 from onecard.quant.blockwise import state_absmax
-from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, read_facts
+from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, part_of, read_facts
 
 Base = Literal["dequantized", "original"]
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
@@ -66,6 +70,7 @@ class Adapter:
     folder: Path | None = None
     updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight that each changes
     saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: these replace the base's
+    config: dict[str, Any] = field(default_factory=dict)  # peft's
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,9 @@ class Merged:
     shapes: Shapes
     rounded: set[str]  # weights that stand in 4 bits first
     full: dict[str, Tensor]  # tensors that are not the base's
+    stacks: dict[str, Stack]
+    places: dict[str, Place]  # of experts' tensors in stacks
+    held: dict[str, tuple[Tensor, QuantState]] = field(default_factory=dict)  # stacked weights in 4 bits
 
     def read(self, name: str) -> Tensor:
         """One tensor of the result, whole."""
@@ -96,38 +104,74 @@ class Merged:
         elif self.as_stored(name):
             yield read_tensor(self.checkpoint.tensors[name])
         else:
-            update = self.adapter.updates.get(name)
-            for start, piece in self.base_slabs(name):
-                piece = piece if update is None else update.add_to(piece, start)
-                yield piece.to(DTYPES[self.shapes[name][0]])
+            for expert in range(self.shapes[name][1][0]) if self.is_stack(name) else [None]:
+                update = self.adapter.updates.get(name if expert is None else matrix_key(name, expert))
+                for start, piece in self.base_slabs(name, expert):
+                    piece = piece if update is None else update.add_to(piece, start)
+                    yield piece.to(DTYPES[self.shapes[name][0]])
+
+    def is_stack(self, name: str) -> bool:
+        """Whether a tensor is a stacked weight, a matrix for each expert."""
+        return name in self.places and self.places[name].expert is None
 
     def as_stored(self, name: str) -> bool:
         """Whether a tensor is in the base just as it will be in the result."""
-        return name not in self.full and name not in self.rounded and name not in self.adapter.updates
+        key = matrix_key(name, 0) if self.is_stack(name) else name
+        return name not in self.full and name not in self.rounded and key not in self.adapter.updates
 
-    def base_slabs(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """The base's weight, (N, K), in float32: the first row's number and some rows."""
-        N, K = self.shapes[name][1]
+    def base_slabs(self, name: str, expert: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """A matrix of the base, (N, K), in float32: the first row's number and some rows.
+
+        Args:
+            expert: whose matrix of a stacked tensor.
+        """
+        N, K = self.shapes[name][1][-2:]
+        rows = max(SLAB_VALUES // K, 1)
         if name not in self.rounded:
-            W, rows = read_tensor(self.checkpoint.tensors[name]), max(SLAB_VALUES // K, 1)
+            info = self.checkpoint.tensors[name]
+            W = read_tensor(info if expert is None else matrix_info(info, expert))
             yield from ((start, W[start : start + rows].float()) for start in range(0, N, rows))
             return
-        packed, state = self.in_4bit(name)
-        absmax, blocksize = state_absmax(state), state.blocksize
-        rows = max(SLAB_VALUES // K // blocksize, 1) * blocksize  # so that a slab starts with a block
+        (packed, state), first, place = self.in_4bit(name), 0, self.places.get(name)
+        if place is not None:
+            packed, state, skip = part_of(packed, state, place.expert if expert is None else expert)
+            first = skip + place.part * N * K
+        absmax = state_absmax(state)
         for start in range(0, N, rows):
-            piece, first = torch.empty(min(rows, N - start), K), start * K
-            codes = packed[first // 2 : (first + piece.numel() + 1) // 2]
-            weight = (codes, absmax[first // blocksize :], None, None, state.quant_type, blocksize)
-            ops.backend(piece.device).dequantize_into(*weight, piece)
-            yield start, piece
+            piece = dequantized(packed, absmax, state, first + start * K, min(rows, N - start) * K)
+            yield start, piece.view(-1, K)
 
     def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
-        """Codes and state of a weight as training had it."""
-        info, quant = self.checkpoint.tensors[name], self.quant
+        """Codes and state of a weight as training had it; of an expert's tensor, those of the whole stack."""
+        if name not in self.places:
+            return self.quantized(name)
+        stack = self.places[name].stack
+        if stack not in self.held:
+            if len(self.held) == 2:  # those of one layer
+                del self.held[next(iter(self.held))]
+            self.held[stack] = self.quantized(name)
+        return self.held[stack]
+
+    def quantized(self, name: str) -> tuple[Tensor, QuantState]:
+        quant, info, place = self.quant, self.checkpoint.tensors[name], self.places.get(name)
+        how = (quant.quant_type, quant.blocksize, quant.double_quant)
         if info.dtype == "U8":
             return read_4bit(self.checkpoint, name)
-        return ops.quantize_4bit(read_tensor(info), quant.quant_type, quant.blocksize, quant.double_quant, name)
+        if place is None:
+            return ops.quantize_4bit(read_tensor(info), *how, name)
+        experts = read_experts(self.checkpoint, self.places, place.stack)
+        return ops.quantize_stack(experts, self.stacks[place.stack].weight.shape, *how, place.stack)
+
+
+def dequantized(packed: Tensor, absmax: Tensor, state: QuantState, first: int, count: int) -> Tensor:
+    """`count` weights from number `first` on, float32, of a weight whose scales `absmax` are float32."""
+    block = first // state.blocksize
+    skip = first - block * state.blocksize
+    out = torch.empty(skip + count)
+    codes = packed.view(-1)[block * state.blocksize // 2 : (first + count + 1) // 2]
+    weight = (codes, absmax[block:], None, None, state.quant_type, state.blocksize)
+    ops.backend(out.device).dequantize_into(*weight, out)
+    return out[skip:]
 
 
 def open_merged(
@@ -149,16 +193,18 @@ def open_merged(
         found = "a checkpoint in 4 bits"
         raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
     tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
-    shapes = stored_shapes(checkpoint)
+    shapes, known = stored_shapes(checkpoint), read_model(checkpoint)
+    places = expert_places(known.modules, known.stacks, shapes) if known.stacks else {}
+    spread_over_experts(tuned, known.stacks, places)
     check_belongs(tuned, shapes, checkpoint.folder)
     rounded = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"}
-    if base == "dequantized" and not checkpoint.is_4bit:
-        rounded = set(read_model(checkpoint).linears) & set(shapes)
+    if base == "dequantized":
+        rounded |= set(places) | (set() if checkpoint.is_4bit else set(known.linears) & set(shapes))
     full, config = saved_tensors(tuned, checkpoint, shapes)
     for name, tensor in full.items():
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
         shapes[name] = (dtype, tuple(tensor.shape))
-    return Merged(checkpoint, tuned, quant or QuantConfig(), config, shapes, rounded, full)
+    return Merged(checkpoint, tuned, quant or QuantConfig(), config, shapes, rounded, full, known.stacks, places)
 
 
 def stored_shapes(checkpoint: Checkpoint) -> Shapes:
@@ -227,7 +273,7 @@ def read_adapter(folder: Path) -> Adapter:
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise UserError("an adapter must hold adapter_model.safetensors", "no such file", "pass adapter/", str(folder))
-    adapter, parts = Adapter(folder), {}
+    adapter, parts = Adapter(folder, config=config), {}
     with safe_open(path, "pt") as file:
         for key in file.keys():  # noqa: SIM118  not a dict
             name = key.removeprefix(PREFIX)
@@ -247,6 +293,24 @@ def read_adapter(folder: Path) -> Adapter:
     return adapter
 
 
+def spread_over_experts(adapter: Adapter, stacks: dict[str, Stack], places: dict[str, Place]) -> None:
+    """Replace an adapter's updates of stacked weights by one for each of their matrices in the checkpoint."""
+    for layer, stack in stack_layers(stacks, adapter.config.get("target_parameters") or []).items():
+        update, num_experts = adapter.updates.pop(f"{layer}.weight", None), stacks[stack].num_experts
+        if update is None:
+            continue
+        rank, rest = divmod(update.A_RK.shape[0], num_experts)
+        if rest or update.B_NR.shape[1] != rank * num_experts:
+            found = f"lora_A {list(update.A_RK.shape)}, lora_B {list(update.B_NR.shape)}"
+            must = f"an adapter of {stack} must have the same rank for each of {num_experts} experts"
+            raise UserError(must, found, "use the model that the adapter was trained on", str(adapter.folder))
+        scaling = scale_of(stack, adapter.config, rank)
+        for name, place in places.items():
+            if place.stack == stack:
+                for key, A_RK, B_NR in matrix_factors(name, place, stacks[stack], update.A_RK, update.B_NR):
+                    adapter.updates[key] = Update(A_RK, B_NR, scaling)
+
+
 def scale_of(module: str, config: dict[str, Any], rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may have a pattern for this module, as peft matches it."""
     alpha = config["lora_alpha"]
@@ -261,7 +325,8 @@ def check_belongs(adapter: Adapter, shapes: Shapes, folder: Path) -> None:
     """Every update must find its weight, in shape."""
     for name, update in adapter.updates.items():
         shape = (update.B_NR.shape[0], update.A_RK.shape[1])
-        dtype, found = shapes.get(name, (None, None))
+        dtype, found = shapes.get(name.partition("[")[0], (None, None))
+        found = found and found[-2:]
         if found != shape or dtype not in DTYPES:
             raise UserError(
                 f"the model must have the adapter's {name} of shape {list(shape)}",

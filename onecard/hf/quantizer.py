@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
+from onecard.hf.experts import GatherExperts, only_stacks
 from onecard.kernels import ops
 from onecard.nn.embedding import Head
 from onecard.nn.experts import Experts4bit, StackedWeight, are_stacked_experts, weights_of
@@ -101,23 +102,6 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError("the compute dtype must be float32, bfloat16 or float16", repr(dtype), "pass one of them")
     return found
-
-
-class GatherExperts(ConversionOps):
-    """In place of transformers' stacking: leaves every expert's tensors where they are, a tuple for each expert."""
-
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
-        parts = [input_dict[pattern] for pattern in source_patterns if pattern in input_dict]
-        complete = len(parts) == len(source_patterns) and len({len(part) for part in parts}) == 1
-        return {kwargs["full_layer_name"]: list(zip(*parts)) if complete else []}
-
-
-def only_stacks(operations: list[Any]) -> bool:
-    """Whether a converter does no more than GatherExperts' tuples stand for."""
-    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
-    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 class Quantize4bit(ConversionOps):

@@ -15,12 +15,13 @@ class Stack:
     """A stacked weight.
 
     Attributes:
-        weight: (E, N, K) or (E, K, N).
+        weight: (E, N, K), or (E, K, N) if `is_transposed`.
         in_features, out_features: of all its experts together, so that rank r learns r (in + out) weights as for a
             linear.
     """
 
     weight: Tensor
+    is_transposed: bool
 
     @property
     def num_experts(self) -> int:
@@ -28,18 +29,18 @@ class Stack:
 
     @property
     def in_features(self) -> int:
-        return self.num_experts * self.weight.shape[2]
+        return self.num_experts * self.weight.shape[1 if self.is_transposed else 2]
 
     @property
     def out_features(self) -> int:
-        return self.num_experts * self.weight.shape[1]
+        return self.num_experts * self.weight.shape[2 if self.is_transposed else 1]
 
 
 def stacks_of(modules: Any) -> dict[str, Stack]:
     """The stacked weights that 4 bits take, by name, of transformers' model on the meta device."""
     named = [(path, module) for path, module in modules.named_modules() if are_stacked_experts(module)]
     return {
-        f"{path}.{name}": Stack(parameter)
+        f"{path}.{name}": Stack(parameter, module.is_transposed)
         for path, module in named
         for name, parameter in module.named_parameters(recurse=False)
         if name in STACKS
