@@ -1,31 +1,39 @@
 """A 16-bit checkpoint as a 4-bit one in bitsandbytes' format, streamed tensor by tensor.
 
 What it holds is what `load_model` would have made of the original, bit for bit; bitsandbytes with transformers loads it
-as its own, onecard pages it straight from its files.
+as its own, onecard pages it straight from its files. Experts are an exception: transformers has no 4-bit form of them.
+Each stacked weight gets the keys that bitsandbytes.nn.parametrize gives a 4-bit parameter and reads; of transformers'
+own loading only onecard's quantizer does.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE, QuantConfig
 from onecard.errors import UserError
+from onecard.export.experts import read_experts
 from onecard.export.folder import check_room, new_folder, read_tensor, write_others
 from onecard.hf.checkpoint import Checkpoint, TensorInfo, inspect_checkpoint
+from onecard.hf.experts import expert_places
 from onecard.hf.load import find_checkpoint
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.memory.plan import read_model
-from onecard.quant.state import STATE_KEY, to_bnb
+from onecard.quant.state import STATE_KEY, QuantState, to_bnb
 
 STATE_BYTES = 256  # of a weight's JSON, filled up with spaces
 
 
 def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Path:
-    """Write a folder with the model's linears in 4 bits; its path.
+    """Write a folder with the model's linears and experts in 4 bits; its path.
 
     Args:
         compute_dtype: what those who load it should dequantize to, for config.json.
@@ -38,15 +46,44 @@ def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dty
         raise UserError("the model must be in 16 or 32 bits", "4 bits", "use it as it is", model)
     if quant.quant_type == "int4":
         raise UserError("bitsandbytes' format holds nf4 and fp4", "int4", "choose one of them", "quant_type")
-    linears = set(read_model(checkpoint).linears)
     check_room(Path(output), checkpoint.nbytes // 2)
+    weights = quantizable(checkpoint, quant)
     with new_folder(Path(output)) as folder:
-        places: dict[str, str] = {}
+        files: dict[str, str] = {}
         for file in checkpoint.files:
-            infos = {name: info for name, info in checkpoint.tensors.items() if info.file == file}
-            places |= dict.fromkeys(write_quantized(folder / file.name, infos, linears, quant), file.name)
-        write_others(folder, checkpoint, quantized_config(checkpoint, quant, compute_dtype), places)
+            infos = [name for name, info in checkpoint.tensors.items() if info.file == file]
+            found = {name: weights.get(name) for name in infos}
+            found = {weight.name if weight else name: weight for name, weight in found.items()}
+            new = {name: weight for name, weight in found.items() if name not in files}  # experts' come once
+            if new:
+                files |= dict.fromkeys(write_quantized(folder / file.name, checkpoint, new, quant), file.name)
+        write_others(folder, checkpoint, quantized_config(checkpoint, quant, compute_dtype), files)
     return Path(output)
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight to be quantized: its name and shape in the result, and its codes and state when they are wanted."""
+
+    name: str
+    shape: tuple[int, ...]
+    quantize: Callable[[], tuple[Tensor, QuantState]]
+
+
+def quantizable(checkpoint: Checkpoint, quant: QuantConfig) -> dict[str, Weight]:
+    """The weight that each tensor is, or is a part of."""
+    model, how = read_model(checkpoint), (quant.quant_type, quant.blocksize, quant.double_quant)
+    places = expert_places(model.modules, model.stacks, checkpoint.tensors) if model.stacks else {}
+
+    def linear(name: str, info: TensorInfo) -> Weight:
+        return Weight(name, info.shape, lambda: ops.quantize_4bit(read_tensor(info), *how, name))
+
+    def stacked(name: str) -> Weight:
+        shape, experts = model.stacks[name].weight.shape, partial(read_experts, checkpoint, places, name)
+        return Weight(name, shape, lambda: ops.quantize_stack(experts(), shape, *how, name))
+
+    linears = {name: linear(name, info) for name, info in checkpoint.tensors.items() if name in model.linears}
+    return {**linears, **{name: stacked(place.stack) for name, place in places.items()}}
 
 
 def quantized_config(checkpoint: Checkpoint, quant: QuantConfig, compute_dtype: str) -> dict[str, Any]:
@@ -64,20 +101,22 @@ def quantized_config(checkpoint: Checkpoint, quant: QuantConfig, compute_dtype: 
     return {**checkpoint.config, "quantization_config": quantization}
 
 
-def write_quantized(path: Path, infos: dict[str, TensorInfo], linears: set[str], quant: QuantConfig) -> list[str]:
-    """One file's tensors, the linears' weights in 4 bits; the names in it."""
+def write_quantized(
+    path: Path, checkpoint: Checkpoint, weights: dict[str, Weight | None], quant: QuantConfig
+) -> list[str]:
+    """One file with the weights in 4 bits, other tensors (None) copied; the names in it."""
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, info in infos.items():
-        tensors |= quantized_shapes(name, info.shape, quant) if name in linears else {name: (info.dtype, info.shape)}
+    for name, weight in weights.items():
+        if weight is not None:
+            tensors |= quantized_shapes(name, weight.shape, quant)
+        else:
+            tensors[name] = (checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape)
     file = TensorFile(path, tensors)
-    for name, info in infos.items():
-        if name not in linears:
-            file.copy(name, info)
+    for name, weight in weights.items():
+        if weight is None:
+            file.copy(name, checkpoint.tensors[name])
             continue
-        packed, state = ops.quantize_4bit(
-            read_tensor(info), quant.quant_type, quant.blocksize, quant.double_quant, name
-        )
-        for suffix, tensor in to_bnb(packed, state).items():
+        for suffix, tensor in to_bnb(*weight.quantize()).items():
             file.append(name + suffix, tensor)
             if STATE_KEY in suffix:
                 file.append(name + suffix, b" " * (STATE_BYTES - tensor.numel()))

@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import onecard
+from onecard.config import QuantConfig
 from onecard.errors import UserError
+from onecard.export.merged import open_merged
+from onecard.export.quantized import quantize_checkpoint
 from onecard.hf.load import fingerprint
 from onecard.nn.experts import Experts4bit, weights_of
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
@@ -76,6 +79,31 @@ def test_a_4bit_checkpoint_of_bitsandbytes_has_its_experts_quantized(family, sou
     saved = sum(p.nbytes - (p.numel() // 2 + p.numel() // 64) for p in stacks)
     # Ours may only be smaller: theirs counts no scales here, so what experts save must be left but for the linears'.
     assert held_bytes(ours) <= sum(p.nbytes for p in theirs.parameters()) - 0.95 * saved
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_4bit_checkpoint_of_ours_is_the_original_in_4_bits(family, double_quant, tmp_path):
+    """In shards that part a layer's experts; loaded resident, paged from its own files, and merged, the same."""
+    source = make_checkpoint(tmp_path / "m", family, dtype=torch.bfloat16)
+    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path / "s", max_shard_size="30KB")
+    folder = quantize_checkpoint(str(tmp_path / "s"), str(tmp_path / "q"), QuantConfig(double_quant=double_quant))
+    original = onecard.load_model(str(source), double_quant=double_quant, device="cpu")
+    loaded = onecard.load_model(str(folder), device="cpu")
+    assert fingerprint(loaded) == fingerprint(original)
+    paged = onecard.load_model(str(folder), device="cpu", weights_budget=1 << 30, page_folder=tmp_path / "p")
+    assert fingerprint(paged) == fingerprint(original) and paged.paged_base.spill is None
+    written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert written < 0.6 * sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    one = open_merged(str(source), None, quant=QuantConfig(double_quant=double_quant))
+    other = open_merged(str(folder), None)
+    name = next(name for name in other.shapes if name.endswith("layers.1.mlp.experts.down_proj"))
+    stacked = other.read(name)
+    if name in one.shapes:
+        assert torch.equal(one.read(name), stacked)
+    else:
+        parts = [part for part, place in one.places.items() if place.stack == name]
+        assert torch.equal(torch.stack([one.read(part) for part in parts]), stacked)
 
 
 def edit(folder, change):
