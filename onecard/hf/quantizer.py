@@ -163,10 +163,9 @@ class Quantize4bit(ConversionOps):
                 for piece in pieces:
                     check_shape(piece, (shape[0] // len(pieces), *shape[1:]), f"{name}, expert {number}")
                 yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                for piece in pieces:
-                    release_file_pages(piece)
 
         self.set(weight, *ops.quantize_stack(experts(), weight.shape, *self.quantization, name))
+        release_file_pages(*[piece for value in values for piece in ([value] if isinstance(value, Tensor) else value)])
 
     @property
     def quantization(self) -> tuple[str, int, bool]:
@@ -217,24 +216,23 @@ class Deserialize4bit(Quantize4bit):
         release_file_pages(packed)
 
 
-def release_file_pages(W: Tensor) -> None:
-    """Let go of the memory that holds a tensor's part of a memory-mapped checkpoint file.
+def release_file_pages(*tensors: Tensor) -> None:
+    """Let go of the memory that holds tensors' parts of memory-mapped checkpoint files.
 
     The pages are the file's, unwritten: who needs them again reads them again. Without this they would count as the
     process's until the file is closed, the whole checkpoint in 16 bits. Anything but such a mapping is left alone.
     """
     maps = Path("/proc/self/maps")
-    if W.device.type != "cpu" or not maps.exists():
+    if not maps.exists():
         return
-    begin, end = W.data_ptr(), W.data_ptr() + W.nbytes
-    for line in maps.read_text().splitlines():
-        if line.endswith(".safetensors"):
-            low, high = (int(edge, 16) for edge in line.split(" ", 1)[0].split("-"))
-            if low <= begin and end <= high:
-                first, last = -(-begin // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
-                if first < last:
-                    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
-                return
+    lines = [line for line in maps.read_text().splitlines() if line.endswith(".safetensors")]
+    mapped = [tuple(int(edge, 16) for edge in line.split(" ", 1)[0].split("-")) for line in lines]
+    for tensor in tensors:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if tensor.device.type == "cpu" and any(low <= begin and end <= high for low, high in mapped):
+            first, last = -(-begin // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
+            if first < last:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
 
 
 def check_shape(W: Tensor, expected: tuple[int, ...], name: str) -> None:

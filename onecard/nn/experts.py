@@ -26,11 +26,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onecard.config import ROW_MULTIPLE
 from onecard.kernels import ops
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.linear import Linear4bit
 from onecard.quant.state import QuantState, part_of
 
+FEW_ROWS, FILL_ROWS = 8, 16
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -196,8 +198,10 @@ class _Experts(torch.autograd.Function):
         y_TK = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert, part in parts(counts):
             tokens_M = pairs_S[part] // index_TJ.shape[1]
-            u_SN[part] = up.forward(expert, x[tokens_M])
-            y_MK = down.forward(expert, experts.activate(u_SN[part]))
+            M = len(tokens_M)
+            u_MN = up.forward(expert, x[filled(tokens_M)])
+            y_MK = down.forward(expert, experts.activate(u_MN))[:M]
+            u_SN[part] = u_MN[:M]
             y_TK.index_add_(0, tokens_M, y_MK.float() * w_TJ.reshape(-1)[pairs_S[part], None])
         ctx.experts, ctx.counts, ctx.scalings = experts, counts, (s_up, s_down)
         ctx.save_for_backward(x_TK, w_TJ, pairs_S, u_SN, A_up, B_up, A_down, B_down)
@@ -214,20 +218,21 @@ class _Experts(torch.autograd.Function):
         dw_S = torch.zeros(w_TJ.numel(), dtype=torch.float32, device=x.device)
         for expert, part in parts(ctx.counts):
             tokens_M = pairs_S[part] // w_TJ.shape[1]
-            x_MK, g_MK, w_M = x[tokens_M], g_TK[tokens_M], w_TJ.reshape(-1)[pairs_S[part]].float()
+            M, rows = len(tokens_M), filled(tokens_M)
+            x_MK, g_MK, w_M = x[rows], g_TK[rows], filled(w_TJ.reshape(-1)[pairs_S[part]].float())
             with torch.enable_grad():
-                u_MN = u_SN[part].detach().requires_grad_()
+                u_MN = filled(u_SN[part]).detach().requires_grad_()
                 h_MN = ctx.experts.activate(u_MN)
             dh_MN = down.backward(expert, g_MK)
             dw_M = (dh_MN.float() * h_MN.detach().float()).sum(-1)
             if down.bias_EN is not None:
                 dw_M += (g_MK.float() * down.bias_EN[expert].float()).sum(-1)
-            dw_S[pairs_S[part]] = dw_M
+            dw_S[pairs_S[part]] = dw_M[:M]
             grads_down.add(expert, h_MN.detach(), (g_MK * w_M[:, None]).to(x.dtype))
             (du_MN,) = torch.autograd.grad(h_MN, u_MN, (dh_MN * w_M[:, None]).to(x.dtype))
             grads_up.add(expert, x_MK, du_MN)
             if ctx.needs_input_grad[0]:
-                dx_TK.index_add_(0, tokens_M, up.backward(expert, du_MN).float())
+                dx_TK.index_add_(0, tokens_M, up.backward(expert, du_MN)[:M].float())
         dx = dx_TK.to(x_TK.dtype) if ctx.needs_input_grad[0] else None
         return (dx, dw_S.view(w_TJ.shape).to(w_TJ.dtype), None, None,
                 None, *grads_up.of(A_up, B_up), None, *grads_down.of(A_down, B_down))  # fmt: skip
@@ -264,6 +269,14 @@ def by_expert(index_TJ: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     """The pairs t J + j sorted by their expert, int64 (S,), and how many each expert has."""
     flat = index_TJ.reshape(-1)
     return flat.argsort(stable=True), flat.bincount(minlength=num_experts).tolist()
+
+
+def filled(x_M: Tensor) -> Tensor:
+    """x with zero rows, up to one of few numbers of rows: as in config.ROW_MULTIPLE, each new one costs a product its
+    preparation. In the backward these rows have routing weight 0, so that nothing of them is learned."""
+    M = x_M.shape[0]
+    multiple = 1 if M <= FEW_ROWS else FILL_ROWS if M <= 8 * FILL_ROWS else ROW_MULTIPLE
+    return nn.functional.pad(x_M, (0, 0) * (x_M.ndim - 1) + (0, -M % multiple))
 
 
 def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
