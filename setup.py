@@ -16,7 +16,7 @@ class BuildNative(build_ext):
         return []  # no PyInit: it is loaded with ctypes
 
 
-UNIX = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+UNIX = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 setup(
     ext_modules=[
         Extension(

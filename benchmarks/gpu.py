@@ -167,7 +167,8 @@ def steps(shape: str, contender: str, length: int, recompute: bool, device: torc
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=device.type == "cuda")
     ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, length), device=device)
-    batch = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(length, device=device)[None]}
+    at = torch.arange(length, device=device)
+    batch = {"input_ids": ids, "position_ids": at[None], "supervised": (at[:-1], ids[0, 1:])}
     base = model.get_base_model()
 
     def step() -> None:

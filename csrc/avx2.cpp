@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "convert.h"
@@ -215,12 +216,13 @@ struct Isa {
 #include "blocks.inl"
 #include "attention.inl"
 #include "rows.inl"
+#include "optimizer.inl"
 
 }  // namespace
 
 const Kernels kAvx2 = {
     "avx2", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
 };
 
 }  // namespace onecard

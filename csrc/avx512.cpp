@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "convert.h"
@@ -198,6 +199,7 @@ struct Isa {
 #include "blocks.inl"
 #include "attention.inl"
 #include "rows.inl"
+#include "optimizer.inl"
 #if defined(ONECARD_AVX512_BF16)
 #include "bf16.inl"
 #endif
@@ -207,12 +209,12 @@ struct Isa {
 #if defined(ONECARD_AVX512_BF16)
 const Kernels kAvx512Bf16 = {
     "avx512_bf16", quantize, dequantize, product_bf16, arrange_bf16, attention_forward_bf16, attention_backward_bf16,
-    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product,
+    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
 };
 #else
 const Kernels kAvx512 = {
     "avx512", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
 };
 #endif
 

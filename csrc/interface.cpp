@@ -154,3 +154,8 @@ EXPORT void onecard_dense_product(const void* W, const void* x, int dtype, int64
         current->dense_product(W, x, static_cast<Dtype>(dtype), M, K, y, N, begin, end);
     });
 }
+
+EXPORT void onecard_adamw_8bit(const AdamW8bit* a, int num_threads) {
+    parallel_for((a->size + kStateBlock - 1) / kStateBlock, 16, num_threads,
+                 [&](int64_t begin, int64_t end) { current->adamw_8bit(*a, begin, end); });
+}

@@ -57,6 +57,22 @@ struct Attention {
     float *grad_k, *grad_v;
 };
 
+constexpr int64_t kStateBlock = 256;
+
+// One parameter's update with states in 8 bits: a scale a block of kStateBlock codes. A map has 256 levels, its bounds
+// are the 255 midpoints between them. The numbers are Rates of onecard/kernels/reference.py.
+struct AdamW8bit {
+    int64_t size;
+    float* w;
+    const float* grad;
+    uint8_t* m_codes;
+    float* m_absmax;
+    uint8_t* v_codes;
+    float* v_absmax;
+    const float *m_map, *m_bounds, *v_map, *v_bounds;
+    float decay, rate, root, beta1, rest1, beta2, rest2, eps;
+};
+
 struct Kernels {
     const char* name;
     // Blocks [begin, end) of W into codes and scales; false if a weight is not finite.
@@ -88,6 +104,8 @@ struct Kernels {
     // y[m][n] = sum_k x[m][k] W[n][k], float32, for a W that is not quantized, rows n in [begin, end).
     void (*dense_product)(const void* W, const void* x, Dtype dtype, int64_t M, int64_t K, float* y, int64_t y_stride,
                           int64_t begin, int64_t end);
+    // Blocks [begin, end) of a parameter.
+    void (*adamw_8bit)(const AdamW8bit& a, int64_t begin, int64_t end);
 };
 
 extern const Kernels kScalar;

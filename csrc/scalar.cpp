@@ -1,6 +1,7 @@
 // Plain C++: the path for any CPU, and the others' measure.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "convert.h"
@@ -80,12 +81,13 @@ struct Isa {
 #include "blocks.inl"
 #include "attention.inl"
 #include "rows.inl"
+#include "optimizer.inl"
 
 }  // namespace
 
 const Kernels kScalar = {
     "scalar", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product,
+    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
 };
 
 }  // namespace onecard

@@ -10,8 +10,10 @@ from cyclopts import App, CycloptsError, Parameter
 
 from onecard.config import (
     DataConfig,
+    ExportConfig,
     PlanConfig,
     QuantConfig,
+    ServeConfig,
     TrainConfig,
     make_config,
     parse_bytes,
@@ -29,13 +31,14 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = ExportFields = ServeFields = Any
 else:
     TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
     DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
+    ServeFields = Annotated[partial(ServeConfig) | None, Parameter(name="*")]
     QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
+    ExportFields = Annotated[partial(ExportConfig) | None, Parameter(name="*")]
     PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
-ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def given(flags: Any) -> dict[str, Any]:
@@ -79,32 +82,36 @@ def plan(
     model: str,
     fields: PlanFields = None,
     *,
-    method: Literal["full", "lora", "qlora"] = "qlora",
+    method: Literal["full", "lora", "qlora", "generate"] = "qlora",
     device_memory: str | None = None,
     json: bool = False,
+    plot: str | None = None,
 ) -> None:
-    """Say what memory training takes, term by term, before anything is loaded.
+    """Say what memory training takes, term by term with its formula, before anything is loaded.
 
     Parameters
     ----------
     model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
-    method: qlora; lora (16-bit base) and full are there to compare.
-    device_memory: What there is, such as 24GiB: plans for what train would keep, recompute and page in it.
+    method: qlora; generate (its KV cache for max_seq_length tokens); lora (16-bit base) and full, to compare.
+    device_memory: What there is, such as 24GiB: plans for what train would keep, recompute, offload and page in it.
     json: Print JSON.
+    plot: PNG file for the terms as bars.
     """
+    from dataclasses import asdict
     from json import dumps
 
     from onecard.memory.plan import plan as run
 
     limit = None if device_memory is None else parse_bytes(device_memory)
     found = run(model, method, limit, **given(fields))
+    if plot:
+        from onecard.memory.figures import plot_plan
+
+        plot_plan(plot, found, f"{model}, {method}")
     if json:
-        terms = [{"name": term.name, "bytes": term.num_bytes, "formula": term.formula} for term in found.terms]
-        more = {"total_bytes": found.total_bytes, "fits": found.fits, "choice": found.choice}
-        more |= {"largest_length": found.largest_length, "largest_batch": found.largest_batch}
-        print(dumps({"terms": terms, **more}))
+        print(dumps({**asdict(found), "total_bytes": found.total_bytes, "fits": found.fits}))
         return
-    from onecard.train.session import plan_lines
+    from onecard.memory.show import plan_lines
 
     console = make_console()
     for line in plan_lines(found):
@@ -163,7 +170,7 @@ def generate(
     adapter: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
-    compute_dtype: ComputeDtype = "auto",
+    quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Answer one prompt, streaming.
@@ -178,7 +185,7 @@ def generate(
     from onecard.data.template import prompt_ids
     from onecard.infer.generate import generate as run
 
-    loaded, tokenizer = load(model, adapter, compute_dtype, device)
+    loaded, tokenizer = load(model, adapter, quant, device)
     ids = prompt_ids([{"role": "user", "content": prompt}], tokenizer)
     run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(text, end="", flush=True))
     print()
@@ -190,7 +197,7 @@ def chat(
     adapter: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.7,
-    compute_dtype: ComputeDtype = "auto",
+    quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Talk with a model in the terminal.
@@ -202,8 +209,36 @@ def chat(
     """
     from onecard.infer.chat import chat as run
 
-    loaded, tokenizer = load(model, adapter, compute_dtype, device)
+    loaded, tokenizer = load(model, adapter, quant, device)
     run(loaded, tokenizer, make_console(), max_new_tokens, temperature)
+
+
+@app.command
+def serve(
+    model: str,
+    adapter: list[str] | None = None,
+    fields: ServeFields = None,
+    *,
+    quant: QuantFields = None,
+    device: str = "auto",
+) -> None:
+    """Answer OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, with streaming.
+
+    Parameters
+    ----------
+    model: Checkpoint folder or hub id.
+    adapter: Folder of a trained adapter, or NAME=FOLDER; NAME is the model that requests ask for. May be repeated.
+    """
+    given_fields = {"api_key": os.environ.get("ONECARD_API_KEY"), **given(fields)}
+    config = make_config(ServeConfig, given_fields, "serve")
+    try:
+        from onecard.infer.server import serve as run
+    except ImportError as error:
+        raise UserError("serving needs fastapi and uvicorn", str(error), "pip install 'onecard[serve]'") from None
+
+    first = adapter[0].rpartition("=")[2] if adapter else None
+    loaded, tokenizer = load_base(model, first, quant, device)
+    run(loaded, tokenizer, model, adapter or [], config, print)
 
 
 @app.command(name="eval")
@@ -213,7 +248,7 @@ def evaluate(
     adapter: str | None = None,
     fields: DataFields = None,
     *,
-    compute_dtype: ComputeDtype = "auto",
+    quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Loss and perplexity of a data file's supervised tokens.
@@ -232,7 +267,7 @@ def evaluate(
 
     config = make_config(DataConfig, given(fields), "command line")
     dataset = load_dataset(data, load_tokenizer(model), config)
-    loaded, _ = load(model, adapter, compute_dtype, device)
+    loaded, _ = load(model, adapter, quant, device)
     loss = run(loaded, dataset)
     print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
 
@@ -243,9 +278,11 @@ def merge(
     adapter: str,
     output: str,
     *,
-    base: Literal["dequantized", "original"] = "dequantized",
+    base: Literal["dequantized", "original"] | None = None,
     verify: str | None = None,
+    requantize: Literal["nf4", "fp4"] | None = None,
     quant: QuantFields = None,
+    device: str = "cpu",
 ) -> None:
     """Merge an adapter into a 16-bit checkpoint, streaming: memory for about one tensor.
 
@@ -254,28 +291,44 @@ def merge(
     model: Checkpoint that the adapter was trained on.
     adapter: Folder of the trained adapter.
     output: New folder for the merged checkpoint.
-    base: dequantized: what training saw, the nearest to the live adapter; original: the checkpoint's own weights.
-    verify: Data file on which the merged model is compared with the live adapter.
+    base: dequantized (default): what training saw, the nearest to the live adapter; original: the checkpoint's own
+        weights. With --verify and no --base, both are tried and the better one is kept.
+    verify: Data file on whose first examples the result is compared with the live adapter.
+    requantize: Store the result in 4 bits again, which takes off part of the update; how much is left is told.
+    device: Where --verify computes.
     """
-    from onecard.export.merged import merge as run
+    from onecard.hf.origin import read_origin, stored_as
 
-    config = make_config(QuantConfig, given(quant), "command line")
     quiet_libraries()
-    folder = run(model, adapter, output, base, config)
-    print(f"merged   {folder}  (16-bit, {base} base)")
+    config = stored_as(adapter, given(quant))
+    if read_origin(adapter) is None:
+        print(
+            f"no onecard.json beside the adapter: its base is taken as {config.quant_type}, {config.blocksize} a block"
+        )
+    small = None if requantize is None else config.model_copy(update={"quant_type": requantize})
+    share = None
     if verify is not None:
         from onecard.data.dataset import load_dataset
-        from onecard.export.verify import compare
-        from onecard.hf.load import load_model, load_tokenizer
+        from onecard.export.verify import bases_of, merge_verified
+        from onecard.hf.load import load_tokenizer
 
         dataset = load_dataset(verify, load_tokenizer(model), make_config(DataConfig, {}, "merge"))
-        live = load_model(model, config.quant_type, config.blocksize, config.double_quant, device="cpu")
-        found = compare(live, adapter, str(folder), dataset)
-        print(
-            f"verified off by {found.difference:.2%} of the adapter's effect; same likeliest token at "
-            f"{found.argmax:.2%}; loss {found.loss_merged:.4f}, live adapter {found.loss_live:.4f}"
-        )
-    print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + str(folder))
+        bases = [base] if base is not None else bases_of(model, small)
+        found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
+        print("\n".join(found.table()))
+        base, share = found.kept, found.weights_kept
+    elif small is not None:
+        from onecard.export.quantized import requantize as run
+
+        _, share = run(model, adapter, output, small, base or "dequantized", config)
+    else:
+        from onecard.export.merged import merge as run
+
+        run(model, adapter, output, base or "dequantized", config)
+    print(f"merged   {output}  ({requantize or '16-bit'}, {base or 'dequantized'} base)")
+    if share is not None:
+        print(f"kept     {share:.1%} of the adapter's update in the weights; the rest was rounded away")
+    print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + output)
 
 
 @app.command
@@ -300,14 +353,40 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
     )
 
 
-def load(model: str, adapter: str | None, compute_dtype: str, device: str) -> tuple[Any, Any]:
+@app.command
+def export(fields: ExportFields = None) -> None:
+    """Write a model, merged with an adapter if there is one, in another tool's format, streaming."""
+    from onecard.export.folder import need_package
+
+    config = make_config(ExportConfig, given(fields), "command line")
+    quiet_libraries()
+    if config.format == "gguf":
+        need_package("gguf", "gguf")
+        from onecard.export.gguf import export_gguf as run
+    else:
+        from onecard.export.calibrated import export_calibrated as run
+    print("\n".join(run(config).lines()))
+
+
+def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
     """A 4-bit model with its adapter, and the tokenizer."""
+    from onecard.infer.adapters import with_adapter
+
+    base, tokenizer = load_base(model, adapter, quant, device)
+    return with_adapter(base, adapter), tokenizer
+
+
+def load_base(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
+    """A 4-bit model, stored as the adapter's run had it, and the tokenizer."""
+    from onecard.data.rendering import sandbox
+
+    sandbox.start()  # takes the second that the libraries take
     quiet_libraries()
     from onecard.hf.load import load_model, load_tokenizer
-    from onecard.infer.generate import with_adapter
+    from onecard.hf.origin import stored_as
 
-    tokenizer = load_tokenizer(model)
-    return with_adapter(load_model(model, compute_dtype=compute_dtype, device=device), adapter), tokenizer
+    config = stored_as(adapter, given(quant))
+    return load_model(model, **config.model_dump(), device=device), load_tokenizer(model)
 
 
 def make_console() -> Any:

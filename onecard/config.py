@@ -6,6 +6,7 @@ A YAML file and the command line's flags fill the same fields; an unknown key is
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from pathlib import Path
 from typing import Any, Literal, Optional, TypeVar
@@ -80,12 +81,80 @@ class DataConfig(Strict):
     on_bad_rows: Literal["error", "skip"] = "error"
 
 
+class CalibrationConfig(Strict):
+    """How GPTQ and AWQ are run on the user's own data."""
+
+    num_rows: int = Field(128, ge=1, description="gptq, awq: packed rows of examples that are run")
+    max_seq_length: int = Field(1024, ge=8, description="gptq, awq: tokens a row")
+    group_size: Literal[128, 64, 32] = Field(
+        128, description="gptq, awq: weights that share a scale; less where a width is not a multiple of it"
+    )
+    sym: bool = Field(True, description="gptq: levels on both sides of zero alike, as most kernels need")
+    desc_act: bool = Field(False, description="gptq: inputs of large activations first; slower to read")
+    damp_percent: float = Field(0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it")
+    device: str = Field("auto", description="gptq, awq: where a decoder layer is run: auto, cpu, cuda or cuda:N")
+
+
+class ExportConfig(QuantConfig, CalibrationConfig):
+    """A model with or without an adapter in another tool's format. quant_type etc. say what training used."""
+
+    format: Literal["gguf", "gptq", "awq"] = Field(
+        description="gguf: llama.cpp, Ollama, LM Studio; gptq, awq: vLLM and transformers"
+    )
+    model: str = Field(description="checkpoint folder, or a hub id where a network is")
+    adapter: str | None = Field(None, description="folder of a trained adapter")
+    output: str = Field(description="new folder; gguf: a name that ends in .gguf is a new file")
+    base: Literal["dequantized", "original"] | None = Field(
+        None, description="what the adapter is merged into: what training saw (by itself), or the original weights"
+    )
+    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field("bf16", description="gguf: how matrices are stored")
+    adapter_only: bool = Field(False, description="gguf: the adapter as a LoRA file of its own, in float32")
+    data: str | None = Field(None, description="gptq, awq: data file to calibrate on, best that of the training")
+
+    @model_validator(mode="after")
+    def _calibrated_on_data(self) -> ExportConfig:
+        if self.format != "gguf" and self.data is None:
+            raise ValueError("gptq and awq are calibrated on your data: give data")
+        return self
+
+
+class SamplingConfig(Strict):
+    """How the next token is drawn."""
+
+    temperature: float = Field(default=0.0, ge=0, le=2, description="0 takes the likeliest token")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="default: the checkpoint's generation config")
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="default: another each time")
+    stop: tuple[str, ...] = Field(default=(), description="texts that end an answer; they are not part of it")
+
+
 class PlanConfig(QuantConfig, LoraSettings):
     """What a run's memory depends on."""
 
     max_seq_length: int = Field(1024, ge=8, description="tokens a row")
     per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
     gradient_checkpointing: bool = Field(True, description="recompute activations, as train does where it must")
+
+
+class ServeConfig(Strict):
+    """A server of OpenAI's API."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; any but this machine's own needs an api_key")
+    port: int = Field(8000, ge=0, le=65535)
+    api_key: str | None = Field(None, pattern="^[!-~]+$", description="token that requests must carry")
+    allowed_hosts: list[str] = Field(
+        default_factory=list, description="names in the Host header besides this machine's own, for a proxy before it"
+    )
+    max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; default: the model's")
+    max_num_seqs: int = Field(8, ge=1, description="requests answered at a time, a token each in turn")
+    max_queued: int = Field(64, ge=1, description="requests that wait; more are turned away")
+    max_body_bytes: int = Field(1 << 20, ge=1024)
+    client_timeout_seconds: float = Field(60, gt=0, description="for a client that neither sends nor reads")
+
+    @model_validator(mode="after")
+    def _open_only_with_a_token(self) -> ServeConfig:
+        if self.api_key is None and not is_loopback(self.host):
+            raise ValueError(f"host {self.host} is reached by others: pass --api-key, or set ONECARD_API_KEY")
+        return self
 
 
 class TrainConfig(QuantConfig, LoraSettings, DataConfig):
@@ -143,6 +212,14 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
         if self.eval_data is not None and self.validation_split > 0:
             raise ValueError("give eval_data or validation_split, not both")
         return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches the address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def partial(kind: type[BaseModel]) -> type[BaseModel]:

@@ -52,8 +52,9 @@ class Loader:
         if self.batch >= self.num_batches(self.epoch):
             self.epoch, self.batch = self.epoch + 1, 0
         indices = self.batches(self.epoch)[self.batch]
+        batch = collate([self.examples[index] for index in indices], ROW_MULTIPLE)
         self.batch += 1
-        return collate([self.examples[index] for index in indices], ROW_MULTIPLE)
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batch": self.batch}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from onecard.config import ROW_MULTIPLE
 from onecard.data.template import IGNORE, Example
 
 
@@ -50,32 +51,45 @@ def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]
         labels += [IGNORE, *example.labels[1:]]  # never predicted: what comes before is another document
         positions += range(len(example.input_ids))
         ends.append(len(input_ids))
-    filler = -len(input_ids) % multiple_of
-    if filler:
-        input_ids += [0] * filler
-        labels += [IGNORE] * filler
-        positions += range(filler)
-        ends.append(len(input_ids))
-    return {
+    batch = {
         "input_ids": torch.tensor([input_ids]),
         "labels": torch.tensor([labels]),
         "position_ids": torch.tensor([positions]),
         "cu_seqlens": ends,
     }
+    return filled(batch, multiple_of)
 
 
-def split(batch: dict[str, Any], num_parts: int) -> list[dict[str, Any]]:
-    """A batch cut at documents' ends into at most num_parts batches of about as many tokens; those with nothing to
-    learn are left out. Documents never attend to each other, so the sum of the parts' losses is the whole's."""
-    if num_parts == 1:
+def split(batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]:
+    """A batch cut at documents' ends into parts of at most max_tokens tokens, or of one document where that is more.
+
+    Parts with nothing to learn are left out, the others filled up as the loader fills rows. Documents never attend to
+    each other, so the sum of the parts' losses is the whole's.
+    """
+    total = batch["cu_seqlens"][-1]
+    if max_tokens is None or total <= max_tokens:
         return [batch]
-    ends, total = batch["cu_seqlens"][1:], batch["cu_seqlens"][-1]
-    cuts = sorted({min(ends, key=lambda end: abs(end - total * part // num_parts)) for part in range(1, num_parts)})
+    cuts = [0]
+    for begin, end in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]):
+        if end - cuts[-1] > max_tokens and begin > cuts[-1]:
+            cuts.append(begin)
     parts = []
-    for first, last in zip([0, *cuts], [*cuts, total]):
+    for first, last in zip(cuts, [*cuts[1:], total]):
         labels = batch["labels"][:, first:last]
         if (labels != IGNORE).any():
             pieces = {key: batch[key][:, first:last] for key in ("input_ids", "position_ids")}
             inside = [end - first for end in batch["cu_seqlens"] if first <= end <= last]
-            parts.append({**pieces, "labels": labels, "cu_seqlens": inside})
+            parts.append(filled({**pieces, "labels": labels, "cu_seqlens": inside}, ROW_MULTIPLE))
     return parts
+
+
+def filled(batch: dict[str, Any], multiple_of: int) -> dict[str, Any]:
+    """A batch with a last document of nothing up to a multiple of tokens."""
+    total = batch["cu_seqlens"][-1]
+    filler = -total % multiple_of
+    if not filler:
+        return batch
+    last = {"input_ids": torch.zeros(1, filler, dtype=torch.int64), "position_ids": torch.arange(filler)[None]}
+    last["labels"] = torch.full((1, filler), IGNORE)
+    joined = {key: torch.cat([batch[key], tensor], 1) for key, tensor in last.items()}
+    return {**joined, "cu_seqlens": [*batch["cu_seqlens"], total + filler]}

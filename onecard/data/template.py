@@ -13,6 +13,8 @@ The whole chat is rendered once and tokenized once; which of its characters the 
 A turn is learned up to and with its end-of-turn token, not the line break after it. Where the template ends
 the last answer with no such token, the text is cut there and EOS appended, so that the model learns to stop.
 
+Every token that the chat spells itself stays text (`control.py`); templates run with limits (`rendering.py`).
+
 Exactly one BOS: the template's if it writes one, else the tokenizer's. Examples are never padded (packing
 fills a row up with a document of its own, all masked), so no pad token takes an end token's place in labels.
 """
@@ -20,13 +22,19 @@ fills a row up with a document of its own, all masked), so no pad token takes an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from onecard.data.files import shown
-from onecard.data.records import FIX, Record
+from onecard.data.control import (
+    END_NAMES,
+    as_text,
+    encode_text,
+    messages_as_text,
+    refuse_control_tokens,
+    specials_of,
+)
+from onecard.data.records import Record
+from onecard.data.rendering import Renderings
 from onecard.errors import UserError
 
 Span = tuple[int, int]  # characters: start, end
@@ -35,16 +43,6 @@ IGNORE = -100
 MARK = "\u2042{}\u2042"  # around a number; a chat that holds it is refused where marks are needed
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
-END_NAMES = (  # of tokens that end a turn, for templates whose special tokens do not tell it by their place
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<end_of_turn>",
-    "<|end|>",
-    "<|eom_id|>",
-    "<|return|>",
-    "</s>",
-    "<|END_OF_TURN_TOKEN|>",
-)
 
 
 @dataclass(frozen=True)
@@ -72,69 +70,14 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
     if record.messages is not None and (tokenizer.chat_template or not record.alpaca):
         ids, labels = encode_chat(record, tokenizer)
     elif record.messages is not None:
-        ids, labels = encode_pair(*alpaca_text(record), tokenizer)
+        ids, labels = encode_pair(*alpaca_text(record), tokenizer, record.where)
     elif record.text is not None:
-        ids, labels = encode_pair("", record.text, tokenizer)
+        ids, labels = encode_pair("", record.text, tokenizer, record.where)
     else:
-        ids, labels = encode_pair(record.prompt or "", record.completion or "", tokenizer)
+        ids, labels = encode_pair(record.prompt or "", record.completion or "", tokenizer, record.where)
     labels[0] = IGNORE  # nothing comes before it: the first token is never predicted
     truncated = len(ids) > max_seq_length
     return Example(ids[:max_seq_length], labels[:max_seq_length], record.where, truncated)
-
-
-def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
-    """Raise UserError if a text holds a special token's spelling: it would become the control token."""
-    pattern = specials_of(tokenizer)[1]
-    for field, text in texts_of(record):
-        match = pattern.search(text)
-        if match is not None:
-            raise UserError(
-                "text must not hold the tokenizer's control tokens",
-                f"{match.group()!r} at {match.start()}",
-                FIX,
-                f"{record.where}:{field}",
-            )
-
-
-def specials_of(tokenizer: Any) -> tuple[frozenset[str], re.Pattern[str]]:
-    """The tokens that can end a turn (special ones and END_NAMES), and a pattern that finds special ones."""
-    return cached_specials(tokenizer, len(tokenizer), tuple(tokenizer.all_special_tokens))
-
-
-@lru_cache(maxsize=4)
-def cached_specials(tokenizer: Any, size: int, named: tuple[str, ...]) -> tuple[frozenset[str], re.Pattern]:
-    """specials_of; `size` and `named` tell a tokenizer that was changed from the one that is cached."""
-    added = tokenizer.added_tokens_decoder.values()
-    special = {str(token) for token in added if token.special} | set(named) - {""}
-    longest_first = sorted(special, key=len, reverse=True)
-    pattern = "|".join(re.escape(token) for token in longest_first) or "(?!)"
-    return frozenset(special | set(END_NAMES) & {str(token) for token in added}), re.compile(pattern)
-
-
-def texts_of(record: Record) -> Iterator[tuple[str, str]]:
-    """(field, text) of everything in a record that becomes tokens, tool calls' names and arguments too."""
-    for field in ("text", "prompt", "completion"):
-        if getattr(record, field) is not None:
-            yield field, getattr(record, field)
-    for i, turn in enumerate(record.messages or ()):
-        yield record.field_of(i), turn["content"]
-        for key in turn:
-            if key not in ("content", "role"):
-                yield from strings_in(f"messages[{i}].{key}", turn[key])
-    yield from strings_in("tools", record.tools)
-
-
-def strings_in(field: str, value: Any) -> Iterator[tuple[str, str]]:
-    """(field, text) of every string and key in a JSON value."""
-    rest = [(field, value)]
-    while rest:  # not recursion: arguments may be nested deep
-        field, value = rest.pop()
-        if isinstance(value, str):
-            yield field, value
-        elif isinstance(value, dict):
-            rest += [(field, key) for key in value] + [(f"{field}.{key}", value[key]) for key in value]
-        elif isinstance(value, list):
-            rest += [(f"{field}[{k}]", each) for k, each in enumerate(value)]
 
 
 def alpaca_text(record: Record) -> tuple[str, str]:
@@ -143,15 +86,16 @@ def alpaca_text(record: Record) -> tuple[str, str]:
     return f"### Instruction:\n{user}\n\n### Response:\n", assistant
 
 
-def encode_pair(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+def encode_pair(prompt: str, completion: str, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
     """BOS prompt completion EOS, each tokenized apart so that the boundary is exact; the prompt is masked."""
-    before = bos(tokenizer) + plain_ids(prompt, tokenizer)
-    learned = plain_ids(completion, tokenizer) + eos(tokenizer)
+    before = text_ids(prompt, tokenizer, where)
+    learned = encode_text(completion, tokenizer, where)[0] + eos(tokenizer)
     return before + learned, [IGNORE] * len(before) + learned
 
 
-def plain_ids(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+def text_ids(text: str, tokenizer: Any, where: str = "prompt") -> list[int]:
+    """Tokens of a text that no template wraps, with the BOS that the tokenizer writes; all of it stays text."""
+    return bos(tokenizer) + encode_text(as_text(text, tokenizer), tokenizer, where)[0]
 
 
 def bos(tokenizer: Any) -> list[int]:
@@ -169,25 +113,26 @@ def eos(tokenizer: Any) -> list[int]:
 
 def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token."""
-    messages = [dict(turn) for turn in record.messages or ()]
-    text = render(messages, tokenizer, record.where, record.tools)
-    stops = specials_of(tokenizer)[0]
+    messages = messages_as_text(list(record.messages or ()), tokenizer)
+    wanted = [(k, prompted) for i in learned_turns(record) for k, prompted in ((i, False), (i, True), (i + 1, False))]
+    chat = Renderings(messages, tokenizer, record.where, record.tools, wanted)
+    text = chat.text(len(messages))
+    stops = specials_of(tokenizer).names
     turns = [
         close_turn(text, start, end, stops, tokenizer)
-        for start, end in assistant_turns(record, messages, text, tokenizer)
+        for start, end in assistant_turns(record, messages, chat, tokenizer)
     ]
     unended = messages[-1]["role"] == "assistant" and bool(turns) and not turns[-1][2]
     if unended:
         text = text[: turns[-1][1]]
-    ids, offsets = encode_text(text, [], tokenizer)
+    ids, offsets = encode_text(text, tokenizer, record.where)
     cuts = [
         start
         for i, (start, _, _) in zip(learned_turns(record), turns)
-        if any(a < start < b for a, b in offsets)
-        and render(messages[:i], tokenizer, record.where, record.tools, add_generation_prompt=True) == text[:start]
+        if any(a < start < b for a, b in offsets) and chat.text(i, prompted=True) == text[:start]
     ]
     if cuts:
-        ids, offsets = encode_text(text, cuts, tokenizer)
+        ids, offsets = encode_text(text, tokenizer, record.where, tuple(cuts))
     learned = [False] * len(ids)
     for start, end, _ in turns:
         for i in tokens_within(offsets, start, end):
@@ -197,21 +142,6 @@ def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     first = missing_bos(text, tokenizer)
     ids, learned = first + ids, [False] * len(first) + learned
     return ids, [token if yes else IGNORE for token, yes in zip(ids, learned)]
-
-
-def encode_text(text: str, cuts: list[int], tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens and their character spans, with no token across a cut.
-
-    The cuts are where generation begins: a tokenizer that would join the prompt's last characters with the answer's
-    first ones must not, since the model never sees that token after a prompt.
-    """
-    ids: list[int] = []
-    offsets: list[tuple[int, int]] = []
-    for start, end in zip([0, *cuts], [*cuts, len(text)]):
-        coded = tokenizer(text[start:end], add_special_tokens=False, return_offsets_mapping=True)
-        ids += coded["input_ids"]
-        offsets += [(start + a, start + b) for a, b in coded["offset_mapping"]]
-    return ids, offsets
 
 
 def tokens_within(offsets: list[tuple[int, int]], start: int, end: int) -> range:
@@ -243,35 +173,16 @@ def missing_bos(text: str, tokenizer: Any) -> list[int]:
     return bos(tokenizer)
 
 
-def render(
-    messages: list[dict[str, Any]], tokenizer: Any, where: str, tools: list[dict[str, Any]] | None, **kwargs: Any
-) -> str:
-    """The chat template's text; its refusal becomes a UserError of the row."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "chats need a tokenizer with a chat template",
-            "none",
-            "use the instruct version of the model, or rows of prompt/completion",
-            where,
-        )
-    try:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **kwargs)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        must = "the chat template must accept the messages"
-        raise UserError(must, shown(reason), FIX, f"{where}:messages") from None
-
-
-def assistant_turns(record: Record, messages: list[dict[str, Any]], text: str, tokenizer: Any) -> list[Span]:
-    """Character spans of `text` that the learned assistant messages take; UserError where not certain."""
+def assistant_turns(record: Record, messages: list[dict[str, Any]], chat: Renderings, tokenizer: Any) -> list[Span]:
+    """Character spans of the rendered chat that the learned assistant messages take; UserError where not certain."""
     turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-    marked = generation_spans(messages, text, tokenizer, record)
+    marked = generation_spans(messages, chat.text(len(messages)), tokenizer, record)
     if marked is not None and len(marked) != len(turns):
         raise unfound(record, turns[0], tokenizer)
     spans: list[tuple[int, int]] = []
     for i in learned_turns(record):
         k = turns.index(i)
-        span = marked[k] if marked is not None else turn_span(messages, i, text, tokenizer, record)
+        span = marked[k] if marked is not None else turn_span(messages, i, chat, tokenizer, record)
         if span is None or (spans and span[0] < spans[-1][1]):
             raise unfound(record, i, tokenizer)
         spans.append(span)
@@ -307,7 +218,7 @@ def generation_spans(
     if not GENERATION.search(template):
         return None
     edged = GENERATION.sub(write_edge, template)
-    shown_edges = render(messages, tokenizer, record.where, record.tools, chat_template=edged)
+    shown_edges = Renderings(messages, tokenizer, record.where, record.tools, chat_template=edged).text(len(messages))
     parts = re.split(f"({OPEN}|{CLOSE})", shown_edges)
     at, open_at, spans = 0, None, []
     for part in parts:
@@ -327,12 +238,10 @@ def write_edge(tag: re.Match[str]) -> str:
     return f"{{%{left} if true %}}{{{{ '{CLOSE if end else OPEN}' }}}}{{% endif {right}%}}"
 
 
-def turn_span(messages: list[dict[str, Any]], i: int, text: str, tokenizer: Any, record: Record) -> Span | None:
-    """Characters of `text` that message i takes, its end of turn included; None if unsure."""
-    before = render(messages[:i], tokenizer, record.where, record.tools)
-    given = render(messages[:i], tokenizer, record.where, record.tools, add_generation_prompt=True)
-    prompted = given != before and text.startswith(given)
-    through = render(messages[: i + 1], tokenizer, record.where, record.tools) if i + 1 < len(messages) else text
+def turn_span(messages: list[dict[str, Any]], i: int, chat: Renderings, tokenizer: Any, record: Record) -> Span | None:
+    """Characters of the rendered chat that message i takes, its end of turn included; None if unsure."""
+    text, given, through = chat.text(len(messages)), chat.text(i, prompted=True), chat.text(i + 1)
+    prompted = given != chat.text(i) and text.startswith(given)
     if prompted and text.startswith(through) and len(through) > len(given):
         return len(given), len(through)
     if messages[i].get("tool_calls") and not prompted:
@@ -352,13 +261,14 @@ def content_span(
     """
     mark, calls = MARK.format(i), messages[i].get("tool_calls")
     marked = [with_mark(turn, mark) if k == i else turn for k, turn in enumerate(messages)]
-    before, found, after = render(marked, tokenizer, record.where, record.tools).partition(mark)
+    chat = Renderings(marked, tokenizer, record.where, record.tools, [(i + 1, False)])
+    before, found, after = chat.text(len(marked)).partition(mark)
     end = len(text) - len(after)
     if not found or mark in text or mark in after or len(before) > end:
         return None
     if not text.endswith(after) or not (calls or text.startswith(before)):
         return None
-    tail = render(marked[: i + 1], tokenizer, record.where, record.tools).partition(mark)[2]
+    tail = chat.text(i + 1).partition(mark)[2]
     whole = text.startswith(tail, end)
     if calls and not whole:
         return None  # the call's arguments come after the mark: their end must be known
@@ -379,6 +289,7 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
     A tokenizer without a chat template gets the last message's text as it is.
     """
     if not tokenizer.chat_template:
-        return bos(tokenizer) + plain_ids(messages[-1]["content"], tokenizer)
-    text = render(messages, tokenizer, "prompt", None, add_generation_prompt=True)
-    return missing_bos(text, tokenizer) + plain_ids(text, tokenizer)
+        return text_ids(messages[-1]["content"], tokenizer)
+    asked = (len(messages), True)
+    text = Renderings(messages_as_text(messages, tokenizer), tokenizer, "prompt", wanted=[asked]).text(*asked)
+    return missing_bos(text, tokenizer) + encode_text(text, tokenizer, "prompt")[0]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from onecard.config import TrainConfig, make_config
 from onecard.data.template import prompt_ids
-from onecard.infer.generate import end_tokens
+from onecard.infer.decoding import end_tokens
 from onecard.train.report import format_bytes
 from onecard.train.session import Result, run_training
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +20,15 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
+from onecard.train.state import sync, sync_folder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-OTHER_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
+    "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",
+)  # fmt: skip
+OTHER_FILES = (*TOKENIZER_FILES, "*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
+UNTRUE = ("*.index.json", "adapter_config.json", "onecard.json")  # of other weights than the result's
 INDEX = "model.safetensors.index.json"
 
 
@@ -25,20 +36,85 @@ INDEX = "model.safetensors.index.json"
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that gets `target`'s name when the block ends well, and vanishes when it does not.
 
+    It is locked while its process lives; what a killed one left behind is removed by the next that has this target.
+
     Raises:
-        UserError: target exists.
+        UserError: target exists, or does when the block ends; the disk is full.
     """
     if target.exists():
-        raise UserError("the output must be a new folder", "it exists", "choose another --output", str(target))
+        raise exists(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale(target)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    with locked(temporary, wait=True):
+        try:
+            yield temporary
+            for path in temporary.rglob("*"):
+                if path.is_file():
+                    sync(path)
+            rename_new(temporary, target)
+        except BaseException as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise UserError("the disk must hold the result", "no space left", "make room", str(target)) from None
+            raise
+
+
+def rename_new(temporary: Path, target: Path) -> None:
+    try:
+        os.rename(temporary, target)
+    except OSError:  # a folder with something in it: another export was first
+        raise exists(target) from None
+    sync_folder(target.parent)
+
+
+def exists(target: Path) -> UserError:
+    return UserError("the output must be a new folder", "it exists", "choose another --output", str(target))
+
+
+def remove_stale(target: Path) -> None:
+    """Remove the temporary folders for this target that no living process holds; an empty one may be just made."""
+    for folder in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
+        with locked(folder, wait=False) as held:
+            if held and any(folder.iterdir()):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[bool]:
+    """Whether a folder could be had for this process alone; the lock ends with the process, however that ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except BlockingIOError:
+        held = False
+    try:
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """The same for a file."""
+    if target.exists():
+        raise UserError("the output must be a new file", "it exists", "choose another --output", str(target))
     temporary = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
         raise
     os.replace(temporary, target)
+
+
+def need_package(name: str, extra: str) -> None:
+    """Raise UserError unless a package that a format needs is installed."""
+    if find_spec(name) is None:
+        raise UserError(f"this format needs the package {name}", "none", f'pip install "onecard[{extra}]"')
 
 
 def check_room(target: Path, num_bytes: int) -> None:
@@ -60,18 +136,38 @@ def read_tensor(info: TensorInfo) -> Tensor:
     return torch.frombuffer(buffer, dtype=dtype).view(info.shape)
 
 
-def write_others(folder: Path, checkpoint: Checkpoint, config: dict[str, Any], places: dict[str, str]) -> None:
+def write_others(
+    folder: Path, checkpoint: Checkpoint, config: dict[str, Any], places: dict[str, str], adapter: Path | None = None
+) -> None:
     """config.json, every other file that the checkpoint brings along, and an index if it had one.
 
     Args:
         places: the file of each tensor that was written.
+        adapter: a trained adapter's folder; a tokenizer that lies in it takes the place of the checkpoint's.
     """
-    for pattern in OTHER_FILES:
-        for path in checkpoint.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+    copy_files(checkpoint.folder, folder, OTHER_FILES)
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        for path in list(find_files(folder, TOKENIZER_FILES)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        copy_files(adapter, folder, TOKENIZER_FILES)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if (folder / INDEX).is_file():
+    if (checkpoint.folder / INDEX).is_file():
         total = sum((folder / name).stat().st_size for name in set(places.values()))
         content = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    for path in find_files(source, patterns):
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, copy_function=shutil.copyfile)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def find_files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
+    """The files and folders of these names, but for those that speak of other weights than the result's."""
+    for path in sorted(folder.iterdir()):
+        wanted = any(path.match(p) for p in patterns) and not any(path.match(p) for p in UNTRUE)
+        if wanted and (path.is_file() or path.name == "additional_chat_templates"):
+            yield path

@@ -4,73 +4,42 @@
 
 W is by default what training saw, the dequantized 4-bit weight, in every linear that had one; "original" takes the
 checkpoint's own weights, which the adapter has never met. Sums are float32, rounded once to the checkpoint's dtype.
-Experts' matrices are merged one by one, whether the checkpoint has them in tensors of their own or stacked.
 4 bits again would undo most of the update, so the result is 16-bit. The output is written under a temporary name,
-file by file as the base has them, and renamed when whole.
+file by file as the base has them, and renamed when whole. Experts are merged matrix by matrix (experts.py).
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from onecard.config import QuantConfig
 from onecard.errors import UserError
-from onecard.export.experts import matrix_factors, matrix_info, matrix_key, read_experts, stack_layers
+from onecard.export.adapter import Adapter, read_adapter
+from onecard.export.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
-from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint, read_json
-from onecard.hf.experts import Place, expert_places
+from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
+from onecard.hf.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.memory.plan import read_model
-from onecard.memory.stacks import Stack
+from onecard.memory.model import read_model
 from onecard.quant.blockwise import state_absmax
-from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, part_of, read_facts
+from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
+HEAD = "lm_head.weight"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
-PREFIX = "base_model.model."
 SLAB_VALUES = 1 << 22
-
-
-@dataclass
-class Update:
-    """One linear's part of an adapter: B (N, r), A (r, K), DoRA's magnitude (N,), all float32."""
-
-    A_RK: Tensor
-    B_NR: Tensor
-    scaling: float
-    magnitude_N: Tensor | None = None
-
-    def add_to(self, W_NK: Tensor, start: int) -> Tensor:
-        """Float32 rows of the weight, from row `start` on, with the update in them."""
-        rows = slice(start, start + W_NK.shape[0])
-        W_NK = W_NK + self.scaling * (self.B_NR[rows] @ self.A_RK)
-        if self.magnitude_N is not None:
-            W_NK *= self.magnitude_N[rows, None] / torch.linalg.vector_norm(W_NK, dim=1, keepdim=True)
-        return W_NK
-
-
-@dataclass
-class Adapter:
-    """A peft adapter folder, read and checked."""
-
-    folder: Path | None = None
-    updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight that each changes
-    saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: these replace the base's
-    config: dict[str, Any] = field(default_factory=dict)  # peft's
 
 
 @dataclass(frozen=True)
@@ -89,9 +58,19 @@ class Merged:
     shapes: Shapes
     rounded: set[str]  # weights that stand in 4 bits first
     full: dict[str, Tensor]  # tensors that are not the base's
-    stacks: dict[str, Stack]
-    places: dict[str, Place]  # of experts' tensors in stacks
-    held: dict[str, tuple[Tensor, QuantState]] = field(default_factory=dict)  # stacked weights in 4 bits
+    linears: set[str]  # weights that training has in 4 bits
+    experts: Experts
+
+    @property
+    def nbytes(self) -> int:
+        return sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in self.shapes.values())
+
+    def files(self) -> Iterator[tuple[str, list[str]]]:
+        """The result's tensors by file, as the base has them; new ones are in the last."""
+        infos, files = self.checkpoint.tensors, self.checkpoint.files
+        for file in files:
+            names = [n for n in self.shapes if (infos[n].file == file if n in infos else file == files[-1])]
+            yield file.name, names
 
     def read(self, name: str) -> Tensor:
         """One tensor of the result, whole."""
@@ -104,27 +83,23 @@ class Merged:
         elif self.as_stored(name):
             yield read_tensor(self.checkpoint.tensors[name])
         else:
-            for expert in range(self.shapes[name][1][0]) if self.is_stack(name) else [None]:
-                update = self.adapter.updates.get(name if expert is None else matrix_key(name, expert))
-                for start, piece in self.base_slabs(name, expert):
-                    piece = piece if update is None else update.add_to(piece, start)
-                    yield piece.to(DTYPES[self.shapes[name][0]])
+            for expert in range(self.shapes[name][1][0]) if self.experts.is_stack(name) else [None]:
+                yield from self.matrix_slabs(name, expert)
 
-    def is_stack(self, name: str) -> bool:
-        """Whether a tensor is a stacked weight, a matrix for each expert."""
-        return name in self.places and self.places[name].expert is None
+    def matrix_slabs(self, name: str, expert: int | None) -> Iterator[Tensor]:
+        """A matrix of the result, `expert`'s of a stacked tensor, consecutive rows at a time."""
+        update = self.adapter.updates.get(matrix_key(name, expert))
+        for start, piece in self.base_slabs(name, expert):
+            piece = piece if update is None else update.add_to(piece, start)
+            yield piece.to(DTYPES[self.shapes[name][0]])
 
     def as_stored(self, name: str) -> bool:
         """Whether a tensor is in the base just as it will be in the result."""
-        key = matrix_key(name, 0) if self.is_stack(name) else name
+        key = matrix_key(name, 0 if self.experts.is_stack(name) else None)
         return name not in self.full and name not in self.rounded and key not in self.adapter.updates
 
     def base_slabs(self, name: str, expert: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """A matrix of the base, (N, K), in float32: the first row's number and some rows.
-
-        Args:
-            expert: whose matrix of a stacked tensor.
-        """
+        """A matrix of the base, (N, K), in float32: the first row's number, and some rows."""
         N, K = self.shapes[name][1][-2:]
         rows = max(SLAB_VALUES // K, 1)
         if name not in self.rounded:
@@ -132,79 +107,91 @@ class Merged:
             W = read_tensor(info if expert is None else matrix_info(info, expert))
             yield from ((start, W[start : start + rows].float()) for start in range(0, N, rows))
             return
-        (packed, state), first, place = self.in_4bit(name), 0, self.places.get(name)
-        if place is not None:
-            packed, state, skip = part_of(packed, state, place.expert if expert is None else expert)
-            first = skip + place.part * N * K
+        packed, state, skip = self.in_4bit(name, expert)
         absmax = state_absmax(state)
         for start in range(0, N, rows):
-            piece = dequantized(packed, absmax, state, first + start * K, min(rows, N - start) * K)
-            yield start, piece.view(-1, K)
+            count = min(rows, N - start) * K
+            yield start, dequantize_part(packed, absmax, state, skip + start * K, count).view(-1, K)
 
-    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
-        """Codes and state of a weight as training had it; of an expert's tensor, those of the whole stack."""
-        if name not in self.places:
-            return self.quantized(name)
-        stack = self.places[name].stack
-        if stack not in self.held:
-            if len(self.held) == 2:  # those of one layer
-                del self.held[next(iter(self.held))]
-            self.held[stack] = self.quantized(name)
-        return self.held[stack]
-
-    def quantized(self, name: str) -> tuple[Tensor, QuantState]:
-        quant, info, place = self.quant, self.checkpoint.tensors[name], self.places.get(name)
+    def in_4bit(self, name: str, expert: int | None = None) -> tuple[Tensor, QuantState, int]:
+        """Codes and state of a matrix as training had it, and how many weights in them come before it."""
+        info, place, quant = self.checkpoint.tensors[name], self.experts.places.get(name), self.quant
         how = (quant.quant_type, quant.blocksize, quant.double_quant)
+        if place is not None:
+            read = (lambda: read_4bit(self.checkpoint, name)) if info.dtype == "U8" else None
+            return part_in_4bit(*self.experts.in_4bit(place.stack, how, read), place, expert)
         if info.dtype == "U8":
-            return read_4bit(self.checkpoint, name)
-        if place is None:
-            return ops.quantize_4bit(read_tensor(info), *how, name)
-        experts = read_experts(self.checkpoint, self.places, place.stack)
-        return ops.quantize_stack(experts, self.stacks[place.stack].weight.shape, *how, place.stack)
+            return *read_4bit(self.checkpoint, name), 0
+        return *ops.quantize_4bit(read_tensor(info), *how, name), 0
+
+    def stack(self, name: str) -> Iterator[Tensor]:
+        """The matrices of a stacked weight of the result, in its order."""
+        for expert, parts in self.experts.parts(name):
+            if expert is None:
+                numbers = range(self.shapes[parts[0]][1][0])
+                yield from (torch.cat(list(self.matrix_slabs(parts[0], number))) for number in numbers)
+            else:
+                yield torch.cat([self.read(part) for part in parts])
 
 
-def dequantized(packed: Tensor, absmax: Tensor, state: QuantState, first: int, count: int) -> Tensor:
-    """`count` weights from number `first` on, float32, of a weight whose scales `absmax` are float32."""
-    block = first // state.blocksize
-    skip = first - block * state.blocksize
-    out = torch.empty(skip + count)
-    codes = packed.view(-1)[block * state.blocksize // 2 : (first + count + 1) // 2]
+def dequantize_part(packed: Tensor, absmax: Tensor, state: QuantState, first: int, count: int) -> Tensor:
+    """`count` weights from number `first` on, in float32, of a 4-bit weight with float32 scales `absmax`."""
+    skip = first % state.blocksize
+    block, out = first // state.blocksize, torch.empty(skip + count)
+    codes = packed.view(-1)[(first - skip) // 2 : (first + count + 1) // 2]
     weight = (codes, absmax[block:], None, None, state.quant_type, state.blocksize)
     ops.backend(out.device).dequantize_into(*weight, out)
     return out[skip:]
 
 
-def open_merged(
-    model: str, adapter: str | None, base: Base = "dequantized", quant: QuantConfig | None = None
-) -> Merged:
+def open_merged(model: str, adapter: str | None, base: Base | None = None, quant: QuantConfig | None = None) -> Merged:
     """The checkpoint that `model` and a trained adapter, or none, make together.
 
     Args:
         model: the checkpoint that the adapter was trained on, in 16 bits or in bitsandbytes' 4-bit format.
-        base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights.
-        quant: how training stored a 16-bit base; the defaults if not given.
+        base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights; None: what training
+            saw, or without an adapter the checkpoint itself.
+        quant: how training stored a 16-bit base; if not given, as the adapter's folder says, or the defaults.
 
     Raises:
-        UserError: an adapter that does not belong to the model or is of a kind not known here; the original weights
-            of a checkpoint that has none.
+        UserError: an adapter that does not belong to the model, was trained over another quantization or is of a
+            kind not known here; the original weights of a checkpoint that has none.
     """
     checkpoint = inspect_checkpoint(find_checkpoint(model))
+    base = base or ("dequantized" if adapter is not None or checkpoint.is_4bit else "original")
     if checkpoint.is_4bit and base == "original":
         found = "a checkpoint in 4 bits"
         raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
     tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
     shapes, known = stored_shapes(checkpoint), read_model(checkpoint)
-    places = expert_places(known.modules, known.stacks, shapes) if known.stacks else {}
-    spread_over_experts(tuned, known.stacks, places)
+    experts = Experts.of(checkpoint, known)
+    experts.spread(tuned)
     check_belongs(tuned, shapes, checkpoint.folder)
-    rounded = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"}
-    if base == "dequantized":
-        rounded |= set(places) | (set() if checkpoint.is_4bit else set(known.linears) & set(shapes))
+    linears = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"} - set(experts.places)
+    if not checkpoint.is_4bit:
+        linears = set(known.linears) & set(shapes)
+    quant = trained_over(checkpoint, linears, adapter, quant)
+    rounded = linears | set(experts.places) if base == "dequantized" else set()
     full, config = saved_tensors(tuned, checkpoint, shapes)
     for name, tensor in full.items():
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
         shapes[name] = (dtype, tuple(tensor.shape))
-    return Merged(checkpoint, tuned, quant or QuantConfig(), config, shapes, rounded, full, known.stacks, places)
+    return Merged(checkpoint, tuned, quant, config, shapes, rounded, full, linears, experts)
+
+
+def trained_over(
+    checkpoint: Checkpoint, linears: set[str], adapter: str | None, quant: QuantConfig | None
+) -> QuantConfig:
+    """How the adapter met the base. Raises UserError if that, or the base, is not what its folder says."""
+    fields = {} if quant is None else quant.model_dump()
+    if checkpoint.is_4bit:
+        state = read_4bit(checkpoint, min(linears))[1]
+        fields |= {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
+    found, origin = stored_as(adapter, fields), read_origin(adapter) if adapter is not None else None
+    if origin is not None and adapter is not None:
+        sample = sample_base(checkpoint, linears, found.quant_type, found.blocksize)
+        check_sample(sample, origin, adapter, checkpoint.folder)
+    return found
 
 
 def stored_shapes(checkpoint: Checkpoint) -> Shapes:
@@ -231,94 +218,38 @@ def common_dtype(shapes: Shapes) -> str:
     return Counter(dtype for dtype, _ in shapes.values() if dtype in DTYPES).most_common(1)[0][0]
 
 
-def merge(model: str, adapter: str, output: str, base: Base = "dequantized", quant: QuantConfig | None = None) -> Path:
+def merge(model: str, adapter: str, output: str, base: Base | None = None, quant: QuantConfig | None = None) -> Path:
     """Write a 16-bit checkpoint with the adapter in it; its folder. Arguments and errors are open_merged's.
 
     Raises:
         UserError: no room on the disk; an output folder that is not new.
     """
     merged, target = open_merged(model, adapter, base, quant), Path(output)
-    sizes = [DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in merged.shapes.values()]
-    check_room(target, sum(sizes))
-    places: dict[str, str] = {}
+    check_room(target, merged.nbytes)
     with new_folder(target) as folder:
-        for file in merged.checkpoint.files:
-            infos = merged.checkpoint.tensors
-            last = file == merged.checkpoint.files[-1]
-            names = [n for n in merged.shapes if (infos[n].file == file if n in infos else last)]
-            write_file(folder / file.name, merged, names)
-            places |= dict.fromkeys(names, file.name)
-        write_others(folder, merged.checkpoint, merged.config, places)
+        write_merged(merged, folder)
     return target
 
 
-def write_file(path: Path, merged: Merged, names: list[str]) -> None:
-    """One safetensors file with these tensors of the result."""
-    file = TensorFile(path, {name: merged.shapes[name] for name in names})
-    for name in names:
-        if merged.as_stored(name):
-            file.copy(name, merged.checkpoint.tensors[name])
-            continue
-        for slab in merged.slabs(name):
-            file.append(name, slab)
-    file.close()
+def write_merged(merged: Merged, folder: Path) -> None:
+    """A whole checkpoint in a folder that is there."""
+    places: dict[str, str] = {}
+    for file_name, names in merged.files():
+        file = TensorFile(folder / file_name, {name: merged.shapes[name] for name in names})
+        for name in names:
+            write_tensor(file, merged, name)
+        file.close()
+        places |= dict.fromkeys(names, file_name)
+    write_others(folder, merged.checkpoint, merged.config, places, merged.adapter.folder)
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """A peft folder of LoRA, rsLoRA or DoRA weights and modules saved in full."""
-    config = read_json(folder / "adapter_config.json", "pass the run's adapter/ folder")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        found = f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError("an adapter must be LoRA without trained biases", found, "merge it with peft", str(folder))
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError("an adapter must hold adapter_model.safetensors", "no such file", "pass adapter/", str(folder))
-    adapter, parts = Adapter(folder, config=config), {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  not a dict
-            name = key.removeprefix(PREFIX)
-            match = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
-            if match:
-                parts.setdefault(match[1], {})[match[2]] = file.get_tensor(key).float()
-            elif "lora_" in name or not key.startswith(PREFIX):
-                raise UserError("an adapter's tensors must be lora_A and lora_B", key, "merge it with peft", str(path))
-            else:
-                adapter.saved[name] = file.get_tensor(key)
-    for module, part in parts.items():
-        if not {"lora_A", "lora_B"} <= set(part):
-            raise UserError("each lora_A must have its lora_B", module, "the adapter is damaged", str(path))
-        A, B = part["lora_A"], part["lora_B"]
-        scaling = scale_of(module, config, A.shape[0])
-        adapter.updates[f"{module}.weight"] = Update(A, B, scaling, part.get("lora_magnitude_vector"))
-    return adapter
-
-
-def spread_over_experts(adapter: Adapter, stacks: dict[str, Stack], places: dict[str, Place]) -> None:
-    """Replace an adapter's updates of stacked weights by one for each of their matrices in the checkpoint."""
-    for layer, stack in stack_layers(stacks, adapter.config.get("target_parameters") or []).items():
-        update, num_experts = adapter.updates.pop(f"{layer}.weight", None), stacks[stack].num_experts
-        if update is None:
-            continue
-        rank, rest = divmod(update.A_RK.shape[0], num_experts)
-        if rest or update.B_NR.shape[1] != rank * num_experts:
-            found = f"lora_A {list(update.A_RK.shape)}, lora_B {list(update.B_NR.shape)}"
-            must = f"an adapter of {stack} must have the same rank for each of {num_experts} experts"
-            raise UserError(must, found, "use the model that the adapter was trained on", str(adapter.folder))
-        scaling = scale_of(stack, adapter.config, rank)
-        for name, place in places.items():
-            if place.stack == stack:
-                for key, A_RK, B_NR in matrix_factors(name, place, stacks[stack], update.A_RK, update.B_NR):
-                    adapter.updates[key] = Update(A_RK, B_NR, scaling)
-
-
-def scale_of(module: str, config: dict[str, Any], rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may have a pattern for this module, as peft matches it."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+def write_tensor(file: TensorFile, merged: Merged, name: str) -> None:
+    """One tensor of the result, a few rows at a time."""
+    if merged.as_stored(name):
+        file.copy(name, merged.checkpoint.tensors[name])
+        return
+    for slab in merged.slabs(name):
+        file.append(name, slab)
 
 
 def check_belongs(adapter: Adapter, shapes: Shapes, folder: Path) -> None:
@@ -326,7 +257,7 @@ def check_belongs(adapter: Adapter, shapes: Shapes, folder: Path) -> None:
     for name, update in adapter.updates.items():
         shape = (update.B_NR.shape[0], update.A_RK.shape[1])
         dtype, found = shapes.get(name.partition("[")[0], (None, None))
-        found = found and found[-2:]
+        found = found and found[-2:]  # a stacked tensor's matrices
         if found != shape or dtype not in DTYPES:
             raise UserError(
                 f"the model must have the adapter's {name} of shape {list(shape)}",
@@ -343,15 +274,39 @@ def saved_tensors(adapter: Adapter, checkpoint: Checkpoint, shapes: Shapes) -> t
     """
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     saved = dict(adapter.saved)
-    embedding = next((n for n in shapes if n.endswith("embed_tokens.weight")), None)
-    tied = config.get("tie_word_embeddings") and "lm_head.weight" not in shapes
-    trained = [name for name in saved if name == "lm_head.weight" or name.endswith("embed_tokens.weight")]
-    if tied and trained:
-        config["tie_word_embeddings"] = False
-        if "lm_head.weight" not in saved and embedding is not None:
-            saved["lm_head.weight"] = read_tensor(checkpoint.tensors[embedding])
-    for name in set(saved) - set(shapes) - {"lm_head.weight"}:
+    embedding = next((n for n in shapes if n.endswith("embed_tokens.weight")), "")
+    for name, (rows, values) in adapter.tokens.items():
+        stored = checkpoint.tensors.get(name if name in shapes else embedding)
+        if stored is None or len(rows) != len(values):
+            found = f"{len(values)} rows for {len(rows)} tokens of {name}"
+            raise UserError("trained tokens must be an embedding's", found, "use their own model", str(adapter.folder))
+        W = saved[name].clone() if name in saved else read_tensor(stored)
+        W[rows] = values.to(W.dtype)
+        saved[name] = W
+    for name in set(saved) - set(shapes) - {HEAD}:
         raise UserError("a module saved in full must be the model's", name, "use its own model", str(adapter.folder))
-    for name in trained:
-        config["vocab_size"] = adapter.saved[name].shape[0]
+    trained = {embedding, HEAD} & set(adapter.saved)
+    if trained and config.get("tie_word_embeddings") and HEAD not in shapes:
+        config["tie_word_embeddings"] = settle_ties(adapter, saved, embedding, checkpoint)
+    if trained:
+        found = {name: tensor.shape[0] for name, tensor in saved.items() if name in (embedding, HEAD)}
+        found = {name: shapes[name][1][0] for name in (embedding, HEAD) if name in shapes} | found
+        if len(set(found.values())) > 1:
+            do = "train both in full: modules_to_save embed_tokens and lm_head"
+            raise UserError("embedding and head must have the same tokens", str(found), do, str(adapter.folder))
+        config["vocab_size"] = min(found.values())
     return saved, config
+
+
+def settle_ties(adapter: Adapter, saved: dict[str, Tensor], embedding: str, checkpoint: Checkpoint) -> bool:
+    """Give `saved` an embedding and a head where the base has one for both; whether they are still the same."""
+    base = read_tensor(checkpoint.tensors[embedding])
+    head = saved.pop(HEAD, None)
+    if adapter.stays_tied:
+        head = saved.get(embedding, head)
+        saved[embedding] = base if head is None else head
+    head = base if head is None else head
+    if torch.equal(head, saved.setdefault(embedding, base)):
+        return True
+    saved[HEAD] = head
+    return False

@@ -1,35 +1,65 @@
-"""A 16-bit checkpoint as a 4-bit one in bitsandbytes' format, streamed tensor by tensor.
+"""A checkpoint in 4 bits in bitsandbytes' format, streamed tensor by tensor: a 16-bit one's, or a merged adapter's.
 
-What it holds is what `load_model` would have made of the original, bit for bit; bitsandbytes with transformers loads it
-as its own, onecard pages it straight from its files. Experts are an exception: transformers has no 4-bit form of them.
-Each stacked weight gets the keys that bitsandbytes.nn.parametrize gives a 4-bit parameter and reads; of transformers'
-own loading only onecard's quantizer does.
+What it holds is what `load_model` would have made of the 16-bit weights, bit for bit; bitsandbytes with transformers
+loads it as its own, onecard pages it straight from its files. Experts are an exception: transformers has no 4-bit form
+of them. Each stacked weight gets the keys that bitsandbytes.nn.parametrize gives a 4-bit parameter and reads; of
+transformers' own loading only onecard's quantizer does.
+
+Rounding a merged weight to 4 bits again takes off much of a small update. How much of it is left is measured while the
+weights go by, as the share of the update D that lies in what came out, over all updated weights together:
+
+    kept = <Q(W + D) - W, D> / <D, D>
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE, QuantConfig
 from onecard.errors import UserError
-from onecard.export.experts import read_experts
-from onecard.export.folder import check_room, new_folder, read_tensor, write_others
-from onecard.hf.checkpoint import Checkpoint, TensorInfo, inspect_checkpoint
-from onecard.hf.experts import expert_places
+from onecard.export.experts import matrix_key, part_in_4bit
+from onecard.export.folder import check_room, new_folder, write_others
+from onecard.export.merged import Base, Merged, Shapes, dequantize_part, open_merged, write_tensor
+from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
+from onecard.hf.quantizer import BitsAndBytesConfig
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.memory.plan import read_model
+from onecard.quant.blockwise import state_absmax
 from onecard.quant.state import STATE_KEY, QuantState, to_bnb
 
 STATE_BYTES = 256  # of a weight's JSON, filled up with spaces
+
+
+@dataclass
+class Kept:
+    """How much of the updates is left in 4 bits."""
+
+    along: float = 0.0
+    whole: float = 0.0
+
+    @property
+    def share(self) -> float | None:
+        """None where there was no update."""
+        return self.along / self.whole if self.whole else None
+
+    def add(self, merged: Merged, name: str, packed: Tensor, state: QuantState, expert: int | None = None) -> None:
+        """Args: packed, state: what a tensor, or `expert`'s matrix of it, has become; an expert's, its whole stack."""
+        update, skip, place = merged.adapter.updates.get(matrix_key(name, expert)), 0, merged.experts.places.get(name)
+        if update is None:
+            return
+        if place is not None:
+            packed, state, skip = part_in_4bit(packed, state, place, expert)
+        absmax = state_absmax(state)
+        for start, W in merged.base_slabs(name, expert):
+            D = update.add_to(W, start) - W
+            found = dequantize_part(packed, absmax, state, skip + start * W.shape[1], W.numel()).view_as(W) - W
+            self.along += (found * D).sum(dtype=torch.float64).item()
+            self.whole += D.square().sum(dtype=torch.float64).item()
 
 
 def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Path:
@@ -41,90 +71,109 @@ def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dty
     Raises:
         UserError: a checkpoint that is not in 16 or 32 bits; int4; no room on the disk; an output that exists.
     """
-    checkpoint = inspect_checkpoint(find_checkpoint(model))
-    if checkpoint.is_4bit:
+    check_type(quant)
+    if inspect_checkpoint(find_checkpoint(model)).is_4bit:
         raise UserError("the model must be in 16 or 32 bits", "4 bits", "use it as it is", model)
+    merged, target = open_merged(model, None, "original"), Path(output)
+    check_room(target, merged.nbytes // 2)
+    with new_folder(target) as folder:
+        write_quantized(merged, folder, quant, compute_dtype)
+    return target
+
+
+def requantize(
+    model: str,
+    adapter: str,
+    output: str,
+    quant: QuantConfig,
+    base: Base = "dequantized",
+    trained: QuantConfig | None = None,
+) -> tuple[Path, float | None]:
+    """Write a base and an adapter merged and in 4 bits again: the folder, and the share of the update that is left.
+
+    Args:
+        quant: how the result is stored.
+        base, trained: `base` and `quant` of open_merged.
+
+    Raises:
+        UserError: as open_merged and quantize_checkpoint.
+    """
+    check_type(quant)
+    merged, target = open_merged(model, adapter, base, trained), Path(output)
+    check_room(target, merged.nbytes // 2)
+    with new_folder(target) as folder:
+        kept = write_quantized(merged, folder, quant)
+    return target, kept
+
+
+def check_type(quant: QuantConfig) -> None:
     if quant.quant_type == "int4":
         raise UserError("bitsandbytes' format holds nf4 and fp4", "int4", "choose one of them", "quant_type")
-    check_room(Path(output), checkpoint.nbytes // 2)
-    weights = quantizable(checkpoint, quant)
-    with new_folder(Path(output)) as folder:
-        files: dict[str, str] = {}
-        for file in checkpoint.files:
-            infos = [name for name, info in checkpoint.tensors.items() if info.file == file]
-            found = {name: weights.get(name) for name in infos}
-            found = {weight.name if weight else name: weight for name, weight in found.items()}
-            new = {name: weight for name, weight in found.items() if name not in files}  # experts' come once
-            if new:
-                files |= dict.fromkeys(write_quantized(folder / file.name, checkpoint, new, quant), file.name)
-        write_others(folder, checkpoint, quantized_config(checkpoint, quant, compute_dtype), files)
-    return Path(output)
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A weight to be quantized: its name and shape in the result, and its codes and state when they are wanted."""
-
-    name: str
-    shape: tuple[int, ...]
-    quantize: Callable[[], tuple[Tensor, QuantState]]
-
-
-def quantizable(checkpoint: Checkpoint, quant: QuantConfig) -> dict[str, Weight]:
-    """The weight that each tensor is, or is a part of."""
-    model, how = read_model(checkpoint), (quant.quant_type, quant.blocksize, quant.double_quant)
-    places = expert_places(model.modules, model.stacks, checkpoint.tensors) if model.stacks else {}
-
-    def linear(name: str, info: TensorInfo) -> Weight:
-        return Weight(name, info.shape, lambda: ops.quantize_4bit(read_tensor(info), *how, name))
-
-    def stacked(name: str) -> Weight:
-        shape, experts = model.stacks[name].weight.shape, partial(read_experts, checkpoint, places, name)
-        return Weight(name, shape, lambda: ops.quantize_stack(experts(), shape, *how, name))
-
-    linears = {name: linear(name, info) for name, info in checkpoint.tensors.items() if name in model.linears}
-    return {**linears, **{name: stacked(place.stack) for name, place in places.items()}}
-
-
-def quantized_config(checkpoint: Checkpoint, quant: QuantConfig, compute_dtype: str) -> dict[str, Any]:
-    """config.json with transformers' BitsAndBytesConfig."""
-    quantization = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": quant.quant_type,
-        "bnb_4bit_use_double_quant": quant.double_quant,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": None,
-    }
-    return {**checkpoint.config, "quantization_config": quantization}
+def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dtype: str = "bfloat16") -> float | None:
+    """A whole checkpoint with linears and experts in 4 bits; the share of the adapter's update that is left, if any."""
+    files: dict[str, str] = {}
+    kept, places = Kept(), merged.experts.places
+    for file_name, names in merged.files():
+        found = dict.fromkeys(places[name].stack if name in places else name for name in names)
+        names = [name for name in found if name not in files]  # experts' tensors may be in several files
+        shapes: Shapes = {}
+        for name in names:
+            shapes |= result_shapes(merged, name, quant)
+        if names:
+            file = TensorFile(folder / file_name, shapes)
+            for name in names:
+                write_weight(file, merged, name, quant, kept)
+            file.close()
+            files |= dict.fromkeys(shapes, file_name)
+    before = merged.checkpoint.config.get("quantization_config") or {}
+    stored = BitsAndBytesConfig(
+        bnb_4bit_quant_type=quant.quant_type,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=before.get("llm_int8_skip_modules"),
+    )
+    config = {**merged.config, "quantization_config": stored.to_dict()}
+    write_others(folder, merged.checkpoint, config, files, merged.adapter.folder)
+    return kept.share
 
 
-def write_quantized(
-    path: Path, checkpoint: Checkpoint, weights: dict[str, Weight | None], quant: QuantConfig
-) -> list[str]:
-    """One file with the weights in 4 bits, other tensors (None) copied; the names in it."""
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, weight in weights.items():
-        if weight is not None:
-            tensors |= quantized_shapes(name, weight.shape, quant)
-        else:
-            tensors[name] = (checkpoint.tensors[name].dtype, checkpoint.tensors[name].shape)
-    file = TensorFile(path, tensors)
-    for name, weight in weights.items():
-        if weight is None:
-            file.copy(name, checkpoint.tensors[name])
-            continue
-        for suffix, tensor in to_bnb(*weight.quantize()).items():
-            file.append(name + suffix, tensor)
-            if STATE_KEY in suffix:
-                file.append(name + suffix, b" " * (STATE_BYTES - tensor.numel()))
-    file.close()
-    return list(tensors)
+def result_shapes(merged: Merged, name: str, quant: QuantConfig) -> Shapes:
+    """Of the tensors that stand for a weight, in 4 bits if it is a linear's or a stack."""
+    if name in merged.experts.stacks:
+        return quantized_shapes(name, tuple(merged.experts.stacks[name].weight.shape), quant)
+    dtype, shape = merged.shapes[name]
+    return quantized_shapes(name, shape, quant) if name in merged.linears else {name: (dtype, shape)}
 
 
-def quantized_shapes(name: str, shape: tuple[int, ...], quant: QuantConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+def write_weight(file: TensorFile, merged: Merged, name: str, quant: QuantConfig, kept: Kept) -> None:
+    """One weight of the result; what is left of its update is added to `kept`."""
+    how = (quant.quant_type, quant.blocksize, quant.double_quant)
+    if name in merged.experts.stacks:
+        packed, state = ops.quantize_stack(merged.stack(name), merged.experts.stacks[name].weight.shape, *how, name)
+        append_4bit(file, name, packed, state)
+        for expert, parts in merged.experts.parts(name):
+            for number in range(state.shape[0]) if expert is None else [None]:
+                for part in parts:
+                    kept.add(merged, part, packed, state, number)
+    elif name in merged.linears:
+        packed, state = ops.quantize_4bit(merged.read(name), *how, name)
+        append_4bit(file, name, packed, state)
+        kept.add(merged, name, packed, state)
+    else:
+        write_tensor(file, merged, name)
+
+
+def append_4bit(file: TensorFile, name: str, packed: Tensor, state: QuantState) -> None:
+    """The tensors that stand for a weight."""
+    for suffix, tensor in to_bnb(packed, state).items():
+        file.append(name + suffix, tensor)
+        if STATE_KEY in suffix:
+            file.append(name + suffix, b" " * (STATE_BYTES - tensor.numel()))
+
+
+def quantized_shapes(name: str, shape: tuple[int, ...], quant: QuantConfig) -> Shapes:
     """Dtype and shape of each tensor that stands for a weight of this shape."""
     numel = torch.Size(shape).numel()
     blocks = -(-numel // quant.blocksize)

@@ -1,58 +1,250 @@
-"""Does a merged checkpoint do what the live adapter does? Logits and loss of both on the same rows.
+"""Does a merged checkpoint do what the live adapter does? Logits and loss of each on the same held-out tokens.
 
-difference = ||z_merged - z_live|| / ||z_live - z_base||        the share of the adapter's effect that is off
+    off by  ||z - z_live|| / ||z_live - z_base||                      the share of the adapter's effect that is missed
+    kept    <z - z_base, z_live - z_base> / ||z_live - z_base||^2     the share that is there
+
+z are logits at supervised positions, all computed in float32 from the weights as they are stored, so that the numbers
+speak of the weights and not of 16-bit arithmetic. The live model runs as in training (packed attention where that
+reproduces the model's own), what was written is read back from its files and runs as transformers has it. One model is
+in memory at a time; the live one's logits wait in a file without a name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import gc
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from onecard.config import LOGITS_CHUNK_BYTES, QuantConfig
 from onecard.data.dataset import Dataset
-from onecard.infer.generate import with_adapter
-from onecard.train.loss import IGNORE
+from onecard.export.folder import check_room, new_folder
+from onecard.export.merged import Base, open_merged, write_merged
+from onecard.export.quantized import check_type, write_quantized
+from onecard.hf.attention import use_packed_attention
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.load import find_checkpoint, load_model
+from onecard.infer.adapters import with_adapter
+from onecard.nn.embedding import Head, cast_output
+from onecard.train.loop import choose_loss
+from onecard.train.loss import packed_loss, supervised
+
+NOTHING = 1e-12  # of ||z||^2: an effect below it is rounding
 
 
 @dataclass
 class Agreement:
-    """How near a merged model is to base and adapter together, over the supervised positions."""
+    """How near something is to the live adapter.
 
-    difference: float
+    Attributes:
+        off, kept: None where the adapter changes nothing.
+        argmax: share of positions with the live adapter's likeliest token.
+        losses: float32 (P,), a position each.
+    """
+
+    name: str
+    off: float | None
+    kept: float | None
     argmax: float
-    loss_live: float
-    loss_merged: float
+    losses: Tensor
+
+    @property
+    def loss(self) -> float:
+        return self.losses.double().mean().item()
+
+
+@dataclass
+class Verified:
+    """A merged checkpoint and what it was measured against."""
+
+    folder: Path
+    kept: str
+    live: Agreement
+    tried: list[Agreement]
+    weights_kept: float | None = None  # of the update, after 4 bits; None if it was not rounded to them
+
+    def table(self) -> list[str]:
+        """Lines for the terminal."""
+        lines = [f"{'':14s}{'off by':>9s}{'effect kept':>13s}{'same token':>12s}{'loss':>9s}"]
+        for found in (self.live, *self.tried):
+            shares = [f"{share:.2%}" if share is not None else "-" for share in (found.off, found.kept)]
+            line = f"{found.name:14s}{shares[0]:>9s}{shares[1]:>13s}{found.argmax:>12.2%}{found.loss:>9.4f}"
+            lines.append(line + ("  kept" if found.name == self.kept and len(self.tried) > 1 else ""))
+        if self.live.off is None:
+            lines.append("the adapter changes nothing on these tokens: there is no effect to have a share of")
+        return lines
+
+
+@dataclass
+class Live:
+    """Logits of the base without and with its adapter, example by example, in a file."""
+
+    examples: list[tuple[Tensor, Tensor, Tensor]]  # input_ids (1, T); positions (P,) and their targets (P,)
+    vocab_size: int
+    file: BinaryIO
+    losses: list[Tensor] = field(default_factory=list)
+    size: float = 0.0
+    effect: float = 0.0
+
+    def write(self, before: Tensor, after: Tensor, target: Tensor) -> None:
+        self.size += after.double().square().sum().item()
+        self.effect += (after - before).double().square().sum().item()
+        self.losses.append(nn.functional.cross_entropy(after, target, reduction="none"))
+        for z in (before, after):
+            self.file.write(z.contiguous().numpy().data)
+
+    def read(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.file.seek(0)
+        for _, positions, _ in self.examples:
+            shape = (2, len(positions), self.vocab_size)
+            buffer = bytearray(self.file.read(4 * 2 * len(positions) * self.vocab_size))
+            before, after = torch.frombuffer(buffer, dtype=torch.float32).view(shape)
+            yield before, after
+
+    @property
+    def agreement(self) -> Agreement:
+        changes = self.effect > NOTHING * self.size
+        share = (0.0, 1.0) if changes else (None, None)
+        return Agreement("live adapter", *share, 1.0, torch.cat(self.losses))
+
+
+def merge_verified(
+    model: str,
+    adapter: str,
+    output: str,
+    dataset: Dataset,
+    bases: list[Base],
+    quant: QuantConfig | None = None,
+    requantized: QuantConfig | None = None,
+    device: str = "cpu",
+    num_examples: int = 32,
+) -> Verified:
+    """Merge into each of `bases`, compare with the live adapter, keep the better one.
+
+    The dequantized base is the nearer one; the original weights are kept where their loss is lower by more than two
+    standard errors of the difference.
+
+    Args:
+        quant: how training stored the base; None as in open_merged.
+        requantized: 4 bits for the result; None leaves it in 16.
+        num_examples: examples of the dataset, its first.
+
+    Raises:
+        UserError: as open_merged and write_quantized.
+    """
+    if requantized is not None:
+        check_type(requantized)
+    merged = {base: open_merged(model, adapter, base, quant) for base in bases}
+    target, weights_kept = Path(output), None
+    check_room(target, sum(m.nbytes for m in merged.values()))
+    with new_folder(target) as folder, tempfile.TemporaryFile(dir=folder) as file:
+        live = run_live(model, adapter, merged[bases[0]].quant, dataset, num_examples, device, file)
+        tried = []
+        for base, found in merged.items():
+            (folder / base).mkdir()
+            if requantized is None:
+                write_merged(found, folder / base)
+            else:
+                weights_kept = write_quantized(found, folder / base, requantized)
+            tried.append(compare(live, base, folder / base, device))
+        kept = better(tried)
+        for base in set(bases) - {kept}:
+            shutil.rmtree(folder / base)
+        for path in (folder / kept).iterdir():
+            os.rename(path, folder / path.name)
+        (folder / kept).rmdir()
+    return Verified(target, kept, live.agreement, tried, weights_kept)
+
+
+def bases_of(model: str, requantized: QuantConfig | None) -> list[Base]:
+    """The bases to try: both, where the original weights are there and the result is not rounded again."""
+    both = requantized is None and not inspect_checkpoint(find_checkpoint(model)).is_4bit
+    return ["dequantized", "original"] if both else ["dequantized"]
+
+
+def better(tried: list[Agreement]) -> str:
+    """The name of what to keep."""
+    best = tried[0]
+    for other in tried[1:]:
+        lower = (best.losses - other.losses).double()
+        if lower.mean() > 2 * lower.std() / len(lower) ** 0.5:
+            best = other
+    return best.name
 
 
 @torch.no_grad()
-def compare(base: Any, adapter: str, merged: str, dataset: Dataset, num_examples: int = 32) -> Agreement:
-    """Run the 4-bit base with and without its adapter and the merged model on the first examples."""
-    examples = dataset.examples[:num_examples]
-    without = [logits(base, example.input_ids, example.labels)[0] for example in examples]
-    live = with_adapter(base, adapter)
-    dtype = base.config.quantization_config.bnb_4bit_compute_dtype
-    plain = AutoModelForCausalLM.from_pretrained(merged, dtype=dtype, local_files_only=True).eval()
-    effect = off = 0.0
-    hits = total = 0
-    losses = [0.0, 0.0]
-    for example, before in zip(examples, without):
-        z_live, target = logits(live, example.input_ids, example.labels)
-        z_merged, _ = logits(plain, example.input_ids, example.labels)
-        effect += (z_live - before).square().sum().item()
-        off += (z_merged - z_live).square().sum().item()
-        hits += int((z_live.argmax(-1) == z_merged.argmax(-1)).sum())
-        total += len(target)
-        for i, z in enumerate((z_live, z_merged)):
-            losses[i] += torch.nn.functional.cross_entropy(z, target, reduction="sum").item()
-    return Agreement((off / effect) ** 0.5 if effect else float("inf"), hits / total, *(x / total for x in losses))
+def run_live(
+    model: str, adapter: str, quant: QuantConfig, dataset: Dataset, num_examples: int, device: str, file: BinaryIO
+) -> Live:
+    """The 4-bit base with its adapter off and on."""
+    base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)
+    tuned = with_adapter(base, adapter)
+    vocab_size = base.get_output_embeddings().weight.shape[0]
+    examples = []
+    for example in dataset.examples[:num_examples]:
+        positions, target = supervised(torch.tensor([example.labels]))
+        most = max(LOGITS_CHUNK_BYTES // (4 * vocab_size), 1)
+        examples.append((torch.tensor([example.input_ids]), positions[:most], target[:most]))
+    live = Live(examples, vocab_size, file)
+    packed = choose_loss(tuned, dataset)[0] is packed_loss
+    with use_packed_attention(base) if packed else nullcontext():
+        for ids, positions, target in examples:
+            with tuned.disable_adapter():
+                before = logits(base, ids, positions, packed)
+            live.write(before, logits(base, ids, positions, packed), target)
+    del base, tuned
+    gc.collect()
+    return live
 
 
-def logits(model: Any, input_ids: list[int], labels: list[int]) -> tuple[Tensor, Tensor]:
-    """float32 (P, V) at the positions whose next token is learned, and those tokens, (P,)."""
-    target = torch.tensor(labels[1:])
-    learned = target != IGNORE
-    z = model(input_ids=torch.tensor([input_ids]), use_cache=False).logits[0, :-1]
-    return z[learned].float(), target[learned]
+@torch.no_grad()
+def compare(live: Live, name: str, folder: Path, device: str) -> Agreement:
+    """What was written in a folder beside the live adapter."""
+    model = load_written(folder, device)
+    off = along = 0.0
+    hits, losses = [], []
+    for (ids, positions, target), (before, after) in zip(live.examples, live.read()):
+        z = logits(model, ids, positions, False)
+        off += (z - after).double().square().sum().item()
+        along += ((z - before).double() * (after - before)).sum().item()
+        hits.append(z.argmax(-1) == after.argmax(-1))
+        losses.append(nn.functional.cross_entropy(z, target, reduction="none"))
+    del model
+    gc.collect()
+    changes = live.agreement.off is not None
+    shares = ((off / live.effect) ** 0.5, along / live.effect) if changes else (None, None)
+    return Agreement(name, *shares, torch.cat(hits).float().mean().item(), torch.cat(losses))
+
+
+def load_written(folder: Path, device: str) -> Any:
+    """A written checkpoint that computes in float32, its weights in the dtype of the file: cast as they are used."""
+    if inspect_checkpoint(folder).is_4bit:
+        return load_model(str(folder), compute_dtype=torch.float32, device=device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, Head(module))
+        elif isinstance(module, nn.Embedding):
+            module.register_forward_hook(cast_output(torch.float32))
+    for module in model.modules():
+        if not isinstance(module, (Head, nn.Embedding)):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
+    return model.to(device)
+
+
+def logits(model: Any, ids: Tensor, positions: Tensor, packed: bool) -> Tensor:
+    """float32 (P, V) at some positions of one document, (1, T)."""
+    ids = ids.to(model.get_input_embeddings().weight.device)
+    how = {"cu_seqlens": [0, ids.shape[1]]} if packed else {}
+    kept = positions.to(ids.device)
+    return model(input_ids=ids, use_cache=False, logits_to_keep=kept, **how).logits[0].float().cpu()

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
-from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype, paging, release_file_pages
+from onecard.hf.convert import paging, release_file_pages
+from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import cast_output
 from onecard.nn.experts import weights_of
@@ -154,8 +155,10 @@ def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[st
         return {"quantization_config": config}
     stored = checkpoint.config["quantization_config"]
     config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
+    config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # experts' in 16 bits are as its linears
+    config.bnb_4bit_use_double_quant = stored.get("bnb_4bit_use_double_quant", False)
     model_config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-    fields = {key: value for key, value in config.to_dict().items() if key != "load_in_4bit"}
+    fields = {key: value for key, value in vars(config).items() if key != "load_in_4bit"}
     model_config.quantization_config = fields  # with that key, transformers would take it for bitsandbytes' own
     return {"config": model_config}
 

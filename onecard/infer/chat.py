@@ -1,53 +1,198 @@
-"""A chat in the terminal: streaming answers, /reset, /quit; Ctrl-C stops an answer, not the session."""
+"""A chat in the terminal: answers stream, Ctrl-C stops one and keeps what was said, the adapter goes on and off.
+
+The KV cache lives from turn to turn, so a turn costs its own tokens. A talk that outgrows the model's context loses
+its oldest messages, down to half of it at once: the turns after it find the cache as they need it again.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+import signal
+import sys
+import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from onecard.config import SamplingConfig
 from onecard.data.template import prompt_ids
-from onecard.infer.generate import generate
+from onecard.errors import UserError
+from onecard.infer.adapters import use_adapter
+from onecard.infer.decoding import Answer, Context
+
+HELP = {
+    "/reset": "forget the talk",
+    "/system TEXT": "begin anew with this system message; without a text, with none",
+    "/adapter on|off": "answer as tuned, or as the base does; the talk stays",
+    "/again": "answer the last message once more",
+    "/save FILE": "append the talk to a file, a row of training data",
+    "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
+}
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 
 
 def chat(model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temperature: float) -> None:
     """Talk until /quit or the end of the input."""
-    messages: list[dict[str, str]] = []
-    console.print("/reset forgets the talk, /quit ends it, Ctrl-C stops an answer", style="dim", markup=False)
+    talk = Talk(model, tokenizer, console, max_new_tokens, temperature)
+    talk.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the talk")
     while True:
         try:
-            text = console.input("[bold]you[/bold] ").strip()
-        except (EOFError, KeyboardInterrupt):
+            text = read_message(console)
+        except EOFError:
+            return console.print()
+        except KeyboardInterrupt:
             console.print()
-            return
+            talk.note("Ctrl-D or /quit ends the talk")
+            continue
         if text == "/quit":
             return
-        if text == "/reset":
-            messages.clear()
-        elif text:
-            messages.append({"role": "user", "content": text})
-            answer(model, tokenizer, console, messages, max_new_tokens, temperature)
+        if text:
+            talk.take(text)
 
 
-def answer(
-    model: Any,
-    tokenizer: Any,
-    console: Console,
-    messages: list[dict[str, str]],
-    max_new_tokens: int,
-    temperature: float,
-) -> None:
-    """Stream one answer and keep what was said of it."""
-    said: list[str] = []
-
-    def show(text: str) -> None:
-        said.append(text)
-        console.print(text, end="", markup=False, highlight=False, soft_wrap=True)
-
-    ids = prompt_ids(messages, tokenizer)
+def read_message(console: Console) -> str:
+    """A line, or a paste of several; edited and kept in a history where Python has readline."""
+    if not sys.stdin.isatty():
+        return console.input("[bold]you[/bold] ").strip()
     try:
-        generate(model, tokenizer, ids, max_new_tokens, temperature, show)
-    except KeyboardInterrupt:
-        console.print(" [dim](stopped)[/dim]", end="")
-    console.print()
-    messages.append({"role": "assistant", "content": "".join(said)})
+        import readline
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # the lines of a paste come as one
+    except ImportError:
+        pass
+    return input("\001\033[1m\002you\001\033[0m\002 ").strip()  # 001 and 002: what takes no place in the line
+
+
+class Talk:
+    """The messages until now, and what the model holds of them."""
+
+    def __init__(self, model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temperature: float):
+        self.model, self.tokenizer, self.console = model, tokenizer, console
+        self.max_new_tokens, self.sampling = max_new_tokens, SamplingConfig(temperature=temperature)
+        self.max_tokens = model.config.get_text_config().max_position_embeddings
+        self.context = Context(model)
+        self.system: list[dict[str, str]] = []
+        self.messages: list[dict[str, str]] = []
+        self.first = 0  # messages before it are left out
+        self.tuned = hasattr(model, "peft_config")
+
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, highlight=False)
+
+    def take(self, text: str) -> None:
+        """A command, or a message to answer."""
+        word, _, rest = text.partition(" ")
+        commands = {
+            "/help": self.help,
+            "/reset": self.reset,
+            "/system": self.set_system,
+            "/adapter": self.set_adapter,
+            "/again": self.again,
+            "/save": self.save,
+        }
+        try:
+            if word in commands:
+                commands[word](rest.strip())
+            elif re.fullmatch(r"/\w+", word):
+                self.note(f"no command {word}; /help lists them")
+            else:
+                self.messages.append({"role": "user", "content": text})
+                self.answer()
+        except UserError as error:
+            self.note(f"{error}")
+
+    def help(self, _: str) -> None:
+        for command, does in HELP.items():
+            self.note(f"{command:16s} {does}")
+
+    def reset(self, _: str) -> None:
+        self.messages, self.first = [], 0
+        self.note("forgotten")
+
+    def set_system(self, text: str) -> None:
+        self.system = [{"role": "system", "content": text}] if text else []
+        self.reset("")
+
+    def set_adapter(self, state: str) -> None:
+        names = getattr(self.model, "peft_config", None)
+        if names is None or state not in ("on", "off"):
+            found = "no adapter" if names is None else repr(state)
+            raise UserError("/adapter takes on or off, with an adapter loaded", found, "start with --adapter DIR")
+        self.tuned = state == "on"
+        use_adapter(self.model, next(iter(names)) if self.tuned else None)
+        self.context.clear()
+        self.note(f"adapter {state}; /again answers the last message so")
+
+    def again(self, _: str) -> None:
+        if self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        if not self.messages:
+            raise UserError("/again needs a message to answer", "none", "say something first")
+        self.answer()
+
+    def save(self, file: str) -> None:
+        if not file or not self.messages:
+            found = "no file" if not file else "nothing said yet"
+            raise UserError("/save needs a file and a talk", found, "write /save talks.jsonl")
+        try:
+            with Path(file).expanduser().open("a", encoding="utf-8") as out:
+                out.write(json.dumps({"messages": self.system + self.messages}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise UserError("the file must be writable", str(error), "choose another", file) from None
+        self.note(f"appended to {file}")
+
+    def answer(self) -> None:
+        """Stream an answer to the last message; what was said of it is kept, also if Ctrl-C stops it."""
+        try:
+            ids = self.prompt()
+        except UserError:
+            self.messages.pop()
+            raise
+        room = min(self.max_new_tokens, self.max_tokens - len(ids))
+        answer = Answer(self.model, self.tokenizer, ids, room, self.sampling, self.context)
+        if hasattr(self.model, "peft_config"):
+            self.note("tuned" if self.tuned else "base")
+        started = time.perf_counter()
+        said = self.stream(answer)
+        self.messages.append({"role": "assistant", "content": said})
+        seconds = time.perf_counter() - started
+        ended = {None: ", stopped", "length": ", cut at its most tokens"}.get(answer.finish_reason, "")
+        self.note(f"\n{answer.num_tokens} tokens, {answer.num_tokens / seconds:.1f} tok/s{ended}")
+
+    def stream(self, answer: Answer) -> str:
+        """Show the answer until its end or Ctrl-C; between two tokens, so that the cache stays whole."""
+        stopped: list[int] = []
+        before = signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
+        said = []
+        try:
+            while answer.finish_reason is None and not stopped:
+                said.append(answer.advance())
+                shown = CONTROLS.sub(lambda found: repr(found.group())[1:-1], said[-1])
+                self.console.print(shown, end="", markup=False, highlight=False, soft_wrap=True)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return "".join(said)
+
+    def prompt(self) -> list[int]:
+        """Tokens of the talk, with room for an answer; the oldest messages are left out where there is none."""
+        most = self.max_tokens - min(self.max_new_tokens, self.max_tokens // 4)
+        ids = prompt_ids(self.system + self.messages[self.first :], self.tokenizer)
+        if len(ids) <= most:
+            return ids
+        before = self.first
+        users = [i for i, turn in enumerate(self.messages) if turn["role"] == "user" and i > before]
+        for self.first in users:
+            ids = prompt_ids(self.system + self.messages[self.first :], self.tokenizer)
+            if len(ids) <= most // 2:
+                break
+        if len(ids) > most:
+            self.first = before
+            raise UserError(
+                "a message must leave room for an answer",
+                f"{len(ids)} tokens, of {self.max_tokens} that the model takes",
+                "shorten it",
+            )
+        self.note(f"the oldest {self.first} messages are left out: the model takes {self.max_tokens} tokens")
+        return ids

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from onecard.errors import UserError
+from onecard.config import SamplingConfig
+from onecard.infer.decoding import Answer
 
 
 def generate(
@@ -26,83 +24,10 @@ def generate(
         temperature: 0 takes the likeliest token.
         on_text: called with each finished piece of text as it comes.
     """
-    ids = torch.tensor([input_ids], device=model.get_input_embeddings().weight.device)
-    streamer = Streamer(tokenizer, on_text) if on_text else None
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    if not temperature:
-        sampling |= {"temperature": None, "top_p": None, "top_k": None}
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        streamer=streamer,
-        **sampling,
-    )
-    return tokenizer.decode(out[0, len(input_ids) :], skip_special_tokens=True)
-
-
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and the generation config's."""
-    configured = model.generation_config.eos_token_id
-    found = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*found, tokenizer.eos_token_id] if token is not None})
-
-
-class Streamer:
-    """transformers' streamer interface: hands on whole words as they are finished."""
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]):
-        self.tokenizer, self.on_text = tokenizer, on_text
-        self.tokens: list[int] = []
-        self.shown, self.prompt_seen = 0, False
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self.prompt_seen:
-            self.prompt_seen = True
-            return
-        self.tokens += value.view(-1).tolist()
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            self.on_text(text[self.shown :])
-            self.shown = len(text)
-
-    def end(self) -> None:
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        self.on_text(text[self.shown :])
-
-
-def with_adapter(model: Any, adapter: str | None) -> Any:
-    """The model with a peft adapter folder on it; a missing or unknown tensor is an error."""
-    if adapter is None:
-        return model
-    from peft import PeftConfig, PeftModel
-    from safetensors import safe_open
-
-    from onecard.nn.lora import register_fused
-
-    weights = Path(adapter) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise UserError(
-            "an adapter folder must hold adapter_model.safetensors",
-            "no such file",
-            "pass the run's adapter/ folder",
-            adapter,
-        )
-    config = register_fused(PeftConfig.from_pretrained(adapter))
-    tuned = PeftModel.from_pretrained(model, adapter, config=config)
-    with safe_open(weights, "pt") as file:
-        stored = set(file.keys())
-    from peft import get_peft_model_state_dict
-
-    expected = set(get_peft_model_state_dict(tuned))
-    if stored != expected:
-        wrong = sorted(stored ^ expected)
-        raise UserError(
-            "the adapter's tensors must be the model's",
-            f"{len(wrong)} differ, first {wrong[0]}",
-            "use the base model that the adapter was trained on",
-            str(weights),
-        )
-    return tuned.eval()
+    answer = Answer(model, tokenizer, input_ids, max_new_tokens, SamplingConfig(temperature=temperature))
+    pieces = []
+    while answer.finish_reason is None:
+        pieces.append(answer.advance())
+        if on_text and pieces[-1]:
+            on_text(pieces[-1])
+    return "".join(pieces)

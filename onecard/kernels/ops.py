@@ -120,6 +120,15 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     return backend(z_PV.device).cross_entropy_(z_PV, target_P)
 
 
+def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: reference.Rates) -> None:
+    """As reference.adamw_8bit_, on the fastest backend for float32 parameters."""
+    narrow = [part for part in parts if any(x.dtype != torch.float32 for x in part[:2])]
+    wide = [part for part in parts if all(x.dtype == torch.float32 for x in part[:2])]
+    if wide:
+        backend(wide[0][0].device).adamw_8bit_(wide, rates)
+    reference.adamw_8bit_(narrow, rates)
+
+
 def qlora_linear(
     x: Tensor,
     packed: Tensor,

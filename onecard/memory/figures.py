@@ -13,7 +13,8 @@ from onecard.config import QUANT_TYPES
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.kernels import ops
-from onecard.memory.plan import METHODS, plan, read_model
+from onecard.memory.model import read_model
+from onecard.memory.plan import plan
 from onecard.quant.codebook import quant_map
 
 GB = 1e9

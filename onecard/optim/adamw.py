@@ -1,11 +1,12 @@
-"""AdamW (arXiv 1711.05101) with 32-bit or 8-bit states, parameter by parameter.
+"""AdamW (arXiv 1711.05101) with 32-bit or 8-bit states, all parameters in a launch or two.
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
     w = w (1 - lr wd) - lr m' / (sqrt(v') + eps),    m' = m / (1 - b1^t), v' = v / (1 - b2^t)
 
 8-bit states (arXiv 2110.02861) take 2 + 8/256 bytes a weight instead of 8: each update dequantizes them, computes in
 float32 and quantizes again. The update of one parameter depends on no other, so states can be brought in for it and
-sent away after it (paging/states.py) without changing a bit.
+sent away after it (paging/states.py) without changing a bit; and it is made whole or not at all: what it allocates, it
+allocates before it writes, so a step that ran out of memory goes on from the parameter that it came to.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from onecard.kernels import ops
+from onecard.kernels.reference import Rates
 from onecard.paging.states import PagedStates
-from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit, zeros_8bit
+from onecard.quant.dynamic import zeros_8bit
 
 SMALL = 4096  # elements, up to which states stay in 32 bits, as in bitsandbytes
-SLICE = 1 << 18  # elements in float32 at a time, a multiple of STATE_BLOCKSIZE
+STATES_8BIT = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch's fused AdamW on one parameter after another; `state_bits` 8 keeps its states in 8 bits.
+    """torch's fused AdamW; `state_bits` 8 keeps its states in 8 bits and takes a kernel of our own (kernels/ops.py).
 
     Args:
         paged: where the states go when they leave the device; None if they never do.
@@ -43,31 +46,56 @@ class AdamW(torch.optim.Optimizer):
     ):
         assert state_bits in (8, 32), state_bits
         self.state_bits, self.paged = state_bits, paged
+        self.left: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] = []  # of this step, the next last
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+        """Update every parameter that has a gradient; after an allocation has failed, a second call goes on."""
+        if not self.left:
+            self.left = self.units()[::-1]
+        while self.left:
+            some, group = self.left[-1]
+            for p in some:
                 if p not in self.state or not self.state[p]:
                     self.state[p] = self.first_state(p)
                 if self.paged is not None:
                     self.paged.bring(p, self.state[p])
-                update(p, p.grad, self.state[p], **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay")})
-                if self.paged is not None and self.paged.crowded:
-                    self.paged.send(p, self.state[p])
+            settings = {key: group[key] for key in ("lr", "betas", "eps", "weight_decay")}
+            update(some, [p.grad for p in some], [self.state[p] for p in some], **settings)
+            self.left.pop()
+            if self.paged is not None and self.paged.crowded:
+                self.paged.send(some[0], self.state[some[0]])
+
+    def units(self) -> list[tuple[list[torch.nn.Parameter], dict[str, Any]]]:
+        """What is updated together: all of a kind on a GPU, for few launches; one by one where states may leave."""
+        found: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] = []
+        for group in self.param_groups:
+            learning = [p for p in group["params"] if p.grad is not None]
+            if self.paged is None and learning and learning[0].device.type == "cuda":
+                kinds = [[p for p in learning if self.in_8bit(p) == eight] for eight in (False, True)]
+            else:
+                kinds = [[p] for p in learning]
+            found += [(some, group) for some in kinds if some]
+        return found
+
+    def in_8bit(self, p: torch.nn.Parameter) -> bool:
+        """Whether a parameter's states are in 8 bits."""
+        return self.state_bits == 8 and p.numel() >= SMALL
 
     def first_state(self, p: Tensor) -> dict[str, Tensor]:
         """A parameter's states before its first update: zeros."""
-        step = torch.zeros((), dtype=torch.float32, device=p.device)
-        if self.state_bits == 32 or p.numel() < SMALL:
-            return {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        step = torch.zeros((), dtype=torch.float32)
+        if not self.in_8bit(p):
+            return self.placed(p, {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)})
         m, m_absmax = zeros_8bit(p.numel(), p.device, signed=True)
         v, v_absmax = zeros_8bit(p.numel(), p.device, signed=False)
         return {"step": step, "exp_avg": m, "exp_avg_absmax": m_absmax, "exp_avg_sq": v, "exp_avg_sq_absmax": v_absmax}
+
+    def placed(self, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state where its update wants it: torch's counts its steps on the device, the 8-bit one on the host."""
+        host = {"step"} if "exp_avg_absmax" in state else set()
+        return {key: tensor if key in host else tensor.to(p.device) for key, tensor in state.items()}
 
     def state_tensors(self, p: torch.nn.Parameter) -> dict[str, Tensor]:
         """A parameter's states in host memory, wherever they are."""
@@ -82,36 +110,24 @@ class AdamW(torch.optim.Optimizer):
 
 
 def update(
-    p: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, betas: tuple[float, float], eps: float,
-    weight_decay: float,
+    params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float,
+    betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """One parameter's update, in place, its states too."""
-    if "exp_avg_absmax" in state:
-        return update_8bit(p, grad, state, lr, betas, eps, weight_decay)
-    adamw(
-        [p], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-        fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
-        maximize=False,
-    )  # fmt: skip
-
-
-def update_8bit(
-    p: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, betas: tuple[float, float], eps: float,
-    weight_decay: float,
-) -> None:  # fmt: skip
-    """The same with 8-bit states, `SLICE` elements at a time."""
-    state["step"] += 1
-    t = int(state["step"].item())
-    rate, root = lr / (1 - betas[0] ** t), (1 - betas[1] ** t) ** 0.5
-    w_all, g_all = p.view(-1), grad.reshape(-1).float()
-    for first in range(0, p.numel(), SLICE):
-        part = slice(first, min(first + SLICE, p.numel()))
-        scales = slice(first // STATE_BLOCKSIZE, -(-part.stop // STATE_BLOCKSIZE))
-        w, g = w_all[part], g_all[part]
-        m = dequantize_8bit(state["exp_avg"][part], state["exp_avg_absmax"][scales], signed=True)
-        v = dequantize_8bit(state["exp_avg_sq"][part], state["exp_avg_sq_absmax"][scales], signed=False)
-        m.lerp_(g, 1 - betas[0])
-        v.mul_(betas[1]).addcmul_(g, g, value=1 - betas[1])
-        w.mul_(1 - lr * weight_decay).addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-rate)
-        state["exp_avg"][part], state["exp_avg_absmax"][scales] = quantize_8bit(m, signed=True)
-        state["exp_avg_sq"][part], state["exp_avg_sq_absmax"][scales] = quantize_8bit(v, signed=False)
+    """One update of all parameters, in place, their states too; no device is waited for."""
+    plain = [i for i, state in enumerate(states) if "exp_avg_absmax" not in state]
+    if plain:
+        adamw(
+            [params[i] for i in plain], [grads[i] for i in plain], [states[i]["exp_avg"] for i in plain],
+            [states[i]["exp_avg_sq"] for i in plain], [], [states[i]["step"] for i in plain],
+            fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
+            maximize=False,
+        )  # fmt: skip
+    parts: dict[int, list[tuple[Tensor, ...]]] = {}  # by their number of steps: usually one
+    for p, grad, state in zip(params, grads, states):
+        if "exp_avg_absmax" in state:
+            parts.setdefault(int(state["step"]) + 1, []).append((p, grad, *(state[key] for key in STATES_8BIT)))
+    for step, some in parts.items():
+        ops.adamw_8bit_(some, Rates.of(step, lr, betas, eps, weight_decay))
+    for state in states:
+        if "exp_avg_absmax" in state:
+            state["step"] += 1

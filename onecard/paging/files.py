@@ -26,18 +26,25 @@ class Segment:
 
 
 def read_into(segment: Segment, out: Tensor) -> None:
-    """Fill `out`, uint8, contiguous, on the CPU. Raises UserError if the file has become shorter."""
+    """Fill `out`, uint8, contiguous, on the CPU. Raises UserError if the file cannot be read or has become shorter."""
     view, at = out.numpy().data, 0
     while at < segment.num_bytes:
-        count = os.preadv(segment.descriptor, [view[at:]], segment.begin + at)
+        try:
+            count = os.preadv(segment.descriptor, [view[at:]], segment.begin + at)
+        except OSError as error:
+            raise unreadable(str(error)) from None
         if count == 0:
-            raise UserError(
-                "a file that pages are read from must stay as it was",
-                "it ends early",
-                "leave the checkpoint alone while it is in use; --resume goes on from the last checkpoint",
-                "paging",
-            )
+            raise unreadable("it ends early")
         at += count
+
+
+def unreadable(found: str) -> UserError:
+    return UserError(
+        "a file that pages are read from must stay there as it was",
+        found,
+        "leave it alone while it is in use; --resume goes on from the last checkpoint",
+        "paging",
+    )
 
 
 def page_layout(segments: list[Segment]) -> tuple[list[slice], int]:

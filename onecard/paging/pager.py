@@ -39,18 +39,22 @@ class Page:
 
 @dataclass
 class Statistics:
-    """What a pager has done since it was last asked.
+    """What was paged since it was last asked.
 
     Attributes:
-        bytes_read: brought to the device.
+        bytes_in, bytes_out: brought to the device, and taken off it.
         touches, hits: uses of a page after another, and those that found it there or on its way.
         stall_seconds: the time that a use had to wait.
     """
 
-    bytes_read: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
     touches: int = 0
     hits: int = 0
     stall_seconds: float = 0.0
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 class Pager:
@@ -72,22 +76,27 @@ class Pager:
             )
         self.current: Page | None = None
         self.seen: list[Page] = []  # in this pass so far
-        self.order: list[Page] = []  # of the pass before
-        self.uses: dict[Page, list[int]] = {}  # positions in it
+        self.uses: dict[Page, list[int]] = {}  # positions in the order to expect
         self.at = -1  # of the current page in it
         self.coming: dict[Page, Future[tuple[Tensor, Any]]] = {}
         self.places: dict[int, Page] = {}  # by address
         self.statistics = Statistics()
         self.reader = ThreadPoolExecutor(1, "pager")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.expect([*pages, *reversed(pages)])
+
+    def expect(self, order: list[Page]) -> None:
+        """The order of the next pass: that of the one before; of the first one, through the model and back."""
+        self.order = order
+        self.uses = {}
+        for position, page in enumerate(order):
+            self.uses.setdefault(page, []).append(position)
 
     def begin_pass(self) -> None:
         """A forward begins: what was touched since the last one is the order to expect."""
         if self.seen:
-            self.order, self.seen = self.seen, []
-            self.uses = {}
-            for position, page in enumerate(self.order):
-                self.uses.setdefault(page, []).append(position)
+            self.expect(self.seen)
+            self.seen = []
         self.at = -1
         if self.current is not None and self.order:
             self.follow(self.current)
@@ -100,9 +109,10 @@ class Pager:
             self.follow(page)
             self.statistics.touches += 1
             self.statistics.hits += page.tensor is not None or page in self.coming
-            self.current = page
+            self.current = None  # the one before may make room, and this one may fail to come
             if page.tensor is None:
                 self.bring(page)
+            self.current = page
             self.read_ahead()
         assert page.tensor is not None
         return page.tensor
@@ -175,7 +185,7 @@ class Pager:
             tensor.record_stream(stream)
         page.tensor = tensor
         self.places[tensor.data_ptr()] = page
-        self.statistics.bytes_read += page.num_bytes
+        self.statistics.bytes_in += page.num_bytes
 
     def load(self, page: Page) -> tuple[Tensor, Any]:
         """On the reader's thread: the bytes on the device, and the event after which they are there."""

@@ -7,6 +7,7 @@ state that comes back has the bits that it left with.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onecard.paging.files import Segment, Spill, read_into
+from onecard.paging.pager import Statistics
 
 
 @dataclass
@@ -39,20 +41,19 @@ class PagedStates:
         self.spill: Spill | None = None
         self.away: dict[Any, dict[str, Away]] = {}  # those that are away
         self.places: dict[tuple[Any, str], Tensor | Segment] = {}  # of all that ever were
-        self.bytes_sent = self.bytes_brought = 0
+        self.statistics = Statistics()
 
     def send(self, p: Tensor, state: dict[str, Tensor]) -> int:
-        """Take a parameter's states off the device; the bytes that this freed."""
-        if p in self.away:
-            return 0
-        found = {key: tensor for key, tensor in state.items() if key != "step"}
-        self.away[p] = {}
-        for key, tensor in found.items():
-            place = self.put(p, key, tensor)
-            self.away[p][key] = Away(place, tensor.dtype, tensor.shape)
-            state[key] = tensor.new_empty(0)
-        freed = sum(tensor.nbytes for tensor in found.values())
-        self.bytes_sent += freed
+        """Take a parameter's states off the device; the bytes that this freed. Whatever fails, none is lost."""
+        away, freed = self.away.setdefault(p, {}), 0
+        for key, tensor in state.items():
+            if key == "step" or key in away:
+                continue
+            here = tensor.new_empty(0)
+            away[key] = Away(self.put(p, key, tensor), tensor.dtype, tensor.shape)
+            state[key] = here
+            freed += tensor.nbytes
+        self.statistics.bytes_out += freed
         return freed
 
     def put(self, p: Tensor, key: str, tensor: Tensor) -> Tensor | Segment:
@@ -72,10 +73,13 @@ class PagedStates:
         return place
 
     def bring(self, p: Tensor, state: dict[str, Tensor]) -> None:
-        """Have a parameter's states on its device."""
-        for key, away in self.away.pop(p, {}).items():
-            state[key] = self.read(away).to(p.device)
-            self.bytes_brought += state[key].nbytes
+        """Have a parameter's states on its device; what fails to come stays away."""
+        start, away = time.perf_counter(), self.away.get(p, {})
+        for key in list(away):
+            state[key] = self.read(away[key]).to(p.device)
+            del away[key]
+            self.statistics.bytes_in += state[key].nbytes
+        self.statistics.stall_seconds += time.perf_counter() - start
 
     def look(self, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """A parameter's states to look at on the host, left where they are: in a file, they are mapped, not read."""

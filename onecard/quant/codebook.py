@@ -38,7 +38,7 @@ NF4 = (
     1.0,
 )
 FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
-FP4 = FP4_MAGNITUDES + tuple(-x for x in FP4_MAGNITUDES)
+FP4 = FP4_MAGNITUDES + tuple(0.0 - x for x in FP4_MAGNITUDES)  # no -0.0: bitsandbytes has two plain zeros
 INT4 = tuple(i / 7 for i in range(-8, 8))
 CODES = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 

@@ -110,7 +110,7 @@ def train(
     config = run.config
     save_steps = config.save_steps or max(1, math.ceil(run.num_steps / 10))
     run.model.train()
-    recompute_layers(run.base, run.num_recomputed)
+    recompute_layers(run.base, run.fit.num_recomputed, run.offload, run.fit.num_offloaded)
     packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
     with packed, finish_step_on_interrupt() as interrupted:
         while run.step < run.num_steps:
@@ -189,6 +189,7 @@ def checkpoint(run: Run, root: Path) -> None:
         "step": run.step,
         "num_steps": run.num_steps,
         "loss_scale": run.loss_scale,
+        "part_tokens": run.part_tokens,
         "num_threads": torch.get_num_threads(),
         "loader": run.loader.state_dict(),
     }
@@ -207,11 +208,13 @@ def resume(run: Run, state: State) -> None:
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state.tensors["adapter"][name])
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
-        run.optimizer.state[parameter] = {
-            key.rpartition(".")[2]: value.to(parameter.device) for key, value in found.items()
-        }
+        found = {key.rpartition(".")[2]: value for key, value in found.items()}
+        run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
     progress = state.documents["progress"]
     run.step, run.loss_scale = progress["step"], progress["loss_scale"]
+    before = progress.get("part_tokens")
+    if run.part_tokens is None or (before is not None and before < run.part_tokens):
+        run.part_tokens = before  # as it was split, so that the bits are the same
     run.loader.load_state_dict(progress["loader"])
     restore_random(state.tensors["random"], run.device)
 

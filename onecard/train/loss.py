@@ -112,7 +112,10 @@ def chunk_rows(vocab_size: int, itemsize: int) -> int:
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions whose next token is learned, int64 (P,), and those tokens, int64 (P,), from labels (1, T)."""
+    """Positions whose next token is learned, int64 (P,), and those tokens, int64 (P,), from labels (1, T).
+
+    For labels on the host: how many there are is a shape, which a GPU would have to be waited for to know.
+    """
     position = (labels[0, 1:] != IGNORE).nonzero()[:, 0]
     return position, labels[0, position + 1]
 
@@ -128,7 +131,7 @@ def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) 
         use_cache=False,
         cu_seqlens=batch["cu_seqlens"],
     ).last_hidden_state
-    position, target = supervised(batch["labels"])
+    position, target = batch["supervised"]
     head: Any = model.get_output_embeddings()
     return chunked_cross_entropy(hidden[0, position], head, target, LogitTransform.of(model.config), num_tokens)
 
@@ -137,7 +140,7 @@ def plain_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -
     """The same through the model's own forward, one document at a time with full logits: slower, for any model."""
     total = torch.zeros((), device=batch["input_ids"].device)
     for start, end in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]):
-        position, target = supervised(batch["labels"][:, start:end])
+        position, target = (t.to(total.device) for t in supervised(batch["labels"][:, start:end]))
         if len(position) == 0:
             continue
         logits = model(input_ids=batch["input_ids"][:, start:end], use_cache=False).logits[0, position]

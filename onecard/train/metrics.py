@@ -16,6 +16,7 @@ from onecard.errors import UserError
 COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "num_supervised_tokens",
     "supervised_tokens_per_second", "memory_bytes", "eval_loss", "seconds",
+    "paged_in_bytes", "paged_out_bytes", "page_hit_rate", "page_stall_seconds",
 )  # fmt: skip
 PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 

@@ -8,7 +8,7 @@ from typing import Any
 from rich import progress as bars
 from rich.console import Console
 
-from onecard.train.report import format_bytes
+from onecard.memory.measure import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0
 

@@ -12,6 +12,8 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+from onecard.memory.measure import format_bytes
+
 
 @dataclass
 class Report:
@@ -41,12 +43,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def format_bytes(num_bytes: float) -> str:
-    """1,536 MiB style; GiB from ten of them on."""
-    mib = num_bytes / 2**20
-    return f"{mib / 1024:,.2f} GiB" if mib >= 10240 else f"{mib:,.1f} MiB" if mib < 100 else f"{mib:,.0f} MiB"
 
 
 def write_report(output: Path, report: Report) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from rich.console import Console
-from rich.table import Table
 
 from onecard.config import TrainConfig, parse_bytes
 from onecard.data.dataset import Dataset, load_dataset
@@ -23,15 +22,21 @@ from onecard.data.template import prompt_ids
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.load import find_checkpoint, fingerprint, load_model, load_tokenizer, pick_compute_dtype, pick_device
+from onecard.hf.origin import Origin, origin_of, write_origin
 from onecard.infer.generate import generate
-from onecard.memory.measure import available_bytes, peak_memory_bytes, return_large_blocks
-from onecard.memory.plan import Fit, Model, Plan, choose_fit, describe, plan_terms, read_model
+from onecard.memory.fit import choose_fit, total_bytes
+from onecard.memory.measure import available_bytes, format_bytes, peak_memory_bytes, return_large_blocks
+from onecard.memory.model import read_model
+from onecard.memory.plan import Plan, fitted
+from onecard.memory.show import plan_table
+from onecard.memory.terms import Case, Fit
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
+from onecard.paging.pager import Statistics
 from onecard.train.loop import Interrupted, choose_loss, count_steps, evaluate, resume, train
 from onecard.train.metrics import Metrics
 from onecard.train.progress import Progress
-from onecard.train.report import Report, format_bytes, write_report
+from onecard.train.report import Report, write_report
 from onecard.train.state import load_newest
 from onecard.train.step import Run
 
@@ -89,10 +94,7 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
         config.per_device_train_batch_size,
         config.seed,
     )
-    run = Run(config, model, loader, count_steps(loader, config), prepared.identity)
-    run.num_recomputed = prepared.fit.num_recomputed
-    if run.optimizer.paged is not None:
-        run.optimizer.paged.crowded = prepared.fit.states_away
+    run = Run(config, model, loader, count_steps(loader, config), prepared.identity, fit=prepared.fit)
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
@@ -107,12 +109,15 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
         if run.device.type == "cpu" and threads != torch.get_num_threads():
             line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
             console.print(line, style="yellow")
+        if run.part_tokens != state.documents["progress"].get("part_tokens"):
+            line = f"micro-batches now go in parts of {run.part_tokens} tokens: equal to rounding, not to the bit"
+            console.print(line, style="yellow")
     elif resuming:
         console.print("no checkpoint yet: starting at step 0")
     start = time.perf_counter()
     train_shown(run, prepared, result, console, output)
     result.report.seconds = time.perf_counter() - start
-    save_adapter(model, result.adapter)
+    save_adapter(model, result.adapter, origin_of(model.get_base_model(), config.model))
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, None), run)
     write_report(output, result.report)
     return result
@@ -144,33 +149,48 @@ def prepare(config: TrainConfig) -> Prepared:
         "tokenizer": tokenizer_fingerprint(folder),
         "data": training.fingerprint(),
     }
-    fit, plan, why = choose_memory(read_model(checkpoint), config, dtype)
+    fit, plan, why = choose_memory(Case(read_model(checkpoint), config, dtype), checkpoint.is_4bit)
+    check_disk(plan, Path(config.output))
     return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity)
 
 
-def choose_memory(model: Model, config: TrainConfig, dtype: torch.dtype) -> tuple[Fit, Plan, str]:
-    """What is kept, recomputed and paged, its bill, and why.
+def choose_memory(case: Case, paged_from_file: bool) -> tuple[Fit, Plan, str]:
+    """What is kept, recomputed, offloaded and paged, its bill, and why.
 
     Raises:
         UserError: nothing fits in device_memory, or in all that is free.
     """
+    config = case.config
     free = available_bytes(pick_device(config.device))
     limit = parse_bytes(config.device_memory) if config.device_memory else int(SHARE_OF_FREE * free)
-    fit, plan = choose_fit(model, config, dtype, limit)
-    kept = Plan(plan_terms(model, config, dtype, "qlora", Fit(0)))
+    fit = choose_fit(case, limit)
+    plan = fitted(case, fit, limit, paged_from_file)
     of = f"{format_bytes(limit)} given" if config.device_memory else f"{format_bytes(free)} free"
     if plan.total_bytes > (limit if config.device_memory else free):
         raise UserError(
             "the run must fit in memory",
-            f"{format_bytes(plan.total_bytes)} with {describe(fit, model)}; {of}",
-            "lower max_seq_length, per_device_train_batch_size or r, or pass --optim paged_adamw_8bit",
+            f"{format_bytes(plan.total_bytes)} with {plan.choice}; {of}",
+            "lower max_seq_length or r, or pass --optim paged_adamw_8bit; `onecard plan` with the same settings and "
+            "--device-memory says what would fit",
             "device_memory",
         )
-    return (
-        fit,
-        plan,
-        f"{describe(fit, model)}; resident and all kept it would be {format_bytes(kept.total_bytes)}, {of}",
-    )
+    kept = f"resident and all kept it would be {format_bytes(total_bytes(case, Fit()))}, {of}"
+    return fit, plan, f"{plan.choice}; {kept}"
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Raise UserError if what the run writes does not fit where it goes."""
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
+    free, needed = shutil.disk_usage(there).free, sum(term.num_bytes for term in plan.disk)
+    free += sum(file.stat().st_size for file in output.glob("checkpoints/*/*"))  # a resumed run's, which make way
+    if needed > free:
+        parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in plan.disk)
+        raise UserError(
+            "what the run writes must fit on the disk",
+            f"{format_bytes(needed)} ({parts}); {format_bytes(free)} free",
+            "free some space, choose another --output, or lower --save-total-limit",
+            str(output),
+        )
 
 
 def show(prepared: Prepared, console: Console) -> None:
@@ -202,30 +222,6 @@ def show(prepared: Prepared, console: Console) -> None:
         f" on {pick_device(config.device)}, {torch.get_num_threads()} threads",
         highlight=False,
     )
-
-
-def plan_table(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column(style="dim")
-    for term in plan.terms:
-        table.add_row(term.name, format_bytes(term.num_bytes), term.formula)
-    table.add_row("total", format_bytes(plan.total_bytes), "beside the process itself", style="bold")
-    return table
-
-
-def plan_lines(plan: Plan) -> list[Any]:
-    """A plan for the terminal: its table, and what fits."""
-    lines: list[Any] = [plan_table(plan)]
-    if plan.device_memory_bytes is not None:
-        verdict = "fits in" if plan.fits else "does not fit in"
-        how = f" with {plan.choice}" if plan.choice else ""
-        lines.append(f"{verdict} {format_bytes(plan.device_memory_bytes)}{how}")
-        lines.append(f"largest context {plan.largest_length:,} tokens; largest micro-batch {plan.largest_batch:,} rows")
-        if not plan.fits:
-            lines.append("to make it fit: a shorter --max-seq-length, a smaller --r, --optim paged_adamw_8bit")
-    return lines
 
 
 def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> Any:
@@ -275,11 +271,12 @@ def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, 
         result.report.metrics = metrics.rows
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, folder: Path, origin: Origin) -> None:
     """Write peft's adapter folder under a temporary name, then rename it."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
+    write_origin(temporary, origin)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -290,6 +287,7 @@ def measure(result: Result, prepared: Prepared, when: str, extra: Any, cache: Pa
     if prepared.validation:
         found["loss"] = evaluate(result.model, prepared.validation)
     answers = []
+    result.model.eval()  # no dropout in the samples; the loop sets it to train
     for prompt in sample_prompts(prepared):
         ids = prompt_ids([{"role": "user", "content": prompt}], prepared.tokenizer)
         answers.append((prompt, generate(result.model, prepared.tokenizer, ids, SAMPLE_TOKENS)))
@@ -330,6 +328,7 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     report.loss_before, report.loss_after = before["loss"], after["loss"]
     report.samples = [(prompt, a, b) for (prompt, a), (_, b) in zip(before["answers"], after["answers"])]
     report.facts = {**before["facts"], **after["facts"]}
+    report.facts |= paging_facts(run.paged)
     report.memory += [
         ("plan: total", prepared.plan.total_bytes),
         ("measured: peak of the process" if run.device.type == "cpu" else "measured: peak on the GPU",
@@ -340,3 +339,13 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
         f"onecard chat --model {run.config.model} --adapter {result.adapter}",
         f"onecard eval --model {run.config.model} --adapter {result.adapter} --data {run.config.data}",
     ]
+
+
+def paging_facts(paged: Statistics) -> dict[str, str]:
+    """What came and went, for the report; nothing where nothing did."""
+    if not paged.bytes_in and not paged.bytes_out:
+        return {}
+    facts = {"paged in, out": f"{format_bytes(paged.bytes_in)}, {format_bytes(paged.bytes_out)}"}
+    if paged.touches:
+        facts["pages there in time"] = f"{paged.hits / paged.touches:.1%}"
+    return {**facts, "waited for pages": f"{paged.stall_seconds:,.1f} s"}

@@ -3,20 +3,23 @@
     N = supervised tokens of the window; for each micro-batch: backward(loss / N)       loss.py
     stop on NaN or Inf, clip, AdamW on the float32 masters, schedule
 
-If an allocation fails, the optimizer's states leave the device if they may (paged_adamw), else micro-batches are split
-at a document's end, and the window is repeated from its start with the same random numbers. Only when there is
-nothing left to move or to split is it an error.
+If an allocation fails, wherever it is, what can leave the device leaves it (the states of paged_adamw), and what
+failed is done again: the gradients of the window from its start with the same random numbers, AdamW from the parameter
+that it came to. That is the same update to the bit. If it fails again, micro-batches are split at documents' ends,
+ever smaller; only when there is nothing left to move or to split is it an error.
 """
 
 from __future__ import annotations
 
+import errno
+import gc
 import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,14 +31,17 @@ from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.memory.measure import peak_memory_bytes
+from onecard.memory.terms import Fit
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
-from onecard.paging.pager import Pager
+from onecard.paging.activations import Offload
+from onecard.paging.pager import Pager, Statistics
 from onecard.paging.states import PagedStates
-from onecard.train.loss import IGNORE, packed_loss
+from onecard.train.loss import IGNORE, packed_loss, supervised
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
 LARGEST_SCALE = 2.0**16
+T = TypeVar("T")
 
 
 @dataclass
@@ -48,16 +54,23 @@ class Run:
     num_steps: int
     identity: dict[str, str]
     loss: LossFunction = packed_loss
-    num_recomputed: int = 0  # decoder layers whose activations are not kept
+    fit: Fit = field(default_factory=Fit)  # what is recomputed, offloaded and split
     step: int = 0
     loss_scale: float = 1.0
-    num_parts: int = 1  # that a micro-batch is split into
+    part_tokens: int | None = field(init=False)  # most tokens that go through the model at a time
+    offload: Offload | None = field(init=False, default=None)
+    paged: Statistics = field(default_factory=Statistics)  # in all steps so far
     optimizer: AdamW = field(init=False)
     trainable: dict[str, torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.trainable, self.config)
+        if self.optimizer.paged is not None:
+            self.optimizer.paged.crowded = self.fit.states_away
+        self.part_tokens = self.fit.part_tokens
+        if self.fit.num_offloaded:
+            self.offload = Offload(self.device, Path(self.config.output))
         if self.compute_dtype == torch.float16:
             self.loss_scale = LARGEST_SCALE
 
@@ -74,10 +87,26 @@ class Run:
     def device(self) -> torch.device:
         return next(iter(self.trainable.values())).device
 
+    @property
+    def pager(self) -> Pager | None:
+        return getattr(self.base, "pager", None)
+
     def saved_as_pages(self) -> AbstractContextManager:
         """Where the base is paged, autograd holds its pages by name only."""
-        pager: Pager | None = getattr(self.base, "pager", None)
-        return nullcontext() if pager is None else pager.saved_as_pages()
+        return nullcontext() if self.pager is None else self.pager.saved_as_pages()
+
+    def take_statistics(self) -> dict[str, float]:
+        """What was paged since the last call, as a row of metrics tells it; nothing where nothing can be."""
+        users = [user for user in (self.pager, self.offload, self.optimizer.paged) if user is not None]
+        if not users:
+            return {}
+        found = Statistics()
+        for user in users:
+            found, user.statistics = found + user.statistics, Statistics()
+        self.paged += found
+        row = {"paged_in_bytes": found.bytes_in, "paged_out_bytes": found.bytes_out}
+        hit_rate = {"page_hit_rate": found.hits / found.touches} if found.touches else {}
+        return {**row, **hit_rate, "page_stall_seconds": found.stall_seconds}
 
     @property
     def epoch(self) -> float:
@@ -98,11 +127,22 @@ def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """A micro-batch where the model is, without waiting for it; labels stay on the host (`supervised` says why)."""
+    position, target = supervised(batch["labels"])
+    tensors = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    moved = {key: upload(tensor, device) for key, tensor in tensors.items()}
+    return {**batch, **moved, "supervised": (upload(position, device), upload(target, device))}
 
 
-def recompute_layers(base: PreTrainedModel, number: int) -> None:
-    """Let the first `number` decoder layers make their activations again in the backward, the others keep them.
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def recompute_layers(
+    base: PreTrainedModel, number: int, offload: Offload | None = None, num_offloaded: int = 0
+) -> None:
+    """Let the first `number` decoder layers make their activations again in the backward, the others keep them; of the
+    first `num_offloaded` the input waits outside meanwhile.
 
     The first ones: by the time that they are made again, the others' are gone.
     """
@@ -110,7 +150,10 @@ def recompute_layers(base: PreTrainedModel, number: int) -> None:
         return base.gradient_checkpointing_disable()
     base.gradient_checkpointing_enable({"use_reentrant": False})
     base.enable_input_require_grads()
-    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers[:num_offloaded]:
+        assert offload is not None
+        layer._gradient_checkpointing_func = offload.checkpoint
     for layer in layers[number:]:
         layer.gradient_checkpointing = False
 
@@ -118,13 +161,12 @@ def recompute_layers(base: PreTrainedModel, number: int) -> None:
 def update(run: Run) -> dict[str, Any]:
     """One optimizer step over one accumulation window; the row of metrics that tells of it."""
     start, epoch = time.perf_counter(), run.epoch
-    window = [run.loader.next_batch() for _ in range(run.config.gradient_accumulation_steps)]
-    num_tokens = sum(int((batch["labels"] != IGNORE).sum()) for batch in window)
+    window, num_tokens = with_room(run, lambda: next_window(run))
     rate = learning_rate(run.step, run.num_steps, run.config)
     loss, norm = gradients(run, window, num_tokens)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    run.optimizer.step()
+    with_room(run, run.optimizer.step)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     seconds = time.perf_counter() - start
@@ -138,7 +180,19 @@ def update(run: Run) -> dict[str, Any]:
         "supervised_tokens_per_second": num_tokens / seconds,
         "memory_bytes": peak_memory_bytes(run.device),
         "seconds": seconds,
+        **run.take_statistics(),
     }
+
+
+def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
+    """The next update's micro-batches and their supervised tokens; the loader stays where it is if that fails."""
+    before = run.loader.state_dict()
+    try:
+        window = [run.loader.next_batch() for _ in range(run.config.gradient_accumulation_steps)]
+        return window, sum(int((batch["labels"] != IGNORE).sum()) for batch in window)
+    except BaseException:
+        run.loader.load_state_dict(before)
+        raise
 
 
 def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[float, float]:
@@ -147,33 +201,30 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
     Under float16 the loss is scaled against underflow; an overflow halves the scale and repeats the window with
     the same random numbers.
     """
+    generators = random_state(run.device)
     while True:
-        generators = random_state(run.device)
-        try:
-            losses = [micro_batch(run, part, num_tokens) for batch in window for part in split(batch, run.num_parts)]
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = (str(error).splitlines() or ["MemoryError"])[0]
-        else:
-            reason = None
-        if reason is not None:  # here, where the error no longer holds the step's tensors
-            run.optimizer.zero_grad(set_to_none=True)
-            make_room(run, window, reason)
-            restore_random(generators, run.device)
-            continue
-        total = torch.stack(losses).sum().item()
-        for parameter in run.trainable.values():
-            if parameter.grad is not None and run.loss_scale != 1.0:
-                parameter.grad /= run.loss_scale
-        norm = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm).item()
+        total, norm = with_room(run, lambda: try_gradients(run, window, num_tokens, generators), window)
         if math.isfinite(total) and math.isfinite(norm):
             return total, norm
-        run.optimizer.zero_grad(set_to_none=True)
         if run.loss_scale <= 1.0 or not math.isfinite(total):
             raise not_finite(run, total, norm)
         run.loss_scale /= 2
-        restore_random(generators, run.device)
+
+
+def try_gradients(
+    run: Run, window: list[dict[str, Any]], num_tokens: int, generators: dict[str, Tensor]
+) -> tuple[float, float]:
+    """One attempt at them, from the same start each time."""
+    run.optimizer.zero_grad(set_to_none=True)
+    restore_random(generators, run.device)
+    losses = [micro_batch(run, part, num_tokens) for batch in window for part in split(batch, run.part_tokens)]
+    for parameter in run.trainable.values():
+        if parameter.grad is not None and run.loss_scale != 1.0:
+            parameter.grad /= run.loss_scale
+    clipped = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
+    # The update's only wait for a GPU; what is left after it is AdamW, a launch or two.
+    total, norm = torch.stack([torch.stack(losses).sum(), clipped.float()]).tolist()
+    return total, norm
 
 
 def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
@@ -184,27 +235,59 @@ def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
     return loss.detach()
 
 
+def with_room(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | None = None) -> T:
+    """What act() gives; where an allocation fails in it, room is made and it is called again.
+
+    Args:
+        window: whose micro-batches may be split.
+
+    Raises:
+        UserError: it fails again, and there is nothing left to move or to split.
+    """
+    again = False
+    while True:
+        try:
+            return act()
+        except (RuntimeError, MemoryError, OSError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = (str(error).splitlines() or ["MemoryError"])[0]
+        make_room(run, window or [], reason, again)  # here, where the error no longer holds the step's tensors
+        again = True
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on whatever device."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # an anonymous mapping
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return "DefaultCPUAllocator" in str(error) or "failed to allocate memory" in str(error)
+    reasons = ("DefaultCPUAllocator", "failed to allocate memory", "CUDA error: out of memory")
+    return any(reason in str(error) for reason in reasons)
 
 
-def make_room(run: Run, window: list[dict[str, Any]], reason: str) -> None:
-    """After an allocation has failed: let something go, or split micro-batches. Raises UserError if neither can be."""
+def make_room(run: Run, window: list[dict[str, Any]], reason: str, again: bool) -> None:
+    """After an allocation has failed, the first time or `again`: let go of what can go, or else split micro-batches.
+
+    Raises:
+        UserError: neither can be.
+    """
+    gc.collect()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    if run.optimizer.page_out():
+    if run.optimizer.page_out() or not again:
         return
-    if run.num_parts < max(len(batch["cu_seqlens"]) - 1 for batch in window):
-        run.num_parts *= 2
+    parts = [part for batch in window for part in split(batch, run.part_tokens)]
+    half = max((part["cu_seqlens"][-1] for part in parts), default=0) // 2
+    if sum(len(split(batch, half)) for batch in window) > len(parts):
+        run.part_tokens = half
         return
     raise UserError(
         "a step must fit in memory",
         f"{reason}; the optimizer's states are not in the way and each document goes alone",
         "lower max_seq_length or r, pass --gradient-checkpointing, a smaller --weights-budget or "
-        "--optim paged_adamw_8bit; --resume goes on from the last checkpoint",
+        "--optim paged_adamw_8bit, or say with --device-memory what there is; `onecard plan` with it says what "
+        "would fit. --resume goes on from the last checkpoint",
     )
 
 

@@ -69,7 +69,7 @@ CHAT_LINES: dict[str, tuple[str | bytes, str, str]] = {
     "image part": (chat({"role": "user", "content": [{"type": "image"}]}, SAID), "messages[0].content[0]", "text"),
     "NUL": (chat(ASKED, {"role": "assistant", "content": "a\x00"}), "messages[1].content", "NUL"),
     "half a surrogate": (chat({"role": "user", "content": "\ud800"}, SAID), "messages[0].content", "surrogate"),
-    "control token": (chat({"role": "user", "content": "a<|im_end|>"}, SAID), "messages[0].content", "im_end"),
+    "control token": (chat(ASKED, {"role": "assistant", "content": "a<|im_end|>"}), "messages[1].content", "im_end"),
     "control token in a call": (
         call(name="f", arguments={"a": ["<|im_end|>"]}),
         "messages[1].tool_calls[0].function.arguments.a[0]",
@@ -149,8 +149,8 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     ),
     "ShareGPT, control token": (
         "d.jsonl",
-        sharegpt({"from": "human", "value": "<|bos|>"}, {"from": "gpt", "value": "a"}).encode(),
-        "d.jsonl:1:conversations[0].value",
+        sharegpt({"from": "human", "value": "a"}, {"from": "gpt", "value": "<|bos|>"}).encode(),
+        "d.jsonl:1:conversations[1].value",
         "bos",
     ),
 }

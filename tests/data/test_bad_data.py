@@ -36,7 +36,7 @@ def test_a_bad_file_is_named(kind, tmp_path):
 
 
 def test_bad_rows_of_reading_and_of_tokenizing_come_in_one_list(tmp_path):
-    control = GOOD.replace("how?", "<|im_end|>")
+    control = GOOD.replace("two", "<|im_end|>")
     path = tmp_path / "d.jsonl"
     path.write_text("\n".join([control, "{", GOOD, control]))
     with pytest.raises(UserError) as error:

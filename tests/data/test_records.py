@@ -46,7 +46,7 @@ BAD_LINES = {
         "data.jsonl:2:messages[0].content",
         "surrogate",
     ),
-    "control token": (chat(("user", "<|im_end|>"), ("assistant", "a")), "data.jsonl:2:messages[0].content", "im_end"),
+    "control token": (chat(("user", "a"), ("assistant", "<|im_end|>")), "data.jsonl:2:messages[1].content", "im_end"),
     "file cut off": (b'{"messages": [{"role": "us', "data.jsonl:2:row", "JSON"),
 }
 

@@ -6,23 +6,31 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import onecard
 from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.merged import merge, open_merged
 from onecard.export.quantized import quantize_checkpoint
+from onecard.infer.adapters import with_adapter
 from onecard.nn.lora import register_fused
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 
 
-def make_adapter(folder, base, **settings):
-    """A random adapter of some strength on a 4-bit base; its logits on a few tokens, without and with it."""
+def make_adapter(folder, base, added=0, **settings):
+    """A random adapter of some strength on a 4-bit base; its logits on a few tokens, without and with it.
+
+    Args:
+        added: tokens that the vocabulary gets first.
+    """
     torch.manual_seed(1)
     model = onecard.load_model(str(base), compute_dtype=torch.float32, device="cpu")
-    ids = torch.arange(5, 45)[None]
+    if added:
+        model.resize_token_embeddings(model.config.vocab_size + added, mean_resizing=False)
+    ids = torch.cat([torch.arange(5, 45), torch.arange(model.config.vocab_size - added, model.config.vocab_size)])[None]
     before = model(ids).logits
     config = LoraConfig(
         **{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
@@ -67,6 +75,64 @@ def test_merged_is_the_live_adapter(tmp_path, settings):
     ids, before, live = make_adapter(tmp_path / "adapter", base, **settings)
     merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     assert off_by(tmp_path / "merged", ids, before, live) < 1e-4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added": 3, "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"added": 3, "modules_to_save": ["embed_tokens"]},
+        {"added": 3, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"added": 3},
+        {"added": 3, "trainable_token_indices": [306, 305]},
+        {"trainable_token_indices": {"embed_tokens": [40, 7, 9]}},
+        {"modules_to_save": ["embed_tokens"]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"modules_to_save": ["lm_head"], "ensure_weight_tying": True},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, on ties and saved embeddings
+def test_tokens_and_ties(tmp_path, settings, tied):
+    """As above, with tokens added or trained by themselves; the vocabulary's size and the tie are those of the result,
+    and the adapter comes back alive on the base as it was."""
+    base = make_checkpoint(tmp_path / "base", tie_word_embeddings=tied)
+    ids, before, live = make_adapter(tmp_path / "adapter", base, **settings)
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert off_by(tmp_path / "merged", ids, before, live) < 1e-4
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.vocab_size == AutoConfig.from_pretrained(base).vocab_size + settings.get("added", 0)
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        assert ("lm_head.weight" in file.keys()) != config.tie_word_embeddings  # noqa: SIM118
+    back = with_adapter(onecard.load_model(str(base), compute_dtype=torch.float32, device="cpu"), tmp_path / "adapter")
+    with torch.no_grad():
+        assert (back(ids).logits - live).norm() <= 1e-4 * (live - before).norm()
+
+
+def test_the_tokenizer_of_the_run_comes_along(tmp_path):
+    base = make_checkpoint(tmp_path / "base")
+    (base / "preprocessor_config.json").write_text("{}")
+    (base / "LICENSE").write_text("free")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool.jinja").write_text("x")
+    make_adapter(tmp_path / "adapter", base, added=1, modules_to_save=["embed_tokens", "lm_head"])
+    (base / "adapter_config.json").write_text("{}")  # transformers would put that adapter on the result
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "plain"))
+    found = {p.name for p in (tmp_path / "plain").iterdir()}
+    assert found >= {"preprocessor_config.json", "LICENSE", "tokenizer.json", "generation_config.json"}
+    assert (tmp_path / "plain" / "additional_chat_templates" / "tool.jinja").is_file()
+    assert not found & {"adapter_config.json", "onecard.json"}
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain").chat_template
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<mug>"])
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "own"))
+    own = AutoTokenizer.from_pretrained(tmp_path / "own")
+    assert own.convert_tokens_to_ids("<mug>") == AutoConfig.from_pretrained(tmp_path / "own").vocab_size - 1
+    assert own.chat_template == tokenizer.chat_template
+    assert (tmp_path / "own" / "preprocessor_config.json").is_file()
 
 
 def test_original_base_is_plain_peft_s_merge(tmp_path):
@@ -123,14 +189,6 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"_proj\.weight of shape"):
         merge(str(other), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
-
-
-def test_nothing_is_overwritten(tmp_path):
-    base = make_checkpoint(tmp_path / "base")
-    make_adapter(tmp_path / "adapter", base)
-    (tmp_path / "merged").mkdir()
-    with pytest.raises(UserError, match="new folder"):
-        merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
 
 
 def test_a_full_disk_is_told_first(tmp_path, monkeypatch):

@@ -13,6 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from onecard.kernels.reference import Rates
+from onecard.kernels.triton.adamw import adamw_8bit_kernel
 from onecard.kernels.triton.blockwise import dequantize_kernel, quantize_kernel
 from onecard.kernels.triton.cross_entropy import cross_entropy_kernel
 from onecard.kernels.triton.product import product_kernel
@@ -38,6 +40,10 @@ def cases():
         yield product_kernel, {"x": dtype, "packed": "*u8", **SCALES, "y": "*fp32", **sizes}, constants
     row = {"z": "*bf16", "target": "*i64", "losses": "*fp32"}
     yield cross_entropy_kernel, row, {"V": 32000, "BLOCK": 4096}
+    tables = {"addresses": "*i64", "sizes": "*i64", "owners": "*i32", "starts": "*i64"}
+    maps = {name: "*fp32" for name in ("m_map", "m_bounds", "v_map", "v_bounds")}
+    rates = {name: "fp32" for name in Rates._fields}
+    yield adamw_8bit_kernel, {**tables, **maps, **rates}, {"BLOCKSIZE": 256, "BLOCKS": 4}
 
 
 def spills(compiled) -> int:

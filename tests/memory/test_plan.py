@@ -7,7 +7,8 @@ from peft import get_peft_model
 import onecard
 from onecard.config import LoraSettings, parse_bytes
 from onecard.errors import UserError
-from onecard.memory.plan import known_config, meta_model, plan
+from onecard.memory.model import known_config, meta_model
+from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
 from onecard.nn.experts import weights_of
 from onecard.nn.lora import lora_config

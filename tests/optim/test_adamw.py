@@ -75,7 +75,7 @@ def test_an_8_bit_update_is_the_exact_one_of_its_dequantized_states():
     m64, v64 = 0.9 * m64 + 0.1 * g64, 0.99 * v64 + 0.01 * g64**2
     step = 1e-2 * (m64 / (1 - 0.9**7)) / ((v64 / (1 - 0.99**7)).sqrt() + 1e-8)
     expected = w64 * (1 - 1e-2 * 0.1) - step
-    update(p, grad, state, **SETTINGS)
+    update([p], [grad], [state], **SETTINGS)
     assert state["step"] == 7
     # m cancels, so its roundings count against |b1 m| + |(1 - b1) g|: some ten roundings of float32 in all.
     size_of_step = 1e-2 * ((m64.abs() + 0.2 * g64.abs()) / (1 - 0.9**7)) / ((v64 / (1 - 0.99**7)).sqrt() + 1e-8)

@@ -98,7 +98,7 @@ def test_generation_reads_each_page_once_a_token_and_ahead(tmp_path):
     assert torch.equal(model.generate(IDS, **settings), resident.generate(IDS, **settings))
     counted = model.pager.take_statistics()
     assert counted.touches >= 8 * 6
-    assert counted.bytes_read <= counted.touches * max(page.num_bytes for page in model.pager.pages)
+    assert counted.bytes_in <= counted.touches * max(page.num_bytes for page in model.pager.pages)
 
 
 def test_a_budget_that_cannot_hold_two_pages_is_an_error(tmp_path):
@@ -107,7 +107,7 @@ def test_a_budget_that_cannot_hold_two_pages_is_an_error(tmp_path):
         onecard.load_model(str(folder), device="cpu", weights_budget=1000, page_folder=tmp_path / "p")
 
 
-def test_what_quantize_writes_is_what_bitsandbytes_reads(tmp_path):
+def test_what_quantize_writes_is_what_bitsandbytes_ins(tmp_path):
     bnb = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 

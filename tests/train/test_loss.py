@@ -12,6 +12,7 @@ from onecard.nn.lora import lora_config
 from onecard.train import loss as loss_module
 from onecard.train.loop import choose_loss, evaluate
 from onecard.train.loss import LogitTransform, chunked_cross_entropy, packed_loss, plain_loss
+from onecard.train.step import to_device
 from tests.conftest import FAMILIES, make_checkpoint
 
 TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(softcap=5.0), LogitTransform(2.0, 5.0)]
@@ -94,7 +95,7 @@ def test_packed_documents_do_not_see_each_other(family, tuned, chats):
     from onecard.data.packing import collate
 
     base = model.get_base_model()
-    batch = collate(dataset.examples[:4])
+    batch = to_device(collate(dataset.examples[:4]), torch.device("cpu"))
     num_tokens = sum(example.num_supervised for example in dataset.examples[:4])
     apart = plain_loss(base, batch, num_tokens)
     apart.backward()

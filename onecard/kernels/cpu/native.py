@@ -20,6 +20,7 @@ from torch import Tensor
 from onecard.kernels import reference
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
+from onecard.quant.dynamic import midpoints
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x up to which the product straight from the codes beats dequantize-and-multiply (benchmarks/kernels.py).
@@ -38,6 +39,17 @@ class Attention(ctypes.Structure):
     )  # fmt: skip
 
 
+class AdamW8bit(ctypes.Structure):
+    """struct AdamW8bit of csrc/kernels.h."""
+
+    _fields_ = (
+        ("size", c_int64),
+        *((name, c_void_p) for name in ("w", "grad", "m_codes", "m_absmax", "v_codes", "v_absmax")),
+        *((name, c_void_p) for name in ("m_map", "m_bounds", "v_map", "v_bounds")),
+        *((name, c_float) for name in reference.Rates._fields),
+    )
+
+
 _SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p)  # packed, absmax, nested, maps, offset
 SIGNATURES: dict[str, tuple] = {
     "onecard_isa": (c_char_p,),
@@ -54,6 +66,7 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_swiglu": (None, *[c_void_p] * 3, c_int, c_int64, c_int),
     "onecard_swiglu_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int),
     "onecard_dense_product": (None, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
+    "onecard_adamw_8bit": (None, c_void_p, c_int),
     "onecard_attention": (None, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip
 
@@ -202,3 +215,13 @@ def attention(
     )  # fmt: skip
     boundaries = (c_int64 * len(cu_seqlens))(*cu_seqlens)
     call("onecard_attention", ctypes.byref(struct), boundaries, len(cu_seqlens) - 1)
+
+
+def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: reference.Rates) -> None:
+    """As reference.adamw_8bit_."""
+    maps = [table for signed in (True, False) for table in (dynamic_map("cpu", signed), midpoints("cpu", signed))]
+    for w, grad, *states in parts:
+        tensors = [w, grad.contiguous(), *states, *maps]
+        assert all(x.is_contiguous() for x in tensors)
+        struct = AdamW8bit(w.numel(), *[x.data_ptr() for x in tensors], *rates)
+        call("onecard_adamw_8bit", ctypes.byref(struct))

@@ -1,0 +1,134 @@
+"""A chat template's text, rendered in a process of its own with limits (`sandbox.py`)."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from onecard.data.files import shown
+from onecard.data.records import FIX
+from onecard.errors import UserError
+
+MAX_SECONDS = 10  # of CPU time, for one chat
+MAX_BYTES = 512 << 20
+
+
+class Sandbox:
+    """The process: started when it is first needed, and again after it was stopped."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: dict[str, Any]) -> list[dict[str, str]]:
+        """sandbox.answers()' reply; "stopped" for each chat if the process did not live to give one."""
+        line = json.dumps(request, default=str)
+        with self.lock:
+            self.start()
+            process = self.process
+            assert process is not None and process.stdin is not None and process.stdout is not None
+            try:
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+                reply = process.stdout.readline()
+            except BaseException as error:  # Ctrl-C too: a reply that nobody took must not answer the next request
+                self.stop()
+                if not isinstance(error, BrokenPipeError):
+                    raise
+                reply = ""
+            if reply:
+                return json.loads(reply)
+            return [{"stopped": how_it_ended(self.stop())}] * len(request["each"])
+
+    def start(self) -> None:
+        """Takes a second until it answers; whoever has other work for that long may call this before.
+
+        -P: the folder of the file is not searched for imports. A session of its own: Ctrl-C is not for it.
+        """
+        if self.process is not None and self.process.poll() is None:
+            return
+        command = [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py")), str(MAX_SECONDS), str(MAX_BYTES)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+        )
+
+    def stop(self) -> int:
+        """End the process; its exit status."""
+        process, self.process = self.process, None
+        if process is None:
+            return 0
+        process.kill()
+        process.communicate()  # closes the pipes and waits
+        return process.returncode
+
+
+def how_it_ended(status: int) -> str:
+    if status == -signal.SIGXCPU:
+        return f"it runs for more than {MAX_SECONDS} s"
+    return f"its process ended with status {status}"
+
+
+sandbox = Sandbox()
+atexit.register(sandbox.stop)
+
+
+class Renderings:
+    """What the tokenizer's chat template makes of a chat and of its beginnings, all asked for at once.
+
+    As the tokenizer's apply_chat_template, which would compile the template in this process.
+
+    Args:
+        wanted: (messages, generation prompt or not) of each rendering; the whole chat without one is always there.
+        chat_template: taken in place of the tokenizer's own.
+
+    Raises:
+        UserError: no template, or one that runs too long or takes too much.
+    """
+
+    def __init__(
+        self,
+        messages: list[dict[str, Any]],
+        tokenizer: Any,
+        where: str,
+        tools: list[dict[str, Any]] | None = None,
+        wanted: Iterable[tuple[int, bool]] = (),
+        chat_template: str | None = None,
+    ):
+        if not tokenizer.chat_template:
+            raise UserError(
+                "chats need a tokenizer with a chat template",
+                "none",
+                "use the instruct version of the model, or rows of prompt/completion",
+                where,
+            )
+        self.where, self.template = where, f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+        keys = list(dict.fromkeys([(len(messages), False), *wanted]))
+        each = [{"conversations": [turns[:count]], "add_generation_prompt": prompted} for count, prompted in keys]
+        try:
+            source = tokenizer.get_chat_template(chat_template, tools)
+            shared = {"chat_template": source, "tools": tools, **tokenizer.special_tokens_map}
+            replies = sandbox.ask({"all": shared, "each": each})
+        except (RecursionError, ValueError) as error:  # arguments nested too deep; several templates and no default
+            replies = [{"refused": str(error)}] * len(keys)
+        self.replies = dict(zip(keys, replies))
+        stopped = next((reply["stopped"] for reply in replies if "stopped" in reply), None)
+        if stopped is not None:
+            must = "a chat template must render a chat in bounds"
+            raise UserError(must, stopped, "use a template that you trust", self.template)
+
+    def text(self, count: int, prompted: bool = False) -> str:
+        """The first `count` messages rendered; a template's refusal is a UserError of the row."""
+        reply = self.replies[count, prompted]
+        if "refused" in reply:
+            must = f"{self.template} must accept the messages"
+            raise UserError(must, shown(reply["refused"]), FIX, f"{self.where}:messages")
+        return reply["text"]

@@ -1,0 +1,188 @@
+"""What llama.cpp calls a model's numbers and tensors, for the families whose graph it has.
+
+The keys and the changes to tensors follow llama.cpp's converter: query and key rows of llama in the order that its
+rotary embedding wants (neighbours instead of halves), gemma's norms as 1 + weight, llama 3's rotary scaling as a
+tensor of factors. A model with something that llama.cpp's graph of its family would not compute is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import CONFIG_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from onecard.errors import UserError
+
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma": gguf.MODEL_ARCH.GEMMA,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+}
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+WINDOW_PERIOD = {"gemma2": 2, "gemma3_text": 6}  # every so many layers, one attends to everything
+LAYERS_27B = {"gemma2": 46, "gemma3_text": 62}  # at which llama.cpp scales scores by hidden size over heads
+DO = "serve the merged checkpoint with vLLM or transformers instead"
+
+
+class Architecture:
+    """A family of models in llama.cpp's terms.
+
+    Attributes:
+        config: transformers' config, with all its defaults filled in.
+        head_dim: values of a query, key or value of one head.
+        notes: what llama.cpp computes otherwise, for the user.
+    """
+
+    def __init__(self, fields: dict[str, Any]):
+        """Raises UserError for a model that llama.cpp's graph is not known to compute.
+
+        Args:
+            fields: config.json.
+        """
+        self.family = fields["model_type"]
+        if self.family not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise UserError(f"the model must be one of {known}", self.family, DO, "config.json: model_type")
+        self.config = config = CONFIG_MAPPING[self.family].from_dict(dict(fields))
+        self.arch = ARCHITECTURES[self.family]
+        self.name = gguf.MODEL_ARCH_NAMES[self.arch]
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.names = gguf.get_tensor_name_map(self.arch, config.num_hidden_layers)
+        ropes = config.rope_parameters
+        self.rope = ropes.get("full_attention", ropes)
+        self.rope_dims = int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
+        self.check()
+        window = getattr(config, "sliding_window", None)
+        self.notes: list[str] = []
+        if self.family in ("mistral", "qwen2", "qwen3") and window and window < config.max_position_embeddings:
+            self.notes.append(f"llama.cpp attends to the whole context, the model to its last {window:,} tokens")
+
+    def check(self) -> None:
+        """Raise UserError where the config asks for what llama.cpp's graph does not do."""
+        config, gemma = self.config, self.family in GEMMAS
+        activation = (getattr(config, "hidden_activation", None) or config.hidden_act) if gemma else config.hidden_act
+        require(activation == ("gelu_pytorch_tanh" if gemma else "silu"), "hidden_act", activation)
+        kind = self.rope.get("rope_type", "default")
+        known = ("default", "longrope") if self.family == "phi3" else ("default", "linear", "yarn", "llama3")
+        require(kind in known, "rope_type", kind)
+        if self.family in WINDOW_PERIOD:
+            scale, heads = config.query_pre_attn_scalar, config.num_attention_heads
+            large = config.num_hidden_layers == LAYERS_27B[self.family]
+            require(scale == (config.hidden_size // heads if large else self.head_dim), "query_pre_attn_scalar", scale)
+        if self.family in ("gemma", "gemma2"):
+            require(config.tie_word_embeddings, "tie_word_embeddings", config.tie_word_embeddings)
+
+    def tensor_name(self, name: str) -> str | None:
+        """A tensor's name in the file; None for one that is not written."""
+        if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+            return None
+        found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if found is None:
+            raise UserError(f"a tensor of {self.family} must have a place in GGUF", name, DO, "checkpoint")
+        return found
+
+    def row_order(self, name: str) -> Tensor | None:
+        """The order of a tensor's rows in the file, where it is not the checkpoint's own."""
+        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        module = name.split(".")[-2]
+        if self.arch != gguf.MODEL_ARCH.LLAMA or module not in heads:
+            return None
+        rows = torch.arange(heads[module] * self.head_dim)
+        return rows.view(heads[module], 2, self.head_dim // 2).transpose(1, 2).reshape(-1)
+
+    def shift(self, name: str) -> float:
+        """What is added to a tensor: gemma multiplies by 1 + its norms' weights, llama.cpp by what is stored."""
+        return 1.0 if self.family in GEMMAS and name.endswith("norm.weight") else 0.0
+
+    def add_metadata(self, writer: gguf.GGUFWriter, vocab_size: int) -> None:
+        """Write the model's numbers."""
+        config, windowed = self.config, self.family in WINDOW_PERIOD or self.family == "phi3"
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(self.head_dim)
+        writer.add_value_length(self.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(vocab_size)
+        self.add_rope(writer)
+        if windowed:
+            writer.add_sliding_window(config.sliding_window or 0)
+        if self.family in WINDOW_PERIOD:
+            self.add_gemma(writer)
+
+    def add_gemma(self, writer: gguf.GGUFWriter) -> None:
+        """Caps of logits, and which layers attend to a window where it is not llama.cpp's own pattern."""
+        config, period = self.config, WINDOW_PERIOD[self.family]
+        if config.attn_logit_softcapping:
+            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        if config.final_logit_softcapping:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+        windows = [kind == "sliding_attention" for kind in config.layer_types]
+        if windows != [i % period < period - 1 for i in range(len(windows))]:
+            writer.add_sliding_window_pattern(windows)
+        local = config.rope_parameters.get("sliding_attention")
+        if local:
+            writer.add_rope_freq_base_swa(local["rope_theta"])
+
+    def add_rope(self, writer: gguf.GGUFWriter) -> None:
+        """The rotary embedding's base and scaling."""
+        rope = self.rope
+        writer.add_rope_dimension_count(self.rope_dims)
+        writer.add_rope_freq_base(rope["rope_theta"])
+        kind = rope.get("rope_type", "default")
+        if kind in ("linear", "yarn"):
+            writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+            writer.add_rope_scaling_factor(rope["factor"])
+        if kind == "yarn":
+            original = rope.get("original_max_position_embeddings") or self.config.max_position_embeddings
+            writer.add_rope_scaling_orig_ctx_len(original)
+            more = {
+                "attention_factor": writer.add_rope_scaling_yarn_attn_factor,
+                "beta_fast": writer.add_rope_scaling_yarn_beta_fast,
+                "beta_slow": writer.add_rope_scaling_yarn_beta_slow,
+            }
+            for key, add in more.items():
+                if rope.get(key) is not None:
+                    add(rope[key])
+        if self.family == "phi3":
+            writer.add_rope_scaling_orig_ctx_len(self.config.original_max_position_embeddings)
+        if kind == "longrope":
+            writer.add_rope_scaling_attn_factors(self.longrope_factor())
+
+    def longrope_factor(self) -> float:
+        """By what longrope multiplies queries and keys (arXiv 2402.13753): sqrt(1 + log s / log L)."""
+        original = self.config.original_max_position_embeddings
+        scale = self.config.max_position_embeddings / original
+        return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
+
+    def rope_factors(self) -> dict[str, Tensor]:
+        """Tensors by which llama.cpp divides the rotary embedding's frequencies, float32 (rope_dims / 2,)."""
+        kind, rope = self.rope.get("rope_type", "default"), self.rope
+        if kind == "longrope":
+            return {
+                f"rope_factors_{which}.weight": torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
+                for which in ("long", "short")
+            }
+        if kind != "llama3":
+            return {}
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](self.config, torch.device("cpu"))
+        plain = rope["rope_theta"] ** -(torch.arange(0, self.rope_dims, 2, dtype=torch.float32) / self.rope_dims)
+        return {"rope_freqs.weight": plain / scaled}
+
+
+def require(holds: bool, key: str, found: Any) -> None:
+    if not holds:
+        raise UserError(f"{key} must be what llama.cpp computes for this family", str(found), DO, f"config.json: {key}")

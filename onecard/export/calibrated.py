@@ -1,0 +1,137 @@
+"""GPTQ and AWQ checkpoints: merged weights, calibrated layer by layer, streamed into the files that the base has."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from onecard.config import DataConfig, ExportConfig
+from onecard.data.dataset import load_dataset
+from onecard.errors import UserError
+from onecard.export import awq, gptq
+from onecard.export.calibration import calibrate, meta_decoder
+from onecard.export.folder import DTYPES, check_room, new_folder, write_others
+from onecard.export.merged import Merged, Shapes, open_merged
+from onecard.hf.checkpoint import DTYPE_BITS
+from onecard.hf.load import load_tokenizer, pick_device
+from onecard.hf.origin import STORED, stored_as
+from onecard.hf.writer import TensorFile
+
+METHODS: dict[str, Any] = {"gptq": gptq, "awq": awq}
+GROUP_SIZES = (128, 64, 32)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint's folder, its format, and the linears of decoder layers that fit no group and stay in 16 bits."""
+
+    folder: Path
+    format: str
+    left_out: list[str]
+
+    def lines(self) -> list[str]:
+        """What was written, and how to use it."""
+        said = [f"exported {self.folder}  ({self.format}, 4 bits)"]
+        if self.left_out:
+            said.append(f"16-bit   {', '.join(self.left_out)}: their widths are no multiples of a group")
+        return [
+            *said,
+            "next",
+            f"  vllm serve {self.folder}",
+            "  AutoModelForCausalLM.from_pretrained(...): pip install gptqmodel optimum",
+        ]
+
+
+def export_calibrated(config: ExportConfig) -> Exported:
+    """Write a 4-bit checkpoint in GPTQ's or AWQ's format.
+
+    Raises:
+        UserError: as open_merged, load_dataset and calibrate do; no linear fits; no room; an output that exists.
+    """
+    method, target = METHODS[config.format], Path(config.output)
+    device = pick_device(config.device)
+    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
+    merged = open_merged(config.model, config.adapter, config.base, quant)
+    skeleton, layers = meta_decoder(merged)
+    linears = {f"{n}.{k}": m for n, layer in layers.items() for k, m in layer.named_modules() if is_linear(m)}
+    config = config.model_copy(update={"group_size": pick_group_size(linears, config.group_size)})
+    fitting = {n: m for n, m in linears.items() if m.out_features % 8 == 0 and m.in_features % config.group_size == 0}
+    if not fitting:
+        raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", config.model)
+    shapes = result_shapes(merged, fitting, method, config.group_size)
+    check_room(target, sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values()))
+    assert config.data is not None, "checked in config.py"
+    data = DataConfig(max_seq_length=config.max_seq_length)
+    dataset = load_dataset(config.data, load_tokenizer(config.model), data)
+    left_out = [name for name in linears if name not in fitting]
+    with new_folder(target) as folder:
+        writer = Writer(folder, merged, shapes)
+        for layer in calibrate(merged, skeleton, layers, dataset, config.num_rows, device):
+            names = {n.removeprefix(f"{layer.name}.") for n in fitting if n.startswith(f"{layer.name}.")}
+            for name, tensor in method.quantize_layer(layer, names, config):
+                writer.write(f"{layer.name}.{name}", tensor)
+        writer.copy_others()
+        quantization = method.quantization_config(config, list(fitting), left_out)
+        full_config = {**merged.config, "quantization_config": quantization}
+        write_others(folder, merged.checkpoint, full_config, writer.places)
+        if config.format == "gptq":
+            (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n", encoding="utf-8")
+    return Exported(target, config.format, left_out)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def pick_group_size(linears: dict[str, Any], largest: int) -> int:
+    """The largest group that all linears' widths are multiples of; else the one that most are."""
+    sizes = [size for size in GROUP_SIZES if size <= largest]
+    return max(sizes, key=lambda size: (sum(m.in_features % size == 0 for m in linears.values()), size))
+
+
+def result_shapes(merged: Merged, linears: dict[str, Any], method: Any, group_size: int) -> Shapes:
+    """The dtype and shape of every tensor of the result."""
+    found: Shapes = {}
+    for name, (dtype, shape) in merged.shapes.items():
+        module = name.removesuffix(".weight")
+        if module in linears:
+            found |= {f"{module}.{key}": value for key, value in method.shapes(*shape, group_size).items()}
+        else:
+            found[name] = (dtype, shape)
+    return found
+
+
+class Writer:
+    """The result's safetensors files: those of the base by name, each with what became of its tensors."""
+
+    def __init__(self, folder: Path, merged: Merged, shapes: Shapes):
+        self.merged, self.shapes = merged, shapes
+        infos, last = merged.checkpoint.tensors, merged.checkpoint.files[-1]
+        source = {name: name if name in merged.shapes else f"{name.rpartition('.')[0]}.weight" for name in shapes}
+        self.places = {name: (infos[old].file if old in infos else last).name for name, old in source.items()}
+        self.left = dict.fromkeys(shapes)
+        self.files = {
+            file: TensorFile(folder / file, {n: shapes[n] for n in shapes if self.places[n] == file})
+            for file in dict.fromkeys(self.places.values())
+        }
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """A tensor that is not as merged."""
+        self.files[self.places[name]].append(name, tensor.to("cpu", DTYPES.get(self.shapes[name][0], tensor.dtype)))
+        del self.left[name]
+
+    def copy_others(self) -> None:
+        """What is as merged, then the files' ends."""
+        for name in self.left:
+            if self.merged.as_stored(name):
+                self.files[self.places[name]].copy(name, self.merged.checkpoint.tensors[name])
+                continue
+            for slab in self.merged.slabs(name):
+                self.files[self.places[name]].append(name, slab)
+        for file in self.files.values():
+            file.close()

@@ -1,0 +1,222 @@
+"""A model run on the user's data one decoder layer at a time: what GPTQ and AWQ need to know of each linear's inputs.
+
+The model is transformers' own on the meta device. Its embedding gives the first hidden states; then each layer's
+weights are read, the layer is run on all rows while its linears' inputs are summed up, the caller changes its weights,
+the layer is run again, and its outputs are the next layer's inputs. So memory holds one layer, its statistics and the
+hidden states, whatever the number of layers, and a layer sees the inputs that the quantized ones before it make.
+Documents are packed in rows and never attend to each other, as in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig
+
+from onecard.data.dataset import Dataset
+from onecard.data.loader import Loader
+from onecard.data.packing import collate
+from onecard.errors import UserError
+from onecard.export.folder import DTYPES
+from onecard.export.merged import Merged, common_dtype
+from onecard.hf.attention import supports_packing, use_packed_attention
+from onecard.kernels.cpu_info import product_dtype
+from onecard.memory.plan import meta_model
+
+SEED = 0  # of the order in which examples are taken
+
+
+@dataclass
+class Inputs:
+    """What linears that share an input saw: H = sum of x x^T and the mean |x|, over all tokens; float32.
+
+    Attributes:
+        names: the linears, within their layer.
+        norm: the norm whose output it is, within the layer; "" if it is none's.
+    """
+
+    names: list[str]
+    norm: str
+    H_KK: Tensor
+    mean_K: Tensor
+    num_tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        x_TK = x.reshape(-1, x.shape[-1]).float()
+        self.H_KK.addmm_(x_TK.T, x_TK)
+        self.mean_K += (x_TK.abs().sum(0) - self.mean_K * len(x_TK)) / (self.num_tokens + len(x_TK))
+        self.num_tokens += len(x_TK)
+
+
+@dataclass
+class Row:
+    """One row of documents on its way: hidden states (1, T, d), and the keywords that each layer is called with."""
+
+    hidden: Tensor
+    calls: list[dict[str, Any]]
+
+
+@dataclass
+class Layer:
+    """One decoder layer with its weights, for the caller to change.
+
+    Attributes:
+        name: as in the model, such as model.layers.0.
+        dtype: what the checkpoint stores.
+    """
+
+    name: str
+    module: nn.Module
+    inputs: list[Inputs]
+    dtype: torch.dtype
+
+
+class Recorder(nn.Module):
+    """Stands in a layer's place while the model's own forward makes what layers are called with."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.attention_type = getattr(layer, "attention_type", None)
+        self.hidden, self.call = torch.empty(0), {}
+
+    def forward(self, hidden_states: Tensor, **call: Any) -> Tensor:
+        self.hidden, self.call = hidden_states, call
+        return hidden_states
+
+
+def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
+    """transformers' model without weights, and its decoder layers by name."""
+    fields = {key: value for key, value in merged.config.items() if key != "model_type"}
+    model = meta_model(AutoConfig.for_model(merged.config["model_type"], **fields))
+    layers = list(model.get_decoder().layers)
+    return model, {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
+
+
+def calibrate(
+    merged: Merged, model: Any, layers: dict[str, nn.Module], dataset: Dataset, num_rows: int, device: torch.device
+) -> Iterator[Layer]:
+    """The decoder layers in order; each stands until the next is asked for.
+
+    Args:
+        model, layers: meta_decoder's.
+        num_rows: packed rows of the dataset that are run.
+
+    Raises:
+        UserError: a tensor of the model is not in the checkpoint.
+    """
+    stored = DTYPES[common_dtype(merged.shapes)]
+    dtype = product_dtype(stored, device.type)
+    packed = supports_packing(model)
+    with torch.no_grad(), use_packed_attention(model) if packed else nullcontext():
+        rows = first_rows(merged, model, batches(dataset, num_rows, packed), dtype, device)
+        for index, (name, layer) in enumerate(layers.items()):
+            load(layer, f"{name}.", merged, dtype, device)
+            yield Layer(name, layer, observe(layer, rows, index, device), stored)
+            for row in rows:
+                row.hidden = run(layer, row, index, device).to(row.hidden.device)
+            layer.to("meta")
+
+
+def batches(dataset: Dataset, num_rows: int, packed: bool) -> list[dict[str, Any]]:
+    """The first rows of examples in random order; a row for each document if the model takes no packed ones."""
+    loader = Loader(dataset.examples, dataset.max_seq_length, packed, 1, SEED)
+    found = [collate([dataset.examples[i] for i in indices]) for indices in loader.batches(0)[:num_rows]]
+    return [{k: v for k, v in batch.items() if k != "labels" and (packed or k != "cu_seqlens")} for batch in found]
+
+
+def first_rows(
+    merged: Merged, model: Any, batches: Iterable[dict[str, Any]], dtype: torch.dtype, device: torch.device
+) -> list[Row]:
+    """The hidden states before the first layer, from the model's own forward with its layers left out."""
+    decoder = model.eval().get_decoder()
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    layers = decoder.layers
+    recorders: Any = nn.ModuleList(Recorder(layer) for layer in layers)
+    decoder.layers = recorders
+    fill_buffers(model, decoder, device)
+    load(decoder, f"{name}.", merged, dtype, device)
+    rows = []
+    for batch in batches:
+        decoder(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}, use_cache=False)
+        rows.append(Row(recorders[0].hidden.cpu(), [recorder.call for recorder in recorders]))
+    decoder.layers = layers
+    model.get_input_embeddings().to("meta")
+    return rows
+
+
+def fill_buffers(model: Any, decoder: nn.Module, device: torch.device) -> None:
+    """What no checkpoint holds, such as rotary frequencies, computed as transformers does after a load."""
+    for module in decoder.modules():
+        for key, buffer in module.named_buffers(recurse=False):
+            setattr(module, key, torch.empty_like(buffer, device=device))
+    for module in decoder.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            model._init_weights(module)
+
+
+def load(module: nn.Module, prefix: str, merged: Merged, dtype: torch.dtype, device: torch.device) -> None:
+    """Give a module on the meta device its merged weights."""
+    for key, parameter in module.named_parameters():
+        found = merged.shapes.get(prefix + key, ("", None))[1]
+        if found != tuple(parameter.shape):
+            raise UserError(
+                f"the checkpoint must hold {prefix}{key} of shape {list(parameter.shape)}",
+                "no such tensor" if found is None else str(list(found)),
+                "export in another format: experts and renamed tensors are not known to this one",
+                str(merged.checkpoint.folder),
+            )
+    state = {key: merged.read(prefix + key).to(device, dtype) for key, _ in module.named_parameters()}
+    module.load_state_dict(state, strict=False, assign=True)
+
+
+def run(layer: nn.Module, row: Row, index: int, device: torch.device) -> Tensor:
+    """The layer's output for one row."""
+    out = layer(row.hidden.to(device), **row.calls[index])
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def observe(layer: nn.Module, rows: list[Row], index: int, device: torch.device) -> list[Inputs]:
+    """Run a layer on all rows and sum up its linears' inputs; linears called with the same tensor share one."""
+    found: list[Inputs] = []
+    first: list[Tensor] = []  # the first row's tensor of each, and the norms' outputs, while that row runs
+    normed: dict[str, Tensor] = {}
+
+    def see(name: str, x: Tensor) -> None:
+        mine = next((inputs for inputs in found if name in inputs.names), None)
+        if mine is None:
+            same = next((i for i, tensor in enumerate(first) if tensor is x), None)
+            if same is not None:
+                found[same].names.append(name)
+                return
+            K = x.shape[-1]
+            norm = next((norm for norm, out in normed.items() if out is x), "")
+            mine = Inputs([name], norm, torch.zeros(K, K, device=device), torch.zeros(K, device=device))
+            found.append(mine)
+            first.append(x)
+        if mine.names[0] == name:
+            mine.add(x)
+
+    hooks = []
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: see(name, args[0])))
+        elif is_norm(module):
+            hooks.append(module.register_forward_hook(lambda m, args, out, name=name: normed.__setitem__(name, out)))
+    for row in rows:
+        run(layer, row, index, device)
+        first.clear()
+        normed.clear()
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module multiplies by one weight a channel."""
+    parameters = dict(module.named_parameters())
+    return set(parameters) == {"weight"} and parameters["weight"].dim() == 1

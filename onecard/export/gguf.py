@@ -1,0 +1,255 @@
+"""A model, or an adapter alone, as one GGUF file for llama.cpp, Ollama and LM Studio, streamed tensor by tensor.
+
+The whole model is the merged checkpoint (`onecard.export.merged`) under llama.cpp's names. Matrices are BF16, F16,
+Q8_0 (32 weights and one scale) or Q4_0 (the same in 4 bits, with embeddings and head in Q8_0, since errors there are
+everyone's); vectors and norms are F32. A matrix whose rows are no multiple of 32 is F16, as llama.cpp's own converter
+has it. Memory holds one tensor as stored, some of its rows in float32, and what merging it takes.
+
+An adapter alone has for each weight A (r, K) and B (N, r) in F32. llama.cpp adds alpha / r * B A with one alpha for
+the file: what else a module's scale has in it (rsLoRA, alpha patterns) is multiplied into its B.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from torch import Tensor
+
+from onecard.config import ExportConfig
+from onecard.errors import UserError
+from onecard.export.adapter import Adapter
+from onecard.export.architecture import Architecture
+from onecard.export.folder import check_room, new_file, new_folder
+from onecard.export.merged import Merged, open_merged
+from onecard.export.modelfile import modelfile
+from onecard.export.vocabulary import add_vocabulary
+from onecard.hf.checkpoint import read_json
+from onecard.hf.load import load_tokenizer
+from onecard.hf.origin import STORED, stored_as
+
+KINDS = {"bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
+FILE_TYPES = {
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+}
+PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+SLAB_VALUES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the file: its name, shape and kind, and a way to read its values, some rows at a time."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    slabs: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        values, size = gguf.GGML_QUANT_SIZES[self.kind]
+        return prod(self.shape) // values * size
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Where the file and its Modelfile are, what the file holds, and what the user should know."""
+
+    file: Path
+    modelfile: Path
+    nbytes: int
+    notes: list[str]
+    is_adapter: bool
+
+    def lines(self) -> list[str]:
+        """What was written, what is not as one may think, and how to use it."""
+        said = [f"exported {self.file}  ({self.nbytes:,} bytes)", f"Ollama   {self.modelfile}"]
+        said += [f"note     {note}" for note in self.notes]
+        run = f"-m {self.file}"
+        if self.is_adapter:
+            run = (
+                f"-m BASE.gguf --lora {self.file}      BASE.gguf: the same export without --adapter and --adapter-only"
+            )
+        name = self.file.stem.lower()
+        more = [] if self.is_adapter else [f"  lms import {self.file}"]
+        return [*said, "next", f"  llama-cli {run}", f"  ollama create {name} -f {self.modelfile}", *more]
+
+
+def export_gguf(config: ExportConfig) -> Exported:
+    """Write a GGUF file and a Modelfile beside it.
+
+    The output is a new folder, or, where its name ends in .gguf, a new file.
+
+    Raises:
+        UserError: a model, tokenizer or adapter that GGUF or llama.cpp's graph cannot hold; weights beyond F16's
+            range; no room on the disk; an output that exists; and open_merged's.
+    """
+    target = Path(config.output)
+    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
+    merged = open_merged(config.model, config.adapter, config.base, quant)
+    if target.suffix == ".gguf":
+        text, recipe = target.name, target.with_suffix(".Modelfile")
+        with new_file(recipe) as second, new_file(target) as first:
+            size, notes = write(config, merged, first, second, text)
+        return Exported(target, recipe, size, notes, config.adapter_only)
+    name = f"{target.name}-{'lora' if config.adapter_only else config.outtype}.gguf"
+    with new_folder(target) as folder:
+        size, notes = write(config, merged, folder / name, folder / "Modelfile", name)
+    return Exported(target / name, target / "Modelfile", size, notes, config.adapter_only)
+
+
+def write(config: ExportConfig, merged: Merged, file: Path, recipe: Path, name: str) -> tuple[int, list[str]]:
+    """Write both files; bytes of the first, and notes.
+
+    Args:
+        name: what the first file will be called.
+    """
+    arch = Architecture(merged.config)
+    tokenizer = load_tokenizer(config.model)
+    end_ids = end_tokens(merged.checkpoint.folder, tokenizer)
+    writer = gguf.GGUFWriter(None, arch.name)
+    if config.adapter_only:
+        parts, notes = adapter_parts(merged.adapter, arch), []
+        add_adapter_metadata(writer, merged.adapter)
+        start = f"FROM {merged.checkpoint.folder.resolve()}\nADAPTER ./{name}"
+    else:
+        parts, notes = list(model_parts(merged, arch, config.outtype)), list(arch.notes)
+        add_model_metadata(writer, merged, config.outtype)
+        vocab_size = next(part.shape[0] for part in parts if part.name == "token_embd.weight")
+        arch.add_metadata(writer, vocab_size)
+        notes += add_vocabulary(writer, tokenizer, vocab_size, end_ids)
+        start = f"FROM ./{name}"
+    text, more = modelfile(start, tokenizer, end_ids)
+    recipe.write_text(text, encoding="utf-8")
+    return write_parts(writer, file, parts), notes + more
+
+
+def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's first, then generation_config.json's."""
+    path = folder / "generation_config.json"
+    found = read_json(path, "remove it").get("eos_token_id") if path.is_file() else None
+    found = found if isinstance(found, list) else [found]
+    return [i for i in dict.fromkeys([tokenizer.eos_token_id, *found]) if i is not None]
+
+
+def add_model_metadata(writer: gguf.GGUFWriter, merged: Merged, outtype: str) -> None:
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(merged.checkpoint.folder.resolve().name)
+    writer.add_file_type(FILE_TYPES[outtype])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_adapter_metadata(writer: gguf.GGUFWriter, adapter: Adapter) -> None:
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, file_alpha(adapter))
+
+
+def file_alpha(adapter: Adapter) -> float:
+    """The alpha that llama.cpp divides by each rank: the first module's, so that plain LoRA keeps its B."""
+    first = next(iter(adapter.updates.values()))
+    return first.scaling * first.A_RK.shape[0]
+
+
+def model_parts(merged: Merged, arch: Architecture, outtype: str) -> Iterator[Part]:
+    """The whole model's tensors."""
+    for name, factors in arch.rope_factors().items():
+        yield Part(name, tuple(factors.shape), Kind.F32, lambda factors=factors: [factors])
+    for source, (_, shape) in merged.shapes.items():
+        name = arch.tensor_name(source)
+        if name is not None:
+            yield Part(name, shape, kind_of(name, shape, outtype), lambda s=source: slabs(merged, arch, s))
+
+
+def kind_of(name: str, shape: tuple[int, ...], outtype: str) -> Kind:
+    """How a tensor is stored."""
+    if len(shape) < 2 or name.endswith("_norm.weight"):
+        return Kind.F32
+    kind = KINDS[outtype]
+    if kind == Kind.Q4_0 and name in ("token_embd.weight", "output.weight"):
+        kind = Kind.Q8_0
+    return Kind.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+
+
+def slabs(merged: Merged, arch: Architecture, name: str) -> Iterator[Tensor]:
+    """A tensor's rows in the file's order and size, some at a time."""
+    order, shift = arch.row_order(name), arch.shift(name)
+    for slab in merged.slabs(name) if order is None else [merged.read(name)[order]]:
+        yield slab.float() + shift if shift else slab
+
+
+def adapter_parts(adapter: Adapter, arch: Architecture) -> list[Part]:
+    """A and B of each weight.
+
+    Raises:
+        UserError: no adapter; one of more than LoRA's A and B; a weight that the file of the base does not have.
+    """
+    do = "leave out --adapter-only, which merges it"
+    if not adapter.updates:
+        raise UserError("--adapter-only needs an adapter with LoRA weights", "none", "give --adapter", "adapter")
+    if adapter.saved:
+        raise UserError("a GGUF adapter holds LoRA only", f"{next(iter(adapter.saved))} trained in full", do)
+    if any(update.magnitude_N is not None for update in adapter.updates.values()):
+        raise UserError("a GGUF adapter holds A and B only", "DoRA's magnitudes", do)
+    parts, alpha = [], file_alpha(adapter)
+    for source, update in adapter.updates.items():
+        name, order = arch.tensor_name(source), arch.row_order(source)
+        if name is None:
+            raise UserError("an adapted weight must be in the base's file", f"{source}, tied to the embedding", do)
+        rank = update.A_RK.shape[0]
+        B_NR = update.B_NR if update.scaling * rank == alpha else update.B_NR * (update.scaling * rank / alpha)
+        for suffix, tensor in (("lora_a", update.A_RK), ("lora_b", B_NR if order is None else B_NR[order])):
+            parts.append(Part(f"{name}.{suffix}", tuple(tensor.shape), Kind.F32, lambda tensor=tensor: [tensor]))
+    return parts
+
+
+def write_parts(writer: gguf.GGUFWriter, file: Path, parts: list[Part]) -> int:
+    """Metadata, then each tensor as it is read; the file's bytes."""
+    check_room(file, sum(part.nbytes for part in parts))
+    for part in parts:
+        writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.nbytes, raw_dtype=part.kind)
+    writer.write_header_to_file(file)
+    try:
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for part in parts:
+            writer.write_tensor_data(encode(part))
+    finally:
+        writer.close()
+    with file.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    return file.stat().st_size
+
+
+def encode(part: Part) -> np.ndarray:
+    """A tensor's bytes, (nbytes,) uint8."""
+    out, at = np.empty(part.nbytes, np.uint8), 0
+    for slab in part.slabs():
+        rows = max(SLAB_VALUES // slab.shape[-1], 1)
+        for piece in slab.split(rows):
+            made = encode_rows(piece, part.kind)
+            if part.kind == Kind.F16 and not np.isfinite(made.view(np.float16)).all():
+                found = f"values up to {piece.abs().max().item():g}"
+                raise UserError("F16 must hold every weight", found, "choose --outtype bf16", part.name)
+            out[at : at + made.size] = made
+            at += made.size
+    assert at == out.size, part.name
+    return out
+
+
+def encode_rows(piece: Tensor, kind: Kind) -> np.ndarray:
+    """Some rows as bytes."""
+    if kind in PLAIN:
+        return piece.to(PLAIN[kind]).contiguous().view(torch.uint8).reshape(-1).numpy()
+    return gguf.quantize(piece.float().numpy(), kind).reshape(-1)

@@ -1,0 +1,129 @@
+"""GPTQ: weights in 4 bits, each column's error made good by the columns after it (Frantar et al. 2022, 2210.17323).
+
+The error of a linear on its calibration inputs is tr(D H D^T), D = W - W_hat, H = sum of x x^T. With U the upper Cholesky
+factor of H^-1 (algorithm 1 of the paper), columns k in turn:
+
+    W_hat[:, k] = nearest level of W[:, k]        e = (W[:, k] - W_hat[:, k]) / U[k, k]        W[:, k+1:] -= e U[k, k+1:]
+
+A group is a block of this walk: its scales come from weights that hold all corrections so far, and the columns beyond
+it are corrected once a block. H gets damp_percent of its mean diagonal added. The files are version 1 of the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onecard.config import CalibrationConfig
+from onecard.errors import UserError
+from onecard.export.calibration import Layer
+from onecard.export.grouped import Grouped, choose_scales, encode, pack_int32
+
+FIRST_ZERO = 1  # the files hold zero - 1
+
+
+def quantize_layer(layer: Layer, names: set[str], config: CalibrationConfig) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a layer that change, by name within it; its weights become what a reader will compute."""
+    for inputs in layer.inputs:
+        for name in inputs.names:
+            if name in names:
+                linear: Any = layer.module.get_submodule(name)
+                found = quantize(linear.weight.float(), inputs.H_KK, config)
+                linear.weight.copy_(found.dequantize())
+                yield from ((f"{name}.{key}", tensor) for key, tensor in tensors(found).items())
+
+
+def quantize(W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig) -> Grouped:
+    """A float32 weight whose outputs on the calibration inputs are as near as GPTQ finds."""
+    N, K, g = *W_NK.shape, config.group_size
+    falling = H_KK.diagonal().argsort(descending=True) if config.desc_act else torch.arange(K, device=W_NK.device)
+    W, U = W_NK[:, falling], inverse_factor(H_KK[falling][:, falling], config.damp_percent)
+    codes = torch.empty_like(W_NK, dtype=torch.uint8)
+    scales, zeros = (torch.empty(N, K // g, dtype=dtype, device=W.device) for dtype in (torch.float16, torch.uint8))
+    for start in range(0, K, g):
+        block, own = W[:, start : start + g], U[start : start + g, start : start + g]
+        scale, zero = choose_scales(block, config.sym, FIRST_ZERO)
+        errors = torch.empty_like(block)
+        for k in range(g):
+            code = encode(block[:, k : k + 1], scale, zero)
+            error = (block[:, k : k + 1] - (code - zero) * scale.float()) / own[k, k]
+            block[:, k + 1 :].addmm_(error, own[k : k + 1, k + 1 :], alpha=-1)
+            codes[:, falling[start + k]], errors[:, k] = code[:, 0].to(torch.uint8), error[:, 0]
+        W[:, start + g :].addmm_(errors, U[start : start + g, start + g :], alpha=-1)
+        scales[:, start // g], zeros[:, start // g] = scale[:, 0], zero[:, 0].to(torch.uint8)
+    group_K = torch.empty(K, dtype=torch.int32, device=W.device)
+    group_K[falling] = torch.arange(K, device=W.device, dtype=torch.int32) // g
+    return Grouped(codes, scales, zeros, group_K)
+
+
+def inverse_factor(H_KK: Tensor, damp_percent: float) -> Tensor:
+    """Upper U with U^T U = (H + damping)^-1. An input that was never other than 0 stands alone.
+
+    Raises:
+        UserError: H is not finite.
+    """
+    H = H_KK.clone()
+    diagonal = H.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean):
+        raise UserError("activations must be finite", "NaN or Inf", "check the checkpoint", "calibration")
+    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
+    for _ in range(4):  # float32 may need more than was asked for
+        diagonal += damp_percent * mean
+        L, failed = torch.linalg.cholesky_ex(H)
+        if not failed:
+            return torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
+        damp_percent *= 10
+    raise UserError("activations must make a regular Hessian", "none", "raise --damp-percent or --num-rows", "gptq")
+
+
+def tensors(weight: Grouped) -> dict[str, Tensor]:
+    """What a GPTQ file holds of a weight."""
+    N, K = weight.codes_NK.shape
+    zeros = (weight.zeros_NG.T - FIRST_ZERO).contiguous()
+    return {
+        "qweight": pack_int32(weight.codes_NK.view(N, K // 8, 8)).T,
+        "qzeros": pack_int32(zeros.view(-1, N // 8, 8)),
+        "scales": weight.scales_NG.T,
+        "g_idx": weight.group_K,
+    }
+
+
+def shapes(N: int, K: int, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape of each of `tensors`."""
+    groups = K // group_size
+    return {
+        "qweight": ("I32", (K // 8, N)),
+        "qzeros": ("I32", (groups, N // 8)),
+        "scales": ("F16", (groups, N)),
+        "g_idx": ("I32", (K,)),
+    }
+
+
+def quantization_config(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+    """What config.json says of the weights, in transformers', vLLM's and GPTQModel's words.
+
+    Args:
+        linears, left_out: the linears in 4 bits and those of decoder layers that are not, by name in the model.
+    """
+    found: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": config.group_size,
+        "sym": config.sym,
+        "desc_act": config.desc_act,
+        "damp_percent": config.damp_percent,
+        "checkpoint_format": "gptq",
+        "pack_dtype": "int32",
+        "true_sequential": False,
+        "static_groups": False,
+        "lm_head": False,
+    }
+    if left_out:
+        found["dynamic"] = {f"-:{name.replace('.', '[.]')}": {} for name in left_out}
+        inside = dict.fromkeys(name.split(".layers.")[-1].split(".", 1)[1] for name in linears)
+        found["modules_in_block_to_quantize"] = [list(inside)]
+    return found

@@ -1,0 +1,183 @@
+"""A tokenizer as GGUF holds it: tokens, their kinds, and merges or scores.
+
+Two kinds of tokenizer are told by what tokenizer.json says of its BPE:
+
+    byte-level (gpt2)       tokens in the byte alphabet, merges by rank, and the name of a pre-tokenizer, since the
+                            file holds no regular expression: llama.cpp has a fixed list of them by name
+    byte fallback (llama)   sentencepiece's: llama.cpp joins the neighbours whose union has the highest score; with
+                            score = -rank of the first merge that makes a token, that is the order of the merges
+
+A pre-tokenizer is recognised by what it does: the one that cuts a probe text just as the tokenizer does. Where none
+does, the one that gives most probes the tokenizer's own tokens stands in, and a note says so.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gguf
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+from onecard.data.template import bos
+from onecard.errors import UserError
+
+CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LETTERS = r"\p{Lt}\p{Lm}\p{Lo}\p{M}"
+CASED = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}{LETTERS}]*[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]+"
+CAPITALS = rf"[^\r\n\p{{L}}\p{{N}}]?[\p{{Lu}}{LETTERS}]+[\p{{Ll}}\p{{Lm}}\p{{Lo}}\p{{M}}]*"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
+SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA3 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{SYMBOLS}|{SPACES}"
+QWEN2 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{SYMBOLS}|{SPACES}"
+PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
+TEKKEN = rf"{CASED}|{CAPITALS}|\p{{N}}|{PATHS}|{SPACES}"
+GPT4O = rf"{CASED}{CONTRACTIONS}?|{CAPITALS}{CONTRACTIONS}?|\p{{N}}{{1,3}}|{PATHS}|{SPACES}"
+PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool]] = {
+    # llama.cpp's name: regular expressions, one cutting the other's pieces; whether a piece that is a token stays whole
+    "gpt-2": ((GPT2,), False),
+    "llama-bpe": ((LLAMA3,), True),
+    "smaug-bpe": ((LLAMA3,), False),
+    "qwen2": ((QWEN2,), False),
+    "tekken": ((TEKKEN,), True),
+    "gpt-4o": ((GPT4O,), False),
+    "smollm": ((r"\p{N}", GPT2), False),
+    "deepseek-coder": ((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"), False),
+    "default": ((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"), False),
+    "superbpe": ((r"\p{N}+", r"(?=(\d{3})+(?!\d))"), False),
+}
+PROBE = (
+    "It's  WE'LL go\n\n \tdo_it(x1, 12345.678) => {'a': \"b\"};\r\n  #!/usr/bin/env // done...\n  Ünïcode Straße "
+    "été 北京大学 にほんご 한국어 привет, мир! κόσμε नमस्ते 3½ ٤٥ 🙂🙂 HTTPServer2Go don't DON'T   \n   x"
+)
+MAX_PROBES = 4000
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end_ids: list[int]) -> list[str]:
+    """Write a tokenizer's metadata; notes of what llama.cpp will do otherwise than the tokenizer.
+
+    Args:
+        vocab_size: rows of the embedding; ids that no token has are filled up with unused tokens.
+        end_ids: every token that ends an answer.
+
+    Raises:
+        UserError: a tokenizer that is neither byte-level BPE nor BPE with byte fallback.
+    """
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    model, notes = state["model"], []
+    parts = json.dumps([state["pre_tokenizer"], state["decoder"]])
+    if model["type"] == "BPE" and '"ByteLevel"' in parts:
+        pre, notes = find_pre_tokenizer(backend, model)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_merges([" ".join(pair) for pair in pairs(model)])
+    elif model["type"] == "BPE" and model["byte_fallback"]:
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores(merge_scores(model, vocab_size))
+        prefixed = [backend.encode(text, add_special_tokens=False).tokens for text in ("a", " a")]
+        writer.add_add_space_prefix(prefixed[0][0] != "a")
+        if prefixed[0][0] != "a" and prefixed[0] == prefixed[1]:
+            notes.append("a text that begins with a space has one space more in llama.cpp")
+    else:
+        raise UserError(
+            "the tokenizer must be byte-level BPE, or BPE with byte fallback as sentencepiece's",
+            f"{model['type']} of another kind",
+            "serve the merged checkpoint with vLLM or transformers instead",
+            "tokenizer.json",
+        )
+    tokens, types = list_tokens(state, vocab_size)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    add_special_tokens(writer, tokenizer, vocab_size, end_ids)
+    return notes
+
+
+def pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
+    """The merges by rank; older files hold each as one string."""
+    split = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    return [(left, right) for left, right in split]
+
+
+def merge_scores(model: dict[str, Any], vocab_size: int) -> list[float]:
+    """Scores in whose order sentencepiece's greedy joining does what the merges by rank do."""
+    scores = [0.0] * vocab_size
+    for rank, (left, right) in reversed(list(enumerate(pairs(model), 1))):
+        token = model["vocab"][left + right]
+        if token < vocab_size:
+            scores[token] = float(-rank)
+    return scores
+
+
+def list_tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
+    """Spelling and kind of each id below vocab_size."""
+    kind, model = gguf.TokenType, state["model"]
+    tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [int(kind.UNUSED)] * vocab_size
+    for token, i in model["vocab"].items():
+        if i < vocab_size:
+            byte = model["byte_fallback"] and len(token) == 6 and token.startswith("<0x")
+            tokens[i], types[i] = token, kind.BYTE if byte else kind.NORMAL
+            if token == model["unk_token"]:
+                types[i] = kind.UNKNOWN
+    for added in state["added_tokens"]:
+        i, unknown = added["id"], added["content"] == model["unk_token"]
+        if i < vocab_size and not unknown:
+            tokens[i] = added["content"] if added["special"] else added["content"].replace("▁", " ")
+            types[i] = kind.CONTROL if added["special"] else kind.USER_DEFINED
+    return tokens, types
+
+
+def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end_ids: list[int]) -> None:
+    """Ids of the named tokens, which of them the tokenizer writes by itself, and the chat template."""
+    named = {
+        "bos": writer.add_bos_token_id,
+        "eos": writer.add_eos_token_id,
+        "unk": writer.add_unk_token_id,
+        "pad": writer.add_pad_token_id,
+    }
+    for name, add in named.items():
+        i = getattr(tokenizer, f"{name}_token_id")
+        if i is not None and i < vocab_size:  # some tokenizer classes name tokens that the model has no row for
+            add(i)
+    others = [i for i in end_ids if i != tokenizer.eos_token_id and i < vocab_size]
+    if others:
+        writer.add_eot_token_id(others[0])
+    written = tokenizer("a")["input_ids"]
+    writer.add_add_bos_token(bool(bos(tokenizer)))
+    writer.add_add_eos_token(tokenizer.eos_token_id is not None and written[-1] == tokenizer.eos_token_id)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])
+    elif template:
+        writer.add_chat_template(template)
+
+
+def find_pre_tokenizer(backend: Tokenizer, model: dict[str, Any]) -> tuple[str, list[str]]:
+    """llama.cpp's name for how a byte-level tokenizer cuts text, and a note where no name is right."""
+    cuts = [span for _, span in backend.pre_tokenizer.pre_tokenize_str(PROBE)]
+    for name, (splits, whole) in PRE_TOKENIZERS.items():
+        same = [span for _, span in cutter(splits).pre_tokenize_str(PROBE)] == cuts
+        if same and whole == bool(model.get("ignore_merges")):
+            return name, []
+    probes = [PROBE, *PROBE.split(), *list(model["vocab"])[-MAX_PROBES:]]
+    probes = [text.replace("Ġ", " ").replace("Ċ", "\n") for text in probes]
+    wanted = [encoded.ids for encoded in backend.encode_batch(probes, add_special_tokens=False)]
+    other = Tokenizer.from_str(backend.to_str())
+    shares = {}
+    for name, (splits, whole) in PRE_TOKENIZERS.items():
+        other.pre_tokenizer, other.model.ignore_merges = cutter(splits), whole
+        found = other.encode_batch(probes, add_special_tokens=False)
+        shares[name] = sum(a.ids == b for a, b in zip(found, wanted)) / len(probes)
+    nearest = max(shares, key=lambda name: shares[name])
+    return nearest, [
+        f"llama.cpp has no pre-tokenizer that cuts text as this one does: {nearest!r} is nearest, with the same tokens "
+        f"for {shares[nearest]:.1%} of {len(probes):,} probes"
+    ]
+
+
+def cutter(splits: tuple[str, ...]) -> Any:
+    """A pre-tokenizer that cuts text as llama.cpp does with these regular expressions."""
+    steps = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -1,0 +1,133 @@
+"""What an adapter was trained on, in a small JSON of our own beside it: how the base was stored, and which base it was.
+
+peft's files tell neither. An adapter trained over fp4 would meet an nf4 base without a word, and one of another model
+of the same shape would load as well. The base is known again by a sample: the 4-bit codes of the first values of each
+linear, which are the same whether its checkpoint is in 16 bits or in 4.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from onecard.config import QuantConfig, make_config
+from onecard.errors import UserError
+from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint, read_json
+from onecard.hf.load import find_checkpoint
+from onecard.kernels import ops
+from onecard.nn.linear import Linear4bit
+
+FILE = "onecard.json"
+SAMPLE_VALUES = 4096  # of each linear: a whole block of any size
+STORED = ("quant_type", "blocksize", "double_quant")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The base of a training run.
+
+    Attributes:
+        model: its name, as it was given.
+        quant_type, blocksize, double_quant: how its linears stood in memory.
+        sample: `sample_base` of it.
+    """
+
+    model: str
+    quant_type: str
+    blocksize: int
+    double_quant: bool
+    sample: str
+
+    @property
+    def quant(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in STORED}
+
+
+def origin_of(model: Any, name: str) -> Origin:
+    """The origin of adapters on this loaded 4-bit model."""
+    named = model.named_modules()  # under an adapter, with its wrappers
+    linears = {f"{n.replace('.base_layer', '')}.weight": m for n, m in named if isinstance(m, Linear4bit)}
+    state = next(iter(linears.values())).state
+    quant = {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
+    checkpoint = inspect_checkpoint(find_checkpoint(model.name_or_path))
+    return Origin(name, **quant, sample=sample_base(checkpoint, linears, state.quant_type, state.blocksize))
+
+
+def write_origin(folder: Path, origin: Origin) -> None:
+    (folder / FILE).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
+
+
+def read_origin(adapter: str | Path) -> Origin | None:
+    """What stands beside an adapter; None for one that onecard did not train."""
+    path = Path(adapter) / FILE
+    if not path.is_file():
+        return None
+    found = read_json(path, "train again")
+    try:
+        origin = Origin(**found)
+    except TypeError:
+        fields = ", ".join(Origin.__dataclass_fields__)
+        raise UserError(f"the file must hold {fields}", ", ".join(found), "delete it", str(path)) from None
+    make_config(QuantConfig, origin.quant, str(path))
+    return origin
+
+
+def stored_as(adapter: str | Path | None, fields: dict[str, Any]) -> QuantConfig:
+    """How to store a base: as the adapter's run did; where no run says it, as `fields` (flags that were given) say.
+
+    Raises:
+        UserError: a field that contradicts the run's.
+    """
+    origin = read_origin(adapter) if adapter is not None else None
+    if origin is None:
+        return make_config(QuantConfig, fields, "command line")
+    for key, value in origin.quant.items():
+        if fields.get(key, value) != value:
+            raise UserError(
+                f"the base must be stored as the adapter met it, with {key} {value}",
+                str(fields[key]),
+                f"leave {key} out",
+                str(Path(adapter or "") / FILE),
+            )
+    return make_config(QuantConfig, {**fields, **origin.quant}, "command line")
+
+
+def check_origin(model: Any, adapter: str) -> None:
+    """Raise UserError unless a loaded model is what the adapter was trained on, as far as its folder tells."""
+    expected = read_origin(adapter)
+    if expected is None:
+        return
+    found = origin_of(model, expected.model)
+    stored_as(adapter, found.quant)
+    check_sample(found.sample, expected, adapter, model.name_or_path)
+
+
+def check_sample(found: str, expected: Origin, adapter: str | Path, folder: str | Path) -> None:
+    if found != expected.sample:
+        raise UserError(
+            f"the base must be the one that the adapter was trained on, {expected.model}",
+            "other weights",
+            f"pass that model, or delete {Path(adapter) / FILE} to use the adapter on this one all the same",
+            str(folder),
+        )
+
+
+def sample_base(checkpoint: Checkpoint, linears: Iterable[str], quant_type: str, blocksize: int) -> str:
+    """sha256 over the first codes of each linear's weight; a few KiB of each are read."""
+    codes: dict[str, bytes] = {}
+    infos = {name: checkpoint.tensors[name] for name in linears if name in checkpoint.tensors}
+    for file in checkpoint.files:
+        with safe_open(file, "pt") as tensors:
+            for name in (name for name, info in infos.items() if info.file == file):
+                stored = infos[name].dtype == "U8"
+                num_values, width = SAMPLE_VALUES // (2 if stored else 1), infos[name].shape[1]
+                head = tensors.get_slice(name)[: -(-num_values // width)].reshape(-1)[:num_values]
+                head = head if stored else ops.quantize_4bit(head, quant_type, blocksize, False, name)[0]
+                codes[name] = name.encode() + head.numpy().tobytes()
+    return hashlib.sha256(b"".join(codes[name] for name in sorted(codes))).hexdigest()

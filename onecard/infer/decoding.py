@@ -1,0 +1,192 @@
+"""One answer, token by token: a KV cache, one sampler, text that grows by whole characters.
+
+Everything that generates goes through `Answer.advance`: one forward pass of the model, over a piece of the prompt
+or over one token. A caller may do other work between two of them, a server other answers' tokens: each answer has
+a cache and a random generator of its own, so its tokens are the same bits whatever runs beside it.
+
+transformers' LogitsProcessors shape the distribution; where a setting is not given, the checkpoint's
+generation_config.json says it, as in transformers' own generate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.cache_utils import DynamicLayer
+
+from onecard.config import SamplingConfig
+
+PREFILL_TOKENS = 256  # of a prompt in one pass: others wait no longer than that takes
+
+
+class Context:
+    """A model's KV cache and the tokens whose keys and values it holds."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.clear()
+
+    def clear(self) -> None:
+        self.tokens: list[int] = []
+        self.cache = DynamicCache(config=self.model.config)
+
+    def rewind(self, ids: list[int]) -> list[int]:
+        """Keep what `ids` begin with, as far as the cache can be cut; what of them is left to feed, one at least."""
+        shared = 0
+        for held, wanted in zip(self.tokens, ids[:-1]):
+            if held != wanted:
+                break
+            shared += 1
+        surplus = len(self.tokens) - shared
+        if surplus and any(type(layer) is not DynamicLayer for layer in self.cache.layers):
+            self.clear()  # a sliding window has let go of what would be needed
+            return ids
+        if surplus:
+            self.cache.crop(-surplus)
+            self.tokens = self.tokens[:shared]
+        return ids[shared:]
+
+    @torch.no_grad()
+    def feed(self, ids: list[int]) -> torch.Tensor:
+        """Logits, (1, V) float32, of the token after `ids`, which follow what the cache holds."""
+        assert not self.model.training, "a cache needs a model in eval mode"
+        device = self.model.get_input_embeddings().weight.device
+        out = self.model(
+            input_ids=torch.tensor([ids], device=device),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.tokens += ids
+        return out.logits[:, -1].float()
+
+
+class Sampler:
+    """A token from logits: the likeliest at temperature 0, else drawn by a generator of its own."""
+
+    def __init__(self, model: Any, sampling: SamplingConfig):
+        stored = model.generation_config
+        top_p = sampling.top_p if sampling.top_p is not None else stored.top_p or 1.0
+        self.greedy = sampling.temperature == 0
+        self.shape = LogitsProcessorList()
+        if stored.repetition_penalty not in (None, 1.0):
+            self.shape.append(RepetitionPenaltyLogitsProcessor(stored.repetition_penalty))
+        if not self.greedy:
+            self.shape.append(TemperatureLogitsWarper(sampling.temperature))
+            if stored.top_k:
+                self.shape.append(TopKLogitsWarper(stored.top_k))
+            if top_p < 1:
+                self.shape.append(TopPLogitsWarper(top_p))
+        self.generator = torch.Generator()
+        if sampling.seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed(sampling.seed)
+
+    def pick(self, tokens: list[int], logits_1V: torch.Tensor) -> int:
+        """The token after `tokens`."""
+        if self.shape:
+            ids: Any = torch.tensor([tokens], device=logits_1V.device)
+            logits_1V = self.shape(ids, logits_1V)
+        if self.greedy:
+            return int(logits_1V.argmax(-1))
+        return int(torch.multinomial(logits_1V.softmax(-1).cpu(), 1, generator=self.generator))
+
+
+class Text:
+    """Text from tokens as they come: whole characters, special tokens left out, nothing from a stop string on."""
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+        self.tokenizer, self.stop = tokenizer, stop
+        self.special = frozenset(tokenizer.all_special_ids)
+        self.tokens: list[int] = []  # the last that made text, then those that have not yet
+        self.num_shown, self.held, self.stopped = 0, "", False
+
+    def push(self, token: int) -> str:
+        """What can be shown after one more token."""
+        if token in self.special:
+            return ""
+        self.tokens.append(token)
+        text = self.new_text()
+        if text.endswith("\ufffd"):  # a character whose bytes are not all there
+            return ""
+        self.tokens, self.num_shown = self.tokens[self.num_shown :], len(self.tokens) - self.num_shown
+        return self.release(text, last=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self.release(self.new_text(), last=True)
+
+    def new_text(self) -> str:
+        """Of the tokens not shown; decoded behind those before them, since a text's first token loses its space."""
+        before, whole = (
+            self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+            for tokens in (self.tokens[: self.num_shown], self.tokens)
+        )
+        return whole[len(before) :]
+
+    def release(self, text: str, last: bool) -> str:
+        """`text` less what may be the beginning of a stop string."""
+        self.held += text
+        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        self.stopped = self.stopped or bool(found)
+        end = min(found, default=len(self.held))
+        if not (last or found):
+            end -= max((n for stop in self.stop for n in range(len(stop)) if self.held.endswith(stop[:n])), default=0)
+        shown, self.held = self.held[:end], "" if found else self.held[end:]
+        return shown
+
+
+class Answer:
+    """The continuation of a prompt, one pass of the model at a time.
+
+    Attributes:
+        finish_reason: None while it goes on; "stop" after an end token or a stop string; "length".
+        num_tokens: tokens drawn, the end token included.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        input_ids: list[int],
+        max_new_tokens: int,
+        sampling: SamplingConfig,
+        context: Context | None = None,
+    ):
+        self.context = context or Context(model)
+        self.rest = self.context.rewind(input_ids)
+        self.ends, self.max_new_tokens = end_tokens(model, tokenizer), max_new_tokens
+        self.sampler, self.text = Sampler(model, sampling), Text(tokenizer, sampling.stop)
+        self.num_tokens, self.finish_reason = 0, None
+
+    def advance(self) -> str:
+        """One pass; the text that it adds, often none."""
+        piece, self.rest = self.rest[:PREFILL_TOKENS], self.rest[PREFILL_TOKENS:]
+        logits = self.context.feed(piece)
+        if self.rest:
+            return ""
+        token = self.sampler.pick(self.context.tokens, logits)
+        self.rest, self.num_tokens = [token], self.num_tokens + 1
+        text = "" if token in self.ends else self.text.push(token)
+        if token in self.ends or self.text.stopped:
+            self.finish_reason = "stop"
+        elif self.num_tokens == self.max_new_tokens:
+            self.finish_reason = "length"
+        return text + self.text.finish() if self.finish_reason else text
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and the generation config's."""
+    configured = model.generation_config.eos_token_id
+    found = configured if isinstance(configured, list) else [configured]
+    return sorted({token for token in [*found, tokenizer.eos_token_id] if token is not None})

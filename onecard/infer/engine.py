@@ -1,0 +1,115 @@
+"""One thread that owns the model and gives every request a token in turn.
+
+The answers of a round run one after the other, each over its own KV cache, so each one's tokens are the bits that
+it gets alone. A round goes through the adapters one by one: at most one switch an adapter and round. Text goes out
+through a callback that must not wait: a slow reader's text piles up at its own end, bounded by max_new_tokens,
+and its place in the round is free when it is done, read or not.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from onecard.config import SamplingConfig
+from onecard.infer.adapters import use_adapter
+from onecard.infer.decoding import Answer
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What an answer grew by; the last one has a finish_reason or, if it failed, an error."""
+
+    text: str
+    num_tokens: int  # of the answer until now
+    finish_reason: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Work:
+    """A request: `emit` is called in the engine's thread with each Piece; `cancelled` may be set in any thread."""
+
+    input_ids: list[int]
+    max_new_tokens: int
+    sampling: SamplingConfig
+    adapter: str | None
+    emit: Callable[[Piece], None]
+    cancelled: bool = False
+    answer: Answer | None = field(default=None, init=False)
+
+    def advance(self, model: Any, tokenizer: Any) -> bool:
+        """One pass of the model; whether there is more to come. What goes wrong is this request's alone."""
+        try:
+            if self.answer is None:
+                self.answer = Answer(model, tokenizer, self.input_ids, self.max_new_tokens, self.sampling)
+            text = self.answer.advance()
+            if text or self.answer.finish_reason:
+                self.emit(Piece(text, self.answer.num_tokens, self.answer.finish_reason))
+            return self.answer.finish_reason is None
+        except Exception as error:
+            self.emit(Piece("", 0, error=f"{type(error).__name__}: {error}"))
+            return False
+
+
+class Engine:
+    """Runs Works until it is closed."""
+
+    def __init__(self, model: Any, tokenizer: Any, max_active: int, max_queued: int):
+        self.model, self.tokenizer = model, tokenizer
+        self.max_active, self.max_queued = max_active, max_queued
+        self.waiting: deque[Work] = deque()
+        self.active: list[Work] = []
+        self.changed = threading.Condition()
+        self.closed = False
+        self.adapter: str | None = None
+        use_adapter(model, None)
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.thread.start()
+
+    def submit(self, work: Work) -> bool:
+        """Queue a request, first come first served; False if too many wait, or the engine is closed."""
+        with self.changed:
+            self.waiting = deque(each for each in self.waiting if not each.cancelled)
+            if self.closed or len(self.waiting) >= self.max_queued:
+                return False
+            self.waiting.append(work)
+            self.changed.notify()
+        return True
+
+    def run(self) -> None:
+        while self.admit():
+            going_on = []
+            for name, group in groupby(self.active, key=lambda work: work.adapter):
+                if name != self.adapter:
+                    use_adapter(self.model, name)
+                    self.adapter = name
+                going_on += [work for work in group if work.advance(self.model, self.tokenizer)]
+            self.active = going_on
+
+    def admit(self) -> bool:
+        """Let go of cancelled work and fill the free places; waits while there is nothing to do. False at the end."""
+        with self.changed:
+            while not self.closed:
+                going_on = [work for work in self.active if not work.cancelled]
+                while self.waiting and len(going_on) < self.max_active:
+                    if not (work := self.waiting.popleft()).cancelled:
+                        going_on.append(work)
+                self.active = sorted(going_on, key=lambda work: work.adapter or "")
+                if self.active:
+                    return True
+                self.changed.wait()
+        for work in (*self.active, *self.waiting):
+            work.emit(Piece("", 0, error="the server is shutting down"))
+        return False
+
+    def close(self) -> None:
+        """Stop after the tokens that are being computed."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+        self.thread.join()

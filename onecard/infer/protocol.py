@@ -1,0 +1,170 @@
+"""OpenAI's API as far as it is served: requests checked, what is not supported named; replies built.
+
+A parameter at the value that changes nothing (n=1, frequency_penalty=0) is taken from clients that always send it;
+any other value of it, and any unknown parameter, is an error that names it, since an answer that leaves out what was
+asked for would be a wrong one.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from onecard.config import SamplingConfig
+
+MAX_STOPS = 4
+NEUTRAL: dict[str, Any] = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logprobs": False,
+    "top_logprobs": 0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "modalities": ["text"],
+    "tools": [],
+    "tool_choice": "none",
+    "tool_calls": [],
+    "annotations": [],
+    "store": False,
+}
+
+
+class ApiError(Exception):
+    """An error in OpenAI's shape."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        self.status, self.code = status, code
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+        super().__init__(message)
+
+
+class Sent(BaseModel):
+    """A JSON object: null is as good as not given, and so is a NEUTRAL value."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral(cls, sent: Any) -> Any:
+        if not isinstance(sent, dict):
+            return sent
+        return {key: value for key, value in sent.items() if value is not None and not is_neutral(key, value)}
+
+
+def is_neutral(key: str, value: Any) -> bool:
+    """logprobs: 0 is not false: it asks for the chosen token's."""
+    neutral = NEUTRAL.get(key)
+    return key in NEUTRAL and value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
+class StreamOptions(Sent):
+    include_usage: bool = False
+    include_obfuscation: Literal[False] = False
+
+
+class TextPart(Sent):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Sent):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    def turn(self) -> dict[str, str]:
+        """As chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
+
+
+class Request(Sent):
+    model: str
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: list[str] = Field(default_factory=list, max_length=MAX_STOPS)
+    stream: bool = False
+    stream_options: StreamOptions = StreamOptions()
+    user: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_stop(cls, stop: Any) -> Any:
+        stops = [stop] if isinstance(stop, str) else stop
+        if isinstance(stops, list) and "" in stops:
+            raise ValueError("a stop string must not be empty")
+        return stops
+
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(temperature=self.temperature, top_p=self.top_p, seed=self.seed, stop=tuple(self.stop))
+
+
+class ChatRequest(Request):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+
+class CompletionRequest(Request):
+    prompt: str | list[str] | list[int] | list[list[int]]
+
+
+def parse(kind: type[Request], body: bytes) -> Any:
+    """A request of that kind. Raises ApiError that names the parameter."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    steps = [str(step) for step in first["loc"] if "[" not in str(step) and step not in ("str", "int")]
+    param = ".".join(steps) or None  # without the names of the types that were tried
+    if first["type"] == "extra_forbidden":
+        value = repr(first["input"])
+        raise ApiError(400, f"{param} is not supported (found {value[:80]})", param, "unsupported_parameter")
+    message = first["msg"].removeprefix("Value error, ")
+    raise ApiError(400, f"{param}: {message}" if param else message, param, "invalid_value")
+
+
+class Reply:
+    """The objects of one answer, whole or in chunks."""
+
+    def __init__(self, chat: bool, model: str, num_prompt_tokens: int, include_usage: bool):
+        self.chat, self.num_prompt_tokens, self.include_usage = chat, num_prompt_tokens, include_usage
+        self.shared = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def usage(self, num_tokens: int) -> dict[str, int]:
+        total = self.num_prompt_tokens + num_tokens
+        return {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": num_tokens, "total_tokens": total}
+
+    def choice(self, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
+
+    def whole(self, text: str, num_tokens: int, finish_reason: str) -> dict[str, Any]:
+        message = {"role": "assistant", "content": text, "refusal": None}
+        said: dict[str, Any] = {"message": message} if self.chat else {"text": text}
+        kind = "chat.completion" if self.chat else "text_completion"
+        choices = [self.choice(said, finish_reason)]
+        return {**self.shared, "object": kind, "choices": choices, "usage": self.usage(num_tokens)}
+
+    def chunk(self, text: str, finish_reason: str | None = None, first: bool = False) -> dict[str, Any]:
+        """`first` opens a chat's answer with its role."""
+        delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
+        said: dict[str, Any] = {"delta": delta} if self.chat else {"text": text}
+        return self.event([self.choice(said, finish_reason)], None)
+
+    def event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        made = {**self.shared, "object": kind, "choices": choices}
+        return made | ({"usage": usage} if self.include_usage else {})

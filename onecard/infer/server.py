@@ -1,0 +1,243 @@
+"""A server of OpenAI's API on one model and its adapters: /v1/chat/completions, /v1/completions, /v1/models.
+
+An adapter is a model of its own name; the base's name is the model without any. `engine.py` gives the requests
+their tokens, `protocol.py` checks them, `guard.py` stands before the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from onecard.config import ServeConfig
+from onecard.data.template import prompt_ids, text_ids
+from onecard.errors import UserError
+from onecard.infer.adapters import with_adapter
+from onecard.infer.engine import Engine, Piece, Work
+from onecard.infer.guard import Guard
+from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
+
+COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+
+
+class Service:
+    """The model, its names and the engine.
+
+    Args:
+        models: what requests call the models; peft's name of each one's adapter, None for the base.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, models: dict[str, str | None], config: ServeConfig):
+        self.tokenizer, self.models, self.config = tokenizer, models, config
+        text_config = model.config.get_text_config()
+        self.vocab_size, length = text_config.vocab_size, text_config.max_position_embeddings
+        self.max_model_len = min(config.max_model_len or length, length)
+        self.engine = Engine(model, tokenizer, config.max_num_seqs, config.max_queued)
+        self.encoder = ThreadPoolExecutor(1)  # one: a tokenizer is not for two threads; the event loop must not wait
+        self.started = int(time.time())
+
+    def prompt(self, request: Any) -> list[int]:
+        """Tokens of a request's messages or prompt. Raises ApiError."""
+        try:
+            if isinstance(request, ChatRequest):
+                return prompt_ids([message.turn() for message in request.messages], self.tokenizer)
+            prompt: Any = request.prompt
+            if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+                if len(prompt) > 1:
+                    raise ApiError(400, "one prompt a request is supported", "prompt", "unsupported_value")
+                prompt = prompt[0]
+            ids = text_ids(prompt, self.tokenizer) if isinstance(prompt, str) else prompt
+        except UserError as error:
+            param = "messages" if isinstance(request, ChatRequest) else "prompt"
+            raise ApiError(400, f"{error.must}; found: {error.found}", param, "invalid_value") from None
+        if not ids or not all(0 <= token < self.vocab_size for token in ids):
+            raise ApiError(400, "a prompt must have tokens, all of the vocabulary", "prompt", "invalid_value")
+        return ids
+
+    def max_new_tokens(self, request: Any, num_prompt_tokens: int) -> int:
+        """What is asked for, or what there is room for. Raises ApiError if there is none."""
+        chat = isinstance(request, ChatRequest)
+        asked = (request.max_completion_tokens if chat else None) or request.max_tokens
+        room = self.max_model_len - num_prompt_tokens
+        most = asked if asked is not None else room if chat else COMPLETION_TOKENS
+        if room < max(1, most):
+            message = (
+                f"this model's context is {self.max_model_len} tokens; found {num_prompt_tokens} in the prompt and "
+                f"{max(1, most)} for the answer"
+            )
+            raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
+        return most
+
+    async def submit(self, request: Any) -> tuple[Work, asyncio.Queue[Piece], Reply]:
+        """The request queued, and where its pieces come. Raises ApiError."""
+        if request.model not in self.models:
+            names = ", ".join(self.models)
+            raise ApiError(404, f"no model {request.model[:80]!r}; there are: {names}", "model", "model_not_found")
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
+        ids = await loop.run_in_executor(self.encoder, self.prompt, request)
+        num_tokens = self.max_new_tokens(request, len(ids))
+
+        def emit(piece: Piece) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        work = Work(ids, num_tokens, request.sampling(), self.models[request.model], emit)
+        if not self.engine.submit(work):
+            raise ApiError(503, "too many requests wait", code="overloaded")
+        usage = request.stream_options.include_usage
+        return work, pieces, Reply(isinstance(request, ChatRequest), request.model, len(ids), usage)
+
+    async def answer(self, request: Any) -> Response:
+        work, pieces, reply = await self.submit(request)
+        if request.stream:
+            return Events(work, events(pieces, reply))
+        said = []
+        try:
+            while True:
+                piece = await pieces.get()
+                said.append(piece.text)
+                if piece.error:
+                    raise ApiError(500, piece.error, code="failed")
+                if piece.finish_reason:
+                    return JSONResponse(reply.whole("".join(said), piece.num_tokens, piece.finish_reason))
+        finally:
+            work.cancelled = True
+
+    def close(self) -> None:
+        self.engine.close()
+        self.encoder.shutdown()
+
+    def listed(self, name: str) -> dict[str, Any]:
+        if name not in self.models:
+            raise ApiError(404, f"no model {name[:80]!r}", "model", "model_not_found")
+        return {"id": name, "object": "model", "created": self.started, "owned_by": "onecard"}
+
+
+async def events(pieces: asyncio.Queue[Piece], reply: Reply) -> AsyncIterator[str]:
+    """The data of each server-sent event."""
+    if reply.chat:
+        yield json.dumps(reply.chunk("", first=True))
+    while True:
+        piece = await pieces.get()
+        if piece.error:
+            yield json.dumps(ApiError(500, piece.error, code="failed").body)
+            return
+        if piece.text:
+            yield json.dumps(reply.chunk(piece.text))
+        if piece.finish_reason:
+            break
+    yield json.dumps(reply.chunk("", piece.finish_reason))
+    if reply.include_usage:
+        yield json.dumps(reply.event([], reply.usage(piece.num_tokens)))
+    yield "[DONE]"
+
+
+class Events(Response):
+    """Server-sent events; the work is cancelled when they end, however they end."""
+
+    def __init__(self, work: Work, data: AsyncIterator[str]):
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
+        del self.headers["content-length"]
+        self.work, self.data = work, data
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for data in self.data:
+                await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self.work.cancelled = True
+
+
+def make_app(service: Service) -> FastAPI:
+    """The routes. FastAPI's own pages load scripts from elsewhere and are left out."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    app = FastAPI(title="onecard", lifespan=lifespan, openapi_url=None)
+    app.state.service = service
+    app.add_middleware(Guard, config=service.config)
+
+    @app.exception_handler(ApiError)
+    async def failed(_: Request, error: ApiError) -> JSONResponse:
+        return JSONResponse(error.body, error.status)
+
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def unknown(request: Request, error: Any) -> JSONResponse:
+        missing = ApiError(error.status_code, f"{request.method} {request.url.path} is not served", code="not_found")
+        return JSONResponse(missing.body, missing.status)
+
+    @app.get("/health")
+    async def health() -> dict[str, Any]:
+        return {"status": "ok", "active": len(service.engine.active), "waiting": len(service.engine.waiting)}
+
+    @app.get("/v1/models")
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [service.listed(name) for name in service.models]}
+
+    @app.get("/v1/models/{name:path}")
+    async def get_model(name: str) -> dict[str, Any]:
+        return service.listed(name)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        return await service.answer(parse(ChatRequest, await request.body()))
+
+    @app.post("/v1/completions")
+    async def complete(request: Request) -> Response:
+        return await service.answer(parse(CompletionRequest, await request.body()))
+
+    return app
+
+
+def make_server(model: Any, tokenizer: Any, models: dict[str, str | None], config: ServeConfig) -> uvicorn.Server:
+    app = make_app(Service(model, tokenizer, models, config))
+    settings = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        limit_concurrency=4 * (config.max_num_seqs + config.max_queued),
+        timeout_graceful_shutdown=5,  # answers under way may end; then they are cancelled
+        ws="none",
+    )
+    return uvicorn.Server(settings)
+
+
+def serve(
+    model: Any, tokenizer: Any, name: str, adapters: list[str], config: ServeConfig, say: Callable[[str], None]
+) -> None:
+    """Load the adapters, say where the server is, and run it until Ctrl-C.
+
+    Args:
+        name: the checkpoint's folder or hub id; its last part is what requests call the base.
+        adapters: FOLDER or NAME=FOLDER.
+    """
+    models: dict[str, str | None] = {Path(name).resolve().name if Path(name).exists() else name: None}
+    for i, given in enumerate(adapters):
+        called, _, folder = given.rpartition("=")
+        called = called or Path(folder).resolve().name
+        if called in models:
+            raise UserError("each model needs a name of its own", f"{called!r} twice", "write NAME=FOLDER", "adapter")
+        models[called] = own = f"adapter_{i}"  # peft's names take no dots
+        model = with_adapter(model, folder, own)
+    server = make_server(model, tokenizer, models, config)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    say(f"serving  {', '.join(models)}\nbase_url http://{host}:{config.port}/v1  (Ctrl-C ends)")
+    server.run()

@@ -1,0 +1,91 @@
+"""AdamW with 8-bit states over many parameters in one launch.
+
+A row of the table holds one parameter's addresses: w, gradient, and of m and v each codes and absmax. A program takes
+BLOCKS blocks of one parameter; which one, and where it starts, is in two more tables that depend on sizes only. The
+float32 operations are those of reference.py in the same order, launched with enable_fp_fusion=False: the same bits.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onecard.kernels.reference import Rates
+from onecard.quant.codebook import dynamic_map
+from onecard.quant.dynamic import STATE_BLOCKSIZE, midpoints
+
+BLOCKS = 4
+
+
+@triton.jit
+def decode(codes, absmax, at, inside, block, block_inside, levels):
+    code = tl.load(codes + at, mask=inside, other=0).to(tl.int32)
+    return tl.load(levels + code) * tl.load(absmax + block, mask=block_inside, other=0.0)[:, None]
+
+
+@triton.jit
+def encode(x, codes, absmax, at, inside, block, block_inside, bounds):
+    """The nearest levels' codes, ties to the lower: how many of the 255 bounds lie below, by halving."""
+    most = tl.max(tl.where(inside, tl.abs(x), 0.0), axis=1)
+    divisor = tl.maximum(most, tl.full(most.shape, 1.1754943508222875e-38, tl.float32))
+    scaled = tl.math.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
+    found = tl.zeros(x.shape, tl.int32)
+    for halving in tl.static_range(8):
+        step = 128 >> halving
+        found += tl.where(scaled > tl.load(bounds + found + (step - 1)), step, 0)
+    tl.store(codes + at, found.to(tl.uint8), mask=inside)
+    tl.store(absmax + block, most, mask=block_inside)
+
+
+@triton.jit
+def adamw_8bit_kernel(
+    addresses, sizes, owners, starts, m_map, m_bounds, v_map, v_bounds,
+    decay, rate, root, beta1, rest1, beta2, rest2, eps, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    owner = tl.load(owners + tl.program_id(0)).to(tl.int64)
+    size = tl.load(sizes + owner)
+    w = tl.load(addresses + owner * 6).to(tl.pointer_type(tl.float32))
+    grad = tl.load(addresses + owner * 6 + 1).to(tl.pointer_type(tl.float32))
+    m_codes = tl.load(addresses + owner * 6 + 2).to(tl.pointer_type(tl.uint8))
+    m_absmax = tl.load(addresses + owner * 6 + 3).to(tl.pointer_type(tl.float32))
+    v_codes = tl.load(addresses + owner * 6 + 4).to(tl.pointer_type(tl.uint8))
+    v_absmax = tl.load(addresses + owner * 6 + 5).to(tl.pointer_type(tl.float32))
+    block = tl.load(starts + tl.program_id(0)) + tl.arange(0, BLOCKS).to(tl.int64)
+    at = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    inside, block_inside = at < size, block * BLOCKSIZE < size
+    g = tl.load(grad + at, mask=inside, other=0.0)
+    m = decode(m_codes, m_absmax, at, inside, block, block_inside, m_map)
+    v = decode(v_codes, v_absmax, at, inside, block, block_inside, v_map)
+    m = m * beta1 + g * rest1
+    v = v * beta2 + g * g * rest2
+    update = tl.math.div_rn(m, tl.math.sqrt_rn(v) * root + eps) * rate
+    tl.store(w + at, tl.load(w + at, mask=inside, other=0.0) * decay - update, mask=inside)
+    encode(m, m_codes, m_absmax, at, inside, block, block_inside, m_bounds)
+    encode(v, v_codes, v_absmax, at, inside, block, block_inside, v_bounds)
+
+
+@lru_cache(maxsize=4)
+def tables(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Sizes (parameters,), and of each program the parameter and its first block: int64, int32, int64."""
+    programs = [-(-size // (BLOCKS * STATE_BLOCKSIZE)) for size in sizes]
+    owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(programs))
+    starts = torch.cat([BLOCKS * torch.arange(count) for count in programs])
+    return torch.tensor(sizes).to(device), owners.to(device), starts.to(device)
+
+
+def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
+    """As reference.adamw_8bit_, one launch; the addresses go up without waiting for the device."""
+    device = parts[0][0].device
+    parts = [(w, grad.contiguous(), *states) for w, grad, *states in parts]
+    assert all(x.is_contiguous() for part in parts for x in part)
+    addresses = torch.tensor([[x.data_ptr() for x in part] for part in parts], pin_memory=device.type == "cuda")
+    sizes, owners, starts = tables(tuple(part[0].numel() for part in parts), device)
+    maps = [table for signed in (True, False) for table in (dynamic_map(device, signed), midpoints(device, signed))]
+    adamw_8bit_kernel[(len(owners),)](
+        addresses.to(device, non_blocking=True), sizes, owners, starts, *maps, *rates,
+        BLOCKSIZE=STATE_BLOCKSIZE, BLOCKS=BLOCKS, enable_fp_fusion=False,
+    )  # fmt: skip

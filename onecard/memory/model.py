@@ -1,0 +1,123 @@
+"""What a plan knows of a model: its modules without weights, from a folder's, a hub repository's or a table's facts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from onecard.errors import UserError, did_you_mean
+from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
+from onecard.hf.load import find_checkpoint
+from onecard.memory.shapes import KNOWN
+from onecard.memory.stacks import Stack, stacks_of
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """What a plan needs to know of a model: its modules without weights, and the bytes of each stored value."""
+
+    modules: Any  # transformers' model on the meta device
+    itemsize: dict[str, int]  # of a parameter as stored; 2 where it is not named
+
+    @cached_property
+    def linears(self) -> dict[str, torch.nn.Linear]:
+        """The linears that 4 bits take, by their weight's name."""
+        head = self.modules.get_output_embeddings()
+        named = self.modules.named_modules()
+        return {f"{n}.weight": m for n, m in named if isinstance(m, torch.nn.Linear) and m is not head}
+
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """Experts' stacked weights, by name."""
+        return stacks_of(self.modules)
+
+    @cached_property
+    def quantized(self) -> dict[str, Any]:
+        """All that 4 bits take."""
+        return {**self.linears, **self.stacks}
+
+    @cached_property
+    def num_weights(self) -> int:
+        return sum(p.numel() for p in self.modules.parameters())
+
+    @cached_property
+    def head_itemsize(self) -> int:
+        head = self.modules.get_output_embeddings()
+        name = next((n for n, p in self.modules.named_parameters() if head is not None and p is head.weight), "")
+        return self.itemsize.get(name, 2)
+
+    @cached_property
+    def text(self) -> Any:
+        return self.modules.config.get_text_config()
+
+    @cached_property
+    def num_layers(self) -> int:
+        return self.text.num_hidden_layers
+
+    @cached_property
+    def longest_context(self) -> int:
+        return getattr(self.text, "max_position_embeddings", None) or 1 << 30
+
+
+def known_config(name: str) -> Any:
+    """transformers' config of a model of the table."""
+    fields = dict(KNOWN[name])
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def meta_model(config: Any) -> Any:
+    """transformers' model without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def read_model(checkpoint: Checkpoint) -> Model:
+    """A checkpoint's model from its config and headers."""
+    sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
+    return Model(meta_model(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)), sizes)
+
+
+def find_model(model: str) -> Model:
+    """A model by its folder, its name in the table, or its hub id.
+
+    Raises:
+        UserError: there is none such, with the nearest name of the table.
+    """
+    if model.lower() in KNOWN:
+        return Model(meta_model(known_config(model.lower())), {})
+    if not Path(model).expanduser().exists() and model.count("/") == 1 and not model.startswith((".", "~", "/")):
+        return read_hub(model)
+    try:
+        return read_model(inspect_checkpoint(find_checkpoint(model)))
+    except UserError as error:
+        raise UserError(error.must, f"{error.found}{did_you_mean(model.lower(), KNOWN)}", error.do, model) from None
+
+
+def read_hub(repository: str) -> Model:
+    """A hub repository's model from its config.json and its files' headers alone; no weight is fetched."""
+    from huggingface_hub import get_safetensors_metadata
+
+    config: Any = from_hub(lambda: AutoConfig.from_pretrained(repository), repository)
+    headers: Any = from_hub(lambda: get_safetensors_metadata(repository), repository)
+    tensors = [item for file in headers.files_metadata.values() for item in file.tensors.items()]
+    return Model(meta_model(config), {name: DTYPE_BITS.get(info.dtype, 16) // 8 for name, info in tensors})
+
+
+def from_hub(fetch: Callable[[], Any], repository: str) -> Any:
+    """What the hub's client gives, whatever it raises told as a UserError."""
+    try:
+        return fetch()
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        raise UserError(
+            "the model must be a folder, a hub id in reach or a known name",
+            f"{reason}{did_you_mean(repository.lower(), KNOWN)}",
+            "check name and network",
+            repository,
+        ) from None

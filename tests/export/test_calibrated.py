@@ -1,0 +1,239 @@
+"""GPTQ and AWQ files, read by a reader in plain numpy that shares nothing with the exporter but the format's facts.
+
+Exact: bits, files, what stays. Bound from the maths: least output errors. No worse than plain: round-to-nearest.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from onecard.config import CalibrationConfig, DataConfig, ExportConfig, make_config
+from onecard.data.dataset import load_dataset
+from onecard.errors import UserError
+from onecard.export import awq, gptq
+from onecard.export.calibrated import export_calibrated
+from onecard.export.calibration import batches, calibrate, meta_decoder
+from onecard.export.grouped import Grouped, round_to_nearest
+from onecard.export.merged import merge, open_merged
+from onecard.hf.load import load_tokenizer
+from tests.conftest import FAMILIES, chat_rows, make_checkpoint, write_rows
+from tests.export.test_merged import make_adapter
+
+CPU = torch.device("cpu")
+CONFIG = CalibrationConfig(max_seq_length=128, group_size=32)
+
+
+def nibbles(words, order):
+    """int32 (..., n) -> (..., 8 n): value order[i] of each word stands in its bits 4 i ... 4 i + 3."""
+    out = np.empty((*words.shape, 8), np.int64)
+    for i, place in enumerate(order):
+        out[..., place] = words.view(np.uint32) >> np.uint32(4 * i) & 15
+    return out.reshape(*words.shape[:-1], -1)
+
+
+def read_gptq(get):
+    codes = nibbles(np.ascontiguousarray(get("qweight").T), range(8)).T  # (K, N)
+    zeros, scales, groups = nibbles(get("qzeros"), range(8)) + 1, get("scales").astype(np.float32), get("g_idx")
+    return ((codes - zeros[groups]) * scales[groups]).T
+
+
+def read_awq(get):
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    codes, zeros, scales = nibbles(get("qweight"), order), nibbles(get("qzeros"), order), get("scales")
+    repeat = len(codes) // len(zeros)
+    return ((codes - zeros.repeat(repeat, 0)) * scales.astype(np.float32).repeat(repeat, 0)).T
+
+
+READERS = {"gptq": read_gptq, "awq": read_awq}
+
+
+def read_checkpoint(folder):
+    """A plain float32 model with the file's weights, dequantized."""
+    raw = json.loads((folder / "config.json").read_text())
+    reader = READERS[raw["quantization_config"]["quant_method"]]
+    state = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            state |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in [n.removesuffix(".qweight") for n in state if n.endswith(".qweight")]:
+        found = reader(lambda key, name=name: state[f"{name}.{key}"].numpy())
+        state[f"{name}.weight"] = torch.from_numpy(found)
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    own = model.state_dict()
+    missing = model.load_state_dict({n: t for n, t in state.items() if n in own}, strict=False).missing_keys
+    assert set(missing) <= ({"lm_head.weight"} if config.tie_word_embeddings else set())
+    return model.eval()
+
+
+def make_rounded(folder, group_size, sym):
+    """The model with every linear of its layers rounded to nearest."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for module in model.model.layers.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data = round_to_nearest(module.weight.data, group_size, sym).dequantize()
+    return model
+
+
+def calibration_rows(base, chats, num_rows=128):
+    dataset = load_dataset(str(chats), load_tokenizer(str(base)), DataConfig(max_seq_length=CONFIG.max_seq_length))
+    return dataset, [batch["input_ids"] for batch in batches(dataset, num_rows, packed=False)]
+
+
+@torch.no_grad()
+def distance(model, other, rows):
+    """Of logits, over rows."""
+    return sum((model(ids).logits - other(ids).logits).square().sum().item() for ids in rows) ** 0.5
+
+
+def correlated(K, num_tokens, seed=0):
+    """H of inputs with strong correlations, a few large channels and one that is always zero."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(num_tokens, K, generator=rng) @ torch.randn(K, K, generator=rng) / K**0.5
+    x = (x + torch.randn(num_tokens, 1, generator=rng)) * (1 + 9 * (torch.rand(K, generator=rng) > 0.95))
+    x[:, 3] = 0
+    return x.T @ x, x
+
+
+def output_error(W, W_hat, H):
+    return (((W - W_hat) @ H) * (W - W_hat)).sum().item()
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_packing_is_what_the_format_says(format):
+    """Exact: the reader's values of random codes are scale (code - zero), with and without groups in order."""
+    rng = torch.Generator().manual_seed(0)
+    N, K, g = 24, 64, 32
+    codes = torch.randint(0, 16, (N, K), generator=rng, dtype=torch.uint8)
+    zeros = torch.randint(1 if format == "gptq" else 0, 16, (N, K // g), generator=rng, dtype=torch.uint8)
+    groups = torch.arange(K, dtype=torch.int32) // g
+    if format == "gptq":
+        groups = groups[torch.randperm(K, generator=rng)]
+    weight = Grouped(codes, torch.rand(N, K // g, generator=rng).half(), zeros, groups)
+    method = {"gptq": gptq, "awq": awq}[format]
+    found = {key: tensor.contiguous() for key, tensor in method.tensors(weight).items()}
+    names = {torch.int32: "I32", torch.float16: "F16"}
+    assert {k: (names[t.dtype], tuple(t.shape)) for k, t in found.items()} == method.shapes(N, K, g)
+    index = groups.long()
+    expected = (codes.float() - zeros.float()[:, index]) * weight.scales_NG.float()[:, index]
+    assert np.array_equal(READERS[format](lambda key: found[key].numpy()), expected.numpy())
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("desc_act", [True, False])
+def test_gptq_is_the_paper_s_update(sym, desc_act):
+    """Against the definition in float64: each step inverts the Hessian of the columns that are left."""
+    K, g = 64, 32
+    W = torch.randn(16, K, generator=torch.Generator().manual_seed(1))
+    H, _ = correlated(K, 256)
+    config = CalibrationConfig(group_size=g, sym=sym, desc_act=desc_act)
+    found = gptq.quantize(W, H, config)
+    left, damped = W.double(), H.double()
+    damped[3, 3] = H.diagonal().mean()
+    damped += config.damp_percent * H.diagonal().mean() * torch.eye(K)
+    order = H.diagonal().argsort(descending=True) if desc_act else torch.arange(K)
+    differing = 0
+    for at, k in enumerate(order):
+        if at % g == 0:
+            scale, zero = gptq.choose_scales(left[:, order[at : at + g]].float(), sym, gptq.FIRST_ZERO)
+        inverse = torch.linalg.inv(damped[order[at:]][:, order[at:]])
+        code = ((left[:, k] / scale[:, 0].double()).round() + zero[:, 0]).clamp(0, 15)
+        error = (left[:, k] - (code - zero[:, 0]) * scale[:, 0].double()) / inverse[0, 0]
+        left[:, order[at:]] -= error[:, None] * inverse[:1]
+        differing += int((found.codes_NK[:, k] != code).sum())
+    assert differing <= 0.005 * W.numel()  # float32 against float64, where a weight stands between two levels
+
+
+def test_without_correlations_gptq_is_round_to_nearest():
+    W = torch.randn(16, 128, generator=torch.Generator().manual_seed(2))
+    found = gptq.quantize(W, torch.eye(128), CalibrationConfig(group_size=64))
+    expected = round_to_nearest(W, 64, sym=True)
+    assert torch.equal(found.codes_NK, expected.codes_NK) and torch.equal(found.scales_NG, expected.scales_NG)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_round_to_nearest_is_within_half_a_level(sym):
+    """|w - w_hat| <= scale / 2, and once more what float16 rounds off a scale, for weights on one side of zero too."""
+    W = torch.randn(16, 128, generator=torch.Generator().manual_seed(3))
+    W[:4] = W[:4].abs()
+    W[4:8] = -W[4:8].abs()
+    found = round_to_nearest(W, 32, sym)
+    scale = found.scales_NG.float().repeat_interleave(32, 1)
+    reach = torch.where(W > 0, 15 - found.zeros_NG.repeat_interleave(32, 1).float(), 0)  # sym: 7 above, 8 below
+    beyond = (W - reach * scale).clamp(min=0) if sym else 0
+    assert ((W - found.dequantize()).abs() <= scale * (0.5 + 15 * 2**-11) + beyond).all()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_output_errors_are_below_round_to_nearest(seed):
+    """On correlated inputs, of the output itself, not of H alone."""
+    K, g = 128, 32
+    W = torch.randn(64, K, generator=torch.Generator().manual_seed(seed))
+    H, x = correlated(K, 512, seed)
+    errors = {}
+    for sym in (True, False):
+        rounded = round_to_nearest(W, g, sym).dequantize()
+        for desc_act in (True, False):
+            config = CalibrationConfig(group_size=g, sym=sym, desc_act=desc_act)
+            found = gptq.quantize(W, H, config).dequantize()
+            errors[f"gptq sym={sym} desc_act={desc_act}"] = (found, rounded)
+    errors["awq's clipping"] = (awq.quantize(W, H, g).dequantize(), round_to_nearest(W, g, False).dequantize())
+    for name, (found, rounded) in errors.items():
+        ours, plain = ((x @ (W - other).T).square().sum().item() for other in (found, rounded))
+        assert ours < plain, (name, ours / plain)
+        assert abs(ours - output_error(W, found, H)) < 1e-3 * ours
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_alone_change_no_logits(tmp_path, chats, family, monkeypatch):
+    """Random s in [0.5, 2] on the input of every linear: the model computes what it did, to float32's rounding."""
+    rng = torch.Generator().manual_seed(4)
+    monkeypatch.setattr(awq, "search", lambda _, inputs, source, g: 4 ** (torch.rand(source.size, generator=rng) - 0.5))
+    base = make_checkpoint(tmp_path / "base", family)
+    dataset, rows = calibration_rows(base, chats)
+    merged = open_merged(str(base), None, "original")
+    plain, scaled = (AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval() for _ in range(2))
+    for layer in calibrate(merged, *meta_decoder(merged), dataset, 2, CPU):
+        names = {name for inputs in layer.inputs for name in inputs.names}
+        scaling = awq.scale_layer(layer, names, 32)
+        assert len(layer.inputs) == 4 and set(scaling.columns) == names, "each linear has an s"
+        state = {f"{name}.weight": scaling.weight(name) for name in names} | scaling.changed
+        scaled.get_submodule(layer.name).load_state_dict(state, strict=False)
+    for ids in rows[:4]:
+        with torch.no_grad():
+            z, expected = scaled(ids).logits, plain(ids).logits
+        assert (z - expected).norm() <= 2**-24 * 64 * expected.norm()  # some 20 products a path, of 64 terms each
+
+
+def test_a_bfloat16_norm_is_divided_exactly(tmp_path, chats):
+    """What rounding a norm's weight takes away goes into s: stored weight times s is the weight, to float32."""
+    base = make_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    dataset, _ = calibration_rows(base, chats)
+    merged = open_merged(str(base), None, "original")
+    layer = next(calibrate(merged, *meta_decoder(merged), dataset, 2, CPU))
+    gain = layer.module.input_layernorm.weight.float()
+    scaling = awq.scale_layer(layer, {n for inputs in layer.inputs for n in inputs.names}, 32)
+    stored = scaling.changed["input_layernorm.weight"]
+    assert stored.dtype == torch.bfloat16 and not torch.equal(stored.float(), gain)
+    assert ((stored.float() * scaling.columns["self_attn.q_proj"] - gain).abs() <= 2**-23 * gain.abs()).all()
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_read_back(tmp_path, chats, family, format):
+    """The reader's logits on the calibration rows are nearer to the model's than round-to-nearest's."""
+    base = make_checkpoint(tmp_path / "base", family)
+    fields = {"model": str(base), "data": str(chats), "output": str(tmp_path / "out"), **CONFIG.model_dump()}
+    export_calibrated(make_config(ExportConfig, {"format": format, **fields}, "test"))
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    _, rows = calibration_rows(base, chats)
+    found = distance(plain, read_checkpoint(tmp_path / "out"), rows)
+    rounded = distance(plain, make_rounded(base, 32, sym=format == "gptq"), rows)
+    print(f"{family} {format}: {found / rounded:.3f} of round-to-nearest's distance")
+    assert found < rounded

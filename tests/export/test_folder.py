@@ -1,0 +1,152 @@
+"""Behaviour: an export is whole or not there, whatever ends it. Exact: the base's files are never touched."""
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import onecard
+from onecard.config import DataConfig, QuantConfig, TrainConfig, make_config
+from onecard.data.dataset import load_dataset
+from onecard.errors import UserError
+from onecard.export.folder import new_folder
+from onecard.export.merged import merge
+from onecard.export.quantized import quantize_checkpoint, requantize
+from onecard.export.verify import merge_verified
+from onecard.hf.load import load_tokenizer
+from onecard.train.session import run_training
+from tests.conftest import make_checkpoint
+from tests.export.test_merged import make_adapter
+
+CHILD = """
+import os, signal, sys, time
+from onecard.export import merged
+
+def stop(*args):
+    print("writing", flush=True)
+    {ending}
+
+merged.write_others = stop
+merged.merge(*sys.argv[1:])
+"""
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tuned")
+    base = make_checkpoint(folder / "base", dtype=torch.bfloat16)
+    make_adapter(folder / "adapter", base)
+    return str(base), str(folder / "adapter")
+
+
+def start(ending, *args):
+    """A merge in a process of its own that does `ending` when all but its last files are written."""
+    code = CHILD.format(ending=ending)
+    child = subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "writing\n"
+    return child
+
+
+def hidden(folder):
+    return [p.name for p in folder.iterdir() if p.name.startswith(".")]
+
+
+def test_what_a_kill_leaves_is_removed_by_the_next(tuned, tmp_path):
+    child = start("os.kill(os.getpid(), signal.SIGKILL)", *tuned, str(tmp_path / "merged"))
+    assert child.wait() == -signal.SIGKILL
+    assert len(hidden(tmp_path)) == 1 and not (tmp_path / "merged").exists()
+    merge(*tuned, str(tmp_path / "merged"))
+    assert not hidden(tmp_path) and (tmp_path / "merged" / "config.json").is_file()
+
+
+def test_ctrl_c_leaves_nothing(tuned, tmp_path):
+    child = start("time.sleep(60)", *tuned, str(tmp_path / "merged"))
+    child.send_signal(signal.SIGINT)
+    assert child.wait() != 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_at_once_do_not_destroy_each_other(tuned, tmp_path):
+    """The one that is whole first has the name; the other ends with an error, and its files are gone."""
+    with pytest.raises(UserError, match="new folder"), new_folder(tmp_path / "merged") as mine:
+        (mine / "a").write_text("mine")
+        merge(*tuned, str(tmp_path / "merged"))
+        whole = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
+        assert (mine / "a").read_text() == "mine"
+    assert {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()} == whole
+    assert not hidden(tmp_path)
+
+
+def test_a_folder_that_is_there_is_not_written_to(tuned, tmp_path):
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match="new folder"):
+        merge(*tuned, str(tmp_path / "merged"))
+    assert not list((tmp_path / "merged").iterdir())
+
+
+def test_a_disk_that_fills_up_midway(tuned, tmp_path, monkeypatch):
+    from onecard.hf.writer import TensorFile
+
+    append, written = TensorFile.append, []
+
+    def full(self, name, piece):
+        written.append(name)
+        if len(written) > 5:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, name, piece)
+
+    monkeypatch.setattr(TensorFile, "append", full)
+    with pytest.raises(UserError, match="no space left"):
+        merge(*tuned, str(tmp_path / "merged"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_real_disk_that_fills_up(tuned, tmp_path, monkeypatch):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", small], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    try:
+        with pytest.raises(UserError, match="must have room"):
+            merge(*tuned, str(small / "merged"))
+        monkeypatch.setattr("onecard.export.merged.check_room", lambda *args: None)  # as if it had been there before
+        with pytest.raises(UserError, match="no space left"):
+            merge(*tuned, str(small / "merged"))
+        assert not list(small.iterdir())
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_the_base_is_as_it_was_after_everything(tmp_path, chats):
+    """Load, train, merge both ways, verify, requantize, quantize, save_pretrained: same bytes, same times."""
+    base = make_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
+    for path in base.iterdir():
+        os.utime(path, (1e9, 1e9))
+
+    def stamp():
+        found = {p.name: (hashlib.sha256(p.read_bytes()).hexdigest(), p.stat().st_mtime_ns) for p in base.iterdir()}
+        return found, base.stat().st_mtime_ns
+
+    before, model, out = stamp(), str(base), tmp_path / "out"
+    fields = {"model": model, "data": str(chats), "output": str(out), "max_steps": 1, "device": "cpu"}
+    run_training(make_config(TrainConfig, {**fields, "sample_prompts": []}), False, Console(quiet=True))
+    adapter = str(out / "adapter")
+    merge(model, adapter, str(tmp_path / "a"))
+    merge(model, adapter, str(tmp_path / "b"), "original")
+    dataset = load_dataset(str(chats), load_tokenizer(model), DataConfig()).take([0, 1])
+    merge_verified(model, adapter, str(tmp_path / "c"), dataset, ["dequantized", "original"])
+    requantize(model, adapter, str(tmp_path / "d"), QuantConfig())
+    quantize_checkpoint(model, str(tmp_path / "e"), QuantConfig())
+    onecard.load_model(model, device="cpu").save_pretrained(tmp_path / "f")
+    assert stamp() == before
+    assert (
+        load_file(tmp_path / "e" / "model.safetensors").keys() == load_file(tmp_path / "f" / "model.safetensors").keys()
+    )

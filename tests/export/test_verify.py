@@ -1,0 +1,123 @@
+"""Behaviour: merges measured against the live adapter. Exact: what is kept, and that nothing else is left behind."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import onecard
+from onecard.config import DataConfig, QuantConfig
+from onecard.data.dataset import load_dataset
+from onecard.errors import UserError
+from onecard.export.merged import merge
+from onecard.export.quantized import requantize
+from onecard.export.verify import Agreement, bases_of, better, load_written, merge_verified
+from onecard.hf.load import load_tokenizer
+from onecard.nn.linear import Linear4bit
+from tests.conftest import FAMILIES, make_checkpoint
+from tests.export.test_merged import make_adapter
+
+BOTH = ["dequantized", "original"]
+
+
+@pytest.fixture(params=[torch.bfloat16])
+def tuned(tmp_path, chats, request):
+    base = make_checkpoint(tmp_path / "base", dtype=request.param)
+    make_adapter(tmp_path / "adapter", base)
+    dataset = load_dataset(str(chats), load_tokenizer(str(base)), DataConfig())
+    return str(base), str(tmp_path / "adapter"), dataset.take(list(range(8)))
+
+
+def tensors(folder):
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+@pytest.mark.parametrize("tuned", [torch.float32, torch.bfloat16], indirect=True)
+def test_both_bases_are_measured_and_the_nearer_one_is_kept(tuned, tmp_path):
+    """Merged into what training saw, the rounding of the weights is all that is off. Random weights give near-ties in
+    plenty, so that bfloat16's rounding changes some likeliest tokens here."""
+    model, adapter, dataset = tuned
+    found = merge_verified(model, adapter, str(tmp_path / "merged"), dataset, BOTH)
+    near, far = found.tried
+    exact = AutoConfig.from_pretrained(model).dtype == torch.float32
+    assert near.off < (1e-4 if exact else 0.02) and abs(near.kept - 1) < 0.01
+    assert near.argmax >= (1.0 if exact else 0.95)
+    assert far.off > 5 * near.off
+    assert abs(near.loss - found.live.loss) < 0.01 * found.live.loss
+    merge(model, adapter, str(tmp_path / "plain"), found.kept)
+    a, b = tensors(tmp_path / "merged"), tensors(tmp_path / "plain")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert {p.name for p in (tmp_path / "merged").iterdir()} == {p.name for p in (tmp_path / "plain").iterdir()}
+    assert not list(tmp_path.glob(".*"))
+    lines = found.table()
+    assert len(lines) == 4 and sum(line.endswith("kept") for line in lines[1:]) == 1
+
+
+def test_the_original_base_is_kept_only_where_its_loss_is_surely_lower():
+    losses = torch.rand(200, generator=torch.Generator().manual_seed(0))
+    noise = 0.1 * torch.randn(200, generator=torch.Generator().manual_seed(1))
+
+    def tried(shift):
+        return [Agreement(*fields) for fields in (("a", 0.0, 1.0, 1.0, losses), ("b", 0.1, 1.0, 1.0, losses + shift))]
+
+    assert better(tried(noise - noise.mean())) == "a"
+    assert better(tried(noise - 0.05)) == "b"
+
+
+def test_an_adapter_without_effect_has_no_shares(tuned, tmp_path):
+    model, adapter, dataset = tuned
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({n: t * (0 if "lora_B" in n else 1) for n, t in load_file(path).items()}, path)
+    found = merge_verified(model, adapter, str(tmp_path / "merged"), dataset, BOTH)
+    assert found.live.off is None and all(one.off is None and one.kept is None for one in found.tried)
+    assert "changes nothing" in found.table()[-1] and "nan" not in "".join(found.table())
+    assert requantize(model, adapter, str(tmp_path / "small"), QuantConfig())[1] is None
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_requantized_says_what_is_left(quant_type, tuned, tmp_path):
+    """Exact: the share, against the same sums over whole weights; the files are what quantize makes of the merge."""
+    model, adapter, dataset = tuned
+    quant = QuantConfig(quant_type=quant_type)
+    folder, share = requantize(model, adapter, str(tmp_path / "small"), quant)
+    found = onecard.load_model(str(folder), compute_dtype="float32", device="cpu")
+    before = onecard.load_model(model, compute_dtype="float32", device="cpu")
+    A_B = {n.removeprefix("base_model.model."): t for n, t in load_file(f"{adapter}/adapter_model.safetensors").items()}
+    along = whole = 0.0
+    for name, module in before.named_modules():
+        if isinstance(module, Linear4bit):
+            W = module.dequantize().double()
+            D = 2.0 * (A_B[f"{name}.lora_B.weight"] @ A_B[f"{name}.lora_A.weight"]).double()
+            along += ((found.get_submodule(name).dequantize().double() - W) * D).sum().item()
+            whole += D.square().sum().item()
+    assert share == pytest.approx(along / whole, rel=1e-5)
+    assert 0.0 < share < 1.2
+    verified = merge_verified(model, adapter, str(tmp_path / "again"), dataset, ["dequantized"], None, quant)
+    assert verified.weights_kept == share
+    assert verified.tried[0].off > 0.02
+    a, b = tensors(folder), tensors(tmp_path / "again")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_cannot_be_is_told_before_anything_runs(tuned, tmp_path):
+    model, adapter, dataset = tuned
+    small, _ = requantize(model, adapter, str(tmp_path / "small"), QuantConfig())
+    assert bases_of(model, None) == BOTH
+    assert bases_of(model, QuantConfig()) == bases_of(str(small), None) == ["dequantized"]
+    with pytest.raises(UserError, match="nf4 and fp4"):
+        merge_verified(model, adapter, str(tmp_path / "x"), dataset, BOTH, None, QuantConfig(quant_type="int4"))
+    with pytest.raises(UserError, match="original weights"):
+        merge_verified(str(small), adapter, str(tmp_path / "x"), dataset, BOTH)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_read_back_in_float32_it_is_the_float32_model(family, tmp_path):
+    """The same sums in another order: float32's rounding."""
+    folder = make_checkpoint(tmp_path / "m", family, dtype=torch.bfloat16)
+    ids = torch.randint(5, 200, (1, 17), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = load_written(folder, "cpu")(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= 64 * torch.finfo(torch.float32).eps * expected.norm()

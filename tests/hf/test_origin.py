@@ -1,0 +1,92 @@
+"""Behaviour: an adapter's folder tells how its base was stored and which it was; nothing else is taken for it."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import onecard
+from onecard.config import QuantConfig, TrainConfig, make_config
+from onecard.errors import UserError
+from onecard.export.merged import open_merged
+from onecard.export.quantized import quantize_checkpoint
+from onecard.hf.origin import FILE, read_origin, stored_as
+from onecard.infer.adapters import with_adapter
+from onecard.train.session import run_training
+
+STORED = {"quant_type": "fp4", "blocksize": 128, "double_quant": False}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, checkpoint, chats):
+    output = tmp_path_factory.mktemp("run") / "o"
+    fields = {"model": str(checkpoint), "data": str(chats), "output": str(output), "max_steps": 2, "device": "cpu"}
+    run_training(make_config(TrainConfig, {**fields, **STORED, "sample_prompts": []}), False, Console(quiet=True))
+    return output / "adapter"
+
+
+def test_a_run_writes_what_it_stood_on_and_peft_does_not_mind(trained, checkpoint, recwarn):
+    assert {key: getattr(read_origin(trained), key) for key in STORED} == STORED
+    assert read_origin(trained).model == str(checkpoint)
+    recwarn.clear()
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), trained)
+    assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+def test_what_is_not_given_comes_from_the_run(trained):
+    config = stored_as(trained, {"compute_dtype": "float32", "blocksize": 128})
+    assert config == QuantConfig(compute_dtype="float32", **STORED)
+    with pytest.raises(UserError, match="quant_type fp4"):
+        stored_as(trained, {"quant_type": "nf4"})
+    assert stored_as(None, {"quant_type": "int4"}) == QuantConfig(quant_type="int4")
+
+
+def test_a_base_stored_otherwise_is_refused(trained, checkpoint):
+    with_adapter(onecard.load_model(str(checkpoint), device="cpu", **STORED), str(trained))
+    with pytest.raises(UserError, match="quant_type fp4"):
+        with_adapter(onecard.load_model(str(checkpoint), device="cpu"), str(trained))
+    with pytest.raises(UserError, match="quant_type fp4"):
+        open_merged(str(checkpoint), str(trained), quant=QuantConfig())
+    assert open_merged(str(checkpoint), str(trained)).quant == QuantConfig(**STORED)
+
+
+def test_another_base_of_the_same_shape_is_refused(trained, checkpoint, tmp_path):
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(1 + 0.1 * torch.rand(64, 96))
+    model.save_pretrained(other)
+    with pytest.raises(UserError, match="other weights") as error:
+        with_adapter(onecard.load_model(str(other), device="cpu", **STORED), str(trained))
+    assert str(checkpoint) in str(error.value)
+    for base in ("dequantized", "original"):
+        with pytest.raises(UserError, match="other weights"):
+            open_merged(str(other), str(trained), base)
+
+
+def test_the_same_base_in_4_bits_or_other_shards_is_known_again(trained, checkpoint, tmp_path):
+    small = quantize_checkpoint(str(checkpoint), str(tmp_path / "small"), QuantConfig(**STORED))
+    with_adapter(onecard.load_model(str(small), device="cpu"), str(trained))
+    assert open_merged(str(small), str(trained)).quant == QuantConfig(**STORED)
+    AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+    open_merged(str(tmp_path / "shards"), str(trained))
+    quant = QuantConfig(**{**STORED, "double_quant": True})
+    nested = quantize_checkpoint(str(checkpoint), str(tmp_path / "nested"), quant)
+    with pytest.raises(UserError, match="double_quant False"):
+        open_merged(str(nested), str(trained))
+
+
+def test_without_the_file_or_with_a_damaged_one(trained, checkpoint, tmp_path):
+    copy = tmp_path / "adapter"
+    copy.mkdir()
+    for path in trained.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    (copy / FILE).write_text(json.dumps({"model": "x"}))
+    with pytest.raises(UserError, match="delete it"):
+        read_origin(copy)
+    (copy / FILE).unlink()
+    tuned = with_adapter(onecard.load_model(str(checkpoint), device="cpu", **STORED), str(copy))
+    assert tuned(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+    assert open_merged(str(checkpoint), str(copy)).quant == QuantConfig()
