@@ -331,6 +331,9 @@ def merge(
 def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
     """Write a checkpoint with its linears in 4 bits, in bitsandbytes' format, streaming.
 
+    Experts go into 4 bits, too; such a checkpoint is for onecard, as transformers with bitsandbytes reads no 4-bit
+    experts.
+
     Args:
         model: Checkpoint folder or hub id, in 16 or 32 bits.
         output: New folder.

@@ -58,6 +58,9 @@ class LoraSettings(Strict):
     lora_alpha: float = Field(32, gt=0, description="scale: lora_alpha/r, or lora_alpha/sqrt(r) with use_rslora")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | str = Field("all-linear", description='names of linears, a pattern, or "all-linear"')
+    target_parameters: list[str] | None = Field(
+        None, description="stacked weights of experts, such as gate_up_proj and down_proj"
+    )
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] | None = Field(None, description="modules trained in full and saved with the adapter")
@@ -73,6 +76,12 @@ class LoraSettings(Strict):
         if not pattern or (isinstance(value, list) and len(value) > 1):
             raise ValueError('must be names like q_proj, one pattern, or "all-linear"')
         return pattern
+
+    @model_validator(mode="after")
+    def _plain_lora_on_experts(self) -> LoraSettings:
+        if self.target_parameters and (self.lora_dropout > 0 or self.use_dora):
+            raise ValueError("target_parameters take no lora_dropout and no use_dora, as in peft")
+        return self
 
 
 class DataConfig(Strict):

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint, zeros_at_end
-from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype, paging, release_file_pages
+from onecard.hf.convert import paging, release_file_pages
+from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import cast_output
-from onecard.nn.linear import Linear4bit
+from onecard.nn.experts import weights_of
 from onecard.paging.files import Segment
 from onecard.paging.weights import SLICE_ROWS, PagedBase, PagedEmbedding, PagedHead
 
@@ -166,6 +167,8 @@ def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[st
         return {"quantization_config": config}
     stored = checkpoint.config["quantization_config"]
     config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
+    config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # experts' in 16 bits are as its linears
+    config.bnb_4bit_use_double_quant = stored.get("bnb_4bit_use_double_quant", False)
     model_config = read_config(checkpoint.folder)
     fields = {key: value for key, value in vars(config).items() if key != "load_in_4bit"}
     model_config.quantization_config = fields  # with that key, transformers would take it for bitsandbytes' own
@@ -287,17 +290,19 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def held_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """A module's own tensors, brought in where they are paged; an embedding in pieces."""
-    if isinstance(module, Linear4bit):
-        packed, state = module.stored()
-        named = [("weight", packed), ("absmax", state.absmax), ("nested_absmax", state.nested_absmax),
-                 ("nested_offset", state.nested_offset), ("bias", module.bias)]  # fmt: skip
+    stored = dict(weights_of(module))
+    for name, weight in stored.items():
+        packed, state = weight.stored()
+        named = [(name, packed), ("absmax", state.absmax), ("nested_absmax", state.nested_absmax),
+                 ("nested_offset", state.nested_offset)]  # fmt: skip
         yield from ((key, tensor) for key, tensor in named if tensor is not None)
-        return
     if isinstance(module, PagedEmbedding):
         yield from (("weight", piece) for piece in module.slices())
     elif isinstance(module, PagedHead):
         yield "weight", module.weight
     for key, parameter in module.named_parameters(recurse=False):
+        if key in stored:
+            continue
         pieces = parameter.split(SLICE_ROWS) if isinstance(module, torch.nn.Embedding) else [parameter]
         yield from ((key, piece) for piece in pieces)
 

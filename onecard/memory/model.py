@@ -15,6 +15,7 @@ from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, first_line, meta_model, read_config
 from onecard.memory.shapes import KNOWN
+from onecard.memory.stacks import Stack, stacks_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,16 @@ class Model:
         head = self.modules.get_output_embeddings()
         named = self.modules.named_modules()
         return {f"{n}.weight": m for n, m in named if isinstance(m, torch.nn.Linear) and m is not head}
+
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """Experts' stacked weights, by name."""
+        return stacks_of(self.modules)
+
+    @cached_property
+    def quantized(self) -> dict[str, Any]:
+        """All that 4 bits take."""
+        return {**self.linears, **self.stacks}
 
     @cached_property
     def num_weights(self) -> int:

@@ -272,11 +272,10 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
     prepared.identity["base"] = fingerprint(base)
     torch.manual_seed(config.seed)
     try:
-        model = get_peft_model(base, lora_config(config))
+        model = get_peft_model(base, lora_config(config, base))
     except ValueError as error:
-        raise UserError(
-            "target_modules must name linears of the model", str(error), "correct it", "target_modules"
-        ) from None
+        must = "target_modules must name linears of the model, target_parameters stacked weights of its experts"
+        raise UserError(must, str(error), "correct it", "target_modules") from None
     for name in config.modules_to_save or ():
         if not any(f".{path}".endswith(f".{name}") for path, _ in base.named_modules()):
             found = f'none is called "{name}"'
