@@ -1,8 +1,10 @@
 """Exact: GGUF files read by transformers and the gguf package, by llama.cpp where it is installed."""
 
+import json
 import re
 import subprocess
 import sys
+from random import Random
 
 import gguf
 import numpy as np
@@ -307,6 +309,29 @@ def test_sentencepiece_tokens_are_the_same(tmp_path):
     read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     texts = [text for text in TEXTS if "<|" not in text]
     assert [read(text)["input_ids"] for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
+
+
+def joined(text, tokens, scores):
+    """How llama.cpp tokenizes with scores: join the neighbours whose union scores highest, the first of equals."""
+    ids, pieces = {token: i for i, token in enumerate(tokens)}, list("▁" + text.replace(" ", "▁"))
+    while True:
+        unions = [(scores[ids[a + b]], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in ids]
+        if not unions:
+            return [ids[piece] for piece in pieces]
+        i = -max(unions)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+def test_scores_join_as_merges_do():
+    tokenizer = sentencepiece_like()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens, _ = vocabulary.list_tokens(state, len(tokenizer))
+    scores = vocabulary.merge_scores(state["model"], len(tokenizer))
+    rng = Random(0)
+    letters = sorted(set("".join(TEXT)) - set("0123456789"))
+    for _ in range(300):
+        text = "".join(rng.choices(letters, k=12))
+        assert joined(text, tokens, scores) == tokenizer(text)["input_ids"], text
 
 
 def test_a_word_tokenizer_is_refused(tmp_path):
