@@ -2,8 +2,8 @@
 
 P_q weights in the linears that 4 bits take, P_e in experts, P_o the others, P all of them, P_l LoRA weights; T tokens
 that go through the model at a time, L layers, d hidden, k key heads x head size, f intermediate, V vocabulary; c bytes
-of the compute dtype. What a layer keeps for its backward is told in activations.py. The terms of a step are those at its fullest
-moment, one of
+of the compute dtype. What a layer keeps for its backward is told in activations.py. The terms of a step are those at
+its fullest moment, one of
 
     the loss                           all that is kept, the inputs of the layers that recompute, the logits' chunk
     a recomputing layer's backward     the inputs, that layer whole and what its backward works on, gradients so far
