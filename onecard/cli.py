@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -305,10 +305,10 @@ def merge(
         from onecard.hf.load import load_tokenizer
 
         dataset = load_dataset(verify, load_tokenizer(model), make_config(DataConfig, {}, "merge"))
-        bases = [base] if base is not None else bases_of(model, small)
+        bases: Any = [base] if base is not None else bases_of(model, small)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
         print("\n".join(found.table()))
-        base, share = found.kept, found.weights_kept
+        base, share = cast(Any, found.kept), found.weights_kept
     elif small is not None:
         from onecard.export.quantized import requantize as run
 

@@ -95,7 +95,8 @@ def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
     fields = {key: value for key, value in merged.config.items() if key != "model_type"}
     config = AutoConfig.for_model(merged.config["model_type"], **fields)
     model = meta_model(config, "config.json").eval().requires_grad_(False)
-    layers = list(model.get_decoder().layers)
+    decoder: Any = model.get_decoder()
+    layers = list(decoder.layers)
     return model, {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 

@@ -96,8 +96,8 @@ class Experts:
         """Replace an adapter's updates of stacked weights by one for each of their matrices in the checkpoint."""
         for layer, stack in self.layers(adapter.config.get("target_parameters") or []).items():
             update = adapter.updates.pop(f"{layer}.weight", None)
-            for name, place in self.places.items() if update is not None else ():
-                if place.stack == stack:
+            for name, place in self.places.items():
+                if update is not None and place.stack == stack:
                     adapter.updates |= self.matrix_updates(name, update, adapter)
 
     def layers(self, target_parameters: list[str]) -> dict[str, str]:

@@ -24,7 +24,7 @@ def dense(
 
 
 def sparse(
-    kind: str, experts: int, per_token: int, width: int, *shape: int, head_dim: int
+    kind: str, experts: int, per_token: int, width: int, *shape: Any, head_dim: int
 ) -> dict[str, Any]:  # fmt: skip
     """`dense`, with experts of `width` intermediate features."""
     number = "num_experts" if kind == "qwen3_moe" else "num_local_experts"

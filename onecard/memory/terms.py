@@ -264,7 +264,7 @@ def generate_terms(case: Case) -> list[Term]:
     text, T = case.model.text, case.batch_tokens
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    window = getattr(text, "sliding_window", None)
+    window: Any = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * case.model.num_layers
     slides = [window is not None and "sliding" in kind for kind in kinds]
     lengths = [min(case.length, window) if slide else case.length for slide in slides]

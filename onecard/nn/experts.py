@@ -259,7 +259,7 @@ class FactorGradients:
         return self.A_ERK.to(A_ERK.dtype), self.B_ENR.permute(1, 2, 0).to(B_NRE.dtype)
 
 
-def products(experts: Experts4bit, up: tuple, down: tuple, x: Tensor) -> tuple[Product, Product]:
+def products(experts: Experts4bit, up: Any, down: Any, x: Tensor) -> tuple[Product, Product]:
     """Both products, computing in x's dtype; each tuple is scaling, A (E, R, K) and B (N, R, E) or None."""
     first, second = experts.weights.values()
     return Product(first, *up, x), Product(second, *down, x)

@@ -72,8 +72,8 @@ class ParamWrapper(PeftParamWrapper):
     """
 
     def __init__(self, base_layer: Any, adapter_name: str, parameter_name: str | None = None, **kwargs: Any):
-        experts = base_layer.get_base_layer() if isinstance(base_layer, PeftParamWrapper) else base_layer
-        if parameter_name not in experts.weights:
+        experts: Any = base_layer.get_base_layer() if isinstance(base_layer, PeftParamWrapper) else base_layer
+        if parameter_name is None or parameter_name not in experts.weights:
             raise UserError(
                 f"an adapter for experts must be on one of {', '.join(experts.weights)}",
                 str(parameter_name or "the experts as a module"),
@@ -84,14 +84,16 @@ class ParamWrapper(PeftParamWrapper):
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         self._param_ndim = 3  # peft swaps the two below unless the experts are transposed
-        shape = self.get_base_layer().weights[self.parameter_name].shape
+        experts: Any = self.get_base_layer()
+        shape = experts.weights[self.parameter_name].shape
         self.num_experts: int = shape[0]
         return shape[1], shape[2]
 
     @contextmanager
     def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
         names = [name for name in active_adapters if name in self.lora_A]
-        factors = self.get_base_layer().factors
+        experts: Any = self.get_base_layer()
+        factors = experts.factors
         if names:
             factors[self.parameter_name] = self.factors(names)
         try:
@@ -103,7 +105,9 @@ class ParamWrapper(PeftParamWrapper):
         """The adapters' factors; those of several one beside the other, scaled."""
         found = []
         for name in names:
-            A, B = self.lora_A[name].weight, self.lora_B[name].weight
+            adapter_A: Any = self.lora_A[name]
+            adapter_B: Any = self.lora_B[name]
+            A, B = adapter_A.weight, adapter_B.weight
             A_ERK, B_NRE = A.view(self.num_experts, -1, A.shape[1]), B.view(B.shape[0], -1, self.num_experts)
             found.append(Factors(A_ERK, B_NRE, self.scaling[name]))
         if len(found) == 1:
