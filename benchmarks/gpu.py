@@ -1,8 +1,10 @@
 """Everything that needs a GPU in one call under ten minutes: python -m benchmarks.gpu [--lengths 512 2048 8192]
 
-1. the suite's GPU tests; 2. each kernel against the memory speed that a plain copy reaches here, and against
-bitsandbytes; 3. whole training steps on 1B- and 8B-shaped random weights: onecard, bitsandbytes+peft and LoRA on a
-16-bit base, each in a process of its own: tokens a second, peak memory, model FLOP utilization on useful FLOPs.
+1. the suite's GPU tests; 2. each kernel against the memory speed that a plain copy reaches here, or the speed of a
+bfloat16 product, and against bitsandbytes; 3. whole training steps on 1B- and 8B-shaped random weights: onecard,
+bitsandbytes+peft, LoRA on a 16-bit base through peft and through onecard's own step, each in a process of its own:
+tokens a second, peak memory, model FLOP utilization on useful FLOPs; 4. what fits under a cap (gpu_memory.py).
+What has not begun after --minutes is left out and said so.
 
 Results go to results/gpu_<device>_<date>.json and .md. On a machine without a GPU, --dry-run checks the script's logic
 on the CPU with a tiny shape.
@@ -18,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -33,20 +36,20 @@ SHAPES: dict[str, dict[str, int]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
-CONTENDERS = ("onecard", "bnb", "lora")
-RANK, STEPS = 16, 6
+CONTENDERS = ("onecard", "bnb", "lora", "onecard16")
+RANK, STEPS = 16, 4
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense bfloat16
 
 
-def clock(call: Callable[[], object], device: torch.device, rounds: int = 30) -> float:
+def clock(call: Callable[[], object], device: torch.device, rounds: int = 30, warm: int = 3) -> float:
     """Median seconds of a call, the device waited for."""
     times = []
-    for number in range(rounds + 3):
+    for number in range(rounds + warm):
         wait(device)
         start = time.perf_counter()
         call()
         wait(device)
-        if number >= 3:
+        if number >= warm:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
 
@@ -57,30 +60,50 @@ def wait(device: torch.device) -> None:
 
 
 def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
-    """Each kernel's time, the bytes it must move, and the share of a copy's speed that this is."""
-    from onecard.kernels import ops
+    """Each kernel's time, the bytes it must move or the operations it must do, and its share of that floor."""
+    from onecard.kernels import ops, rows
+    from onecard.kernels.reference import Rates
+    from onecard.quant.dynamic import zeros_8bit
 
-    W = torch.randn(N, K, device=device, dtype=torch.bfloat16)
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    W, copy = random(N, K), random(N, K)
     packed, state = ops.quantize_4bit(W)
     weight = (packed, state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
-    copy = torch.empty_like(W)
     speed = 2 * W.nbytes / clock(lambda: copy.copy_(W), device)
     stored = packed.nbytes + state.nbytes
-    logits = torch.randn(512, 32000, device=device, dtype=torch.bfloat16)
-    target = torch.randint(0, 32000, (512,), device=device)
+    logits, target = random(512, 32000), torch.randint(0, 32000, (512,), device=device)
+    x, norm, gate, up = random(512, K), random(K), random(512, N), random(512, N)
+    A, B = random(RANK, K, dtype=torch.float32), random(N, RANK, dtype=torch.float32)
+    w, g = random(N, K, dtype=torch.float32), random(N, K, dtype=torch.float32)
+    states = (*zeros_8bit(w.numel(), device, True), *zeros_8bit(w.numel(), device, False))
+    rates = Rates.of(9, 1e-4, (0.9, 0.999), 1e-8, 0.0)
     backend = ops.backend(device)
-    found = [
+    found: list[tuple[str, Callable[[], object], int]] = [
         ("quantize", lambda: ops.quantize_4bit(W), W.nbytes + stored),
         ("dequantize, reused buffer", lambda: backend.dequantize_into(*weight, copy), stored + W.nbytes),
         ("cross-entropy 512 x 32000", lambda: ops.cross_entropy_(logits, target), 3 * logits.nbytes),
+        ("RMSNorm, 512 rows", lambda: rows.rms_norm(x, norm, 1e-5), 2 * x.nbytes),
+        ("SwiGLU, 512 rows", lambda: rows.swiglu(gate, up), 3 * gate.nbytes),
+        ("AdamW, 8-bit states", lambda: ops.adamw_8bit_([(w, g, *states)], rates), 3 * w.nbytes + w.numel() * 4),
     ]
     for M in (1, 4, 16):
-        x = torch.randn(M, K, device=device, dtype=torch.bfloat16)
-        found.append((f"product of {M} rows", lambda x=x: ops.qlora_linear(x, packed, state), stored))
+        y = random(M, K)
+        found.append((f"product of {M} rows", lambda y=y: ops.qlora_linear(y, packed, state), stored))
+        with_lora = lambda y=y: ops.qlora_linear(y, packed, state, None, A, B, 2.0)  # noqa: E731
+        found.append((f"product of {M} rows with LoRA", with_lora, stored + A.nbytes + B.nbytes))
     results = []
-    for name, call, num_bytes in found:
-        seconds = clock(call, device)
-        results.append({"kernel": f"{name}, {N}x{K}", "ms": seconds * 1e3, "of_copy": num_bytes / seconds / speed})
+    with torch.no_grad():
+        for name, call, num_bytes in found:
+            seconds = clock(call, device)
+            results.append({"kernel": f"{name}, {N}x{K}", "ms": seconds * 1e3, "of_floor": num_bytes / seconds / speed})
+        for M in (512, 2048):
+            y = random(M, K)
+            plain = clock(lambda y=y: y @ W.T, device)
+            seconds = clock(lambda y=y: ops.qlora_linear(y, packed, state, None, A, B, 2.0), device)
+            name = f"dequantize, product and LoRA of {M} rows, {N}x{K}"
+            results.append({"kernel": name, "ms": seconds * 1e3, "of_floor": plain / seconds})
     return results + peer_kernels(device, W)
 
 
@@ -103,17 +126,23 @@ def peer_kernels(device: torch.device, W: torch.Tensor) -> list[dict[str, Any]]:
     return [{"kernel": f"bitsandbytes {n}, {shape}", "ms": clock(c, device) * 1e3} for n, c in calls.items()]
 
 
-def random_model(shape: str, contender: str, device: torch.device) -> Any:
-    """A Llama of random weights made on the device, its linears in the contender's form, with adapters."""
+def random_model(shape: str, contender: str, device: torch.device, share: bool = False, **fields: int) -> Any:
+    """A Llama of random weights made on the device, its linears in the contender's form, with adapters.
+
+    `share` gives linears of one shape the same weight; `fields` replace the shape's.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(max_position_embeddings=16384, tie_word_embeddings=False, **SHAPES[shape])
+    config = LlamaConfig(max_position_embeddings=16384, tie_word_embeddings=False, **SHAPES[shape] | fields)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    made: dict[torch.Size, Any] = {}
     for name, linear in linears:
-        model.set_submodule(name, random_linear(linear, contender, device))
+        ours = random_linear(linear, contender, device, made.get(linear.weight.shape) if share else None)
+        made[linear.weight.shape] = ours
+        model.set_submodule(name, ours)
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             owner = model.get_submodule(name.rpartition(".")[0])
@@ -133,8 +162,15 @@ def random_model(shape: str, contender: str, device: torch.device) -> Any:
     return get_peft_model(model, lora)
 
 
-def random_linear(linear: nn.Linear, contender: str, device: torch.device) -> nn.Module:
+def random_linear(linear: nn.Linear, contender: str, device: torch.device, like: Any = None) -> nn.Module:
+    """A linear of that shape in the contender's form; ours with the weight of `like` if that is given."""
     N, K = linear.weight.shape
+    if like is not None:
+        from onecard.nn.linear import Linear4bit
+
+        shared = Linear4bit(K, N, False, torch.bfloat16, device)
+        shared.set_weight(like.weight.data, like.quant_state)
+        return shared
     W = 0.02 * torch.randn(N, K, device=device, dtype=torch.bfloat16)
     if contender == "onecard":
         from onecard.kernels import ops
@@ -155,24 +191,23 @@ def random_linear(linear: nn.Linear, contender: str, device: torch.device) -> nn
     return plain
 
 
-def steps(shape: str, contender: str, length: int, recompute: bool, device: torch.device) -> dict[str, float]:
+def steps(shape: str, contender: str, length: int, device: torch.device, model: Any) -> dict[str, float]:
     """Median seconds of a step and the allocator's peak; ours with its own loss and attention, peers as documented."""
     from onecard.hf.attention import use_packed_attention
+    from onecard.optim.adamw import AdamW
     from onecard.train.loss import packed_loss
+    from onecard.train.step import recompute_layers
 
-    model = random_model(shape, contender, device).train()
-    if recompute:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
+    ours, base = contender.startswith("onecard"), model.get_base_model()
+    recompute_layers(base, SHAPES[shape]["num_hidden_layers"] if recomputes(length) else 0)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=device.type == "cuda")
+    optimizer = AdamW(trainable, lr=1e-4) if ours else torch.optim.AdamW(trainable, lr=1e-4, fused=True)
     ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, length), device=device)
     at = torch.arange(length, device=device)
     batch = {"input_ids": ids, "position_ids": at[None], "supervised": (at[:-1], ids[0, 1:])}
-    base = model.get_base_model()
 
     def step() -> None:
-        if contender == "onecard":
+        if ours:
             loss = packed_loss(base, {**batch, "cu_seqlens": [0, length]}, length - 1)
         else:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -182,14 +217,34 @@ def steps(shape: str, contender: str, length: int, recompute: bool, device: torc
         optimizer.zero_grad(set_to_none=True)
 
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    if contender == "onecard":
-        with use_packed_attention(base):
-            seconds = clock(step, device, STEPS)
-    else:
-        seconds = clock(step, device, STEPS)
+    with use_packed_attention(base) if ours else nullcontext():
+        seconds = clock(step, device, STEPS, 2)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {"seconds": seconds, "peak": float(peak)}
+
+
+def recomputes(length: int) -> bool:
+    """The matched setting of all contenders."""
+    return length >= 8192
+
+
+def child(shape: str, contender: str, lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """Steps of each length on one model; a length that fails (out of memory) gives its last words instead."""
+    if contender == "onecard16":
+        from benchmarks.train import keep_16_bits
+    model = random_model(shape, "onecard" if contender == "onecard16" else contender, device).train()
+    if contender == "onecard16":
+        keep_16_bits(model)
+    found: dict[str, Any] = {}
+    for length in lengths:
+        try:
+            found[str(length)] = steps(shape, contender, length, device, model)
+        except RuntimeError as error:
+            found[str(length)] = {"failed": str(error).strip().splitlines()[0][:200]}
+            model.zero_grad(set_to_none=True)
+    return found
 
 
 def useful_flops(shape: str, length: int) -> float:
@@ -206,49 +261,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048, 8192])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["1b", "8b"])
+    parser.add_argument("--minutes", type=float, default=8.5, help="after which nothing new begins")
     parser.add_argument("--dry-run", action="store_true", help="the CPU and a tiny shape; nothing is written")
-    parser.add_argument("--child", nargs=4, metavar=("SHAPE", "CONTENDER", "LENGTH", "RECOMPUTE"))
+    parser.add_argument("--child", nargs=2, metavar=("SHAPE", "CONTENDER"))
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.dry_run else "cpu")
     if args.child:
-        shape, contender, length, recompute = args.child
-        print(json.dumps(steps(shape, contender, int(length), recompute == "True", device)))
+        print(json.dumps(child(*args.child, args.lengths, device)))
         return
     if device.type == "cpu" and not args.dry_run:
         sys.exit("no GPU here; --dry-run checks the script")
     if args.dry_run:
-        args.shapes, args.lengths = ["tiny"], [64]
-    begin = time.time()
+        args.shapes, args.lengths = ["tiny"], [64, 96]
+    found = measure_all(args, device)
+    if not args.dry_run:
+        write(found)
+
+
+def measure_all(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Everything in order, until the minutes are over."""
+    from benchmarks.gpu_memory import CASES
+
+    deadline = time.monotonic() + 60 * args.minutes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "tests": None, "steps": []}
+    found: dict[str, Any] = {"device": name, "torch": torch.__version__, "tests": None, "steps": [], "memory": []}
     if device.type == "cuda":
         suite = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
         done = subprocess.run(suite, capture_output=True, text=True)
         found["tests"] = (done.stdout.strip().splitlines() or ["no output"])[-1]
     sizes = [(256, 128)] if args.dry_run else [(5632, 2048), (14336, 4096)]
     found["kernels"] = [row for N, K in sizes for row in kernels(device, N, K)]
+    dry = ["--dry-run"] if args.dry_run else []
     for shape in args.shapes:
-        for length in args.lengths:
-            for contender in CONTENDERS:
-                found["steps"].append(one_step(shape, contender, length, args.dry_run, name))
-                print(found["steps"][-1], f"{time.time() - begin:.0f} s", flush=True)
-    if not args.dry_run:
-        write(found)
+        for contender in CONTENDERS:
+            row = {"shape": shape, "contender": contender}
+            command = [*dry, "--lengths", *map(str, args.lengths), "--child", shape, contender]
+            measured = in_time(deadline, "benchmarks.gpu", *command)
+            for length in args.lengths:
+                found["steps"].append({**row, **step_row(shape, length, measured.get(str(length), measured), name)})
+                print(found["steps"][-1], flush=True)
+    for case in CASES:
+        found["memory"].append({"case": case, **in_time(deadline, "benchmarks.gpu_memory", *dry, "--case", case)})
+        print(found["memory"][-1], flush=True)
+    return found
 
 
-def one_step(shape: str, contender: str, length: int, dry: bool, name: str) -> dict[str, Any]:
-    """One child's row; a contender that fails (out of memory, not installed) gets its last words instead."""
-    row: dict[str, Any] = {"shape": shape, "contender": contender, "length": length}
-    recompute = length >= 8192
+def in_time(deadline: float, module: str, *arguments: str) -> dict[str, Any]:
+    """What a child found; or its last words (out of memory, not installed), or that the time was over."""
+    if time.monotonic() > deadline:
+        return {"failed": "not run: the time was over"}
     try:
-        extra = ["--dry-run"] if dry else []
-        measured = run_child("benchmarks.gpu", *extra, "--child", shape, contender, str(length), str(recompute))
+        return run_child(module, *arguments)
     except RuntimeError as error:
-        return {**row, "failed": str(error).strip().splitlines()[-1][:200]}
+        return {"failed": str(error).strip().splitlines()[-1][:200]}
+
+
+def step_row(shape: str, length: int, measured: dict[str, Any], name: str) -> dict[str, Any]:
+    """One length's speed, memory and share of the GPU's peak."""
+    if "failed" in measured:
+        return {"length": length, **measured}
     rate = length / measured["seconds"]
     limit = next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
-    row |= {"tok_s": rate, "peak_gb": measured["peak"] / 1e9, "recompute": recompute}
-    return {**row, "mfu": rate * useful_flops(shape, length) / limit if limit else None}
+    share = rate * useful_flops(shape, length) / limit if limit else None
+    numbers = {"tok_s": rate, "peak_gb": measured["peak"] / 1e9, "mfu": share}
+    return {"length": length, "recompute": recomputes(length), **numbers}
 
 
 def write(found: dict[str, Any]) -> None:
@@ -257,9 +333,17 @@ def write(found: dict[str, Any]) -> None:
     path = RESULTS / f"gpu_{stem}_{time.strftime('%Y-%m-%d')}"
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-    rows = [[r["kernel"], f"{r['ms']:.3f}", f"{r['of_copy']:.0%}" if "of_copy" in r else ""] for r in found["kernels"]]
+    path.with_suffix(".md").write_text(markdown(found))
+    print(path.with_suffix(".md"))
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """Three tables: kernels, steps, memory."""
+    rows = [
+        [r["kernel"], f"{r['ms']:.3f}", f"{r['of_floor']:.0%}" if "of_floor" in r else ""] for r in found["kernels"]
+    ]
     lines = [f"# {found['device']}", f"torch {found['torch']}; GPU tests: {found['tests']}"]
-    lines += [table(["kernel", "ms", "of a copy's speed"], rows)]
+    lines += [table(["kernel", "ms", "of its floor"], rows)]
     cells = []
     for r in found["steps"]:
         numbers = [r["failed"], "", ""] if "failed" in r else [
@@ -267,8 +351,8 @@ def write(found: dict[str, Any]) -> None:
         ]  # fmt: skip
         cells.append([r["shape"], str(r["length"]), r["contender"], "yes" if r.get("recompute") else "no", *numbers])
     lines += [table(["shape", "tokens", "", "recompute", "tok/s", "peak GB", "MFU"], cells)]
-    path.with_suffix(".md").write_text("\n\n".join(lines) + "\n")
-    print(path.with_suffix(".md"))
+    lines += [table(["case", "found"], [[r["case"], r.get("failed") or r["found"]] for r in found["memory"]])]
+    return "\n\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

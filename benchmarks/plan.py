@@ -79,7 +79,6 @@ def child(name: str) -> None:
 
     device = torch.device("cpu")
     _, shape, settings = CONFIGURATIONS[name]
-    return_large_blocks()
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(name, Path(folder))
         fields = {"model": folder, "data": "-", "output": folder, "max_seq_length": 512, "packing": False,
@@ -89,6 +88,8 @@ def child(name: str) -> None:
         model = read_model(inspect_checkpoint(Path(folder)))
         budget = parse_bytes(config.weights_budget) if config.weights_budget else None
         fit = Fit(shape["num_hidden_layers"] if config.gradient_checkpointing else 0, budget)
+        if fit != Fit(0):  # as train does
+            return_large_blocks()
         terms = plan_terms(model, config, dtype, "qlora", fit)
         before = status_bytes("RssAnon")
         with anonymous_peak() as peak:

@@ -67,9 +67,11 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     from onecard.hf.attention import use_packed_attention
     from onecard.memory.measure import return_large_blocks
     from onecard.nn.lora import lora_config
+    from onecard.train.loop import frozen_objects
     from onecard.train.step import Run, recompute_layers, update
 
-    return_large_blocks()
+    if args.recompute:  # as train does
+        return_large_blocks()
     begin = time.perf_counter()
     base = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
     load = time.perf_counter() - begin
@@ -91,7 +93,7 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     model.train()
     if args.recompute:
         recompute_layers(run.base, run.base.config.num_hidden_layers)
-    with use_packed_attention(run.base):
+    with use_packed_attention(run.base), frozen_objects():
         steps = [update(run) for _ in range(args.steps)]
     return [step["seconds"] for step in steps], [step["loss"] for step in steps], load
 

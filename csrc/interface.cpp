@@ -23,6 +23,8 @@ const Kernels* best() {
         return __builtin_cpu_supports("avx512bf16") ? &kAvx512Bf16 : &kAvx512;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2;
+#elif defined(__aarch64__)
+    return &kNeon;
 #endif
     return &kScalar;
 }
@@ -54,6 +56,8 @@ EXPORT int onecard_set_isa(const char* name) {
         &kScalar,
 #if defined(__x86_64__) || defined(_M_X64)
         &kAvx2, &kAvx512, &kAvx512Bf16,
+#elif defined(__aarch64__)
+        &kNeon,
 #endif
     };
     for (const Kernels* kernels : known) {

@@ -111,6 +111,8 @@ struct Kernels {
 extern const Kernels kScalar;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+#elif defined(__aarch64__)
+extern const Kernels kNeon;
 #endif
 
 }  // namespace onecard

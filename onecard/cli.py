@@ -238,7 +238,7 @@ def serve(
 
     first = adapter[0].rpartition("=")[2] if adapter else None
     loaded, tokenizer = load_base(model, first, quant, device)
-    run(loaded, tokenizer, model, adapter or [], config, print)
+    run(loaded, tokenizer, model, adapter or [], config)
 
 
 @app.command(name="eval")
@@ -356,16 +356,23 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
 @app.command
 def export(fields: ExportFields = None) -> None:
     """Write a model, merged with an adapter if there is one, in another tool's format, streaming."""
-    from onecard.export.folder import need_package
-
     config = make_config(ExportConfig, given(fields), "command line")
     quiet_libraries()
+    from onecard.export.folder import need_package
+    from onecard.hf.origin import STORED, stored_as
+
+    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
     if config.format == "gguf":
         need_package("gguf", "gguf")
-        from onecard.export.gguf import export_gguf as run
+        from onecard.export.gguf import export_gguf
+
+        said = export_gguf(config.model, config.adapter, config.output, config, config.base, quant).lines()
     else:
-        from onecard.export.calibrated import export_calibrated as run
-    print("\n".join(run(config).lines()))
+        from onecard.export.calibrated import export_calibrated, lines
+
+        where = (config.model, config.adapter, str(config.data), config.output)
+        said = lines(config.format, *export_calibrated(config.format, *where, config, config.base, quant))
+    print("\n".join(said))
 
 
 def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:

@@ -95,7 +95,14 @@ class CalibrationConfig(Strict):
     device: str = Field("auto", description="gptq, awq: where a decoder layer is run: auto, cpu, cuda or cuda:N")
 
 
-class ExportConfig(QuantConfig, CalibrationConfig):
+class GgufConfig(Strict):
+    """What a GGUF file holds."""
+
+    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field("bf16", description="gguf: how matrices are stored")
+    adapter_only: bool = Field(False, description="gguf: the adapter as a LoRA file of its own, in float32")
+
+
+class ExportConfig(QuantConfig, GgufConfig, CalibrationConfig):
     """A model with or without an adapter in another tool's format. quant_type etc. say what training used."""
 
     format: Literal["gguf", "gptq", "awq"] = Field(
@@ -107,8 +114,6 @@ class ExportConfig(QuantConfig, CalibrationConfig):
     base: Literal["dequantized", "original"] | None = Field(
         None, description="what the adapter is merged into: what training saw (by itself), or the original weights"
     )
-    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field("bf16", description="gguf: how matrices are stored")
-    adapter_only: bool = Field(False, description="gguf: the adapter as a LoRA file of its own, in float32")
     data: str | None = Field(None, description="gptq, awq: data file to calibrate on, best that of the training")
 
     @model_validator(mode="after")

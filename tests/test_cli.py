@@ -48,6 +48,15 @@ def test_generate_and_eval_with_the_adapter(trained, checkpoint, chats):
     assert code == 0 and "perplexity" in out, err
 
 
+def test_export_says_how_to_use_what_it_wrote(trained, checkpoint, chats, tmp_path):
+    code, out, err = onecard(
+        "export", "--model", checkpoint, "--adapter", trained[0] / "adapter", "--data", chats, "--format", "gptq",
+        "--output", tmp_path / "o", "--num-rows", 2, "--max-seq-length", 64, "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0 and f"vllm serve {tmp_path / 'o'}" in out, err
+    assert (tmp_path / "o" / "quantize_config.json").is_file()
+
+
 def test_chat_answers_and_ends(checkpoint):
     done = subprocess.run(
         [sys.executable, "-m", "onecard.cli", "chat", "--model", str(checkpoint), "--max-new-tokens", "4"],

@@ -33,7 +33,7 @@ from onecard.data.control import (
     refuse_control_tokens,
     specials_of,
 )
-from onecard.data.records import Record
+from onecard.data.records import FIX, Record
 from onecard.data.rendering import Renderings
 from onecard.errors import UserError
 
@@ -288,8 +288,13 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
 
     A tokenizer without a chat template gets the last message's text as it is.
     """
-    if not tokenizer.chat_template:
-        return text_ids(messages[-1]["content"], tokenizer)
-    asked = (len(messages), True)
-    text = Renderings(messages_as_text(messages, tokenizer), tokenizer, "prompt", wanted=[asked]).text(*asked)
-    return missing_bos(text, tokenizer) + encode_text(text, tokenizer, "prompt")[0]
+    try:
+        if not tokenizer.chat_template:
+            return text_ids(messages[-1]["content"], tokenizer)
+        asked = (len(messages), True)
+        text = Renderings(messages_as_text(messages, tokenizer), tokenizer, "prompt", wanted=[asked]).text(*asked)
+        return missing_bos(text, tokenizer) + encode_text(text, tokenizer, "prompt")[0]
+    except UserError as error:
+        if error.do != FIX:
+            raise
+        raise UserError(error.must, error.found, "say it otherwise") from None  # there is no row to correct

@@ -3,71 +3,63 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from onecard.config import DataConfig, ExportConfig
+from onecard.config import CalibrationConfig, DataConfig, QuantConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
 from onecard.export.calibration import calibrate, meta_decoder
 from onecard.export.folder import DTYPES, check_room, new_folder, write_others
-from onecard.export.merged import Merged, Shapes, open_merged
+from onecard.export.merged import Base, Merged, Shapes, open_merged
 from onecard.hf.checkpoint import DTYPE_BITS
 from onecard.hf.load import load_tokenizer, pick_device
-from onecard.hf.origin import STORED, stored_as
 from onecard.hf.writer import TensorFile
 
+Format = Literal["gptq", "awq"]
 METHODS: dict[str, Any] = {"gptq": gptq, "awq": awq}
 GROUP_SIZES = (128, 64, 32)
 
 
-@dataclass(frozen=True)
-class Exported:
-    """A checkpoint's folder, its format, and the linears of decoder layers that fit no group and stay in 16 bits."""
-
-    folder: Path
-    format: str
-    left_out: list[str]
-
-    def lines(self) -> list[str]:
-        """What was written, and how to use it."""
-        said = [f"exported {self.folder}  ({self.format}, 4 bits)"]
-        if self.left_out:
-            said.append(f"16-bit   {', '.join(self.left_out)}: their widths are no multiples of a group")
-        return [
-            *said,
-            "next",
-            f"  vllm serve {self.folder}",
-            "  AutoModelForCausalLM.from_pretrained(...): pip install gptqmodel optimum",
-        ]
-
-
-def export_calibrated(config: ExportConfig) -> Exported:
+def export_calibrated(
+    format: Format,
+    model: str,
+    adapter: str | None,
+    data: str,
+    output: str,
+    config: CalibrationConfig,
+    base: Base | None = None,
+    quant: QuantConfig | None = None,
+) -> tuple[Path, list[str]]:
     """Write a 4-bit checkpoint in GPTQ's or AWQ's format.
+
+    Args:
+        data: the file whose examples the layers are run on.
+        base, quant: as open_merged's.
+
+    Returns:
+        its folder; the linears of decoder layers that stay in 16 bits, for they fit no group.
 
     Raises:
         UserError: as open_merged, load_dataset and calibrate do; no linear fits; no room; an output that exists.
     """
-    method, target = METHODS[config.format], Path(config.output)
+    method, target = METHODS[format], Path(output)
     device = pick_device(config.device)
-    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
-    merged = open_merged(config.model, config.adapter, config.base, quant)
+    merged = open_merged(model, adapter, base, quant)
     skeleton, layers = meta_decoder(merged)
-    linears = {f"{n}.{k}": m for n, layer in layers.items() for k, m in layer.named_modules() if is_linear(m)}
+    linears = linears_of(layers)
     config = config.model_copy(update={"group_size": pick_group_size(linears, config.group_size)})
     fitting = {n: m for n, m in linears.items() if m.out_features % 8 == 0 and m.in_features % config.group_size == 0}
     if not fitting:
-        raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", config.model)
+        raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", model)
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values()))
-    assert config.data is not None, "checked in config.py"
-    data = DataConfig(max_seq_length=config.max_seq_length)
-    dataset = load_dataset(config.data, load_tokenizer(config.model), data)
+    reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
+    dataset = load_dataset(data, load_tokenizer(model), reading)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
@@ -79,22 +71,33 @@ def export_calibrated(config: ExportConfig) -> Exported:
         quantization = method.quantization_config(config, list(fitting), left_out)
         full_config = {**merged.config, "quantization_config": quantization}
         write_others(folder, merged.checkpoint, full_config, writer.places)
-        if config.format == "gptq":
+        if format == "gptq":
             (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n", encoding="utf-8")
-    return Exported(target, config.format, left_out)
+    return target, left_out
 
 
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
+def lines(format: str, folder: Path, left_out: list[str]) -> list[str]:
+    """What was written, and how to use it."""
+    said = [f"exported {folder}  ({format}, 4 bits)"]
+    if left_out:
+        said.append(f"16-bit   {', '.join(left_out)}: their widths are no multiples of a group")
+    loading = "  AutoModelForCausalLM.from_pretrained(...): pip install gptqmodel optimum"
+    return [*said, "next", f"  vllm serve {folder}", loading]
 
 
-def pick_group_size(linears: dict[str, Any], largest: int) -> int:
+def linears_of(layers: dict[str, nn.Module]) -> dict[str, nn.Linear]:
+    """All linears of decoder layers, by name in the model."""
+    modules = {f"{name}.{key}": m for name, layer in layers.items() for key, m in layer.named_modules()}
+    return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+
+
+def pick_group_size(linears: dict[str, nn.Linear], largest: int) -> int:
     """The largest group that all linears' widths are multiples of; else the one that most are."""
     sizes = [size for size in GROUP_SIZES if size <= largest]
     return max(sizes, key=lambda size: (sum(m.in_features % size == 0 for m in linears.values()), size))
 
 
-def result_shapes(merged: Merged, linears: dict[str, Any], method: Any, group_size: int) -> Shapes:
+def result_shapes(merged: Merged, linears: dict[str, nn.Linear], method: Any, group_size: int) -> Shapes:
     """The dtype and shape of every tensor of the result."""
     found: Shapes = {}
     for name, (dtype, shape) in merged.shapes.items():

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class Recorder(nn.Module):
 def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
     """transformers' model without weights, and its decoder layers by name."""
     fields = {key: value for key, value in merged.config.items() if key != "model_type"}
-    model = meta_model(AutoConfig.for_model(merged.config["model_type"], **fields))
+    model = meta_model(AutoConfig.for_model(merged.config["model_type"], **fields)).eval().requires_grad_(False)
     layers = list(model.get_decoder().layers)
     return model, {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
@@ -112,7 +113,7 @@ def calibrate(
     stored = DTYPES[common_dtype(merged.shapes)]
     dtype = product_dtype(stored, device.type)
     packed = supports_packing(model)
-    with torch.no_grad(), use_packed_attention(model) if packed else nullcontext():
+    with use_packed_attention(model) if packed else nullcontext():
         rows = first_rows(merged, model, batches(dataset, num_rows, packed), dtype, device)
         for index, (name, layer) in enumerate(layers.items()):
             load(layer, f"{name}.", merged, dtype, device)
@@ -133,7 +134,7 @@ def first_rows(
     merged: Merged, model: Any, batches: Iterable[dict[str, Any]], dtype: torch.dtype, device: torch.device
 ) -> list[Row]:
     """The hidden states before the first layer, from the model's own forward with its layers left out."""
-    decoder = model.eval().get_decoder()
+    decoder = model.get_decoder()
     name = next(name for name, module in model.named_modules() if module is decoder)
     layers = decoder.layers
     recorders: Any = nn.ModuleList(Recorder(layer) for layer in layers)
@@ -186,7 +187,8 @@ def observe(layer: nn.Module, rows: list[Row], index: int, device: torch.device)
     first: list[Tensor] = []  # the first row's tensor of each, and the norms' outputs, while that row runs
     normed: dict[str, Tensor] = {}
 
-    def see(name: str, x: Tensor) -> None:
+    def see(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0]
         mine = next((inputs for inputs in found if name in inputs.names), None)
         if mine is None:
             same = next((i for i, tensor in enumerate(first) if tensor is x), None)
@@ -204,9 +206,9 @@ def observe(layer: nn.Module, rows: list[Row], index: int, device: torch.device)
     hooks = []
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: see(name, args[0])))
+            hooks.append(module.register_forward_pre_hook(partial(see, name)))
         elif is_norm(module):
-            hooks.append(module.register_forward_hook(lambda m, args, out, name=name: normed.__setitem__(name, out)))
+            hooks.append(module.register_forward_hook(lambda module, args, out, name=name: normed.update({name: out})))
     for row in rows:
         run(layer, row, index, device)
         first.clear()

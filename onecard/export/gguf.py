@@ -24,17 +24,16 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from onecard.config import ExportConfig
+from onecard.config import GgufConfig, QuantConfig
 from onecard.errors import UserError
 from onecard.export.adapter import Adapter
 from onecard.export.architecture import Architecture
 from onecard.export.folder import check_room, new_file, new_folder
-from onecard.export.merged import Merged, open_merged
+from onecard.export.merged import Base, Merged, open_merged
 from onecard.export.modelfile import modelfile
 from onecard.export.vocabulary import add_vocabulary
 from onecard.hf.checkpoint import read_json
 from onecard.hf.load import load_tokenizer
-from onecard.hf.origin import STORED, stored_as
 
 KINDS = {"bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
 FILE_TYPES = {
@@ -86,47 +85,55 @@ class Exported:
         return [*said, "next", f"  llama-cli {run}", f"  ollama create {name} -f {self.modelfile}", *more]
 
 
-def export_gguf(config: ExportConfig) -> Exported:
+def export_gguf(
+    model: str,
+    adapter: str | None,
+    output: str,
+    config: GgufConfig | None = None,
+    base: Base | None = None,
+    quant: QuantConfig | None = None,
+) -> Exported:
     """Write a GGUF file and a Modelfile beside it.
 
-    The output is a new folder, or, where its name ends in .gguf, a new file.
+    Args:
+        output: a new folder, or, where its name ends in .gguf, a new file.
+        base: what the adapter is merged into, as open_merged has it; quant says how training stored it.
 
     Raises:
         UserError: a model, tokenizer or adapter that GGUF or llama.cpp's graph cannot hold; weights beyond F16's
             range; no room on the disk; an output that exists; and open_merged's.
     """
-    target = Path(config.output)
-    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
-    merged = open_merged(config.model, config.adapter, config.base, quant)
+    target, config = Path(output), config or GgufConfig()
+    merged = open_merged(model, adapter, base, quant)
     if target.suffix == ".gguf":
-        text, recipe = target.name, target.with_suffix(".Modelfile")
+        recipe = target.with_suffix(".Modelfile")
         with new_file(recipe) as second, new_file(target) as first:
-            size, notes = write(config, merged, first, second, text)
+            size, notes = write(merged, config, first, second, target.name)
         return Exported(target, recipe, size, notes, config.adapter_only)
     name = f"{target.name}-{'lora' if config.adapter_only else config.outtype}.gguf"
     with new_folder(target) as folder:
-        size, notes = write(config, merged, folder / name, folder / "Modelfile", name)
+        size, notes = write(merged, config, folder / name, folder / "Modelfile", name)
     return Exported(target / name, target / "Modelfile", size, notes, config.adapter_only)
 
 
-def write(config: ExportConfig, merged: Merged, file: Path, recipe: Path, name: str) -> tuple[int, list[str]]:
+def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: str) -> tuple[int, list[str]]:
     """Write both files; bytes of the first, and notes.
 
     Args:
         name: what the first file will be called.
     """
-    arch = Architecture(merged.config)
-    tokenizer = load_tokenizer(config.model)
-    end_ids = end_tokens(merged.checkpoint.folder, tokenizer)
+    arch, folder = Architecture(merged.config), merged.checkpoint.folder.resolve()
+    tokenizer = load_tokenizer(str(folder))
+    end_ids = end_tokens(folder, tokenizer)
     writer = gguf.GGUFWriter(None, arch.name)
     if config.adapter_only:
         parts, notes = adapter_parts(merged.adapter, arch), []
         add_adapter_metadata(writer, merged.adapter)
-        start = f"FROM {merged.checkpoint.folder.resolve()}\nADAPTER ./{name}"
+        start = f"FROM {folder}\nADAPTER ./{name}"
     else:
         parts, notes = list(model_parts(merged, arch, config.outtype)), list(arch.notes)
-        add_model_metadata(writer, merged, config.outtype)
         vocab_size = next(part.shape[0] for part in parts if part.name == "token_embd.weight")
+        add_model_metadata(writer, folder.name, config.outtype)
         arch.add_metadata(writer, vocab_size)
         notes += add_vocabulary(writer, tokenizer, vocab_size, end_ids)
         start = f"FROM ./{name}"
@@ -143,9 +150,9 @@ def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
     return [i for i in dict.fromkeys([tokenizer.eos_token_id, *found]) if i is not None]
 
 
-def add_model_metadata(writer: gguf.GGUFWriter, merged: Merged, outtype: str) -> None:
+def add_model_metadata(writer: gguf.GGUFWriter, name: str, outtype: str) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(merged.checkpoint.folder.resolve().name)
+    writer.add_name(name)
     writer.add_file_type(FILE_TYPES[outtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

@@ -1,9 +1,9 @@
 """GPTQ: weights in 4 bits, each column's error made good by the columns after it (Frantar et al. 2022, 2210.17323).
 
-The error of a linear on its calibration inputs is tr(D H D^T), D = W - W_hat, H = sum of x x^T. With U the upper Cholesky
-factor of H^-1 (algorithm 1 of the paper), columns k in turn:
+The error of a linear on its calibration inputs is tr(D H D^T), D = W - W_hat, H = sum of x x^T. With U the upper
+Cholesky factor of H^-1 (algorithm 1 of the paper), columns k in turn:
 
-    W_hat[:, k] = nearest level of W[:, k]        e = (W[:, k] - W_hat[:, k]) / U[k, k]        W[:, k+1:] -= e U[k, k+1:]
+    W_hat[:, k] = nearest level of W[:, k]    e = (W[:, k] - W_hat[:, k]) / U[k, k]    W[:, k+1:] -= e U[k, k+1:]
 
 A group is a block of this walk: its scales come from weights that hold all corrections so far, and the columns beyond
 it are corrected once a block. H gets damp_percent of its mean diagonal added. The files are version 1 of the format.

@@ -2,7 +2,7 @@
 
 Ollama does not run Jinja. What a chat template writes around the messages is found by rendering probes:
 
-    head  (system_head S system_tail)?  { user_head U user_tail  A assistant_tail } ...
+    head | system_head S system_tail   then   user_head U user_tail   A assistant_tail   ...
 
 where user_tail ends with what asks for an answer. The parts are taken from a chat of two users and one assistant;
 they stand for the template only if they also make up longer chats, with and without a system message. Else TEMPLATE
@@ -11,51 +11,51 @@ is left out and a note says so.
 
 from __future__ import annotations
 
-import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from onecard.data.template import bos, render
 from onecard.errors import UserError
 
-MARKS = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")
+SYSTEM, USER, ASSISTANT = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")  # marks that stand for messages
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What stands around the messages; system parts are None where the template takes no system message."""
+    """What stands around the messages; `system` is None where the template takes no system message at the start."""
 
     head: str
-    user_head: str
-    user_tail: str
-    assistant_tail: str
     system: tuple[str, str] | None
+    user: tuple[str, str]
+    assistant_tail: str
 
     def text(self, messages: list[Message]) -> str:
         """The prompt that asks for the next answer."""
         made, rest = self.head, messages
-        if messages[0]["role"] == "system" and self.system:
-            made, rest = self.system[0] + messages[0]["content"] + self.system[1], messages[1:]
-        for message in rest:
-            user = message["role"] == "user"
-            around = (self.user_head, self.user_tail) if user else ("", self.assistant_tail)
-            made += around[0] + message["content"] + around[1]
+        if self.system and messages[0]["role"] == "system":
+            made, rest = messages[0]["content"].join(self.system), messages[1:]
+        for turn in rest:
+            made += turn["content"].join(self.user if turn["role"] == "user" else ("", self.assistant_tail))
         return made
 
     def go(self) -> str | None:
         """The template in Go's language; None if a part would be read as Go or end the Modelfile's quotes."""
-        head = self.head
-        if self.system:
-            head = f"{{{{ if .System }}}}{self.system[0]}{{{{ .System }}}}{self.system[1]}{{{{ else }}}}{head}{{{{ end }}}}"
-        user = f"{self.user_head}{{{{ .Content }}}}{self.user_tail}"
-        assistant = f"{{{{ .Content }}}}{self.assistant_tail}"
-        parts = (self.head, *(self.system or ()), self.user_head, self.user_tail, self.assistant_tail)
+        parts = (self.head, *(self.system or ()), *self.user, self.assistant_tail)
         if any("{{" in part or '"""' in part for part in parts):
             return None
+        head, content = self.head, "{{ .Content }}"
+        if self.system:
+            head = "{{ if .System }}" + "{{ .System }}".join(self.system) + "{{ else }}" + head + "{{ end }}"
+        user, assistant = content.join(self.user), content + self.assistant_tail
         return (
-            f'{head}{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{user}'
-            f'{{{{ else if eq .Role "assistant" }}}}{assistant}{{{{ end }}}}{{{{ end }}}}'
+            head
+            + '{{ range .Messages }}{{ if eq .Role "user" }}'
+            + user
+            + '{{ else if eq .Role "assistant" }}'
+            + assistant
+            + "{{ end }}{{ end }}"
         )
 
 
@@ -67,58 +67,70 @@ def modelfile(start: str, tokenizer: Any, end_ids: list[int]) -> tuple[str, list
         end_ids: every token that ends an answer.
     """
     lines, notes = [start], []
-    template = None
     if tokenizer.chat_template:
         chat = find_chat(tokenizer)
         template = chat.go() if chat else None
         if template is None:
             notes.append("the chat template has no simple form in Ollama's language: write TEMPLATE in the Modelfile")
-    if template is not None:
-        lines.append(f'TEMPLATE """{template}"""')
+        else:
+            lines.append(f'TEMPLATE """{template}"""')
+        if chat and chat.system is None:
+            notes.append("the Modelfile's TEMPLATE leaves out system messages: the chat template has none at the start")
     lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(i)}"' for i in end_ids]
     return "\n".join(lines) + "\n", notes
 
 
 def find_chat(tokenizer: Any) -> Chat | None:
     """What a chat template writes around messages; None if that is not all that it does."""
-    S, U, A = MARKS
-    talk = [message("user", U), message("assistant", A), message("user", U)]
+    for system in (find_system(tokenizer), ()):
+        try:
+            chat = parts_of(tokenizer, system)
+        except (UserError, ValueError):
+            return None
+        long = chat_of(USER, ASSISTANT, "x", "y", "z")
+        probes = [long[:1], long[:3], long]
+        if system:
+            probes.append([{"role": "system", "content": SYSTEM}, *long])
+        if all(chat.text(probe) == rendered(probe, tokenizer) for probe in probes):
+            return chat
+    return None
+
+
+def parts_of(tokenizer: Any, system: tuple[str, ...]) -> Chat:
+    """The parts as a chat of three messages has them. Raises ValueError where it does not keep the messages as is."""
+    talk = rendered(chat_of(USER, ASSISTANT, USER), tokenizer)
+    head, user_tail, between, _ = talk.replace(ASSISTANT, USER).split(USER)
+    user_head = common_end([head, between, *system[1:]])
+    head, assistant_tail = head.removesuffix(user_head), between.removesuffix(user_head)
+    around = (system[0], system[1].removesuffix(user_head)) if system else None
+    return Chat(head, around, (user_head, user_tail), assistant_tail)
+
+
+def find_system(tokenizer: Any) -> tuple[str, ...]:
+    """What stands before a system message, and between it and the first user's; empty where there is no place."""
     try:
-        head, tail, between, last = rendered(talk, tokenizer).replace(A, U).split(U)
+        probe = [{"role": "system", "content": SYSTEM}, *chat_of(USER)]
+        before, between = rendered(probe, tokenizer).partition(USER)[0].split(SYSTEM)
     except (UserError, ValueError):
-        return None
-    user_head = os.path.commonprefix([head[::-1], between[::-1]])[::-1]
-    assistant_tail = between.removesuffix(user_head)
-    head = head.removesuffix(user_head)
-    long = [*talk, message("assistant", A), message("user", "x"), message("assistant", "y"), message("user", "z")]
-    if tail != last:
-        return None
-    system = find_system(tokenizer, user_head)
-    chat = Chat(head, user_head, tail, assistant_tail, system)
-    if system and not makes(chat, [message("system", S), *long], tokenizer):
-        chat = Chat(head, user_head, tail, assistant_tail, None)
-    return chat if makes(chat, long, tokenizer) and makes(chat, talk[:1], tokenizer) else None
+        return ()
+    return before, between
 
 
-def find_system(tokenizer: Any, user_head: str) -> tuple[str, str] | None:
-    """What stands before and after a system message that opens a chat."""
-    S, U, _ = MARKS
-    try:
-        before, after = rendered([message("system", S), message("user", U)], tokenizer).partition(U)[0].split(S)
-    except (UserError, ValueError):
-        return None
-    return (before, after.removesuffix(user_head)) if after.endswith(user_head) else None
+def chat_of(*contents: str) -> list[Message]:
+    """User and assistant in turn."""
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
-def makes(chat: Chat, messages: list[Message], tokenizer: Any) -> bool:
-    return chat.text(messages) == rendered(messages, tokenizer)
+def common_end(texts: list[str]) -> str:
+    """The longest string that all of the texts end with; from its first bracket on, so as not to begin in a token."""
+    longest = min(texts, key=len)
+    starts = (longest[i:] for i in range(len(longest) + 1))
+    end = next(end for end in starts if all(text.endswith(end) for text in texts))
+    bracket = re.search(r"[<\[]", end)
+    return end[bracket.start() :] if bracket else end
 
 
 def rendered(messages: list[Message], tokenizer: Any) -> str:
     """The chat template's prompt, without the BOS where the reader writes one by itself."""
     text = render(messages, tokenizer, "chat template", None, add_generation_prompt=True)
     return text.removeprefix(tokenizer.bos_token) if bos(tokenizer) else text
-
-
-def message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}

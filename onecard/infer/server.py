@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -220,9 +220,7 @@ def make_server(model: Any, tokenizer: Any, models: dict[str, str | None], confi
     return uvicorn.Server(settings)
 
 
-def serve(
-    model: Any, tokenizer: Any, name: str, adapters: list[str], config: ServeConfig, say: Callable[[str], None]
-) -> None:
+def serve(model: Any, tokenizer: Any, name: str, adapters: list[str], config: ServeConfig) -> None:
     """Load the adapters, say where the server is, and run it until Ctrl-C.
 
     Args:
@@ -239,5 +237,5 @@ def serve(
         model = with_adapter(model, folder, own)
     server = make_server(model, tokenizer, models, config)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    say(f"serving  {', '.join(models)}\nbase_url http://{host}:{config.port}/v1  (Ctrl-C ends)")
+    print(f"serving  {', '.join(models)}\nbase_url http://{host}:{config.port}/v1  (Ctrl-C ends)", flush=True)
     server.run()

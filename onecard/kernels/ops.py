@@ -233,19 +233,19 @@ def _compute_qlora_linear(
     work = product_dtype(x.dtype, x.device.type)
     x_MK = x.reshape(-1, K).to(work)
     weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    lora = None
+    if lora_A_RK is not None and lora_B_NR is not None:
+        x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
+        lora = (x_lora_MK @ lora_A_RK.to(work).T, lora_B_NR, scaling)
     if backend(x.device).can_multiply(x_MK, blocksize):
-        y_MN = backend(x.device).multiply(x_MK, *weight, N).to(work)
+        y_MN = backend(x.device).multiply(x_MK, *weight, N, lora)
     else:
         y_MN = x_MK @ dequantize_to_scratch(*weight, shape, work).T
+        if lora is not None:
+            y_MN.addmm_(lora[0], lora[1].to(work).T, alpha=scaling)
     if bias is not None:
-        y_MN += bias.to(work)
-    y_shape = (*x.shape[:-1], N)
-    if lora_A_RK is None or lora_B_NR is None:
-        return y_MN.view(y_shape).to(x.dtype), x.new_empty(0)
-    x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
-    xA_MR = x_lora_MK @ lora_A_RK.to(work).T
-    y_MN.addmm_(xA_MR, lora_B_NR.to(work).T, alpha=scaling)
-    return y_MN.view(y_shape).to(x.dtype), xA_MR
+        y_MN += bias.to(y_MN.dtype)
+    return y_MN.view(*x.shape[:-1], N).to(x.dtype), x.new_empty(0) if lora is None else lora[0]
 
 
 _qlora_linear = torch.library.custom_op("onecard::qlora_linear", _compute_qlora_linear, mutates_args=())

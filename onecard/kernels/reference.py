@@ -87,7 +87,7 @@ def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
             part = slice(first, min(first + SLICE, w.numel()))
             blocks = slice(first // STATE_BLOCKSIZE, -(-part.stop // STATE_BLOCKSIZE))
             places = [w[part], *(state[blocks if number % 2 else part] for number, state in enumerate(states))]
-            made += zip(places, _adamw_slice(grad[part].float(), *places, rates))
+            made += zip(places, _adamw_slice(grad[part].float(), *places, rates=rates))
         for place, value in made:  # an allocation that fails before has changed nothing
             place.copy_(value)
 

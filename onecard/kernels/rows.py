@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU as one operator each, on the CPU's C++ kernels; in the backward only x (or gate and up) is kept.
+"""RMSNorm and SwiGLU as one operator each, in C++ or Triton; for the backward only x (or gate and up) is kept.
 And the head's product for few rows, where reading the weight once is the whole cost.
 
     rms_norm: y = w * round(x r), r = (mean(x^2) + eps)^-1/2;   dx = r (g - n mean(g n)) with n = r x, g = w dy
@@ -9,29 +9,54 @@ Everything between the loads and the stores is float32; w is a constant.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from onecard.kernels.cpu import native
 
+LARGEST_ROW = 16384  # that the GPU's kernels hold in registers
+
+
+def kernels(device: torch.device) -> ModuleType | None:
+    """The module with the kernels for a device; None if there is none."""
+    if device.type == "cpu":
+        return native if native.library() is not None else None
+    return _triton_rows() if device.type == "cuda" else None
+
+
+@cache
+def _triton_rows() -> ModuleType | None:
+    try:
+        return import_module("onecard.kernels.triton.rows")
+    except ImportError:  # a torch without Triton
+        return None
+
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether the kernels take these: on the CPU, of one dtype of theirs."""
+    """Whether `rms_norm` and `swiglu` take these: on one device with kernels, of one dtype of theirs."""
     first = tensors[0]
     return (
-        all(x.device.type == "cpu" and x.dtype == first.dtype for x in tensors)
+        all(x.device == first.device and x.dtype == first.dtype for x in tensors)
         and first.dtype in native.DTYPES
-        and native.library() is not None
+        and (first.device.type == "cpu" or first.shape[-1] <= LARGEST_ROW)
+        and kernels(first.device) is not None
     )
+
+
+def kernels_of(x: Tensor) -> ModuleType:
+    found = kernels(x.device)
+    assert found is not None, "supports() was not asked"
+    return found
 
 
 @torch.library.custom_op("onecard::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x of any shape with weight (D,) for its last dimension: y like x, and r float32 (rows,)."""
-    x, D = x.contiguous(), x.shape[-1]
-    y, rstd = torch.empty_like(x), torch.empty(x.numel() // D)
-    native.call("onecard_rms_norm", x, weight, y, rstd, native.DTYPES[x.dtype], rstd.numel(), D, eps)
-    return y, rstd
+    return kernels_of(x).rms_norm(x.contiguous(), weight, eps)
 
 
 @rms_norm.register_fake
@@ -41,11 +66,7 @@ def _(x, weight, eps):
 
 @torch.library.custom_op("onecard::rms_norm_backward", mutates_args=())
 def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    grad_y, x = grad_y.contiguous(), x.contiguous()
-    grad_x = torch.empty_like(x)
-    sizes = (native.DTYPES[x.dtype], rstd.numel(), x.shape[-1])
-    native.call("onecard_rms_norm_backward", grad_y, x, weight, rstd, grad_x, *sizes)
-    return grad_x
+    return kernels_of(x).rms_norm_backward(grad_y.contiguous(), x.contiguous(), weight, rstd)
 
 
 @rms_norm_backward.register_fake
@@ -68,10 +89,7 @@ rms_norm.register_autograd(_norm_backward, setup_context=_norm_context)
 @torch.library.custom_op("onecard::swiglu", mutates_args=())
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of two tensors of one shape."""
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
-    native.call("onecard_swiglu", gate, up, y, native.DTYPES[y.dtype], y.numel())
-    return y
+    return kernels_of(gate).swiglu(gate.contiguous(), up.contiguous())
 
 
 @swiglu.register_fake
@@ -81,11 +99,7 @@ def _(gate, up):
 
 @torch.library.custom_op("onecard::swiglu_backward", mutates_args=())
 def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_y, gate, up = grad_y.contiguous(), gate.contiguous(), up.contiguous()
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    sizes = (native.DTYPES[gate.dtype], gate.numel())
-    native.call("onecard_swiglu_backward", grad_y, gate, up, grad_gate, grad_up, *sizes)
-    return grad_gate, grad_up
+    return kernels_of(gate).swiglu_backward(grad_y.contiguous(), gate.contiguous(), up.contiguous())
 
 
 @swiglu_backward.register_fake

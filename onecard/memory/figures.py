@@ -10,55 +10,87 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from onecard.config import QUANT_TYPES
+from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.kernels import ops
 from onecard.memory.model import read_model
-from onecard.memory.plan import plan
+from onecard.memory.plan import Plan, plan
+from onecard.memory.terms import Method
 from onecard.quant.codebook import quant_map
 
 GB = 1e9
-TITLES = {"full": "full fine-tuning", "lora": "LoRA, 16-bit base", "qlora": "QLoRA, 4-bit base"}
+METHODS: dict[Method, str] = {
+    "full": "full fine-tuning", "lora": "LoRA, 16-bit base", "qlora": "QLoRA, 4-bit base",
+}  # fmt: skip
+OFTEN_QUOTED = {"full": 112, "lora": 24, "qlora": 6}  # GB
+DIFFERENCE = (
+    "Often quoted: 112 GB is 16 bytes for each of 7.0 billion weights, where the model has 6.74; 24 and 6 GB\n"
+    "are the cards that LoRA and QLoRA are said to need. Activations of all rows here are recomputed."
+)
 GROUPS = {
     "weights": ("weights, 16-bit", "base, 4-bit codes", "base, scales", "embeddings, norms, head", "LoRA weights"),
     "gradients": ("gradients", "LoRA gradients"),
     "float32 masters": ("float32 masters",),
     "optimizer states": ("AdamW states",),
-    "activations and scratch": (
-        "activations",
-        "logits chunk",
-        "dequantized weight",
-        "libraries' buffers",
-        "CUDA context, libraries",
-    ),
+    "activations and scratch": ("activations", "logits chunk", "dequantized weight"),
+    "CUDA context, allocator": ("allocator", "CUDA context, libraries"),
 }
-COLOURS = ("#1f6f8b", "#e09f3e", "#9e2a2b", "#540b0e", "#99c1b9")
+COLOURS = ("#1f6f8b", "#e09f3e", "#9e2a2b", "#540b0e", "#99c1b9", "#8d99a6")
 BLOCKSIZE = 64
 
 
 def memory_bill(path: Path, model: str = "llama-2-7b", length: int = 512) -> dict[str, dict[str, float]]:
-    """Stacked bars of full, LoRA and QLoRA; returns {method: {group: GB}}."""
+    """Stacked bars of full, LoRA and QLoRA on a GPU; returns {method: {group: GB}}."""
     bills = {}
     for method in METHODS:
-        terms = {term.name: term.num_bytes for term in plan(model, method, max_seq_length=length).terms}
+        found = plan(model, method, max_seq_length=length, device="cuda", compute_dtype="bfloat16")
+        terms = {term.name: term.num_bytes for term in found.terms}
         assert set(terms) <= {name for names in GROUPS.values() for name in names}, terms
         bills[method] = {group: sum(terms.get(name, 0) for name in names) / GB for group, names in GROUPS.items()}
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
     axis: Any = figure.subplots()
     left = [0.0] * len(METHODS)
     for group, colour in zip(GROUPS, COLOURS):
         values = [bills[method][group] for method in METHODS]
-        axis.barh([TITLES[m] for m in METHODS], values, left=left, color=colour, label=group, height=0.6)
+        axis.barh(list(METHODS.values()), values, left=left, color=colour, label=group, height=0.55)
         left = [a + b for a, b in zip(left, values)]
-    for row, total in enumerate(left):
-        axis.text(total + 1, row, f"{total:.1f} GB", va="center", fontsize=11, fontweight="bold")
-    axis.set_xlabel(f"GB of device memory, {model}, one row of {length} tokens, rank 16 on all linears")
+    for row, (method, total) in enumerate(zip(METHODS, left)):
+        quoted = OFTEN_QUOTED[method]
+        axis.plot([quoted, quoted], [row - 0.38, row + 0.38], color="black", linewidth=1.4, linestyle=(0, (2, 1.5)),
+                  label="often quoted" if row == 0 else None)  # fmt: skip
+        axis.text(max(total, quoted) + 1.5, row, f"{total:.1f} GB", va="center", fontsize=12, fontweight="bold")
+        axis.text(max(total, quoted) + 1.5, row + 0.27, f"quoted: {quoted}", va="center", fontsize=8.5, color="#555555")
+    axis.set_xlabel(f"GB of device memory: {model}, one row of {length} tokens, rank 16 on all linears")
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.16 * max(left))
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="lower right", fontsize=9)
+    figure.text(0.01, -0.01, DIFFERENCE, fontsize=8.5, color="#444444", va="top")
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    return bills
+
+
+def plot_plan(path: str | Path, found: Plan, title: str) -> None:
+    """A plan's terms as bars, the largest first, with total and limit. Raises UserError if it cannot be written."""
+    terms = sorted(found.terms, key=lambda term: term.num_bytes, reverse=True)
+    figure = Figure(figsize=(8, 1.6 + 0.36 * len(terms)), layout="constrained")
+    axis: Any = figure.subplots()
+    values = [term.num_bytes / GB for term in terms]
+    bars = axis.barh([term.name for term in terms], values, color=COLOURS[0], height=0.65)
+    axis.bar_label(bars, fmt="{:.2f}", padding=3, fontsize=9)
+    limit = "" if found.device_memory_bytes is None else f" of {found.device_memory_bytes / GB:.2f} GB"
+    axis.set_title(f"{title}: {found.total_bytes / GB:.2f} GB{limit}", loc="left", fontsize=11)
+    axis.set_xlabel("GB")
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=150)
-    return bills
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "the plot must be a file that can be written", str(error), "name it like plan.png", str(path)
+        ) from None
 
 
 def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:

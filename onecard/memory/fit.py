@@ -82,15 +82,15 @@ def choose_fit(case: Case, limit: int, whole: bool = False) -> Fit:
 
 
 def candidates(case: Case, limit: int, whole: bool) -> Iterator[Fit]:
-    """Without offloading, what gives up less first: of a resident base the least that fits is recomputed; beside a
-    paged one's, every number, with the memory that is left as its budget."""
+    """Without offloading, what gives up less first: beside a resident base as few layers recomputed as fit; beside a
+    paged one every number of them, with the memory that is left as its budget."""
     for part_tokens in part_sizes(case, whole):
         for away in away_choices(case):
             fits = [Fit(number, None, away, 0, part_tokens) for number in recompute_counts(case)]
             resident = first_that_fits(case, fits, limit) if case.config.weights_budget is None else None
             if resident is not None:
                 yield resident
-            else:
+            if resident is None or resident.num_recomputed:
                 yield from (with_budget(case, fit, limit) for fit in fits)
 
 

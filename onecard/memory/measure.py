@@ -19,6 +19,8 @@ def return_large_blocks() -> None:
 
     By itself it keeps blocks of up to 32 MiB in its heap, where a layer's input, which stays, splits the hole that the
     layer's intermediate tensors left: a recomputing run then grows by such a hole a layer, on an 8B shape 1 GB in all.
+    New pages cost 5 to 20 % of a step's time, so it is for runs that are short of memory: one that keeps everything
+    grows by 5 % without it.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

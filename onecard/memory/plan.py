@@ -100,6 +100,13 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
             f"give at most --max-seq-length {known.longest_context}",
             "max_seq_length",
         )
+    if method != "full" and not Case(known, config, torch.bfloat16).adapted:
+        raise UserError(
+            "target_modules must name linears of the model",
+            f"{config.target_modules} names none",
+            f"name some of {', '.join(sorted({name.split('.')[-2] for name in known.linears}))}",
+            "target_modules",
+        )
     public = model.lower() in KNOWN
     case = Case(known, config, torch.bfloat16)
     if not public or config.compute_dtype != "auto":

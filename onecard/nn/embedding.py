@@ -21,7 +21,7 @@ class Head(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         learning = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
         few = x.numel() <= rows.FEW_ROWS * self.in_features
-        if few and not learning and rows.supports(x, self.weight):
+        if few and not learning and x.device.type == "cpu" and rows.supports(x, self.weight):
             y = rows.dense_product(x, self.weight)
             return y if self.bias is None else y + self.bias.to(x.dtype)
         return project(x, self.weight, self.bias)

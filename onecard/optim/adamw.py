@@ -11,7 +11,7 @@ allocates before it writes, so a step that ran out of memory goes on from the pa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,13 +46,13 @@ class AdamW(torch.optim.Optimizer):
     ):
         assert state_bits in (8, 32), state_bits
         self.state_bits, self.paged = state_bits, paged
-        self.left: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] = []  # of this step, the next last
+        self.left: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] | None = None  # of a step begun, the next last
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; after an allocation has failed, a second call goes on."""
-        if not self.left:
+        if self.left is None:
             self.left = self.units()[::-1]
         while self.left:
             some, group = self.left[-1]
@@ -66,6 +66,7 @@ class AdamW(torch.optim.Optimizer):
             self.left.pop()
             if self.paged is not None and self.paged.crowded:
                 self.paged.send(some[0], self.state[some[0]])
+        self.left = None
 
     def units(self) -> list[tuple[list[torch.nn.Parameter], dict[str, Any]]]:
         """What is updated together: all of a kind on a GPU, for few launches; one by one where states may leave."""
@@ -79,7 +80,7 @@ class AdamW(torch.optim.Optimizer):
             found += [(some, group) for some in kinds if some]
         return found
 
-    def in_8bit(self, p: torch.nn.Parameter) -> bool:
+    def in_8bit(self, p: Tensor) -> bool:
         """Whether a parameter's states are in 8 bits."""
         return self.state_bits == 8 and p.numel() >= SMALL
 
@@ -110,7 +111,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def update(
-    params: list[Tensor], grads: list[Tensor], states: list[dict[str, Tensor]], lr: float,
+    params: Sequence[Tensor], grads: Sequence[Any], states: Sequence[dict[str, Tensor]], lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """One update of all parameters, in place, their states too; no device is waited for."""

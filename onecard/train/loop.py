@@ -6,6 +6,7 @@ run that is killed and resumed ends in the same bits as one that was not.
 
 from __future__ import annotations
 
+import gc
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -112,7 +113,7 @@ def train(
     run.model.train()
     recompute_layers(run.base, run.fit.num_recomputed, run.offload, run.fit.num_offloaded)
     packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
-    with packed, finish_step_on_interrupt() as interrupted:
+    with packed, frozen_objects(), finish_step_on_interrupt() as interrupted:
         while run.step < run.num_steps:
             row = update(run)
             last = run.step == run.num_steps
@@ -127,6 +128,18 @@ def train(
                 raise Interrupted
     recompute_layers(run.base, 0)
     run.model.eval()
+
+
+@contextmanager
+def frozen_objects() -> Iterator[None]:
+    """Inside, Python's collector leaves alone what was there before: going over a model's and the libraries' half a
+    million objects every other step took 10 % of a small model's step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -82,9 +82,10 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
     output = Path(config.output)
     state = load_newest(output / "checkpoints") if resuming else None
     check_output(output, resuming)
-    return_large_blocks()
     prepared = prepare(config)
     config = prepared.config
+    if prepared.fit != Fit(0):
+        return_large_blocks()
     show(prepared, console)
     model = load_adapted(config, prepared, console)
     loader = Loader(

@@ -10,22 +10,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
-from onecard.config import CalibrationConfig, DataConfig, ExportConfig, make_config
+from onecard.config import CalibrationConfig, DataConfig
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
-from onecard.export.calibrated import export_calibrated
+from onecard.export.calibrated import export_calibrated, pick_group_size
 from onecard.export.calibration import batches, calibrate, meta_decoder
 from onecard.export.grouped import Grouped, round_to_nearest
 from onecard.export.merged import merge, open_merged
 from onecard.hf.load import load_tokenizer
-from tests.conftest import FAMILIES, chat_rows, make_checkpoint, write_rows
+from tests.conftest import FAMILIES, make_checkpoint
 from tests.export.test_merged import make_adapter
 
 CPU = torch.device("cpu")
+EVERY = [*FAMILIES, "gemma3"]  # whose sliding and full layers have rotary embeddings of their own
 CONFIG = CalibrationConfig(max_seq_length=128, group_size=32)
+
+
+@pytest.fixture(autouse=True)
+def gemma3(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "gemma3", Gemma3TextConfig)
 
 
 def nibbles(words, order):
@@ -190,7 +196,7 @@ def test_output_errors_are_below_round_to_nearest(seed):
         assert abs(ours - output_error(W, found, H)) < 1e-3 * ours
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_scales_alone_change_no_logits(tmp_path, chats, family, monkeypatch):
     """Random s in [0.5, 2] on the input of every linear: the model computes what it did, to float32's rounding."""
     rng = torch.Generator().manual_seed(4)
@@ -225,15 +231,103 @@ def test_a_bfloat16_norm_is_divided_exactly(tmp_path, chats):
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_families_read_back(tmp_path, chats, family, format):
     """The reader's logits on the calibration rows are nearer to the model's than round-to-nearest's."""
     base = make_checkpoint(tmp_path / "base", family)
-    fields = {"model": str(base), "data": str(chats), "output": str(tmp_path / "out"), **CONFIG.model_dump()}
-    export_calibrated(make_config(ExportConfig, {"format": format, **fields}, "test"))
+    export_calibrated(format, str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     _, rows = calibration_rows(base, chats)
     found = distance(plain, read_checkpoint(tmp_path / "out"), rows)
     rounded = distance(plain, make_rounded(base, 32, sym=format == "gptq"), rows)
     print(f"{family} {format}: {found / rounded:.3f} of round-to-nearest's distance")
     assert found < rounded
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_a_merged_model_in_shards(tmp_path, chats, format):
+    """An adapter over a sharded, tied bfloat16 base: the files are the base's by name, the base stays as it was."""
+    one = make_checkpoint(tmp_path / "one", dtype=torch.bfloat16, tie_word_embeddings=True)
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(one, dtype=torch.bfloat16).save_pretrained(base, max_shard_size="60KB")
+    load_tokenizer(str(one)).save_pretrained(base)
+    hashes = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in base.iterdir()}
+    make_adapter(tmp_path / "adapter", base)
+    adapter = str(tmp_path / "adapter")
+    merge(str(base), adapter, str(tmp_path / "merged"))
+    out, left_out = export_calibrated(format, str(base), adapter, str(chats), str(tmp_path / "out"), CONFIG)
+    assert left_out == []
+    assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in base.iterdir()} == hashes
+    assert sorted(p.name for p in out.glob("*.safetensors")) == sorted(p.name for p in base.glob("*.safetensors"))
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    for path in out.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            assert {name for name, place in index.items() if place == path.name} == set(file.keys())
+    assert (out / "tokenizer.json").is_file() and (out / "generation_config.json").is_file()
+    assert (out / "quantize_config.json").is_file() == (format == "gptq")
+    live = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    _, rows = calibration_rows(base, chats)
+    found = distance(live, read_checkpoint(out), rows)
+    assert found < distance(live, make_rounded(tmp_path / "merged", 32, sym=format == "gptq"), rows)
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+def test_linears_that_fit_no_group_stay(tmp_path, chats, format):
+    """An intermediate size of 100: down's inputs make no groups of 32, gate's and up's outputs no words of 8."""
+    base = make_checkpoint(tmp_path / "base", intermediate_size=100)
+    out, left_out = export_calibrated(format, str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+    names = [f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "down")]
+    assert sorted(left_out) == sorted(names)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    if format == "awq":
+        assert sorted(said["modules_to_not_convert"]) == sorted(names)
+    else:
+        inside = {f"self_attn.{name}_proj" for name in "qkvo"}
+        assert set(said["modules_in_block_to_quantize"][0]) == inside and len(said["dynamic"]) == len(names)
+    plain, found = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), read_checkpoint(out)
+    for name in names:
+        assert torch.equal(found.get_submodule(name).weight, plain.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("largest, widths, expected", [(128, (256, 704), 64), (128, (256, 512), 128), (64, (256,), 64)])
+def test_the_group_size_is_the_largest_that_all_widths_take(largest, widths, expected):
+    linears = {str(K): torch.nn.Linear(K, 8, device="meta") for K in widths}
+    assert pick_group_size(linears, largest) == expected
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path, chats):
+    base = make_checkpoint(tmp_path / "base", num_hidden_layers=4)
+    dataset, _ = calibration_rows(base, chats)
+    model, layers = meta_decoder(open_merged(str(base), None, "original"))
+    seen = []
+    for layer in calibrate(open_merged(str(base), None, "original"), model, layers, dataset, 2, CPU):
+        real = {n for n, p in model.named_parameters() if p.device.type != "meta"}
+        seen.append(layer.name)
+        assert real == {"model.norm.weight"} | {f"{layer.name}.{n}" for n, _ in layer.module.named_parameters()}
+    assert seen == [f"model.layers.{i}" for i in range(4)]
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path, chats, monkeypatch):
+    base = make_checkpoint(tmp_path / "base")
+    real = gptq.quantize
+
+    def stop_in_the_second_layer(W_NK, H_KK, config, calls=[]):  # noqa: B006  the count of calls
+        calls.append(1)
+        if len(calls) > 8:
+            raise KeyboardInterrupt
+        return real(W_NK, H_KK, config)
+
+    monkeypatch.setattr(gptq, "quantize", stop_in_the_second_layer)
+    with pytest.raises(KeyboardInterrupt):
+        export_calibrated("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_model_with_other_tensors_is_refused(tmp_path, chats):
+    """Experts, say, whose stacked parameters are not the checkpoint's tensors."""
+    base = make_checkpoint(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
+    with pytest.raises(UserError, match=r"must hold model.layers.0.self_attn.q_proj.bias"):
+        export_calibrated("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+    assert not (tmp_path / "out").exists()

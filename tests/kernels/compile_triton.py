@@ -18,6 +18,13 @@ from onecard.kernels.triton.adamw import adamw_8bit_kernel
 from onecard.kernels.triton.blockwise import dequantize_kernel, quantize_kernel
 from onecard.kernels.triton.cross_entropy import cross_entropy_kernel
 from onecard.kernels.triton.product import product_kernel
+from onecard.kernels.triton.rows import (
+    rms_norm_backward_kernel,
+    rms_norm_kernel,
+    row_launch,
+    swiglu_backward_kernel,
+    swiglu_kernel,
+)
 
 TARGETS = (80, 86, 89, 90, 100)
 SIZES = {"BLOCKSIZE": 64, "NESTED": True, "NESTED_BLOCKSIZE": 256}
@@ -35,9 +42,17 @@ def cases():
             {**SIZES, "PAIRS": 1024},
         )
     for dtype in ("*bf16", "*fp16"):
-        sizes = {"M": "i32", "N": "i32"}
-        constants = {**SIZES, "K": 2048, "ROWS": 16, "BLOCK_N": 32, "BLOCK_K": 256}
-        yield product_kernel, {"x": dtype, "packed": "*u8", **SCALES, "y": "*fp32", **sizes}, constants
+        lora = {"xA": dtype, "lora_B": "*fp32", "scaling": "fp32"}
+        sizes = {"M": "i32", "N": "i32", "R": "i32"}
+        for rank in (0, 128):
+            constants = {**SIZES, "K": 2048, "RANK": rank, "ROWS": 16, "BLOCK_N": 32, "BLOCK_K": 256}
+            yield product_kernel, {"x": dtype, "packed": "*u8", **SCALES, **lora, "y": "*fp32", **sizes}, constants
+    for kernel, D in ((rms_norm_kernel, 4096), (rms_norm_backward_kernel, 16384)):
+        types = {name: "*bf16" for name in ("grad_y", "x", "w", "y", "grad_x")}
+        yield kernel, {**types, "rstd": "*fp32", "eps": "fp32"}, row_launch(D)
+    for kernel in (swiglu_kernel, swiglu_backward_kernel):
+        types = {name: "*bf16" for name in ("grad_y", "gate", "up", "y", "grad_gate", "grad_up")}
+        yield kernel, {**types, "size": "i64"}, {"BLOCK": 1024}
     row = {"z": "*bf16", "target": "*i64", "losses": "*fp32"}
     yield cross_entropy_kernel, row, {"V": 32000, "BLOCK": 4096}
     tables = {"addresses": "*i64", "sizes": "*i64", "owners": "*i32", "starts": "*i64"}
@@ -63,8 +78,10 @@ def main() -> int:
     for kernel, types, constants in cases():
         for target in TARGETS:
             signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-            source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32))
+            fixed = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            options = {name: value for name, value in constants.items() if name not in kernel.arg_names}
+            source = ASTSource(fn=kernel, signature=signature, constexprs=fixed)
+            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
             found = spills(compiled)
             worst = max(worst, found)
             print(f"sm_{target} {kernel.__name__} {next(iter(types.values()))}: {found} spills")

@@ -2,6 +2,7 @@
 the product straight from the codes."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -17,7 +18,11 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (3,), (33,), (7, 65), (64, 192), (100, 300), (4097,)]
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512", "avx512_bf16"])
+ARM = platform.machine() in ("aarch64", "arm64")
+PATHS = ["scalar", "neon"] if ARM else ["scalar", "avx2", "avx512", "avx512_bf16"]
+
+
+@pytest.fixture(params=PATHS)
 def isa(request):
     """Each path that this CPU has, forced."""
     library = native.library()

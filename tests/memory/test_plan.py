@@ -1,8 +1,13 @@
 """Exact: terms against the parameters of real models; public models' sizes against what they are known for."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoConfig
 
 import onecard
 from onecard.config import LoraSettings, parse_bytes
@@ -77,14 +82,118 @@ def test_the_article_s_bill():
 
 
 def test_what_fits():
-    found = plan("llama-2-7b", device_memory_bytes=8 * 10**9)
-    assert found.fits and found.largest_length and found.largest_batch
-    at = plan("llama-2-7b", max_seq_length=found.largest_length)
-    assert at.total_bytes <= 8 * 10**9 or found.largest_length == 4096
-    more = plan("llama-2-7b", per_device_train_batch_size=found.largest_batch + 1)
-    assert more.total_bytes > 8 * 10**9
-    none = plan("llama-2-70b", device_memory_bytes=10**9)
-    assert (none.fits, none.largest_length, none.largest_batch) == (False, 0, 0)
+    limit = 8 * 10**9
+    found = plan("llama-2-7b", device_memory_bytes=limit)
+    assert found.fits and found.largest_length and found.largest_batch and not found.changes
+    at = plan("llama-2-7b", device_memory_bytes=limit, max_seq_length=found.largest_length)
+    assert at.fits or found.largest_length == 4096
+    more = plan("llama-2-7b", device_memory_bytes=limit, per_device_train_batch_size=found.largest_batch + 1)
+    assert more.fits and "in parts of at most" in more.choice, "beyond the largest batch, it is split"
+
+
+def test_what_would_make_it_fit_does():
+    """Each change by itself, given back to the plan, fits; and less memory than the least does not."""
+    small = {"model": "llama-3.2-1b", "max_seq_length": 1024, "r": 64}
+    least = plan(**small, device_memory_bytes=1).total_bytes
+    none = plan(**small, device_memory_bytes=least - 50 * 2**20)
+    assert not none.fits and len(none.changes) >= 4
+    for change in none.changes:
+        words = change.setting.removeprefix("--").split()
+        if words[0] == "device-memory":
+            assert plan(**small, device_memory_bytes=parse_bytes(words[1])).fits
+        else:
+            value = int(words[1]) if words[1].isdigit() else words[1]
+            again = {**small, words[0].replace("-", "_"): value}
+            assert plan(**again, device_memory_bytes=least - 50 * 2**20).fits, change
+        assert change.time > 0
+    nothing = plan("llama-2-70b", device_memory_bytes=10**9)
+    assert (nothing.fits, nothing.largest_length, nothing.largest_batch) == (False, 0, 0)
+    assert [change.setting.split()[0] for change in nothing.changes] == ["--device-memory"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_less_memory_never_takes_less_time(device):
+    fields = {"device": device, "max_seq_length": 2048, "per_device_train_batch_size": 4, "optim": "paged_adamw_8bit"}
+    plans = [plan("llama-2-7b", device_memory_bytes=gb * 10**9, **fields) for gb in (80, 40, 24, 12, 8, 6, 4)]
+    assert all(found.fits for found in plans)
+    assert plans[0].time == 1 and plans[0].moved_bytes == 0
+    times = [found.time for found in plans]
+    assert times == sorted(times) and plans[-1].moved_bytes > 0
+
+
+def test_generating_holds_the_cache_of_every_layer(checkpoint):
+    """The cache's bytes are those of transformers' own after as many tokens, but for the layer that is growing."""
+    found = {
+        t.name: t.num_bytes for t in plan(str(checkpoint), "generate", max_seq_length=64, compute_dtype="float32").terms
+    }
+    model = onecard.load_model(str(checkpoint), compute_dtype=torch.float32, device="cpu")
+    cache = model(torch.arange(64)[None], use_cache=True).past_key_values
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert found["KV cache"] == held * 3 // 2, "two layers, and one of them once more"
+    assert "LoRA gradients" not in found and "AdamW states" not in found
+
+
+def test_every_term_and_its_formula_stand_in_the_docs():
+    text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
+    kinds = [
+        {"method": method, "device": device}
+        for method in ("full", "lora", "qlora", "generate")
+        for device in ("cpu", "cuda")
+    ]
+    plans = [plan("llama-2-7b", **kind) for kind in kinds]
+    plans.append(plan("llama-2-7b", device_memory_bytes=3 * 10**9, max_seq_length=512))
+    names = {term.name for found in plans for term in found.terms}
+    missing = [name for name in names if name not in text]
+    assert not missing, missing
+    fixed = {term.formula for term in plans[0].terms + plans[4].terms if term.name != "activations"}
+    assert not [formula for formula in fixed if formula not in text.replace("2 P; 2 P; 4 P", "2 P 4 P 8 P")]
+
+
+def test_a_hub_id_needs_no_more_than_config_and_headers(checkpoint, monkeypatch):
+    from safetensors import safe_open
+
+    asked = []
+
+    def config_of(repository, **kwargs):
+        asked.append(repository)
+        return real(checkpoint, local_files_only=True)
+
+    def headers_of(repository):
+        asked.append(repository)
+        with safe_open(checkpoint / "model.safetensors", "pt") as file:
+            tensors = {name: SimpleNamespace(dtype=file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
+        return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
+
+    real = AutoConfig.from_pretrained
+    expected = plan(str(checkpoint))
+    monkeypatch.setattr(AutoConfig, "from_pretrained", config_of)
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", headers_of)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("weights were fetched"))
+    assert plan("somebody/some-model").terms == expected.terms
+    assert asked == ["somebody/some-model"] * 2
+
+    def unreachable(repository):
+        raise OSError("no network\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "get_safetensors_metadata", unreachable)
+    with pytest.raises(UserError, match="no network"):
+        plan("somebody/some-model")
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        ({"max_seq_length": 5000}, "4,096"),
+        ({"device_memory_bytes": 0}, "must be some memory"),
+        ({"device_memory_bytes": -5}, "must be some memory"),
+        ({"max_seq_length": 0}, "max_seq_length"),
+        ({"r": 0}, "r:"),
+        ({"target_modules": ["no_such_proj"]}, "target_modules"),
+    ],
+)
+def test_nonsense_is_told(fields, match):
+    with pytest.raises(UserError, match=match):
+        plan("llama-2-7b", **fields)
 
 
 @pytest.mark.parametrize("fields", [{"model": "llama-2-7"}, {"model": "llama-2-7b", "method": "x"}, {"rr": 3}])

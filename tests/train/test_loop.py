@@ -1,5 +1,6 @@
 """Exact: what a run ends in does not depend on how the window is split, nor on where it was killed."""
 
+import gc
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.train import state as state_module
+from onecard.train.loop import frozen_objects
 from onecard.train.session import run_training
 from onecard.train.state import load_newest, save_state
 from tests.conftest import chat_rows, make_checkpoint, write_rows
@@ -272,3 +274,10 @@ def test_kill_9_at_twenty_moments(checkpoint, chats, tmp_path):
         found, kills = kill_and_resume(checkpoint, chats, tmp_path, 4, random.Random(seed))
         assert found == expected
         total, seed = total + kills, seed + 1
+
+
+def test_the_collector_leaves_the_model_alone_while_it_trains():
+    before = gc.get_freeze_count()
+    with frozen_objects():
+        assert gc.get_freeze_count() > before
+    assert gc.get_freeze_count() == 0

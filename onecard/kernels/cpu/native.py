@@ -1,4 +1,4 @@
-"""The backend in C++ (csrc/): AVX-512, AVX2 or plain code, chosen at run time, bit-equal to quant/.
+"""The backend in C++ (csrc/): AVX-512, AVX2, NEON or plain code, chosen at run time, bit-equal to quant/.
 
 The library is built with the package (setup.py) and loaded with ctypes. Without a compiler there is none; then
 `library()` is None, the reference backend is taken instead, and a line on standard error says so once.
@@ -73,7 +73,7 @@ SIGNATURES: dict[str, tuple] = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None if it was not built; ONECARD_ISA forces a path (avx512, avx2, scalar)."""
+    """The loaded library, or None if it was not built; ONECARD_ISA forces a path (avx512, avx2, neon, scalar)."""
     folder = Path(__file__).parent
     found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
     if not found:
@@ -168,12 +168,18 @@ def multiply(
     quant_type: str,
     blocksize: int,
     num_outputs: int,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """x W^T straight from the codes, float32 (M, N): weights and sums in float32, nothing rounded to x's dtype."""
+    """x W^T straight from the codes, float32 (M, N): weights and sums in float32, nothing rounded to x's dtype.
+
+    With lora = (x A^T, B, s) plus s (x A^T) B^T.
+    """
     M, K = x_MK.shape
     y_MN = torch.empty(M, num_outputs, dtype=torch.float32)
     weight = scales(packed, absmax, nested_absmax, nested_offset, quant_type)
     call("onecard_product", *weight, num_outputs, K, blocksize, x_MK.contiguous(), DTYPES[x_MK.dtype], M, y_MN)
+    if lora is not None:
+        y_MN.addmm_(lora[0].float(), lora[1].float().T, alpha=lora[2])
     return y_MN
 
 
@@ -185,6 +191,31 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     losses_P = torch.empty(len(target_P))
     call("onecard_cross_entropy", z_PV, DTYPES[z_PV.dtype], *z_PV.shape, target_P, losses_P)
     return losses_P
+
+
+def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """y like x, contiguous, and r float32 (rows,)."""
+    y, rstd = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1])
+    call("onecard_rms_norm", x, w, y, rstd, DTYPES[x.dtype], rstd.numel(), x.shape[-1], eps)
+    return y, rstd
+
+
+def rms_norm_backward(grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
+    grad_x = torch.empty_like(x)
+    call("onecard_rms_norm_backward", grad_y, x, w, rstd, grad_x, DTYPES[x.dtype], rstd.numel(), x.shape[-1])
+    return grad_x
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty_like(gate)
+    call("onecard_swiglu", gate, up, y, DTYPES[y.dtype], y.numel())
+    return y
+
+
+def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    call("onecard_swiglu_backward", grad_y, gate, up, grad_gate, grad_up, DTYPES[gate.dtype], gate.numel())
+    return grad_gate, grad_up
 
 
 def attention(

@@ -19,13 +19,14 @@ from onecard.kernels.triton.blockwise import block_scale
 from onecard.quant.codebook import dynamic_map, quant_map
 
 LARGEST_M = 16  # rows of a tensor core's tile: fewer are padded up to it
+LARGEST_RANK = 128  # of a LoRA term whose B fits in registers beside the sums
 BLOCK_N, BLOCK_K = 32, 256
 
 
 @triton.jit
 def product_kernel(
-    x, packed, absmax, nested_absmax, dynamic, offset, levels, y, M, N, K: tl.constexpr,
-    BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    x, packed, absmax, nested_absmax, dynamic, offset, levels, xA, lora_B, scaling, y, M, N, R, K: tl.constexpr,
+    RANK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -44,6 +45,12 @@ def product_kernel(
         x_odd = tl.load(x + m[:, None] * K + k[None, :] + 1, mask=seen, other=0.0)
         sums = tl.dot(x_even, tl.trans(even), sums, input_precision="ieee")
         sums = tl.dot(x_odd, tl.trans(odd), sums, input_precision="ieee")
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        a = tl.load(xA + m[:, None] * R + r[None, :], mask=(m[:, None] < M) & (r[None, :] < R), other=0.0)
+        b = tl.load(lora_B + n[:, None] * R + r[None, :], mask=(n[:, None] < N) & (r[None, :] < R), other=0.0)
+        term = tl.dot(a, tl.trans(b.to(a.dtype)), input_precision="ieee")
+        sums += scaling * term
     tl.store(y + m[:, None] * N + n[None, :], sums, mask=(m[:, None] < M) & (n[None, :] < N))
 
 
@@ -61,9 +68,13 @@ def multiply(
     quant_type: str,
     blocksize: int,
     num_outputs: int,
+    lora: tuple[Tensor, Tensor, float] | None = None,
 ) -> Tensor:
-    """x W^T, float32 (M, N)."""
+    """x W^T, float32 (M, N); with lora = (x A^T, B, s) plus s (x A^T) B^T, in the same launch up to LARGEST_RANK."""
     M, K = x_MK.shape
+    R = 0 if lora is None else lora[0].shape[1]
+    xA_MR, lora_B_NR, scaling = lora if lora is not None and R <= LARGEST_RANK else (x_MK, x_MK, 0.0)
+    fused_rank = max(16, triton.next_power_of_2(R)) if 0 < R <= LARGEST_RANK else 0
     y_MN = torch.empty(M, num_outputs, dtype=torch.float32, device=x_MK.device)
     nested = nested_absmax is not None
     product_kernel[(triton.cdiv(num_outputs, BLOCK_N),)](
@@ -74,10 +85,15 @@ def multiply(
         dynamic_map(packed.device),
         nested_offset if nested else absmax,
         quant_map(quant_type, packed.device),
+        xA_MR.contiguous(),
+        lora_B_NR.contiguous(),
+        scaling,
         y_MN,
         M,
         num_outputs,
+        R,
         K,
+        RANK=fused_rank,
         BLOCKSIZE=blocksize,
         NESTED=nested,
         NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
@@ -86,4 +102,6 @@ def multiply(
         BLOCK_K=BLOCK_K,
         enable_fp_fusion=False,
     )
+    if lora is not None and R > LARGEST_RANK:
+        y_MN.addmm_(lora[0].float(), lora[1].float().T, alpha=lora[2])
     return y_MN

@@ -1,0 +1,108 @@
+"""The demo's tuned model as GGUF files, read by llama.cpp: task accuracy and tokens beside the live adapter's.
+
+    python -m benchmarks.gguf [--adapter DIR]        needs llama-cpp-python
+
+Accuracy goes the whole foreign way: llama.cpp renders the chat template, tokenizes, computes and detokenizes. "Same
+tokens" counts the answers that are the live adapter's token for token where both are given the same prompt's ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import torch
+from rich.console import Console
+
+from benchmarks.measure import table, write_result
+from onecard.config import GgufConfig
+from onecard.data.template import prompt_ids
+from onecard.demo.run import SETTINGS, read_rows, run_demo
+from onecard.export.gguf import export_gguf
+from onecard.hf.load import load_model, load_tokenizer
+from onecard.infer.generate import with_adapter
+
+BASE, HELDOUT = str(SETTINGS["model"]), Path(SETTINGS["eval_data"])
+MAX_NEW_TOKENS = 96
+OUTTYPES = ("bf16", "f16", "q8_0", "q4_0")
+
+
+def write_files(adapter: str, folder: Path) -> Iterator[tuple[str, Path, Path | None]]:
+    """What it is, the model's file, and the adapter's if it is apart."""
+    for outtype in OUTTYPES:
+        file = folder / f"{outtype}.gguf"
+        export_gguf(BASE, adapter, str(file), GgufConfig.model_validate({"outtype": outtype}))
+        yield f"merged, {outtype.upper()}", file, None
+    base, lora = folder / "base.gguf", folder / "lora.gguf"
+    export_gguf(BASE, None, str(base))
+    export_gguf(BASE, adapter, str(lora), GgufConfig(adapter_only=True))
+    yield "base, BF16, and adapter", base, lora
+    yield "base, BF16, without it", base, None
+
+
+@torch.no_grad()
+def live_answers(adapter: str, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
+    """Greedy tokens of the 4-bit base with its adapter, one prompt at a time, without the end token."""
+    model = with_adapter(load_model(BASE, device="cpu"), adapter)
+    made = []
+    for ids in prompts:
+        out = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids)),
+            max_new_tokens=MAX_NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        made.append([token for token in out[0, len(ids) :].tolist() if token != tokenizer.eos_token_id])
+    return made
+
+
+def answer(model: Any, ids: list[int], end: int) -> list[int]:
+    """Greedy tokens of llama.cpp, without the end token."""
+    made = []
+    for token in model.generate(ids, temp=0.0):
+        if token == end or len(made) == MAX_NEW_TOKENS:
+            return made
+        made.append(token)
+    return made
+
+
+def said(model: Any, messages: list[dict[str, str]]) -> str:
+    """llama.cpp's own answer to a chat."""
+    done = model.create_chat_completion(messages=messages, temperature=0.0, max_tokens=MAX_NEW_TOKENS)
+    return done["choices"][0]["message"]["content"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--adapter", help="of the demo; without it the demo is run")
+    args = parser.parse_args()
+    tokenizer, rows = load_tokenizer(BASE), read_rows(HELDOUT)
+    chats, wanted = [row["messages"][:-1] for row in rows], [row["messages"][-1]["content"] for row in rows]
+    prompts = [prompt_ids(chat, tokenizer) for chat in chats]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        adapter = args.adapter or str(run_demo(str(folder / "demo"), Console()).adapter)
+        live = live_answers(adapter, tokenizer, prompts)
+        hits = sum(tokenizer.decode(a, skip_special_tokens=True) == w for a, w in zip(live, wanted))
+        lines = [["live adapter, onecard", f"{hits / len(rows):.1%}", "", ""]]
+        for what, file, lora in write_files(adapter, folder):
+            model = llama_cpp.Llama(
+                str(file), lora_path=lora and str(lora), n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False
+            )
+            hits = sum(said(model, chat) == w for chat, w in zip(chats, wanted))
+            same = sum(answer(model, ids, tokenizer.eos_token_id) == a for ids, a in zip(prompts, live))
+            model.close()
+            lines.append([what, f"{hits / len(rows):.1%}", f"{same / len(rows):.1%}", f"{file.stat().st_size:,}"])
+            print("  ".join(lines[-1]), flush=True)
+    note = f"{len(rows)} held-out messages; llama-cpp-python {llama_cpp.__version__}."
+    content = table(["model", "exact match", "same tokens as live", "bytes"], lines)
+    print(write_result("gguf", "GGUF files, read by llama.cpp", f"{note}\n\n{content}"))
+
+
+if __name__ == "__main__":
+    main()
