@@ -95,7 +95,7 @@ def child(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         base = load(args.child, str(make_checkpoint(args.shape)))
         seconds = time.perf_counter() - begin
-    scales = sum(weight.state.nbytes for module in base.modules() for _, weight in weights_of(module))
+    scales = sum(weight.loaded_state.nbytes for module in base.modules() for _, weight in weights_of(module))
     if args.child == "bnb":
         states = [p.quant_state for p in base.parameters() if hasattr(p, "quant_state")]
         scales = sum(s.absmax.nbytes + (s.state2.absmax.nbytes if s.nested else 0) for s in states)

@@ -140,7 +140,7 @@ class OnecardQuantizer(HfQuantizer):
                 if weight.fetch is not None:
                     do = "load it without a weights_budget, or use `onecard quantize`"
                     raise UserError("a model must be in memory to be saved", "a paged base", do, path)
-                found = to_bnb(weight.weight.detach(), weight.state)
+                found = to_bnb(weight.weight.detach(), weight.loaded_state)
                 tensors |= {f"{path}.{name}{suffix}": tensor for suffix, tensor in found.items()}
         return tensors, {}
 
@@ -215,7 +215,7 @@ class OnecardQuantizer(HfQuantizer):
 
     def tell_how_stored(self, model: PreTrainedModel) -> None:
         """A checkpoint in 4 bits keeps its own type, blocks and nesting: let the model's config say so."""
-        state = next((m.state for m in model.modules() if isinstance(m, Linear4bit)), None)
+        state = next((m.loaded_state for m in model.modules() if isinstance(m, Linear4bit)), None)
         if state is not None:
             config: Any = self.quantization_config
             config.bnb_4bit_quant_type, config.bnb_4bit_blocksize = state.quant_type, state.blocksize

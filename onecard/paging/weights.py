@@ -116,7 +116,7 @@ class PagedBase:
 
     def take(self, linear: Holder, segments: tuple[Segment, Segment] | None = None) -> None:
         """Take codes and absmax out of memory; `segments` say where a file holds them already."""
-        packed, state = linear.weight, linear.state
+        packed, state = linear.weight, linear.loaded_state
         absmax_dtype = state.absmax.dtype
         self.segments[linear] = segments or (self.write(packed), self.write(state.absmax))
         linear.weight = nn.Parameter(packed.new_empty(0, 1), requires_grad=False)
@@ -127,7 +127,7 @@ class PagedBase:
         """One weight from its file, kept nowhere: until `start` has made pages."""
         segments = list(self.segments[linear])
         page, (codes, absmax) = read_page(segments).to(self.device), page_layout(segments)[0]
-        return page[codes].view(-1, 1), replace(linear.state, absmax=page[absmax].view(absmax_dtype))
+        return page[codes].view(-1, 1), replace(linear.loaded_state, absmax=page[absmax].view(absmax_dtype))
 
     def start(
         self,
@@ -150,8 +150,8 @@ class PagedBase:
             places, _ = page_layout([s for m in linears for s in self.segments[m]])
             for number, linear in enumerate(linears):
                 codes, absmax = places[2 * number : 2 * number + 2]
-                dtype = linear.state.absmax.dtype
-                linear.fetch = PagedWeight(pager, pages[name], codes, absmax, linear.state, dtype)
+                dtype = linear.loaded_state.absmax.dtype
+                linear.fetch = PagedWeight(pager, pages[name], codes, absmax, linear.loaded_state, dtype)
         if paged_head is not None:
             model.set_output_embeddings(PagedHead(last, pager, paged_head, head[1]))
         if type(before) is nn.Embedding:

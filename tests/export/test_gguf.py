@@ -1,7 +1,10 @@
 """Exact: GGUF files read by transformers and the gguf package, by llama.cpp where it is installed."""
 
-import os
+import json
 import re
+import subprocess
+import sys
+from random import Random
 
 import gguf
 import numpy as np
@@ -308,6 +311,29 @@ def test_sentencepiece_tokens_are_the_same(tmp_path):
     assert [read(text)["input_ids"] for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
 
 
+def joined(text, tokens, scores):
+    """How llama.cpp tokenizes with scores: join the neighbours whose union scores highest, the first of equals."""
+    ids, pieces = {token: i for i, token in enumerate(tokens)}, list("▁" + text.replace(" ", "▁"))
+    while True:
+        unions = [(scores[ids[a + b]], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in ids]
+        if not unions:
+            return [ids[piece] for piece in pieces]
+        i = -max(unions)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+def test_scores_join_as_merges_do():
+    tokenizer = sentencepiece_like()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens, _ = vocabulary.list_tokens(state, len(tokenizer))
+    scores = vocabulary.merge_scores(state["model"], len(tokenizer))
+    rng = Random(0)
+    letters = sorted(set("".join(TEXT)) - set("0123456789"))
+    for _ in range(300):
+        text = "".join(rng.choices(letters, k=12))
+        assert joined(text, tokens, scores) == tokenizer(text)["input_ids"], text
+
+
 def test_a_word_tokenizer_is_refused(tmp_path):
     model = make_checkpoint(tmp_path / "model")
     backend = Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
@@ -389,6 +415,7 @@ def test_ollama_s_template_writes_what_the_chat_template_writes(family):
         "{% for m in messages %}{{ loop.index ~ ': ' + m['content'] + '\n' }}{% endfor %}",
         "{% for m in messages %}{{ m['role'] + m['content'] | upper }}{% endfor %}",
         "{% for m in messages %}{{ '{{' + m['content'] + '}}' }}{% endfor %}",
+        "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}" + CHATML,
     ],
 )
 def test_a_template_of_another_form_is_left_out(template):
@@ -454,6 +481,15 @@ def test_nothing_is_overwritten_and_room_is_checked(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_command_says_where_it_is_and_how_to_use_it(tmp_path):
+    model = make_checkpoint(tmp_path / "model", "mistral", sliding_window=64)
+    command = [sys.executable, "-m", "onecard.cli", "export", "--format", "gguf", "--model", str(model)]
+    done = subprocess.run([*command, "--output", tmp_path / "m.gguf"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for said in ("m.gguf  (", "last 64 tokens", "llama-cli -m", "ollama create m -f", "lms import"):
+        assert said in done.stdout, said
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
     """Greedy, from the merged file and from base and adapter; F16, in which llama.cpp computes."""
@@ -475,4 +511,3 @@ def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
         found = [token for token, _ in zip(model.generate(ids, temp=0.0), range(16))]
         model.close()
         assert found == expected.tolist(), file
-    assert os.path.getsize(tmp_path / "a.gguf") < os.path.getsize(tmp_path / "m.gguf")

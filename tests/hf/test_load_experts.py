@@ -30,7 +30,7 @@ def sources(tmp_path_factory):
 
 def held_bytes(model):
     """What a model's parameters and scales take."""
-    scales = sum(weight.state.nbytes for module in model.modules() for _, weight in weights_of(module))
+    scales = sum(weight.loaded_state.nbytes for module in model.modules() for _, weight in weights_of(module))
     return sum(parameter.nbytes for parameter in model.parameters()) + scales
 
 
@@ -42,7 +42,7 @@ def test_codes_are_those_of_the_stacked_weights(family, sources):
         if isinstance(module, Experts4bit):
             for name, weight in module.weights.items():
                 packed, state = onecard.quantize_4bit(getattr(plain.get_submodule(path), name))
-                assert torch.equal(weight.weight, packed) and torch.equal(weight.state.absmax, state.absmax)
+                assert torch.equal(weight.weight, packed) and torch.equal(weight.loaded_state.absmax, state.absmax)
     assert not any(isinstance(p, torch.nn.Parameter) and p.ndim == 3 for p in model.parameters())
 
 
@@ -101,6 +101,29 @@ def test_a_4bit_checkpoint_of_ours_is_the_original_in_4_bits(family, double_quan
     experts = list(other.stack(name))
     assert all(torch.equal(a, b) for a, b in zip(one.stack(name), experts, strict=True))
     assert torch.equal(torch.stack(experts), other.read(name))
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_save_pretrained_is_read_again(family, sources, tmp_path):
+    """From a model of 16-bit weights, and from one of 4-bit ones."""
+    model = onecard.load_model(str(sources[family]), device="cpu")
+    model.save_pretrained(tmp_path / "one", max_shard_size="40KB")
+    again = onecard.load_model(str(tmp_path / "one"), device="cpu")
+    assert fingerprint(again) == fingerprint(model)
+    again.save_pretrained(tmp_path / "two")
+    assert fingerprint(onecard.load_model(str(tmp_path / "two"), device="cpu")) == fingerprint(model)
+
+
+def test_experts_of_a_4bit_checkpoint_are_stored_as_its_linears(sources, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    theirs = AutoModelForCausalLM.from_pretrained(sources["mixtral"], quantization_config=config, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "b")
+    model = onecard.load_model(str(tmp_path / "b"), device="cpu")
+    states = [weight.loaded_state for module in model.modules() for _, weight in weights_of(module)]
+    assert {(state.quant_type, state.nested) for state in states} == {("fp4", False)}
 
 
 def edit(folder, change):

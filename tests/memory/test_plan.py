@@ -12,7 +12,8 @@ from transformers import AutoConfig
 import onecard
 from onecard.config import LoraSettings, parse_bytes
 from onecard.errors import UserError
-from onecard.memory.model import known_config, meta_model
+from onecard.hf.load import meta_model
+from onecard.memory.model import known_config
 from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
 from onecard.nn.experts import weights_of
@@ -30,7 +31,7 @@ BILLIONS = {
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_public_models_have_their_published_size(name):
-    count = sum(p.numel() for p in meta_model(known_config(name)).parameters())
+    count = sum(p.numel() for p in meta_model(known_config(name), name).parameters())
     assert round(count / 1e9, 2) == pytest.approx(BILLIONS[name], abs=0.0101)
 
 
@@ -44,7 +45,7 @@ def test_the_terms_of_a_loaded_model(checkpoint):
     model = onecard.load_model(str(checkpoint), compute_dtype=torch.bfloat16, device="cpu")
     quantized = [module for module in model.modules() if hasattr(module, "quant_state")]
     assert found["base, 4-bit codes"] == sum(module.weight.nbytes for module in quantized)
-    assert found["base, scales"] == sum(module.state.nbytes for module in quantized)
+    assert found["base, scales"] == sum(module.loaded_state.nbytes for module in quantized)
     others = sum(p.nbytes for p in model.parameters() if p.is_floating_point())
     assert found["embeddings, norms, head"] == others
     assert found["LoRA weights"] == sum(4 * 4 * (m.in_features + m.out_features) for m in quantized)
@@ -59,9 +60,9 @@ def test_the_terms_of_loaded_experts(family, tmp_path):
     model = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
     weights = [weight for module in model.modules() for _, weight in weights_of(module)]
     assert found["base, 4-bit codes"] + found["experts, 4-bit codes"] == sum(w.weight.nbytes for w in weights)
-    assert found["base, scales"] == sum(w.state.nbytes for w in weights)
+    assert found["base, scales"] == sum(w.loaded_state.nbytes for w in weights)
     assert found["embeddings, norms, head"] == sum(p.nbytes for p in model.parameters() if p.is_floating_point())
-    assert found["dequantized weight"] == 2 * max(w.state.shape[-2:].numel() for w in weights)
+    assert found["dequantized weight"] == 2 * max(w.loaded_state.shape[-2:].numel() for w in weights)
     tuned = get_peft_model(model, lora_config(lora, model))
     assert found["LoRA weights"] == sum(p.nbytes for p in tuned.parameters() if p.requires_grad)
 
