@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors go through on their way into a model: codes made of 16-bit weights, or 4-bit ones.
+"""What a checkpoint's tensors go through on their way into a model: 16-bit weights into codes, 4-bit ones as they are.
 
 transformers' conversion operations; they are called one weight at a time, and give the module its weight themselves.
 """

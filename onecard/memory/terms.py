@@ -1,9 +1,9 @@
 """Bytes a term, its formula beside it, from headers or a known shape and the settings alone. docs/plan.md tells why.
 
-P_q weights in the linears that 4 bits take, P_e in experts, P_o the others, P all of them, P_l LoRA weights; T tokens
-that go through the model at a time, L layers, d hidden, k key heads x head size, f intermediate, V vocabulary; c bytes
-of the compute dtype. What a layer keeps for its backward is told in activations.py. The terms of a step are those at
-its fullest moment, one of
+P_q weights that 4 bits take, P_e of them in experts, P_o the others, P = P_q + P_o, P_l LoRA weights; T tokens that go
+through the model at a time, L layers, d hidden, k key heads x head size, f intermediate, V vocabulary; c bytes of the
+compute dtype. What a layer keeps for its backward is told in activations.py. The terms of a step are those at its
+fullest moment, one of
 
     the loss                           all that is kept, the inputs of the layers that recompute, the logits' chunk
     a recomputing layer's backward     the inputs, that layer whole and what its backward works on, gradients so far
@@ -177,7 +177,7 @@ class Case:
         experts = sum(stack.weight.numel() for stack in model.stacks.values())
         beside = f"P_e / 2; {2 * experts / 2**30:,.1f} GiB in 16 bits, as bitsandbytes leaves them"
         return [
-            Term("base, 4-bit codes", (sum(self.sizes) - experts) // 2, "P_q / 2"),
+            Term("base, 4-bit codes", (sum(self.sizes) - experts) // 2, "(P_q - P_e) / 2" if experts else "P_q / 2"),
             *([Term("experts, 4-bit codes", experts // 2, beside)] if experts else []),
             Term("base, scales", scale_bytes(self.sizes, config), scale_formula(config)),
             Term("embeddings, norms, head", sum(others), "P_o x bytes of its dtype, at most c"),

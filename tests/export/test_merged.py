@@ -14,8 +14,9 @@ import onecard
 from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.merged import merge, open_merged
-from onecard.export.quantized import quantize_checkpoint
+from onecard.export.quantized import quantize_checkpoint, requantize
 from onecard.infer.adapters import with_adapter
+from onecard.nn.experts import weights_of
 from onecard.nn.lora import register_fused
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 
@@ -242,3 +243,21 @@ def test_an_adapter_of_other_experts_is_refused(tmp_path):
     narrow = make_checkpoint(tmp_path / "narrow", "mixtral", intermediate_size=64)
     with pytest.raises(UserError, match="must have the adapter's"):
         merge(str(narrow), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_requantized_experts_say_what_is_left(family, tmp_path):
+    """<Q(W + D) - W, D> / <D, D> over all updated weights, from the two checkpoints as they are loaded."""
+    base = make_checkpoint(tmp_path / "base", family)
+    make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
+    folder, share = requantize(str(base), str(tmp_path / "adapter"), str(tmp_path / "q"), QuantConfig())
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    found, before = (onecard.load_model(str(f), compute_dtype="float32", device="cpu") for f in (folder, base))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    along = whole = 0.0
+    for (path, module), (_, other) in zip(found.named_modules(), before.named_modules()):
+        for (name, weight), (_, old) in zip(weights_of(module), weights_of(other)):
+            D = (getattr(merged.get_submodule(path), name).detach() - old.dequantize()).double()
+            along += ((weight.dequantize() - old.dequantize()).double() * D).sum().item()
+            whole += D.square().sum().item()
+    assert share == pytest.approx(along / whole, rel=1e-5)  # sums of float32 products

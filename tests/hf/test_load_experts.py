@@ -95,15 +95,35 @@ def test_a_4bit_checkpoint_of_ours_is_the_original_in_4_bits(family, double_quan
     assert fingerprint(paged) == fingerprint(original) and paged.paged_base.spill is None
     written = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert written < 0.6 * sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    one = open_merged(str(source), None, quant=QuantConfig(double_quant=double_quant))
+    one = open_merged(str(source), None, "dequantized", QuantConfig(double_quant=double_quant))
     other = open_merged(str(folder), None)
     name = next(name for name in other.shapes if name.endswith("layers.1.mlp.experts.down_proj"))
-    stacked = other.read(name)
-    if name in one.shapes:
-        assert torch.equal(one.read(name), stacked)
-    else:
-        parts = [part for part, place in one.places.items() if place.stack == name]
-        assert torch.equal(torch.stack([one.read(part) for part in parts]), stacked)
+    experts = list(other.stack(name))
+    assert all(torch.equal(a, b) for a, b in zip(one.stack(name), experts, strict=True))
+    assert torch.equal(torch.stack(experts), other.read(name))
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_save_pretrained_is_read_again(family, sources, tmp_path):
+    """From a model of 16-bit weights, and from one of 4-bit ones."""
+    model = onecard.load_model(str(sources[family]), device="cpu")
+    model.save_pretrained(tmp_path / "one", max_shard_size="40KB")
+    again = onecard.load_model(str(tmp_path / "one"), device="cpu")
+    assert fingerprint(again) == fingerprint(model)
+    again.save_pretrained(tmp_path / "two")
+    assert fingerprint(onecard.load_model(str(tmp_path / "two"), device="cpu")) == fingerprint(model)
+
+
+def test_experts_of_a_4bit_checkpoint_are_stored_as_its_linears(sources, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")
+    theirs = AutoModelForCausalLM.from_pretrained(sources["mixtral"], quantization_config=config, dtype=torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "b")
+    model = onecard.load_model(str(tmp_path / "b"), device="cpu")
+    states = [weight.loaded_state for module in model.modules() for _, weight in weights_of(module)]
+    assert {(state.quant_type, state.nested) for state in states} == {("fp4", False)}
 
 
 def edit(folder, change):

@@ -60,9 +60,9 @@ def test_the_terms_of_loaded_experts(family, tmp_path):
     model = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
     weights = [weight for module in model.modules() for _, weight in weights_of(module)]
     assert found["base, 4-bit codes"] + found["experts, 4-bit codes"] == sum(w.weight.nbytes for w in weights)
-    assert found["base, scales"] == sum(w.state.nbytes for w in weights)
+    assert found["base, scales"] == sum(w.loaded_state.nbytes for w in weights)
     assert found["embeddings, norms, head"] == sum(p.nbytes for p in model.parameters() if p.is_floating_point())
-    assert found["dequantized weight"] == 2 * max(w.state.shape[-2:].numel() for w in weights)
+    assert found["dequantized weight"] == 2 * max(w.loaded_state.shape[-2:].numel() for w in weights)
     tuned = get_peft_model(model, lora_config(lora, model))
     assert found["LoRA weights"] == sum(p.nbytes for p in tuned.parameters() if p.requires_grad)
 
