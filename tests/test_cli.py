@@ -58,6 +58,19 @@ def test_export_says_how_to_use_what_it_wrote(trained, checkpoint, chats, tmp_pa
     assert (tmp_path / "o" / "quantize_config.json").is_file()
 
 
+def test_merge_verifies_and_tells_what_4_bits_leave(trained, checkpoint, chats, tmp_path):
+    where = ("--model", checkpoint, "--adapter", trained[0] / "adapter")
+    code, out, err = onecard("merge", *where, "--output", tmp_path / "m", "--verify", chats)
+    assert code == 0, err
+    for said in ("live adapter", "dequantized", "original", "kept", "merged   "):
+        assert said in out, said
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+    code, out, err = onecard("merge", *where, "--output", tmp_path / "q", "--requantize", "nf4")
+    assert code == 0 and "% of the adapter's update" in out, err
+    code, _, err = onecard("merge", *where, "--output", tmp_path / "x", "--quant-type", "fp4")
+    assert code == 2 and "quant_type nf4" in err and not (tmp_path / "x").exists()
+
+
 def test_chat_answers_and_ends(checkpoint):
     done = subprocess.run(
         [sys.executable, "-m", "onecard.cli", "chat", "--model", str(checkpoint), "--max-new-tokens", "4"],

@@ -88,7 +88,7 @@ def export_gguf(
     model: str,
     adapter: str | None,
     output: str,
-    config: GgufConfig | None = None,
+    config: GgufConfig,
     base: Base | None = None,
     quant: QuantConfig | None = None,
 ) -> Exported:
@@ -102,7 +102,7 @@ def export_gguf(
         UserError: a model, tokenizer or adapter that GGUF or llama.cpp's graph cannot hold; weights beyond F16's
             range; no room on the disk; an output that exists; and open_merged's.
     """
-    target, config = Path(output), config or GgufConfig()
+    target = Path(output)
     merged = open_merged(model, adapter, base, quant)
     if target.suffix == ".gguf":
         recipe = target.with_suffix(".Modelfile")

@@ -1,7 +1,8 @@
 """Exact: GGUF files read by transformers and the gguf package, by llama.cpp where it is installed."""
 
-import os
 import re
+import subprocess
+import sys
 
 import gguf
 import numpy as np
@@ -131,7 +132,7 @@ def test_llama3_s_rotary_factors(tmp_path):
     short, long = waves < 64 / 4, waves > 64 / 1
     off = factors / np.where(short, 1, 8) - 1
     assert factors.shape == (8,) and (np.abs(off[short | long]) <= 4 * 2**-24).all()
-    assert ((1 < factors) & (factors < 8))[~short & ~long].all()
+    assert ((factors > 1) & (factors < 8))[~short & ~long].all()
 
 
 @pytest.mark.parametrize(("outtype", "levels"), [("f16", None), ("q8_0", 127), ("q4_0", 8)])
@@ -389,6 +390,7 @@ def test_ollama_s_template_writes_what_the_chat_template_writes(family):
         "{% for m in messages %}{{ loop.index ~ ': ' + m['content'] + '\n' }}{% endfor %}",
         "{% for m in messages %}{{ m['role'] + m['content'] | upper }}{% endfor %}",
         "{% for m in messages %}{{ '{{' + m['content'] + '}}' }}{% endfor %}",
+        "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}" + CHATML,
     ],
 )
 def test_a_template_of_another_form_is_left_out(template):
@@ -454,6 +456,15 @@ def test_nothing_is_overwritten_and_room_is_checked(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
+def test_the_command_says_where_it_is_and_how_to_use_it(tmp_path):
+    model = make_checkpoint(tmp_path / "model", "mistral", sliding_window=64)
+    command = [sys.executable, "-m", "onecard.cli", "export", "--format", "gguf", "--model", str(model)]
+    done = subprocess.run([*command, "--output", tmp_path / "m.gguf"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for said in ("m.gguf  (", "last 64 tokens", "llama-cli -m", "ollama create m -f", "lms import"):
+        assert said in done.stdout, said
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
 def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
     """Greedy, from the merged file and from base and adapter; F16, in which llama.cpp computes."""
@@ -475,4 +486,3 @@ def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
         found = [token for token, _ in zip(model.generate(ids, temp=0.0), range(16))]
         model.close()
         assert found == expected.tolist(), file
-    assert os.path.getsize(tmp_path / "a.gguf") < os.path.getsize(tmp_path / "m.gguf")
