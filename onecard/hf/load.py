@@ -189,7 +189,7 @@ def read_config(folder: Path) -> Any:
         raise bad_config(error, str(folder / "config.json")) from None
 
 
-def meta_model(config: Any, where: str) -> PreTrainedModel:
+def meta_model(config: Any, where: str) -> Any:
     """transformers' model of a config without weights. Raises UserError where the config contradicts itself."""
     try:
         with torch.device("meta"):
