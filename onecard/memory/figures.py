@@ -72,7 +72,11 @@ def memory_bill(path: Path, model: str = "llama-2-7b", length: int = 512) -> dic
 
 
 def plot_plan(path: str | Path, found: Plan, title: str) -> None:
-    """A plan's terms as bars, the largest first, with the total and the limit. Raises UserError if it cannot be written."""
+    """A plan's terms as bars, the largest first, with the total and the limit.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     terms = sorted(found.terms, key=lambda term: term.num_bytes, reverse=True)
     figure = Figure(figsize=(8, 1.6 + 0.36 * len(terms)), layout="constrained")
     axis: Any = figure.subplots()
@@ -88,7 +92,9 @@ def plot_plan(path: str | Path, found: Plan, title: str) -> None:
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:
-        raise UserError("the plot must be a file that can be written", str(error), "name it like plan.png", str(path)) from None
+        raise UserError(
+            "the plot must be a file that can be written", str(error), "name it like plan.png", str(path)
+        ) from None
 
 
 def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:

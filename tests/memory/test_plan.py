@@ -96,7 +96,9 @@ def test_less_memory_never_takes_less_time(device):
 
 def test_generating_holds_the_cache_of_every_layer(checkpoint):
     """The cache's bytes are those of transformers' own after as many tokens, but for the layer that is growing."""
-    found = {t.name: t.num_bytes for t in plan(str(checkpoint), "generate", max_seq_length=64, compute_dtype="float32").terms}
+    found = {
+        t.name: t.num_bytes for t in plan(str(checkpoint), "generate", max_seq_length=64, compute_dtype="float32").terms
+    }
     model = onecard.load_model(str(checkpoint), compute_dtype=torch.float32, device="cpu")
     cache = model(torch.arange(64)[None], use_cache=True).past_key_values
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
@@ -106,7 +108,11 @@ def test_generating_holds_the_cache_of_every_layer(checkpoint):
 
 def test_every_term_and_its_formula_stand_in_the_docs():
     text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
-    kinds = [{"method": method, "device": device} for method in ("full", "lora", "qlora", "generate") for device in ("cpu", "cuda")]
+    kinds = [
+        {"method": method, "device": device}
+        for method in ("full", "lora", "qlora", "generate")
+        for device in ("cpu", "cuda")
+    ]
     plans = [plan("llama-2-7b", **kind) for kind in kinds]
     plans.append(plan("llama-2-7b", device_memory_bytes=3 * 10**9, max_seq_length=512))
     names = {term.name for found in plans for term in found.terms}
@@ -128,7 +134,7 @@ def test_a_hub_id_needs_no_more_than_config_and_headers(checkpoint, monkeypatch)
     def headers_of(repository):
         asked.append(repository)
         with safe_open(checkpoint / "model.safetensors", "pt") as file:
-            tensors = {name: SimpleNamespace(dtype=file.get_slice(name).get_dtype()) for name in file.keys()}
+            tensors = {name: SimpleNamespace(dtype=file.get_slice(name).get_dtype()) for name in file.keys()}  # noqa: SIM118
         return SimpleNamespace(files_metadata={"model.safetensors": SimpleNamespace(tensors=tensors)})
 
     real = AutoConfig.from_pretrained
