@@ -5,15 +5,19 @@
 The checkpoint has random weights, written straight in 4 bits (bitsandbytes' format). Each contender trains a few steps
 in a process of its own on the same tokens; the losses must be equal to the bit. Memory is the process's anonymous
 memory over what it had before loading: what the run itself takes. The plan chooses from --device-memory what is
-recomputed and paged, as `train` does; shapes too large for this machine's memory run with --only paged.
+recomputed, offloaded and paged, as `train` does; shapes too large for this machine's memory run with --only paged.
+Checkpoints stay in benchmarks/.checkpoints for the next call; --remove deletes this one at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +127,10 @@ def child(args: argparse.Namespace) -> None:
     from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
+    from onecard.memory.fit import choose_fit, describe, total_bytes
     from onecard.memory.measure import return_large_blocks
-    from onecard.memory.plan import Fit, choose_fit, read_model
+    from onecard.memory.model import read_model
+    from onecard.memory.terms import Case
     from onecard.nn.lora import lora_config
     from onecard.train.step import Run, recompute_layers, update
 
@@ -139,12 +145,13 @@ def child(args: argparse.Namespace) -> None:
         "optim": args.optim,
     }  # fmt: skip
     config = make_config(TrainConfig, fields, "benchmark")
-    fit = Fit(SHAPES[args.shape]["num_hidden_layers"])
-    if args.child == "paged":
-        model = read_model(inspect_checkpoint(folder))
-        fit, plan = choose_fit(model, config, torch.bfloat16, parse_bytes(args.device_memory))
-        assert plan.fits, plan
-    with anonymous_peak() as peak:
+    limit, case = parse_bytes(args.device_memory), Case(read_model(inspect_checkpoint(folder)), config, torch.bfloat16)
+    fit = choose_fit(case, limit)
+    assert total_bytes(case, fit) <= limit, describe(fit, case.model)
+    if args.child == "resident":  # all else being the same
+        fit = replace(fit, weights_budget=None, states_away=False, num_offloaded=0)
+    planned = total_bytes(case, fit)
+    with anonymous_peak() as peak, tempfile.TemporaryDirectory() as output:
         begin = time.perf_counter()
         budget = fit.weights_budget
         base = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu", weights_budget=budget)
@@ -152,18 +159,13 @@ def child(args: argparse.Namespace) -> None:
         torch.manual_seed(0)
         model: Any = get_peft_model(base, lora_config(config))
         loader = Loader([Example(row, row, "random") for row in rows], args.length, False, 1, 0)
-        run = Run(config, model, loader, args.steps, {})
+        run = Run(config.model_copy(update={"output": output}), model, loader, args.steps, {}, fit=fit)
         model.train()
-        recompute_layers(run.base, fit.num_recomputed)
-        if run.optimizer.paged is not None:
-            run.optimizer.paged.crowded = fit.states_away
+        recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded)
         with use_packed_attention(run.base):
             steps = [update(run) for _ in range(args.steps)]
     found: dict[str, Any] = {"seconds": [s["seconds"] for s in steps], "losses": [s["loss"] for s in steps]}
-    found |= {"load": load, "fit": vars(fit), "plan": plan.total_bytes if args.child == "paged" else None}
-    pager = getattr(run.base, "pager", None)
-    if pager is not None:
-        found["pages"] = vars(pager.take_statistics())
+    found |= {"load": load, "fit": describe(fit, case.model), "plan": planned, "pages": vars(run.paged)}
     print(json.dumps({**found, "peak": peak[0] - before}))
 
 
@@ -177,6 +179,7 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=("resident", "paged"), default=["resident", "paged"])
+    parser.add_argument("--remove", action="store_true", help="delete the checkpoint at the end")
     parser.add_argument("--child", choices=("resident", "paged"))
     args = parser.parse_args()
     if args.child:
@@ -192,27 +195,30 @@ def main() -> None:
     speeds = {name: [args.length / s for r in found for s in r["seconds"][1:]] for name, found in runs.items()}
     lines = []
     for name, found in runs.items():
-        pages = found[0].get("pages", {})
+        pages = found[0]["pages"]
         lines.append([
             name, spread(speeds[name] or [args.length / found[0]["seconds"][0]]),
-            f"{statistics.median(r['peak'] for r in found) / 2**30:.2f}",
-            f"{found[0]['load']:.1f}", f"{pages.get('bytes_read', 0) / 1e9:.1f}",
-            f"{pages.get('stall_seconds', 0):.1f}",
+            f"{statistics.median(r['peak'] for r in found) / 2**30:.2f}", f"{found[0]['plan'] / 2**30:.2f}",
+            f"{found[0]['load']:.1f}", f"{pages['bytes_in'] / 1e9:.1f}", f"{pages['bytes_out'] / 1e9:.1f}",
+            f"{pages['stall_seconds']:.1f}",
             f"{found[0]['losses'][-1]:.6f}",
         ])  # fmt: skip
-    header = ["", "tok/s", "GiB over base", "load s", "GB read", "s waited", "last loss"]
+    header = ["", "tok/s", "GiB over base", "planned", "load s", "GB in", "GB out", "s waited", "last loss"]
+    fits = "\n".join(f"- {name}: {found[0]['fit']}" for name, found in runs.items())
     notes = ""
     if len(runs) == 2:
         equal = runs["resident"][0]["losses"] == runs["paged"][0]["losses"]
         ratio = statistics.median(speeds["paged"]) / statistics.median(speeds["resident"])
         notes = f"Losses equal to the bit: {equal}. Paged runs at {ratio:.0%} of the resident speed."
     body = (
-        f"{args.shape} Llama shape in 4 bits, {args.length} tokens a step, rank {args.rank}, activations recomputed, "
-        f"{args.optim}; the paged run within {args.device_memory}; the first of {args.steps} steps left out of the "
-        f"speed, in which the order of the pages is learned.\n\n"
+        f"{args.shape} Llama shape in 4 bits, {args.length} tokens a step, rank {args.rank}, {args.optim}; the paged "
+        f"run within {args.device_memory}, the other with as many layers recomputed; the first of {args.steps} steps "
+        f"left out of the speed.\n\n{fits}\n\n"
         f"{table(header, lines)}\n\n{notes}"
     )
     print(write_result(f"paging_{args.shape}", "A base that is paged", body))
+    if args.remove:
+        shutil.rmtree(CACHE / f"{args.shape}-4bit")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The memory plan against what is then measured, on the CPU: python -m benchmarks.plan [--only llama-keep ...]
 
-Each configuration trains two updates in a process of its own. Measured is the process's anonymous memory at its peak
-over what it had before loading, and the resident pages of its mappings of the checkpoint's files.
+Each configuration trains two updates, or generates, in a process of its own. Measured is the process's anonymous
+memory at its peak over what it had before loading, and the resident pages of its mappings of the checkpoint's files.
 """
 
 from __future__ import annotations
@@ -34,6 +34,13 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama-large": ("llama", LARGE, {"max_seq_length": 256}),
     "llama-large-recompute": ("llama", LARGE, {"gradient_checkpointing": True, "max_seq_length": 2048}),
     "llama-large-paged": ("llama", LARGE, {"gradient_checkpointing": True, "weights_budget": "220MB"}),
+    "llama-large-offload": (
+        "llama",
+        LARGE,
+        {"gradient_checkpointing": True, "max_seq_length": 2048, "num_offloaded": 10},
+    ),
+    "llama-split": ("llama", WIDE, {"per_device_train_batch_size": 4, "part_tokens": 1024}),
+    "llama-generate": ("llama", LARGE, {"method": "generate", "max_seq_length": 2048}),
     "llama-large-8bit": ("llama", LARGE, {"r": 64, "optim": "paged_adamw_8bit", "gradient_checkpointing": True}),
     "llama-vocabulary": ("llama", VOCABULARY, {"gradient_checkpointing": True}),
     "llama-dropout": ("llama", WIDE, {"lora_dropout": 0.1}),
@@ -73,12 +80,16 @@ def child(name: str) -> None:
     from onecard.hf.checkpoint import inspect_checkpoint
     from onecard.hf.load import pick_compute_dtype
     from onecard.memory.measure import return_large_blocks
-    from onecard.memory.plan import Fit, plan_terms, read_model
+    from onecard.memory.model import read_model
+    from onecard.memory.terms import Case, Fit, plan_terms
     from onecard.nn.lora import lora_config
     from onecard.train.step import Run, recompute_layers, update
 
     device = torch.device("cpu")
     _, shape, settings = CONFIGURATIONS[name]
+    settings = dict(settings)
+    method, given_up = settings.pop("method", "qlora"), {"num_offloaded", "part_tokens"} & settings.keys()
+    given = {key: settings.pop(key) for key in given_up}
     with tempfile.TemporaryDirectory() as folder:
         make_checkpoint(name, Path(folder))
         fields = {"model": folder, "data": "-", "output": folder, "max_seq_length": 512, "packing": False,
@@ -87,10 +98,10 @@ def child(name: str) -> None:
         dtype = pick_compute_dtype(config.compute_dtype, device)
         model = read_model(inspect_checkpoint(Path(folder)))
         budget = parse_bytes(config.weights_budget) if config.weights_budget else None
-        fit = Fit(shape["num_hidden_layers"] if config.gradient_checkpointing else 0, budget)
+        fit = Fit(shape["num_hidden_layers"] if config.gradient_checkpointing else 0, budget, **given)
         if fit != Fit(0):  # as train does
             return_large_blocks()
-        terms = plan_terms(model, config, dtype, "qlora", fit)
+        terms = plan_terms(Case(model, config, dtype), method, fit)
         before = status_bytes("RssAnon")
         with anonymous_peak() as peak:
             base = onecard.load_model(folder, compute_dtype=dtype, device="cpu", weights_budget=budget)
@@ -98,12 +109,15 @@ def child(name: str) -> None:
             length, batch = config.max_seq_length, config.per_device_train_batch_size
             rows = torch.randint(4, shape["vocab_size"], (2 * batch, length)).tolist()
             loader = Loader([Example(row, row, "random") for row in rows], length, False, batch, 0)
-            run = Run(config, adapted, loader, 2, {})
-            adapted.train()
-            recompute_layers(run.base, fit.num_recomputed)
-            with use_packed_attention(run.base):
-                for _ in range(2):
-                    update(run)
+            if method == "generate":
+                adapted.generate(torch.tensor([rows[0][:-4]]), max_new_tokens=4, do_sample=False, eos_token_id=[])
+            else:
+                run = Run(config, adapted, loader, 2, {}, fit=fit)
+                adapted.train()
+                recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded)
+                with use_packed_attention(run.base):
+                    for _ in range(2):
+                        update(run)
         measured = peak[0] - before + mapped_bytes(Path(folder))
     found = {term.name: term.num_bytes for term in terms}
     print(json.dumps({"plan": sum(found.values()), "terms": found, "measured": measured}))

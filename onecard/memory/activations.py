@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from onecard.kernels.rows import LARGEST_ROW
 from onecard.memory.stacks import stacks_of
 from onecard.nn.fused import FusedGatedMLP, FusedRMSNorm, counterpart
 
@@ -95,7 +96,7 @@ def layer_activations(
     capped = sinks or getattr(text, "attn_logit_softcapping", None) is not None
     return Activations(
         kept=c * sum(number * size[symbol] for symbol, number in count.items()),
-        working=c * (3 * size["f"] + 2 * size["d"]),
+        working=c * (2 * size["f"] + 2 * size["d"]),
         formula=" + ".join(f"{number:.3g} {symbol}" for symbol, number in count.items() if number),
         hidden=c * size["d"],
         pair=heads * (4 + 2 * c) if capped else 0,
@@ -111,8 +112,8 @@ def norms(modules: Any) -> list[tuple[str, int]]:
 
 def fused_kinds(modules: Any, device: str) -> tuple[bool, bool]:
     """Whether the model's norms and MLPs take the fused form (nn/fused.py) on such a device."""
-    if device != "cpu":
-        return False, False
+    widest = float("inf") if device == "cpu" else LARGEST_ROW
     found = [(module, counterpart(module)[0]) for module in modules.modules()]
-    gated = [m for m, other in found if isinstance(other, FusedGatedMLP) and "silu" in type(m.act_fn).__name__.lower()]
+    mlps = [m for m, other in found if isinstance(other, FusedGatedMLP) and m.up_proj.out_features <= widest]
+    gated = [m for m in mlps if "silu" in type(m.act_fn).__name__.lower()]
     return any(isinstance(other, FusedRMSNorm) for _, other in found), bool(gated)

@@ -243,7 +243,7 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
             return gradients
         return Term(gradients.name, int(share * gradients.num_bytes), f"those so far of {gradients.formula}")
 
-    first = activations(whole + ends, f"{layer.formula} + 3 f + {2 + END_TENSORS} d")
+    first = activations(whole + ends, f"{layer.formula} + 2 f + {2 + END_TENSORS} d")
     moments = [[so_far(1), first]]
     loss = activations(
         stay * kept + tokens * waiting * layer.hidden + ends,
@@ -254,7 +254,7 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
     moments.append([so_far(0), loss, logits_term(case, tokens)])
     if again:
         num_bytes = tokens * waiting * layer.hidden + whole + ends
-        last = activations(num_bytes, inputs, f"{layer.formula} + 3 f + {2 + END_TENSORS} d")
+        last = activations(num_bytes, inputs, f"{layer.formula} + 2 f + {2 + END_TENSORS} d")
         moments.append([so_far(stay / layers), last])
     return [term for term in max(moments, key=lambda moment: sum(t.num_bytes for t in moment)) if term.num_bytes]
 

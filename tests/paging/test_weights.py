@@ -2,9 +2,11 @@
 
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file
 
 import onecard
@@ -15,6 +17,7 @@ from onecard.hf.load import fingerprint
 from onecard.nn.linear import Linear4bit
 from onecard.nn.lora import lora_config
 from onecard.paging.pager import Page, Pager
+from onecard.train.step import recompute_layers
 from tests.conftest import FAMILIES, make_checkpoint
 
 IDS = torch.randint(5, 200, (1, 24), generator=torch.Generator().manual_seed(0))
@@ -29,8 +32,6 @@ def least_budget(folder, tmp_path):
 
 def losses_and_gradients(model, recompute, rounds=2, **settings):
     """Two forward and backward passes with an adapter."""
-    from peft import get_peft_model
-
     torch.manual_seed(1)
     model = get_peft_model(model, lora_config(LoraSettings(r=4, **settings), model))
     for name, parameter in model.named_parameters():
@@ -252,3 +253,59 @@ class TestPager:
         total.backward()
         assert x.grad is not None and torch.equal(x.grad, torch.full((100,), 2.0 * (0 + 1 + 2 + 3)))
         assert len(reads) > before, "the backward must have brought pages in again"
+
+    def test_a_read_that_fails_is_told_where_it_is_used_and_can_be_tried_again(self):
+        pager, pages, _ = self.make(6, 300)
+        for _ in range(2):
+            self.one_pass(pager, pages)
+        pages[3].read, real = (lambda: (_ for _ in ()).throw(UserError("a", "b", "c"))), pages[3].read
+        pager.release()
+        pager.begin_pass()
+        with pytest.raises(UserError):
+            for page in pages:
+                pager.touch(page)
+        assert pager.held_bytes <= pager.budget_bytes
+        pages[3].read = real
+        for _ in range(2):
+            self.one_pass(pager, pages)
+
+    def test_two_models_share_nothing(self):
+        first, pages_a, _ = self.make(6, 300)
+        second, pages_b, _ = self.make(4, 200)
+        for _ in range(3):
+            first.begin_pass()
+            second.begin_pass()
+            for a, b in zip([*pages_a, *reversed(pages_a)], [*pages_b, *reversed(pages_b), *pages_b]):
+                assert first.touch(a)[0] == int(a.name) and second.touch(b)[0] == int(b.name)
+            assert first.held_bytes <= 300 and second.held_bytes <= 200
+
+    def test_the_first_pass_already_reads_ahead(self):
+        pager, pages, _ = self.make(10, 400)
+        self.one_pass(pager, pages)
+        counted = pager.take_statistics()
+        assert counted.hits >= counted.touches - 1
+
+
+def test_training_and_generating_in_turn(tmp_path):
+    """Passes of several kinds, some without a backward, through one pager: the resident model's bits each time."""
+    folder = make_checkpoint(tmp_path / "m", dtype=torch.bfloat16, **DEEP)
+    budget = least_budget(folder, tmp_path)
+    found = []
+    for more in ({}, {"weights_budget": budget, "page_folder": tmp_path / "p"}):
+        base, results = onecard.load_model(str(folder), device="cpu", **more), []
+        torch.manual_seed(1)
+        model = get_peft_model(base, lora_config(LoraSettings(r=4)))
+        for recompute in (False, True, False):
+            results.append(model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, pad_token_id=0))
+            model.train()
+            recompute_layers(base, 6 if recompute else 0)
+            with base.pager.saved_as_pages() if more else nullcontext():
+                loss = base(IDS, labels=IDS).loss
+            loss.backward()
+            results += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            model.eval()
+            with torch.no_grad():
+                results.append(model(input_ids=IDS).logits)
+        found.append(results)
+        assert not more or base.pager.held_bytes <= budget
+    assert len(found[0]) == len(found[1]) and all(torch.equal(a, b) for a, b in zip(*found))

@@ -17,6 +17,10 @@ from safetensors.torch import load_file
 
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.memory.fit import choose_fit, total_bytes
+from onecard.memory.model import read_model
+from onecard.memory.terms import Case
 from onecard.train import state as state_module
 from onecard.train.loop import frozen_objects
 from onecard.train.session import run_training
@@ -228,11 +232,11 @@ def command(config_path, *more):
     return [sys.executable, "-c", code, "train", "--config", str(config_path), *more]
 
 
-def kill_and_resume(checkpoint, chats, tmp_path, times, rng):
+def kill_and_resume(checkpoint, chats, tmp_path, times, rng, **more):
     """Kill -9 at random moments until the run ends; the adapter's bytes."""
     output = tmp_path / f"killed-{rng.random()}"
     path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(fields(checkpoint, chats, output, num_train_epochs=4, save_total_limit=2)))
+    path.write_text(json.dumps(fields(checkpoint, chats, output, num_train_epochs=4, save_total_limit=2, **more)))
     kills = 0
     while True:
         process = subprocess.Popen(command(path, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -262,10 +266,24 @@ def straight_bytes(checkpoint, chats, tmp_path):
     return adapter_bytes(output)
 
 
-def test_kill_9(checkpoint, chats, tmp_path):
+def all_paged(checkpoint, chats, tmp_path):
+    """Settings of a run in the least memory there can be: base and states paged, inputs outside."""
+    config = make_config(TrainConfig, fields(checkpoint, chats, tmp_path / "o", optim="paged_adamw_32bit"))
+    case = Case(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
+    fit = choose_fit(case, 1)
+    assert fit.weights_budget and fit.states_away and fit.num_offloaded == fit.num_recomputed == 2
+    return {"optim": config.optim, "device_memory": str(total_bytes(case, fit))}
+
+
+@pytest.mark.parametrize("paged", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_kill_9(paged, checkpoint, chats, tmp_path):
+    """Paged or not, killed or not, the same bytes; and nothing of what was paged out stays behind."""
     expected = straight_bytes(checkpoint, chats, tmp_path)
-    found, kills = kill_and_resume(checkpoint, chats, tmp_path, 2, random.Random(0))
+    more = all_paged(checkpoint, chats, tmp_path) if paged else {}
+    found, kills = kill_and_resume(checkpoint, chats, tmp_path, 2, random.Random(0), **more)
     assert kills >= 1 and found == expected
+    (output,) = tmp_path.glob("killed-*")
+    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "straight").iterdir()}
 
 
 @pytest.mark.slow
@@ -282,3 +300,32 @@ def test_the_collector_leaves_the_model_alone_while_it_trains():
     with frozen_objects():
         assert gc.get_freeze_count() > before
     assert gc.get_freeze_count() == 0
+
+
+def test_a_run_whose_files_do_not_fit_is_told_before_it_loads(checkpoint, chats, tmp_path, monkeypatch):
+    full = shutil._ntuple_diskusage(1 << 40, 1 << 40, 10_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
+    with pytest.raises(UserError, match="fit on the disk"):
+        run(checkpoint, chats, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_split_that_a_run_began_with_stays_when_it_is_resumed(checkpoint, chats, tmp_path):
+    """Its micro-batches in the same parts, however much memory there is now: the same bytes."""
+    output, settings = (
+        tmp_path / "o",
+        {"per_device_train_batch_size": 4, "max_steps": 4, "gradient_checkpointing": False},
+    )
+    config = make_config(TrainConfig, fields(checkpoint, chats, output, weights_budget="1GB", **settings))
+    case = Case(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
+    small = {"device_memory": str(total_bytes(case, choose_fit(case, 1))), "weights_budget": "1GB", **settings}
+    run(checkpoint, chats, tmp_path / "straight", **small)
+    run(checkpoint, chats, output, **small)
+    shutil.rmtree(output / "adapter")
+    for folder in (output / "checkpoints").iterdir():
+        if int(folder.name.split("-")[1]) > 2:
+            shutil.rmtree(folder)
+    run(checkpoint, chats, output, resuming=True, **settings)
+    progress = json.loads((output / "checkpoints" / "checkpoint-4" / "progress.json").read_text())
+    assert progress["part_tokens"] == 96
+    assert adapter_bytes(output) == adapter_bytes(tmp_path / "straight")
