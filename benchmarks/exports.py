@@ -37,7 +37,7 @@ BASE, TRAIN, HELDOUT = (str(SETTINGS[key]) for key in ("model", "data", "eval_da
 CONFIG = CalibrationConfig(max_seq_length=512, group_size=64)  # the demo's intermediate size is 704 = 11 x 64
 READERS: dict[str, Any] = {
     "gptq": lambda: GPTQConfig(bits=4, backend="gptq_torch"),
-    "awq": lambda: AwqConfig(bits=4, group_size=CONFIG.group_size, backend="awq_torch"),
+    "awq": lambda: AwqConfig(bits=4, group_size=CONFIG.group_size, backend="torch_awq"),
 }
 
 

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from onecard.config import GgufConfig, QuantConfig
 from onecard.errors import UserError
+from onecard.export.adapter import Adapter
 from onecard.export.architecture import Architecture
 from onecard.export.folder import check_room, new_file, new_folder
-from onecard.export.merged import Adapter, Base, Merged, open_merged
+from onecard.export.merged import Base, Merged, open_merged
 from onecard.export.modelfile import modelfile
 from onecard.export.vocabulary import add_vocabulary
 from onecard.hf.checkpoint import read_json

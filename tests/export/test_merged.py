@@ -17,7 +17,7 @@ from onecard.export.merged import merge, open_merged
 from onecard.export.quantized import quantize_checkpoint
 from onecard.infer.adapters import with_adapter
 from onecard.nn.lora import register_fused
-from tests.conftest import make_checkpoint
+from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 
 
 def make_adapter(folder, base, added=0, **settings):
@@ -198,3 +198,47 @@ def test_a_full_disk_is_told_first(tmp_path, monkeypatch):
     monkeypatch.setattr("onecard.export.folder.shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="room"):
         merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+
+
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+ON_EXPERTS = {"target_modules": ["q_proj", "o_proj"], "target_parameters": STACKS}
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [ON_EXPERTS, {**ON_EXPERTS, "use_rslora": True}, {**ON_EXPERTS, "target_parameters": STACKS[1:]}],
+    ids=["both", "rslora", "down"],
+)
+def test_merged_experts_are_the_live_adapter(family, settings, tmp_path):
+    """As above, of every expert; from tensors of each expert's own, and from stacked ones."""
+    base = make_checkpoint(tmp_path / "base", family)
+    ids, before, live = make_adapter(tmp_path / "adapter", base, **settings)
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert off_by(tmp_path / "merged", ids, before, live) < 1e-4
+    assert set(load_file(tmp_path / "merged/model.safetensors")) == set(load_file(base / "model.safetensors"))
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_original_experts_are_plain_peft_s_merge(family, tmp_path):
+    base = make_checkpoint(tmp_path / "base", family)
+    make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), base="original")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        # Sums of r products in float32, in another order.
+        assert (tensor - expected[name]).abs().max() <= 8 * torch.finfo(torch.float32).eps * expected[name].abs().max()
+
+
+def test_an_adapter_of_other_experts_is_refused(tmp_path):
+    base = make_checkpoint(tmp_path / "base", "mixtral")
+    make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
+    other = make_checkpoint(tmp_path / "other", "mixtral", num_local_experts=3)
+    with pytest.raises(UserError, match="must have the same rank"):
+        merge(str(other), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    narrow = make_checkpoint(tmp_path / "narrow", "mixtral", intermediate_size=64)
+    with pytest.raises(UserError, match="must have the adapter's"):
+        merge(str(narrow), str(tmp_path / "adapter"), str(tmp_path / "merged"))
