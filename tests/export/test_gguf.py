@@ -275,6 +275,15 @@ def test_tokens_are_the_same(tmp_path):
     assert found["tokenizer.ggml.token_type"][:5] == [3, 3, 3, 3, 1] and found["tokenizer.ggml.token_type"][-1] == 5
 
 
+def test_an_adapter_s_own_tokenizer_is_the_file_s(tmp_path):
+    base = make_checkpoint(tmp_path / "base", vocab_size=320)
+    make_adapter(tmp_path / "adapter", base)
+    make_tokenizer(specials=("<|tool|>",)).save_pretrained(tmp_path / "adapter")
+    export(base, tmp_path / "m.gguf", adapter=tmp_path / "adapter")
+    found = fields_of(tmp_path / "m.gguf")
+    assert found["tokenizer.ggml.tokens"][4] == "<|tool|>" and found["tokenizer.ggml.token_type"][4] == 3
+
+
 def same(model, folder):
     """Where transformers finds a tokenizer: the checkpoint, the GGUF file."""
     return (model, {}), (folder, {"gguf_file": "m.gguf"})
