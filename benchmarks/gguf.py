@@ -24,7 +24,7 @@ from onecard.data.template import prompt_ids
 from onecard.demo.run import SETTINGS, read_rows, run_demo
 from onecard.export.gguf import export_gguf
 from onecard.hf.load import load_model, load_tokenizer
-from onecard.infer.generate import with_adapter
+from onecard.infer.adapters import with_adapter
 
 BASE, HELDOUT = str(SETTINGS["model"]), Path(SETTINGS["eval_data"])
 MAX_NEW_TOKENS = 96

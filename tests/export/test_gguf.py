@@ -275,6 +275,15 @@ def test_tokens_are_the_same(tmp_path):
     assert found["tokenizer.ggml.token_type"][:5] == [3, 3, 3, 3, 1] and found["tokenizer.ggml.token_type"][-1] == 5
 
 
+def test_an_adapter_s_own_tokenizer_is_the_file_s(tmp_path):
+    base = make_checkpoint(tmp_path / "base", vocab_size=320)
+    make_adapter(tmp_path / "adapter", base)
+    make_tokenizer(specials=("<|tool|>",)).save_pretrained(tmp_path / "adapter")
+    export(base, tmp_path / "m.gguf", adapter=tmp_path / "adapter")
+    found = fields_of(tmp_path / "m.gguf")
+    assert found["tokenizer.ggml.tokens"][4] == "<|tool|>" and found["tokenizer.ggml.token_type"][4] == 3
+
+
 def same(model, folder):
     """Where transformers finds a tokenizer: the checkpoint, the GGUF file."""
     return (model, {}), (folder, {"gguf_file": "m.gguf"})
@@ -490,11 +499,11 @@ def test_the_command_says_where_it_is_and_how_to_use_it(tmp_path):
         assert said in done.stdout, said
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"])
 def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
     """Greedy, from the merged file and from base and adapter; F16, in which llama.cpp computes."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    settings = {"qwen3": {"head_dim": 32}, "gemma2": GEMMA}.get(family, {})
+    settings = {"qwen3": {"head_dim": 32}, "gemma2": GEMMA, "gemma3_text": GEMMA}.get(family, {})
     base = make_checkpoint(tmp_path / "base", family, **settings)
     make_adapter(tmp_path / "adapter", base)
     export(base, tmp_path / "m.gguf", "f16", tmp_path / "adapter", base="dequantized")
