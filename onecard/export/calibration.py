@@ -94,7 +94,7 @@ def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
     """transformers' model without weights, and its decoder layers by name."""
     fields = {key: value for key, value in merged.config.items() if key != "model_type"}
     config = AutoConfig.for_model(merged.config["model_type"], **fields)
-    model = meta_model(config, "config.json").eval().requires_grad_(False)
+    model: Any = meta_model(config, "config.json").eval().requires_grad_(False)
     layers = list(model.get_decoder().layers)
     return model, {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
