@@ -59,7 +59,7 @@ def export_calibrated(
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values()))
     reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
-    dataset = load_dataset(data, load_tokenizer(model), reading)
+    dataset = load_dataset(data, load_tokenizer(str(tokenizer_folder(merged))), reading)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
@@ -70,7 +70,7 @@ def export_calibrated(
         writer.copy_others()
         quantization = method.quantization_config(config, list(fitting), left_out)
         full_config = {**merged.config, "quantization_config": quantization}
-        write_others(folder, merged.checkpoint, full_config, writer.places)
+        write_others(folder, merged.checkpoint, full_config, writer.places, merged.adapter.folder)
         if format == "gptq":
             (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n", encoding="utf-8")
     return target, left_out
@@ -83,6 +83,14 @@ def lines(format: str, folder: Path, left_out: list[str]) -> list[str]:
         said.append(f"16-bit   {', '.join(left_out)}: their widths are no multiples of a group")
     loading = "  AutoModelForCausalLM.from_pretrained(...): pip install gptqmodel optimum"
     return [*said, "next", f"  vllm serve {folder}", loading]
+
+
+def tokenizer_folder(merged: Merged) -> Path:
+    """The adapter's, if a tokenizer lies in it; else the checkpoint's."""
+    adapter = merged.adapter.folder
+    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+        return adapter
+    return merged.checkpoint.folder
 
 
 def linears_of(layers: dict[str, nn.Module]) -> dict[str, nn.Linear]:

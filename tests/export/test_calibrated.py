@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 from onecard.config import CalibrationConfig, DataConfig
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
-from onecard.export import awq, gptq
+from onecard.export import awq, calibrated, gptq
 from onecard.export.calibrated import export_calibrated, pick_group_size
 from onecard.export.calibration import batches, calibrate, meta_decoder
 from onecard.export.grouped import Grouped, round_to_nearest
@@ -269,6 +269,22 @@ def test_a_merged_model_in_shards(tmp_path, chats, format):
     _, rows = calibration_rows(base, chats)
     found = distance(live, read_checkpoint(out), rows)
     assert found < distance(live, make_rounded(tmp_path / "merged", 32, sym=format == "gptq"), rows)
+
+
+def test_the_adapter_s_tokenizer_goes_along(tmp_path, chats, monkeypatch):
+    """It reads the data, as it did in training, and lies in the result in place of the base's."""
+    base = make_checkpoint(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base)
+    tokenizer, read = load_tokenizer(str(base)), []
+    tokenizer.chat_template += "{# the adapter's #}"
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    real = calibrated.load_dataset
+    monkeypatch.setattr(
+        calibrated, "load_dataset", lambda path, own, config: read.append(own) or real(path, own, config)
+    )
+    out, _ = export_calibrated("gptq", str(base), str(tmp_path / "adapter"), str(chats), str(tmp_path / "out"), CONFIG)
+    assert [own.chat_template for own in read] == [tokenizer.chat_template]
+    assert load_tokenizer(str(out)).chat_template == tokenizer.chat_template
 
 
 @pytest.mark.parametrize("format", ["gptq", "awq"])
