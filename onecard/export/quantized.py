@@ -4,9 +4,10 @@ What it holds is what `load_model` would have made of the 16-bit weights, bit fo
 loads it as its own, onecard pages it straight from its files.
 
 Rounding a merged weight to 4 bits again takes off much of a small update. How much of it is left is measured while the
-weights go by, as the share of the update D that lies in what came out, over all updated weights together:
+weights go by, as the share of the update D that lies in what came out, and the rounding beside it, over all updated
+weights together:
 
-    kept = <Q(W + D) - W, D> / <D, D>
+    share = <Q(W + D) - W, D> / <D, D>        noise = ||Q(W + D) - W - share D|| / ||D||
 """
 
 from __future__ import annotations
@@ -34,15 +35,20 @@ STATE_BYTES = 256  # of a weight's JSON, filled up with spaces
 
 @dataclass
 class Kept:
-    """How much of the updates is left in 4 bits."""
+    """How much of the adapter's updates is left in 4 bits."""
 
-    along: float = 0.0
-    whole: float = 0.0
+    along: float = 0.0  # <found, D>
+    whole: float = 0.0  # <D, D>
+    found: float = 0.0  # <found, found>
 
     @property
     def share(self) -> float | None:
         """None where there was no update."""
         return self.along / self.whole if self.whole else None
+
+    @property
+    def noise(self) -> float | None:
+        return max(self.found / self.whole - (self.along / self.whole) ** 2, 0.0) ** 0.5 if self.whole else None
 
     def add(self, merged: Merged, name: str, packed: Tensor, state: QuantState) -> None:
         absmax, update = state_absmax(state), merged.adapter.updates[name]
@@ -51,6 +57,7 @@ class Kept:
             found = dequantize_rows(packed, absmax, state, start, start + len(W)) - W
             self.along += (found * D).sum(dtype=torch.float64).item()
             self.whole += D.square().sum(dtype=torch.float64).item()
+            self.found += found.square().sum(dtype=torch.float64).item()
 
 
 def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Path:
@@ -79,8 +86,8 @@ def requantize(
     quant: QuantConfig,
     base: Base = "dequantized",
     trained: QuantConfig | None = None,
-) -> tuple[Path, float | None]:
-    """Write a base and an adapter merged and in 4 bits again: the folder, and the share of the update that is left.
+) -> tuple[Path, Kept]:
+    """Write a base and an adapter merged and in 4 bits again: the folder, and what is left of the update.
 
     Args:
         quant: how the result is stored.
@@ -102,8 +109,8 @@ def check_type(quant: QuantConfig) -> None:
         raise UserError("bitsandbytes' format holds nf4 and fp4", "int4", "choose one of them", "quant_type")
 
 
-def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dtype: str = "bfloat16") -> float | None:
-    """A whole checkpoint with its linears in 4 bits; the share of the adapter's update that is left, if any."""
+def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Kept:
+    """A whole checkpoint with its linears in 4 bits; what is left of the adapter's update."""
     places: dict[str, str] = {}
     kept = Kept()
     for file_name, names in merged.files():
@@ -133,7 +140,7 @@ def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dt
     )
     config = {**merged.config, "quantization_config": stored.to_dict()}
     write_others(folder, merged.checkpoint, config, places, merged.adapter.folder)
-    return kept.share
+    return kept
 
 
 def append_4bit(file: TensorFile, name: str, packed: Tensor, state: QuantState) -> None:
