@@ -64,7 +64,8 @@ def merge(name: str, base: str, adapter: str, output: str) -> dict[str, Any]:
         from onecard.config import QuantConfig
         from onecard.export.quantized import requantize
 
-        return {"kept": requantize(base, adapter, output, QuantConfig())[1]}
+        left = requantize(base, adapter, output, QuantConfig())[1]
+        return {"share": left.share, "noise": left.noise}
     from onecard.export import merged
 
     merged.merge(base, adapter, output, name)  # type: ignore[arg-type]
@@ -137,10 +138,11 @@ def report(args: argparse.Namespace, base: str, folder: Path) -> None:
         seconds, peaks = [r["seconds"] for r in found], [r["peak"] / MB for r in found]
         shares = [f"{near[name][key]:.2%}" for key in ("off", "kept", "argmax")]
         lines.append([CONTENDERS[name], spread(seconds), f"{statistics.median(peaks):,.0f}", *shares])
+    left = runs["requantized"][0]
     note = (
         f"{args.shape} Llama shape, bfloat16, {args.rounds} processes each; updates of {args.strength:.1%} of the "
-        f"weights' norms, {args.tokens} random tokens. In the weights, NF4 again leaves "
-        f"{runs['requantized'][0]['kept']:.1%} of the update."
+        f"weights' norms, {args.tokens} random tokens. In the weights, NF4 again leaves {left['share']:.1%} of the "
+        f"update, beside rounding of {left['noise']:.1%} of it."
     )
     header = ["", "seconds", "anonymous peak, MB", "off by", "effect kept", "same likeliest token"]
     print(write_result(f"merge_{args.shape}", "Merging, side by side", f"{note}\n\n{table(header, lines)}"))

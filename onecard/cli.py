@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -294,32 +294,33 @@ def merge(
     quiet_libraries()
     config = stored_as(adapter, given(quant))
     if read_origin(adapter) is None:
-        print(
-            f"no onecard.json beside the adapter: its base is taken as {config.quant_type}, {config.blocksize} a block"
-        )
+        stored = f"{config.quant_type}, {config.blocksize} a block"
+        print(f"no onecard.json beside the adapter: a 16-bit base is taken to have been trained over as {stored}")
     small = None if requantize is None else config.model_copy(update={"quant_type": requantize})
-    share = None
+    left, kept = None, base or "dequantized"
     if verify is not None:
         from onecard.data.dataset import load_dataset
         from onecard.export.verify import bases_of, merge_verified
         from onecard.hf.load import load_tokenizer
 
         dataset = load_dataset(verify, load_tokenizer(model), make_config(DataConfig, {}, "merge"))
-        bases: Any = [base] if base is not None else bases_of(model, small)
+        bases: list[Any] = [base] if base is not None else bases_of(model, small)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
         print("\n".join(found.table()))
-        base, share = cast(Any, found.kept), found.weights_kept
+        kept, left = found.kept, found.in_weights
     elif small is not None:
         from onecard.export.quantized import requantize as run
 
-        _, share = run(model, adapter, output, small, base or "dequantized", config)
+        _, left = run(model, adapter, output, small, base or "dequantized", config)
     else:
         from onecard.export.merged import merge as run
 
         run(model, adapter, output, base or "dequantized", config)
-    print(f"merged   {output}  ({requantize or '16-bit'}, {base or 'dequantized'} base)")
-    if share is not None:
-        print(f"kept     {share:.1%} of the adapter's update in the weights; the rest was rounded away")
+    print(f"merged   {output}  ({requantize or '16-bit'}, {kept} base)")
+    if left is not None and left.share is not None:
+        print(
+            f"left     {left.share:.1%} of the update in the weights, beside rounding of {left.noise:.1%} of its size"
+        )
     print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + output)
 
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -64,8 +64,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 def rename_new(temporary: Path, target: Path) -> None:
     try:
         os.rename(temporary, target)
-    except OSError:  # a folder with something in it: another export was first
-        raise exists(target) from None
+    except OSError:
+        if not target.exists():
+            raise
+        raise exists(target) from None  # another export was first
     sync_folder(target.parent)
 
 
@@ -76,7 +78,8 @@ def exists(target: Path) -> UserError:
 def remove_stale(target: Path) -> None:
     """Remove the temporary folders for this target that no living process holds; an empty one may be just made."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
-        with locked(folder, wait=False) as held:
+        # another process may remove it at the same time
+        with suppress(FileNotFoundError), locked(folder, wait=False) as held:
             if held and any(folder.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
 

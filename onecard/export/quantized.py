@@ -6,9 +6,10 @@ of them. Each stacked weight gets the keys that bitsandbytes.nn.parametrize give
 transformers' own loading only onecard's quantizer does.
 
 Rounding a merged weight to 4 bits again takes off much of a small update. How much of it is left is measured while the
-weights go by, as the share of the update D that lies in what came out, over all updated weights together:
+weights go by, as the share of the update D that lies in what came out, and the rounding beside it, over all updated
+weights together:
 
-    kept = <Q(W + D) - W, D> / <D, D>
+    share = <Q(W + D) - W, D> / <D, D>        noise = ||Q(W + D) - W - share D|| / ||D||
 """
 
 from __future__ import annotations
@@ -37,15 +38,20 @@ STATE_BYTES = 256  # of a weight's JSON, filled up with spaces
 
 @dataclass
 class Kept:
-    """How much of the updates is left in 4 bits."""
+    """How much of the adapter's updates is left in 4 bits."""
 
-    along: float = 0.0
-    whole: float = 0.0
+    along: float = 0.0  # <found, D>
+    whole: float = 0.0  # <D, D>
+    found: float = 0.0  # <found, found>
 
     @property
     def share(self) -> float | None:
         """None where there was no update."""
         return self.along / self.whole if self.whole else None
+
+    @property
+    def noise(self) -> float | None:
+        return max(self.found / self.whole - (self.along / self.whole) ** 2, 0.0) ** 0.5 if self.whole else None
 
     def add(self, merged: Merged, name: str, packed: Tensor, state: QuantState, expert: int | None = None) -> None:
         """Args: packed, state: what a tensor, or `expert`'s matrix of it, has become; an expert's, its whole stack."""
@@ -60,6 +66,7 @@ class Kept:
             found = dequantize_part(packed, absmax, state, skip + start * W.shape[1], W.numel()).view_as(W) - W
             self.along += (found * D).sum(dtype=torch.float64).item()
             self.whole += D.square().sum(dtype=torch.float64).item()
+            self.found += found.square().sum(dtype=torch.float64).item()
 
 
 def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Path:
@@ -88,8 +95,8 @@ def requantize(
     quant: QuantConfig,
     base: Base = "dequantized",
     trained: QuantConfig | None = None,
-) -> tuple[Path, float | None]:
-    """Write a base and an adapter merged and in 4 bits again: the folder, and the share of the update that is left.
+) -> tuple[Path, Kept]:
+    """Write a base and an adapter merged and in 4 bits again: the folder, and what is left of the update.
 
     Args:
         quant: how the result is stored.
@@ -111,8 +118,8 @@ def check_type(quant: QuantConfig) -> None:
         raise UserError("bitsandbytes' format holds nf4 and fp4", "int4", "choose one of them", "quant_type")
 
 
-def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dtype: str = "bfloat16") -> float | None:
-    """A whole checkpoint with linears and experts in 4 bits; the share of the adapter's update that is left, if any."""
+def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Kept:
+    """A whole checkpoint with linears and experts in 4 bits; what is left of the adapter's update."""
     files: dict[str, str] = {}
     kept, places = Kept(), merged.experts.places
     for file_name, names in merged.files():
@@ -136,7 +143,7 @@ def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dt
     )
     config = {**merged.config, "quantization_config": stored.to_dict()}
     write_others(folder, merged.checkpoint, config, files, merged.adapter.folder)
-    return kept.share
+    return kept
 
 
 def result_shapes(merged: Merged, name: str, quant: QuantConfig) -> Shapes:

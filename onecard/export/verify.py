@@ -29,7 +29,7 @@ from onecard.config import LOGITS_CHUNK_BYTES, QuantConfig
 from onecard.data.dataset import Dataset
 from onecard.export.folder import check_room, new_folder
 from onecard.export.merged import Base, open_merged, write_merged
-from onecard.export.quantized import check_type, write_quantized
+from onecard.export.quantized import Kept, check_type, write_quantized
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, load_model
@@ -70,7 +70,7 @@ class Verified:
     kept: str
     live: Agreement
     tried: list[Agreement]
-    weights_kept: float | None = None  # of the update, after 4 bits; None if it was not rounded to them
+    in_weights: Kept | None = None  # what is left of the update after 4 bits; None if it was not rounded to them
 
     def table(self) -> list[str]:
         """Lines for the terminal."""
@@ -144,7 +144,7 @@ def merge_verified(
     if requantized is not None:
         check_type(requantized)
     merged = {base: open_merged(model, adapter, base, quant) for base in bases}
-    target, weights_kept = Path(output), None
+    target, in_weights = Path(output), None
     check_room(target, sum(m.nbytes for m in merged.values()))
     with new_folder(target) as folder, tempfile.TemporaryFile(dir=folder) as file:
         live = run_live(model, adapter, merged[bases[0]].quant, dataset, num_examples, device, file)
@@ -154,7 +154,7 @@ def merge_verified(
             if requantized is None:
                 write_merged(found, folder / base)
             else:
-                weights_kept = write_quantized(found, folder / base, requantized)
+                in_weights = write_quantized(found, folder / base, requantized)
             tried.append(compare(live, base, folder / base, device))
         kept = better(tried)
         for base in set(bases) - {kept}:
@@ -162,7 +162,7 @@ def merge_verified(
         for path in (folder / kept).iterdir():
             os.rename(path, folder / path.name)
         (folder / kept).rmdir()
-    return Verified(target, kept, live.agreement, tried, weights_kept)
+    return Verified(target, kept, live.agreement, tried, in_weights)
 
 
 def bases_of(model: str, requantized: QuantConfig | None) -> list[Base]:
@@ -188,8 +188,7 @@ def run_live(
     """The 4-bit base with its adapter off and on."""
     base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)
     tuned = with_adapter(base, adapter)
-    head: Any = base.get_output_embeddings()
-    vocab_size = head.weight.shape[0]
+    vocab_size = base.config.get_text_config().vocab_size  # with tokens that the adapter adds
     examples = []
     for example in dataset.examples[:num_examples]:
         positions, target = supervised(torch.tensor([example.labels]))
@@ -230,7 +229,7 @@ def load_written(folder: Path, device: str) -> Any:
     """A written checkpoint that computes in float32, its weights in the dtype of the file: cast as they are used."""
     if inspect_checkpoint(folder).is_4bit:
         return load_model(str(folder), compute_dtype=torch.float32, device=device)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             model.set_submodule(name, Head(module))
@@ -240,7 +239,7 @@ def load_written(folder: Path, device: str) -> Any:
         if not isinstance(module, (Head, nn.Embedding)):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()
-    return model.to(torch.device(device))
+    return model.to(device)
 
 
 def logits(model: Any, ids: Tensor, positions: Tensor, packed: bool) -> Tensor:

@@ -267,7 +267,7 @@ def generate_terms(case: Case) -> list[Term]:
     window: Any = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * case.model.num_layers
     slides = [window is not None and "sliding" in kind for kind in kinds]
-    lengths = [min(case.length, window) if slide else case.length for slide in slides]
+    lengths = [min(case.length, window or 0) if slide else case.length for slide in slides]
     cached = 2 * case.c * width * case.config.per_device_train_batch_size
     working = case.c * T * (3 * text.intermediate_size + 2 * text.hidden_size)
     rows = case.config.per_device_train_batch_size

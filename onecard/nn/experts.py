@@ -262,7 +262,7 @@ class FactorGradients:
 def products(experts: Experts4bit, up: Any, down: Any, x: Tensor) -> tuple[Product, Product]:
     """Both products, computing in x's dtype; each tuple is scaling, A (E, R, K) and B (N, R, E) or None."""
     first, second = experts.weights.values()
-    return Product(first, *up, x), Product(second, *down, x)
+    return Product(first, up[0], up[1], up[2], x), Product(second, down[0], down[1], down[2], x)
 
 
 def by_expert(index_TJ: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:

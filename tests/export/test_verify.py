@@ -71,7 +71,7 @@ def test_an_adapter_without_effect_has_no_shares(tuned, tmp_path):
     found = merge_verified(model, adapter, str(tmp_path / "merged"), dataset, BOTH)
     assert found.live.off is None and all(one.off is None and one.kept is None for one in found.tried)
     assert "changes nothing" in found.table()[-1] and "nan" not in "".join(found.table())
-    assert requantize(model, adapter, str(tmp_path / "small"), QuantConfig())[1] is None
+    assert requantize(model, adapter, str(tmp_path / "small"), QuantConfig())[1].share is None
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
@@ -79,24 +79,36 @@ def test_requantized_says_what_is_left(quant_type, tuned, tmp_path):
     """Exact: the share, against the same sums over whole weights; the files are what quantize makes of the merge."""
     model, adapter, dataset = tuned
     quant = QuantConfig(quant_type=quant_type)
-    folder, share = requantize(model, adapter, str(tmp_path / "small"), quant)
+    folder, left = requantize(model, adapter, str(tmp_path / "small"), quant)
     found = onecard.load_model(str(folder), compute_dtype="float32", device="cpu")
     before = onecard.load_model(model, compute_dtype="float32", device="cpu")
     A_B = {n.removeprefix("base_model.model."): t for n, t in load_file(f"{adapter}/adapter_model.safetensors").items()}
-    along = whole = 0.0
+    along = whole = noise = 0.0
     for name, module in before.named_modules():
         if isinstance(module, Linear4bit):
             W = module.dequantize().double()
             D = 2.0 * (A_B[f"{name}.lora_B.weight"] @ A_B[f"{name}.lora_A.weight"]).double()
-            along += ((found.get_submodule(name).dequantize().double() - W) * D).sum().item()
+            change = found.get_submodule(name).dequantize().double() - W
+            along += (change * D).sum().item()
+            noise += (change - left.share * D).square().sum().item()
             whole += D.square().sum().item()
-    assert share == pytest.approx(along / whole, rel=1e-5)
-    assert 0.0 < share < 1.2
+    assert left.share == pytest.approx(along / whole, rel=1e-5)
+    assert left.noise == pytest.approx((noise / whole) ** 0.5, rel=1e-5)
+    assert 0.0 < left.share < 1.2 and left.noise > 0
     verified = merge_verified(model, adapter, str(tmp_path / "again"), dataset, ["dequantized"], None, quant)
-    assert verified.weights_kept == share
+    assert verified.in_weights == left
     assert verified.tried[0].off > 0.02
     a, b = tensors(folder), tensors(tmp_path / "again")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's, on saved embeddings
+def test_added_tokens_are_measured_too(tmp_path, chats):
+    base = make_checkpoint(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base, added=3, modules_to_save=["embed_tokens", "lm_head"])
+    dataset = load_dataset(str(chats), load_tokenizer(str(base)), DataConfig()).take([0, 1])
+    found = merge_verified(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), dataset, ["dequantized"])
+    assert found.tried[0].off < 1e-4 and found.tried[0].argmax == 1.0
 
 
 def test_what_cannot_be_is_told_before_anything_runs(tuned, tmp_path):
