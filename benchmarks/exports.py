@@ -31,13 +31,13 @@ from onecard.export.grouped import round_to_nearest
 from onecard.export.merged import merge
 from onecard.export.verify import logits
 from onecard.hf.load import load_model, load_tokenizer
-from onecard.infer.generate import with_adapter
+from onecard.infer.adapters import with_adapter
 
 BASE, TRAIN, HELDOUT = (str(SETTINGS[key]) for key in ("model", "data", "eval_data"))
 CONFIG = CalibrationConfig(max_seq_length=512, group_size=64)  # the demo's intermediate size is 704 = 11 x 64
 READERS: dict[str, Any] = {
     "gptq": lambda: GPTQConfig(bits=4, backend="gptq_torch"),
-    "awq": lambda: AwqConfig(bits=4, group_size=CONFIG.group_size, backend="awq_torch"),
+    "awq": lambda: AwqConfig(bits=4, group_size=CONFIG.group_size, backend="torch_awq"),
 }
 
 

@@ -24,7 +24,7 @@ from onecard.data.template import prompt_ids
 from onecard.demo.run import SETTINGS, read_rows, run_demo
 from onecard.export.gguf import export_gguf
 from onecard.hf.load import load_model, load_tokenizer
-from onecard.infer.generate import with_adapter
+from onecard.infer.adapters import with_adapter
 
 BASE, HELDOUT = str(SETTINGS["model"]), Path(SETTINGS["eval_data"])
 MAX_NEW_TOKENS = 96
@@ -38,7 +38,7 @@ def write_files(adapter: str, folder: Path) -> Iterator[tuple[str, Path, Path | 
         export_gguf(BASE, adapter, str(file), GgufConfig.model_validate({"outtype": outtype}))
         yield f"merged, {outtype.upper()}", file, None
     base, lora = folder / "base.gguf", folder / "lora.gguf"
-    export_gguf(BASE, None, str(base))
+    export_gguf(BASE, None, str(base), GgufConfig())
     export_gguf(BASE, adapter, str(lora), GgufConfig(adapter_only=True))
     yield "base, BF16, and adapter", base, lora
     yield "base, BF16, without it", base, None
@@ -91,9 +91,8 @@ def main() -> None:
         hits = sum(tokenizer.decode(a, skip_special_tokens=True) == w for a, w in zip(live, wanted))
         lines = [["live adapter, onecard", f"{hits / len(rows):.1%}", "", ""]]
         for what, file, lora in write_files(adapter, folder):
-            model = llama_cpp.Llama(
-                str(file), lora_path=lora and str(lora), n_ctx=1024, n_threads=2, n_threads_batch=2, verbose=False
-            )
+            threads = {"n_threads": 1, "n_threads_batch": 1}  # more would only wait for each other at this size
+            model = llama_cpp.Llama(str(file), lora_path=lora and str(lora), n_ctx=1024, verbose=False, **threads)
             hits = sum(said(model, chat) == w for chat, w in zip(chats, wanted))
             same = sum(answer(model, ids, tokenizer.eos_token_id) == a for ids, a in zip(prompts, live))
             model.close()

@@ -82,7 +82,7 @@ def page_layers(model: Any, budget: int, device: torch.device) -> None:
 
     base = model.get_base_model()
     layers = [[m for m in layer.modules() if isinstance(m, Linear4bit)] for layer in base.model.layers]
-    parts = [part for m in layers[0] for part in (m.weight, m.state.absmax)]
+    parts = [part for m in layers[0] for part in (m.weight, m.loaded_state.absmax)]
     sizes = [-(-part.nbytes // 256) * 256 for part in parts]
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     host = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
@@ -93,8 +93,8 @@ def page_layers(model: Any, budget: int, device: torch.device) -> None:
     pager = Pager(device, budget, pages)
     for page, linears in zip(pages, layers):
         for i, linear in enumerate(linears):
-            state = replace(linear.state, absmax=linear.state.absmax.new_empty(0))
-            dtype = linear.state.absmax.dtype
+            state = replace(linear.loaded_state, absmax=linear.loaded_state.absmax.new_empty(0))
+            dtype = linear.loaded_state.absmax.dtype
             linear.fetch = PagedWeight(pager, page, places[2 * i], places[2 * i + 1], state, dtype)
             linear.weight, linear.quant_state = nn.Parameter(linear.weight.new_empty(0, 1), requires_grad=False), state
     base.get_input_embeddings().register_forward_pre_hook(lambda *_: pager.begin_pass())

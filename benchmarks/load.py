@@ -55,7 +55,7 @@ def child(name: str, shape: str) -> None:
 
 def onecard_bytes(model: Any) -> int:
     """Bytes that the model holds, scales included."""
-    scales = sum(m.state.nbytes for m in model.modules() if hasattr(m, "quant_state"))
+    scales = sum(m.loaded_state.nbytes for m in model.modules() if hasattr(m, "quant_state"))
     return sum(p.nbytes for p in model.parameters()) + scales
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from onecard.hf.load import load_tokenizer
 
@@ -34,6 +34,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
+EXPERT_SHAPES: dict[str, dict[str, Any]] = {
+    name: {
+        "model_type": "qwen3_moe",
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "moe_intermediate_size": hidden // 2,
+        "num_experts": experts,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    }
+    for name, hidden, experts, layers in (("moe-0.1b", 512, 32, 6), ("moe-1.4b", 1024, 64, 12))
+}
+
 
 def make_checkpoint(shape: str) -> Path:
     """The folder of a bfloat16 checkpoint in shards of at most 500 MB, with the demo's tokenizer."""
@@ -42,7 +60,8 @@ def make_checkpoint(shape: str) -> Path:
         torch.manual_seed(0)
         tokenizer = load_tokenizer(str(TOKENIZER))
         special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        config = LlamaConfig(max_position_embeddings=2048, **special, **SHAPES[shape])
+        fields = {"model_type": "llama", **{**SHAPES, **EXPERT_SHAPES}[shape]}
+        config = AutoConfig.for_model(max_position_embeddings=2048, **special, **fields)
         config.dtype = torch.bfloat16
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(folder, max_shard_size="500MB")
@@ -52,5 +71,5 @@ def make_checkpoint(shape: str) -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, *EXPERT_SHAPES])
     print(make_checkpoint(parser.parse_args().shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -21,6 +21,7 @@ from onecard.config import (
     read_yaml,
 )
 from onecard.errors import UserError
+from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -33,17 +34,13 @@ app = App(
 if TYPE_CHECKING:
     TrainFields = DataFields = PlanFields = QuantFields = ExportFields = ServeFields = Any
 else:
-    TrainFields = Annotated[partial(TrainConfig) | None, Parameter(name="*")]
-    DataFields = Annotated[partial(DataConfig) | None, Parameter(name="*")]
-    ServeFields = Annotated[partial(ServeConfig) | None, Parameter(name="*")]
-    QuantFields = Annotated[partial(QuantConfig) | None, Parameter(name="*")]
-    ExportFields = Annotated[partial(ExportConfig) | None, Parameter(name="*")]
-    PlanFields = Annotated[partial(PlanConfig) | None, Parameter(name="*")]
-
-
-def given(flags: Any) -> dict[str, Any]:
-    """The fields that were named on the command line."""
-    return {} if flags is None else {k: v for k, v in flags.model_dump().items() if v is not None}
+    flags = Parameter(name="*", negative_iterable=())
+    TrainFields = Annotated[partial(TrainConfig) | None, flags]
+    DataFields = Annotated[partial(DataConfig) | None, flags]
+    ServeFields = Annotated[partial(ServeConfig) | None, flags]
+    QuantFields = Annotated[partial(QuantConfig) | None, flags]
+    ExportFields = Annotated[partial(ExportConfig) | None, flags]
+    PlanFields = Annotated[partial(PlanConfig) | None, flags]
 
 
 @app.command
@@ -64,10 +61,9 @@ def train(
 ) -> None:
     """Train a LoRA adapter over a 4-bit base.
 
-    Parameters
-    ----------
-    config: YAML file of the same fields; flags win over it.
-    resume: Go on from the newest whole checkpoint in the output folder.
+    Args:
+        config: YAML file of the same fields; flags win over it.
+        resume: Go on from the newest whole checkpoint in the output folder.
     """
     merged = {**(read_yaml(config) if config else {}), **given(fields)}
     checked = make_config(TrainConfig, merged, config or "command line")
@@ -80,8 +76,8 @@ def train(
 @app.command
 def plan(
     model: str,
-    fields: PlanFields = None,
     *,
+    fields: PlanFields = None,
     method: Literal["full", "lora", "qlora", "generate"] = "qlora",
     device_memory: str | None = None,
     json: bool = False,
@@ -89,13 +85,12 @@ def plan(
 ) -> None:
     """Say what memory training takes, term by term with its formula, before anything is loaded.
 
-    Parameters
-    ----------
-    model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
-    method: qlora; generate (its KV cache for max_seq_length tokens); lora (16-bit base) and full, to compare.
-    device_memory: What there is, such as 24GiB: plans for what train would keep, recompute, offload and page in it.
-    json: Print JSON.
-    plot: PNG file for the terms as bars.
+    Args:
+        model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
+        method: qlora; generate (its KV cache for max_seq_length tokens); lora (16-bit base) and full, to compare.
+        device_memory: What there is, such as 24GiB: plans for what train would keep, recompute, offload and page in it.
+        json: Print JSON.
+        plot: PNG file for the terms as bars.
     """
     from dataclasses import asdict
     from json import dumps
@@ -122,10 +117,9 @@ def plan(
 def figures(output: str = "figures", model: str | None = None) -> None:
     """Draw where a 7B model's training memory goes, and NF4 against Int4 over a real layer's weights.
 
-    Parameters
-    ----------
-    output: Folder for memory_bill.png and nf4_int4.png.
-    model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's.
+    Args:
+        output: Folder for memory_bill.png and nf4_int4.png.
+        model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's.
     """
     from pathlib import Path
 
@@ -142,14 +136,13 @@ def figures(output: str = "figures", model: str | None = None) -> None:
 
 
 @app.command
-def preview(model: str, data: str, fields: DataFields = None, *, num_examples: int = 3) -> None:
+def preview(model: str, data: str, *, fields: DataFields = None, num_examples: int = 3) -> None:
     """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id; only its tokenizer is read.
-    data: JSONL, JSON, CSV or Parquet file.
-    num_examples: Examples shown.
+    Args:
+        model: Checkpoint folder or hub id; only its tokenizer is read.
+        data: JSONL, JSON, CSV or Parquet file.
+        num_examples: Examples shown.
     """
     config = make_config(DataConfig, given(fields), "command line")
     console = make_console()
@@ -170,23 +163,25 @@ def generate(
     adapter: str | None = None,
     max_new_tokens: int = 256,
     temperature: float = 0.0,
+    *,
     quant: QuantFields = None,
     device: str = "auto",
+    raw: bool = False,
 ) -> None:
     """Answer one prompt, streaming.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id.
-    prompt: The user's message; text to go on with where the tokenizer has no chat template.
-    adapter: Folder of a trained adapter.
-    temperature: 0 takes the likeliest token each time.
+    Args:
+        model: Checkpoint folder or hub id.
+        prompt: The user's message; text to go on with where the tokenizer has no chat template.
+        adapter: Folder of a trained adapter.
+        temperature: 0 takes the likeliest token each time.
+        raw: Go on from the prompt as it is, without the chat template: for adapters of prompt/completion or text.
     """
-    from onecard.data.template import prompt_ids
+    from onecard.data.template import prompt_ids, text_ids
     from onecard.infer.generate import generate as run
 
     loaded, tokenizer = load(model, adapter, quant, device)
-    ids = prompt_ids([{"role": "user", "content": prompt}], tokenizer)
+    ids = text_ids(prompt, tokenizer) if raw else prompt_ids([{"role": "user", "content": prompt}], tokenizer)
     run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(text, end="", flush=True))
     print()
 
@@ -197,15 +192,15 @@ def chat(
     adapter: str | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.7,
+    *,
     quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Talk with a model in the terminal.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id.
-    adapter: Folder of a trained adapter.
+    Args:
+        model: Checkpoint folder or hub id.
+        adapter: Folder of a trained adapter.
     """
     from onecard.infer.chat import chat as run
 
@@ -217,17 +212,16 @@ def chat(
 def serve(
     model: str,
     adapter: list[str] | None = None,
-    fields: ServeFields = None,
     *,
+    fields: ServeFields = None,
     quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Answer OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, with streaming.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id.
-    adapter: Folder of a trained adapter, or NAME=FOLDER; NAME is the model that requests ask for. May be repeated.
+    Args:
+        model: Checkpoint folder or hub id.
+        adapter: Folder of a trained adapter, or NAME=FOLDER; NAME is the model that requests ask for. May be repeated.
     """
     given_fields = {"api_key": os.environ.get("ONECARD_API_KEY"), **given(fields)}
     config = make_config(ServeConfig, given_fields, "serve")
@@ -246,18 +240,17 @@ def evaluate(
     model: str,
     data: str,
     adapter: str | None = None,
-    fields: DataFields = None,
     *,
+    fields: DataFields = None,
     quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
     """Loss and perplexity of a data file's supervised tokens.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id.
-    data: JSONL, JSON, CSV or Parquet file.
-    adapter: Folder of a trained adapter.
+    Args:
+        model: Checkpoint folder or hub id.
+        data: JSONL, JSON, CSV or Parquet file.
+        adapter: Folder of a trained adapter.
     """
     from math import exp
 
@@ -286,16 +279,15 @@ def merge(
 ) -> None:
     """Merge an adapter into a 16-bit checkpoint, streaming: memory for about one tensor.
 
-    Parameters
-    ----------
-    model: Checkpoint that the adapter was trained on.
-    adapter: Folder of the trained adapter.
-    output: New folder for the merged checkpoint.
-    base: dequantized (default): what training saw, the nearest to the live adapter; original: the checkpoint's own
-        weights. With --verify and no --base, both are tried and the better one is kept.
-    verify: Data file on whose first examples the result is compared with the live adapter.
-    requantize: Store the result in 4 bits again, which takes off part of the update; how much is left is told.
-    device: Where --verify computes.
+    Args:
+        model: Checkpoint that the adapter was trained on.
+        adapter: Folder of the trained adapter.
+        output: New folder for the merged checkpoint.
+        base: dequantized (default): what training saw, the nearest to the live adapter; original: the checkpoint's own
+            weights. With --verify and no --base, both are tried and the better one is kept.
+        verify: Data file on whose first examples the result is compared with the live adapter.
+        requantize: Store the result in 4 bits again, which takes off part of the update; how much is left is told.
+        device: Where --verify computes.
     """
     from onecard.hf.origin import read_origin, stored_as
 
@@ -313,10 +305,10 @@ def merge(
         from onecard.hf.load import load_tokenizer
 
         dataset = load_dataset(verify, load_tokenizer(model), make_config(DataConfig, {}, "merge"))
-        bases = [base] if base is not None else bases_of(model, small)
+        bases: Any = [base] if base is not None else bases_of(model, small)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
         print("\n".join(found.table()))
-        base, share = found.kept, found.weights_kept
+        base, share = cast(Any, found.kept), found.weights_kept
     elif small is not None:
         from onecard.export.quantized import requantize as run
 
@@ -335,10 +327,12 @@ def merge(
 def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
     """Write a checkpoint with its linears in 4 bits, in bitsandbytes' format, streaming.
 
-    Parameters
-    ----------
-    model: Checkpoint folder or hub id, in 16 or 32 bits.
-    output: New folder.
+    Experts go into 4 bits, too; such a checkpoint is for onecard, as transformers with bitsandbytes reads no 4-bit
+    experts.
+
+    Args:
+        model: Checkpoint folder or hub id, in 16 or 32 bits.
+        output: New folder.
     """
     from onecard.export.quantized import quantize_checkpoint
 
@@ -351,7 +345,7 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
 
 
 @app.command
-def export(fields: ExportFields = None) -> None:
+def export(*, fields: ExportFields = None) -> None:
     """Write a model, merged with an adapter if there is one, in another tool's format, streaming."""
     config = make_config(ExportConfig, given(fields), "command line")
     quiet_libraries()
@@ -370,54 +364,6 @@ def export(fields: ExportFields = None) -> None:
         where = (config.model, config.adapter, str(config.data), config.output)
         said = lines(config.format, *export_calibrated(config.format, *where, config, config.base, quant))
     print("\n".join(said))
-
-
-def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
-    """A 4-bit model with its adapter, and the tokenizer."""
-    from onecard.infer.adapters import with_adapter
-
-    base, tokenizer = load_base(model, adapter, quant, device)
-    return with_adapter(base, adapter), tokenizer
-
-
-def load_base(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
-    """A 4-bit model, stored as the adapter's run had it, and the tokenizer."""
-    from onecard.data.rendering import sandbox
-
-    sandbox.start()  # takes the second that the libraries take
-    quiet_libraries()
-    from onecard.hf.load import load_model, load_tokenizer
-    from onecard.hf.origin import stored_as
-
-    config = stored_as(adapter, given(quant))
-    return load_model(model, **config.model_dump(), device=device), load_tokenizer(model)
-
-
-def make_console() -> Any:
-    """The terminal; libraries' own bars and warnings are kept off it."""
-    from rich.console import Console
-
-    quiet_libraries()
-    return Console()
-
-
-def quiet_libraries() -> None:
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def finish(result: Any, console: Any) -> None:
-    """Where everything lies."""
-    folder = result.adapter.parent
-    console.print(f"adapter  {result.adapter}\nreport   {folder / 'report.html'}", highlight=False, soft_wrap=True)
-    console.print("next", style="dim")
-    for line in result.report.next_commands:
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any, Literal, Optional, TypeVar
+from typing import Any, Literal, Optional, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
@@ -57,10 +57,31 @@ class LoraSettings(Strict):
     r: int = Field(16, ge=1, description="rank of the update")
     lora_alpha: float = Field(32, gt=0, description="scale: lora_alpha/r, or lora_alpha/sqrt(r) with use_rslora")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: str | list[str] = Field("all-linear", description='names of linears, or "all-linear"')
+    target_modules: list[str] | str = Field("all-linear", description='names of linears, a pattern, or "all-linear"')
+    target_parameters: list[str] | None = Field(
+        None, description="stacked weights of experts, such as gate_up_proj and down_proj"
+    )
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: list[str] | None = Field(None, description="modules trained in full and saved with the adapter")
+
+    @field_validator("target_modules")
+    @classmethod
+    def _names_or_pattern(cls, value: list[str] | str) -> list[str] | str:
+        # peft matches a list against the ends of names and a string as a pattern against whole ones.
+        words = value.split(",") if isinstance(value, str) else value
+        if words and all(re.fullmatch(r"[\w.]+", word) for word in words):
+            return words
+        pattern = value if isinstance(value, str) else "".join(value[:1])
+        if not pattern or (isinstance(value, list) and len(value) > 1):
+            raise ValueError('must be names like q_proj, one pattern, or "all-linear"')
+        return pattern
+
+    @model_validator(mode="after")
+    def _plain_lora_on_experts(self) -> LoraSettings:
+        if self.target_parameters and (self.lora_dropout > 0 or self.use_dora):
+            raise ValueError("target_parameters take no lora_dropout and no use_dora, as in peft")
+        return self
 
 
 class DataConfig(Strict):
@@ -173,7 +194,7 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
     )
     num_train_epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="updates; overrides num_train_epochs")
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**63)
 
     optim: Optim = Field(
         "adamw", description="8bit: states of 2 bytes a weight; paged: states leave when memory is short"
@@ -221,12 +242,16 @@ def is_loopback(host: str) -> bool:
 def partial(kind: type[BaseModel]) -> type[BaseModel]:
     """The same fields with nothing required and None for what is not given: what flags fill before a merge."""
     fields: dict[str, Any] = {}
-    for name, info in kind.model_fields.items():
-        default = "" if info.is_required() else f"default: {info.default if info.default is not None else 'none'}"
+    required_first = sorted(kind.model_fields.items(), key=lambda item: not item[1].is_required())
+    for name, info in required_first:
+        value = info.default if info.default is not None else "none"
+        default = "required" if info.is_required() else f"default: {value}"
         if info.default_factory is not None:
             default = "default: none"
         help = "; ".join(part for part in (info.description, default) if part)
-        fields[name] = (Optional[info.annotation], Field(None, description=help))  # noqa: UP045
+        kinds = get_args(info.annotation)  # a flag that may be a list is one: it can be given again
+        annotation = next((kind for kind in kinds if get_origin(kind) is list), info.annotation)
+        fields[name] = (Optional[annotation], Field(None, description=help))  # noqa: UP045
     return create_model(f"{kind.__name__}Flags", __config__=ConfigDict(protected_namespaces=()), **fields)
 
 
@@ -235,7 +260,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        fields = yaml.safe_load(text)
+        root = yaml.compose(text, yaml.SafeLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(
             "the config must be a readable YAML file", str(error), "check the path and the syntax", str(path)
@@ -249,6 +276,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             "write lines such as `learning_rate: 2.0e-4`",
             str(path),
         )
+    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise UserError("a field must be set once", f'"{twice[0]}" twice', "take one of them out", str(path))
     return {str(key): value for key, value in fields.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 CHATML = (
@@ -34,6 +38,7 @@ TEXT = [
     "two blue mugs, please",
     "0123456789",
 ]
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 FAMILIES: dict[str, Any] = {
     "llama": LlamaConfig,
     "mistral": MistralConfig,
@@ -41,6 +46,13 @@ FAMILIES: dict[str, Any] = {
     "qwen3": Qwen3Config,
     "gemma2": Gemma2Config,
     "phi3": Phi3Config,
+}
+EXPERT_FAMILIES: dict[str, Any] = {
+    "mixtral": partial(MixtralConfig, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": partial(Qwen3MoeConfig, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=32),
+    "gpt_oss": partial(
+        GptOssConfig, num_local_experts=4, num_experts_per_tok=2, sliding_window=16, rope_parameters=PLAIN_ROPE
+    ),
 }
 
 
@@ -85,8 +97,11 @@ def make_checkpoint(folder: Path, family: str = "llama", dtype: torch.dtype = to
     }
     if family == "phi3":
         fields.pop("head_dim")
-    config = FAMILIES[family](**{**fields, **kwargs})
+    config = {**FAMILIES, **EXPERT_FAMILIES}[family](**{**fields, **kwargs})
     model = AutoModelForCausalLM.from_config(config).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

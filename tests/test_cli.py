@@ -1,5 +1,6 @@
 """Behaviour: the commands as a user types them."""
 
+import json
 import subprocess
 import sys
 
@@ -57,6 +58,19 @@ def test_export_says_how_to_use_what_it_wrote(trained, checkpoint, chats, tmp_pa
     assert (tmp_path / "o" / "quantize_config.json").is_file()
 
 
+def test_merge_verifies_and_tells_what_4_bits_leave(trained, checkpoint, chats, tmp_path):
+    where = ("--model", checkpoint, "--adapter", trained[0] / "adapter")
+    code, out, err = onecard("merge", *where, "--output", tmp_path / "m", "--verify", chats)
+    assert code == 0, err
+    for said in ("live adapter", "dequantized", "original", "kept", "merged   "):
+        assert said in out, said
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+    code, out, err = onecard("merge", *where, "--output", tmp_path / "q", "--requantize", "nf4")
+    assert code == 0 and "% of the adapter's update" in out, err
+    code, _, err = onecard("merge", *where, "--output", tmp_path / "x", "--quant-type", "fp4")
+    assert code == 2 and "quant_type nf4" in err and not (tmp_path / "x").exists()
+
+
 def test_chat_answers_and_ends(checkpoint):
     done = subprocess.run(
         [sys.executable, "-m", "onecard.cli", "chat", "--model", str(checkpoint), "--max-new-tokens", "4"],
@@ -76,3 +90,15 @@ def test_mistakes_exit_with_2_and_no_traceback(checkpoint, tmp_path):
     ):
         code, _, err = onecard(*args)
         assert code == 2 and said in err and "Traceback" not in err, err
+
+
+def test_lists_of_flags_and_help(checkpoint, chats, tmp_path):
+    code, out, err = onecard(
+        "train", "--model", checkpoint, "--data", chats, "--output", tmp_path / "[red]o", "--max-steps", 1,
+        "--target-modules", "q_proj", "--target-modules", "v_proj", "--device", "cpu",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "[red]o/report.html" in out
+    saved = json.loads((tmp_path / "[red]o" / "adapter" / "adapter_config.json").read_text())
+    assert sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
+    assert "Folder of a trained adapter" in onecard("generate", "--help")[1]

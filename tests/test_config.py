@@ -2,7 +2,7 @@
 
 import pytest
 
-from onecard.config import TrainConfig, make_config, read_yaml
+from onecard.config import LoraSettings, TrainConfig, make_config, read_yaml
 from onecard.errors import UserError
 
 GOOD = {"model": "m", "data": "d", "output": "o"}
@@ -39,4 +39,33 @@ def test_yaml_must_be_a_mapping(tmp_path, text):
     path = tmp_path / "run.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=r"run\.yaml"):
+        read_yaml(path)
+
+
+@pytest.mark.parametrize(
+    "given, taken",
+    [
+        ("all-linear", "all-linear"),
+        (["all-linear"], "all-linear"),
+        ("q_proj", ["q_proj"]),
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        ([r".*\.(q|v)_proj"], r".*\.(q|v)_proj"),
+    ],
+)
+def test_target_modules_are_names_or_a_pattern(given, taken):
+    assert make_config(LoraSettings, {"target_modules": given}).target_modules == taken
+
+
+@pytest.mark.parametrize("given", [[], "", ["q_proj", ".*v"], [""]])
+def test_target_modules_that_are_neither(given):
+    with pytest.raises(UserError, match="q_proj"):
+        make_config(LoraSettings, {"target_modules": given})
+
+
+def test_a_yaml_key_twice_is_an_error(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("r: 8\nr: 16\n")
+    with pytest.raises(UserError, match='"r" twice'):
         read_yaml(path)

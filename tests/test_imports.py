@@ -21,6 +21,7 @@ ORDER = [
     "train",
     "export",
     "demo",
+    "terminal",
     "cli",
 ]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from onecard.data.records import FIX, Record
+from onecard.data.records import FIX, Record, strings_in
 from onecard.errors import UserError
 
 BREAK = "\ufdd0"  # a noncharacter of Unicode, never in text that is exchanged
@@ -147,16 +147,3 @@ def learned_texts(record: Record) -> Iterator[tuple[str, str]]:
                 if key not in ("content", "role"):
                     yield from strings_in(f"messages[{i}].{key}", turn[key])
     yield from strings_in("tools", record.tools)
-
-
-def strings_in(field: str, value: Any) -> Iterator[tuple[str, str]]:
-    """(field, text) of every string and key in a JSON value."""
-    rest = [(field, value)]
-    while rest:  # not recursion: arguments may be nested deep
-        field, value = rest.pop()
-        if isinstance(value, str):
-            yield field, value
-        elif isinstance(value, dict):
-            rest += [(field, key) for key in value] + [(f"{field}.{key}", value[key]) for key in value]
-        elif isinstance(value, list):
-            rest += [(f"{field}[{k}]", each) for k, each in enumerate(value)]

@@ -74,6 +74,25 @@ class Dataset:
         held = replace(self.take(sorted(order[:num_held])), num_unsupervised=0, bad=[])  # those count once
         return self.take(sorted(order[num_held:])), held
 
+    def check_fits(self, vocab_size: int | None, max_positions: int | None) -> None:
+        """Raise UserError if a model of that size would stumble over a token or a length."""
+        top, at = max((max(example.input_ids), example.where) for example in self.examples)
+        if vocab_size is not None and top >= vocab_size:
+            raise UserError(
+                "every token must be in the model's vocabulary",
+                f"token {top}, {vocab_size:,} in the vocabulary",
+                "use the tokenizer that belongs to the model, or resize its embeddings first",
+                at,
+            )
+        length, at = max((len(example.input_ids), example.where) for example in self.examples)
+        if max_positions is not None and length > max_positions:
+            raise UserError(
+                "an example must fit in the model's max_position_embeddings",
+                f"{length:,} tokens for {max_positions:,} positions",
+                f"pass --max-seq-length {max_positions}, or scale the rope in a copy of config.json",
+                at,
+            )
+
     def take(self, indices: list[int]) -> Dataset:
         examples, records = [self.examples[i] for i in indices], [self.records[i] for i in indices]
         truncated = sum(example.truncated for example in examples)

@@ -1,7 +1,7 @@
 """From bytes to rows: JSONL, JSON, CSV and Parquet, each row with its line; what is no row is a BadRow.
 
-A bad row must not hide the ones after it, so every reader goes on where its format allows: JSON lines and
-CSV always, a JSON array up to its first error of syntax. Numbers are lines of the file, 1-based; rows in a
+A bad row must not hide the ones after it, so every reader goes on where its format allows: JSON lines always,
+a JSON array and CSV up to their first error of syntax. Numbers are lines of the file, 1-based; rows in a
 JSON array and in Parquet.
 """
 
@@ -25,6 +25,7 @@ MAGIC = {
     b"PK\x03\x04": "zip",
     b"\x28\xb5\x2f\xfd": "zstandard",
     b"PAR1": "Parquet",
+    b"\xff\xfe\0\0": "UTF-32",
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
@@ -95,7 +96,7 @@ def parse_row(raw: bytes) -> dict[str, Any] | BadRow:
         found = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
         return BadRow("row", "a row must be UTF-8", found)
     except json.JSONDecodeError as error:
-        return BadRow("row", "a row must be JSON", f"{error.msg} at column {error.colno}")
+        return BadRow("row", "a row must be JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
         return BadRow("row", "a row must be an object of plain fields", "JSON nested too deep")
     except ValueError as error:  # an integer of thousands of digits
@@ -187,6 +188,8 @@ def check_header(header: list[str], path: Path) -> None:
     if header and not twice and not any(map(undecoded, header)):
         return
     found = f'"{shown(min(twice))}" twice' if twice else ", ".join(map(shown, header)) or "an empty line"
+    if path.suffix.lower() == ".parquet":
+        raise UserError("a Parquet file must have each column once", found, "rename a column", str(path))
     must = "a CSV file must start with its columns' names in UTF-8, each once"
     raise UserError(must, found, "correct the header", f"{path}:1")
 
@@ -213,10 +216,13 @@ def parquet(path: Path) -> Rows:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            check_header(file.schema_arrow.names, path)
             for batch in file.iter_batches(1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
+    except UserError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         where = f"{path}: after row {number}" if number else str(path)
         raise UserError("the file must be readable Parquet", str(error), "write it again", where) from None

@@ -7,7 +7,7 @@ Formats, recognised by the rows' keys: chat `messages` (OpenAI), `prompt`/`compl
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -313,6 +313,7 @@ def check_tools(tools: Any) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise BadRow("tools", "tools must be a list of objects", describe(tools))
+    check_strings("tools", tools)
     return tools
 
 
@@ -338,7 +339,28 @@ def check_call(field: str, call: Any) -> dict[str, Any]:
             raise BadRow(f"{field}.function.arguments", "arguments must be JSON", found) from None
     if not isinstance(arguments, dict):
         raise BadRow(f"{field}.function.arguments", "arguments must be an object", describe(arguments))
+    check_strings(field, call)
+    check_strings(f"{field}.function.arguments", arguments)
     return {**call, "function": {**function, "arguments": arguments}}
+
+
+def check_strings(field: str, value: Any) -> None:
+    """Every string and key of a JSON value must be text."""
+    for name, text in strings_in(field, value):
+        check_text(name, text, empty=True)
+
+
+def strings_in(field: str, value: Any) -> Iterator[tuple[str, str]]:
+    """(field, text) of every string and key in a JSON value."""
+    rest = [(field, value)]
+    while rest:  # not recursion: arguments may be nested deep
+        field, value = rest.pop()
+        if isinstance(value, str):
+            yield field, value
+        elif isinstance(value, dict):
+            rest += [(field, key) for key in value] + [(f"{field}.{key}", value[key]) for key in value]
+        elif isinstance(value, list):
+            rest += [(f"{field}[{k}]", each) for k, each in enumerate(value)]
 
 
 def check_part(field: str, part: Any) -> str:

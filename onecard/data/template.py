@@ -40,6 +40,7 @@ from onecard.errors import UserError
 Span = tuple[int, int]  # characters: start, end
 Turn = tuple[int, int, bool]  # start, end, and whether an end-of-turn token closes it
 IGNORE = -100
+LONGEST_TOKEN = 128  # characters, and to spare
 MARK = "\u2042{}\u2042"  # around a number; a chat that holds it is refused where marks are needed
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
@@ -68,13 +69,14 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
     """
     refuse_control_tokens(record, tokenizer)
     if record.messages is not None and (tokenizer.chat_template or not record.alpaca):
-        ids, labels = encode_chat(record, tokenizer)
+        ids, labels = encode_chat(record, tokenizer, max_seq_length)
     elif record.messages is not None:
-        ids, labels = encode_pair(*alpaca_text(record), tokenizer, record.where)
+        ids, labels = encode_pair(*alpaca_text(record), tokenizer, record.where, max_seq_length)
     elif record.text is not None:
-        ids, labels = encode_pair("", record.text, tokenizer, record.where)
+        ids, labels = encode_pair("", record.text, tokenizer, record.where, max_seq_length)
     else:
-        ids, labels = encode_pair(record.prompt or "", record.completion or "", tokenizer, record.where)
+        prompt, completion = record.prompt or "", record.completion or ""
+        ids, labels = encode_pair(prompt, completion, tokenizer, record.where, max_seq_length)
     labels[0] = IGNORE  # nothing comes before it: the first token is never predicted
     truncated = len(ids) > max_seq_length
     return Example(ids[:max_seq_length], labels[:max_seq_length], record.where, truncated)
@@ -86,16 +88,26 @@ def alpaca_text(record: Record) -> tuple[str, str]:
     return f"### Instruction:\n{user}\n\n### Response:\n", assistant
 
 
-def encode_pair(prompt: str, completion: str, tokenizer: Any, where: str) -> tuple[list[int], list[int]]:
-    """BOS prompt completion EOS, each tokenized apart so that the boundary is exact; the prompt is masked."""
-    before = text_ids(prompt, tokenizer, where)
-    learned = encode_text(completion, tokenizer, where)[0] + eos(tokenizer)
+def encode_pair(prompt: str, completion: str, tokenizer: Any, where: str, most: int) -> tuple[list[int], list[int]]:
+    """BOS prompt completion EOS, each tokenized apart so that the boundary is exact; the prompt is masked.
+
+    Of more than `most` tokens those behind may be missing.
+    """
+    before = text_ids(head(prompt, most, tokenizer, where), tokenizer, where)
+    learned = encode_text(head(completion, most, tokenizer, where), tokenizer, where)[0] + eos(tokenizer)
     return before + learned, [IGNORE] * len(before) + learned
 
 
 def text_ids(text: str, tokenizer: Any, where: str = "prompt") -> list[int]:
     """Tokens of a text that no template wraps, with the BOS that the tokenizer writes; all of it stays text."""
     return bos(tokenizer) + encode_text(as_text(text, tokenizer), tokenizer, where)[0]
+
+
+def head(text: str, most: int, tokenizer: Any, where: str) -> str:
+    """A text, or so much of its beginning that it has more than `most` tokens: a line of 100 MB is not tokenized whole
+    to be cut at once."""
+    start = text[: LONGEST_TOKEN * (most + 1)]
+    return start if start != text and len(encode_text(start, tokenizer, where)[0]) > most else text
 
 
 def bos(tokenizer: Any) -> list[int]:
@@ -111,8 +123,9 @@ def eos(tokenizer: Any) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token."""
+def encode_chat(record: Record, tokenizer: Any, most: int) -> tuple[list[int], list[int]]:
+    """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token; of more
+    than `most` tokens those behind may be missing."""
     messages = messages_as_text(list(record.messages or ()), tokenizer)
     wanted = [(k, prompted) for i in learned_turns(record) for k, prompted in ((i, False), (i, True), (i + 1, False))]
     chat = Renderings(messages, tokenizer, record.where, record.tools, wanted)
@@ -125,11 +138,12 @@ def encode_chat(record: Record, tokenizer: Any) -> tuple[list[int], list[int]]:
     unended = messages[-1]["role"] == "assistant" and bool(turns) and not turns[-1][2]
     if unended:
         text = text[: turns[-1][1]]
+    text = head(text, most, tokenizer, record.where)
     ids, offsets = encode_text(text, tokenizer, record.where)
     cuts = [
         start
         for i, (start, _, _) in zip(learned_turns(record), turns)
-        if any(a < start < b for a, b in offsets) and chat.text(i, prompted=True) == text[:start]
+        if any(a < start < b for a, b in offsets) and start < len(text) and chat.text(i, prompted=True) == text[:start]
     ]
     if cuts:
         ids, offsets = encode_text(text, tokenizer, record.where, tuple(cuts))
@@ -158,12 +172,16 @@ def close_turn(text: str, start: int, end: int, stops: frozenset[str], tokenizer
     turn = text[start:end].rstrip()
     if any(turn.endswith(stop) for stop in stops):
         return start, start + len(turn), True
-    named = [name for name in (tokenizer.eos_token, *END_NAMES) if name in stops]
     gap = len(text[end:]) - len(text[end:].lstrip())
-    for name in named:  # a template may write it between turns instead of after each
+    for name in turn_ends(tokenizer):  # a template may write it between turns instead of after each
         if text.startswith(name, end + gap):
             return start, end + gap + len(name), True
     return start, start + len(turn), False
+
+
+def turn_ends(tokenizer: Any) -> list[str]:
+    """The tokenizer's tokens that are known to end a turn."""
+    return [name for name in (tokenizer.eos_token, *END_NAMES) if name in specials_of(tokenizer).names]
 
 
 def missing_bos(text: str, tokenizer: Any) -> list[int]:
@@ -270,6 +288,9 @@ def content_span(
         return None
     tail = chat.text(i + 1).partition(mark)[2]
     whole = text.startswith(tail, end)
+    if not calls:  # some templates write the next turn's header after every turn
+        ends = [tail.find(name) + len(name) for name in turn_ends(tokenizer) if name in tail]
+        tail = tail[: min(ends, default=len(tail))]
     if calls and not whole:
         return None  # the call's arguments come after the mark: their end must be known
     return len(before), end + (len(tail) if whole else 0)
@@ -283,7 +304,7 @@ def with_mark(turn: dict[str, Any], mark: str) -> dict[str, Any]:
     return {**turn, "tool_calls": [*calls, {**last, "function": {**last["function"], "name": mark}}]}
 
 
-def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
+def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> list[int]:
     """Tokens that ask for the assistant's next message, with exactly one BOS.
 
     A tokenizer without a chat template gets the last message's text as it is.
@@ -292,7 +313,7 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any) -> list[int]:
         if not tokenizer.chat_template:
             return text_ids(messages[-1]["content"], tokenizer)
         asked = (len(messages), True)
-        text = Renderings(messages_as_text(messages, tokenizer), tokenizer, "prompt", wanted=[asked]).text(*asked)
+        text = Renderings(messages_as_text(messages, tokenizer), tokenizer, "prompt", tools, [asked]).text(*asked)
         return missing_bos(text, tokenizer) + encode_text(text, tokenizer, "prompt")[0]
     except UserError as error:
         if error.do != FIX:

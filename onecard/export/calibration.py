@@ -26,8 +26,8 @@ from onecard.errors import UserError
 from onecard.export.folder import DTYPES
 from onecard.export.merged import Merged, common_dtype
 from onecard.hf.attention import supports_packing, use_packed_attention
+from onecard.hf.load import meta_model
 from onecard.kernels.cpu_info import product_dtype
-from onecard.memory.plan import meta_model
 
 SEED = 0  # of the order in which examples are taken
 
@@ -93,8 +93,10 @@ class Recorder(nn.Module):
 def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
     """transformers' model without weights, and its decoder layers by name."""
     fields = {key: value for key, value in merged.config.items() if key != "model_type"}
-    model = meta_model(AutoConfig.for_model(merged.config["model_type"], **fields)).eval().requires_grad_(False)
-    layers = list(model.get_decoder().layers)
+    config = AutoConfig.for_model(merged.config["model_type"], **fields)
+    model = meta_model(config, "config.json").eval().requires_grad_(False)
+    decoder: Any = model.get_decoder()
+    layers = list(decoder.layers)
     return model, {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 

@@ -143,18 +143,24 @@ def write_others(
 
     Args:
         places: the file of each tensor that was written.
-        adapter: a trained adapter's folder; a tokenizer that lies in it takes the place of the checkpoint's.
+        adapter: a trained adapter's folder.
     """
     copy_files(checkpoint.folder, folder, OTHER_FILES)
-    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
+    source = tokenizer_folder(checkpoint.folder, adapter)
+    if source != checkpoint.folder:
         for path in list(find_files(folder, TOKENIZER_FILES)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        copy_files(adapter, folder, TOKENIZER_FILES)
+        copy_files(source, folder, TOKENIZER_FILES)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if (checkpoint.folder / INDEX).is_file():
         total = sum((folder / name).stat().st_size for name in set(places.values()))
         content = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_folder(checkpoint: Path, adapter: Path | None) -> Path:
+    """Where the result's tokenizer lies: in a trained adapter's folder if it holds one, as with added tokens."""
+    return adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else checkpoint
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

@@ -26,9 +26,10 @@ from torch import Tensor
 
 from onecard.config import GgufConfig, QuantConfig
 from onecard.errors import UserError
+from onecard.export.adapter import Adapter
 from onecard.export.architecture import Architecture
-from onecard.export.folder import check_room, new_file, new_folder
-from onecard.export.merged import Adapter, Base, Merged, open_merged
+from onecard.export.folder import check_room, new_file, new_folder, tokenizer_folder
+from onecard.export.merged import Base, Merged, open_merged
 from onecard.export.modelfile import modelfile
 from onecard.export.vocabulary import add_vocabulary
 from onecard.hf.checkpoint import read_json
@@ -88,7 +89,7 @@ def export_gguf(
     model: str,
     adapter: str | None,
     output: str,
-    config: GgufConfig | None = None,
+    config: GgufConfig,
     base: Base | None = None,
     quant: QuantConfig | None = None,
 ) -> Exported:
@@ -102,7 +103,7 @@ def export_gguf(
         UserError: a model, tokenizer or adapter that GGUF or llama.cpp's graph cannot hold; weights beyond F16's
             range; no room on the disk; an output that exists; and open_merged's.
     """
-    target, config = Path(output), config or GgufConfig()
+    target = Path(output)
     merged = open_merged(model, adapter, base, quant)
     if target.suffix == ".gguf":
         recipe = target.with_suffix(".Modelfile")
@@ -122,7 +123,7 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
         name: what the first file will be called.
     """
     arch, folder = Architecture(merged.config), merged.checkpoint.folder.resolve()
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_tokenizer(str(tokenizer_folder(folder, merged.adapter.folder)))
     end_ids = end_tokens(folder, tokenizer)
     writer = gguf.GGUFWriter(None, arch.name)
     if config.adapter_only:

@@ -40,32 +40,32 @@ def quantize(W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig) -> Grouped:
     """A float32 weight whose outputs on the calibration inputs are as near as GPTQ finds."""
     N, K, g = *W_NK.shape, config.group_size
     falling = H_KK.diagonal().argsort(descending=True) if config.desc_act else torch.arange(K, device=W_NK.device)
-    W, U = W_NK[:, falling], inverse_factor(H_KK[falling][:, falling], config.damp_percent)
-    codes = torch.empty_like(W_NK, dtype=torch.uint8)
-    scales, zeros = (torch.empty(N, K // g, dtype=dtype, device=W.device) for dtype in (torch.float16, torch.uint8))
+    W_KN = W_NK.T[falling]  # a copy, an input's weights side by side
+    U_KK = inverse_factor(H_KK[falling[:, None], falling], config.damp_percent)
+    codes_KN = torch.empty_like(W_KN, dtype=torch.uint8)
+    scales, zeros = (torch.empty(N, K // g, dtype=dtype, device=W_KN.device) for dtype in (torch.float16, torch.uint8))
     for start in range(0, K, g):
-        block, own = W[:, start : start + g], U[start : start + g, start : start + g]
-        scale, zero = choose_scales(block, config.sym, FIRST_ZERO)
+        block, own = W_KN[start : start + g], U_KK[start : start + g, start : start + g]
+        scale, zero = (t[:, 0] for t in choose_scales(block.T, config.sym, FIRST_ZERO))
         errors = torch.empty_like(block)
         for k in range(g):
-            code = encode(block[:, k : k + 1], scale, zero)
-            error = (block[:, k : k + 1] - (code - zero) * scale.float()) / own[k, k]
-            block[:, k + 1 :].addmm_(error, own[k : k + 1, k + 1 :], alpha=-1)
-            codes[:, falling[start + k]], errors[:, k] = code[:, 0].to(torch.uint8), error[:, 0]
-        W[:, start + g :].addmm_(errors, U[start : start + g, start + g :], alpha=-1)
-        scales[:, start // g], zeros[:, start // g] = scale[:, 0], zero[:, 0].to(torch.uint8)
-    group_K = torch.empty(K, dtype=torch.int32, device=W.device)
-    group_K[falling] = torch.arange(K, device=W.device, dtype=torch.int32) // g
-    return Grouped(codes, scales, zeros, group_K)
+            code = encode(block[k], scale, zero)
+            errors[k] = (block[k] - (code - zero) * scale.float()) / own[k, k]
+            block[k + 1 :].addr_(own[k, k + 1 :], errors[k], alpha=-1)
+            codes_KN[falling[start + k]] = code.to(torch.uint8)
+        W_KN[start + g :].addmm_(U_KK[start : start + g, start + g :].T, errors, alpha=-1)
+        scales[:, start // g], zeros[:, start // g] = scale, zero.to(torch.uint8)
+    group_K = torch.empty(K, dtype=torch.int32, device=W_KN.device)
+    group_K[falling] = torch.arange(K, device=W_KN.device, dtype=torch.int32) // g
+    return Grouped(codes_KN.T, scales, zeros, group_K)
 
 
-def inverse_factor(H_KK: Tensor, damp_percent: float) -> Tensor:
-    """Upper U with U^T U = (H + damping)^-1. An input that was never other than 0 stands alone.
+def inverse_factor(H: Tensor, damp_percent: float) -> Tensor:
+    """Upper U with U^T U = (H + damping)^-1, H overwritten. An input that was never other than 0 stands alone.
 
     Raises:
         UserError: H is not finite.
     """
-    H = H_KK.clone()
     diagonal = H.diagonal()
     mean = diagonal.mean()
     if not torch.isfinite(mean):
@@ -85,7 +85,7 @@ def tensors(weight: Grouped) -> dict[str, Tensor]:
     N, K = weight.codes_NK.shape
     zeros = (weight.zeros_NG.T - FIRST_ZERO).contiguous()
     return {
-        "qweight": pack_int32(weight.codes_NK.view(N, K // 8, 8)).T,
+        "qweight": pack_int32(weight.codes_NK.reshape(N, K // 8, 8)).T,
         "qzeros": pack_int32(zeros.view(-1, N // 8, 8)),
         "scales": weight.scales_NG.T,
         "g_idx": weight.group_K,

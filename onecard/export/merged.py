@@ -5,27 +5,27 @@
 W is by default what training saw, the dequantized 4-bit weight, in every linear that had one; "original" takes the
 checkpoint's own weights, which the adapter has never met. Sums are float32, rounded once to the checkpoint's dtype.
 4 bits again would undo most of the update, so the result is 16-bit. The output is written under a temporary name,
-file by file as the base has them, and renamed when whole.
+file by file as the base has them, and renamed when whole. Experts are merged matrix by matrix (experts.py).
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from onecard.config import QuantConfig
 from onecard.errors import UserError
+from onecard.export.adapter import Adapter, read_adapter
+from onecard.export.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
-from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint, read_json
+from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.hf.writer import TensorFile
@@ -39,38 +39,7 @@ Shapes = dict[str, tuple[str, tuple[int, ...]]]
 HEAD = "lm_head.weight"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
-PREFIX = "base_model.model."
-TOKENS = ".token_adapter.trainable_tokens_delta"  # by its name a difference, but it holds the rows themselves
 SLAB_VALUES = 1 << 22
-
-
-@dataclass
-class Update:
-    """One linear's part of an adapter: B (N, r), A (r, K), DoRA's magnitude (N,), all float32."""
-
-    A_RK: Tensor
-    B_NR: Tensor
-    scaling: float
-    magnitude_N: Tensor | None = None
-
-    def add_to(self, W_NK: Tensor, start: int) -> Tensor:
-        """Float32 rows of the weight, from row `start` on, with the update in them."""
-        rows = slice(start, start + W_NK.shape[0])
-        W_NK = W_NK + self.scaling * (self.B_NR[rows] @ self.A_RK)
-        if self.magnitude_N is not None:
-            W_NK *= self.magnitude_N[rows, None] / torch.linalg.vector_norm(W_NK, dim=1, keepdim=True)
-        return W_NK
-
-
-@dataclass
-class Adapter:
-    """A peft adapter folder, read and checked."""
-
-    folder: Path | None = None
-    updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight that each changes
-    saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: these replace the base's
-    tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # trained rows of an embedding
-    stays_tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +59,7 @@ class Merged:
     rounded: set[str]  # weights that stand in 4 bits first
     full: dict[str, Tensor]  # tensors that are not the base's
     linears: set[str]  # weights that training has in 4 bits
+    experts: Experts
 
     @property
     def nbytes(self) -> int:
@@ -113,43 +83,65 @@ class Merged:
         elif self.as_stored(name):
             yield read_tensor(self.checkpoint.tensors[name])
         else:
-            update = self.adapter.updates.get(name)
-            for start, piece in self.base_slabs(name):
-                piece = piece if update is None else update.add_to(piece, start)
-                yield piece.to(DTYPES[self.shapes[name][0]])
+            for expert in range(self.shapes[name][1][0]) if self.experts.is_stack(name) else [None]:
+                yield from self.matrix_slabs(name, expert)
+
+    def matrix_slabs(self, name: str, expert: int | None) -> Iterator[Tensor]:
+        """A matrix of the result, `expert`'s of a stacked tensor, consecutive rows at a time."""
+        update = self.adapter.updates.get(matrix_key(name, expert))
+        for start, piece in self.base_slabs(name, expert):
+            piece = piece if update is None else update.add_to(piece, start)
+            yield piece.to(DTYPES[self.shapes[name][0]])
 
     def as_stored(self, name: str) -> bool:
         """Whether a tensor is in the base just as it will be in the result."""
-        return name not in self.full and name not in self.rounded and name not in self.adapter.updates
+        key = matrix_key(name, 0 if self.experts.is_stack(name) else None)
+        return name not in self.full and name not in self.rounded and key not in self.adapter.updates
 
-    def base_slabs(self, name: str, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """The base's weight, (N, K), in float32: the first row's number, and some rows, a multiple of `multiple`."""
-        N, K = self.shapes[name][1]
+    def base_slabs(self, name: str, expert: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """A matrix of the base, (N, K), in float32: the first row's number, and some rows."""
+        N, K = self.shapes[name][1][-2:]
+        rows = max(SLAB_VALUES // K, 1)
         if name not in self.rounded:
-            W, rows = read_tensor(self.checkpoint.tensors[name]), max(SLAB_VALUES // K // multiple, 1) * multiple
+            info = self.checkpoint.tensors[name]
+            W = read_tensor(info if expert is None else matrix_info(info, expert))
             yield from ((start, W[start : start + rows].float()) for start in range(0, N, rows))
             return
-        packed, state = self.in_4bit(name)
-        absmax, multiple = state_absmax(state), max(state.blocksize, multiple)  # both are powers of two
-        rows = max(SLAB_VALUES // K // multiple, 1) * multiple  # so that a slab starts with a block
+        packed, state, skip = self.in_4bit(name, expert)
+        absmax = state_absmax(state)
         for start in range(0, N, rows):
-            yield start, dequantize_rows(packed, absmax, state, start, min(start + rows, N))
+            count = min(rows, N - start) * K
+            yield start, dequantize_part(packed, absmax, state, skip + start * K, count).view(-1, K)
 
-    def in_4bit(self, name: str) -> tuple[Tensor, QuantState]:
-        """Codes and state of a weight as training had it."""
-        info, quant = self.checkpoint.tensors[name], self.quant
+    def in_4bit(self, name: str, expert: int | None = None) -> tuple[Tensor, QuantState, int]:
+        """Codes and state of a matrix as training had it, and how many weights in them come before it."""
+        info, place, quant = self.checkpoint.tensors[name], self.experts.places.get(name), self.quant
+        how = (quant.quant_type, quant.blocksize, quant.double_quant)
+        if place is not None:
+            read = (lambda: read_4bit(self.checkpoint, name)) if info.dtype == "U8" else None
+            return part_in_4bit(*self.experts.in_4bit(place.stack, how, read), place, expert)
         if info.dtype == "U8":
-            return read_4bit(self.checkpoint, name)
-        return ops.quantize_4bit(read_tensor(info), quant.quant_type, quant.blocksize, quant.double_quant, name)
+            return *read_4bit(self.checkpoint, name), 0
+        return *ops.quantize_4bit(read_tensor(info), *how, name), 0
+
+    def stack(self, name: str) -> Iterator[Tensor]:
+        """The matrices of a stacked weight of the result, in its order."""
+        for expert, parts in self.experts.parts(name):
+            if expert is None:
+                numbers = range(self.shapes[parts[0]][1][0])
+                yield from (torch.cat(list(self.matrix_slabs(parts[0], number))) for number in numbers)
+            else:
+                yield torch.cat([self.read(part) for part in parts])
 
 
-def dequantize_rows(packed: Tensor, absmax: Tensor, state: QuantState, start: int, end: int) -> Tensor:
-    """Rows of a 4-bit weight, (N, K), in float32, from one that starts with a block."""
-    piece, first = torch.empty(end - start, state.shape[1]), start * state.shape[1]
-    codes = packed[first // 2 : (first + piece.numel() + 1) // 2]
-    weight = (codes, absmax[first // state.blocksize :], None, None, state.quant_type, state.blocksize)
-    ops.backend(piece.device).dequantize_into(*weight, piece)
-    return piece
+def dequantize_part(packed: Tensor, absmax: Tensor, state: QuantState, first: int, count: int) -> Tensor:
+    """`count` weights from number `first` on, in float32, of a 4-bit weight with float32 scales `absmax`."""
+    skip = first % state.blocksize
+    block, out = first // state.blocksize, torch.empty(skip + count)
+    codes = packed.view(-1)[(first - skip) // 2 : (first + count + 1) // 2]
+    weight = (codes, absmax[block:], None, None, state.quant_type, state.blocksize)
+    ops.backend(out.device).dequantize_into(*weight, out)
+    return out[skip:]
 
 
 def open_merged(model: str, adapter: str | None, base: Base | None = None, quant: QuantConfig | None = None) -> Merged:
@@ -171,18 +163,20 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
         found = "a checkpoint in 4 bits"
         raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
     tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
-    shapes = stored_shapes(checkpoint)
+    shapes, known = stored_shapes(checkpoint), read_model(checkpoint)
+    experts = Experts.of(checkpoint, known)
+    experts.spread(tuned)
     check_belongs(tuned, shapes, checkpoint.folder)
-    linears = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"}
+    linears = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"} - set(experts.places)
     if not checkpoint.is_4bit:
-        linears = set(read_model(checkpoint).linears) & set(shapes)
+        linears = set(known.linears) & set(shapes)
     quant = trained_over(checkpoint, linears, adapter, quant)
-    rounded = linears if base == "dequantized" else set()
+    rounded = linears | set(experts.places) if base == "dequantized" else set()
     full, config = saved_tensors(tuned, checkpoint, shapes)
     for name, tensor in full.items():
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
         shapes[name] = (dtype, tuple(tensor.shape))
-    return Merged(checkpoint, tuned, quant, config, shapes, rounded, full, linears)
+    return Merged(checkpoint, tuned, quant, config, shapes, rounded, full, linears, experts)
 
 
 def trained_over(
@@ -258,62 +252,12 @@ def write_tensor(file: TensorFile, merged: Merged, name: str) -> None:
         file.append(name, slab)
 
 
-def read_adapter(folder: Path) -> Adapter:
-    """A peft folder of LoRA, rsLoRA or DoRA weights, modules saved in full and rows trained for some tokens."""
-    config = read_json(folder / "adapter_config.json", "pass the run's adapter/ folder")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        found = f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError("an adapter must be LoRA without trained biases", found, "merge it with peft", str(folder))
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError("an adapter must hold adapter_model.safetensors", "no such file", "pass adapter/", str(folder))
-    adapter, parts = Adapter(folder, stays_tied=bool(config.get("ensure_weight_tying"))), {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  not a dict
-            name = key.removeprefix(PREFIX)
-            match = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
-            if match:
-                parts.setdefault(match[1], {})[match[2]] = file.get_tensor(key).float()
-            elif "lora_" in name or not key.startswith(PREFIX):
-                raise UserError("an adapter's tensors must be lora_A and lora_B", key, "merge it with peft", str(path))
-            elif name.endswith(TOKENS):
-                module = name.removesuffix(TOKENS)
-                adapter.tokens[f"{module}.weight"] = (token_indices(module, config), file.get_tensor(key))
-            elif ".original_module." not in name:  # which is the base's, with as many rows as it was given
-                name = name.replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".")
-                adapter.saved[name] = file.get_tensor(key)
-    for module, part in parts.items():
-        if not {"lora_A", "lora_B"} <= set(part):
-            raise UserError("each lora_A must have its lora_B", module, "the adapter is damaged", str(path))
-        A, B = part["lora_A"], part["lora_B"]
-        scaling = scale_of(module, config, A.shape[0])
-        adapter.updates[f"{module}.weight"] = Update(A, B, scaling, part.get("lora_magnitude_vector"))
-    return adapter
-
-
-def token_indices(module: str, config: dict[str, Any]) -> list[int]:
-    """Which rows of an embedding its trained ones replace; a list is for the input embedding and what is tied to it."""
-    found = config.get("trainable_token_indices") or []
-    if isinstance(found, list):
-        return found
-    return next((v for name, v in found.items() if module == name or module.endswith(f".{name}")), [])
-
-
-def scale_of(module: str, config: dict[str, Any], rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may have a pattern for this module, as peft matches it."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-
-
 def check_belongs(adapter: Adapter, shapes: Shapes, folder: Path) -> None:
     """Every update must find its weight, in shape."""
     for name, update in adapter.updates.items():
         shape = (update.B_NR.shape[0], update.A_RK.shape[1])
-        dtype, found = shapes.get(name, (None, None))
+        dtype, found = shapes.get(name.partition("[")[0], (None, None))
+        found = found and found[-2:]  # a stacked tensor's matrices
         if found != shape or dtype not in DTYPES:
             raise UserError(
                 f"the model must have the adapter's {name} of shape {list(shape)}",

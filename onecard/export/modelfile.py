@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.data.template import bos, render
+from onecard.data.rendering import Renderings
+from onecard.data.template import bos
 from onecard.errors import UserError
 
 SYSTEM, USER, ASSISTANT = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")  # marks that stand for messages
@@ -82,17 +83,17 @@ def modelfile(start: str, tokenizer: Any, end_ids: list[int]) -> tuple[str, list
 
 def find_chat(tokenizer: Any) -> Chat | None:
     """What a chat template writes around messages; None if that is not all that it does."""
+    long = chat_of(USER, ASSISTANT, "x", "y", "z")
     for system in (find_system(tokenizer), ()):
-        try:
-            chat = parts_of(tokenizer, system)
-        except (UserError, ValueError):
-            return None
-        long = chat_of(USER, ASSISTANT, "x", "y", "z")
         probes = [long[:1], long[:3], long]
         if system:
             probes.append([{"role": "system", "content": SYSTEM}, *long])
-        if all(chat.text(probe) == rendered(probe, tokenizer) for probe in probes):
-            return chat
+        try:
+            chat = parts_of(tokenizer, system)
+            if all(chat.text(probe) == rendered(probe, tokenizer) for probe in probes):
+                return chat
+        except (UserError, ValueError):  # a template that refuses such a chat, or does not keep its messages
+            continue
     return None
 
 
@@ -132,5 +133,6 @@ def common_end(texts: list[str]) -> str:
 
 def rendered(messages: list[Message], tokenizer: Any) -> str:
     """The chat template's prompt, without the BOS where the reader writes one by itself."""
-    text = render(messages, tokenizer, "chat template", None, add_generation_prompt=True)
+    asked = (len(messages), True)
+    text = Renderings(messages, tokenizer, "chat template", wanted=[asked]).text(*asked)
     return text.removeprefix(tokenizer.bos_token) if bos(tokenizer) else text

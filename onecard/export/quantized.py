@@ -1,7 +1,9 @@
 """A checkpoint in 4 bits in bitsandbytes' format, streamed tensor by tensor: a 16-bit one's, or a merged adapter's.
 
 What it holds is what `load_model` would have made of the 16-bit weights, bit for bit; bitsandbytes with transformers
-loads it as its own, onecard pages it straight from its files.
+loads it as its own, onecard pages it straight from its files. Experts are an exception: transformers has no 4-bit form
+of them. Each stacked weight gets the keys that bitsandbytes.nn.parametrize gives a 4-bit parameter and reads; of
+transformers' own loading only onecard's quantizer does.
 
 Rounding a merged weight to 4 bits again takes off much of a small update. How much of it is left is measured while the
 weights go by, as the share of the update D that lies in what came out, over all updated weights together:
@@ -19,8 +21,9 @@ from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE, QuantConfig
 from onecard.errors import UserError
+from onecard.export.experts import matrix_key, part_in_4bit
 from onecard.export.folder import check_room, new_folder, write_others
-from onecard.export.merged import Base, Merged, Shapes, dequantize_rows, open_merged, write_tensor
+from onecard.export.merged import Base, Merged, Shapes, dequantize_part, open_merged, write_tensor
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.quantizer import BitsAndBytesConfig
@@ -44,17 +47,23 @@ class Kept:
         """None where there was no update."""
         return self.along / self.whole if self.whole else None
 
-    def add(self, merged: Merged, name: str, packed: Tensor, state: QuantState) -> None:
-        absmax, update = state_absmax(state), merged.adapter.updates[name]
-        for start, W in merged.base_slabs(name, state.blocksize):
+    def add(self, merged: Merged, name: str, packed: Tensor, state: QuantState, expert: int | None = None) -> None:
+        """Args: packed, state: what a tensor, or `expert`'s matrix of it, has become; an expert's, its whole stack."""
+        update, skip, place = merged.adapter.updates.get(matrix_key(name, expert)), 0, merged.experts.places.get(name)
+        if update is None:
+            return
+        if place is not None:
+            packed, state, skip = part_in_4bit(packed, state, place, expert)
+        absmax = state_absmax(state)
+        for start, W in merged.base_slabs(name, expert):
             D = update.add_to(W, start) - W
-            found = dequantize_rows(packed, absmax, state, start, start + len(W)) - W
+            found = dequantize_part(packed, absmax, state, skip + start * W.shape[1], W.numel()).view_as(W) - W
             self.along += (found * D).sum(dtype=torch.float64).item()
             self.whole += D.square().sum(dtype=torch.float64).item()
 
 
 def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Path:
-    """Write a folder with the model's linears in 4 bits; its path.
+    """Write a folder with the model's linears and experts in 4 bits; its path.
 
     Args:
         compute_dtype: what those who load it should dequantize to, for config.json.
@@ -103,27 +112,21 @@ def check_type(quant: QuantConfig) -> None:
 
 
 def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dtype: str = "bfloat16") -> float | None:
-    """A whole checkpoint with its linears in 4 bits; the share of the adapter's update that is left, if any."""
-    places: dict[str, str] = {}
-    kept = Kept()
+    """A whole checkpoint with linears and experts in 4 bits; the share of the adapter's update that is left, if any."""
+    files: dict[str, str] = {}
+    kept, places = Kept(), merged.experts.places
     for file_name, names in merged.files():
+        found = dict.fromkeys(places[name].stack if name in places else name for name in names)
+        names = [name for name in found if name not in files]  # experts' tensors may be in several files
         shapes: Shapes = {}
         for name in names:
-            dtype, shape = merged.shapes[name]
-            shapes |= quantized_shapes(name, shape, quant) if name in merged.linears else {name: (dtype, shape)}
-        file = TensorFile(folder / file_name, shapes)
-        for name in names:
-            if name not in merged.linears:
-                write_tensor(file, merged, name)
-                continue
-            packed, state = ops.quantize_4bit(
-                merged.read(name), quant.quant_type, quant.blocksize, quant.double_quant, name
-            )
-            append_4bit(file, name, packed, state)
-            if name in merged.adapter.updates:
-                kept.add(merged, name, packed, state)
-        file.close()
-        places |= dict.fromkeys(shapes, file_name)
+            shapes |= result_shapes(merged, name, quant)
+        if names:
+            file = TensorFile(folder / file_name, shapes)
+            for name in names:
+                write_weight(file, merged, name, quant, kept)
+            file.close()
+            files |= dict.fromkeys(shapes, file_name)
     before = merged.checkpoint.config.get("quantization_config") or {}
     stored = BitsAndBytesConfig(
         bnb_4bit_quant_type=quant.quant_type,
@@ -132,8 +135,34 @@ def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dt
         llm_int8_skip_modules=before.get("llm_int8_skip_modules"),
     )
     config = {**merged.config, "quantization_config": stored.to_dict()}
-    write_others(folder, merged.checkpoint, config, places, merged.adapter.folder)
+    write_others(folder, merged.checkpoint, config, files, merged.adapter.folder)
     return kept.share
+
+
+def result_shapes(merged: Merged, name: str, quant: QuantConfig) -> Shapes:
+    """Of the tensors that stand for a weight, in 4 bits if it is a linear's or a stack."""
+    if name in merged.experts.stacks:
+        return quantized_shapes(name, tuple(merged.experts.stacks[name].weight.shape), quant)
+    dtype, shape = merged.shapes[name]
+    return quantized_shapes(name, shape, quant) if name in merged.linears else {name: (dtype, shape)}
+
+
+def write_weight(file: TensorFile, merged: Merged, name: str, quant: QuantConfig, kept: Kept) -> None:
+    """One weight of the result; what is left of its update is added to `kept`."""
+    how = (quant.quant_type, quant.blocksize, quant.double_quant)
+    if name in merged.experts.stacks:
+        packed, state = ops.quantize_stack(merged.stack(name), merged.experts.stacks[name].weight.shape, *how, name)
+        append_4bit(file, name, packed, state)
+        for expert, parts in merged.experts.parts(name):
+            for number in range(state.shape[0]) if expert is None else [None]:
+                for part in parts:
+                    kept.add(merged, part, packed, state, number)
+    elif name in merged.linears:
+        packed, state = ops.quantize_4bit(merged.read(name), *how, name)
+        append_4bit(file, name, packed, state)
+        kept.add(merged, name, packed, state)
+    else:
+        write_tensor(file, merged, name)
 
 
 def append_4bit(file: TensorFile, name: str, packed: Tensor, state: QuantState) -> None:

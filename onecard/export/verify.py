@@ -188,7 +188,8 @@ def run_live(
     """The 4-bit base with its adapter off and on."""
     base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)
     tuned = with_adapter(base, adapter)
-    vocab_size = base.get_output_embeddings().weight.shape[0]
+    head: Any = base.get_output_embeddings()
+    vocab_size = head.weight.shape[0]
     examples = []
     for example in dataset.examples[:num_examples]:
         positions, target = supervised(torch.tensor([example.labels]))
@@ -239,7 +240,7 @@ def load_written(folder: Path, device: str) -> Any:
         if not isinstance(module, (Head, nn.Embedding)):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.float()
-    return model.to(device)
+    return model.to(torch.device(device))
 
 
 def logits(model: Any, ids: Tensor, positions: Tensor, packed: bool) -> Tensor:

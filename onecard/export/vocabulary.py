@@ -67,8 +67,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end
     backend = tokenizer.backend_tokenizer
     state = json.loads(backend.to_str())
     model, notes = state["model"], []
-    parts = json.dumps([state["pre_tokenizer"], state["decoder"]])
-    if model["type"] == "BPE" and '"ByteLevel"' in parts:
+    if model["type"] == "BPE" and '"ByteLevel"' in json.dumps(state["pre_tokenizer"]):
         pre, notes = find_pre_tokenizer(backend, model)
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre)

@@ -32,6 +32,7 @@ def packed_attention(
     cu_seqlens: list[int] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention in each document.
@@ -41,20 +42,20 @@ def packed_attention(
         cu_seqlens: 0, the ends of the documents, T last.
         sliding_window: tokens a query sees, itself included; None for all before it.
         softcap: scores become softcap * tanh(score / softcap).
+        s_aux: (H,) attention sinks, a score for each head that takes part in the softmax and has no value.
 
     Returns:
         (1, T, H, D) and None.
     """
     assert cu_seqlens is not None and cu_seqlens[-1] == query.shape[2], "a packed row needs its cu_seqlens"
-    assert kwargs.get("s_aux") is None, "attention sinks take the model's own attention"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if softcap is None and dropout == 0.0 and kernel.supports(query, key, value):
+    if softcap is None and s_aux is None and dropout == 0.0 and kernel.supports(query, key, value):
         return kernel.attention(query, key, value, cu_seqlens, scale, sliding_window), None
     out = torch.empty_like(query.transpose(1, 2)) if not query.requires_grad else None
     pieces = []
     for start, end in zip(cu_seqlens, cu_seqlens[1:]):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))
-        piece = attend(q, k, v, scale, dropout, sliding_window, softcap).transpose(1, 2)
+        piece = attend(q, k, v, scale, dropout, sliding_window, softcap, s_aux).transpose(1, 2)
         if out is None:
             pieces.append(piece)
         else:
@@ -63,20 +64,31 @@ def packed_attention(
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, dropout: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     """Causal attention of one document: (1, H, S, D) with grouped keys and values."""
     length = q.shape[2]
     mask = band_mask(length, window, q.device) if window is not None and window < length else None
-    if softcap is None:
+    if softcap is None and sinks is None:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
+    scores = q @ k.transpose(2, 3) * (scale if softcap is None else scale / softcap)
+    scores = scores if softcap is None else softcap * torch.tanh(scores)
     mask = mask if mask is not None else band_mask(length, length, q.device)
-    probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype)
+    scores = scores.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    probabilities = scores.softmax(-1, dtype=torch.float32)[..., :length].to(q.dtype)
     return F.dropout(probabilities, dropout) @ v
 
 

@@ -106,7 +106,11 @@ def read_json(path: Path, do: str) -> dict[str, Any]:
 
 def read_index(path: Path) -> dict[str, str]:
     """tensor -> file name; each a plain name of a file in the same folder."""
-    mapping = read_json(path, AGAIN).get("weight_map")
+    index = read_json(path, AGAIN)
+    mapping = index.get("weight_map")
+    if not isinstance(index.get("metadata"), dict):
+        do = 'add "metadata": {}, which transformers wants'
+        raise UserError("the index must hold its metadata", repr(index.get("metadata"))[:60], do, str(path))
     if not isinstance(mapping, dict) or not mapping:
         raise UserError("the index must hold a weight_map", repr(mapping)[:60], AGAIN, str(path))
     for tensor, name in mapping.items():
@@ -136,7 +140,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """The tensors of one file in file order, every offset checked."""
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        start = stream.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":  # the first word of such a pointer
+            must = "a safetensors file must hold its tensors"
+            raise UserError(must, "a pointer of git-lfs", "fetch the files themselves: git lfs pull", str(file))
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
             found = f"a header of {length:,} bytes in a file of {size:,}"
             raise UserError("a safetensors file must hold its whole header", found, AGAIN, str(file))
@@ -176,7 +184,7 @@ def tensor_info(name: str, entry: Any, file: Path, data_begin: int) -> TensorInf
     where = f"{file}: {name}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sane = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end)) and begin <= end
+        sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
     except (KeyError, TypeError, ValueError):
         sane, dtype, shape, begin, end = False, None, (), 0, 0
     if not sane or dtype not in DTYPE_BITS:
@@ -215,6 +223,26 @@ def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None
             raise UserError(
                 "weights must be float tensors", f"{info.dtype}", "use the original checkpoint", f"{info.file}: {name}"
             )
+
+
+def zeros_at_end(file: Path, step: int = 1 << 20) -> int:
+    """The zero bytes that a file ends in."""
+    size = end = file.stat().st_size
+    with file.open("rb") as stream:
+        while end > 0:
+            begin = max(0, end - step)
+            stream.seek(begin)
+            piece = stream.read(end - begin)
+            kept = len(piece.rstrip(b"\0"))
+            if kept:
+                return size - begin - kept
+            end = begin
+    return size
+
+
+def config_fingerprint(checkpoint: Checkpoint) -> str:
+    """sha256 over what config.json says, however it is written down."""
+    return hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(folder: Path) -> str:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +15,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
-from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
-from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype, paging, release_file_pages
+from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint, zeros_at_end
+from onecard.hf.convert import paging, release_file_pages
+from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import cast_output
-from onecard.nn.linear import Linear4bit
+from onecard.nn.experts import weights_of
 from onecard.paging.files import Segment
 from onecard.paging.weights import SLICE_ROWS, PagedBase, PagedEmbedding, PagedHead
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+SUSPICIOUS_ZEROS = 1 << 16
+STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
 
 
@@ -117,9 +123,8 @@ def find_checkpoint(model: str) -> Path:
         try:
             return Path(snapshot_download(model, allow_patterns=list(WEIGHT_FILES)))
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
-                "the model must be a folder or a hub id in reach", reason, "check name and network", model
+                "the model must be a folder or a hub id in reach", first_line(error), "check name and network", model
             ) from None
     raise UserError("the model must be a checkpoint folder", "no such folder", "check the path", model)
 
@@ -131,16 +136,24 @@ def from_pretrained(
     folder = checkpoint.folder
     stored = stored_dtype(folder)
     narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        **how_quantized(checkpoint, config),
-        dtype=narrow,
-        device_map={"": device},
-        use_safetensors=True,
-        local_files_only=True,
-        ignore_mismatched_sizes=True,  # so that they are in the report, by name
-        output_loading_info=True,
-    )
+    warn_of_zeros(checkpoint)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            **how_quantized(checkpoint, config),
+            dtype=narrow,
+            device_map={"": device},
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # so that they are in the report, by name
+            output_loading_info=True,
+        )
+    except UserError:
+        raise
+    except Exception:
+        meta_model(read_config(folder), str(folder / "config.json"))  # the config's own mistake, if it is one
+        raise
     model, report = loaded
     check_report(report, folder)
     if narrow != compute_dtype:
@@ -154,7 +167,9 @@ def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[st
         return {"quantization_config": config}
     stored = checkpoint.config["quantization_config"]
     config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
-    model_config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)
+    config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # experts' in 16 bits are as its linears
+    config.bnb_4bit_use_double_quant = stored.get("bnb_4bit_use_double_quant", False)
+    model_config = read_config(checkpoint.folder)
     fields = {key: value for key, value in vars(config).items() if key != "load_in_4bit"}
     model_config.quantization_config = fields  # with that key, transformers would take it for bitsandbytes' own
     return {"config": model_config}
@@ -162,8 +177,45 @@ def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[st
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype that config.json says the checkpoint has; float32 where it says nothing."""
-    dtype = AutoConfig.from_pretrained(folder, local_files_only=True).dtype
+    dtype = read_config(folder).dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config of a checkpoint; a model that needs code of its own is refused, not asked about."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise bad_config(error, str(folder / "config.json")) from None
+
+
+def meta_model(config: Any, where: str) -> Any:
+    """transformers' model of a config without weights. Raises UserError where the config contradicts itself."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        raise bad_config(error, where) from None
+
+
+def bad_config(error: Exception, where: str) -> UserError:
+    found = f"{type(error).__name__}: {first_line(error)}"
+    do = "correct it, or use a checkpoint that transformers knows; code in a checkpoint is never run"
+    return UserError("config.json must describe a causal language model", found, do, where)
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, on one line."""
+    return " ".join(str(error).split("\n\n")[0].split())[:300] or type(error).__name__
+
+
+def warn_of_zeros(checkpoint: Checkpoint) -> None:
+    """Warn where a file ends in zeros, as one does whose download was cut off after its space was reserved."""
+    for file in checkpoint.files:
+        zeros = zeros_at_end(file)
+        if zeros >= SUSPICIOUS_ZEROS:
+            line = f"{file} ends in {zeros:,} bytes of zeros: if that is no part of the model, fetch the file again"
+            warnings.warn(line, stacklevel=2)
 
 
 def check_report(report: dict[str, Any], folder: Path) -> None:
@@ -174,7 +226,7 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
         ("mismatched_keys", "wrongly shaped"),
         ("error_msgs", "in error"),
     ):
-        names = sorted(map(str, report.get(kind) or ()))
+        names = sorted(map(told, report.get(kind) or ()))
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise UserError(
@@ -183,6 +235,13 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
                 "fetch the checkpoint again, or correct its config.json",
                 str(folder),
             )
+
+
+def told(entry: Any) -> str:
+    """An entry of the report; a mismatch is (name, shape found, shape expected)."""
+    if isinstance(entry, tuple) and len(entry) == 3:
+        return f"{entry[0]} {list(entry[1])} instead of {list(entry[2])}"
+    return str(entry)
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -203,6 +262,8 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
     except RuntimeError:
         raise UserError("device must be auto, cpu, cuda or cuda:N", repr(device), "correct it", "device") from None
+    if picked.type not in ("cpu", "cuda"):
+        raise UserError("device must be auto, cpu, cuda or cuda:N", repr(device), "correct it", "device")
     if picked.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda needs a GPU that torch sees", "none", "use --device cpu", "device")
     return picked
@@ -229,17 +290,19 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 def held_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """A module's own tensors, brought in where they are paged; an embedding in pieces."""
-    if isinstance(module, Linear4bit):
-        packed, state = module.stored()
-        named = [("weight", packed), ("absmax", state.absmax), ("nested_absmax", state.nested_absmax),
-                 ("nested_offset", state.nested_offset), ("bias", module.bias)]  # fmt: skip
+    stored = dict(weights_of(module))
+    for name, weight in stored.items():
+        packed, state = weight.stored()
+        named = [(name, packed), ("absmax", state.absmax), ("nested_absmax", state.nested_absmax),
+                 ("nested_offset", state.nested_offset)]  # fmt: skip
         yield from ((key, tensor) for key, tensor in named if tensor is not None)
-        return
     if isinstance(module, PagedEmbedding):
         yield from (("weight", piece) for piece in module.slices())
     elif isinstance(module, PagedHead):
         yield "weight", module.weight
     for key, parameter in module.named_parameters(recurse=False):
+        if key in stored:
+            continue
         pieces = parameter.split(SLICE_ROWS) if isinstance(module, torch.nn.Embedding) else [parameter]
         yield from ((key, piece) for piece in pieces)
 
@@ -249,16 +312,31 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
+def fix_date(tokenizer: Any, date: datetime.date) -> None:
+    """Let the tokenizer's chat templates write `date` wherever they ask for today's.
+
+    A run that is resumed on another day must see the tokens that it began with.
+    """
+
+    def write(call: re.Match[str]) -> str:
+        return repr(date.strftime(call[2]))
+
+    found = tokenizer.chat_template
+    if isinstance(found, str):
+        tokenizer.chat_template = STRFTIME_NOW.sub(write, found)
+    elif found:
+        tokenizer.chat_template = {name: STRFTIME_NOW.sub(write, text) for name, text in found.items()}
+
+
 def load_tokenizer(model: str) -> Any:
     """The checkpoint's tokenizer. Raises UserError where there is none."""
     folder = find_checkpoint(model)
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             "the checkpoint folder must hold a tokenizer",
-            reason,
+            first_line(error),
             "copy its tokenizer files there",
             str(folder),
         ) from None

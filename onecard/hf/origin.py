@@ -53,7 +53,7 @@ def origin_of(model: Any, name: str) -> Origin:
     """The origin of adapters on this loaded 4-bit model."""
     named = model.named_modules()  # under an adapter, with its wrappers
     linears = {f"{n.replace('.base_layer', '')}.weight": m for n, m in named if isinstance(m, Linear4bit)}
-    state = next(iter(linears.values())).state
+    state = next(iter(linears.values())).loaded_state
     quant = {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
     checkpoint = inspect_checkpoint(find_checkpoint(model.name_or_path))
     return Origin(name, **quant, sample=sample_base(checkpoint, linears, state.quant_type, state.blocksize))

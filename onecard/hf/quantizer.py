@@ -2,22 +2,18 @@
 
 transformers builds the model on the meta device, asks us to put Linear4bit where its linears are, then reads the
 checkpoint tensor by tensor; each linear's weight passes through `Quantize4bit` and its 16-bit form is dropped
-before the next is read.
+before the next is read. Experts become Experts4bit and are quantized one by one, whether the checkpoint has them in
+tensors of their own or stacked, and whether its linears are in 16 bits or, by bitsandbytes, in 4.
 """
 
 from __future__ import annotations
 
-import ctypes
-from contextvars import ContextVar
-from dataclasses import replace
-from mmap import PAGESIZE
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -26,18 +22,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
-from onecard.kernels import ops
+from onecard.hf.convert import Deserialize4bit, Quantize4bit
+from onecard.hf.experts import GatherExperts, only_stacks
 from onecard.nn.embedding import Head
+from onecard.nn.experts import Experts4bit, are_stacked_experts, weights_of
 from onecard.nn.fused import fuse
 from onecard.nn.linear import Linear4bit
-from onecard.paging.files import Segment
-from onecard.paging.weights import PagedBase
-from onecard.quant.state import BNB_KEYS, QuantState, from_bnb, to_bnb
+from onecard.quant.state import BNB_KEYS, to_bnb
 
 METHOD = "onecard"
-paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
-"""While a paged model loads: who takes its weights, and where the checkpoint's tensors lie."""
-MADV_DONTNEED = 4  # of Linux
 
 
 class BitsAndBytesConfig(QuantizationConfigMixin):
@@ -113,129 +106,6 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-class Quantize4bit(ConversionOps):
-    """One linear's weight in, its codes out; the QuantState goes to the module."""
-
-    def __init__(self, hf_quantizer: OnecardQuantizer):
-        self.hf_quantizer: Any = hf_quantizer
-        self.paging = paging.get()
-
-    def convert(
-        self, input_dict: dict[str, Any], full_layer_name=None, model: Any = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        result = {}
-        for name, values in input_dict.items():
-            module, _ = get_module_from_name(model, name)
-            try:
-                self.quantize(name, values[0] if isinstance(values, list) else values, module)
-            except UserError as error:
-                # transformers would log an error raised here and end in one of its own: raised after loading.
-                self.hf_quantizer.errors.append(error)
-            module._is_hf_initialized = True
-            result[name] = module.weight
-        return result
-
-    def quantize(self, name: str, W: Tensor, module: Any) -> None:
-        """Give `module` its weight. Raises UserError for a wrong shape, NaN or Inf."""
-        config: Any = self.hf_quantizer.quantization_config
-        W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
-        check_shape(W, (module.out_features, module.in_features), name)
-        packed, state = ops.quantize_4bit(
-            W,
-            config.bnb_4bit_quant_type,
-            config.bnb_4bit_blocksize,
-            config.bnb_4bit_use_double_quant,
-            name,
-        )
-        module.set_weight(packed, state)
-        if self.paging is not None:
-            self.paging[0].take(module)
-        release_file_pages(W)
-
-
-class Deserialize4bit(ConversionOps):
-    """One linear's tensors of a bitsandbytes checkpoint in, its codes out; the QuantState goes to the module."""
-
-    def __init__(self, hf_quantizer: OnecardQuantizer):
-        self.hf_quantizer: Any = hf_quantizer
-        self.paging = paging.get()
-
-    def __deepcopy__(self, memo: dict) -> Deserialize4bit:
-        return self  # transformers copies it for every weight; errors and pages are shared
-
-    @property
-    def reverse_op(self) -> ConversionOps:
-        return Keep()
-
-    def convert(
-        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
-    ) -> dict[str, Tensor]:
-        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
-        module, name = get_module_from_name(model, full_layer_name)
-        if not isinstance(module, Linear4bit) or name != "weight":
-            return tensors
-        loaded: Any = module
-        try:
-            packed, state = from_bnb(full_layer_name, {key.removeprefix("weight"): t for key, t in tensors.items()})
-            check_shape(
-                torch.empty(state.shape, device="meta"), (module.out_features, module.in_features), full_layer_name
-            )
-            self.set(module, full_layer_name, packed, state)
-        except UserError as error:
-            self.hf_quantizer.errors.append(error)
-        loaded._is_hf_initialized = True
-        return {"weight": module.weight}
-
-    def set(self, module: Linear4bit, name: str, packed: Tensor, state: QuantState) -> None:
-        """Give `module` its weight: in memory of its own, or as a page of the checkpoint's file."""
-        if self.paging is None:
-            module.set_weight(packed.clone(), replace(state, absmax=state.absmax.clone()))
-        else:
-            base, places = self.paging
-            module.set_weight(packed, state)
-            found = [places.get(key) for key in (name, f"{name}.absmax")]
-            base.take(module, (found[0], found[1]) if found[0] and found[1] else None)
-        release_file_pages(packed)
-
-
-class Keep(ConversionOps):
-    """The way back of Deserialize4bit: get_state_dict_and_metadata has made a weight's tensors already."""
-
-    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return input_dict
-
-
-def release_file_pages(W: Tensor) -> None:
-    """Let go of the memory that holds a tensor's part of a memory-mapped checkpoint file.
-
-    The pages are the file's, unwritten: who needs them again reads them again. Without this they would count as the
-    process's until the file is closed, the whole checkpoint in 16 bits. Anything but such a mapping is left alone.
-    """
-    maps = Path("/proc/self/maps")
-    if W.device.type != "cpu" or not maps.exists():
-        return
-    begin, end = W.data_ptr(), W.data_ptr() + W.nbytes
-    for line in maps.read_text().splitlines():
-        if line.endswith(".safetensors"):
-            low, high = (int(edge, 16) for edge in line.split(" ", 1)[0].split("-"))
-            if low <= begin and end <= high:
-                first, last = -(-begin // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
-                if first < last:
-                    ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
-                return
-
-
-def check_shape(W: Tensor, expected: tuple[int, int], name: str) -> None:
-    """Raise UserError unless W has the shape that config.json promises."""
-    if tuple(W.shape) != expected:
-        raise UserError(
-            f"the weight must have shape {list(expected)}",
-            f"shape {list(W.shape)}",
-            "the checkpoint does not fit its config.json: fetch both again",
-            name,
-        )
-
-
 class OnecardQuantizer(HfQuantizer):
     """Puts Linear4bit in place of a model's linears and quantizes their weights as they are read."""
 
@@ -259,19 +129,19 @@ class OnecardQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What save_pretrained writes: each linear as bitsandbytes' tensors, all else as it is.
+        """What save_pretrained writes: each linear, and experts' stack, as bitsandbytes' tensors, all else as it is.
 
         Raises:
             UserError: int4, which that format lacks; a paged base, which is in no memory.
         """
         tensors = model.state_dict()
-        for name, module in model.named_modules():
-            if isinstance(module, Linear4bit):
-                if module.fetch is not None:
+        for path, module in model.named_modules():
+            for name, weight in weights_of(module):
+                if weight.fetch is not None:
                     do = "load it without a weights_budget, or use `onecard quantize`"
-                    raise UserError("a model must be in memory to be saved", "a paged base", do, name)
-                found = to_bnb(module.weight.detach(), module.state)
-                tensors |= {f"{name}.weight{suffix}": tensor for suffix, tensor in found.items()}
+                    raise UserError("a model must be in memory to be saved", "a paged base", do, path)
+                found = to_bnb(weight.weight.detach(), weight.loaded_state)
+                tensors |= {f"{path}.{name}{suffix}": tensor for suffix, tensor in found.items()}
         return tensors, {}
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -281,13 +151,33 @@ class OnecardQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return name in dict(weights_of(module))
 
     def get_quantize_ops(self) -> Quantize4bit:
         return Quantize4bit(self)
 
     def get_load_operations(self) -> dict[str, Any]:
         return {"deserialize": Deserialize4bit}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Experts come one by one: where transformers would stack them, and where linears are in 4 bits already."""
+        named = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts4bit)]
+        stacks = sorted({f"{path.rpartition('.')[2]}.{name}" for path, module in named for name in module.weights})
+        updated = []
+        for converter in weight_conversions:
+            if isinstance(converter, WeightConverter) and converter.target_patterns[0].endswith(tuple(stacks)):
+                operations = [GatherExperts()] if only_stacks(converter.operations) else converter.operations
+                if self.pre_quantized:  # else transformers adds it
+                    operations = [*operations, Quantize4bit(self)]
+                sources, targets = converter._original_source_patterns, converter._original_target_patterns
+                converter = converter.copy(sources, targets, operations=operations)
+            updated.append(converter)
+        if self.pre_quantized:
+            for stack in stacks:
+                whole = rf"(?<=\.){stack}"
+                names = [whole, *(f"{whole}.{key}" for key in BNB_KEYS)]
+                updated.append(WeightConverter(names, stack, [Deserialize4bit(self)]))
+        return super().update_weight_conversions(updated, model)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
@@ -296,6 +186,8 @@ class OnecardQuantizer(HfQuantizer):
         kept: Any = model._keep_in_fp32_modules
         skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept)
         for name, module in list(model.named_modules()):
+            if are_stacked_experts(module) and should_convert_module(name, skip):
+                model.set_submodule(name, Experts4bit(module, config.bnb_4bit_compute_dtype).train(module.training))
             if not isinstance(module, (nn.Linear, Conv1D)) or not should_convert_module(name, skip):
                 continue
             out_features, in_features = module.weight.shape
@@ -311,6 +203,8 @@ class OnecardQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         check_loaded(model)
+        kept = [c for c in getattr(model, "_weight_conversions", ()) if not is_experts(c)]
+        model._weight_conversions = kept  # type: ignore[assignment]  # save_pretrained goes back through them
         self.tell_how_stored(model)
         fuse(model)
         head = model.get_output_embeddings()
@@ -321,7 +215,7 @@ class OnecardQuantizer(HfQuantizer):
 
     def tell_how_stored(self, model: PreTrainedModel) -> None:
         """A checkpoint in 4 bits keeps its own type, blocks and nesting: let the model's config say so."""
-        state = next((m.state for m in model.modules() if isinstance(m, Linear4bit)), None)
+        state = next((m.loaded_state for m in model.modules() if isinstance(m, Linear4bit)), None)
         if state is not None:
             config: Any = self.quantization_config
             config.bnb_4bit_quant_type, config.bnb_4bit_blocksize = state.quant_type, state.blocksize
@@ -332,16 +226,25 @@ register_quantization_config(METHOD)(BitsAndBytesConfig)
 register_quantizer(METHOD)(OnecardQuantizer)
 
 
+def is_experts(converter: Any) -> bool:
+    """Whether a converter is one that `update_weight_conversions` made for experts, whose stacks stay stacks."""
+    operations = getattr(converter, "operations", ())
+    return any(isinstance(operation, GatherExperts) for operation in operations) or (
+        any(isinstance(operation, Quantize4bit) for operation in operations) and converter.target_patterns != ["weight"]
+    )
+
+
 def check_loaded(model: nn.Module) -> None:
-    """Raise UserError if a linear got no weight, or another parameter holds NaN or Inf."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit) and module.quant_state is None:
-            raise UserError(
-                "every linear must have its weight in the checkpoint",
-                "none",
-                "fetch the checkpoint again, or use one of the same architecture",
-                f"{name}.weight",
-            )
+    """Raise UserError if a linear or experts got no weight, or another parameter holds NaN or Inf."""
+    for path, module in model.named_modules():
+        for name, weight in weights_of(module):
+            if weight.quant_state is None:
+                raise UserError(
+                    "every linear must have its weight in the checkpoint",
+                    "none",
+                    "fetch the checkpoint again, or use one of the same architecture",
+                    f"{path}.{name}",
+                )
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and tensor.device.type != "meta":
             check_finite(name, tensor)

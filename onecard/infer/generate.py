@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from onecard.config import SamplingConfig
+from onecard.config import SamplingConfig, make_config
+from onecard.errors import UserError
 from onecard.infer.decoding import Answer
 
 
@@ -24,7 +25,10 @@ def generate(
         temperature: 0 takes the likeliest token.
         on_text: called with each finished piece of text as it comes.
     """
-    answer = Answer(model, tokenizer, input_ids, max_new_tokens, SamplingConfig(temperature=temperature))
+    if max_new_tokens < 1:
+        raise UserError("max_new_tokens must be 1 or more", str(max_new_tokens), "correct it", "max_new_tokens")
+    sampling = make_config(SamplingConfig, {"temperature": temperature}, "generate")
+    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling)
     pieces = []
     while answer.finish_reason is None:
         pieces.append(answer.advance())

@@ -15,7 +15,7 @@ Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from math import prod
@@ -24,6 +24,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.cpu import native
 from onecard.kernels.cpu_info import product_dtype
@@ -68,6 +69,33 @@ def quantize_4bit(
     check_quantizable(W, quant_type, blocksize, name)
     packed, absmax = backend(W.device).quantize_blocks(W, quant_type, blocksize, name)
     return packed, make_state(absmax, W.shape, W.dtype, quant_type, blocksize, double_quant)
+
+
+def quantize_stack(
+    parts: Iterable[Tensor],
+    shape: torch.Size,
+    quant_type: str = "nf4",
+    blocksize: int = 64,
+    double_quant: bool = True,
+    name: str = "tensor",
+) -> tuple[Tensor, QuantState]:
+    """As quantize_4bit of the parts stacked to `shape`, (E, ...), with one part at a time in memory.
+
+    Raises:
+        UserError: as quantize_4bit, naming the part; a part that is not whole blocks.
+    """
+    numel = prod(shape[1:])
+    if numel % blocksize:
+        found = f"{numel:,} weights of shape {list(shape[1:])}, blocks of {blocksize}"
+        raise UserError("an expert's weights must be whole blocks", found, "use a smaller blocksize", name)
+    packed = absmax = dtype = None
+    for number, W in enumerate(parts):
+        codes, state = quantize_4bit(W, quant_type, blocksize, False, f"{name}, expert {number}")
+        if packed is None or absmax is None:
+            packed, absmax = codes.new_empty(shape[0], len(codes)), state.absmax.new_empty(shape[0], numel // blocksize)
+        packed[number], absmax[number], dtype = codes[:, 0], state.absmax, W.dtype
+    assert packed is not None and absmax is not None and dtype is not None
+    return packed.view(-1, 1), make_state(absmax.view(-1), shape, dtype, quant_type, blocksize, double_quant)
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:

@@ -12,7 +12,8 @@ values of the compute dtype. What changes that:
 - with LoRA dropout each adapted linear keeps an input of its own and its mask, on CPUs in c bytes too;
 - a norm that has no fused form keeps a float32 copy of its input; norms of the query and key keep a + k more;
 - an MLP that has none keeps the activation's output, f;
-- attention with capped scores keeps them: (4 + 2 c) bytes for each head and pair of a document's tokens.
+- experts (nn/experts.py) keep their input, d, and 2 f, whatever is adapted; f is that of all experts of a token;
+- attention with capped scores or with sinks keeps them: (4 + 2 c) bytes for each head and pair of a document's tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from onecard.kernels.rows import LARGEST_ROW
+from onecard.memory.stacks import stacks_of
 from onecard.nn.fused import FusedGatedMLP, FusedRMSNorm, counterpart
 
 INNER = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "wo", "w2")
@@ -51,9 +52,9 @@ class Activations:
 
 
 def layer_activations(
-    modules: Any, adapted: dict[str, nn.Linear], r: int, dropout: bool, dtype: torch.dtype, device: str
+    modules: Any, adapted: dict[str, Any], r: int, dropout: bool, dtype: torch.dtype, device: str
 ) -> Activations:
-    """For transformers' model on the meta device with LoRA of rank r on the linears `adapted`, by name."""
+    """For transformers' model on the meta device with LoRA of rank r on the linears and stacks `adapted`, by name."""
     text, c = modules.config.get_text_config(), dtype.itemsize
     layers, heads = text.num_hidden_layers, text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -75,10 +76,13 @@ def layer_activations(
             count["d"] += copies / layers
         else:
             count["a" if name.endswith("q_norm") else "k"] += copies / layers
-    if not gated:
+    stacks = stacks_of(modules)
+    if stacks:
+        count["d"] += 1
+    elif not gated:
         count["f"] += 1
     shared = set()
-    for name in adapted:
+    for name in adapted.keys() - stacks.keys():
         parent, leaf = name.removesuffix(".weight").rsplit(".", 1)
         attention, inner = "attn" in parent or "attention" in parent, leaf in INNER
         symbol = "d" if not inner else "a" if attention else "f"
@@ -88,7 +92,8 @@ def layer_activations(
         elif (parent, inner) not in shared and not (attention and inner):
             shared.add((parent, inner))
             count[symbol] += 1 / layers
-    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    sinks = any(name.endswith(".sinks") for name, _ in modules.named_parameters())
+    capped = sinks or getattr(text, "attn_logit_softcapping", None) is not None
     return Activations(
         kept=c * sum(number * size[symbol] for symbol, number in count.items()),
         working=c * (2 * size["f"] + 2 * size["d"]),

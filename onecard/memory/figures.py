@@ -72,11 +72,7 @@ def memory_bill(path: Path, model: str = "llama-2-7b", length: int = 512) -> dic
 
 
 def plot_plan(path: str | Path, found: Plan, title: str) -> None:
-    """A plan's terms as bars, the largest first, with the total and the limit.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """A plan's terms as bars, the largest first, with total and limit. Raises UserError if it cannot be written."""
     terms = sorted(found.terms, key=lambda term: term.num_bytes, reverse=True)
     figure = Figure(figsize=(8, 1.6 + 0.36 * len(terms)), layout="constrained")
     axis: Any = figure.subplots()

@@ -1,6 +1,6 @@
 """What to give up for memory: of all that fits, what takes the least time, by a count of operations and bytes.
 
-A training token costs 4 P_q + 4 V d + 6 P_l + 7 S a L operations (forward, gradients of inputs and of LoRA; S tokens
+A training token costs 4 P_m + 4 V d + 6 P_l + 7 S a L operations (forward, gradients of inputs and of LoRA; S tokens
 of context, a heads x head size); each layer that recomputes adds a forward. Each part of a micro-batch dequantizes
 every weight twice, a recomputing layer's a third time. Each part reads what the budget does not hold of a paged base
 twice, and moves an offloaded input out and back: on a GPU beside the computing, so that it counts only where it takes
@@ -46,11 +46,11 @@ def price(case: Case, fit: Fit) -> Price:
     """What a fit costs in time."""
     rates, model, text = RATES[case.device], case.model, case.model.text
     layers, again = model.num_layers, fit.num_recomputed / model.num_layers
-    P_q, P_l, S = sum(case.sizes), case.num_lora, case.length
+    P_q, (P_m, P_l), S = sum(case.sizes), case.num_met, case.length
     heads = text.num_attention_heads
     a = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
-    forward = 2 * P_q + 2 * P_l + 2 * S * a * layers
-    token = 4 * P_q + 4 * text.vocab_size * text.hidden_size + 6 * P_l + 7 * S * a * layers + again * forward
+    forward = 2 * P_m + 2 * P_l + 2 * S * a * layers
+    token = 4 * P_m + 4 * text.vocab_size * text.hidden_size + 6 * P_l + 7 * S * a * layers + again * forward
     batches = case.config.gradient_accumulation_steps
     parts = batches * -(-case.batch_tokens // case.tokens(fit))
     computing = batches * case.batch_tokens * token / rates.operations + parts * (2 + again) * P_q / rates.dequantized

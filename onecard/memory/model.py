@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
-from onecard.hf.load import find_checkpoint
+from onecard.hf.load import find_checkpoint, first_line, meta_model, read_config
 from onecard.memory.shapes import KNOWN
+from onecard.memory.stacks import Stack, stacks_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +31,16 @@ class Model:
         head = self.modules.get_output_embeddings()
         named = self.modules.named_modules()
         return {f"{n}.weight": m for n, m in named if isinstance(m, torch.nn.Linear) and m is not head}
+
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """Experts' stacked weights, by name."""
+        return stacks_of(self.modules)
+
+    @cached_property
+    def quantized(self) -> dict[str, Any]:
+        """All that 4 bits take."""
+        return {**self.linears, **self.stacks}
 
     @cached_property
     def num_weights(self) -> int:
@@ -60,16 +71,10 @@ def known_config(name: str) -> Any:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def meta_model(config: Any) -> Any:
-    """transformers' model without weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
-
-
 def read_model(checkpoint: Checkpoint) -> Model:
     """A checkpoint's model from its config and headers."""
     sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
-    return Model(meta_model(AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True)), sizes)
+    return Model(meta_model(read_config(checkpoint.folder), str(checkpoint.folder / "config.json")), sizes)
 
 
 def find_model(model: str) -> Model:
@@ -79,7 +84,7 @@ def find_model(model: str) -> Model:
         UserError: there is none such, with the nearest name of the table.
     """
     if model.lower() in KNOWN:
-        return Model(meta_model(known_config(model.lower())), {})
+        return Model(meta_model(known_config(model.lower()), model), {})
     if not Path(model).expanduser().exists() and model.count("/") == 1 and not model.startswith((".", "~", "/")):
         return read_hub(model)
     try:
@@ -92,10 +97,10 @@ def read_hub(repository: str) -> Model:
     """A hub repository's model from its config.json and its files' headers alone; no weight is fetched."""
     from huggingface_hub import get_safetensors_metadata
 
-    config: Any = from_hub(lambda: AutoConfig.from_pretrained(repository), repository)
+    config: Any = from_hub(lambda: AutoConfig.from_pretrained(repository, trust_remote_code=False), repository)
     headers: Any = from_hub(lambda: get_safetensors_metadata(repository), repository)
     tensors = [item for file in headers.files_metadata.values() for item in file.tensors.items()]
-    return Model(meta_model(config), {name: DTYPE_BITS.get(info.dtype, 16) // 8 for name, info in tensors})
+    return Model(meta_model(config, repository), {name: DTYPE_BITS.get(info.dtype, 16) // 8 for name, info in tensors})
 
 
 def from_hub(fetch: Callable[[], Any], repository: str) -> Any:
@@ -103,10 +108,9 @@ def from_hub(fetch: Callable[[], Any], repository: str) -> Any:
     try:
         return fetch()
     except Exception as error:
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         raise UserError(
             "the model must be a folder, a hub id in reach or a known name",
-            f"{reason}{did_you_mean(repository.lower(), KNOWN)}",
+            f"{first_line(error)}{did_you_mean(repository.lower(), KNOWN)}",
             "check name and network",
             repository,
         ) from None

@@ -23,6 +23,15 @@ def dense(
     }
 
 
+def sparse(
+    kind: str, experts: int, per_token: int, width: int, *shape: Any, head_dim: int
+) -> dict[str, Any]:  # fmt: skip
+    """`dense`, with experts of `width` intermediate features."""
+    number = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
+    size = {"moe_intermediate_size": width} if kind == "qwen3_moe" else {}
+    return {**dense(kind, *shape, head_dim=head_dim), number: experts, "num_experts_per_tok": per_token, **size}
+
+
 KNOWN = {
     "llama-33b": dense("llama", 6656, 17920, 60, 52, 52, 32000, 2048),
     "llama-65b": dense("llama", 8192, 22016, 80, 64, 64, 32000, 2048),
@@ -51,4 +60,9 @@ KNOWN = {
     "qwen3-8b": dense("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, False, 128),
     "qwen3-14b": dense("qwen3", 5120, 17408, 40, 40, 8, 151936, 40960, False, 128),
     "qwen3-32b": dense("qwen3", 5120, 25600, 64, 64, 8, 151936, 40960, False, 128),
+    "mixtral-8x7b": sparse("mixtral", 8, 2, 14336, 4096, 14336, 32, 32, 8, 32000, 32768, head_dim=128),
+    "qwen3-30b-a3b": sparse("qwen3_moe", 128, 8, 768, 2048, 6144, 48, 32, 4, 151936, 40960, head_dim=128),
+    "qwen3-235b-a22b": sparse("qwen3_moe", 128, 8, 1536, 4096, 12288, 94, 64, 4, 151936, 40960, head_dim=128),
+    "gpt-oss-20b": sparse("gpt_oss", 32, 4, 2880, 2880, 2880, 24, 64, 8, 201088, 131072, head_dim=64),
+    "gpt-oss-120b": sparse("gpt_oss", 128, 4, 2880, 2880, 2880, 36, 64, 8, 201088, 131072, head_dim=64),
 }

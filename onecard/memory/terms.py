@@ -1,9 +1,9 @@
 """Bytes a term, its formula beside it, from headers or a known shape and the settings alone. docs/plan.md tells why.
 
-P_q weights in the linears that 4 bits take, P_o the others, P = P_q + P_o, P_l LoRA weights; T tokens that go through
-the model at a time, L layers, d hidden, k key heads x head size, f intermediate, V vocabulary; c bytes of the compute
-dtype. What a layer keeps for its backward is told in activations.py. The terms of a step are those at its fullest
-moment, one of
+P_q weights that 4 bits take, P_e of them in experts, P_o the others, P = P_q + P_o, P_l LoRA weights; T tokens that go
+through the model at a time, L layers, d hidden, k key heads x head size, f intermediate, V vocabulary; c bytes of the
+compute dtype. What a layer keeps for its backward is told in activations.py. The terms of a step are those at its
+fullest moment, one of
 
     the loss                           all that is kept, the inputs of the layers that recompute, the logits' chunk
     a recomputing layer's backward     the inputs, that layer whole and what its backward works on, gradients so far
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -99,13 +99,15 @@ class Case:
         return min(self.batch_tokens, -(-(fit.part_tokens or self.batch_tokens) // ROW_MULTIPLE) * ROW_MULTIPLE)
 
     @cached_property
-    def adapted(self) -> dict[str, torch.nn.Linear]:
-        """The linears that get an adapter, by their weight's name."""
+    def adapted(self) -> dict[str, Any]:
+        """The linears and stacks that get an adapter, by their weight's name."""
         names, linears = self.config.target_modules, self.model.linears
+        ends = tuple(self.config.target_parameters or ())
+        stacks = {path: stack for path, stack in self.model.stacks.items() if path.endswith(ends)}
         if names == "all-linear":
-            return linears
+            return {**linears, **stacks}
         ends = tuple(f"{name}.weight" for name in ([names] if isinstance(names, str) else names))
-        return {path: m for path, m in linears.items() if path.endswith(ends)}
+        return {path: m for path, m in linears.items() if path.endswith(ends)} | stacks
 
     @cached_property
     def lora_sizes(self) -> list[int]:
@@ -118,14 +120,23 @@ class Case:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Weights of each linear that 4 bits take."""
-        return [linear.weight.numel() for linear in self.model.linears.values()]
+        """Weights of each linear, and of each stack, that 4 bits take."""
+        return [linear.weight.numel() for linear in self.model.quantized.values()]
+
+    @cached_property
+    def num_met(self) -> tuple[float, float]:
+        """Weights that a token meets in 4 bits, and of LoRA: of experts, those that it is sent to."""
+        per_token = getattr(self.model.text, "num_experts_per_tok", None) or 1
+        share = {name: per_token / stack.num_experts for name, stack in self.model.stacks.items()}
+        frozen = sum(m.weight.numel() * share.get(name, 1) for name, m in self.model.quantized.items())
+        lora = sum((m.in_features + m.out_features) * share.get(name, 1) for name, m in self.adapted.items())
+        return frozen, self.config.r * lora
 
     @cached_property
     def pages(self) -> list[int]:
         """Bytes of each page that the base would be in: a decoder layer's codes and scales, the head's weight."""
         pages: dict[str, int] = {}
-        for name, linear in self.model.linears.items():
+        for name, linear in self.model.quantized.items():
             numel, layer = linear.weight.numel(), layer_of(name)
             blocks = -(-numel // self.config.blocksize)
             parts = ((numel + 1) // 2, blocks * (1 if self.config.double_quant else 4))
@@ -161,10 +172,13 @@ class Case:
         others = [
             p.numel() * min(self.c, model.itemsize.get(name, 2))
             for name, p in model.modules.named_parameters()
-            if name not in model.linears
+            if name not in model.quantized
         ]
+        experts = sum(stack.weight.numel() for stack in model.stacks.values())
+        beside = f"P_e / 2; {2 * experts / 2**30:,.1f} GiB in 16 bits, as bitsandbytes leaves them"
         return [
-            Term("base, 4-bit codes", sum(self.sizes) // 2, "P_q / 2"),
+            Term("base, 4-bit codes", (sum(self.sizes) - experts) // 2, "(P_q - P_e) / 2" if experts else "P_q / 2"),
+            *([Term("experts, 4-bit codes", experts // 2, beside)] if experts else []),
             Term("base, scales", scale_bytes(self.sizes, config), scale_formula(config)),
             Term("embeddings, norms, head", sum(others), "P_o x bytes of its dtype, at most c"),
             self.scratch,
@@ -173,7 +187,8 @@ class Case:
     @cached_property
     def scratch(self) -> Term:
         buffers = 2 if self.device == "cuda" else 1  # autograd's thread there has one of its own
-        return Term("dequantized weight", buffers * self.c * max(self.sizes, default=0), "c x the largest linear")
+        matrices = [m.weight.numel() // getattr(m, "num_experts", 1) for m in self.model.quantized.values()]
+        return Term("dequantized weight", buffers * self.c * max(matrices, default=0), "c x the largest matrix")
 
     @cached_property
     def unpaged_bytes(self) -> int:
@@ -249,7 +264,7 @@ def generate_terms(case: Case) -> list[Term]:
     text, T = case.model.text, case.batch_tokens
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    window = getattr(text, "sliding_window", None)
+    window: Any = getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * case.model.num_layers
     slides = [window is not None and "sliding" in kind for kind in kinds]
     lengths = [min(case.length, window) if slide else case.length for slide in slides]

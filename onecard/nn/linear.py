@@ -41,10 +41,10 @@ class Linear4bit(nn.Linear):
 
     def stored(self) -> tuple[Tensor, QuantState]:
         """Codes and scales to compute with."""
-        return (self.weight, self.state) if self.fetch is None else self.fetch()
+        return (self.weight, self.loaded_state) if self.fetch is None else self.fetch()
 
     @property
-    def state(self) -> QuantState:
+    def loaded_state(self) -> QuantState:
         """The QuantState of a weight that has been set."""
         assert self.quant_state is not None, "a Linear4bit computes after set_weight"
         return self.quant_state

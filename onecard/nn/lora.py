@@ -1,20 +1,27 @@
-"""The LoRA layer that peft puts around a Linear4bit: plain LoRA goes through one fused operator.
+"""The LoRA layers that peft puts around a Linear4bit and around an Experts4bit's stacked weights.
 
-Registered through LoraConfig's custom modules (see `lora_config`); DoRA and the other variants, several active
-adapters and mixed batches take peft's own forward around Linear4bit.
+Registered through LoraConfig's custom modules (see `lora_config`). For a linear plain LoRA goes through one fused
+operator; DoRA and the other variants, several active adapters and mixed batches take peft's own forward around
+Linear4bit. What is saved is peft's own format in both cases.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
+from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
 from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.kernels import ops
+from onecard.nn.experts import Experts4bit, Factors
 from onecard.nn.linear import Linear4bit
 
 
@@ -54,21 +61,89 @@ class LoraLinear4bit(PeftLinear):
         return names[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise UserError(
-            "an adapter is merged into 16-bit weights",
-            "a 4-bit base, where rounding would undo most of the update",
-            "load the base in 16 bits with plain peft and merge there",
-            "merge",
-        )
+        raise not_into_4_bits()
 
 
-def lora_config(settings: LoraSettings) -> LoraConfig:
-    """peft's LoraConfig for these settings, with Linear4bit going to LoraLinear4bit."""
+class ParamWrapper(PeftParamWrapper):
+    """LoRA on one stacked weight, peft's target_parameters; peft tells such a layer by this name of its class.
+
+    lora_A is (E R, K) and lora_B (N, R E). peft's own would add B A to all experts' 16-bit weights; here the factors
+    go to the Experts4bit, which multiplies each expert's tokens with them.
+    """
+
+    def __init__(self, base_layer: Any, adapter_name: str, parameter_name: str | None = None, **kwargs: Any):
+        experts: Any = base_layer.get_base_layer() if isinstance(base_layer, PeftParamWrapper) else base_layer
+        if parameter_name is None or parameter_name not in experts.weights:
+            raise UserError(
+                f"an adapter for experts must be on one of {', '.join(experts.weights)}",
+                str(parameter_name or "the experts as a module"),
+                "name them in target_parameters",
+                "target_parameters",
+            )
+        super().__init__(base_layer, adapter_name, parameter_name=parameter_name, **kwargs)
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        self._param_ndim = 3  # peft swaps the two below unless the experts are transposed
+        experts: Any = self.get_base_layer()
+        shape = experts.weights[self.parameter_name].shape
+        self.num_experts: int = shape[0]
+        return shape[1], shape[2]
+
+    @contextmanager
+    def _activate_lora(self, active_adapters: list[str]) -> Iterator[None]:
+        names = [name for name in active_adapters if name in self.lora_A]
+        experts: Any = self.get_base_layer()
+        factors = experts.factors
+        if names:
+            factors[self.parameter_name] = self.factors(names)
+        try:
+            yield
+        finally:
+            factors.pop(self.parameter_name, None)
+
+    def factors(self, names: list[str]) -> Factors:
+        """The adapters' factors; those of several one beside the other, scaled."""
+        found = []
+        for name in names:
+            adapter_A: Any = self.lora_A[name]
+            adapter_B: Any = self.lora_B[name]
+            A, B = adapter_A.weight, adapter_B.weight
+            A_ERK, B_NRE = A.view(self.num_experts, -1, A.shape[1]), B.view(B.shape[0], -1, self.num_experts)
+            found.append(Factors(A_ERK, B_NRE, self.scaling[name]))
+        if len(found) == 1:
+            return found[0]
+        A_ERK = torch.cat([each.A_ERK for each in found], dim=1)
+        return Factors(A_ERK, torch.cat([each.scaling * each.B_NRE for each in found], dim=1), 1.0)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise not_into_4_bits()
+
+
+def not_into_4_bits() -> UserError:
+    return UserError(
+        "an adapter is merged into 16-bit weights",
+        "a 4-bit base, where rounding would undo most of the update",
+        "`onecard merge` writes a 16-bit checkpoint with the adapter in it",
+        "merge",
+    )
+
+
+def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
+    """peft's LoraConfig for these settings, with 4-bit modules going to the layers above.
+
+    Args:
+        model: transformers' model, to name the linears that "all-linear" stands for where it has experts; for peft
+            the word alone would stand for their weights and routers, too.
+    """
+    target_modules = settings.target_modules
+    if target_modules == "all-linear" and any(isinstance(m, Experts4bit) for m in getattr(model, "modules", list)()):
+        target_modules = linear_names(model)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.target_modules,
+        target_modules=target_modules,
+        target_parameters=settings.target_parameters,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         modules_to_save=settings.modules_to_save,
@@ -77,8 +152,16 @@ def lora_config(settings: LoraSettings) -> LoraConfig:
     return register_fused(config)
 
 
+def linear_names(model: Any) -> list[str]:
+    """The last names of a model's 4-bit linears, without those that peft takes for its experts' weights."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    config = LoraConfig(target_modules=sorted(names))
+    convert_peft_config_for_transformers(config, model, None)
+    return sorted(config.target_modules or ())
+
+
 def register_fused(config: Any) -> Any:
-    """Let a peft config put LoraLinear4bit around Linear4bit; the mapping is not stored with an adapter."""
+    """Let a peft config put our layers around 4-bit modules; the mapping is not stored with an adapter."""
     if isinstance(config, LoraConfig):
-        config._register_custom_module({Linear4bit: LoraLinear4bit})
+        config._register_custom_module({Linear4bit: LoraLinear4bit, Experts4bit: ParamWrapper})
     return config

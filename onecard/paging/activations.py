@@ -104,7 +104,7 @@ class Offload:
         spill = Spill(self.folder)  # a file each: it is freed with the graph
         return spill, spill.write(tensor)
 
-    def copy_out(self, tensor: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:
+    def copy_out(self, tensor: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, Any]:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -153,7 +153,7 @@ class Offload:
         read_into(segment, tensor.view(-1).view(torch.uint8))
         return tensor
 
-    def copy_in(self, away: Away, stream: torch.cuda.Stream) -> tuple[Tensor, torch.cuda.Event]:
+    def copy_in(self, away: Away, stream: torch.cuda.Stream) -> tuple[Tensor, Any]:
         assert not isinstance(away.left, Future)
         with torch.cuda.stream(stream):  # after the copy out, which went before it on this stream
             tensor = away.left[0].to(self.device, non_blocking=True)

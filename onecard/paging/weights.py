@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from onecard.nn.embedding import Head
+from onecard.nn.experts import StackedWeight, weights_of
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment, Spill, page_layout, read_into, read_page
 from onecard.paging.pager import Page, Pager
 from onecard.quant.state import QuantState
 
 SLICE_ROWS = 4096  # of an embedding, read at a time
+Holder = Linear4bit | StackedWeight  # of a 4-bit weight
 
 
 @dataclass
@@ -104,7 +106,7 @@ class PagedBase:
         """Args: folder: for a file without a name, where weights go that no checkpoint holds in 4 bits."""
         self.budget_bytes, self.folder, self.device = budget_bytes, folder, device
         self.spill: Spill | None = None
-        self.segments: dict[Linear4bit, tuple[Segment, Segment]] = {}
+        self.segments: dict[Holder, tuple[Segment, Segment]] = {}
         self.open: list[Any] = []
 
     def write(self, tensor: Tensor) -> Segment:
@@ -112,20 +114,20 @@ class PagedBase:
         self.spill = self.spill or Spill(self.folder)
         return self.spill.write(tensor)
 
-    def take(self, linear: Linear4bit, segments: tuple[Segment, Segment] | None = None) -> None:
+    def take(self, linear: Holder, segments: tuple[Segment, Segment] | None = None) -> None:
         """Take codes and absmax out of memory; `segments` say where a file holds them already."""
-        packed, state = linear.weight, linear.state
+        packed, state = linear.weight, linear.loaded_state
         absmax_dtype = state.absmax.dtype
         self.segments[linear] = segments or (self.write(packed), self.write(state.absmax))
         linear.weight = nn.Parameter(packed.new_empty(0, 1), requires_grad=False)
         linear.quant_state = replace(state, absmax=state.absmax.new_empty(0))
         linear.fetch = lambda: self.read(linear, absmax_dtype)
 
-    def read(self, linear: Linear4bit, absmax_dtype: torch.dtype) -> tuple[Tensor, QuantState]:
+    def read(self, linear: Holder, absmax_dtype: torch.dtype) -> tuple[Tensor, QuantState]:
         """One weight from its file, kept nowhere: until `start` has made pages."""
         segments = list(self.segments[linear])
         page, (codes, absmax) = read_page(segments).to(self.device), page_layout(segments)[0]
-        return page[codes].view(-1, 1), replace(linear.state, absmax=page[absmax].view(absmax_dtype))
+        return page[codes].view(-1, 1), replace(linear.loaded_state, absmax=page[absmax].view(absmax_dtype))
 
     def start(
         self,
@@ -135,10 +137,10 @@ class PagedBase:
         head: tuple[Segment, torch.dtype],
     ) -> Pager:
         """Page the model's weights; `embedding` and `head` say where their values lie, and as what dtype."""
-        groups: dict[str, list[Linear4bit]] = {}
+        groups: dict[str, list[Holder]] = {}
         for name, module in model.named_modules():
-            if isinstance(module, Linear4bit):
-                groups.setdefault(layer_of(name), []).append(module)
+            for _, weight in weights_of(module):
+                groups.setdefault(layer_of(name), []).append(weight)
         pages = {name: self.page(name, [s for m in linears for s in self.segments[m]])
                  for name, linears in groups.items()}  # fmt: skip
         before, last = model.get_input_embeddings(), model.get_output_embeddings()
@@ -148,8 +150,8 @@ class PagedBase:
             places, _ = page_layout([s for m in linears for s in self.segments[m]])
             for number, linear in enumerate(linears):
                 codes, absmax = places[2 * number : 2 * number + 2]
-                dtype = linear.state.absmax.dtype
-                linear.fetch = PagedWeight(pager, pages[name], codes, absmax, linear.state, dtype)
+                dtype = linear.loaded_state.absmax.dtype
+                linear.fetch = PagedWeight(pager, pages[name], codes, absmax, linear.loaded_state, dtype)
         if paged_head is not None:
             model.set_output_embeddings(PagedHead(last, pager, paged_head, head[1]))
         if type(before) is nn.Embedding:

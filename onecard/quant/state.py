@@ -69,6 +69,25 @@ class QuantState:
         )
 
 
+def part_of(packed: Tensor, state: QuantState, index: int) -> tuple[Tensor, QuantState, int]:
+    """One of the shape[0] parts of a stacked weight: views of its codes and scales, and weights to skip in them.
+
+    Parts are whole blocks. A group of double quantization may begin in the part before; codes and scales then begin
+    there, too, the state's shape is flat, and that many weights come before the part's own.
+    """
+    numel = state.numel // state.shape[0]
+    first, last = index * numel // state.blocksize, (index + 1) * numel // state.blocksize
+    begin = first - first % NESTED_BLOCKSIZE if state.nested else first
+    skip = (first - begin) * state.blocksize
+    found = replace(
+        state,
+        absmax=state.absmax[begin:last],
+        shape=torch.Size([skip + numel]) if skip else state.shape[1:],
+        nested_absmax=None if state.nested_absmax is None else state.nested_absmax[begin // NESTED_BLOCKSIZE :],
+    )
+    return packed.view(-1)[begin * state.blocksize // 2 : last * state.blocksize // 2], found, skip
+
+
 def to_bnb(packed: Tensor, state: QuantState) -> dict[str, Tensor]:
     """The tensors of a bitsandbytes checkpoint for one weight, by what follows its name ("" for the codes).
 

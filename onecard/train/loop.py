@@ -26,9 +26,21 @@ from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
 from onecard.train.metrics import Metrics
 from onecard.train.state import State, save_state
-from onecard.train.step import LossFunction, Run, random_state, recompute_layers, restore_random, to_device, update
+from onecard.train.step import (
+    LossFunction,
+    Run,
+    count_batches,
+    random_state,
+    recompute_layers,
+    restore_random,
+    to_device,
+    update,
+)
 
 FREE_TO_CHANGE = {
+    "model",  # wherever it lies: identity tells whether model and data are the same
+    "data",
+    "eval_data",
     "gradient_checkpointing",  # the same bits either way
     "device_memory",
     "weights_budget",
@@ -47,13 +59,8 @@ class Interrupted(Exception):
 
 
 def count_steps(loader: Loader, config: TrainConfig) -> int:
-    """Updates in the run: max_steps, or as many as num_train_epochs fills; a last short window counts."""
-    if config.max_steps is not None:
-        return config.max_steps
-    whole, part = divmod(config.num_train_epochs, 1)
-    batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
-    batches += math.ceil(part * loader.num_batches(int(whole))) if part else 0
-    return max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    """Updates in the run; a last short window counts."""
+    return math.ceil(count_batches(loader, config) / config.gradient_accumulation_steps)
 
 
 def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None]:
@@ -62,7 +69,7 @@ def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None
     Returns:
         the function, and why it is the slow one (None for the fast one).
     """
-    base = model.get_base_model()
+    base = inner(model)
     if not supports_packing(base):
         return plain_loss, f"{base.config.model_type} has attention of its own kind"
     batch = to_device(probe_batch(examples), base.get_input_embeddings().weight.device)
@@ -179,10 +186,22 @@ def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> f
     return total / num_tokens
 
 
+def inner(model: Any) -> Any:
+    """transformers' model, whether or not peft's is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_size(config: Any) -> tuple[int | None, int | None]:
+    """A model's vocabulary and positions, as its config tells them."""
+    text = config.get_text_config()
+    return getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
+
+
 def evaluate(model: Any, dataset: Dataset) -> float:
-    """`mean_loss` of a model as loaded, adapter or not, by the fast path where it fits."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    loss = packed_loss if supports_packing(base) else plain_loss
+    """`mean_loss` of a model as loaded, adapter or not, by the fast path where it is right."""
+    base = inner(model)
+    dataset.check_fits(*model_size(base.config))
+    loss, _ = choose_loss(model, dataset)
     with use_packed_attention(base) if loss is packed_loss else nullcontext():
         return mean_loss(base, dataset, loss)
 
@@ -204,6 +223,7 @@ def checkpoint(run: Run, root: Path) -> None:
         "loss_scale": run.loss_scale,
         "part_tokens": run.part_tokens,
         "num_threads": torch.get_num_threads(),
+        "date": run.date,
         "loader": run.loader.state_dict(),
     }
     config = run.config.model_dump()
@@ -212,12 +232,8 @@ def checkpoint(run: Run, root: Path) -> None:
 
 
 def resume(run: Run, state: State) -> None:
-    """Put a run where a checkpoint stands.
-
-    Raises:
-        UserError: base, data, tokenizer or settings are not those of the checkpoint.
-    """
-    check_unchanged(run, state)
+    """Put a run where a checkpoint stands. Raises UserError as check_unchanged does."""
+    check_unchanged(run.config, run.identity, state)
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state.tensors["adapter"][name])
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
@@ -232,9 +248,9 @@ def resume(run: Run, state: State) -> None:
     restore_random(state.tensors["random"], run.device)
 
 
-def check_unchanged(run: Run, state: State) -> None:
-    """Raise UserError naming the first thing that is not as it was."""
-    now = {k: v for k, v in run.config.model_dump().items() if k not in FREE_TO_CHANGE}
+def check_unchanged(config: TrainConfig, identity: dict[str, str], state: State) -> None:
+    """Raise UserError naming the first of the settings, or of what `identity` tells, that is not as it was."""
+    now = {k: v for k, v in config.model_dump().items() if k not in FREE_TO_CHANGE}
     before = state.documents["config"]
     changed = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
     if changed:
@@ -245,7 +261,7 @@ def check_unchanged(run: Run, state: State) -> None:
             "give the old value, or start a new run in another folder",
             str(state.path),
         )
-    for what, digest in run.identity.items():
+    for what, digest in identity.items():
         if state.documents["identity"].get(what) != digest:
             raise UserError(
                 f"a resumed run must have the {what} it began with",

@@ -18,7 +18,7 @@ COLUMNS = (
     "supervised_tokens_per_second", "memory_bytes", "eval_loss", "seconds",
     "paged_in_bytes", "paged_out_bytes", "page_hit_rate", "page_stall_seconds",
 )  # fmt: skip
-PACKAGES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
 class Metrics:
@@ -32,7 +32,7 @@ class Metrics:
         replace_text(output / "metrics.csv", csv_text([dict.fromkeys(COLUMNS, None), *self.rows], header=True))
         self.jsonl = self.path.open("a", encoding="utf-8")
         self.csv = (output / "metrics.csv").open("a", encoding="utf-8", newline="")
-        self.loggers = [open_logger(name, output, config) for name in loggers]
+        self.loggers = [started(name, output, config) for name in loggers]
 
     def log(self, step: int, **values: float | None) -> None:
         """Write one row; unknown names are an error of ours."""
@@ -83,14 +83,30 @@ def replace_text(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def open_logger(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """(log(values, step), close()) of a logger. Raises UserError if its package is not installed."""
+def import_logger(name: str) -> Any:
+    """A logger's module. Raises UserError if its package is not installed."""
     try:
-        module = import_module(PACKAGES[name])
-    except ImportError:
-        raise UserError(
-            f"the logger {name} must be installed", "no such package", f'pip install "onecard[{name}]"', "loggers"
-        ) from None
+        return import_module(MODULES[name])
+    except ImportError as error:
+        do = f'pip install "onecard[{name}]"'
+        raise UserError(f"the logger {name} must be installed", str(error), do, "loggers") from None
+
+
+def started(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """open_logger; whatever keeps a service from starting (its address, a login, its store) is the user's matter."""
+    try:
+        return open_logger(name, output, config)
+    except UserError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+        do = "set the logger up, or leave it out of --loggers"
+        raise UserError(f"the logger {name} must start", reason, do, "loggers") from None
+
+
+def open_logger(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
+    """(log(values, step), close()) of a logger."""
+    module = import_logger(name)
     if name == "tensorboard":
         writer = module.SummaryWriter(str(output / "tensorboard"))
         return (lambda values, step: [writer.add_scalar(k, v, step) for k, v in values.items()]), writer.close

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import platform
+import re
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
@@ -119,9 +120,7 @@ def make_sections(report: Report) -> list[Section]:
 
 def fence(text: str) -> str:
     """A code block whose fence is longer than any run of backticks inside."""
-    longest = max((len(run) for run in text.split("\n") if set(run.strip()) == {"`"}), default=0)
-    inner = max((text[i:].__len__() - text[i:].lstrip("`").__len__() for i in range(len(text))), default=0)
-    ticks = "`" * max(3, longest + 1, inner + 1)
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}\n{text}\n{ticks}\n"
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -18,12 +20,19 @@ from onecard.config import TrainConfig, parse_bytes
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
-from onecard.data.template import prompt_ids
 from onecard.errors import UserError
-from onecard.hf.checkpoint import inspect_checkpoint, tokenizer_fingerprint
-from onecard.hf.load import find_checkpoint, fingerprint, load_model, load_tokenizer, pick_compute_dtype, pick_device
+from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
+from onecard.hf.load import (
+    find_checkpoint,
+    fingerprint,
+    fix_date,
+    load_model,
+    load_tokenizer,
+    pick_compute_dtype,
+    pick_device,
+    read_config,
+)
 from onecard.hf.origin import Origin, origin_of, write_origin
-from onecard.infer.generate import generate
 from onecard.memory.fit import fit_within, total_bytes
 from onecard.memory.measure import available_bytes, format_bytes, peak_memory_bytes, return_large_blocks
 from onecard.memory.model import read_model
@@ -33,14 +42,24 @@ from onecard.memory.terms import Case, Fit
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Statistics
-from onecard.train.loop import Interrupted, choose_loss, count_steps, evaluate, resume, train
-from onecard.train.metrics import Metrics
+from onecard.train.loop import (
+    Interrupted,
+    check_unchanged,
+    choose_loss,
+    count_steps,
+    evaluate,
+    model_size,
+    resume,
+    train,
+)
+from onecard.train.metrics import Metrics, import_logger
+from onecard.train.output import claimed
 from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
+from onecard.train.samples import Sample, answer_samples, make_samples
 from onecard.train.state import load_newest
 from onecard.train.step import Run
 
-SAMPLE_TOKENS = 96
 SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take
 
 
@@ -57,6 +76,8 @@ class Prepared:
     why: str
     compute_dtype: torch.dtype
     identity: dict[str, str]
+    samples: list[Sample]
+    date: str
 
 
 @dataclass
@@ -79,11 +100,18 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
     Raises:
         UserError: anything wrong with the input, before training where it can be known.
     """
+    with claimed(Path(config.output), resuming):
+        return run_claimed(config, resuming, console, report_extra)
+
+
+def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_extra: Any) -> Result:
+    """run_training in an output folder that is this run's."""
     output = Path(config.output)
     state = load_newest(output / "checkpoints") if resuming else None
-    check_output(output, resuming)
-    prepared = prepare(config)
+    prepared = prepare(config, state.documents["progress"].get("date") if state else None)
     config = prepared.config
+    if state is not None:  # before the weights load
+        check_unchanged(config, prepared.identity, state)
     if prepared.fit != Fit(0):
         return_large_blocks()
     show(prepared, console)
@@ -96,6 +124,7 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
         config.seed,
     )
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity, fit=prepared.fit)
+    run.date = prepared.date
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
@@ -124,35 +153,37 @@ def run_training(config: TrainConfig, resuming: bool, console: Console, report_e
     return result
 
 
-def check_output(output: Path, resuming: bool) -> None:
-    """Raise UserError rather than mix two runs."""
-    if not resuming and output.exists() and any(output.iterdir()):
-        raise UserError(
-            "the output folder must be new or empty",
-            f"{len(list(output.iterdir()))} entries",
-            "pass --resume to go on with that run, or choose another --output",
-            str(output),
-        )
+def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
+    """Check checkpoint, data and settings; nothing large is loaded.
 
-
-def prepare(config: TrainConfig) -> Prepared:
-    """Check checkpoint, data and settings; nothing large is loaded."""
+    Args:
+        date: what chat templates are told is today, as YYYY-MM-DD; None for today.
+    """
+    for name in config.loggers:
+        import_logger(name)
+    date = date or datetime.date.today().isoformat()
     folder = find_checkpoint(config.model)
     checkpoint = inspect_checkpoint(folder)
     dtype = pick_compute_dtype(config.compute_dtype, pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
+    fix_date(tokenizer, datetime.date.fromisoformat(date))
     training, validation = load_dataset(config.data, tokenizer, config), None
     if config.eval_data is not None:
         validation = load_dataset(config.eval_data, tokenizer, config)
     elif config.validation_split > 0:
         training, validation = training.split(config.validation_split, config.seed)
+    for dataset in (training, validation):
+        if dataset is not None:
+            dataset.check_fits(*model_size(read_config(folder)))
+    samples = make_samples(config.sample_prompts, validation or training, tokenizer)
     identity = {
+        "model config": config_fingerprint(checkpoint),
         "tokenizer": tokenizer_fingerprint(folder),
         "data": training.fingerprint(),
     }
     fit, plan, why = choose_memory(Case(read_model(checkpoint), config, dtype), checkpoint.is_4bit)
     check_disk(plan, Path(config.output))
-    return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity)
+    return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, date)
 
 
 def choose_memory(case: Case, paged_from_file: bool) -> tuple[Fit, Plan, str]:
@@ -241,11 +272,14 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
     prepared.identity["base"] = fingerprint(base)
     torch.manual_seed(config.seed)
     try:
-        model = get_peft_model(base, lora_config(config))
+        model = get_peft_model(base, lora_config(config, base))
     except ValueError as error:
-        raise UserError(
-            "target_modules must name linears of the model", str(error), "correct it", "target_modules"
-        ) from None
+        must = "target_modules must name linears of the model, target_parameters stacked weights of its experts"
+        raise UserError(must, str(error), "correct it", "target_modules") from None
+    for name in config.modules_to_save or ():
+        if not any(f".{path}".endswith(f".{name}") for path, _ in base.named_modules()):
+            found = f'none is called "{name}"'
+            raise UserError("modules_to_save must name modules of the model", found, "correct it", "modules_to_save")
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.rule("training", align="left")
     console.print(
@@ -288,32 +322,17 @@ def measure(result: Result, prepared: Prepared, when: str, extra: Any, cache: Pa
     found: dict[str, Any] = {"facts": {}, "loss": None}
     if prepared.validation:
         found["loss"] = evaluate(result.model, prepared.validation)
-    answers = []
     result.model.eval()  # no dropout in the samples; the loop sets it to train
-    for prompt in sample_prompts(prepared):
-        ids = prompt_ids([{"role": "user", "content": prompt}], prepared.tokenizer)
-        answers.append((prompt, generate(result.model, prepared.tokenizer, ids, SAMPLE_TOKENS)))
-    found["answers"] = answers
+    found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples)
     if extra:
         found["facts"] = extra(result, when)
     return found
 
 
-def sample_prompts(prepared: Prepared) -> list[str]:
-    """The prompts of the report: the user's, or the first three of the validation or training part."""
-    if prepared.config.sample_prompts is not None:
-        return prepared.config.sample_prompts
-    dataset, prompts = prepared.validation or prepared.training, []
-    for record in dataset.records[:3]:
-        first = next((turn["content"] for turn in record.messages or () if turn["role"] == "user"), None)
-        prompts.append(first or record.prompt or (record.text or "")[:80])
-    return prompts
-
-
 def empty_report(config: TrainConfig, prepared: Prepared) -> Report:
     return Report(
         title=f"{Path(config.model).name} tuned on {Path(config.data).name}",
-        command=" ".join(sys.argv),
+        command=shlex.join(sys.argv),
         config=config.model_dump(),
         data=prepared.training.summary(),
         memory=[(f"plan: {term.name}", term.num_bytes) for term in prepared.plan.terms],
@@ -328,7 +347,8 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     report = result.report
     report.num_steps = run.num_steps
     report.loss_before, report.loss_after = before["loss"], after["loss"]
-    report.samples = [(prompt, a, b) for (prompt, a), (_, b) in zip(before["answers"], after["answers"])]
+    prompts = [text for text, _ in prepared.samples]
+    report.samples = list(zip(prompts, before["answers"], after["answers"]))
     report.facts = {**before["facts"], **after["facts"]}
     report.facts |= paging_facts(run.paged)
     report.memory += [
@@ -336,10 +356,12 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
         ("measured: peak of the process" if run.device.type == "cpu" else "measured: peak on the GPU",
          peak_memory_bytes(run.device)),
     ]  # fmt: skip
+    model, adapter, data = map(shlex.quote, (run.config.model, str(result.adapter), run.config.data))
+    raw = "" if prepared.training.records[0].kind == "chat" else " --raw"
     report.next_commands = [
-        f"onecard generate --model {run.config.model} --adapter {result.adapter} --prompt '…'",
-        f"onecard chat --model {run.config.model} --adapter {result.adapter}",
-        f"onecard eval --model {run.config.model} --adapter {result.adapter} --data {run.config.data}",
+        f"onecard generate --model {model} --adapter {adapter} --prompt '…'{raw}",
+        f"onecard chat --model {model} --adapter {adapter}",
+        f"onecard eval --model {model} --adapter {adapter} --data {data}",
     ]
 
 

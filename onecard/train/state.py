@@ -6,7 +6,6 @@ sha256 comes last, and the folder is renamed. A kill at any instant leaves the c
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -51,7 +50,7 @@ def save_state(
         documents: file stem -> JSON object.
 
     Raises:
-        UserError: disk full; what was there before is untouched.
+        OSError, SafetensorError: the disk is full or read-only; what was there before is untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(f"{TEMPORARY}*"):
@@ -69,13 +68,9 @@ def save_state(
             manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
         write_synced(temporary / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1).encode())
         sync_folder(temporary)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
-        if getattr(error, "errno", None) != errno.ENOSPC and "No space left" not in str(error):
-            raise
-        raise UserError(
-            "a checkpoint must fit on the disk", "no space left", "free some space and --resume", str(root)
-        ) from None
+        raise
     if final.exists():  # a resumed run has come here again
         remove(final)
     os.replace(temporary, final)

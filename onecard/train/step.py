@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +55,7 @@ class Run:
     num_steps: int
     identity: dict[str, str]
     loss: LossFunction = packed_loss
+    date: str = ""  # that chat templates were given
     fit: Fit = field(default_factory=Fit)  # what is recomputed, offloaded and split
     step: int = 0
     loss_scale: float = 1.0
@@ -108,9 +110,23 @@ class Run:
         hit_rate = {"page_hit_rate": found.hits / found.touches} if found.touches else {}
         return {**row, **hit_rate, "page_stall_seconds": found.stall_seconds}
 
+    @cached_property
+    def num_batches(self) -> int:
+        """Micro-batches in the whole run; the last window may be short."""
+        return count_batches(self.loader, self.config)
+
     @property
     def epoch(self) -> float:
         return self.loader.epoch + self.loader.batch / self.loader.num_batches(self.loader.epoch)
+
+
+def count_batches(loader: Loader, config: TrainConfig) -> int:
+    """Micro-batches of max_steps full windows, or those of num_train_epochs and no more."""
+    if config.max_steps is not None:
+        return config.max_steps * config.gradient_accumulation_steps
+    whole, part = divmod(config.num_train_epochs, 1)
+    batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
+    return batches + (math.ceil(part * loader.num_batches(int(whole))) if part else 0)
 
 
 def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> AdamW:
@@ -188,7 +204,8 @@ def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
     """The next update's micro-batches and their supervised tokens; the loader stays where it is if that fails."""
     before = run.loader.state_dict()
     try:
-        window = [run.loader.next_batch() for _ in range(run.config.gradient_accumulation_steps)]
+        size = run.config.gradient_accumulation_steps
+        window = [run.loader.next_batch() for _ in range(min(size, run.num_batches - run.step * size))]
         return window, sum(int((batch["labels"] != IGNORE).sum()) for batch in window)
     except BaseException:
         run.loader.load_state_dict(before)
@@ -285,9 +302,8 @@ def make_room(run: Run, window: list[dict[str, Any]], reason: str, again: bool) 
     raise UserError(
         "a step must fit in memory",
         f"{reason}; the optimizer's states are not in the way and each document goes alone",
-        "lower max_seq_length or r, pass --gradient-checkpointing, a smaller --weights-budget or "
-        "--optim paged_adamw_8bit, or say with --device-memory what there is; `onecard plan` with it says what "
-        "would fit. --resume goes on from the last checkpoint",
+        "--resume with --gradient-checkpointing, a smaller --weights-budget or --device-memory; or start again with a "
+        "lower max_seq_length or r, or --optim paged_adamw_8bit; `onecard plan` says what would fit",
     )
 
 
@@ -296,8 +312,7 @@ def not_finite(run: Run, loss: float, norm: float) -> UserError:
     return UserError(
         "loss and gradients must be finite",
         found,
-        "lower learning_rate, raise warmup_ratio, or use compute_dtype bfloat16 or float32; "
-        "--resume goes on from the last checkpoint",
+        "start again with a lower learning_rate, a larger warmup_ratio, or compute_dtype bfloat16 or float32",
     )
 
 

@@ -1,18 +1,9 @@
-"""Bad data of every kind, each with the place that its message must name and a word that it must say.
-
-`python -m tests.data.bad_data` prints the messages as a table.
-"""
+"""Bad data of every kind, each with the place that its message must name and a word that it must say."""
 
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
-
-from onecard.config import DataConfig
-from onecard.data.dataset import load_dataset
-from onecard.errors import UserError
-from tests.conftest import make_tokenizer
 
 GOOD = json.dumps({"messages": [{"role": "user", "content": "how?"}, {"role": "assistant", "content": "two"}]})
 ASKED = {"role": "user", "content": "how?"}
@@ -37,6 +28,15 @@ def parquet_rows(rows: list[dict[str, object]]) -> bytes:
 
     sink = pyarrow.BufferOutputStream()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def parquet_twice() -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    column, sink = pyarrow.array(["a"]), pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays([column, column], names=["text", "text"]), sink)
     return sink.getvalue().to_pybytes()
 
 
@@ -81,6 +81,15 @@ CHAT_LINES: dict[str, tuple[str | bytes, str, str]] = {
         "messages[1].tool_calls[0].function.arguments",
         "arguments must be JSON",
     ),
+    "half a surrogate in a call": (
+        call(name="f", arguments={"a": ["\ud800"]}),
+        "messages[1].tool_calls[0].function.arguments.a[0]",
+        "surrogate",
+    ),
+    "NUL in a call's name": (call(name="f\x00", arguments={}), "messages[1].tool_calls[0].function.name", "NUL"),
+    "NUL in the tools": (GOOD[:-1] + ', "tools": [{"name": "\\u0000"}]}', "tools[0].name", "NUL"),
+    "comma at the end": (GOOD[:-1] + ",}", "row", "double quotes"),
+    "raw control character": (GOOD.replace("two", "t\x01o"), "row", "Invalid control character at column"),
     "user calls a tool": (chat({**ASKED, "tool_calls": [{}]}, SAID), "messages[0].tool_calls", "only the assistant"),
 }
 
@@ -93,6 +102,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "gzip": ("d.jsonl", b"\x1f\x8b\x08\x00abc", "d.jsonl", "gzip"),
     "Parquet named JSONL": ("d.jsonl", parquet_rows([{"text": "a"}]), "d.jsonl", "Parquet"),
     "UTF-16": ("d.jsonl", '{"text": "a"}'.encode("utf-16"), "d.jsonl", "UTF-16"),
+    "UTF-32": ("d.jsonl", '{"text": "a"}'.encode("utf-32"), "d.jsonl", "UTF-32"),
     "binary": ("d.csv", bytes(64) + b"ab", "d.csv", "binary"),
     "JSON array cut off": ("d.json", b'[{"text": "a"},\n{"text"', "d.json:2:row", "line 2"),
     "JSON array, comma at the end": ("d.json", b'[{"text": "a"},]', "d.json:2:row", "Expecting value"),
@@ -108,6 +118,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "CSV, empty completion": ("d.csv", b"prompt,completion\na,\n", "d.csv:2:completion", "empty"),
     "Parquet cut off": ("d.parquet", parquet_rows([{"text": "a"}])[:40], "d.parquet", "Parquet"),
     "Parquet, null": ("d.parquet", parquet_rows([{"text": "a"}, {"text": None}]), "d.parquet:2:text", "null"),
+    "Parquet, column twice": ("d.parquet", parquet_twice(), "d.parquet", '"text" twice'),
     "blank text": ("d.jsonl", b'{"text": " \\n"}\n', "d.jsonl:1:text", "empty"),
     "control token in text": ("d.jsonl", b'{"text": "<|bos|>"}\n', "d.jsonl:1:text", "bos"),
     "empty completion": ("d.jsonl", b'{"prompt": "a", "completion": ""}\n', "d.jsonl:1:completion", "empty"),
@@ -156,39 +167,9 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
 }
 
 
-def message_of(path: Path) -> str:
-    """What is said about a file; its folder left out."""
-    try:
-        load_dataset(str(path), make_tokenizer(), DataConfig())
-    except UserError as error:
-        return str(error).replace(f"{path.parent}/", "")
-    return "NOT REFUSED"
-
-
 def chat_file(folder: Path, line: str | bytes) -> Path:
     """A JSONL file with a bad second line between good ones."""
     path = folder / "data.jsonl"
     raw = line.encode() if isinstance(line, str) else line
     path.write_bytes(GOOD.encode() + b"\n" + raw + b"\n\n" + GOOD.encode() + b"\n")
     return path
-
-
-def table() -> str:
-    rows = ["| kind | message |", "|---|---|"]
-    with tempfile.TemporaryDirectory() as name:
-        for kind, (line, _, _) in CHAT_LINES.items():
-            rows.append(f"| {kind} | {cell(message_of(chat_file(Path(name), line)))} |")
-        for kind, (file, raw, _, _) in FILES.items():
-            (Path(name) / file).write_bytes(raw)
-            rows.append(f"| {kind} | {cell(message_of(Path(name) / file))} |")
-        rows.append(f"| missing file | {cell(message_of(Path(name) / 'absent.jsonl'))} |")
-        rows.append(f"| folder | {cell(message_of(Path(name)))} |")
-    return "\n".join(rows) + "\n"
-
-
-def cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", "<br>")
-
-
-if __name__ == "__main__":
-    print(table(), end="")

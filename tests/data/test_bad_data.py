@@ -5,8 +5,10 @@ import json
 import pytest
 
 from onecard.config import DataConfig
+from onecard.data import template
 from onecard.data.dataset import load_dataset, prepare
 from onecard.data.records import read_records
+from onecard.data.template import encode
 from onecard.errors import UserError
 from tests.conftest import make_tokenizer, write_rows
 from tests.data.bad_data import ASKED, CHAT_LINES, FILES, GOOD, SAID, chat_file
@@ -103,3 +105,33 @@ def test_a_json_array_of_lines_with_a_byte_order_mark(tmp_path):
     path.write_bytes(b"[ ]")
     with pytest.raises(UserError, match="must have rows"):
         read_records(path)
+
+
+@pytest.mark.parametrize("long", ["prompt", "completion", "text", "user", "assistant"])
+def test_a_huge_row_is_cut_to_the_tokens_of_the_whole(long, tmp_path):
+    words = "".join(f"the lazy dog {i} " for i in range(60_000))  # about a megabyte
+    row = {"prompt": "how?", "completion": "two"} | ({long: words} if long in ("prompt", "completion") else {})
+    if long == "text":
+        row = {"text": words}
+    if long in ("user", "assistant"):
+        turns = {"user": "how?", "assistant": "two"} | {long: words}
+        row = {"messages": [{"role": role, "content": text} for role, text in turns.items()]}
+    record = read_records(write_rows(tmp_path / "d.jsonl", [row])).records[0]
+    whole, cut = (encode(record, TOKENIZER, most) for most in (10**6, 100))
+    assert cut.truncated and not whole.truncated
+    assert cut.input_ids == whole.input_ids[:100] and cut.labels == whole.labels[:100]
+
+
+def test_a_huge_row_is_not_tokenized_whole(tmp_path, monkeypatch):
+    record = read_records(write_rows(tmp_path / "d.jsonl", [{"text": "a b " * 10**6}])).records[0]
+    longest = 0
+    whole = template.encode_text
+
+    def measured(text, *args):
+        nonlocal longest
+        longest = max(longest, len(text))
+        return whole(text, *args)
+
+    monkeypatch.setattr(template, "encode_text", measured)
+    encode(record, TOKENIZER, 64)
+    assert longest <= 65 * template.LONGEST_TOKEN

@@ -274,3 +274,9 @@ def test_bad_tools(tmp_path, tools):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(UserError, match=r"d\.jsonl:1:tools"):
         read_one(tmp_path, {"messages": messages, "tools": tools}, WITH_TOOLS)
+
+
+def test_a_header_that_follows_every_turn_is_not_learned():
+    """A template that writes the generation prompt whether or not it is asked for."""
+    always = CHATML.replace("{% if add_generation_prompt %}", "{% if true %}")
+    assert learned_of(chat("how?", "two", "more?", "lazy dog"), always) == [f"two{END}", f"lazy dog{END}"]

@@ -1,7 +1,10 @@
 """Exact: GGUF files read by transformers and the gguf package, by llama.cpp where it is installed."""
 
-import os
+import json
 import re
+import subprocess
+import sys
+from random import Random
 
 import gguf
 import numpy as np
@@ -131,7 +134,7 @@ def test_llama3_s_rotary_factors(tmp_path):
     short, long = waves < 64 / 4, waves > 64 / 1
     off = factors / np.where(short, 1, 8) - 1
     assert factors.shape == (8,) and (np.abs(off[short | long]) <= 4 * 2**-24).all()
-    assert ((1 < factors) & (factors < 8))[~short & ~long].all()
+    assert ((factors > 1) & (factors < 8))[~short & ~long].all()
 
 
 @pytest.mark.parametrize(("outtype", "levels"), [("f16", None), ("q8_0", 127), ("q4_0", 8)])
@@ -272,6 +275,15 @@ def test_tokens_are_the_same(tmp_path):
     assert found["tokenizer.ggml.token_type"][:5] == [3, 3, 3, 3, 1] and found["tokenizer.ggml.token_type"][-1] == 5
 
 
+def test_an_adapter_s_own_tokenizer_is_the_file_s(tmp_path):
+    base = make_checkpoint(tmp_path / "base", vocab_size=320)
+    make_adapter(tmp_path / "adapter", base)
+    make_tokenizer(specials=("<|tool|>",)).save_pretrained(tmp_path / "adapter")
+    export(base, tmp_path / "m.gguf", adapter=tmp_path / "adapter")
+    found = fields_of(tmp_path / "m.gguf")
+    assert found["tokenizer.ggml.tokens"][4] == "<|tool|>" and found["tokenizer.ggml.token_type"][4] == 3
+
+
 def same(model, folder):
     """Where transformers finds a tokenizer: the checkpoint, the GGUF file."""
     return (model, {}), (folder, {"gguf_file": "m.gguf"})
@@ -306,6 +318,29 @@ def test_sentencepiece_tokens_are_the_same(tmp_path):
     read = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
     texts = [text for text in TEXTS if "<|" not in text]
     assert [read(text)["input_ids"] for text in texts] == [tokenizer(text)["input_ids"] for text in texts]
+
+
+def joined(text, tokens, scores):
+    """How llama.cpp tokenizes with scores: join the neighbours whose union scores highest, the first of equals."""
+    ids, pieces = {token: i for i, token in enumerate(tokens)}, list("▁" + text.replace(" ", "▁"))
+    while True:
+        unions = [(scores[ids[a + b]], -i) for i, (a, b) in enumerate(zip(pieces, pieces[1:])) if a + b in ids]
+        if not unions:
+            return [ids[piece] for piece in pieces]
+        i = -max(unions)[1]
+        pieces[i : i + 2] = [pieces[i] + pieces[i + 1]]
+
+
+def test_scores_join_as_merges_do():
+    tokenizer = sentencepiece_like()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens, _ = vocabulary.list_tokens(state, len(tokenizer))
+    scores = vocabulary.merge_scores(state["model"], len(tokenizer))
+    rng = Random(0)
+    letters = sorted(set("".join(TEXT)) - set("0123456789"))
+    for _ in range(300):
+        text = "".join(rng.choices(letters, k=12))
+        assert joined(text, tokens, scores) == tokenizer(text)["input_ids"], text
 
 
 def test_a_word_tokenizer_is_refused(tmp_path):
@@ -389,6 +424,7 @@ def test_ollama_s_template_writes_what_the_chat_template_writes(family):
         "{% for m in messages %}{{ loop.index ~ ': ' + m['content'] + '\n' }}{% endfor %}",
         "{% for m in messages %}{{ m['role'] + m['content'] | upper }}{% endfor %}",
         "{% for m in messages %}{{ '{{' + m['content'] + '}}' }}{% endfor %}",
+        "{% if messages | length > 4 %}{{ raise_exception('too long') }}{% endif %}" + CHATML,
     ],
 )
 def test_a_template_of_another_form_is_left_out(template):
@@ -454,11 +490,20 @@ def test_nothing_is_overwritten_and_room_is_checked(tmp_path, monkeypatch):
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2"])
+def test_the_command_says_where_it_is_and_how_to_use_it(tmp_path):
+    model = make_checkpoint(tmp_path / "model", "mistral", sliding_window=64)
+    command = [sys.executable, "-m", "onecard.cli", "export", "--format", "gguf", "--model", str(model)]
+    done = subprocess.run([*command, "--output", tmp_path / "m.gguf"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for said in ("m.gguf  (", "last 64 tokens", "llama-cli -m", "ollama create m -f", "lms import"):
+        assert said in done.stdout, said
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"])
 def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
     """Greedy, from the merged file and from base and adapter; F16, in which llama.cpp computes."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    settings = {"qwen3": {"head_dim": 32}, "gemma2": GEMMA}.get(family, {})
+    settings = {"qwen3": {"head_dim": 32}, "gemma2": GEMMA, "gemma3_text": GEMMA}.get(family, {})
     base = make_checkpoint(tmp_path / "base", family, **settings)
     make_adapter(tmp_path / "adapter", base)
     export(base, tmp_path / "m.gguf", "f16", tmp_path / "adapter", base="dequantized")
@@ -475,4 +520,3 @@ def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
         found = [token for token, _ in zip(model.generate(ids, temp=0.0), range(16))]
         model.close()
         assert found == expected.tolist(), file
-    assert os.path.getsize(tmp_path / "a.gguf") < os.path.getsize(tmp_path / "m.gguf")

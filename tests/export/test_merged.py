@@ -14,10 +14,11 @@ import onecard
 from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.merged import merge, open_merged
-from onecard.export.quantized import quantize_checkpoint
+from onecard.export.quantized import quantize_checkpoint, requantize
 from onecard.infer.adapters import with_adapter
+from onecard.nn.experts import weights_of
 from onecard.nn.lora import register_fused
-from tests.conftest import make_checkpoint
+from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 
 
 def make_adapter(folder, base, added=0, **settings):
@@ -198,3 +199,65 @@ def test_a_full_disk_is_told_first(tmp_path, monkeypatch):
     monkeypatch.setattr("onecard.export.folder.shutil.disk_usage", lambda path: usage)
     with pytest.raises(UserError, match="room"):
         merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+
+
+STACKS = ["experts.gate_up_proj", "experts.down_proj"]
+ON_EXPERTS = {"target_modules": ["q_proj", "o_proj"], "target_parameters": STACKS}
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+@pytest.mark.parametrize(
+    "settings",
+    [ON_EXPERTS, {**ON_EXPERTS, "use_rslora": True}, {**ON_EXPERTS, "target_parameters": STACKS[1:]}],
+    ids=["both", "rslora", "down"],
+)
+def test_merged_experts_are_the_live_adapter(family, settings, tmp_path):
+    """As above, of every expert; from tensors of each expert's own, and from stacked ones."""
+    base = make_checkpoint(tmp_path / "base", family)
+    ids, before, live = make_adapter(tmp_path / "adapter", base, **settings)
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert off_by(tmp_path / "merged", ids, before, live) < 1e-4
+    assert set(load_file(tmp_path / "merged/model.safetensors")) == set(load_file(base / "model.safetensors"))
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_original_experts_are_plain_peft_s_merge(family, tmp_path):
+    base = make_checkpoint(tmp_path / "base", family)
+    make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), base="original")
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
+    assert set(found) == set(expected)
+    for name, tensor in found.items():
+        # Sums of r products in float32, in another order.
+        assert (tensor - expected[name]).abs().max() <= 8 * torch.finfo(torch.float32).eps * expected[name].abs().max()
+
+
+def test_an_adapter_of_other_experts_is_refused(tmp_path):
+    base = make_checkpoint(tmp_path / "base", "mixtral")
+    make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
+    other = make_checkpoint(tmp_path / "other", "mixtral", num_local_experts=3)
+    with pytest.raises(UserError, match="must have the same rank"):
+        merge(str(other), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    narrow = make_checkpoint(tmp_path / "narrow", "mixtral", intermediate_size=64)
+    with pytest.raises(UserError, match="must have the adapter's"):
+        merge(str(narrow), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_requantized_experts_say_what_is_left(family, tmp_path):
+    """<Q(W + D) - W, D> / <D, D> over all updated weights, from the two checkpoints as they are loaded."""
+    base = make_checkpoint(tmp_path / "base", family)
+    make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
+    folder, share = requantize(str(base), str(tmp_path / "adapter"), str(tmp_path / "q"), QuantConfig())
+    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    found, before = (onecard.load_model(str(f), compute_dtype="float32", device="cpu") for f in (folder, base))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    along = whole = 0.0
+    for (path, module), (_, other) in zip(found.named_modules(), before.named_modules()):
+        for (name, weight), (_, old) in zip(weights_of(module), weights_of(other)):
+            D = (getattr(merged.get_submodule(path), name).detach() - old.dequantize()).double()
+            along += ((weight.dequantize() - old.dequantize()).double() * D).sum().item()
+            whole += D.square().sum().item()
+    assert share == pytest.approx(along / whole, rel=1e-5)  # sums of float32 products

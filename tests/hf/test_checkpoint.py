@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import onecard
 from onecard.errors import UserError
-from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.hf.load import fingerprint
+from onecard.hf.checkpoint import inspect_checkpoint, zeros_at_end
+from onecard.hf.load import fingerprint, load_tokenizer, read_config
 from tests.conftest import make_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -58,14 +59,39 @@ def wrong_index(folder):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     mapping = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
     mapping[Q] = "../a.safetensors"
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": mapping}))
 
 
 def missing_shard(folder):
     (folder / "model.safetensors").rename(folder / "a.safetensors")
     mapping = dict.fromkeys(load_file(folder / "a.safetensors"), "a.safetensors")
     mapping[Q] = "b.safetensors"
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": mapping}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": mapping}))
+
+
+def index_without_metadata(folder):
+    missing_shard(folder)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {Q: "a.safetensors"}}))
+
+
+def edit_config(**fields):
+    """Damage done to config.json."""
+
+    def damage(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+    return damage
+
+
+def write(text):
+    """Another file under the name of the weights."""
+    return lambda folder: (folder / "model.safetensors").write_text(text)
+
+
+def own_code(folder):
+    edit_config(model_type="evil", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})(folder)
+    (folder / "evil.py").write_text("raise SystemExit('the checkpoint ran its code')")
 
 
 def pickled(folder):
@@ -107,6 +133,22 @@ DAMAGES = {
     "missing shard": (missing_shard, "b.safetensors"),
     "pickle only": (pickled, "pytorch_model.bin"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "model.safetensors"),
+    "a page of HTML": (write("<!doctype html><title>404</title>"), "model.safetensors"),
+    "a pointer of git-lfs": (write("version https://git-lfs.github.com/spec/v1\nsize 12\n"), "git lfs pull"),
+    "bytes after the last tensor": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes() + b"x"),
+        "longer than its tensors",
+    ),
+    "a shape of true": (edit_header(lambda h: h[Q].update(shape=[True, 4096])), Q),
+    "index without metadata": (index_without_metadata, "metadata"),
+    "a config of an unknown model": (edit_config(model_type="llamma"), "config.json"),
+    "a config that contradicts itself": (edit_config(num_attention_heads=5), "config.json"),
+    "a config with a number as text": (edit_config(hidden_size="64"), "config.json"),
+    "an activation of no name": (edit_config(hidden_act="silly"), "config.json"),
+    "a config of fewer layers": (edit_config(num_hidden_layers=1), "model.layers.1"),
+    "a config of more layers": (edit_config(num_hidden_layers=3), "model.layers.2"),
+    "code of its own": (own_code, "config.json"),
+    "quantized by another": (edit_config(quantization_config={"quant_method": "gptq"}), "gptq"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
 }
@@ -121,6 +163,32 @@ def test_damage_is_named(kind, sound, tmp_path):
     with pytest.raises(UserError) as error:
         onecard.load_model(str(folder), device="cpu")
     assert named in str(error.value)
+
+
+def test_code_in_a_checkpoint_is_never_asked_for(sound, tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    shutil.copytree(sound, folder)
+    own_code(folder)
+    monkeypatch.setattr("builtins.input", lambda *args: pytest.fail("a question"))
+    with pytest.raises(UserError, match="never run"):
+        read_config(folder)
+    path = folder / "tokenizer_config.json"
+    tokenizer = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | tokenizer))
+    with suppress(UserError):  # transformers may find a class of its own that reads the same files
+        load_tokenizer(str(folder))
+
+
+def test_a_tail_of_zeros_is_warned_of(sound, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(sound, folder)
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    assert zeros_at_end(path) < 64
+    path.write_bytes(raw[:-70_000] + bytes(70_000))
+    assert zeros_at_end(path, step=999) == zeros_at_end(path) >= 70_000
+    with pytest.warns(UserWarning, match="bytes of zeros"):
+        onecard.load_model(str(folder), device="cpu")
 
 
 def test_a_sharded_checkpoint_loads_the_same(sound, tmp_path):

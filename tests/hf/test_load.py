@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import onecard
@@ -112,6 +112,27 @@ def test_the_seeds_code_trains_and_plain_peft_reads_its_adapter(lora, tmp_path):
     # The adapter was trained on the 4-bit base; on the 16-bit one it must still take off most of what it learned.
     assert plain(ids, labels=ids).loss.item() < losses[0] - 0.2
     assert hashes(folder) == before
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+        VeraConfig(r=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        OFTConfig(oft_block_size=8, r=0, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_adapters_of_peft_train(config, checkpoint):
+    model = get_peft_model(onecard.load_model(str(checkpoint), compute_dtype="float32", device="cpu"), config)
+    ids = torch.randint(5, 200, (2, 16), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(2):
+        losses.append(model(input_ids=ids, labels=ids).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
 
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])

@@ -44,7 +44,7 @@ def differing_bytes(ours, theirs):
     for name, module in weights.items():
         weight = theirs.get_submodule(name).weight
         W = dequantize_4bit(weight.data, weight.quant_state)
-        found = onecard.dequantize_4bit(module.weight, module.state)
+        found = onecard.dequantize_4bit(module.weight, module.loaded_state)
         assert found.dtype == W.dtype and found.shape == W.shape, name
         wrong += int((found.contiguous().view(torch.uint8) != W.contiguous().view(torch.uint8)).sum())
     return wrong, len(weights)

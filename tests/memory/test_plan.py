@@ -6,26 +6,32 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoConfig
 
 import onecard
-from onecard.config import parse_bytes
+from onecard.config import LoraSettings, parse_bytes
 from onecard.errors import UserError
-from onecard.memory.model import known_config, meta_model
+from onecard.hf.load import meta_model
+from onecard.memory.model import known_config
 from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
+from onecard.nn.experts import weights_of
+from onecard.nn.lora import lora_config
+from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 
 BILLIONS = {
     "llama-2-7b": 6.74, "llama-2-13b": 13.02, "llama-2-70b": 68.98, "llama-3-8b": 8.03, "llama-3-70b": 70.55,
     "llama-3.1-405b": 405.85, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "mistral-7b": 7.24,
     "mistral-large-123b": 122.61, "qwen2.5-0.5b": 0.49, "qwen2.5-7b": 7.62, "qwen2.5-72b": 72.71,
-    "qwen3-0.6b": 0.60, "qwen3-8b": 8.19, "qwen3-32b": 32.76,
+    "qwen3-0.6b": 0.60, "qwen3-8b": 8.19, "qwen3-32b": 32.76, "mixtral-8x7b": 46.70, "qwen3-30b-a3b": 30.53,
+    "qwen3-235b-a22b": 235.09, "gpt-oss-20b": 20.91, "gpt-oss-120b": 116.83,
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_public_models_have_their_published_size(name):
-    count = sum(p.numel() for p in meta_model(known_config(name)).parameters())
+    count = sum(p.numel() for p in meta_model(known_config(name), name).parameters())
     assert round(count / 1e9, 2) == pytest.approx(BILLIONS[name], abs=0.0101)
 
 
@@ -39,10 +45,32 @@ def test_the_terms_of_a_loaded_model(checkpoint):
     model = onecard.load_model(str(checkpoint), compute_dtype=torch.bfloat16, device="cpu")
     quantized = [module for module in model.modules() if hasattr(module, "quant_state")]
     assert found["base, 4-bit codes"] == sum(module.weight.nbytes for module in quantized)
-    assert found["base, scales"] == sum(module.state.nbytes for module in quantized)
+    assert found["base, scales"] == sum(module.loaded_state.nbytes for module in quantized)
     others = sum(p.nbytes for p in model.parameters() if p.is_floating_point())
     assert found["embeddings, norms, head"] == others
     assert found["LoRA weights"] == sum(4 * 4 * (m.in_features + m.out_features) for m in quantized)
+
+
+@pytest.mark.parametrize("family", EXPERT_FAMILIES)
+def test_the_terms_of_loaded_experts(family, tmp_path):
+    folder = make_checkpoint(tmp_path, family, dtype=torch.bfloat16)
+    lora = LoraSettings(r=4, target_parameters=["gate_up_proj", "down_proj"])
+    fields = {"r": 4, "target_parameters": lora.target_parameters, "compute_dtype": "bfloat16"}
+    found = {term.name: term.num_bytes for term in plan(str(folder), **fields).terms}
+    model = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
+    weights = [weight for module in model.modules() for _, weight in weights_of(module)]
+    assert found["base, 4-bit codes"] + found["experts, 4-bit codes"] == sum(w.weight.nbytes for w in weights)
+    assert found["base, scales"] == sum(w.loaded_state.nbytes for w in weights)
+    assert found["embeddings, norms, head"] == sum(p.nbytes for p in model.parameters() if p.is_floating_point())
+    assert found["dequantized weight"] == 2 * max(w.loaded_state.shape[-2:].numel() for w in weights)
+    tuned = get_peft_model(model, lora_config(lora, model))
+    assert found["LoRA weights"] == sum(p.nbytes for p in tuned.parameters() if p.requires_grad)
+
+
+def test_experts_are_counted_as_bitsandbytes_would_have_them():
+    (term,) = [term for term in plan("gpt-oss-120b").terms if term.name == "experts, 4-bit codes"]
+    experts = 36 * 128 * 3 * 2880 * 2880
+    assert term.num_bytes == experts // 2 and f"{2 * experts / 2**30:,.1f} GiB in 16 bits" in term.formula
 
 
 def test_the_article_s_bill():

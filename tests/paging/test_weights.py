@@ -30,10 +30,10 @@ def least_budget(folder, tmp_path):
     return sum(sorted((page.num_bytes for page in model.pager.pages), reverse=True)[:2])
 
 
-def losses_and_gradients(model, recompute, rounds=2):
+def losses_and_gradients(model, recompute, rounds=2, **settings):
     """Two forward and backward passes with an adapter."""
     torch.manual_seed(1)
-    model = get_peft_model(model, lora_config(LoraSettings(r=4)))
+    model = get_peft_model(model, lora_config(LoraSettings(r=4, **settings), model))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)

@@ -1,0 +1,99 @@
+"""A peft adapter folder: its updates, and what it has trained in full."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from onecard.errors import UserError
+from onecard.hf.checkpoint import read_json
+
+PREFIX = "base_model.model."
+TOKENS = ".token_adapter.trainable_tokens_delta"  # by its name a difference, but it holds the rows themselves
+
+
+@dataclass
+class Update:
+    """One linear's part of an adapter: B (N, r), A (r, K), DoRA's magnitude (N,), all float32."""
+
+    A_RK: Tensor
+    B_NR: Tensor
+    scaling: float
+    magnitude_N: Tensor | None = None
+
+    def add_to(self, W_NK: Tensor, start: int) -> Tensor:
+        """Float32 rows of the weight, from row `start` on, with the update in them."""
+        rows = slice(start, start + W_NK.shape[0])
+        W_NK = W_NK + self.scaling * (self.B_NR[rows] @ self.A_RK)
+        if self.magnitude_N is not None:
+            W_NK *= self.magnitude_N[rows, None] / torch.linalg.vector_norm(W_NK, dim=1, keepdim=True)
+        return W_NK
+
+
+@dataclass
+class Adapter:
+    """A peft adapter folder, read and checked."""
+
+    folder: Path | None = None
+    updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight that each changes
+    saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: these replace the base's
+    tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # trained rows of an embedding
+    stays_tied: bool = False
+    config: dict[str, Any] = field(default_factory=dict)  # peft's
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """A peft folder of LoRA, rsLoRA or DoRA weights, modules saved in full and rows trained for some tokens."""
+    config = read_json(folder / "adapter_config.json", "pass the run's adapter/ folder")
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+        found = f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
+        raise UserError("an adapter must be LoRA without trained biases", found, "merge it with peft", str(folder))
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise UserError("an adapter must hold adapter_model.safetensors", "no such file", "pass adapter/", str(folder))
+    adapter, parts = Adapter(folder, stays_tied=bool(config.get("ensure_weight_tying")), config=config), {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  not a dict
+            name = key.removeprefix(PREFIX)
+            match = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
+            if match:
+                parts.setdefault(match[1], {})[match[2]] = file.get_tensor(key).float()
+            elif "lora_" in name or not key.startswith(PREFIX):
+                raise UserError("an adapter's tensors must be lora_A and lora_B", key, "merge it with peft", str(path))
+            elif name.endswith(TOKENS):
+                module = name.removesuffix(TOKENS)
+                adapter.tokens[f"{module}.weight"] = (token_indices(module, config), file.get_tensor(key))
+            elif ".original_module." not in name:  # which is the base's, with as many rows as it was given
+                name = name.replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".")
+                adapter.saved[name] = file.get_tensor(key)
+    for module, part in parts.items():
+        if not {"lora_A", "lora_B"} <= set(part):
+            raise UserError("each lora_A must have its lora_B", module, "the adapter is damaged", str(path))
+        A, B = part["lora_A"], part["lora_B"]
+        scaling = scale_of(module, config, A.shape[0])
+        adapter.updates[f"{module}.weight"] = Update(A, B, scaling, part.get("lora_magnitude_vector"))
+    return adapter
+
+
+def token_indices(module: str, config: dict[str, Any]) -> list[int]:
+    """Which rows of an embedding its trained ones replace; a list is for the input embedding and what is tied to it."""
+    found = config.get("trainable_token_indices") or []
+    if isinstance(found, list):
+        return found
+    return next((v for name, v in found.items() if module == name or module.endswith(f".{name}")), [])
+
+
+def scale_of(module: str, config: dict[str, Any], rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may have a pattern for this module, as peft matches it."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = value
+            break
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

@@ -1,0 +1,132 @@
+"""Experts in an export: their stacked weights, read from a checkpoint matrix by matrix, and their part of an adapter.
+
+peft names a layer on a stacked weight by the experts' module alone. Where both weights have one, the layer on the
+first, gate_up_proj, lies inside that on the second: `experts.base_layer.lora_A` and `experts.lora_A`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onecard.errors import UserError
+from onecard.export.adapter import Adapter, Update, scale_of
+from onecard.export.folder import read_tensor
+from onecard.hf.checkpoint import Checkpoint, TensorInfo
+from onecard.hf.experts import Place, expert_places
+from onecard.kernels import ops
+from onecard.memory.stacks import Stack
+from onecard.quant.state import QuantState, part_of
+
+LAYER_STACKS = 2  # stacked weights of a layer, whose matrices a checkpoint may have in turn
+
+
+def matrix_key(name: str, expert: int | None) -> str:
+    """How an adapter's updates name a matrix: a tensor, or `expert`'s part of a stacked one."""
+    return name if expert is None else f"{name}[{expert}]"
+
+
+def matrix_info(info: TensorInfo, expert: int) -> TensorInfo:
+    """A stacked tensor's part."""
+    size = info.nbytes // info.shape[0]
+    return replace(info, shape=info.shape[1:], begin=info.begin + expert * size, nbytes=size)
+
+
+def part_in_4bit(packed: Tensor, state: QuantState, place: Place, expert: int | None) -> tuple[Tensor, QuantState, int]:
+    """Codes and state of a tensor's matrix in a stack's, and how many weights in them come before it."""
+    number = place.expert if expert is None else expert
+    assert number is not None
+    codes, found, skip = part_of(packed, state, number)
+    return codes, found, skip + place.part * (state.shape[1:].numel() // place.num_parts)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Where a checkpoint's experts are, by tensor, and the last layer's in 4 bits."""
+
+    checkpoint: Checkpoint
+    stacks: dict[str, Stack]
+    places: dict[str, Place]
+    held: dict[str, tuple[Tensor, QuantState]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, model: Any) -> Experts:
+        """Args: model: what read_model says of the checkpoint."""
+        stacks = model.stacks
+        return cls(checkpoint, stacks, expert_places(model.modules, stacks, checkpoint.tensors) if stacks else {})
+
+    def is_stack(self, name: str) -> bool:
+        """Whether a tensor is a whole stacked weight."""
+        return name in self.places and self.places[name].expert is None
+
+    def parts(self, stack: str) -> list[tuple[int | None, list[str]]]:
+        """The tensors of each expert in a stacked weight, in its order; for None the one that is all of it."""
+        found: dict[int | None, list[tuple[int, str]]] = {}
+        for name, place in self.places.items():
+            if place.stack == stack:
+                found.setdefault(place.expert, []).append((place.part, name))
+        ordered = sorted(found, key=lambda expert: expert or 0)
+        return [(expert, [name for _, name in sorted(found[expert])]) for expert in ordered]
+
+    def matrices(self, stack: str) -> Iterator[Tensor]:
+        """A stacked weight's matrices, in its order, as the checkpoint has them."""
+        for expert, names in self.parts(stack):
+            infos = [self.checkpoint.tensors[name] for name in names]
+            if expert is None:
+                yield from (read_tensor(matrix_info(infos[0], number)) for number in range(infos[0].shape[0]))
+            else:
+                yield torch.cat([read_tensor(info) for info in infos])
+
+    def in_4bit(
+        self, stack: str, how: tuple[str, int, bool], read: Callable[[], tuple[Tensor, QuantState]] | None
+    ) -> tuple[Tensor, QuantState]:
+        """A stacked weight's codes and state as training had them; `read` gives those that a 4-bit checkpoint has."""
+        if stack not in self.held:
+            if len(self.held) == LAYER_STACKS:
+                del self.held[next(iter(self.held))]
+            shape = self.stacks[stack].weight.shape
+            self.held[stack] = read() if read else ops.quantize_stack(self.matrices(stack), shape, *how, stack)
+        return self.held[stack]
+
+    def spread(self, adapter: Adapter) -> None:
+        """Replace an adapter's updates of stacked weights by one for each of their matrices in the checkpoint."""
+        for layer, stack in self.layers(adapter.config.get("target_parameters") or []).items():
+            update = adapter.updates.pop(f"{layer}.weight", None)
+            for name, place in self.places.items():
+                if update is not None and place.stack == stack:
+                    adapter.updates |= self.matrix_updates(name, update, adapter)
+
+    def layers(self, target_parameters: list[str]) -> dict[str, str]:
+        """The stacked weight that each of peft's layers on one is for, by the layer's name."""
+        modules: dict[str, list[str]] = {}
+        for stack in self.stacks:
+            if any(f".{stack}".endswith(f".{target}") for target in target_parameters):
+                modules.setdefault(stack.rpartition(".")[0], []).append(stack)
+        return {
+            module + ".base_layer" * depth: stack
+            for module, named in modules.items()
+            for depth, stack in enumerate(reversed(named))
+        }
+
+    def matrix_updates(self, name: str, update: Update, adapter: Adapter) -> dict[str, Update]:
+        """Of each matrix of a tensor, from peft's A (E R, K) and B (N, R E) of its stack."""
+        place = self.places[name]
+        stack, E = self.stacks[place.stack], self.stacks[place.stack].num_experts
+        rank, rest = divmod(update.A_RK.shape[0], E)
+        if rest or update.B_NR.shape[1] != rank * E:
+            found = f"lora_A {list(update.A_RK.shape)}, lora_B {list(update.B_NR.shape)}"
+            must = f"an adapter of {place.stack} must have the same rank for each of {E} experts"
+            raise UserError(must, found, "use the model that the adapter was trained on", str(adapter.folder))
+        scaling, rows = scale_of(place.stack, adapter.config, rank), stack.weight.shape[1] // place.num_parts
+        A_ERK, B_NRE = update.A_RK.view(E, rank, -1), update.B_NR.view(-1, rank, E)
+        found = {}
+        for expert in range(E) if place.expert is None else [place.expert]:
+            A, B = A_ERK[expert], B_NRE[:, :, expert]
+            A, B = (B.T, A.T) if stack.is_transposed else (A, B)
+            key = matrix_key(name, expert if place.expert is None else None)
+            found[key] = Update(A, B[place.part * rows : (place.part + 1) * rows], scaling)
+        return found

@@ -1,0 +1,184 @@
+"""What a checkpoint's tensors go through on their way into a model: 16-bit weights into codes, 4-bit ones as they are.
+
+transformers' conversion operations; they are called one weight at a time, and give the module its weight themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import replace
+from mmap import PAGESIZE
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from onecard.errors import UserError
+from onecard.kernels import ops
+from onecard.nn.experts import StackedWeight, weights_of
+from onecard.nn.linear import Linear4bit
+from onecard.paging.files import Segment
+from onecard.paging.weights import PagedBase
+from onecard.quant.state import QuantState, from_bnb
+
+paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
+"""While a paged model loads: who takes its weights, and where the checkpoint's tensors lie."""
+MADV_DONTNEED = 4  # of Linux
+
+
+class Quantize4bit(ConversionOps):
+    """One weight in, its codes out; the QuantState goes to the module."""
+
+    def __init__(self, hf_quantizer: Any):
+        self.hf_quantizer = hf_quantizer
+        self.paging = paging.get()
+
+    def __deepcopy__(self, memo: dict) -> Quantize4bit:
+        return self  # transformers copies it for every weight; errors and pages are shared
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return Keep()
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        result = {}
+        for key, values in input_dict.items():
+            name = full_layer_name if len(input_dict) == 1 else key  # a key may be a pattern
+            module, leaf = get_module_from_name(model, name)
+            weight = dict(weights_of(module))[leaf]
+            try:
+                if isinstance(weight, StackedWeight):
+                    self.quantize_experts(name, values, weight)
+                else:
+                    self.quantize(name, values[0] if isinstance(values, list) else values, weight)
+            except UserError as error:
+                # transformers would log an error raised here and end in one of its own: raised after loading.
+                self.hf_quantizer.errors.append(error)
+            module._is_hf_initialized = True
+            result[name] = weight.weight
+        return result
+
+    def quantize(self, name: str, W: Tensor, linear: Linear4bit) -> None:
+        """Give `linear` its weight. Raises UserError for a wrong shape, NaN or Inf."""
+        W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
+        check_shape(W, (linear.out_features, linear.in_features), name)
+        self.set(linear, *ops.quantize_4bit(W, *self.quantization, name))
+        release_file_pages(W)
+
+    def quantize_experts(self, name: str, values: Any, weight: StackedWeight) -> None:
+        """Give `weight` its experts, one by one. Raises UserError for a wrong number or shape, NaN or Inf.
+
+        Args:
+            values: the stacked tensor, or for each expert the tensors that lie one below the other in it.
+        """
+        num_experts, *shape = weight.shape
+        values = values[0] if isinstance(values, list) and values and isinstance(values[0], Tensor) else values
+        if len(values) != num_experts:
+            raise UserError(
+                f"the checkpoint must have {num_experts} experts",
+                f"{len(values) or 'not the same number of each tensor'}",
+                "fetch the checkpoint again, or correct its config.json",
+                name,
+            )
+
+        def experts() -> Iterator[Tensor]:
+            for number, value in enumerate(values):
+                pieces = [value] if isinstance(value, Tensor) else value
+                for piece in pieces:
+                    check_shape(piece, (shape[0] // len(pieces), *shape[1:]), f"{name}, expert {number}")
+                yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+        self.set(weight, *ops.quantize_stack(experts(), weight.shape, *self.quantization, name))
+        release_file_pages(*[piece for value in values for piece in ([value] if isinstance(value, Tensor) else value)])
+
+    @property
+    def quantization(self) -> tuple[str, int, bool]:
+        config: Any = self.hf_quantizer.quantization_config
+        return config.bnb_4bit_quant_type, config.bnb_4bit_blocksize, config.bnb_4bit_use_double_quant
+
+    def set(self, weight: Any, packed: Tensor, state: QuantState) -> None:
+        weight.set_weight(packed, state)
+        if self.paging is not None:
+            self.paging[0].take(weight)
+
+
+class Deserialize4bit(Quantize4bit):
+    """One weight's tensors of a bitsandbytes checkpoint in, its codes out; experts that are in 16 bits there, as
+    bitsandbytes leaves them, are quantized."""
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        module, leaf = get_module_from_name(model, full_layer_name)
+        weight = dict(weights_of(module)).get(leaf)
+        if weight is None:
+            return tensors
+        first = min(tensors, key=len)
+        if tensors[first].is_floating_point() and isinstance(weight, StackedWeight):
+            return super().convert({full_layer_name: tensors[first]}, full_layer_name, model)
+        loaded: Any = module
+        try:
+            packed, state = from_bnb(full_layer_name, {key.removeprefix(first): t for key, t in tensors.items()})
+            expected = weight.shape if isinstance(weight, StackedWeight) else (weight.out_features, weight.in_features)
+            check_shape(torch.empty(state.shape, device="meta"), tuple(expected), full_layer_name)
+            self.set_stored(weight, full_layer_name, packed, state)
+        except UserError as error:
+            self.hf_quantizer.errors.append(error)
+        loaded._is_hf_initialized = True
+        return {full_layer_name: weight.weight}
+
+    def set_stored(self, weight: Any, name: str, packed: Tensor, state: QuantState) -> None:
+        """Give `weight` its codes: in memory of its own, or as a page of the checkpoint's file."""
+        if self.paging is None:
+            weight.set_weight(packed.clone(), replace(state, absmax=state.absmax.clone()))
+        else:
+            base, places = self.paging
+            weight.set_weight(packed, state)
+            found = [places.get(key) for key in (name, f"{name}.absmax")]
+            base.take(weight, (found[0], found[1]) if found[0] and found[1] else None)
+        release_file_pages(packed)
+
+
+class Keep(ConversionOps):
+    """The way back of Deserialize4bit: get_state_dict_and_metadata has made a weight's tensors already."""
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return input_dict
+
+
+def release_file_pages(*tensors: Tensor) -> None:
+    """Let go of the memory that holds tensors' parts of memory-mapped checkpoint files.
+
+    The pages are the file's, unwritten: who needs them again reads them again. Without this they would count as the
+    process's until the file is closed, the whole checkpoint in 16 bits. Anything but such a mapping is left alone.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    lines = [line for line in maps.read_text().splitlines() if line.endswith(".safetensors")]
+    mapped = [tuple(int(edge, 16) for edge in line.split(" ", 1)[0].split("-")) for line in lines]
+    for tensor in tensors:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        if tensor.device.type == "cpu" and any(low <= begin and end <= high for low, high in mapped):
+            first, last = -(-begin // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
+            if first < last:
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
+
+
+def check_shape(W: Tensor, expected: tuple[int, ...], name: str) -> None:
+    """Raise UserError unless W has the shape that config.json promises."""
+    if tuple(W.shape) != expected:
+        raise UserError(
+            f"the weight must have shape {list(expected)}",
+            f"shape {list(W.shape)}",
+            "the checkpoint does not fit its config.json: fetch both again",
+            name,
+        )

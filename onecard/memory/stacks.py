@@ -1,0 +1,47 @@
+"""Experts' stacked weights as the plan sees them: linears of many matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from onecard.nn.experts import STACKS, are_stacked_experts
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stacked weight.
+
+    Attributes:
+        weight: (E, N, K), or (E, K, N) if `is_transposed`.
+        in_features, out_features: of all its experts together, so that rank r learns r (in + out) weights as for a
+            linear.
+    """
+
+    weight: Tensor
+    is_transposed: bool
+
+    @property
+    def num_experts(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.num_experts * self.weight.shape[1 if self.is_transposed else 2]
+
+    @property
+    def out_features(self) -> int:
+        return self.num_experts * self.weight.shape[2 if self.is_transposed else 1]
+
+
+def stacks_of(modules: Any) -> dict[str, Stack]:
+    """The stacked weights that 4 bits take, by name, of transformers' model on the meta device."""
+    named = [(path, module) for path, module in modules.named_modules() if are_stacked_experts(module)]
+    return {
+        f"{path}.{name}": Stack(parameter, module.is_transposed)
+        for path, module in named
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in STACKS
+    }

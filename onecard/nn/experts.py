@@ -1,0 +1,301 @@
+"""Experts4bit: the stacked experts of a mixture-of-experts layer in 4 bits, dequantized one at a time.
+
+For a token x, its experts e and their routing weights w_e, with up's weights U_e (N, K) and down's D_e:
+
+    u_e = x U_e^T + b_e,    h_e = act(u_e),    y = sum over e of w_e (h_e D_e^T + c_e)
+
+and each product may have a LoRA term s B_e A_e. U_e and D_e exist only in the scratch buffer, while the tokens of
+expert e go through it, in the forward as in the backward; experts without tokens are not touched. Kept for the
+backward are x, the routing and u. With g = dL/dy it is
+
+    dh_e = g D_e,    dw_e = <dh_e, h_e> + <g, c_e>,    du_e = act'(u_e) w_e dh_e,    dx = sum over e of du_e U_e
+
+where h_e and act' come from running act, the model's own function, once more. Routers stay in 16 bits, as transformers
+holds them in modules that are no linears, and so does bitsandbytes: they are tiny, and a flipped choice is not.
+
+Shape suffixes: T tokens, J experts of a token, S = T J pairs sorted by expert, M pairs of one expert, E experts,
+N outputs and K inputs of a product, R the LoRA rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onecard.config import ROW_MULTIPLE
+from onecard.kernels import ops
+from onecard.kernels.cpu_info import product_dtype
+from onecard.nn.linear import Linear4bit
+from onecard.quant.state import QuantState, part_of
+
+FEW_ROWS, FILL_ROWS = 8, 16
+STACKS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+@dataclass
+class Factors:
+    """A LoRA term of every expert: A (E, R, K), B (N, R, E) as peft stores it, and its scaling."""
+
+    A_ERK: Tensor
+    B_NRE: Tensor
+    scaling: float
+
+
+class StackedWeight:
+    """One stacked weight of an Experts4bit; it offers what a Linear4bit offers of its own."""
+
+    def __init__(self, experts: Experts4bit, name: str):
+        self.experts, self.name = experts, name
+        self.shape: torch.Size = getattr(experts, name).shape
+        self.quant_state: QuantState | None = None
+        self.fetch: Callable[[], tuple[Tensor, QuantState]] | None = None
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The packed codes, uint8 (numel/2, 1); before they are set, a parameter of `shape` on the meta device."""
+        return getattr(self.experts, self.name)
+
+    @weight.setter
+    def weight(self, parameter: nn.Parameter) -> None:
+        setattr(self.experts, self.name, parameter)
+
+    def set_weight(self, packed: Tensor, state: QuantState) -> None:
+        """Take a quantized weight of shape `shape`."""
+        assert state.shape == self.shape, (state.shape, self.shape)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.quant_state = state
+
+    def stored(self) -> tuple[Tensor, QuantState]:
+        """Codes and scales to compute with."""
+        return (self.weight, self.loaded_state) if self.fetch is None else self.fetch()
+
+    @property
+    def loaded_state(self) -> QuantState:
+        """The QuantState of a weight that has been set."""
+        assert self.quant_state is not None, "Experts4bit computes after set_weight"
+        return self.quant_state
+
+    def dequantize(self) -> Tensor:
+        """The weight, of shape `shape`, in the compute dtype."""
+        return ops.dequantize_4bit(*self.stored(), self.experts.compute_dtype)
+
+
+class Experts4bit(nn.Module):
+    """Takes the place of a model's experts that implement transformers' experts interface.
+
+    Parameters and children keep their names; `weights` holds the stacked weights, (E, N, K), or (E, K, N) where the
+    family `is_transposed`. While a LoRA layer computes, `factors` has its terms by the weight's name.
+    """
+
+    def __init__(self, experts: Any, compute_dtype: torch.dtype | None):
+        super().__init__()
+        self.own = (experts,)  # in a tuple, so that its parameters are not registered twice
+        self.compute_dtype = compute_dtype
+        self.is_transposed: bool = experts.is_transposed
+        for name, child in experts.named_children():
+            self.add_module(name, child)
+        for name, parameter in experts.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        self.weights = {name: StackedWeight(self, name) for name in self._parameters if name in STACKS}
+        self.factors: dict[str, Factors] = {}
+        experts._parameters.clear()
+
+    @property
+    def num_experts(self) -> int:
+        return self.weights["down_proj"].shape[0]
+
+    def activate(self, u: Tensor) -> Tensor:
+        """What the model does between the two products."""
+        (experts,) = self.own
+        return experts._apply_gate(u) if experts.has_gate else experts.act_fn(u)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Args: hidden_states (T, K); top_k_index int64 and top_k_weights (T, J)."""
+        up, down = (self.factors.get(name) for name in self.weights)
+        y = _Experts.apply(
+            hidden_states.to(self.compute_dtype or hidden_states.dtype),
+            top_k_weights,
+            top_k_index,
+            self,
+            *((up.scaling, up.A_ERK, up.B_NRE) if up else (1.0, None, None)),
+            *((down.scaling, down.A_ERK, down.B_NRE) if down else (1.0, None, None)),
+        )
+        return y.to(hidden_states.dtype)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Experts4bit:
+        # As in Linear4bit: scales move with their codes and keep their dtype.
+        super()._apply(fn, recurse)
+        for weight in self.weights.values():
+            if weight.quant_state is not None and weight.quant_state.absmax.device != weight.weight.device:
+                weight.quant_state = weight.quant_state.to(weight.weight.device)
+        return self
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={tuple(weight.shape)}" for name, weight in self.weights.items())
+        return f"{shapes}, compute_dtype={self.compute_dtype}"
+
+
+class Product:
+    """One product of all experts, y = x W_e^T + b_e + s (x A_e^T) B_e^T, for the time of a forward or a backward."""
+
+    def __init__(self, weight: StackedWeight, scaling: float, A_ERK: Tensor | None, B_NRE: Tensor | None, x: Tensor):
+        self.packed, self.state = weight.stored()
+        self.transposed, self.scaling, self.dtype = weight.experts.is_transposed, scaling, x.dtype
+        bias: Tensor | None = getattr(weight.experts, f"{weight.name}_bias", None)
+        self.bias_EN = None if bias is None else bias.to(x.dtype)
+        self.A_ERK = None if A_ERK is None else A_ERK.to(x.dtype)
+        self.B_ENR = None if B_NRE is None else B_NRE.to(x.dtype).permute(2, 0, 1).contiguous()
+
+    @property
+    def num_outputs(self) -> int:
+        return self.state.shape[2 if self.transposed else 1]
+
+    def weight(self, expert: int) -> Tensor:
+        """W_e (N, K) in the scratch buffer."""
+        packed, state, skip = part_of(self.packed, self.state, expert)
+        scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
+        W = ops.dequantize_to_scratch(packed, *scales, list(state.shape), self.dtype)
+        W = W.view(-1)[skip:].view(self.state.shape[1:])
+        return W.T if self.transposed else W
+
+    def forward(self, expert: int, x_MK: Tensor) -> Tensor:
+        y_MN = self.multiply(expert, x_MK)
+        if self.bias_EN is not None:
+            y_MN += self.bias_EN[expert]
+        if self.A_ERK is not None and self.B_ENR is not None:
+            y_MN.addmm_(x_MK @ self.A_ERK[expert].T, self.B_ENR[expert].T, alpha=self.scaling)
+        return y_MN
+
+    def multiply(self, expert: int, x_MK: Tensor) -> Tensor:
+        """x W_e^T; for few rows straight from the codes, where they can be read so."""
+        backend = ops.backend(x_MK.device)
+        if not self.transposed and backend.can_multiply(x_MK, self.state.blocksize):
+            packed, state, skip = part_of(self.packed, self.state, expert)
+            if skip == 0:
+                scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
+                return backend.multiply(x_MK, packed, *scales, self.num_outputs).to(x_MK.dtype)
+        return x_MK @ self.weight(expert).T
+
+    def backward(self, expert: int, g_MN: Tensor) -> Tensor:
+        """The gradient with respect to x, (M, K)."""
+        dx_MK = g_MN @ self.weight(expert)
+        if self.A_ERK is not None and self.B_ENR is not None:
+            dx_MK.addmm_(g_MN @ self.B_ENR[expert], self.A_ERK[expert], alpha=self.scaling)
+        return dx_MK
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TK, w_TJ, index_TJ, experts, s_up, A_up, B_up, s_down, A_down, B_down):
+        x = x_TK.to(product_dtype(x_TK.dtype, x_TK.device.type))
+        up, down = products(experts, (s_up, A_up, B_up), (s_down, A_down, B_down), x)
+        pairs_S, counts = by_expert(index_TJ, experts.num_experts)
+        u_SN = x.new_empty(len(pairs_S), up.num_outputs)
+        y_TK = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        for expert, part in parts(counts):
+            tokens_M = pairs_S[part] // index_TJ.shape[1]
+            M = len(tokens_M)
+            u_MN = up.forward(expert, x[filled(tokens_M)])
+            y_MK = down.forward(expert, experts.activate(u_MN))[:M]
+            u_SN[part] = u_MN[:M]
+            y_TK.index_add_(0, tokens_M, y_MK.float() * w_TJ.reshape(-1)[pairs_S[part], None])
+        ctx.experts, ctx.counts, ctx.scalings = experts, counts, (s_up, s_down)
+        ctx.save_for_backward(x_TK, w_TJ, pairs_S, u_SN, A_up, B_up, A_down, B_down)
+        return y_TK.to(x_TK.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y_TK):
+        x_TK, w_TJ, pairs_S, u_SN, A_up, B_up, A_down, B_down = ctx.saved_tensors
+        x, g_TK = x_TK.to(u_SN.dtype), grad_y_TK.to(u_SN.dtype)
+        factors = (ctx.scalings[0], A_up, B_up), (ctx.scalings[1], A_down, B_down)
+        up, down = products(ctx.experts, *factors, x)
+        grads_up, grads_down = FactorGradients(up), FactorGradients(down)
+        dx_TK = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        dw_S = torch.zeros(w_TJ.numel(), dtype=torch.float32, device=x.device)
+        for expert, part in parts(ctx.counts):
+            tokens_M = pairs_S[part] // w_TJ.shape[1]
+            M, rows = len(tokens_M), filled(tokens_M)
+            x_MK, g_MK, w_M = x[rows], g_TK[rows], filled(w_TJ.reshape(-1)[pairs_S[part]].float())
+            with torch.enable_grad():
+                u_MN = filled(u_SN[part]).detach().requires_grad_()
+                h_MN = ctx.experts.activate(u_MN)
+            dh_MN = down.backward(expert, g_MK)
+            dw_M = (dh_MN.float() * h_MN.detach().float()).sum(-1)
+            if down.bias_EN is not None:
+                dw_M += (g_MK.float() * down.bias_EN[expert].float()).sum(-1)
+            dw_S[pairs_S[part]] = dw_M[:M]
+            grads_down.add(expert, h_MN.detach(), (g_MK * w_M[:, None]).to(x.dtype))
+            (du_MN,) = torch.autograd.grad(h_MN, u_MN, (dh_MN * w_M[:, None]).to(x.dtype))
+            grads_up.add(expert, x_MK, du_MN)
+            if ctx.needs_input_grad[0]:
+                dx_TK.index_add_(0, tokens_M, up.backward(expert, du_MN)[:M].float())
+        dx = dx_TK.to(x_TK.dtype) if ctx.needs_input_grad[0] else None
+        return (dx, dw_S.view(w_TJ.shape).to(w_TJ.dtype), None, None,
+                None, *grads_up.of(A_up, B_up), None, *grads_down.of(A_down, B_down))  # fmt: skip
+
+
+class FactorGradients:
+    """dA_e = s (g B_e)^T x and dB_e = s g^T (x A_e^T) of one product; zero for experts without tokens."""
+
+    def __init__(self, product: Product):
+        self.product = product
+        if product.A_ERK is not None and product.B_ENR is not None:
+            self.A_ERK, self.B_ENR = torch.zeros_like(product.A_ERK), torch.zeros_like(product.B_ENR)
+
+    def add(self, expert: int, x_MK: Tensor, g_MN: Tensor) -> None:
+        A_ERK, B_ENR, scaling = self.product.A_ERK, self.product.B_ENR, self.product.scaling
+        if A_ERK is not None and B_ENR is not None:
+            self.A_ERK[expert] = ((g_MN @ B_ENR[expert]) * scaling).T @ x_MK
+            self.B_ENR[expert] = g_MN.T @ ((x_MK @ A_ERK[expert].T) * scaling)
+
+    def of(self, A_ERK: Tensor | None, B_NRE: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """As gradients of the factors, in their shape and dtype."""
+        if A_ERK is None or B_NRE is None:
+            return None, None
+        return self.A_ERK.to(A_ERK.dtype), self.B_ENR.permute(1, 2, 0).to(B_NRE.dtype)
+
+
+def products(experts: Experts4bit, up: Any, down: Any, x: Tensor) -> tuple[Product, Product]:
+    """Both products, computing in x's dtype; each tuple is scaling, A (E, R, K) and B (N, R, E) or None."""
+    first, second = experts.weights.values()
+    return Product(first, *up, x), Product(second, *down, x)
+
+
+def by_expert(index_TJ: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
+    """The pairs t J + j sorted by their expert, int64 (S,), and how many each expert has."""
+    flat = index_TJ.reshape(-1)
+    return flat.argsort(stable=True), flat.bincount(minlength=num_experts).tolist()
+
+
+def filled(x_M: Tensor) -> Tensor:
+    """x with zero rows, up to one of few numbers of rows: as in config.ROW_MULTIPLE, each new one costs a product its
+    preparation. In the backward these rows have routing weight 0, so that nothing of them is learned."""
+    M = x_M.shape[0]
+    multiple = 1 if M <= FEW_ROWS else FILL_ROWS if M <= 8 * FILL_ROWS else ROW_MULTIPLE
+    return nn.functional.pad(x_M, (0, 0) * (x_M.ndim - 1) + (0, -M % multiple))
+
+
+def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
+    """Each expert that has pairs, and which of the sorted ones."""
+    end = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(end, end + count)
+        end += count
+
+
+def are_stacked_experts(module: Any) -> bool:
+    """Whether a module implements transformers' experts interface in a way that Experts4bit computes."""
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and not module.has_post_expert_norm
+
+
+def weights_of(module: nn.Module) -> Iterator[tuple[str, Linear4bit | StackedWeight]]:
+    """A module's own 4-bit weights by their parameter's name."""
+    if isinstance(module, Linear4bit):
+        yield "weight", module
+    elif isinstance(module, Experts4bit):
+        yield from module.weights.items()

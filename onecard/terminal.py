@@ -1,0 +1,62 @@
+"""What the commands share: flags that were given, a terminal without libraries' noise, a loaded model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def given(flags: Any) -> dict[str, Any]:
+    """The fields that were named on the command line."""
+    return {} if flags is None else {k: v for k, v in flags.model_dump().items() if v is not None}
+
+
+def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
+    """A 4-bit model with its adapter, and the tokenizer."""
+    from onecard.infer.adapters import with_adapter
+
+    base, tokenizer = load_base(model, adapter, quant, device)
+    return with_adapter(base, adapter), tokenizer
+
+
+def load_base(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
+    """A 4-bit model, stored as the adapter's run had it, and the tokenizer."""
+    from onecard.data.rendering import sandbox
+
+    sandbox.start()  # takes the second that the libraries take
+    quiet_libraries()
+    from onecard.hf.load import load_model, load_tokenizer
+    from onecard.hf.origin import stored_as
+
+    config = stored_as(adapter, given(quant))
+    return load_model(model, **config.model_dump(), device=device), load_tokenizer(model)
+
+
+def make_console() -> Any:
+    """The terminal; libraries' own bars and warnings are kept off it."""
+    from rich.console import Console
+
+    quiet_libraries()
+    return Console()
+
+
+def quiet_libraries() -> None:
+    import logging as standard
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # peft imports it where it is installed
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
+
+
+def finish(result: Any, console: Any) -> None:
+    """Where everything lies."""
+    folder = result.adapter.parent
+    where = f"adapter  {result.adapter}\nreport   {folder / 'report.html'}"
+    console.print(where, highlight=False, markup=False, soft_wrap=True)
+    console.print("next", style="dim")
+    for line in result.report.next_commands:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

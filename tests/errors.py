@@ -1,0 +1,85 @@
+"""What onecard says to bad data, damaged checkpoints and adapters: `python -m tests.errors > docs/errors.md`."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import onecard
+from onecard.config import DataConfig, LoraSettings, make_config
+from onecard.data.dataset import load_dataset
+from onecard.errors import UserError
+from tests.conftest import make_checkpoint, make_tokenizer
+from tests.data.bad_data import CHAT_LINES, FILES, chat_file
+from tests.hf.test_checkpoint import DAMAGES as CHECKPOINTS
+from tests.infer.test_generate import DAMAGES as ADAPTERS
+
+KINDS = {"Data": [*CHAT_LINES, *FILES], "Checkpoints": list(CHECKPOINTS), "Adapters": list(ADAPTERS)}
+HEAD = """# What onecard says
+
+Every error has three parts: what must hold, what was found, what to do. These are the tests' own cases, printed by
+`python -m tests.errors > docs/errors.md`; a row of data is told as file:line:field.
+"""
+
+
+def row(kind: str, call: Callable[[], object], folder: Path) -> str:
+    """A line of a table; the folder of the case is left out."""
+    try:
+        call()
+    except UserError as error:
+        text = str(error).replace(f"{folder}/", "").replace(str(folder), "the folder")
+        cells = text.replace("|", "\\|").replace("<", "&lt;").replace("\n", "<br>")
+        return f"| {kind} | {cells} |"
+    raise AssertionError(f"{kind} was not refused")
+
+
+def data_rows(folder: Path) -> list[str]:
+    def read(path: Path) -> Callable[[], object]:
+        return lambda: load_dataset(str(path), make_tokenizer(), DataConfig())
+
+    rows = [row(kind, read(chat_file(folder, line)), folder) for kind, (line, _, _) in CHAT_LINES.items()]
+    for kind, (name, raw, _, _) in FILES.items():
+        (folder / name).write_bytes(raw)
+        rows.append(row(kind, read(folder / name), folder))
+    return rows
+
+
+def damaged_rows(sound: Path, damages: dict, load: Callable[[str], object]) -> list[str]:
+    rows, copy = [], sound.with_name("copy")
+    for kind, (damage, _) in damages.items():
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(sound, copy)
+        damage(copy)
+        rows.append(row(kind, lambda: load(str(copy)), copy))
+    return rows
+
+
+def tables(folder: Path) -> dict[str, list[str]]:
+    """heading -> the rows of its table."""
+    from peft import get_peft_model
+
+    from onecard.infer.adapters import with_adapter
+    from onecard.nn.lora import lora_config
+
+    def load(path: str) -> object:
+        return onecard.load_model(path, device="cpu")
+
+    sound, adapter = make_checkpoint(folder / "sound"), folder / "adapter"
+    settings = make_config(LoraSettings, {"r": 4, "target_modules": ["q_proj"]})
+    get_peft_model(load(str(sound)), lora_config(settings)).save_pretrained(adapter)
+    base = load(str(sound))
+    return {
+        "Data": data_rows(folder),
+        "Checkpoints": damaged_rows(sound, CHECKPOINTS, load),
+        "Adapters": damaged_rows(adapter, ADAPTERS, lambda path: with_adapter(base, path)),
+    }
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        found = tables(Path(name))
+    print(HEAD)
+    for heading, rows in found.items():
+        print(f"## {heading}\n\n| kind | message |\n|---|---|\n" + "\n".join(rows) + "\n")

@@ -1,0 +1,83 @@
+"""Exact: each kind of damage to an adapter, and each setting that cannot be, is an error that says so."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+import onecard
+from onecard.config import LoraSettings, make_config
+from onecard.errors import UserError
+from onecard.hf.load import load_tokenizer
+from onecard.infer.adapters import with_adapter
+from onecard.infer.generate import generate
+from onecard.nn.lora import lora_config
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return onecard.load_model(str(checkpoint), compute_dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def adapter(checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    base = onecard.load_model(str(checkpoint), compute_dtype="float32", device="cpu")
+    settings = make_config(LoraSettings, {"r": 4, "target_modules": ["q_proj"]})
+    get_peft_model(base, lora_config(settings)).save_pretrained(folder)
+    return folder
+
+
+def edit(change):
+    def damage(folder):
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
+
+    return damage
+
+
+def edit_config(**fields):
+    def damage(folder):
+        found = json.loads((folder / CONFIG).read_text())
+        (folder / CONFIG).write_text(json.dumps({k: v for k, v in (found | fields).items() if v is not None}))
+
+    return damage
+
+
+DAMAGES = {
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), WEIGHTS),
+    "no config": (lambda f: (f / CONFIG).unlink(), CONFIG),
+    "config not JSON": (lambda f: (f / CONFIG).write_text("{"), CONFIG),
+    "config without peft_type": (edit_config(peft_type=None), "peft_type"),
+    "unknown peft_type": (edit_config(peft_type="LOORA"), "LOORA"),
+    "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]), "truncated"),
+    "another rank": (edit_config(r=8), NAME.replace(".weight", ".default.weight")),
+    "another model's modules": (edit_config(target_modules=["c_attn"]), "c_attn"),
+    "missing tensor": (edit(lambda t: t.pop(NAME)), NAME),
+    "extra tensor": (edit(lambda t: t.update(extra=torch.zeros(1))), "extra"),
+    "NaN": (edit(lambda t: t[NAME].view(-1)[5].fill_(float("nan"))), f"{NAME}: every parameter"),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGES))
+def test_a_damaged_adapter_is_named(kind, model, adapter, tmp_path):
+    damage, named = DAMAGES[kind]
+    folder = tmp_path / "copy"
+    shutil.copytree(adapter, folder)
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        with_adapter(model, str(folder))
+    assert named in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": 3.0}])
+def test_settings_that_cannot_be(settings, model, checkpoint):
+    with pytest.raises(UserError, match=r"must|should"):
+        generate(model, load_tokenizer(str(checkpoint)), [5, 6], **settings)
