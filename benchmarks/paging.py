@@ -127,7 +127,7 @@ def child(args: argparse.Namespace) -> None:
     from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
-    from onecard.memory.fit import choose_fit, describe, total_bytes
+    from onecard.memory.fit import describe, fit_within, total_bytes
     from onecard.memory.measure import return_large_blocks
     from onecard.memory.model import read_model
     from onecard.memory.terms import Case
@@ -146,7 +146,7 @@ def child(args: argparse.Namespace) -> None:
     }  # fmt: skip
     config = make_config(TrainConfig, fields, "benchmark")
     limit, case = parse_bytes(args.device_memory), Case(read_model(inspect_checkpoint(folder)), config, torch.bfloat16)
-    fit = choose_fit(case, limit)
+    fit = fit_within(case, limit)
     assert total_bytes(case, fit) <= limit, describe(fit, case.model)
     if args.child == "resident":  # all else being the same
         fit = replace(fit, weights_budget=None, states_away=False, num_offloaded=0)

@@ -31,6 +31,8 @@ class Rates:
 # choices is quicker, not how long a step takes.
 RATES = {"cpu": Rates(4e11, 2.5e10, 1.5e9, 0.5e9), "cuda": Rates(1e14, 2e11, 2.5e10, 2.5e10)}
 
+MARGIN = 0.05  # of the memory: about as far as plan and measurement lie apart (benchmarks/plan.py)
+
 
 @dataclass(frozen=True)
 class Price:
@@ -79,6 +81,12 @@ def choose_fit(case: Case, limit: int, whole: bool = False) -> Fit:
     if found:
         return min(found, key=lambda fit: price(case, fit).seconds)  # min keeps the first of equals
     return most_offloaded(case, limit, whole)
+
+
+def fit_within(case: Case, memory_bytes: int) -> Fit:
+    """choose_fit with `MARGIN` of the memory left for what the plan may miss, or with less where only that fits."""
+    fit = choose_fit(case, int((1 - MARGIN) * memory_bytes))
+    return fit if total_bytes(case, fit) <= memory_bytes else choose_fit(case, memory_bytes)
 
 
 def candidates(case: Case, limit: int, whole: bool) -> Iterator[Fit]:

@@ -14,7 +14,7 @@ import torch
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import pick_compute_dtype
-from onecard.memory.fit import choose_fit, describe, most_offloaded, price, total_bytes
+from onecard.memory.fit import choose_fit, describe, fit_within, most_offloaded, price, total_bytes
 from onecard.memory.model import find_model
 from onecard.memory.shapes import KNOWN
 from onecard.memory.terms import Case, Fit, Method, Term, disk_terms, plan_terms
@@ -114,7 +114,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
     if device_memory_bytes is None or method != "qlora":
         found = Plan(plan_terms(case, method), device_memory_bytes)
         return found if device_memory_bytes is None else with_largest(found, case, fits_as(method, device_memory_bytes))
-    fit = choose_fit(case, device_memory_bytes)
+    fit = fit_within(case, device_memory_bytes)
     found = with_largest(fitted(case, fit, device_memory_bytes), case, fits_as(method, device_memory_bytes))
     return found if found.fits else replace(found, changes=changes(case, device_memory_bytes, found))
 

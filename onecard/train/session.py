@@ -33,7 +33,7 @@ from onecard.hf.load import (
     read_config,
 )
 from onecard.hf.origin import Origin, origin_of, write_origin
-from onecard.memory.fit import choose_fit, total_bytes
+from onecard.memory.fit import fit_within, total_bytes
 from onecard.memory.measure import available_bytes, format_bytes, peak_memory_bytes, return_large_blocks
 from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
@@ -195,7 +195,7 @@ def choose_memory(case: Case, paged_from_file: bool) -> tuple[Fit, Plan, str]:
     config = case.config
     free = available_bytes(pick_device(config.device))
     limit = parse_bytes(config.device_memory) if config.device_memory else int(SHARE_OF_FREE * free)
-    fit = choose_fit(case, limit)
+    fit = fit_within(case, limit)
     plan = fitted(case, fit, limit, paged_from_file)
     of = f"{format_bytes(limit)} given" if config.device_memory else f"{format_bytes(free)} free"
     if plan.total_bytes > (limit if config.device_memory else free):
