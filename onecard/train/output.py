@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,12 +17,13 @@ OF_THE_FOLDER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EP
 
 @contextmanager
 def claimed(output: Path, resuming: bool) -> Iterator[None]:
-    """Inside, the folder exists and no other run may claim it.
+    """Inside, the folder exists and no other run may claim it; a new one that stays empty goes again.
 
     Raises:
         UserError: it is no folder, cannot be written, is another run's, holds entries without `resuming`, or the disk
             is full.
     """
+    new = not output.exists()
     try:
         output.mkdir(parents=True, exist_ok=True)
         entries = len(list(output.iterdir()))
@@ -43,6 +44,9 @@ def claimed(output: Path, resuming: bool) -> Iterator[None]:
         do = "make room or choose a writable folder, then --resume"
         raise UserError("the run must be able to write its files", str(error), do, str(output)) from None
     finally:
+        if new:
+            with suppress(OSError):  # not empty
+                output.rmdir()
         if descriptor is not None:
             os.close(descriptor)
 

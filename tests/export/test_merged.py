@@ -250,7 +250,7 @@ def test_requantized_experts_say_what_is_left(family, tmp_path):
     """<Q(W + D) - W, D> / <D, D> over all updated weights, from the two checkpoints as they are loaded."""
     base = make_checkpoint(tmp_path / "base", family)
     make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
-    folder, share = requantize(str(base), str(tmp_path / "adapter"), str(tmp_path / "q"), QuantConfig())
+    folder, left = requantize(str(base), str(tmp_path / "adapter"), str(tmp_path / "q"), QuantConfig())
     merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     found, before = (onecard.load_model(str(f), compute_dtype="float32", device="cpu") for f in (folder, base))
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
@@ -260,4 +260,4 @@ def test_requantized_experts_say_what_is_left(family, tmp_path):
             D = (getattr(merged.get_submodule(path), name).detach() - old.dequantize()).double()
             along += ((weight.dequantize() - old.dequantize()).double() * D).sum().item()
             whole += D.square().sum().item()
-    assert share == pytest.approx(along / whole, rel=1e-5)  # sums of float32 products
+    assert left.share == pytest.approx(along / whole, rel=1e-5)  # sums of float32 products

@@ -309,12 +309,13 @@ def steps_with_spikes(made, count, spikes):
     return adapter_of(made)
 
 
+@pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
 @pytest.mark.parametrize("crowded", [False, True])
-def test_paged_states_are_the_unpaged_ones_bit_for_bit(optim, crowded, deep, chats, tmp_path):
-    count = 100
-    plain, _, _ = make_run(deep, chats, tmp_path / "a", optim=optim.removeprefix("paged_").removesuffix("_32bit"))
-    paged, _, _ = make_run(deep, chats, tmp_path / "b", optim=optim)
+def test_paged_states_are_the_unpaged_ones_bit_for_bit(optim, crowded, count, deep, chats, tmp_path):
+    unpaged = optim.removeprefix("paged_").removesuffix("_32bit")
+    plain, _, _ = make_run(deep, chats, tmp_path / "a", optim=unpaged, max_steps=count)
+    paged, _, _ = make_run(deep, chats, tmp_path / "b", optim=optim, max_steps=count)
     paged.optimizer.paged.crowded = crowded
     plain.num_steps = paged.num_steps = count
     paged.model.load_state_dict(plain.model.state_dict())
