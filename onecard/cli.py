@@ -311,11 +311,11 @@ def merge(
     elif small is not None:
         from onecard.export.quantized import requantize as run
 
-        _, left = run(model, adapter, output, small, base or "dequantized", config)
+        _, left = run(model, adapter, output, small, kept, config)
     else:
         from onecard.export.merged import merge as run
 
-        run(model, adapter, output, base or "dequantized", config)
+        run(model, adapter, output, kept, config)
     print(f"merged   {output}  ({requantize or '16-bit'}, {kept} base)")
     if left is not None and left.share is not None:
         print(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,9 +13,8 @@ from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
 from onecard.export.calibration import calibrate, meta_decoder
-from onecard.export.folder import DTYPES, check_room, new_folder, write_others
-from onecard.export.merged import Base, Merged, Shapes, open_merged
-from onecard.hf.checkpoint import DTYPE_BITS
+from onecard.export.folder import DTYPES, check_room, new_folder, tokenizer_folder, write_others
+from onecard.export.merged import Base, Merged, Shapes, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
 from onecard.hf.writer import TensorFile
 
@@ -57,9 +55,10 @@ def export_calibrated(
     if not fitting:
         raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", model)
     shapes = result_shapes(merged, fitting, method, config.group_size)
-    check_room(target, sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values()))
+    check_room(target, num_bytes(shapes))
     reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
-    dataset = load_dataset(data, load_tokenizer(str(tokenizer_folder(merged))), reading)
+    tokenizer = load_tokenizer(str(tokenizer_folder(merged.checkpoint.folder, merged.adapter.folder)))
+    dataset = load_dataset(data, tokenizer, reading)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
@@ -83,14 +82,6 @@ def lines(format: str, folder: Path, left_out: list[str]) -> list[str]:
         said.append(f"16-bit   {', '.join(left_out)}: their widths are no multiples of a group")
     loading = "  AutoModelForCausalLM.from_pretrained(...): pip install gptqmodel optimum"
     return [*said, "next", f"  vllm serve {folder}", loading]
-
-
-def tokenizer_folder(merged: Merged) -> Path:
-    """The adapter's, if a tokenizer lies in it; else the checkpoint's."""
-    adapter = merged.adapter.folder
-    if adapter is not None and (adapter / "tokenizer_config.json").is_file():
-        return adapter
-    return merged.checkpoint.folder
 
 
 def linears_of(layers: dict[str, nn.Module]) -> dict[str, nn.Linear]:
@@ -122,9 +113,9 @@ class Writer:
 
     def __init__(self, folder: Path, merged: Merged, shapes: Shapes):
         self.merged, self.shapes = merged, shapes
-        infos, last = merged.checkpoint.tensors, merged.checkpoint.files[-1]
+        files = {name: file for file, names in merged.files() for name in names}
         source = {name: name if name in merged.shapes else f"{name.rpartition('.')[0]}.weight" for name in shapes}
-        self.places = {name: (infos[old].file if old in infos else last).name for name, old in source.items()}
+        self.places = {name: files[old] for name, old in source.items()}
         self.left = dict.fromkeys(shapes)
         self.files = {
             file: TensorFile(folder / file, {n: shapes[n] for n in shapes if self.places[n] == file})
@@ -139,10 +130,6 @@ class Writer:
     def copy_others(self) -> None:
         """What is as merged, then the files' ends."""
         for name in self.left:
-            if self.merged.as_stored(name):
-                self.files[self.places[name]].copy(name, self.merged.checkpoint.tensors[name])
-                continue
-            for slab in self.merged.slabs(name):
-                self.files[self.places[name]].append(name, slab)
+            write_tensor(self.files[self.places[name]], self.merged, name)
         for file in self.files.values():
             file.close()

@@ -108,6 +108,7 @@ def new_file(target: Path) -> Iterator[Path]:
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
+        sync(temporary)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -11,7 +11,6 @@ the file: what else a module's scale has in it (rsLoRA, alpha patterns) is multi
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -234,8 +233,6 @@ def write_parts(writer: gguf.GGUFWriter, file: Path, parts: list[Part]) -> int:
             writer.write_tensor_data(encode(part))
     finally:
         writer.close()
-    with file.open("rb+") as stream:
-        os.fsync(stream.fileno())
     return file.stat().st_size
 
 

@@ -63,7 +63,7 @@ class Merged:
 
     @property
     def nbytes(self) -> int:
-        return sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in self.shapes.values())
+        return num_bytes(self.shapes)
 
     def files(self) -> Iterator[tuple[str, list[str]]]:
         """The result's tensors by file, as the base has them; new ones are in the last."""
@@ -132,6 +132,11 @@ class Merged:
                 yield from (torch.cat(list(self.matrix_slabs(parts[0], number))) for number in numbers)
             else:
                 yield torch.cat([self.read(part) for part in parts])
+
+
+def num_bytes(shapes: Shapes) -> int:
+    """Of tensors of these dtypes and shapes."""
+    return sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values())
 
 
 def dequantize_part(packed: Tensor, absmax: Tensor, state: QuantState, first: int, count: int) -> Tensor:
