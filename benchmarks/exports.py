@@ -32,6 +32,7 @@ from onecard.export.merged import merge
 from onecard.export.verify import logits
 from onecard.hf.load import load_model, load_tokenizer
 from onecard.infer.adapters import with_adapter
+from onecard.train.loss import supervised
 
 BASE, TRAIN, HELDOUT = (str(SETTINGS[key]) for key in ("model", "data", "eval_data"))
 CONFIG = CalibrationConfig(max_seq_length=512, group_size=64)  # the demo's intermediate size is 704 = 11 x 64
@@ -74,7 +75,8 @@ def perplexity(model: Any, dataset: Dataset) -> float:
     """Over the supervised tokens."""
     total, count = 0.0, 0
     for example in dataset.examples:
-        z, target = logits(model, example.input_ids, example.labels)
+        positions, target = supervised(torch.tensor([example.labels]))
+        z = logits(model, torch.tensor([example.input_ids]), positions, False)
         total += torch.nn.functional.cross_entropy(z, target, reduction="sum").item()
         count += len(target)
     return exp(total / count)
