@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import glob
 import json
 import os
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
-from onecard.train.state import sync, sync_folder
+from onecard.train.state import locked, sync, sync_folder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = (
@@ -79,24 +78,9 @@ def remove_stale(target: Path) -> None:
     """Remove the temporary folders for this target that no living process holds; an empty one may be just made."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
         # another process may remove it at the same time
-        with suppress(FileNotFoundError), locked(folder, wait=False) as held:
+        with suppress(FileNotFoundError), locked(folder) as held:
             if held and any(folder.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def locked(folder: Path, wait: bool) -> Iterator[bool]:
-    """Whether a folder could be had for this process alone; the lock ends with the process, however that ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        held = True
-    except BlockingIOError:
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

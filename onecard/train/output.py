@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from onecard.errors import UserError
+from onecard.train.state import locked
 
 OF_THE_FOLDER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG)
 
@@ -24,44 +25,30 @@ def claimed(output: Path, resuming: bool) -> Iterator[None]:
             is full.
     """
     new = not output.exists()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        entries = len(list(output.iterdir()))
-        if not os.access(output, os.W_OK):
-            raise PermissionError(errno.EACCES, "not writable")
-        descriptor = lock(output)
-    except OSError as error:
-        do = "choose another --output"
-        raise UserError("the output must be a folder that can be written", str(error), do, str(output)) from None
-    try:
-        if entries and not resuming:
-            do = "pass --resume to go on with that run, or choose another --output"
-            raise UserError("the output folder must be new or empty", f"{entries} entries", do, str(output))
-        yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) not in OF_THE_FOLDER and "No space left" not in str(error):
-            raise
-        do = "make room or choose a writable folder, then --resume"
-        raise UserError("the run must be able to write its files", str(error), do, str(output)) from None
-    finally:
-        if new:
-            with suppress(OSError):  # not empty
-                output.rmdir()
-        if descriptor is not None:
-            os.close(descriptor)
-
-
-def lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or the process ends, however it ends; None without such locks."""
-    try:
-        import fcntl
-    except ImportError:
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        must, found = "one run at a time may write to an output folder", "another process writes to it"
-        raise UserError(must, found, "wait for it, or choose another --output", str(folder)) from None
-    return descriptor
+    with ExitStack() as stack:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            entries = len(list(output.iterdir()))
+            if not os.access(output, os.W_OK):
+                raise PermissionError(errno.EACCES, "not writable")
+            held = stack.enter_context(locked(output))
+        except OSError as error:
+            do = "choose another --output"
+            raise UserError("the output must be a folder that can be written", str(error), do, str(output)) from None
+        if held is False:
+            must, found = "one run at a time may write to an output folder", "another process writes to it"
+            raise UserError(must, found, "wait for it, or choose another --output", str(output))
+        try:
+            if entries and not resuming:
+                do = "pass --resume to go on with that run, or choose another --output"
+                raise UserError("the output folder must be new or empty", f"{entries} entries", do, str(output))
+            yield
+        except (OSError, SafetensorError) as error:
+            if getattr(error, "errno", None) not in OF_THE_FOLDER and "No space left" not in str(error):
+                raise
+            do = "make room or choose a writable folder, then --resume"
+            raise UserError("the run must be able to write its files", str(error), do, str(output)) from None
+        finally:
+            if new:
+                with suppress(OSError):  # not empty
+                    output.rmdir()
