@@ -197,11 +197,15 @@ def model_size(config: Any) -> tuple[int | None, int | None]:
     return getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
 
 
-def evaluate(model: Any, dataset: Dataset) -> float:
-    """`mean_loss` of a model as loaded, adapter or not, by the fast path where it is right."""
+def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None) -> float:
+    """`mean_loss` of a model as loaded, adapter or not.
+
+    Args:
+        loss: what choose_loss has given for the model; None asks it, which takes two passes.
+    """
     base = inner(model)
     dataset.check_fits(*model_size(base.config))
-    loss, _ = choose_loss(model, dataset)
+    loss = loss or choose_loss(model, dataset)[0]
     with use_packed_attention(base) if loss is packed_loss else nullcontext():
         return mean_loss(base, dataset, loss)
 

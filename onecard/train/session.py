@@ -58,7 +58,7 @@ from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
 from onecard.train.samples import Sample, answer_samples, make_samples
 from onecard.train.state import load_newest
-from onecard.train.step import Run
+from onecard.train.step import LossFunction, Run
 
 SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take
 
@@ -129,7 +129,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
     result = Result(model, prepared.tokenizer, empty_report(config, prepared), output / "adapter")
-    before = measure(result, prepared, "before", report_extra, output)
+    before = measure(result, prepared, "before", report_extra, run.loss)
     if state is not None:
         resume(run, state)
         for line in state.skipped:
@@ -148,7 +148,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     train_shown(run, prepared, result, console, output)
     result.report.seconds = time.perf_counter() - start
     save_adapter(model, result.adapter, origin_of(model.get_base_model(), config.model))
-    finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, None), run)
+    finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run.loss), run)
     write_report(output, result.report)
     return result
 
@@ -172,9 +172,10 @@ def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
         validation = load_dataset(config.eval_data, tokenizer, config)
     elif config.validation_split > 0:
         training, validation = training.split(config.validation_split, config.seed)
+    size = model_size(read_config(folder))
     for dataset in (training, validation):
         if dataset is not None:
-            dataset.check_fits(*model_size(read_config(folder)))
+            dataset.check_fits(*size)
     samples = make_samples(config.sample_prompts, validation or training, tokenizer)
     identity = {
         "model config": config_fingerprint(checkpoint),
@@ -317,11 +318,11 @@ def save_adapter(model: Any, folder: Path, origin: Origin) -> None:
     os.replace(temporary, folder)
 
 
-def measure(result: Result, prepared: Prepared, when: str, extra: Any, cache: Path | None) -> dict[str, Any]:
+def measure(result: Result, prepared: Prepared, when: str, extra: Any, loss: LossFunction) -> dict[str, Any]:
     """Loss on the validation part and answers to the sample prompts, with the adapter as it now is."""
     found: dict[str, Any] = {"facts": {}, "loss": None}
     if prepared.validation:
-        found["loss"] = evaluate(result.model, prepared.validation)
+        found["loss"] = evaluate(result.model, prepared.validation, loss)
     result.model.eval()  # no dropout in the samples; the loop sets it to train
     found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples)
     if extra:
