@@ -57,13 +57,12 @@ def layer_activations(
     """For transformers' model on the meta device with LoRA of rank r on the linears and stacks `adapted`, by name."""
     text, c = modules.config.get_text_config(), dtype.itemsize
     layers, heads = text.num_hidden_layers, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     experts = getattr(text, "num_experts_per_tok", None) or 1
     width = (getattr(text, "moe_intermediate_size", None) if experts > 1 else None) or text.intermediate_size
     size = {
         "d": text.hidden_size,
-        "a": heads * head_dim,
-        "k": (getattr(text, "num_key_value_heads", None) or heads) * head_dim,
+        "a": heads * head_dim(text),
+        "k": (getattr(text, "num_key_value_heads", None) or heads) * head_dim(text),
         "f": experts * width,
         "r": r,
     }
@@ -102,6 +101,11 @@ def layer_activations(
         pair=heads * (4 + 2 * c) if capped else 0,
         pair_working=heads * (8 + c) if capped else 0,
     )
+
+
+def head_dim(text: Any) -> int:
+    """Values of a query, key or value of one head."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
 
 
 def norms(modules: Any) -> list[tuple[str, int]]:

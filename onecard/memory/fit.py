@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from onecard.config import parse_bytes
+from onecard.memory.activations import head_dim
 from onecard.memory.model import Model
 from onecard.memory.terms import Case, Fit, plan_terms
 
@@ -47,8 +48,7 @@ def price(case: Case, fit: Fit) -> Price:
     rates, model, text = RATES[case.device], case.model, case.model.text
     layers, again = model.num_layers, fit.num_recomputed / model.num_layers
     P_q, (P_m, P_l), S = sum(case.sizes), case.num_met, case.length
-    heads = text.num_attention_heads
-    a = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    a = text.num_attention_heads * head_dim(text)
     forward = 2 * P_m + 2 * P_l + 2 * S * a * layers
     token = 4 * P_m + 4 * text.vocab_size * text.hidden_size + 6 * P_l + 7 * S * a * layers + again * forward
     batches = case.config.gradient_accumulation_steps

@@ -100,16 +100,15 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
             f"give at most --max-seq-length {known.longest_context}",
             "max_seq_length",
         )
-    if method != "full" and not Case(known, config, torch.bfloat16).adapted:
+    case = Case(known, config, torch.bfloat16)
+    if method != "full" and not case.adapted:
         raise UserError(
             "target_modules must name linears of the model",
             f"{config.target_modules} names none",
             f"name some of {', '.join(sorted({name.split('.')[-2] for name in known.linears}))}",
             "target_modules",
         )
-    public = model.lower() in KNOWN
-    case = Case(known, config, torch.bfloat16)
-    if not public or config.compute_dtype != "auto":
+    if model.lower() not in KNOWN or config.compute_dtype != "auto":
         case = replace(case, dtype=pick_compute_dtype(config.compute_dtype, torch.device(case.device)))
     if device_memory_bytes is None or method != "qlora":
         found = Plan(plan_terms(case, method), device_memory_bytes)

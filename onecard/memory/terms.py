@@ -22,7 +22,7 @@ import torch
 
 from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig
 from onecard.hf.load import pick_device
-from onecard.memory.activations import Activations, layer_activations
+from onecard.memory.activations import Activations, head_dim, layer_activations
 from onecard.memory.model import Model
 from onecard.optim.adamw import SMALL
 from onecard.paging.activations import AHEAD
@@ -263,14 +263,11 @@ def generate_terms(case: Case) -> list[Term]:
     """The cache of every layer's keys and values, and a prompt of T tokens going through one layer."""
     text, T = case.model.text, case.batch_tokens
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
-    window: Any = getattr(text, "sliding_window", None)
+    rows, window = case.config.per_device_train_batch_size, getattr(text, "sliding_window", None) or case.length
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * case.model.num_layers
-    slides = [window is not None and "sliding" in kind for kind in kinds]
-    lengths = [min(case.length, window or 0) if slide else case.length for slide in slides]
-    cached = 2 * case.c * width * case.config.per_device_train_batch_size
+    lengths = [min(case.length, window) if "sliding" in kind else case.length for kind in kinds]
+    cached = 2 * case.c * heads * head_dim(text) * rows
     working = case.c * T * (3 * text.intermediate_size + 2 * text.hidden_size)
-    rows = case.config.per_device_train_batch_size
     return [
         Term("KV cache", cached * (sum(lengths) + max(lengths)), "2 c k T (L + 1), T at most the window's"),
         Term("prompt's activations", working, "c T (3 f + 2 d)"),

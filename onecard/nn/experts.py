@@ -33,6 +33,7 @@ from onecard.nn.linear import Linear4bit
 from onecard.quant.state import QuantState, part_of
 
 FEW_ROWS, FILL_ROWS = 8, 16
+Term = tuple[float, Tensor | None, Tensor | None]  # a LoRA term as autograd hands it on: scaling, A, B
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
@@ -259,10 +260,10 @@ class FactorGradients:
         return self.A_ERK.to(A_ERK.dtype), self.B_ENR.permute(1, 2, 0).to(B_NRE.dtype)
 
 
-def products(experts: Experts4bit, up: Any, down: Any, x: Tensor) -> tuple[Product, Product]:
+def products(experts: Experts4bit, up: Term, down: Term, x: Tensor) -> tuple[Product, Product]:
     """Both products, computing in x's dtype; each tuple is scaling, A (E, R, K) and B (N, R, E) or None."""
     first, second = experts.weights.values()
-    return Product(first, up[0], up[1], up[2], x), Product(second, down[0], down[1], down[2], x)
+    return Product(first, *up, x), Product(second, *down, x)
 
 
 def by_expert(index_TJ: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
