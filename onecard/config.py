@@ -75,6 +75,10 @@ class LoraSettings(Strict):
         pattern = value if isinstance(value, str) else "".join(value[:1])
         if not pattern or (isinstance(value, list) and len(value) > 1):
             raise ValueError('must be names like q_proj, one pattern, or "all-linear"')
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"must be a regular expression: {error}") from None
         return pattern
 
     @model_validator(mode="after")

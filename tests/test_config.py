@@ -8,6 +8,11 @@ from onecard.errors import UserError
 GOOD = {"model": "m", "data": "d", "output": "o"}
 
 
+def test_a_pattern_of_modules_is_a_regular_expression():
+    with pytest.raises(UserError, match="regular expression"):
+        make_config(LoraSettings, {"target_modules": "(q|v_proj"}, "test")
+
+
 def test_defaults_are_the_fields_own():
     config = make_config(TrainConfig, GOOD)
     assert (config.quant_type, config.blocksize, config.double_quant) == ("nf4", 64, True)

@@ -14,6 +14,7 @@ A paged base takes its budget and nothing more: the head is a page of it, embedd
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -106,8 +107,11 @@ class Case:
         stacks = {path: stack for path, stack in self.model.stacks.items() if path.endswith(ends)}
         if names == "all-linear":
             return {**linears, **stacks}
-        ends = tuple(f"{name}.weight" for name in ([names] if isinstance(names, str) else names))
-        return {path: m for path, m in linears.items() if path.endswith(ends)} | stacks
+        if isinstance(names, str):  # a pattern of whole names, as peft matches it
+            found = {path: m for path, m in linears.items() if re.fullmatch(names, path.removesuffix(".weight"))}
+        else:
+            found = {path: m for path, m in linears.items() if path.endswith(tuple(f"{name}.weight" for name in names))}
+        return found | stacks
 
     @cached_property
     def lora_sizes(self) -> list[int]:

@@ -217,3 +217,14 @@ def test_sizes(text, expected):
 def test_bad_sizes(text):
     with pytest.raises(UserError):
         parse_bytes(text)
+
+
+def test_a_pattern_names_the_linears_that_peft_takes():
+    """Exact: a string is a pattern of whole names, a list ends of names."""
+    found, listed = (
+        {term.name: term.num_bytes for term in plan("llama-3.2-1b", target_modules=names).terms}["LoRA weights"]
+        for names in (r".*\.(q|v)_proj", ["q_proj", "v_proj"])
+    )
+    assert found == listed > 0
+    with pytest.raises(UserError, match="must name linears"):
+        plan("llama-3.2-1b", target_modules=r"(q|v)_proj")  # no whole name
