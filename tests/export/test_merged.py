@@ -136,16 +136,21 @@ def test_the_tokenizer_of_the_run_comes_along(tmp_path):
     assert (tmp_path / "own" / "preprocessor_config.json").is_file()
 
 
-def test_original_base_is_plain_peft_s_merge(tmp_path):
-    base = make_checkpoint(tmp_path / "base")
-    make_adapter(tmp_path / "adapter", base)
+def beside_peft_s_merge(base, tmp_path):
+    """(name, tensor, peft's) of the adapter merged into the original weights."""
     merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), base="original")
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
     assert set(found) == set(expected)
-    for name, tensor in found.items():
-        assert (tensor - expected[name]).abs().max() <= 4 * 2**-24 * expected[name].abs().max(), name
+    return [(name, tensor, expected[name]) for name, tensor in found.items()]
+
+
+def test_original_base_is_plain_peft_s_merge(tmp_path):
+    base = make_checkpoint(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base)
+    for name, tensor, expected in beside_peft_s_merge(base, tmp_path):
+        assert (tensor - expected).abs().max() <= 4 * 2**-24 * expected.abs().max(), name
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -224,14 +229,9 @@ def test_merged_experts_are_the_live_adapter(family, settings, tmp_path):
 def test_original_experts_are_plain_peft_s_merge(family, tmp_path):
     base = make_checkpoint(tmp_path / "base", family)
     make_adapter(tmp_path / "adapter", base, **ON_EXPERTS)
-    merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), base="original")
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    expected = PeftModel.from_pretrained(plain, tmp_path / "adapter").merge_and_unload().state_dict()
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).state_dict()
-    assert set(found) == set(expected)
-    for name, tensor in found.items():
+    for name, tensor, expected in beside_peft_s_merge(base, tmp_path):
         # Sums of r products in float32, in another order.
-        assert (tensor - expected[name]).abs().max() <= 8 * torch.finfo(torch.float32).eps * expected[name].abs().max()
+        assert (tensor - expected).abs().max() <= 8 * torch.finfo(torch.float32).eps * expected.abs().max(), name
 
 
 def test_an_adapter_of_other_experts_is_refused(tmp_path):
