@@ -157,7 +157,7 @@ struct Isa {
     }
 
     template <class T>
-    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out) {
+    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out, bool) {
         Planes<T> table(levels, scale);
         __m128i nibble = _mm_set1_epi8(15);
         for (int64_t i = 0; i < n; i += 32) {

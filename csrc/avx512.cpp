@@ -1,17 +1,29 @@
 // AVX-512 (F, BW, VL, DQ): sixteen floats a register, and a look-up in sixteen entries is one instruction.
-// avx512_bf16.cpp compiles this file again with the BF16 instructions for products and attention in bfloat16.
+// avx512_bf16.cpp compiles this file again with the BF16 instructions for products and attention in bfloat16, and
+// amx.cpp with those and AMX.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
+#include <cstring>
 #include <limits>
+#include <new>
 #include <vector>
 
 #include "convert.h"
 #include "kernels.h"
+#include "parallel.h"
 
-#if defined(ONECARD_AVX512_BF16) && defined(__clang__)
+#if defined(ONECARD_AMX) && defined(__clang__)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c"))), \
+    apply_to = function)
+#elif defined(ONECARD_AMX)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16,avx2,fma,f16c")
+#elif defined(ONECARD_AVX512_BF16) && defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c"))), \
                              apply_to = function)
 #elif defined(ONECARD_AVX512_BF16)
@@ -44,10 +56,13 @@ struct Isa {
     static float reduce_add(V v) { return _mm512_reduce_add_ps(v); }
     static float reduce_max(V v) { return _mm512_reduce_max_ps(v); }
     // 2^n 2^f with n the nearest integer to x log2(e) and f by Horner's rule, its error below 2^-23 on [-0.5, 0.5].
+    // Below 2^-126 it is 0: a denormal result costs a hundred cycles.
     static V exp(V x) {
-        V t = mul(max(x, set1(-200.0f)), set1(1.44269504f));
+        V t = mul(x, set1(1.44269504f));
+        __mmask16 normal = _mm512_cmp_ps_mask(t, set1(-126.0f), _CMP_GE_OQ);
+        t = max(t, set1(-126.0f));
         V n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        return _mm512_scalef_ps(power_of_two(_mm512_sub_ps(t, n)), n);
+        return _mm512_maskz_scalef_ps(normal, power_of_two(_mm512_sub_ps(t, n)), n);
     }
     static V power_of_two(V f) {
         V p = set1(1.54035304e-4f);
@@ -98,7 +113,7 @@ struct Isa {
         }
     }
 
-    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, float* out) {
+    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, float* out, bool) {
         __m512 table = _mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale));
         for (int64_t i = 0; i < n; i += 16) {
             __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes + i / 2));
@@ -122,15 +137,21 @@ struct Isa {
     }
     static void store_as(float* x, V v) { _mm512_storeu_ps(x, v); }
 
-    // The table is in the register twice, so that the fifth bit of an index does not matter.
+    // The table is in the register twice, so that the fifth bit of an index does not matter. To `stream` is to write
+    // past the caches, out being aligned to 64 bytes.
     template <class T>
-    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out) {
+    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out, bool stream) {
         __m256i half = narrow(_mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale)), T{});
         __m512i table = _mm512_broadcast_i64x4(half);
         for (int64_t i = 0; i < n; i += 32) {
             __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + i / 2)));
             __m512i codes = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
-            _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(codes, table));
+            __m512i values = _mm512_permutexvar_epi16(codes, table);
+            if (stream) {
+                _mm512_stream_si512(reinterpret_cast<__m512i*>(out + i), values);
+            } else {
+                _mm512_storeu_si512(out + i, values);
+            }
         }
     }
 
@@ -204,16 +225,27 @@ struct Isa {
 #include "bf16.inl"
 #endif
 
+void dequantize_and_fence(const Weight& w, Dtype dtype, void* out, int64_t begin, int64_t end) {
+    dequantize(w, dtype, out, begin, end);
+    _mm_sfence();  // streamed stores are seen before what follows
+}
+
 }  // namespace
 
-#if defined(ONECARD_AVX512_BF16)
+#if defined(ONECARD_AMX)
+const Kernels kAmx = {
+    "amx", quantize, dequantize_and_fence, product_bf16, arrange_bf16, attention_forward_amx, attention_backward_amx,
+    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
+    linear_forward, linear_backward,
+};
+#elif defined(ONECARD_AVX512_BF16)
 const Kernels kAvx512Bf16 = {
-    "avx512_bf16", quantize, dequantize, product_bf16, arrange_bf16, attention_forward_bf16, attention_backward_bf16,
+    "avx512_bf16", quantize, dequantize_and_fence, product_bf16, arrange_bf16, attention_forward_bf16, attention_backward_bf16,
     cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
 };
 #else
 const Kernels kAvx512 = {
-    "avx512", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
+    "avx512", quantize, dequantize_and_fence, product, arrange, attention_forward, attention_backward, cross_entropy,
     rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
 };
 #endif

@@ -77,6 +77,12 @@ void arrange_bf16(const void* x, Dtype dtype, int64_t M, int64_t K, void* out) {
 
 using Word = uint32_t;
 
+#if defined(ONECARD_AMX)
+constexpr int64_t kRowTile = 16;  // rows of C that a product makes at once
+#include "amx.inl"
+#else
+constexpr int64_t kRowTile = 4;
+
 template <int C>
 inline void multiply_words_tile(const Word* a, int64_t a_row, const Word* b, int64_t b_row, float* c, int64_t c_row,
                                 int64_t depth, bool add) {
@@ -97,7 +103,7 @@ inline void multiply_words_tile(const Word* a, int64_t a_row, const Word* b, int
     }
 }
 
-// C (rows, columns) (+)= A B, depth in words; rows a multiple of 4, columns of 16.
+// C (rows, columns) (+)= A B, depth in words; rows a multiple of kRowTile, columns of 16.
 inline void multiply_words(const Word* a, int64_t a_row, const Word* b, int64_t b_row, float* c, int64_t c_row,
                            int64_t rows, int64_t columns, int64_t depth, bool add) {
     for (int64_t r = 0; r < rows; r += 4) {
@@ -110,6 +116,7 @@ inline void multiply_words(const Word* a, int64_t a_row, const Word* b, int64_t 
         }
     }
 }
+#endif
 
 // Rows [0, n) of x as they are, rows [n, padded) zero: (padded, D / 2) words.
 inline void copy_rows(const BFloat16* x, int64_t stride, int64_t n, int64_t padded, int64_t D, Word* out) {
@@ -178,20 +185,20 @@ void attention_forward_bf16(const Attention& a, int64_t head, int64_t start, int
     copy_rows(static_cast<const BFloat16*>(a.v) + kv * a.v_head + start * a.v_token, a.v_token, n, padded, D, rows_kv);
     zip_rows(rows_kv, padded, D, V);
     for (int64_t i = 0; i < n; i += kBlock) {
-        int64_t rows = std::min(kBlock, n - i), rows4 = (rows + 3) / 4 * 4;
+        int64_t rows = std::min(kBlock, n - i), filled = (rows + kRowTile - 1) / kRowTile * kRowTile;
         float most[kBlock], sum[kBlock];
         std::fill(most, most + kBlock, -INFINITY);
         std::fill(sum, sum + kBlock, 0.0f);
         std::fill(O, O + kBlock * D, 0.0f);
         const BFloat16* q = static_cast<const BFloat16*>(a.q) + head * a.q_head + (start + i) * a.q_token;
-        copy_rows(q, a.q_token, rows, rows4, D, Q);
+        copy_rows(q, a.q_token, rows, filled, D, Q);
         for (int64_t j = first_block(a, i); j < i + rows; j += kBlock) {
-            multiply_words(Q, W, KT + j * W, kBlock, S, kBlock, rows4, kBlock, W, false);
+            multiply_words(Q, W, KT + j * W, kBlock, S, kBlock, filled, kBlock, W, false);
             for (int64_t r = 0; r < rows; ++r) {
                 softmax_row(S + r * kBlock, visible(a, i + r, j), a.scale, most[r], sum[r], O + r * D, D);
             }
-            round_rows(S, rows4, P);
-            multiply_words(P, 32, V + j * W, D, O, D, rows4, D, 32, true);
+            round_rows(S, filled, P);
+            multiply_words(P, 32, V + j * W, D, O, D, filled, D, 32, true);
         }
         for (int64_t r = 0; r < rows; ++r) {
             BFloat16* out = static_cast<BFloat16*>(a.out) + ((start + i + r) * a.H + head) * D;
@@ -272,3 +279,17 @@ void attention_backward_bf16(const Attention& a, int64_t head, int64_t start, in
         }
     }
 }
+
+#if defined(ONECARD_AMX)
+void attention_forward_amx(const Attention& a, int64_t head, int64_t start, int64_t end) {
+    if (a.dtype != kBFloat16 || a.D % 32 != 0) return kAvx512Bf16.attention_forward(a, head, start, end);
+    Tiles tiles;
+    attention_forward_bf16(a, head, start, end);
+}
+
+void attention_backward_amx(const Attention& a, int64_t head, int64_t start, int64_t end) {
+    if (a.dtype != kBFloat16 || a.D % 32 != 0) return kAvx512Bf16.attention_backward(a, head, start, end);
+    Tiles tiles;
+    attention_backward_bf16(a, head, start, end);
+}
+#endif

@@ -2,11 +2,12 @@
 // after it has defined a struct Isa with
 //     max_abs_bits(x, n)                          the largest |x| as bits (NaN and Inf are larger than any number)
 //     encode(x, n, inverse, q, out)               n weights, a multiple of 32, to n / 2 bytes
-//     decode(bytes, n, levels, scale, out)        back, n a multiple of 32
+//     decode(bytes, n, levels, scale, out, stream)   back, n a multiple of 32; to stream is to write past the caches
 //     product_tile<R, M>(w, row, scales, x, K, y, y_stride)   R rows of W against M rows of arranged x
 //     kRows                                       the R that suits its registers
 //     X                                           float, what arranged x is made of
 
+constexpr int64_t kStreamBytes = int64_t{64} << 20;  // from which an output does not stay in a cache anyway
 constexpr uint32_t kLargestFinite = 0x7F7FFFFF;
 constexpr float kSmallestAbsmax = 1e-38f;
 
@@ -63,11 +64,13 @@ template <class T>
 void dequantize_typed(const Weight& w, T* out, int64_t begin, int64_t end) {
     constexpr int64_t kBatch = 64;
     float scales[kBatch];
+    bool large = w.num_weights * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
+    bool stream = large && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     for (int64_t block = begin; block < end; ++block) {
         if ((block - begin) % kBatch == 0) w.scales(block, std::min(kBatch, end - block), scales);
         float scale = scales[(block - begin) % kBatch];
         int64_t first = block * w.blocksize, n = std::min(w.blocksize, w.num_weights - first), even = n & ~int64_t{31};
-        Isa::decode(w.packed + first / 2, even, w.quant_map, scale, out + first);
+        Isa::decode(w.packed + first / 2, even, w.quant_map, scale, out + first, stream);
         for (int64_t i = even; i < n; ++i) {
             uint8_t byte = w.packed[(first + i) / 2];
             convert(w.quant_map[i % 2 ? byte & 15 : byte >> 4] * scale, out[first + i]);

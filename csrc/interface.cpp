@@ -6,6 +6,12 @@
 #include "kernels.h"
 #include "parallel.h"
 
+#if defined(ONECARD_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
 #else
@@ -16,11 +22,25 @@ using namespace onecard;
 
 namespace {
 
+#if defined(ONECARD_HAS_AMX)
+// Whether the CPU has AMX for bfloat16 and Linux lets this process use its registers (asked for once a process).
+bool amx() {
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    bool tiles = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx >> 24 & 1) && (edx >> 22 & 1);
+    return tiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
+
 const Kernels* best() {
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
-        return __builtin_cpu_supports("avx512bf16") ? &kAvx512Bf16 : &kAvx512;
+        if (!__builtin_cpu_supports("avx512bf16")) return &kAvx512;
+#if defined(ONECARD_HAS_AMX)
+        if (amx()) return &kAmx;
+#endif
+        return &kAvx512Bf16;
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return &kAvx2;
 #elif defined(__aarch64__)
@@ -32,17 +52,18 @@ const Kernels* best() {
 const Kernels* current = best();
 
 Weight make_weight(const uint8_t* packed, const void* absmax, const float* nested_absmax, const float* dynamic_map,
-                   float offset, const float* quant_map, int64_t num_weights, int64_t blocksize) {
+                   const float* offset, const float* quant_map, int64_t num_weights, int64_t blocksize) {
     bool nested = nested_absmax != nullptr;
     return {packed,
             nested ? nullptr : static_cast<const float*>(absmax),
             nested ? static_cast<const uint8_t*>(absmax) : nullptr,
             nested_absmax,
             dynamic_map,
-            offset,
+            offset ? *offset : 0.0f,
             quant_map,
             num_weights,
-            blocksize};
+            blocksize,
+            nullptr};
 }
 
 }  // namespace
@@ -56,6 +77,9 @@ EXPORT int onecard_set_isa(const char* name) {
         &kScalar,
 #if defined(__x86_64__) || defined(_M_X64)
         &kAvx2, &kAvx512, &kAvx512Bf16,
+#if defined(ONECARD_HAS_AMX)
+        &kAmx,
+#endif
 #elif defined(__aarch64__)
         &kNeon,
 #endif
@@ -85,7 +109,7 @@ EXPORT int onecard_quantize(const void* W, int dtype, int64_t num_weights, int64
 }
 
 EXPORT void onecard_dequantize(const uint8_t* packed, const void* absmax, const float* nested_absmax,
-                               const float* dynamic_map, float offset, const float* quant_map, int64_t num_weights,
+                               const float* dynamic_map, const float* offset, const float* quant_map, int64_t num_weights,
                                int64_t blocksize, void* out, int dtype, int num_threads) {
     Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, num_weights, blocksize);
     int64_t num_blocks = (num_weights + blocksize - 1) / blocksize;
@@ -96,7 +120,7 @@ EXPORT void onecard_dequantize(const uint8_t* packed, const void* absmax, const 
 
 // y (M, N) float32 = x (M, K) W^T straight from the codes; K a multiple of 64 and of the blocksize.
 EXPORT void onecard_product(const uint8_t* packed, const void* absmax, const float* nested_absmax,
-                            const float* dynamic_map, float offset, const float* quant_map, int64_t N, int64_t K,
+                            const float* dynamic_map, const float* offset, const float* quant_map, int64_t N, int64_t K,
                             int64_t blocksize, const void* x, int dtype, int64_t M, float* y, int num_threads) {
     Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, N * K, blocksize);
     std::unique_ptr<float[]> arranged(new float[static_cast<size_t>(M * ((K + 127) / 128 * 128))]);
@@ -104,6 +128,18 @@ EXPORT void onecard_product(const uint8_t* packed, const void* absmax, const flo
     parallel_for(N, 16, num_threads, [&](int64_t begin, int64_t end) {
         current->product(w, arranged.get(), static_cast<Dtype>(dtype), M, K, y, N, begin, end);
     });
+}
+
+// 1, or 0 if this instruction set has no such kernel. (Every call ends with the number of threads.)
+EXPORT int onecard_has_linear(int) { return current->linear_forward != nullptr; }
+
+// The forward, or the backward if l.grad_y is set; blocksize 0 means that packed is the weight in bfloat16.
+EXPORT void onecard_linear(const uint8_t* packed, const void* absmax, const float* nested_absmax,
+                           const float* dynamic_map, const float* offset, const float* quant_map, int64_t blocksize,
+                           const Linear* l, int num_threads) {
+    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, l->N * l->K, blocksize);
+    if (blocksize == 0) w.dense = reinterpret_cast<const uint16_t*>(packed);
+    (l->grad_y ? current->linear_backward : current->linear_forward)(w, *l, num_threads);
 }
 
 // Every head over every document (num_documents + 1 boundaries); the backward if a.grad_out is set.

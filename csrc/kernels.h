@@ -20,6 +20,7 @@ struct Weight {
     const float* quant_map;      // 16 values
     int64_t num_weights;
     int64_t blocksize;           // a power of two, at least 32
+    const uint16_t* dense;       // not null: bfloat16 itself, and nothing else of this is set
 
     void scales(int64_t block, int64_t count, float* out) const {
         if (absmax) {
@@ -73,6 +74,24 @@ struct AdamW8bit {
     float decay, rate, root, beta1, rest1, beta2, rest2, eps;
 };
 
+// A linear of bfloat16 x (M, K) with its LoRA term, and its backward from grad_y (M, N); everything contiguous:
+//     y = x W^T + bias + (x_lora A^T) B^T scaling
+// A (R, K) and B (N, R) are of lora_dtype; xA (M, R) is bfloat16, made by the forward and read by the backward; grad_A
+// and grad_B are float32. What is not there or not wanted is null, and R is 0 without an adapter. If grad_x_lora is
+// null, grad_x has the LoRA term's part.
+struct Linear {
+    int64_t M, N, K, R;
+    const void *x, *x_lora;
+    const float* bias;
+    Dtype lora_dtype;
+    const void *A, *B;
+    float scaling;
+    void *xA, *y;
+    const void* grad_y;
+    void *grad_x, *grad_x_lora;
+    float *grad_A, *grad_B;
+};
+
 struct Kernels {
     const char* name;
     // Blocks [begin, end) of W into codes and scales; false if a weight is not finite.
@@ -106,11 +125,18 @@ struct Kernels {
                           int64_t begin, int64_t end);
     // Blocks [begin, end) of a parameter.
     void (*adamw_8bit)(const AdamW8bit& a, int64_t begin, int64_t end);
+    // All of a linear on num_threads threads, N and K multiples of 32; null where torch's own product is as fast.
+    void (*linear_forward)(const Weight& w, const Linear& l, int num_threads) = nullptr;
+    void (*linear_backward)(const Weight& w, const Linear& l, int num_threads) = nullptr;
 };
 
 extern const Kernels kScalar;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
+#if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
+#define ONECARD_HAS_AMX
+extern const Kernels kAmx;
+#endif
 #elif defined(__aarch64__)
 extern const Kernels kNeon;
 #endif

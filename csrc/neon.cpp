@@ -125,7 +125,7 @@ struct Isa {
     }
 
     template <class T>
-    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out) {
+    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out, bool) {
         Planes<T> table(levels, scale);
         for (int64_t i = 0; i < n; i += 32) {
             uint8x16_t both = vld1q_u8(bytes + i / 2);

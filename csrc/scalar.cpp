@@ -53,7 +53,7 @@ struct Isa {
     }
 
     template <class T>
-    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out) {
+    static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out, bool) {
         T table[16];
         for (int i = 0; i < 16; ++i) convert(levels[i] * scale, table[i]);
         for (int64_t i = 0; i < n; i += 2) {

@@ -20,6 +20,7 @@ from functools import cache
 from importlib import import_module
 from math import prod
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from onecard.quant.blockwise import check_quantizable, make_state
 from onecard.quant.state import QuantState
 
 _scratch = threading.local()
+Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]  # packed, absmax, nested, offset, type, blocksize
 
 
 def backend(device: torch.device):
@@ -233,11 +235,17 @@ def _compute_qlora_linear(
     work = product_dtype(x.dtype, x.device.type)
     x_MK = x.reshape(-1, K).to(work)
     weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    few = backend(x.device).can_multiply(x_MK, blocksize)
+    if not few and backend(x.device).can_fuse(x_MK, N, lora_A_RK, lora_B_NR):
+        seen = x_MK if x_lora is None else x_lora.reshape(-1, K)
+        terms = None if lora_A_RK is None else (seen, lora_A_RK, lora_B_NR, scaling)
+        y_MN, xA_MR = backend(x.device).linear(x_MK, weight, N, bias, terms)
+        return y_MN.view(*x.shape[:-1], N), xA_MR
     lora = None
     if lora_A_RK is not None and lora_B_NR is not None:
         x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
         lora = (x_lora_MK @ lora_A_RK.to(work).T, lora_B_NR, scaling)
-    if backend(x.device).can_multiply(x_MK, blocksize):
+    if few:
         y_MN = backend(x.device).multiply(x_MK, *weight, N, lora)
     else:
         y_MN = x_MK @ dequantize_to_scratch(*weight, shape, work).T
@@ -260,8 +268,7 @@ def _(x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, sh
     return y, x.new_empty(x.numel() // shape[1], A.shape[0], dtype=work)
 
 
-@torch.library.custom_op("onecard::qlora_linear_backward", mutates_args=())
-def _qlora_linear_backward(
+def _compute_backward(
     grad_y: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -270,19 +277,71 @@ def _qlora_linear_backward(
     quant_type: str,
     blocksize: int,
     shape: list[int],
-    add_MK: Tensor | None,
-) -> Tensor:
-    """g W, plus `add_MK` (the LoRA term's gradient with respect to x): (M, K)."""
+    lora_A_RK: Tensor | None,
+    lora_B_NR: Tensor | None,
+    scaling: float,
+    seen: Tensor | None,
+    xA_MR: Tensor,
+    separate: bool,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (M, K), x_lora (M, K), A and B; `needs` says which are wanted, an empty tensor stands for others.
+
+    `seen` is what the adapter saw. If that is not `separate` from x, grad_x has the LoRA term's part.
+    """
+    N, K = shape
     work = product_dtype(grad_y.dtype, grad_y.device.type)
-    g_MN = grad_y.reshape(-1, shape[0]).to(work)
-    W_NK = dequantize_to_scratch(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, work)
-    grad_x_MK = g_MN @ W_NK if add_MK is None else torch.addmm(add_MK, g_MN, W_NK)
-    return grad_x_MK.to(grad_y.dtype)
+    g_MN = grad_y.reshape(-1, N).to(work)
+    weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
+    seen_MK = None if seen is None else seen.reshape(-1, K).to(work)
+    if backend(grad_y.device).can_fuse(g_MN, K, lora_A_RK, lora_B_NR):
+        terms = None if lora_A_RK is None else (seen_MK, xA_MR, lora_A_RK, lora_B_NR, scaling)
+        grads = backend(grad_y.device).linear_backward(g_MN, weight, K, needs, terms, separate)
+    else:
+        grads = _plain_backward(g_MN, weight, shape, lora_A_RK, lora_B_NR, scaling, seen_MK, xA_MR, separate, needs)
+    grad_x, grad_x_lora, grad_A, grad_B = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
+    lora_dtype = grad_y.dtype if lora_A_RK is None else lora_A_RK.dtype
+    return grad_x.to(grad_y.dtype), grad_x_lora.to(grad_y.dtype), grad_A.to(lora_dtype), grad_B.to(lora_dtype)
+
+
+def _plain_backward(
+    g_MN: Tensor,
+    weight: Parts,
+    shape: list[int],
+    lora_A_RK: Tensor | None,
+    lora_B_NR: Tensor | None,
+    scaling: float,
+    seen_MK: Tensor | None,
+    xA_MR: Tensor,
+    separate: bool,
+    needs: list[bool],
+) -> tuple[Tensor | None, ...]:
+    """The gradients as torch's products of the dequantized weight, in g's dtype."""
+    needs_x, needs_x_lora, needs_A, needs_B = needs
+    grad_x = grad_x_lora = grad_A = grad_B = None
+    if lora_A_RK is not None and lora_B_NR is not None and seen_MK is not None:
+        gB_MR = (g_MN @ lora_B_NR.to(g_MN.dtype)) * scaling
+        grad_A = gB_MR.T @ seen_MK if needs_A else None
+        grad_B = (g_MN.T @ xA_MR) * scaling if needs_B else None
+        if needs_x_lora if separate else needs_x:
+            grad_x_lora = gB_MR @ lora_A_RK.to(g_MN.dtype)
+    if needs_x:
+        W_NK = dequantize_to_scratch(*weight, shape, g_MN.dtype)
+        alone = grad_x_lora is None or separate
+        grad_x = g_MN @ W_NK if alone else torch.addmm(grad_x_lora, g_MN, W_NK)
+    return grad_x, grad_x_lora if separate else None, grad_A, grad_B
+
+
+_qlora_linear_backward = torch.library.custom_op("onecard::qlora_linear_backward", _compute_backward, mutates_args=())
 
 
 @_qlora_linear_backward.register_fake
-def _(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, add_MK):
-    return grad_y.new_empty(grad_y.numel() // shape[0], shape[1])
+def _(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, A, B, scaling, seen, xA,
+      separate, needs):  # fmt: skip
+    M, K = grad_y.numel() // shape[0], shape[1]
+    whole = [needs[0], separate and A is not None and needs[1], A is not None and needs[2], B is not None and needs[3]]
+    made = [grad_y.new_empty(M, K), grad_y.new_empty(M, K), A, B]
+    return tuple(torch.empty_like(x) if wanted else grad_y.new_empty(0) for wanted, x in zip(whole, made))
 
 
 def _setup_context(ctx, inputs, output):
@@ -300,28 +359,19 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_y, _):
     packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, xA_MR = ctx.saved_tensors
-    N, K = ctx.weight[2]
-    needs_x, needs_bias, needs_lora = ctx.needs_input_grad[0], ctx.needs_input_grad[8], lora_A_RK is not None
-    work = product_dtype(grad_y.dtype, grad_y.device.type)
-    g_MN = grad_y.reshape(-1, N).to(work)
-    grad_A = grad_B = grad_x_lora = None
-    if needs_lora:
-        gB_MR = (g_MN @ lora_B_NR.to(work)) * ctx.scaling
-        if ctx.needs_input_grad[9]:
-            grad_A = (gB_MR.T @ seen.reshape(-1, K).to(work)).to(lora_A_RK.dtype)
-        if ctx.needs_input_grad[10]:
-            grad_B = ((g_MN.T @ xA_MR) * ctx.scaling).to(lora_B_NR.dtype)
-        if needs_x or ctx.needs_input_grad[12]:
-            grad_x_lora = gB_MR @ lora_A_RK.to(work)
-    grad_x = None
-    if needs_x:
-        add_MK = None if ctx.separate else grad_x_lora
-        grad_x = torch.ops.onecard.qlora_linear_backward(
-            grad_y, packed, absmax, nested_absmax, nested_offset, *ctx.weight, add_MK
-        ).view(ctx.x_shape)
-    grad_bias = g_MN.sum(0).to(ctx.bias_dtype) if needs_bias else None
-    if grad_x_lora is not None:
-        grad_x_lora = grad_x_lora.view(ctx.x_shape).to(grad_y.dtype) if ctx.separate else None
+    compute: Any = torch.ops.onecard.qlora_linear_backward
+    if type(grad_y) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        compute = _compute_backward  # as in qlora_linear
+    needs = [ctx.needs_input_grad[i] for i in (0, 12, 9, 10)]
+    grads = compute(
+        grad_y, packed, absmax, nested_absmax, nested_offset, *ctx.weight,
+        lora_A_RK, lora_B_NR, ctx.scaling, seen, xA_MR, ctx.separate, needs,
+    )  # fmt: skip
+    grad_x, grad_x_lora, grad_A, grad_B = (grad if grad.numel() else None for grad in grads)
+    grad_x, grad_x_lora = (None if grad is None else grad.view(ctx.x_shape) for grad in (grad_x, grad_x_lora))
+    grad_bias = None
+    if ctx.needs_input_grad[8]:
+        grad_bias = grad_y.reshape(-1, ctx.weight[2][0]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return (grad_x, *[None] * 7, grad_bias, grad_A, grad_B, None, grad_x_lora)
 
 

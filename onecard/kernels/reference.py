@@ -11,7 +11,9 @@ from onecard.quant.blockwise import dequantize_blocks, quantize_blocks
 from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit
 from onecard.quant.nested import dequantize_absmax
 
-__all__ = ["adamw_8bit_", "can_multiply", "cross_entropy_", "dequantize_into", "multiply", "quantize_blocks"]
+__all__ = [
+    "adamw_8bit_", "can_fuse", "can_multiply", "cross_entropy_", "dequantize_into", "multiply", "quantize_blocks",
+]  # fmt: skip
 
 
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
@@ -21,6 +23,11 @@ def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
 
 def multiply(x_MK: Tensor, *weight) -> Tensor:
     raise NotImplementedError("can_multiply says no")
+
+
+def can_fuse(x_MK: Tensor, num_outputs: int, *lora: Tensor | None) -> bool:
+    """Never, as can_multiply."""
+    return False
 
 
 def dequantize_into(

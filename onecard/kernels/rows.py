@@ -128,3 +128,31 @@ def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
     y_MN = torch.empty(M, N)
     native.call("onecard_dense_product", W_NK, x, native.DTYPES[x.dtype], M, N, K, y_MN)
     return y_MN.to(x.dtype).view(*x.shape[:-1], N)
+
+
+def has_tiles(x: Tensor, W: Tensor) -> bool:
+    """Whether `tiled_product` and `tiled_product_back` take x and a dense W (N, K): bfloat16 on a CPU with AMX, where
+    they beat torch's product. They have no gradient of their own."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == W.dtype
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and native.library() is not None
+        and native.can_fuse(W, W.shape[0])
+    )
+
+
+def tiled_product(x: Tensor, W_NK: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + bias for x (..., K), with one rounding."""
+    (N, K) = W_NK.shape
+    y_MN, _ = native.linear(x.reshape(-1, K), (W_NK,), N, bias, None)
+    return y_MN.view(*x.shape[:-1], N)
+
+
+def tiled_product_back(g: Tensor, W_NK: Tensor) -> Tensor:
+    """g W for g (..., N)."""
+    (N, K) = W_NK.shape
+    grad_x, *_ = native.linear_backward(g.reshape(-1, N), (W_NK,), K, [True, False, False, False], None, False)
+    assert grad_x is not None
+    return grad_x.view(*g.shape[:-1], K)

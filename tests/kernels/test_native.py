@@ -19,7 +19,7 @@ SHAPES = [(1,), (3,), (33,), (7, 65), (64, 192), (100, 300), (4097,)]
 
 
 ARM = platform.machine() in ("aarch64", "arm64")
-PATHS = ["scalar", "neon"] if ARM else ["scalar", "avx2", "avx512", "avx512_bf16"]
+PATHS = ["scalar", "neon"] if ARM else ["scalar", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 @pytest.fixture(params=PATHS)

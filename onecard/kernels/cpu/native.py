@@ -50,7 +50,18 @@ class AdamW8bit(ctypes.Structure):
     )
 
 
-_SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_float, c_void_p)  # packed, absmax, nested, maps, offset
+class Linear(ctypes.Structure):
+    """struct Linear of csrc/kernels.h."""
+
+    _fields_ = (
+        ("M", c_int64), ("N", c_int64), ("K", c_int64), ("R", c_int64), ("x", c_void_p), ("x_lora", c_void_p),
+        ("bias", c_void_p), ("lora_dtype", c_int), ("A", c_void_p), ("B", c_void_p), ("scaling", c_float),
+        ("xA", c_void_p), ("y", c_void_p), ("grad_y", c_void_p), ("grad_x", c_void_p), ("grad_x_lora", c_void_p),
+        ("grad_A", c_void_p), ("grad_B", c_void_p),
+    )  # fmt: skip
+
+
+_SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)  # packed, absmax, nested, maps, offset
 SIGNATURES: dict[str, tuple] = {
     "onecard_isa": (c_char_p,),
     "onecard_set_isa": (c_int, c_char_p),
@@ -60,6 +71,8 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_product": (
         None, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
     ),
+    "onecard_has_linear": (c_int, c_int),
+    "onecard_linear": (None, *_SCALES, c_int64, c_void_p, c_int),
     "onecard_cross_entropy": (None, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "onecard_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_float, c_int),
     "onecard_rms_norm_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int64, c_int),
@@ -73,7 +86,10 @@ SIGNATURES: dict[str, tuple] = {
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None if it was not built; ONECARD_ISA forces a path (avx512, avx2, neon, scalar)."""
+    """The loaded library, or None if it was not built.
+
+    ONECARD_ISA forces a path: amx, avx512_bf16, avx512, avx2, neon or scalar.
+    """
     folder = Path(__file__).parent
     found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
     if not found:
@@ -133,8 +149,7 @@ def scales(
     packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, quant_type: str
 ) -> tuple:
     """The arguments by which every kernel reads a weight."""
-    offset = nested_offset.item() if nested_offset is not None else 0.0
-    return packed, absmax, nested_absmax, dynamic_map("cpu"), offset, quant_map(quant_type, "cpu")
+    return packed, absmax, nested_absmax, dynamic_map("cpu"), nested_offset, quant_map(quant_type, "cpu")
 
 
 def dequantize_into(
@@ -181,6 +196,84 @@ def multiply(
     if lora is not None:
         y_MN.addmm_(lora[0].float(), lora[1].float().T, alpha=lora[2])
     return y_MN
+
+
+def can_fuse(x_MK: Tensor, num_outputs: int, *lora: Tensor | None) -> bool:
+    """Whether `linear` and `linear_backward` take this x: bfloat16 on a CPU with tiles (AMX)."""
+    whole = x_MK.shape[1] % 32 == 0 and num_outputs % 32 == 0
+    dtypes = {x.dtype for x in lora if x is not None}
+    known = len(dtypes) <= 1 and dtypes <= DTYPES.keys()
+    return x_MK.dtype == torch.bfloat16 and whole and known and bool(call("onecard_has_linear"))
+
+
+def linear(
+    x_MK: Tensor,
+    weight: tuple,
+    num_outputs: int,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, Tensor, float] | None,
+) -> tuple[Tensor, Tensor]:
+    """y = x W^T + bias + s (x_lora A^T) B^T with one rounding, bfloat16 (M, N); and x_lora A^T, bfloat16 (M, R).
+
+    Args:
+        weight: packed, absmax, nested_absmax, nested_offset, quant_type, blocksize; or a single bfloat16 (N, K).
+        lora: x_lora (M, K) bfloat16, A (R, K), B (N, R) and s.
+    """
+    M, K = x_MK.shape
+    x_MK, bias = x_MK.contiguous(), None if bias is None else bias.float().contiguous()
+    y_MN = torch.empty(M, num_outputs, dtype=x_MK.dtype)
+    seen, A, B, scaling = lora or (None, None, None, 1.0)
+    seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
+    xA_MR = x_MK.new_empty(0) if A is None else x_MK.new_empty(M, len(A))
+    struct = Linear(
+        M, num_outputs, K, 0 if A is None else len(A), x_MK.data_ptr(), address(seen), address(bias),
+        0 if A is None else DTYPES[A.dtype], address(A), address(B), scaling, xA_MR.data_ptr(), y_MN.data_ptr(),
+    )  # fmt: skip
+    call("onecard_linear", *weight_arguments(weight), ctypes.byref(struct))
+    return y_MN, xA_MR
+
+
+def linear_backward(
+    grad_y_MN: Tensor,
+    weight: tuple,
+    num_inputs: int,
+    needs: list[bool],
+    lora: tuple[Tensor, Tensor, Tensor, Tensor, float] | None,
+    separate: bool,
+) -> tuple[Tensor | None, ...]:
+    """Of grad_y (M, N): grad_x (M, K), grad_x_lora (M, K) if separate, grad_A (R, K) and grad_B (N, R) in float32.
+
+    Args:
+        needs: which of the four are wanted; what is not is None.
+        lora: x_lora (M, K), x_lora A^T (M, R), both bfloat16, A, B and s.
+        separate: whether x_lora is not x (dropout): its gradient is then an output of its own.
+    """
+    (M, N), K = grad_y_MN.shape, num_inputs
+    grad_y_MN = grad_y_MN.contiguous()
+    seen, xA_MR, A, B, scaling = lora or (None, None, None, None, 1.0)
+    seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
+    grad_x = grad_y_MN.new_empty(M, K) if needs[0] else None
+    grad_x_lora = grad_y_MN.new_empty(M, K) if separate and A is not None else None
+    grad_A = torch.empty(A.shape) if A is not None and needs[2] else None
+    grad_B = torch.empty(B.shape) if B is not None and needs[3] else None
+    struct = Linear(
+        M, N, K, 0 if A is None else len(A), None, address(seen), None,
+        0 if A is None else DTYPES[A.dtype], address(A), address(B), scaling, address(xA_MR), None,
+        grad_y_MN.data_ptr(), *[address(x) for x in (grad_x, grad_x_lora, grad_A, grad_B)],
+    )  # fmt: skip
+    call("onecard_linear", *weight_arguments(weight), ctypes.byref(struct))
+    return grad_x, grad_x_lora if needs[1] else None, grad_A, grad_B
+
+
+def weight_arguments(weight: tuple) -> tuple:
+    """A 4-bit weight's parts and blocksize, or (W,), a weight in bfloat16."""
+    if len(weight) == 1:
+        return weight[0].contiguous(), None, None, None, None, None, 0
+    return *scales(*weight[:5]), weight[5]
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
