@@ -327,8 +327,10 @@ def _plain_backward(
             grad_x_lora = gB_MR @ lora_A_RK.to(g_MN.dtype)
     if needs_x:
         W_NK = dequantize_to_scratch(*weight, shape, g_MN.dtype)
-        alone = grad_x_lora is None or separate
-        grad_x = g_MN @ W_NK if alone else torch.addmm(grad_x_lora, g_MN, W_NK)
+        if grad_x_lora is None or separate:
+            grad_x = g_MN @ W_NK
+        else:
+            grad_x = torch.addmm(grad_x_lora, g_MN, W_NK)
     return grad_x, grad_x_lora if separate else None, grad_A, grad_B
 
 
