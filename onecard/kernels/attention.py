@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from onecard.kernels.cpu import native
+from onecard.kernels.operator import Operator
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -40,7 +41,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: flo
     Returns:
         (1, T, H, D), q's dtype.
     """
-    out, _ = torch.ops.onecard.attention(q, k, v, cu_seqlens, scale, window or 0)
+    out, _ = _attention(q, k, v, cu_seqlens, scale, window or 0)
     return out
 
 
@@ -49,8 +50,7 @@ def heads(x: Tensor) -> Tensor:
     return x[0] if x.stride(-1) == 1 else x[0].contiguous()
 
 
-@torch.library.custom_op("onecard::attention", mutates_args=())
-def _attention(
+def _compute_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     _, H, T, D = q.shape
@@ -60,14 +60,16 @@ def _attention(
     return out, lse_HT
 
 
+_attention = Operator("attention", _compute_attention)
+
+
 @_attention.register_fake
 def _(q, k, v, cu_seqlens, scale, window):
     _, H, T, D = q.shape
     return q.new_empty(1, T, H, D), q.new_empty(H, T, dtype=torch.float32)
 
 
-@torch.library.custom_op("onecard::attention_backward", mutates_args=())
-def _attention_backward(
+def _compute_attention_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -88,6 +90,9 @@ def _attention_backward(
     return grad_q.transpose(1, 2), grad_k, grad_v
 
 
+_attention_backward = Operator("attention_backward", _compute_attention_backward)
+
+
 @_attention_backward.register_fake
 def _(grad_out, q, k, v, out, lse_HT, cu_seqlens, scale, window):
     _, H, T, D = q.shape
@@ -102,7 +107,7 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_out, _):
     arguments = (ctx.cu_seqlens, ctx.scale, ctx.window)
-    return *torch.ops.onecard.attention_backward(grad_out, *ctx.saved_tensors, *arguments), None, None, None
+    return *_attention_backward(grad_out, *ctx.saved_tensors, *arguments), None, None, None
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention.register_autograd(_backward, _setup_context)

@@ -20,7 +20,6 @@ from functools import cache
 from importlib import import_module
 from math import prod
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +28,7 @@ from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.cpu import native
 from onecard.kernels.cpu_info import product_dtype
+from onecard.kernels.operator import Operator
 from onecard.quant.blockwise import check_quantizable, make_state
 from onecard.quant.state import QuantState
 
@@ -102,7 +102,7 @@ def quantize_stack(
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
     """As quant.blockwise.dequantize_4bit, on the fastest backend; `dtype` overrides the state's."""
-    return torch.ops.onecard.dequantize_4bit(
+    return _dequantize_4bit(
         packed,
         state.absmax,
         state.nested_absmax,
@@ -151,10 +151,7 @@ def qlora_linear(
         scaling: the LoRA term's factor.
         x_lora: (..., K), what the adapter sees where that is not x (dropout).
     """
-    compute = torch.ops.onecard.qlora_linear
-    if type(x) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        compute = _compute_qlora_linear  # generation: the dispatcher would cost as much as a small product
-    y, _ = compute(
+    y, _ = _qlora_linear(
         x,
         packed,
         state.absmax,
@@ -194,8 +191,7 @@ def dequantize_to_scratch(
     return W
 
 
-@torch.library.custom_op("onecard::dequantize_4bit", mutates_args=())
-def _dequantize_4bit(
+def _compute_dequantize_4bit(
     packed: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
@@ -209,6 +205,9 @@ def _dequantize_4bit(
     dequantize = backend(packed.device).dequantize_into
     dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out)
     return out
+
+
+_dequantize_4bit = Operator("dequantize_4bit", _compute_dequantize_4bit)
 
 
 @_dequantize_4bit.register_fake
@@ -256,7 +255,7 @@ def _compute_qlora_linear(
     return y_MN.view(*x.shape[:-1], N).to(x.dtype), x.new_empty(0) if lora is None else lora[0]
 
 
-_qlora_linear = torch.library.custom_op("onecard::qlora_linear", _compute_qlora_linear, mutates_args=())
+_qlora_linear = Operator("qlora_linear", _compute_qlora_linear)
 
 
 @_qlora_linear.register_fake
@@ -334,7 +333,7 @@ def _plain_backward(
     return grad_x, grad_x_lora if separate else None, grad_A, grad_B
 
 
-_qlora_linear_backward = torch.library.custom_op("onecard::qlora_linear_backward", _compute_backward, mutates_args=())
+_qlora_linear_backward = Operator("qlora_linear_backward", _compute_backward)
 
 
 @_qlora_linear_backward.register_fake
@@ -361,11 +360,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, grad_y, _):
     packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, xA_MR = ctx.saved_tensors
-    compute: Any = torch.ops.onecard.qlora_linear_backward
-    if type(grad_y) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        compute = _compute_backward  # as in qlora_linear
     needs = [ctx.needs_input_grad[i] for i in (0, 12, 9, 10)]
-    grads = compute(
+    grads = _qlora_linear_backward(
         grad_y, packed, absmax, nested_absmax, nested_offset, *ctx.weight,
         lora_A_RK, lora_B_NR, ctx.scaling, seen, xA_MR, ctx.separate, needs,
     )  # fmt: skip
@@ -377,4 +373,4 @@ def _backward(ctx, grad_y, _):
     return (grad_x, *[None] * 7, grad_bias, grad_A, grad_B, None, grad_x_lora)
 
 
-torch.library.register_autograd("onecard::qlora_linear", _backward, setup_context=_setup_context)
+_qlora_linear.register_autograd(_backward, _setup_context)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onecard.kernels.cpu import native
+from onecard.kernels.operator import Operator
 
 LARGEST_ROW = 16384  # that the GPU's kernels hold in registers
 
@@ -53,10 +54,12 @@ def kernels_of(x: Tensor) -> ModuleType:
     return found
 
 
-@torch.library.custom_op("onecard::rms_norm", mutates_args=())
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _compute_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x of any shape with weight (D,) for its last dimension: y like x, and r float32 (rows,)."""
     return kernels_of(x).rms_norm(x.contiguous(), weight, eps)
+
+
+rms_norm = Operator("rms_norm", _compute_rms_norm)
 
 
 @rms_norm.register_fake
@@ -64,9 +67,11 @@ def _(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("onecard::rms_norm_backward", mutates_args=())
-def rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def _compute_rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return kernels_of(x).rms_norm_backward(grad_y.contiguous(), x.contiguous(), weight, rstd)
+
+
+rms_norm_backward = Operator("rms_norm_backward", _compute_rms_norm_backward)
 
 
 @rms_norm_backward.register_fake
@@ -83,13 +88,15 @@ def _norm_backward(ctx, grad_y, _):
     return rms_norm_backward(grad_y, *ctx.saved_tensors), None, None
 
 
-rms_norm.register_autograd(_norm_backward, setup_context=_norm_context)
+rms_norm.register_autograd(_norm_backward, _norm_context)
 
 
-@torch.library.custom_op("onecard::swiglu", mutates_args=())
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _compute_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of two tensors of one shape."""
     return kernels_of(gate).swiglu(gate.contiguous(), up.contiguous())
+
+
+swiglu = Operator("swiglu", _compute_swiglu)
 
 
 @swiglu.register_fake
@@ -97,9 +104,11 @@ def _(gate, up):
     return gate.new_empty(gate.shape)
 
 
-@torch.library.custom_op("onecard::swiglu_backward", mutates_args=())
-def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return kernels_of(gate).swiglu_backward(grad_y.contiguous(), gate.contiguous(), up.contiguous())
+
+
+swiglu_backward = Operator("swiglu_backward", _compute_swiglu_backward)
 
 
 @swiglu_backward.register_fake
@@ -115,7 +124,7 @@ def _swiglu_backward(ctx, grad_y):
     return swiglu_backward(grad_y, *ctx.saved_tensors)
 
 
-swiglu.register_autograd(_swiglu_backward, setup_context=_swiglu_context)
+swiglu.register_autograd(_swiglu_backward, _swiglu_context)
 
 
 FEW_ROWS = 4  # up to which dense_product beats torch's linear in bfloat16 (measured, benchmarks/generate.py)
