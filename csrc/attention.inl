@@ -207,3 +207,26 @@ void attention_backward(const Attention& a, int64_t head, int64_t start, int64_t
     if (a.dtype == kBFloat16) return attention_backward_typed<BFloat16>(a, head, start, end);
     attention_backward_typed<Float16>(a, head, start, end);
 }
+
+template <class T>
+void attention_reduce_typed(const Attention& a, int64_t begin, int64_t end) {
+    int64_t group = a.H / a.H_kv, part = a.T * a.D;
+    for (int64_t row = begin; row < end; ++row) {
+        int64_t from = row / a.T * group * part + row % a.T * a.D;
+        for (int64_t d = 0; d < a.D; ++d) {
+            float k = 0.0f, v = 0.0f;
+            for (int64_t h = 0; h < group; ++h) {
+                k += a.grad_k[from + h * part + d];
+                v += a.grad_v[from + h * part + d];
+            }
+            convert(k, static_cast<T*>(a.sum_k)[row * a.D + d]);
+            convert(v, static_cast<T*>(a.sum_v)[row * a.D + d]);
+        }
+    }
+}
+
+void attention_reduce(const Attention& a, int64_t begin, int64_t end) {
+    if (a.dtype == kFloat32) return attention_reduce_typed<float>(a, begin, end);
+    if (a.dtype == kBFloat16) return attention_reduce_typed<BFloat16>(a, begin, end);
+    attention_reduce_typed<Float16>(a, begin, end);
+}

@@ -152,6 +152,10 @@ EXPORT void onecard_attention(const Attention* a, const int64_t* boundaries, int
             one(*a, task % a->H, boundaries[document], boundaries[document + 1]);
         }
     });
+    if (!a->grad_out) return;
+    parallel_for(a->H_kv * a->T, 64, num_threads, [&](int64_t begin, int64_t end) {
+        current->attention_reduce(*a, begin, end);
+    });
 }
 
 EXPORT void onecard_cross_entropy(void* logits, int dtype, int64_t rows, int64_t V, const int64_t* target, float* losses,

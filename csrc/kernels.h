@@ -43,7 +43,8 @@ struct Quantization {
 };
 
 // Causal attention of H query heads over H_kv key heads; a document is a range of tokens that see only each other.
-// Strides are in elements; out, grad_out and grad_q are (T, H, D), lse (H, T), grad_k and grad_v (H, T, D) float32.
+// Strides are in elements; out, grad_out and grad_q are (T, H, D), lse (H, T), grad_k and grad_v (H, T, D) float32, whose
+// sums over the query heads of a key head go to sum_k and sum_v, (H_kv, T, D).
 struct Attention {
     Dtype dtype;
     int64_t T, H, H_kv, D;
@@ -56,6 +57,7 @@ struct Attention {
     const void* grad_out;
     void* grad_q;
     float *grad_k, *grad_v;
+    void *sum_k, *sum_v;
 };
 
 constexpr int64_t kStateBlock = 256;
@@ -107,6 +109,8 @@ struct Kernels {
     // One head over tokens [start, end); D a multiple of 16.
     void (*attention_forward)(const Attention& a, int64_t head, int64_t start, int64_t end);
     void (*attention_backward)(const Attention& a, int64_t head, int64_t start, int64_t end);
+    // Rows [begin, end) of all (H_kv T) of sum_k and sum_v.
+    void (*attention_reduce)(const Attention& a, int64_t begin, int64_t end);
     // Rows [begin, end) of logits (rows, V): losses logsumexp(z) - z[target]; z becomes softmax(z) - onehot(target).
     void (*cross_entropy)(void* logits, Dtype dtype, int64_t V, const int64_t* target, float* losses, int64_t begin,
                           int64_t end);

@@ -86,8 +86,8 @@ struct Isa {
 }  // namespace
 
 const Kernels kScalar = {
-    "scalar", quantize, dequantize, product, arrange, attention_forward, attention_backward, cross_entropy,
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
+    "scalar", quantize, dequantize, product, arrange, attention_forward, attention_backward, attention_reduce,
+    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
 };
 
 }  // namespace onecard

@@ -83,10 +83,10 @@ def _compute_attention_backward(
     _, H, T, D = q.shape
     G = k.shape[1]
     grad_q = torch.empty(1, T, H, D, dtype=q.dtype)
-    parts = torch.empty(2, H, T, D)
-    grads = (grad_out.contiguous(), grad_q, parts[0], parts[1])
+    parts_k, parts_v = torch.empty(2, H, T, D)
+    grad_k, grad_v = (torch.empty(1, G, T, D, dtype=q.dtype) for _ in range(2))
+    grads = (grad_out.contiguous(), grad_q, parts_k, parts_v, grad_k, grad_v)
     native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT, grads)
-    grad_k, grad_v = (part.view(1, G, H // G, T, D).sum(2).to(k.dtype) for part in parts)
     return grad_q.transpose(1, 2), grad_k, grad_v
 
 

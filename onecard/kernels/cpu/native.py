@@ -36,6 +36,7 @@ class Attention(ctypes.Structure):
         ("q_head", c_int64), ("q_token", c_int64), ("k_head", c_int64), ("k_token", c_int64),
         ("v_head", c_int64), ("v_token", c_int64), ("out", c_void_p), ("lse", c_void_p),
         ("grad_out", c_void_p), ("grad_q", c_void_p), ("grad_k", c_void_p), ("grad_v", c_void_p),
+        ("sum_k", c_void_p), ("sum_v", c_void_p),
     )  # fmt: skip
 
 
@@ -320,18 +321,18 @@ def attention(
     window: int,
     out_THD: Tensor,
     lse_HT: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    grads: tuple[Tensor, ...] | None = None,
 ) -> None:
-    """Fill out_THD and lse_HT; or, with grads = (grad_out, grad_q, grad_k, grad_v), the last three.
+    """Fill out_THD and lse_HT; or, with grads = (grad_out, grad_q, parts_k, parts_v, grad_k, grad_v), the last five.
 
     Args:
         q_HTD (H, T, D), k_HTD and v_HTD (H_kv, T, D): of one dtype, any strides with the last dimension dense.
         out_THD, grad_out, grad_q: (T, H, D) contiguous, q's dtype; lse_HT: (H, T) float32.
-        grad_k, grad_v: float32 (H, T, D), a part for each query head.
+        parts_k, parts_v: float32 (H, T, D), a part for each query head; grad_k, grad_v (H_kv, T, D), their sums.
     """
     H, T, D = q_HTD.shape
     strides = [stride for x in (q_HTD, k_HTD, v_HTD) for stride in x.stride()[:2]]
-    pointers = [None if x is None else x.data_ptr() for x in grads or (None,) * 4]
+    pointers = [None if x is None else x.data_ptr() for x in grads or (None,) * 6]
     struct = Attention(
         DTYPES[q_HTD.dtype], T, H, k_HTD.shape[0], D, window, scale,
         q_HTD.data_ptr(), k_HTD.data_ptr(), v_HTD.data_ptr(), *strides,
