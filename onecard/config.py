@@ -117,6 +117,12 @@ class GgufConfig(Strict):
     outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field("bf16", description="gguf: how matrices are stored")
     adapter_only: bool = Field(False, description="gguf: the adapter as a LoRA file of its own, in float32")
 
+    @model_validator(mode="after")
+    def _an_adapter_is_float32(self) -> GgufConfig:
+        if self.adapter_only and "outtype" in self.model_fields_set:
+            raise ValueError("adapter_only writes float32: leave outtype out")
+        return self
+
 
 class ExportConfig(QuantConfig, GgufConfig, CalibrationConfig):
     """A model with or without an adapter in another tool's format. quant_type etc. say what training used."""

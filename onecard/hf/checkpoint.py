@@ -63,6 +63,9 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
             files outside the folder, missing files or tensors; integer weights.
     """
     config = read_json(folder / "config.json", "write it with transformers' save_pretrained")
+    if (folder / "adapter_config.json").exists():  # transformers would load the adapter's base in this one's place
+        found = "adapter_config.json among its files"
+        raise UserError("a base is a folder without an adapter", found, "pass the adapter by itself", str(folder))
     if "model_type" not in config:
         raise UserError("config.json must name its model_type", "none", AGAIN, str(folder / "config.json"))
     index = folder / "model.safetensors.index.json"

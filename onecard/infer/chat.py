@@ -20,7 +20,7 @@ from onecard.config import SamplingConfig
 from onecard.data.template import prompt_ids
 from onecard.errors import UserError
 from onecard.infer.adapters import use_adapter
-from onecard.infer.decoding import Answer, Context
+from onecard.infer.decoding import Answer, Context, harmless
 
 HELP = {
     "/reset": "forget the talk",
@@ -30,7 +30,6 @@ HELP = {
     "/save FILE": "append the talk to a file, a row of training data",
     "/quit": "end, as Ctrl-D does; Ctrl-C stops an answer",
 }
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal would obey them
 
 
 def chat(model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temperature: float) -> None:
@@ -169,8 +168,7 @@ class Talk:
         try:
             while answer.finish_reason is None and not stopped:
                 said.append(answer.advance())
-                shown = CONTROLS.sub(lambda found: repr(found.group())[1:-1], said[-1])
-                self.console.print(shown, end="", markup=False, highlight=False, soft_wrap=True)
+                self.console.print(harmless(said[-1]), end="", markup=False, highlight=False, soft_wrap=True)
         finally:
             signal.signal(signal.SIGINT, before)
         return "".join(said)

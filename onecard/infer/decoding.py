@@ -10,6 +10,7 @@ generation_config.json says it, as in transformers' own generate.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -190,3 +191,8 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     configured = model.generation_config.eos_token_id
     found = configured if isinstance(configured, list) else [configured]
     return sorted({token for token in [*found, tokenizer.eos_token_id] if token is not None})
+
+
+def harmless(text: str) -> str:
+    """A model's text for a terminal: control characters, which that would obey, as their escapes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found.group())[1:-1], text)

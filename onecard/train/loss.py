@@ -60,7 +60,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         h_PH, target_P = nn.functional.pad(h_PH, (0, 0, 0, filler)), nn.functional.pad(target_P, (0, filler))
         grad_PH = torch.empty_like(h_PH)
         losses = []
-        rows = chunk_rows(W_VH.shape[0], h_PH.dtype.itemsize if transform == LogitTransform() else 4)
+        rows = chunk_rows(len(target_P), W_VH.shape[0], h_PH.dtype.itemsize if transform == LogitTransform() else 4)
         for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
             z = project(h, W_VH, bias)
             if transform != LogitTransform():
@@ -99,16 +99,19 @@ def chunked_cross_entropy(
         z = transform(head(h).float())
         return nn.functional.cross_entropy(z, target, reduction="sum")
 
-    rows = chunk_rows(getattr(head, "out_features", None) or 1 << 16, 4)
+    rows = chunk_rows(len(target_P), getattr(head, "out_features", None) or 1 << 16, 4)
     pairs = zip(h_PH.split(rows), target_P.split(rows))
     parts = [checkpoint(part, h, target, use_reentrant=False) for h, target in pairs]
     return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens
 
 
-def chunk_rows(vocab_size: int, itemsize: int) -> int:
-    """Rows of logits worked on at a time: as many as fit LOGITS_CHUNK_BYTES, a multiple of ROW_MULTIPLE."""
-    rows = LOGITS_CHUNK_BYTES // (itemsize * vocab_size)
-    return max(rows - rows % ROW_MULTIPLE, ROW_MULTIPLE)
+def chunk_rows(num_positions: int, vocab_size: int, itemsize: int) -> int:
+    """Rows of logits worked on at a time, a multiple of ROW_MULTIPLE: chunks as equal as can be, of which none takes
+    more than LOGITS_CHUNK_BYTES."""
+    multiples = max(LOGITS_CHUNK_BYTES // (itemsize * vocab_size * ROW_MULTIPLE), 1)
+    needed = -(-num_positions // ROW_MULTIPLE)
+    chunks = max(-(-needed // multiples), 1)
+    return max(-(-needed // chunks), 1) * ROW_MULTIPLE
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:

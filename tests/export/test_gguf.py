@@ -66,7 +66,7 @@ def more_families(monkeypatch):
 
 
 def export(model, output, outtype="bf16", adapter=None, adapter_only=False, base="original"):
-    config = GgufConfig(outtype=outtype, adapter_only=adapter_only)
+    config = GgufConfig(adapter_only=True) if adapter_only else GgufConfig(outtype=outtype)
     return export_gguf(str(model), None if adapter is None else str(adapter), str(output), config, base)
 
 
@@ -508,7 +508,7 @@ def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
     make_adapter(tmp_path / "adapter", base)
     export(base, tmp_path / "m.gguf", "f16", tmp_path / "adapter", base="dequantized")
     export(base, tmp_path / "b.gguf", "f16", base="dequantized")
-    export(base, tmp_path / "a.gguf", "f16", tmp_path / "adapter", adapter_only=True)
+    export(base, tmp_path / "a.gguf", adapter=tmp_path / "adapter", adapter_only=True)
     merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -520,3 +520,8 @@ def test_llama_cpp_writes_the_same_tokens(tmp_path, family):
         found = [token for token, _ in zip(model.generate(ids, temp=0.0), range(16))]
         model.close()
         assert found == expected.tolist(), file
+
+
+def test_an_adapter_alone_has_no_outtype():
+    with pytest.raises(ValueError, match="leave outtype out"):
+        GgufConfig(adapter_only=True, outtype="f16")

@@ -147,6 +147,7 @@ DAMAGES = {
     "an activation of no name": (edit_config(hidden_act="silly"), "config.json"),
     "a config of fewer layers": (edit_config(num_hidden_layers=1), "model.layers.1"),
     "a config of more layers": (edit_config(num_hidden_layers=3), "model.layers.2"),
+    "an adapter among its files": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json"),
     "code of its own": (own_code, "config.json"),
     "quantized by another": (edit_config(quantization_config={"quant_method": "gptq"}), "gptq"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
