@@ -22,7 +22,6 @@ import torch
 from benchmarks.measure import (
     MB,
     RESULTS,
-    anonymous_peak,
     matmul_flops,
     run_child,
     spread,
@@ -164,10 +163,9 @@ def child(args: argparse.Namespace) -> None:
         import onecard.hf.load
         import onecard.train.loop  # noqa: F401
     base = status_bytes("VmRSS")
-    with anonymous_peak() as peak:
-        times, losses, load = (run_onecard if args.child.startswith("onecard") else run_peer)(args, folder)
+    times, losses, load = (run_onecard if args.child.startswith("onecard") else run_peer)(args, folder)
     found = {"seconds": times[1:], "losses": losses, "load": load, "base": base}
-    print(json.dumps({**found, "peak": status_bytes("VmHWM"), "anonymous": peak[0]}))
+    print(json.dumps({**found, "peak": status_bytes("VmHWM")}))
 
 
 def useful_flops(shape: str, length: int, recompute: bool) -> float:
