@@ -235,19 +235,19 @@ void dequantize_and_fence(const Weight& w, Dtype dtype, void* out, int64_t begin
 #if defined(ONECARD_AMX)
 const Kernels kAmx = {
     "amx", quantize, dequantize_and_fence, product_bf16, arrange_bf16, attention_forward_amx, attention_backward_amx,
-    attention_reduce, cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
+    attention_reduce, cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, dense_product, adamw_8bit,
     linear_forward, linear_backward,
 };
 #elif defined(ONECARD_AVX512_BF16)
 const Kernels kAvx512Bf16 = {
     "avx512_bf16", quantize, dequantize_and_fence, product_bf16, arrange_bf16, attention_forward_bf16,
     attention_backward_bf16, attention_reduce, cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward,
-    dense_product, adamw_8bit,
+    rope, dense_product, adamw_8bit,
 };
 #else
 const Kernels kAvx512 = {
     "avx512", quantize, dequantize_and_fence, product, arrange, attention_forward, attention_backward,
-    attention_reduce, cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
+    attention_reduce, cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, dense_product, adamw_8bit,
 };
 #endif
 

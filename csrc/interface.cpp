@@ -142,6 +142,13 @@ EXPORT void onecard_linear(const uint8_t* packed, const void* absmax, const floa
     (l->grad_y ? current->linear_backward : current->linear_forward)(w, *l, num_threads);
 }
 
+EXPORT void onecard_rope(const void* x, const void* cos, const void* sin, void* y, int dtype, int64_t tokens, int64_t H,
+                         int64_t D, int64_t period, int back, int num_threads) {
+    parallel_for(tokens, 1, num_threads, [&](int64_t begin, int64_t end) {
+        current->rope(x, cos, sin, y, static_cast<Dtype>(dtype), H, D, period, back != 0, begin, end);
+    });
+}
+
 // Every head over every document (num_documents + 1 boundaries); the backward if a.grad_out is set.
 EXPORT void onecard_attention(const Attention* a, const int64_t* boundaries, int64_t num_documents, int num_threads) {
     std::atomic<int64_t> next{0};

@@ -124,6 +124,9 @@ struct Kernels {
     void (*swiglu)(const void* gate, const void* up, void* y, Dtype dtype, int64_t begin, int64_t end);
     void (*swiglu_backward)(const void* grad_y, const void* gate, const void* up, void* grad_gate, void* grad_up,
                             Dtype dtype, int64_t begin, int64_t end);
+    // Tokens [begin, end) of x (tokens, H, D) turned by cos and sin (period, D), or back.
+    void (*rope)(const void* x, const void* cos, const void* sin, void* y, Dtype dtype, int64_t H, int64_t D,
+                 int64_t period, bool back, int64_t begin, int64_t end);
     // y[m][n] = sum_k x[m][k] W[n][k], float32, for a W that is not quantized, rows n in [begin, end).
     void (*dense_product)(const void* W, const void* x, Dtype dtype, int64_t M, int64_t K, float* y, int64_t y_stride,
                           int64_t begin, int64_t end);

@@ -208,7 +208,7 @@ struct Isa {
 
 const Kernels kNeon = {
     "neon", quantize, dequantize, product, arrange, attention_forward, attention_backward, attention_reduce,
-    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, dense_product, adamw_8bit,
+    cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, dense_product, adamw_8bit,
 };
 
 }  // namespace onecard

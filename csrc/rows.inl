@@ -113,6 +113,33 @@ void swiglu_backward_typed(const T* grad_y, const T* gate, const T* up, T* grad_
     }
 }
 
+// Rotary positions (arXiv 2104.09864) of heads of D = 2 h values, token t's angles in row t modulo `period` of cos and sin:
+//     y_i = x_i cos_i - x_{i+h} sin_i,   y_{i+h} = x_{i+h} cos_{i+h} + x_i sin_{i+h};   back, the transpose of that.
+template <class T>
+void rope_typed(const T* x, const T* cos, const T* sin, T* y, int64_t H, int64_t D, int64_t period, bool back,
+                int64_t begin, int64_t end) {
+    int64_t half = D / 2, whole = half / Isa::kLanes * Isa::kLanes;
+    for (int64_t row = begin * H; row < end * H; ++row) {
+        const T *a = x + row * D, *b = a + half, *c = cos + row / H % period * D, *s = sin + row / H % period * D;
+        const T *s_a = back ? s + half : s, *s_b = back ? s : s + half;
+        T *y_a = y + row * D, *y_b = y_a + half;
+        typename Isa::V plus = Isa::set1(back ? -1.0f : 1.0f), minus = Isa::set1(back ? 1.0f : -1.0f);
+        for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+            typename Isa::V va = Isa::load(a + i), vb = Isa::load(b + i);
+            typename Isa::V turned = Isa::mul(Isa::mul(vb, Isa::load(s_a + i)), minus);
+            Isa::store_as(y_a + i, Isa::fmadd(va, Isa::load(c + i), turned));
+            turned = Isa::mul(Isa::mul(va, Isa::load(s_b + i)), plus);
+            Isa::store_as(y_b + i, Isa::fmadd(vb, Isa::load(c + half + i), turned));
+        }
+        float sign = back ? -1.0f : 1.0f;
+        for (int64_t i = whole; i < half; ++i) {
+            float fa = to_float(a[i]), fb = to_float(b[i]);
+            convert(fa * to_float(c[i]) - sign * fb * to_float(s_a[i]), y_a[i]);
+            convert(fb * to_float(c[half + i]) + sign * fa * to_float(s_b[i]), y_b[i]);
+        }
+    }
+}
+
 // y[m][n] = sum_k x[m][k] W[n][k] for a W that is not quantized, rows n in [begin, end).
 template <class T>
 void dense_product_typed(const T* W, const T* x, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
@@ -172,6 +199,13 @@ void swiglu_backward(const void* grad_y, const void* gate, const void* up, void*
                      int64_t begin, int64_t end) {
     with_type(dtype, [&](auto type) {
         swiglu_backward_typed(TYPED(grad_y), TYPED(gate), TYPED(up), TYPED(grad_gate), TYPED(grad_up), begin, end);
+    });
+}
+
+void rope(const void* x, const void* cos, const void* sin, void* y, Dtype dtype, int64_t H, int64_t D, int64_t period,
+          bool back, int64_t begin, int64_t end) {
+    with_type(dtype, [&](auto type) {
+        rope_typed(TYPED(x), TYPED(cos), TYPED(sin), TYPED(y), H, D, period, back, begin, end);
     });
 }
 

@@ -1,7 +1,8 @@
-"""RMSNorm and SwiGLU as one operator each, in C++ or Triton; for the backward only x (or gate and up) is kept.
-And the head's product for few rows, where reading the weight once is the whole cost.
+"""RMSNorm, SwiGLU and rotary positions as one operator each; for the backward only x (or gate and up, or the angles) is
+kept. And the head's product for few rows, where reading the weight once is the whole cost.
 
     rms_norm: y = w * round(x r), r = (mean(x^2) + eps)^-1/2;   dx = r (g - n mean(g n)) with n = r x, g = w dy
+    rope:     y = x cos + turn(x) sin, turn(x) = (-x2, x1) of x's halves (arXiv 2104.09864); dx = g cos - turn(g sin)
     swiglu:   y = g s u, s = sigmoid(g);   dg = dy u s (1 + g (1 - s)), du = dy g s
 
 Everything between the loads and the stores is float32; w is a constant.
@@ -125,6 +126,43 @@ def _swiglu_backward(ctx, grad_y):
 
 
 swiglu.register_autograd(_swiglu_backward, _swiglu_context)
+
+
+def _compute_rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
+    B, H, T, D = x.shape
+    x_THD = x.transpose(1, 2).contiguous().view(-1, H, D)
+    angles = (part.reshape(-1, D).contiguous() for part in (cos, sin))
+    return kernels_of(x).rope(x_THD, *angles, back).view(B, T, H, D).transpose(1, 2)
+
+
+_rope = Operator("rope", _compute_rope)
+
+
+@_rope.register_fake
+def _(x, cos, sin, back):
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+def _rope_context(ctx, inputs, output):
+    ctx.back = inputs[3]
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _rope_backward(ctx, grad):
+    return _rope(grad, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_rope.register_autograd(_rope_backward, _rope_context)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads (B, H, T, D) turned by cos and sin, (B or 1, T, D), constants of x's dtype; see `supports`, `has_rope`."""
+    return _rope(x, cos, sin, False)
+
+
+def has_rope(device: torch.device) -> bool:
+    return hasattr(kernels(device), "rope")
 
 
 FEW_ROWS = 4  # up to which dense_product beats torch's linear in bfloat16 (measured, benchmarks/generate.py)

@@ -1,7 +1,9 @@
-"""RMSNorm and gated MLP on one operator each, put in place of a model's own modules where they compute the same.
+"""RMSNorm, gated MLP and rotary attention on fused operators, put in place of a model's own modules where they compute
+the same.
 
 A model says by its attributes that it has such a module and by its numbers that it means the same: `fuse` runs both
-on random input once for each class and takes the fused one only if they agree to a few roundings of the dtype.
+on random input once for each class and takes the fused one only if they agree to a few roundings of the dtype; of
+attentions it compares all that they hand to transformers' AttentionInterface.
 """
 
 from __future__ import annotations
@@ -10,9 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from onecard.kernels import rows
 
+PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 AGREE_EPS = 4  # roundings of the compute dtype, relative in the Euclidean norm
 
 
@@ -46,10 +51,54 @@ class FusedGatedMLP(nn.Module):
         return self.down_proj(rows.swiglu(gate, up) if rows.supports(gate, up) else self.act_fn(gate) * up)
 
 
+class FusedAttention:
+    """Mixed into a model's attention class: its forward with the rotary positions of q and k as one operator."""
+
+    passes: set[str]  # what the class hands to the interface beside the usual
+
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        cos, sin = position_embeddings
+        whole = cos.shape[-1] == self.head_dim and rows.has_rope(hidden_states.device)
+        if self.config._attn_implementation == "eager" or not (whole and rows.supports(hidden_states, cos, sin)):
+            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rows.rope(x.transpose(1, 2), cos, sin) for x in (q, k))
+        v = v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        y, weights = attend(self, q, k, v, attention_mask, **self.settings(), **kwargs)
+        return self.o_proj(y.reshape(*shape[:-2], -1)), weights
+
+    def settings(self: Any) -> dict[str, Any]:
+        """What every call hands to the interface, by the families' names for it."""
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        known = {"sliding_window": window, "softcap": getattr(self, "attn_logit_softcapping", None)}
+        dropout = self.attention_dropout if self.training else 0.0
+        return {"dropout": dropout, "scaling": self.scaling} | {name: known[name] for name in self.passes}
+
+
 def fuse(model: nn.Module) -> None:
-    """Replace the model's norms and MLPs, loaded and frozen, by those above where that changes nothing."""
-    agreed: dict[tuple, bool] = {}
+    """Replace the model's norms, MLPs and attentions, loaded and frozen, by those above where that changes nothing."""
+    agreed: dict[tuple, Any] = {}
     for name, module in list(model.named_modules()):
+        if dict(module.named_children()).keys() >= PROJECTIONS:
+            kind = (type(module), getattr(module, "sliding_window", None))
+            if kind not in agreed:
+                agreed[kind] = fused_attention(module)
+            if agreed[kind] is not None:
+                model.set_submodule(name, as_kind(module, agreed[kind]))
+            continue
         other, width = counterpart(module)
         if other is None:
             continue
@@ -59,6 +108,60 @@ def fuse(model: nn.Module) -> None:
             agreed[kind] = same_output(module, other, width)
         if agreed[kind]:
             model.set_submodule(name, other)
+
+
+def as_kind(module: nn.Module, kind: type) -> nn.Module:
+    """The same state with another class's forward."""
+    other = kind.__new__(kind)
+    other.__dict__.update(module.__dict__)
+    return other
+
+
+@torch.no_grad()
+def fused_attention(module: Any) -> type | None:
+    """A class between FusedAttention and the module's own; None if their calls of the interface are not alike."""
+    linear = module.q_proj
+    dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
+    if not hasattr(module, "head_dim") or not dtype.is_floating_point:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    sizes = [linear.in_features, module.head_dim, module.head_dim]
+    x, cos, sin = (torch.randn(1, 4, size, generator=generator).to(linear.weight.device, dtype) for size in sizes)
+    before, calls = module.config._attn_implementation, PROBED
+    try:
+        module.config._attn_implementation = PROBE
+        calls.clear()
+        module(x, (cos, sin), None)
+        passes = calls[0][1].keys() - {"dropout", "scaling"}
+        if not passes <= {"sliding_window", "softcap"}:
+            return None
+        kind = type(f"Fused{type(module).__name__}", (FusedAttention, type(module)), {"passes": passes})
+        as_kind(module, kind)(x, (cos, sin), None)
+        (expected, settings), (found, own) = calls
+        return kind if own == settings and all(map(agree, found, expected)) else None
+    except Exception:  # it wants something else
+        return None
+    finally:
+        calls.clear()
+        module.config._attn_implementation = before
+
+
+def probe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **settings: Any):
+    """An attention that only notes what it was called with."""
+    PROBED.append(((q, k, v), settings))
+    return torch.zeros_like(q.transpose(1, 2)), None
+
+
+PROBE, PROBED = "onecard_probe", []
+AttentionInterface.register(PROBE, probe)
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are of one dtype and differ by AGREE_EPS roundings of it at most."""
+    gap = (found.double() - expected.double()).norm()
+    return found.dtype == expected.dtype and bool(
+        gap <= AGREE_EPS * torch.finfo(found.dtype).eps * expected.double().norm()
+    )
 
 
 def counterpart(module: Any) -> tuple[nn.Module | None, int]:
@@ -87,5 +190,4 @@ def same_output(module: nn.Module, other: nn.Module, width: int) -> bool:
         found, expected = other(x), module(x)
     except Exception:  # it wants more than x: another kind of module
         return False
-    gap = (found.double() - expected.double()).norm()
-    return found.dtype == expected.dtype and bool(gap <= AGREE_EPS * torch.finfo(dtype).eps * expected.double().norm())
+    return agree(found, expected)

@@ -63,6 +63,25 @@ def test_swiglu(isa, dtype, shape):  # noqa: F811
     )
 
 
+def turned(x, cos, sin):
+    """x (B, H, T, D) as transformers' Llama writes it."""
+    first, second = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("B, H, T, D, angles", [(1, 1, 1, 2, 1), (1, 3, 5, 64, 1), (2, 4, 7, 80, 1), (2, 1, 33, 32, 2)])
+def test_rope(isa, dtype, B, H, T, D, angles):  # noqa: F811
+    """The two halves of the angles differ, so that each is seen to meet its own."""
+    x = random(B, T, H, D).to(dtype).transpose(1, 2)
+    cos, sin = random(angles, T, D, seed=1).to(dtype), random(angles, T, D, seed=2).to(dtype)
+    check(
+        with_gradients(lambda x: rows.rope(x, cos, sin), [x]),
+        with_gradients(lambda x: turned(x, cos, sin), [x]),
+        with_gradients(lambda x: turned(x, cos.double(), sin.double()), [x.double()]),
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 1000])
 def test_cross_entropy_in_place(isa, dtype, vocab):  # noqa: F811
@@ -86,6 +105,8 @@ def test_opcheck():
     x, w = random(4, 32).requires_grad_(), random(32)
     torch.library.opcheck(torch.ops.onecard.rms_norm.default, (x, w, EPS))
     torch.library.opcheck(torch.ops.onecard.swiglu.default, (x, random(4, 32).requires_grad_()))
+    heads = random(2, 3, 5, 32).requires_grad_()
+    torch.library.opcheck(torch.ops.onecard.rope.default, (heads, random(1, 5, 32), random(1, 5, 32), False))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import onecard
-from onecard.nn.fused import FusedGatedMLP, FusedRMSNorm, fuse
+from onecard.nn.fused import FusedAttention, FusedGatedMLP, FusedRMSNorm, fuse
 from tests.conftest import make_checkpoint
 
 
@@ -15,26 +15,59 @@ def count(model, kind):
     return sum(isinstance(module, kind) for module in model.modules())
 
 
-@pytest.mark.parametrize(
-    "family, norms, mlps", [("llama", 5, 2), ("mistral", 5, 2), ("qwen2", 5, 2), ("qwen3", 9, 2), ("phi3", 5, 0)]
-)
-def test_families(tmp_path, family, norms, mlps):
+KINDS = {  # norms, MLPs and attentions of two layers
+    "llama": (5, 2, 2), "mistral": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "phi3": (5, 0, 0),
+    "gemma2": (0, 0, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_families(tmp_path, family):
     model = onecard.load_model(str(make_checkpoint(tmp_path, family)))
-    assert count(model, FusedRMSNorm) == norms
-    assert count(model, FusedGatedMLP) == mlps
+    assert tuple(count(model, kind) for kind in (FusedRMSNorm, FusedGatedMLP, FusedAttention)) == KINDS[family]
+    assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("family", KINDS)
 def test_the_model_computes_the_same(tmp_path, family):
-    """Two layers of the same float32 operations in another order: 64 roundings."""
-    plain = AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path, family)).eval().requires_grad_(False)
+    """Two layers of the same float32 operations in another order: 64 roundings. With a window shorter than the text where
+    the family has one, with two rows, and over a cache."""
+    windows = {"mistral": 16, "gemma2": 16}
+    settings = {"sliding_window": windows[family]} if family in windows else {}
+    folder = make_checkpoint(tmp_path, family, **settings)
+    plain = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     fused = copy.deepcopy(plain)
     fuse(fused)
-    assert count(fused, FusedRMSNorm) and count(fused, FusedGatedMLP)
+    assert tuple(count(fused, kind) for kind in (FusedRMSNorm, FusedGatedMLP, FusedAttention)) == KINDS[family]
     assert set(fused.state_dict()) == set(plain.state_dict())
-    ids = torch.arange(40)[None]
+    ids = torch.arange(80).view(2, 40)
     expected, found = plain(ids).logits, fused(ids).logits
     assert (found - expected).norm() <= 64 * 2**-24 * expected.norm()
+    lengths = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    assert torch.equal(fused.generate(ids[:1], **lengths), plain.generate(ids[:1], **lengths))
+    for implementation in ("eager", "sdpa"):
+        fused.set_attn_implementation(implementation)
+        assert (fused(ids).logits - expected).norm() <= 64 * 2**-24 * expected.norm()
+
+
+def test_another_attention_is_left_alone():
+    class Halved(torch.nn.Module):
+        def __init__(self, attention):
+            super().__init__()
+            self.__dict__.update(attention.__dict__)
+
+        def forward(self, x, position_embeddings, attention_mask=None, **kwargs):
+            cos, sin = position_embeddings
+            return type(self.plain).forward(self.plain, x, (cos / 2, sin), attention_mask, **kwargs)
+
+    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=1, vocab_size=50,
+                                  num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    attention = model.model.layers[0].self_attn
+    model.model.layers[0].self_attn = Halved(attention)
+    model.model.layers[0].self_attn.__dict__["plain"] = attention
+    fuse(model)
+    assert not isinstance(model.model.layers[0].self_attn, FusedAttention)
 
 
 def test_another_formula_is_left_alone(tmp_path):

@@ -79,6 +79,7 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_rms_norm_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int64, c_int),
     "onecard_swiglu": (None, *[c_void_p] * 3, c_int, c_int64, c_int),
     "onecard_swiglu_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int),
+    "onecard_rope": (None, *[c_void_p] * 4, c_int, c_int64, c_int64, c_int64, c_int64, c_int, c_int),
     "onecard_dense_product": (None, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
     "onecard_adamw_8bit": (None, c_void_p, c_int),
     "onecard_attention": (None, c_void_p, c_void_p, c_int64, c_int),
@@ -310,6 +311,14 @@ def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     call("onecard_swiglu_backward", grad_y, gate, up, grad_gate, grad_up, DTYPES[gate.dtype], gate.numel())
     return grad_gate, grad_up
+
+
+def rope(x_THD: Tensor, cos_PD: Tensor, sin_PD: Tensor, back: bool) -> Tensor:
+    """Each token's heads turned by its angles, those of row t modulo P; or `back`."""
+    y_THD = torch.empty_like(x_THD)
+    sizes = (DTYPES[x_THD.dtype], *x_THD.shape, len(cos_PD), back)
+    call("onecard_rope", x_THD, cos_PD, sin_PD, y_THD, *sizes)
+    return y_THD
 
 
 def attention(
