@@ -67,7 +67,8 @@ class FusedAttention:
         cos, sin = position_embeddings
         whole = cos.shape[-1] == self.head_dim and rows.has_rope(hidden_states.device)
         if self.config._attn_implementation == "eager" or not (whole and rows.supports(hidden_states, cos, sin)):
-            return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            own: Any = super()
+            return own.forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         q, k, v = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
@@ -110,7 +111,7 @@ def fuse(model: nn.Module) -> None:
             model.set_submodule(name, other)
 
 
-def as_kind(module: nn.Module, kind: type) -> nn.Module:
+def as_kind(module: nn.Module, kind: Any) -> nn.Module:
     """The same state with another class's forward."""
     other = kind.__new__(kind)
     other.__dict__.update(module.__dict__)
