@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
     "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",
 )  # fmt: skip
 OTHER_FILES = (*TOKENIZER_FILES, "*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
-UNTRUE = ("*.index.json", "adapter_config.json", "onecard.json")  # of other weights than the result's
+UNTRUE = ("*.index.json", "onecard.json")  # of other weights than the result's
 INDEX = "model.safetensors.index.json"
 
 
