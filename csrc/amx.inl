@@ -76,6 +76,7 @@ constexpr int64_t kPair = 2;    // panels that are decoded together: a block of 
 constexpr int64_t kTall = 16;   // squares of A and panels of C that are worked on together: 640 KB of A and 1 MB of
 constexpr int64_t kWide = 16;   // sums, which the second-level cache holds
 constexpr int64_t kPanel = kTall * 1024;  // sums of a panel
+constexpr int64_t kLargeCopy = int64_t{2} << 20;  // words of A that are not copied whole
 
 inline int64_t squares(int64_t n) { return (n + 31) / 32; }
 
@@ -285,12 +286,28 @@ inline void multiply_rows(const Rows& a, int64_t i, int64_t steps, const Word* b
     }
 }
 
+// Rows of x (M, depth) of square i, step s, as a square of A.
+inline void pack_square(const BFloat16* x, int64_t M, int64_t depth, int64_t i, int64_t s, Word* out) {
+    for (int64_t m = i * 32; m < i * 32 + 32; ++m, out += 16) {
+        _mm512_store_si512(out, m < M ? _mm512_loadu_si512(x + m * depth + 32 * s) : _mm512_setzero_si512());
+    }
+}
+
+// All steps of those rows.
+inline void pack_rows(const BFloat16* x, int64_t M, int64_t depth, int64_t i, const Rows& a) {
+    for (int64_t s = 0; s < depth / 32; ++s) pack_square(x, M, depth, i, s, a.square(i, s));
+}
+
 // Panels [begin, end) of C = A B; decode(panel, panels, step, count, out) makes squares of B, [panel][step], and
-// finish(square, squares, panel, panels, c) takes C when it is whole: rows of 32 floats, panels kPanel apart.
+// finish(square, squares, panel, panels, c) takes C when it is whole: rows of 32 floats, panels kPanel apart. A is packed
+// already, or (words null) a stretch at a time from the rows of x (M, columns): each thread for itself, for a depth whose
+// copy would be large.
 template <class Decode, class Finish>
-void multiply_panels(const Rows& a, int64_t begin, int64_t end, const Decode& decode, const Finish& finish) {
+void multiply_panels(const Rows& a, const BFloat16* x, int64_t M, int64_t begin, int64_t end, const Decode& decode,
+                     const Finish& finish) {
     thread_local Buffer memory;
-    Word* b = memory.words(kPair * kDepth * kSquare + kWide * kPanel);
+    int64_t own = a.words ? 0 : kTall * kDepth * kSquare;
+    Word* b = memory.words(kPair * kDepth * kSquare + kWide * kPanel + own);
     float* c = reinterpret_cast<float*>(b + kPair * kDepth * kSquare);
     for (int64_t top = 0; top < a.num_squares; top += kTall) {
         int64_t tall = std::min(kTall, a.num_squares - top);
@@ -298,10 +315,15 @@ void multiply_panels(const Rows& a, int64_t begin, int64_t end, const Decode& de
             int64_t wide = std::min(kWide, end - left);
             for (int64_t step = 0; step < a.steps; step += a.depth) {
                 int64_t count = std::min(a.depth, a.steps - step);
+                const Word* rows = a.words ? a.square(top, step) : b + kPair * kDepth * kSquare + kWide * kPanel;
+                for (int64_t i = 0; i < tall && !a.words; ++i) {
+                    Word* to = const_cast<Word*>(rows) + i * count * kSquare;
+                    for (int64_t s = 0; s < count; ++s) pack_square(x, M, a.steps * 32, top + i, step + s, to + s * kSquare);
+                }
                 for (int64_t p = 0; p < wide; ++p) {
                     if (p % kPair == 0) decode(left + p, std::min(kPair, wide - p), step, count, b);
                     for (int64_t i = 0; i < tall; ++i) {
-                        multiply_squares(a.square(top + i, step), b + p % kPair * count * kSquare, count,
+                        multiply_squares(rows + i * count * kSquare, b + p % kPair * count * kSquare, count,
                                          c + p * kPanel + i * 1024, step > 0);
                     }
                 }
@@ -311,19 +333,7 @@ void multiply_panels(const Rows& a, int64_t begin, int64_t end, const Decode& de
     }
 }
 
-// Rows of x (M, depth) of square i as squares of A.
-inline void pack_rows(const BFloat16* x, int64_t M, int64_t depth, int64_t i, const Rows& a) {
-    int64_t rows = std::min<int64_t>(32, M - i * 32);
-    x += i * 32 * depth;
-    for (int64_t s = 0; s < depth / 32; ++s) {
-        Word* out = a.square(i, s);
-        for (int64_t r = 0; r < 32; ++r, out += 16) {
-            _mm512_store_si512(out, r < rows ? _mm512_loadu_si512(x + r * depth + 32 * s) : _mm512_setzero_si512());
-        }
-    }
-}
-
-// The same rows, columns k to k + 32, as a square of B whose depth they are.
+// Up to 32 rows of x, columns k to k + 32, as a square of B whose depth they are.
 inline void zip_square(const BFloat16* x, int64_t rows, int64_t stride, int64_t k, Word* out) {
     auto row = [&](int64_t r) {
         return r < rows ? split(_mm512_loadu_si512(x + r * stride + k)) : _mm512_setzero_si512();
@@ -431,14 +441,15 @@ void linear_forward(const Weight& w, const Linear& l, int num_threads) {
     Rounded finish{static_cast<BFloat16*>(l.y), l.bias, M, N};
     parallel_for(N / 32, 1, num_threads, [&](int64_t begin, int64_t end) {
         Tiles tiles;
-        multiply_panels(x, begin, end, decode, finish);
+        multiply_panels(x, nullptr, M, begin, end, decode, finish);
     });
 }
 
 void linear_backward(const Weight& w, const Linear& l, int num_threads) {
     int64_t M = l.M, N = l.N, K = l.K, R = l.R, tall = squares(M), steps = N / 32, ranks = squares(R);
     const BFloat16 *grad = static_cast<const BFloat16*>(l.grad_y), *seen = static_cast<const BFloat16*>(l.x_lora);
-    Word* words = linear_memory.words((tall * (steps + 3 * ranks) + ranks * steps) * kSquare);
+    bool large = R == 0 && tall * steps * kSquare > kLargeCopy;  // a head's logits
+    Word* words = large ? nullptr : linear_memory.words((tall * (steps + 3 * ranks) + ranks * steps) * kSquare);
     Word *gBT = words + tall * (steps + ranks) * kSquare, *xAT = gBT + tall * ranks * kSquare,
          *B = xAT + tall * ranks * kSquare;
     bool joined = l.grad_x_lora == nullptr;
@@ -456,7 +467,7 @@ void linear_backward(const Weight& w, const Linear& l, int num_threads) {
             }
         }
     });
-    parallel_for(tall, 1, num_threads, [&](int64_t begin, int64_t end) {
+    parallel_for(large ? 0 : tall, 1, num_threads, [&](int64_t begin, int64_t end) {
         Tiles tiles;
         alignas(64) float c[1024];
         alignas(64) Word part[kSquare];
@@ -529,8 +540,8 @@ void linear_backward(const Weight& w, const Linear& l, int num_threads) {
             return Range{columns / 32 * begin / num_threads, columns / 32 * end / num_threads};
         };
         Range inputs = share(K), outputs = share(N);
-        if (l.grad_x) multiply_panels(g, inputs.low, inputs.high, decode, grad_x);
-        if (!joined) multiply_panels(gB, inputs.low, inputs.high, decode_only, grad_x_lora);
+        if (l.grad_x) multiply_panels(g, grad, M, inputs.low, inputs.high, decode, grad_x);
+        if (!joined) multiply_panels(gB, nullptr, M, inputs.low, inputs.high, decode_only, grad_x_lora);
         if (l.grad_A) reduce(gBT, seen, K, inputs, take_A);
         if (l.grad_B) reduce(xAT, grad, N, outputs, take_B);
     });

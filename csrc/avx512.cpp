@@ -225,8 +225,8 @@ struct Isa {
 #include "bf16.inl"
 #endif
 
-void dequantize_and_fence(const Weight& w, Dtype dtype, void* out, int64_t begin, int64_t end) {
-    dequantize(w, dtype, out, begin, end);
+void dequantize_and_fence(const Weight& w, Dtype dtype, void* out, bool stream, int64_t begin, int64_t end) {
+    dequantize(w, dtype, out, stream, begin, end);
     _mm_sfence();  // streamed stores are seen before what follows
 }
 

@@ -7,7 +7,6 @@
 //     kRows                                       the R that suits its registers
 //     X                                           float, what arranged x is made of
 
-constexpr int64_t kStreamBytes = int64_t{64} << 20;  // from which an output does not stay in a cache anyway
 constexpr uint32_t kLargestFinite = 0x7F7FFFFF;
 constexpr float kSmallestAbsmax = 1e-38f;
 
@@ -61,11 +60,9 @@ bool quantize(const void* W, Dtype dtype, const Quantization& q, uint8_t* packed
 }
 
 template <class T>
-void dequantize_typed(const Weight& w, T* out, int64_t begin, int64_t end) {
+void dequantize_typed(const Weight& w, T* out, bool stream, int64_t begin, int64_t end) {
     constexpr int64_t kBatch = 64;
     float scales[kBatch];
-    bool large = w.num_weights * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
-    bool stream = large && reinterpret_cast<uintptr_t>(out) % 64 == 0;
     for (int64_t block = begin; block < end; ++block) {
         if ((block - begin) % kBatch == 0) w.scales(block, std::min(kBatch, end - block), scales);
         float scale = scales[(block - begin) % kBatch];
@@ -78,10 +75,10 @@ void dequantize_typed(const Weight& w, T* out, int64_t begin, int64_t end) {
     }
 }
 
-void dequantize(const Weight& w, Dtype dtype, void* out, int64_t begin, int64_t end) {
-    if (dtype == kFloat32) return dequantize_typed(w, static_cast<float*>(out), begin, end);
-    if (dtype == kBFloat16) return dequantize_typed(w, static_cast<BFloat16*>(out), begin, end);
-    return dequantize_typed(w, static_cast<Float16*>(out), begin, end);
+void dequantize(const Weight& w, Dtype dtype, void* out, bool stream, int64_t begin, int64_t end) {
+    if (dtype == kFloat32) return dequantize_typed(w, static_cast<float*>(out), stream, begin, end);
+    if (dtype == kBFloat16) return dequantize_typed(w, static_cast<BFloat16*>(out), stream, begin, end);
+    return dequantize_typed(w, static_cast<Float16*>(out), stream, begin, end);
 }
 
 // In a chunk of 128 weights, 64 bytes, nibble j of 32-bit word i (counted from the low end) is weight 8 i + (j ^ 1).

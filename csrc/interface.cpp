@@ -6,6 +6,10 @@
 #include "kernels.h"
 #include "parallel.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
 #if defined(ONECARD_HAS_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -66,6 +70,20 @@ Weight make_weight(const uint8_t* packed, const void* absmax, const float* neste
             nullptr};
 }
 
+// Whether an output is too large for a cache to keep, and its memory in use already: pages that the kernel still has to
+// give are in the cache when they come.
+bool worth_streaming(const void* out, int64_t num_bytes) {
+    constexpr int64_t kLarge = int64_t{64} << 20;
+    if (num_bytes < kLarge || reinterpret_cast<uintptr_t>(out) % 64 != 0) return false;
+#if defined(__linux__)
+    uintptr_t size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), last = reinterpret_cast<uintptr_t>(out) + num_bytes - 1;
+    unsigned char resident = 0;
+    return mincore(reinterpret_cast<void*>(last / size * size), 1, &resident) == 0 && (resident & 1);
+#else
+    return false;
+#endif
+}
+
 }  // namespace
 
 EXPORT const char* onecard_isa() { return current->name; }
@@ -113,8 +131,9 @@ EXPORT void onecard_dequantize(const uint8_t* packed, const void* absmax, const 
                                int64_t blocksize, void* out, int dtype, int num_threads) {
     Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, num_weights, blocksize);
     int64_t num_blocks = (num_weights + blocksize - 1) / blocksize;
+    bool stream = worth_streaming(out, num_weights * (dtype == kFloat32 ? 4 : 2));
     parallel_for(num_blocks, 256, num_threads, [&](int64_t begin, int64_t end) {
-        current->dequantize(w, static_cast<Dtype>(dtype), out, begin, end);
+        current->dequantize(w, static_cast<Dtype>(dtype), out, stream, begin, end);
     });
 }
 

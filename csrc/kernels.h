@@ -99,8 +99,9 @@ struct Kernels {
     // Blocks [begin, end) of W into codes and scales; false if a weight is not finite.
     bool (*quantize)(const void* W, Dtype dtype, const Quantization& q, uint8_t* packed, float* absmax, int64_t begin,
                      int64_t end);
-    // Blocks [begin, end) of the weight, rounded once to dtype, into out (the whole weight's buffer).
-    void (*dequantize)(const Weight& w, Dtype dtype, void* out, int64_t begin, int64_t end);
+    // Blocks [begin, end) of the weight, rounded once to dtype, into out (the whole weight's buffer); to `stream`, with
+    // out aligned to 64 bytes, is to write past the caches.
+    void (*dequantize)(const Weight& w, Dtype dtype, void* out, bool stream, int64_t begin, int64_t end);
     // y[m][n] = sum_k x[m][k] W[n][k], float32, for rows n in [begin, end); x as `arrange` made it from this dtype.
     void (*product)(const Weight& w, const void* x, Dtype dtype, int64_t M, int64_t K, float* y, int64_t y_stride,
                     int64_t begin, int64_t end);

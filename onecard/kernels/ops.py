@@ -236,7 +236,7 @@ def _compute_qlora_linear(
     weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
     few = backend(x.device).can_multiply(x_MK, blocksize)
     if not few and backend(x.device).can_fuse(x_MK, N, lora_A_RK, lora_B_NR):
-        seen = x_MK if x_lora is None else x_lora.reshape(-1, K)
+        seen = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
         terms = None if lora_A_RK is None else (seen, lora_A_RK, lora_B_NR, scaling)
         y_MN, xA_MR = backend(x.device).linear(x_MK, weight, N, bias, terms)
         return y_MN.view(*x.shape[:-1], N), xA_MR

@@ -98,7 +98,7 @@ void blocks(Dtype dtype, const std::string& name) {
                 paths[i]->quantize(typed.data(), dtype, q, packed[i].data(), absmax[i].data(), 0, count);
                 Weight w{packed[i].data(), absmax[i].data(), nullptr, nullptr, nullptr, 0.0f, book.levels.data(), q.num_weights,
                          blocksize};
-                paths[i]->dequantize(w, dtype, back[i].data(), 0, count);
+                paths[i]->dequantize(w, dtype, back[i].data(), false, 0, count);
             }
             std::string at = name + ", " + std::to_string(size) + " by " + std::to_string(blocksize);
             check(same_bits(packed[0], packed[1]) && same_bits(absmax[0], absmax[1]), "quantize " + at);
@@ -118,7 +118,7 @@ void products() {
                 std::vector<float> outer = normal(codes.size() / 256 + 1), x = normal(M * K), W(N * K), y(M * N);
                 Weight w{packed.data(), nullptr, codes.data(), outer.data(), dynamic_map.data(), 0.3f, book.levels.data(),
                          N * K, blocksize};
-                kScalar.dequantize(w, kFloat32, W.data(), 0, N * K / blocksize);
+                kScalar.dequantize(w, kFloat32, W.data(), false, 0, N * K / blocksize);
                 std::vector<float> arranged(M * ((K + 127) / 128 * 128));
                 kNeon.arrange(x.data(), kFloat32, M, K, arranged.data());
                 kNeon.product(w, arranged.data(), kFloat32, M, K, y.data(), N, 0, N);
