@@ -112,10 +112,11 @@ def test_the_operator_takes_it():
 
 
 @torch.no_grad()
-def test_a_dense_weight():
-    W, x, g = random(352, 96), random(3, 30, 96, seed=2), random(3, 30, 352, seed=3)
+@pytest.mark.parametrize("N", [352, 48032], ids=["small", "a head's, whose gradient is not copied whole"])
+def test_a_dense_weight(N):
+    W, x, g = random(N, 96), random(3, 30, 96, seed=2), random(3, 30, N, seed=3)
     assert rows.has_tiles(x, W) and not rows.has_tiles(x.float(), W) and not rows.has_tiles(x, W[:31])
-    bias = random(352, seed=4)
+    bias = random(N, seed=4)
     y, grad_x = rows.tiled_product(x, W, bias), rows.tiled_product_back(g, W)
     for found, true in ((y, x.double() @ W.double().T + bias.double()), (grad_x, g.double() @ W.double())):
         assert found.shape == true.shape
