@@ -388,7 +388,7 @@ struct Rounded {
 
 thread_local Buffer linear_memory;  // of the thread that calls; its helpers share it
 
-void linear_forward(const Weight& w, const Linear& l, int num_threads) {
+void forward_slice(const Weight& w, const Linear& l, int num_threads) {
     int64_t M = l.M, N = l.N, K = l.K, R = l.R, tall = squares(M), steps = K / 32, ranks = squares(R);
     bool separate = R && l.x_lora != l.x;
     Word* words = linear_memory.words((tall * (steps + ranks) + ranks * steps + (separate ? tall * steps : 0)) * kSquare);
@@ -445,7 +445,8 @@ void linear_forward(const Weight& w, const Linear& l, int num_threads) {
     });
 }
 
-void linear_backward(const Weight& w, const Linear& l, int num_threads) {
+// grad_A and grad_B are added to if `add`.
+void backward_slice(const Weight& w, const Linear& l, bool add, int num_threads) {
     int64_t M = l.M, N = l.N, K = l.K, R = l.R, tall = squares(M), steps = N / 32, ranks = squares(R);
     const BFloat16 *grad = static_cast<const BFloat16*>(l.grad_y), *seen = static_cast<const BFloat16*>(l.x_lora);
     bool large = R == 0 && tall * steps * kSquare > kLargeCopy;  // a head's logits
@@ -522,13 +523,15 @@ void linear_backward(const Weight& w, const Linear& l, int num_threads) {
     };
     auto take_A = [&](int64_t r, int64_t k, const float* c) {
         for (int64_t i = 0; i < std::min<int64_t>(32, R - r); ++i) {
-            std::memcpy(l.grad_A + (r + i) * K + k, c + 32 * i, 32 * sizeof(float));
+            float* out = l.grad_A + (r + i) * K + k;
+            for (int64_t j = 0; j < 32; ++j) out[j] = (add ? out[j] : 0.0f) + c[32 * i + j];
         }
     };
     auto take_B = [&](int64_t r, int64_t n, const float* c) {
         for (int64_t j = 0; j < 32; ++j) {
             for (int64_t i = 0; i < std::min<int64_t>(32, R - r); ++i) {
-                l.grad_B[(n + j) * R + r + i] = l.scaling * c[32 * i + j];
+                float& out = l.grad_B[(n + j) * R + r + i];
+                out = (add ? out : 0.0f) + l.scaling * c[32 * i + j];
             }
         }
     };
@@ -545,4 +548,27 @@ void linear_backward(const Weight& w, const Linear& l, int num_threads) {
         if (l.grad_A) reduce(gBT, seen, K, inputs, take_A);
         if (l.grad_B) reduce(xAT, grad, N, outputs, take_B);
     });
+}
+
+// Rows m and on of a linear, as many as are copied at a time.
+inline Linear slice(const Linear& l, int64_t m) {
+    Linear part = l;
+    part.M = std::min(kTall * 32, l.M - m);
+    auto move = [&](auto& pointer, int64_t columns) {
+        if (pointer) pointer = const_cast<char*>(static_cast<const char*>(pointer)) + 2 * m * columns;
+    };
+    for (const void** each : {&part.x, &part.x_lora}) move(*each, l.K);
+    for (void** each : {&part.grad_x, &part.grad_x_lora}) move(*each, l.K);
+    move(part.xA, l.R);
+    move(part.y, l.N);
+    move(part.grad_y, l.N);
+    return part;
+}
+
+void linear_forward(const Weight& w, const Linear& l, int num_threads) {
+    for (int64_t m = 0; m < l.M; m += kTall * 32) forward_slice(w, slice(l, m), num_threads);
+}
+
+void linear_backward(const Weight& w, const Linear& l, int num_threads) {
+    for (int64_t m = 0; m < l.M; m += kTall * 32) backward_slice(w, slice(l, m), m > 0, num_threads);
 }

@@ -33,7 +33,7 @@ GROUPS = {
     "gradients": ("gradients", "LoRA gradients"),
     "float32 masters": ("float32 masters",),
     "optimizer states": ("AdamW states",),
-    "activations and scratch": ("activations", "logits chunk", "dequantized weight"),
+    "activations and scratch": ("activations", "logits chunk", "scratch"),
     "CUDA context, allocator": ("allocator", "CUDA context, libraries"),
 }
 COLOURS = ("#1f6f8b", "#e09f3e", "#9e2a2b", "#540b0e", "#99c1b9", "#8d99a6")

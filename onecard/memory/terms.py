@@ -23,6 +23,7 @@ import torch
 
 from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig
 from onecard.hf.load import pick_device
+from onecard.kernels.cpu import native
 from onecard.memory.activations import Activations, head_dim, layer_activations
 from onecard.memory.model import Model
 from onecard.optim.adamw import SMALL
@@ -45,6 +46,7 @@ class Term:
     formula: str
 
 
+MALLOC_HOLES = 0.15  # of what a step keeps: 0.1 to 0.25 was measured (benchmarks/plan.py)
 CPU_BUFFERS = Term("libraries' buffers", 36 << 20, "measured")
 CUDA_CONTEXT = Term("CUDA context, libraries", 500 << 20, "an allowance")
 
@@ -190,9 +192,19 @@ class Case:
 
     @cached_property
     def scratch(self) -> Term:
+        """What products work in: a dequantized weight, or on tiles (AMX) the rows that meet it; experts the former."""
+        tiled = self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles()
+        matrices = [
+            m.weight.numel() // getattr(m, "num_experts", 1)
+            for m in (self.model.stacks if tiled else self.model.quantized).values()
+        ]
         buffers = 2 if self.device == "cuda" else 1  # autograd's thread there has one of its own
-        matrices = [m.weight.numel() // getattr(m, "num_experts", 1) for m in self.model.quantized.values()]
-        return Term("dequantized weight", buffers * self.c * max(matrices, default=0), "c x the largest matrix")
+        weight = buffers * self.c * max(matrices, default=0)
+        if not tiled:
+            return Term("scratch", weight, "c x the largest matrix")
+        widest = max((n for m in self.model.linears.values() for n in m.weight.shape), default=0)
+        rows = self.c * min(self.batch_tokens, native.TILED_ROWS) * widest
+        return Term("scratch", rows + weight, f"c min(T, {native.TILED_ROWS}) x the widest matrix")
 
     @cached_property
     def unpaged_bytes(self) -> int:
@@ -217,13 +229,16 @@ def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> 
         own, step = [lora], generate_terms(case)
     else:
         own, step = [lora, state_term(case, fit)], step_terms(case, fit, Term("LoRA gradients", 4 * P_l, "4 P_l"))
-    return [*base, *own, *step, *device_terms(case, step)]
+    kept = method != "generate" and fit == Fit()  # measure.return_large_blocks is for the others
+    return [*base, *own, *step, *device_terms(case, step, kept)]
 
 
-def device_terms(case: Case, step: list[Term]) -> list[Term]:
-    """What the libraries hold beside the tensors."""
+def device_terms(case: Case, step: list[Term], kept: bool) -> list[Term]:
+    """What the libraries hold beside the tensors; `kept` where nothing is given up for memory."""
     if case.device != "cuda":
-        return [CPU_BUFFERS]
+        heap = int(MALLOC_HOLES * sum(term.num_bytes for term in step if term.name == "activations"))
+        holes = [Term("malloc's heap", heap, f"{MALLOC_HOLES} of activations, an allowance")] if kept else []
+        return [CPU_BUFFERS, *holes]
     moving = sum(term.num_bytes for term in (*step, case.scratch))
     return [Term("allocator", int(CUDA_RESERVE * moving), f"{CUDA_RESERVE} of a step's tensors, an allowance"),
             CUDA_CONTEXT]  # fmt: skip

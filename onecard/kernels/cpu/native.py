@@ -200,12 +200,20 @@ def multiply(
     return y_MN
 
 
+TILED_ROWS = 512  # that `linear` copies at a time
+
+
+def has_tiles() -> bool:
+    """Whether this CPU and build have `linear`: AMX."""
+    return library() is not None and bool(call("onecard_has_linear"))
+
+
 def can_fuse(x_MK: Tensor, num_outputs: int, *lora: Tensor | None) -> bool:
     """Whether `linear` and `linear_backward` take this x: bfloat16 on a CPU with tiles (AMX)."""
     whole = x_MK.shape[1] % 32 == 0 and num_outputs % 32 == 0
     dtypes = {x.dtype for x in lora if x is not None}
     known = len(dtypes) <= 1 and dtypes <= DTYPES.keys()
-    return x_MK.dtype == torch.bfloat16 and whole and known and bool(call("onecard_has_linear"))
+    return x_MK.dtype == torch.bfloat16 and whole and known and has_tiles()
 
 
 def linear(
