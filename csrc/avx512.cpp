@@ -157,12 +157,13 @@ struct Isa {
 
     // The scales of a chunk's sixteen words, eight weights each.
     static __m512 chunk_scales(const float* scales, int64_t blocksize, int64_t chunk, int64_t left) {
-        if (blocksize >= 128) return _mm512_set1_ps(scales[chunk * 128 / blocksize]);
-        const float* s = scales + chunk * 128 / blocksize;
         if (blocksize == 64) {
+            const float* s = scales + 2 * chunk;  // no division: it would take as long as the chunk
             return left < 128 ? _mm512_set1_ps(s[0])
                               : _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
         }
+        if (blocksize >= 128) return _mm512_set1_ps(scales[chunk * 128 / blocksize]);
+        const float* s = scales + 4 * chunk;
         __m512 low = _mm512_mask_blend_ps(0x00F0, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
         if (left < 128) return low;
         low = _mm512_mask_blend_ps(0x0F00, low, _mm512_set1_ps(s[2]));

@@ -23,7 +23,7 @@ struct Bf16Tile {
             __m512 parts[R][M];
             for (int r = 0; r < R; ++r) {
                 words[r] = _mm512_maskz_loadu_epi32(valid, row + (r * K + k) / 2);
-                _mm_prefetch(reinterpret_cast<const char*>(row + (r * K + k) / 2 + kAhead), _MM_HINT_T0);
+                _mm_prefetch(reinterpret_cast<const char*>(row + (r * K + k) / 2 + kAhead), _MM_HINT_T1);
                 for (int m = 0; m < M; ++m) parts[r][m] = _mm512_setzero_ps();
             }
 #pragma GCC unroll 4

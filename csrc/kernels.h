@@ -28,7 +28,7 @@ struct Weight {
             return;
         }
         for (int64_t i = 0; i < count; ++i) {
-            out[i] = dynamic_map[codes8[block + i]] * nested_absmax[(block + i) / 256] + offset;
+            out[i] = dynamic_map[codes8[block + i]] * nested_absmax[static_cast<uint64_t>(block + i) / 256] + offset;
         }
     }
 };
