@@ -200,6 +200,28 @@ inline void store_transposed(__m512i (&rows)[16], Word* out) {
     for (int i = 0; i < 16; ++i) _mm512_store_si512(out + 16 * i, rows[i]);
 }
 
+// A square of B from rows and columns of x (rows, columns) on, times a factor and zero beyond its ends: its transpose,
+inline void transpose_values(const void* x, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int64_t column,
+                             float factor, Word* out) {
+    for (int64_t half = 0; half < 2; ++half, row += 16, out += kTile) {
+        __m512i values[16];
+        for (int i = 0; i < 16; ++i) {
+            int64_t n = row + i < rows ? columns - column : 0;
+            values[i] = load_values(x, dtype, (row + i) * columns + column, n, factor);
+        }
+        store_transposed(values, out);
+    }
+}
+
+// or itself.
+inline void zip_values(const void* x, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int64_t column,
+                       float factor, Word* out) {
+    auto values = [&](int64_t i) {
+        return split(load_values(x, dtype, i * columns + column, i < rows ? columns - column : 0, factor));
+    };
+    for (int64_t i = row; i < row + 32; i += 2, out += 16) store_zipped(values(i), values(i + 1), out);
+}
+
 // Reads 32 weights of a row at a time, with a look-up table a row that is made again where the row enters a block.
 struct Reader {
     const Weight& w;
@@ -397,14 +419,7 @@ void forward_slice(const Weight& w, const Linear& l, int num_threads) {
     Rows seen = separate ? Rows{A + ranks * steps * kSquare, tall, steps} : x;
     parallel_for(ranks * steps, 64, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            int64_t r = i / steps * 32, k = i % steps * 32;
-            for (int64_t half = 0; half < 2; ++half, r += 16) {
-                __m512i values[16];
-                for (int j = 0; j < 16; ++j) {
-                    values[j] = load_values(l.A, l.lora_dtype, (r + j) * K + k, r + j < R ? 32 : 0, 1.0f);
-                }
-                store_transposed(values, A + i * kSquare + half * kTile);
-            }
+            transpose_values(l.A, l.lora_dtype, R, K, i / steps * 32, i % steps * 32, 1.0f, A + i * kSquare);
         }
     });
     parallel_for(tall, 1, num_threads, [&](int64_t begin, int64_t end) {
@@ -428,13 +443,8 @@ void forward_slice(const Weight& w, const Linear& l, int num_threads) {
         int64_t weights = std::min(count, std::max<int64_t>(steps - step, 0));
         for (int64_t n = panel * 32; n < (panel + panels) * 32; n += 32, out += count * kSquare) {
             decode_transposed(w, K, n, step * 32, weights, out);
-            for (int64_t half = 2 * weights; half < 2 * count; ++half) {
-                int64_t r = (step + half / 2 - steps) * 32, row = n + half % 2 * 16;
-                __m512i values[16];
-                for (int i = 0; i < 16; ++i) {
-                    values[i] = load_values(l.B, l.lora_dtype, (row + i) * R + r, R - r, l.scaling);
-                }
-                store_transposed(values, out + half * kTile);
+            for (int64_t s = weights; s < count; ++s) {
+                transpose_values(l.B, l.lora_dtype, N, R, n, (step + s - steps) * 32, l.scaling, out + s * kSquare);
             }
         }
     };
@@ -459,13 +469,7 @@ void backward_slice(const Weight& w, const Linear& l, bool add, int num_threads)
     int64_t first = joined ? steps : 0;
     parallel_for(ranks * steps, 64, num_threads, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
-            int64_t r = i / steps * 32, n = i % steps * 32;
-            auto values = [&](int64_t row) {
-                return split(load_values(l.B, l.lora_dtype, (n + row) * R + r, R - r, l.scaling));
-            };
-            for (int64_t j = 0; j < 16; ++j) {
-                store_zipped(values(2 * j), values(2 * j + 1), B + i * kSquare + 16 * j);
-            }
+            zip_values(l.B, l.lora_dtype, N, R, i % steps * 32, i / steps * 32, l.scaling, B + i * kSquare);
         }
     });
     parallel_for(large ? 0 : tall, 1, num_threads, [&](int64_t begin, int64_t end) {
@@ -488,12 +492,8 @@ void backward_slice(const Weight& w, const Linear& l, bool add, int num_threads)
         }
     });
     auto decode_lora = [&](int64_t k, int64_t step, int64_t count, Word* out) {
-        for (int64_t i = 0; i < 16 * count; ++i) {
-            int64_t r = (step + i / 16) * 32 + i % 16 * 2;
-            auto values = [&](int64_t row) {
-                return split(load_values(l.A, l.lora_dtype, row * K + k, row < R ? 32 : 0, 1.0f));
-            };
-            store_zipped(values(r), values(r + 1), out + i / 16 * kSquare + i % 16 * 16);
+        for (int64_t s = 0; s < count; ++s) {
+            zip_values(l.A, l.lora_dtype, R, K, (step + s) * 32, k, 1.0f, out + s * kSquare);
         }
     };
     auto decode = [&](int64_t panel, int64_t panels, int64_t step, int64_t count, Word* out) {

@@ -13,7 +13,6 @@
 #if defined(ONECARD_HAS_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #if defined(_WIN32)

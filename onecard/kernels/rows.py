@@ -185,7 +185,6 @@ def has_tiles(x: Tensor, W: Tensor) -> bool:
         and x.dtype == W.dtype
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and native.library() is not None
         and native.can_fuse(W, W.shape[0])
     )
 

@@ -29,7 +29,7 @@ class Head(nn.Linear):
 
 def project(x: Tensor, W_NK: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias in x's dtype; a W of another dtype is cast `SLICE_ROWS` rows at a time."""
-    if W_NK.dtype == x.dtype and rows.has_tiles(x, W_NK):
+    if rows.has_tiles(x, W_NK):
         return rows.tiled_product(x, W_NK, bias)
     if W_NK.dtype == x.dtype:
         return nn.functional.linear(x, W_NK, None if bias is None else bias.to(x.dtype))
@@ -39,7 +39,7 @@ def project(x: Tensor, W_NK: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def project_back(g: Tensor, W_NK: Tensor) -> Tensor:
     """g W in g's dtype, the gradient of `project` with respect to x."""
-    if W_NK.dtype == g.dtype and rows.has_tiles(g, W_NK):
+    if rows.has_tiles(g, W_NK):
         return rows.tiled_product_back(g, W_NK)
     if W_NK.dtype == g.dtype:
         return g @ W_NK
