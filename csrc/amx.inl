@@ -321,7 +321,7 @@ inline void pack_rows(const BFloat16* x, int64_t M, int64_t depth, int64_t i, co
 }
 
 // Panels [begin, end) of C = A B; decode(panel, panels, step, count, out) makes squares of B, [panel][step], and
-// finish(square, squares, panel, panels, c) takes C when it is whole: rows of 32 floats, panels kPanel apart. A is packed
+// finish(panel, panels, c) takes C when it is whole: rows of 32 floats, panels kPanel apart. A, up to kTall squares, is packed
 // already, or (words null) a stretch at a time from the rows of x (M, columns): each thread for itself, for a depth whose
 // copy would be large.
 template <class Decode, class Finish>
@@ -331,27 +331,24 @@ void multiply_panels(const Rows& a, const BFloat16* x, int64_t M, int64_t begin,
     int64_t own = a.words ? 0 : kTall * kDepth * kSquare;
     Word* b = memory.words(kPair * kDepth * kSquare + kWide * kPanel + own);
     float* c = reinterpret_cast<float*>(b + kPair * kDepth * kSquare);
-    for (int64_t top = 0; top < a.num_squares; top += kTall) {
-        int64_t tall = std::min(kTall, a.num_squares - top);
-        for (int64_t left = begin; left < end; left += kWide) {
-            int64_t wide = std::min(kWide, end - left);
-            for (int64_t step = 0; step < a.steps; step += a.depth) {
-                int64_t count = std::min(a.depth, a.steps - step);
-                const Word* rows = a.words ? a.square(top, step) : b + kPair * kDepth * kSquare + kWide * kPanel;
-                for (int64_t i = 0; i < tall && !a.words; ++i) {
-                    Word* to = const_cast<Word*>(rows) + i * count * kSquare;
-                    for (int64_t s = 0; s < count; ++s) pack_square(x, M, a.steps * 32, top + i, step + s, to + s * kSquare);
-                }
-                for (int64_t p = 0; p < wide; ++p) {
-                    if (p % kPair == 0) decode(left + p, std::min(kPair, wide - p), step, count, b);
-                    for (int64_t i = 0; i < tall; ++i) {
-                        multiply_squares(rows + i * count * kSquare, b + p % kPair * count * kSquare, count,
-                                         c + p * kPanel + i * 1024, step > 0);
-                    }
+    Word* copy = b + kPair * kDepth * kSquare + kWide * kPanel;
+    for (int64_t left = begin; left < end; left += kWide) {
+        int64_t wide = std::min(kWide, end - left);
+        for (int64_t step = 0; step < a.steps; step += a.depth) {
+            int64_t count = std::min(a.depth, a.steps - step);
+            const Word* rows = a.words ? a.square(0, step) : copy;
+            for (int64_t i = 0; i < a.num_squares * count && !a.words; ++i) {
+                pack_square(x, M, a.steps * 32, i / count, step + i % count, copy + i * kSquare);
+            }
+            for (int64_t p = 0; p < wide; ++p) {
+                if (p % kPair == 0) decode(left + p, std::min(kPair, wide - p), step, count, b);
+                for (int64_t i = 0; i < a.num_squares; ++i) {
+                    multiply_squares(rows + i * count * kSquare, b + p % kPair * count * kSquare, count,
+                                     c + p * kPanel + i * 1024, step > 0);
                 }
             }
-            finish(top, tall, left, wide, c);
         }
+        finish(left, wide, c);
     }
 }
 
@@ -391,8 +388,8 @@ struct Rounded {
     const float* bias;
     int64_t M, columns;
 
-    void operator()(int64_t square, int64_t tall, int64_t panel, int64_t panels, const float* c) const {
-        for (int64_t m = square * 32; m < std::min(M, (square + tall) * 32); ++m, c += 32) {
+    void operator()(int64_t panel, int64_t panels, const float* c) const {
+        for (int64_t m = 0; m < M; ++m, c += 32) {
             for (int64_t p = 0; p < panels; ++p) {
                 int64_t column = (panel + p) * 32;
                 __m512 low = _mm512_load_ps(c + p * kPanel), high = _mm512_load_ps(c + p * kPanel + 16);
