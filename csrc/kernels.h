@@ -33,7 +33,7 @@ struct Weight {
     }
 };
 
-constexpr int64_t kAhead = 2048;  // bytes of codes that a product asks for in advance
+constexpr int64_t kAhead = 4096;  // bytes of codes that a product asks for in advance
 
 struct Quantization {
     const float* bounds;   // 15 midpoints between neighbouring levels, ascending

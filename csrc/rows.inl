@@ -140,27 +140,33 @@ void rope_typed(const T* x, const T* cos, const T* sin, T* y, int64_t H, int64_t
     }
 }
 
-// y[m][n] = sum_k x[m][k] W[n][k] for a W that is not quantized, rows n in [begin, end).
+// y[r] = sum_k x[k] W[r][k] for R rows of a W that is not quantized: rows side by side keep more of memory busy than one
+// after the other.
+template <int R, class T>
+void dense_rows(const T* W, const T* x, int64_t K, float* y) {
+    int64_t whole = K / Isa::kLanes * Isa::kLanes;
+    typename Isa::V sums[R];
+    for (int r = 0; r < R; ++r) sums[r] = Isa::set1(0.0f);
+    for (int64_t k = 0; k < whole; k += Isa::kLanes) {
+        typename Isa::V x_k = Isa::load(x + k);
+        for (int r = 0; r < R; ++r) sums[r] = Isa::fmadd(Isa::load(W + r * K + k), x_k, sums[r]);
+    }
+    for (int r = 0; r < R; ++r) {
+        y[r] = Isa::reduce_add(sums[r]);
+        for (int64_t k = whole; k < K; ++k) y[r] += to_float(W[r * K + k]) * to_float(x[k]);
+    }
+}
+
+// Rows n in [begin, end) for every row of x (M, K).
 template <class T>
 void dense_product_typed(const T* W, const T* x, int64_t M, int64_t K, float* y, int64_t y_stride, int64_t begin,
                          int64_t end) {
-    constexpr int64_t kStep = 4 * Isa::kLanes;
-    int64_t whole = K / kStep * kStep;
-    for (int64_t n = begin; n < end; ++n) {
-        const T* w = W + n * K;
-        for (int64_t m = 0; m < M; ++m) {
-            const T* x_m = x + m * K;
-            typename Isa::V sums[4] = {Isa::set1(0.0f), Isa::set1(0.0f), Isa::set1(0.0f), Isa::set1(0.0f)};
-            for (int64_t k = 0; k < whole; k += kStep) {
-                for (int i = 0; i < 4; ++i) {
-                    int64_t at = k + i * Isa::kLanes;
-                    sums[i] = Isa::fmadd(Isa::load(w + at), Isa::load(x_m + at), sums[i]);
-                }
-            }
-            float sum = Isa::reduce_add(Isa::add(Isa::add(sums[0], sums[1]), Isa::add(sums[2], sums[3])));
-            for (int64_t k = whole; k < K; ++k) sum += to_float(w[k]) * to_float(x_m[k]);
-            y[m * y_stride + n] = sum;
-        }
+    int64_t n = begin;
+    for (; n + 4 <= end; n += 4) {
+        for (int64_t m = 0; m < M; ++m) dense_rows<4>(W + n * K, x + m * K, K, y + m * y_stride + n);
+    }
+    for (; n < end; ++n) {
+        for (int64_t m = 0; m < M; ++m) dense_rows<1>(W + n * K, x + m * K, K, y + m * y_stride + n);
     }
 }
 

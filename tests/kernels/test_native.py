@@ -149,3 +149,30 @@ def test_product_of_bfloat16_is_within_its_rounding(isa, num_rows, K, blocksize)
     exact = x.double() @ W.double().T
     bound = (2**-9 + (K + 2) * 2**-24) * (x.double().abs() @ W.double().abs().T)
     assert ((native.multiply(x, *weight, 48) - exact).abs() <= bound).all()
+
+
+SECOND_RUNTIME = """
+import ctypes, os, shutil, sys
+from pathlib import Path
+import torch
+
+own = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
+if len(own) != 1:
+    sys.exit(print("no libgomp"))
+ctypes.CDLL(shutil.copy(own.pop(), sys.argv[1]))  # as sentencepiece's wheel brings one
+torch.set_num_threads(2)
+torch.randn(1000, 1000) @ torch.randn(1000, 1000)
+before = len(os.listdir("/proc/self/task"))
+from onecard.kernels import ops
+ops.dequantize_4bit(*ops.quantize_4bit(torch.randn(1000, 1000)))
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_no_threads_beside_torchs(tmp_path):
+    # A second OpenMP runtime in the process must not hide torch's: its idle threads spin, and took half of the CPU.
+    command = [sys.executable, "-c", SECOND_RUNTIME, str(tmp_path / "libgomp-second.so.1")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if found == "no libgomp":
+        pytest.skip("this torch has another thread pool")
+    assert found == "0"

@@ -109,14 +109,16 @@ def library() -> ctypes.CDLL | None:
 
 
 def torch_gomp_parallel() -> int | None:
-    """Address of GOMP_parallel in the libgomp that torch has loaded, if that is its thread pool."""
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
+    """Address of GOMP_parallel in the OpenMP runtime that torch links: its threads are then ours too.
+
+    Looked up through torch's own library, since a process may hold a second runtime (sentencepiece brings one); None
+    where torch has no such runtime.
+    """
+    try:
+        torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(torch_cpu.GOMP_parallel, c_void_p).value
+    except (OSError, AttributeError):
         return None
-    paths = {line.split()[-1] for line in maps.read_text().splitlines() if "libgomp" in line}
-    if len(paths) != 1:  # none, or two runtimes: which is torch's is not known
-        return None
-    return ctypes.cast(ctypes.CDLL(paths.pop()).GOMP_parallel, c_void_p).value
 
 
 def call(name: str, *arguments: object) -> int:
