@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from multiprocessing import Process
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def make_checkpoint(name: str, folder: Path) -> None:
     load_tokenizer(str(TOKENIZER)).save_pretrained(folder)
 
 
-def child(name: str) -> None:
+def child(name: str, folder: str) -> None:
     from peft import get_peft_model
 
     import onecard
@@ -90,35 +91,32 @@ def child(name: str) -> None:
     settings = dict(settings)
     method, given_up = settings.pop("method", "qlora"), {"num_offloaded", "part_tokens"} & settings.keys()
     given = {key: settings.pop(key) for key in given_up}
-    with tempfile.TemporaryDirectory() as folder:
-        make_checkpoint(name, Path(folder))
-        fields = {"model": folder, "data": "-", "output": folder, "max_seq_length": 512, "packing": False,
-                  "gradient_accumulation_steps": 1, "gradient_checkpointing": False, **settings}  # fmt: skip
-        config = make_config(TrainConfig, fields, "benchmark")
-        dtype = pick_compute_dtype(config.compute_dtype, device)
-        model = read_model(inspect_checkpoint(Path(folder)))
-        budget = parse_bytes(config.weights_budget) if config.weights_budget else None
-        fit = Fit(shape["num_hidden_layers"] if config.gradient_checkpointing else 0, budget, **given)
-        if fit != Fit(0):  # as train does
-            return_large_blocks()
-        terms = plan_terms(Case(model, config, dtype), method, fit)
-        before = status_bytes("RssAnon")
-        with anonymous_peak() as peak:
-            base = onecard.load_model(folder, compute_dtype=dtype, device="cpu", weights_budget=budget)
-            adapted: Any = get_peft_model(base, lora_config(config))
-            length, batch = config.max_seq_length, config.per_device_train_batch_size
-            rows = torch.randint(4, shape["vocab_size"], (2 * batch, length)).tolist()
-            loader = Loader([Example(row, row, "random") for row in rows], length, False, batch, 0)
-            if method == "generate":
-                adapted.generate(torch.tensor([rows[0][:-4]]), max_new_tokens=4, do_sample=False, eos_token_id=[])
-            else:
-                run = Run(config, adapted, loader, 2, {}, fit=fit)
-                adapted.train()
-                recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded)
-                with use_packed_attention(run.base):
-                    for _ in range(2):
-                        update(run)
-        measured = peak[0] - before + mapped_bytes(Path(folder))
+    fields = {"model": folder, "data": "-", "output": folder, "max_seq_length": 512, "packing": False,
+              "gradient_accumulation_steps": 1, "gradient_checkpointing": False, **settings}  # fmt: skip
+    config = make_config(TrainConfig, fields, "benchmark")
+    dtype = pick_compute_dtype(config.compute_dtype, device)
+    model = read_model(inspect_checkpoint(Path(folder)))
+    budget = parse_bytes(config.weights_budget) if config.weights_budget else None
+    fit = Fit(shape["num_hidden_layers"] if config.gradient_checkpointing else 0, budget, **given)
+    return_large_blocks()  # as train does
+    terms = plan_terms(Case(model, config, dtype), method, fit)
+    before = status_bytes("RssAnon")
+    with anonymous_peak() as peak:
+        base = onecard.load_model(folder, compute_dtype=dtype, device="cpu", weights_budget=budget)
+        adapted: Any = get_peft_model(base, lora_config(config))
+        length, batch = config.max_seq_length, config.per_device_train_batch_size
+        rows = torch.randint(4, shape["vocab_size"], (2 * batch, length)).tolist()
+        loader = Loader([Example(row, row, "random") for row in rows], length, False, batch, 0)
+        if method == "generate":
+            adapted.generate(torch.tensor([rows[0][:-4]]), max_new_tokens=4, do_sample=False, eos_token_id=[])
+        else:
+            run = Run(config, adapted, loader, 2, {}, fit=fit)
+            adapted.train()
+            recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded)
+            with use_packed_attention(run.base):
+                for _ in range(2):
+                    update(run)
+    measured = peak[0] - before + mapped_bytes(Path(folder))
     found = {term.name: term.num_bytes for term in terms}
     print(json.dumps({"plan": sum(found.values()), "terms": found, "measured": measured}))
 
@@ -127,12 +125,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="*", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--child", choices=CONFIGURATIONS)
+    parser.add_argument("--folder")
     args = parser.parse_args()
     if args.child:
-        return child(args.child)
+        return child(args.child, args.folder)
     lines, errors = [], {}
     for name in args.only:
-        found = run_child("benchmarks.plan", "--child", name)
+        with tempfile.TemporaryDirectory() as folder:
+            maker = Process(target=make_checkpoint, args=(name, Path(folder)))  # whose memory is not the child's
+            maker.start()
+            maker.join()
+            found = run_child("benchmarks.plan", "--child", name, "--folder", folder)
         errors[name] = found["plan"] / found["measured"] - 1
         family, shape, settings = CONFIGURATIONS[name]
         size = f"{family}, {shape['num_hidden_layers']} x {shape['hidden_size']}, V {shape['vocab_size']:,}"

@@ -65,12 +65,12 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
     from onecard.memory.measure import return_large_blocks
+    from onecard.memory.terms import Fit
     from onecard.nn.lora import lora_config
     from onecard.train.loop import frozen_objects
     from onecard.train.step import Run, recompute_layers, update
 
-    if args.recompute:  # as train does
-        return_large_blocks()
+    return_large_blocks()  # as train does
     begin = time.perf_counter()
     base = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
     load = time.perf_counter() - begin
@@ -88,10 +88,10 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     data = [Example(row, row, "random") for row in rows(args.shape, args.length, args.steps).tolist()]
     loader = Loader(data, args.length, False, 1, 0)
     loader.batches = lambda epoch: [[i] for i in range(len(data))]  # in the order of the peers
-    run = Run(config, model, loader, args.steps, {})
+    fit = Fit(base.config.num_hidden_layers if args.recompute else 0)
+    run = Run(config, model, loader, args.steps, {}, fit=fit)
     model.train()
-    if args.recompute:
-        recompute_layers(run.base, run.base.config.num_hidden_layers)
+    recompute_layers(run.base, fit.num_recomputed)
     with use_packed_attention(run.base), frozen_objects():
         steps = [update(run) for _ in range(args.steps)]
     return [step["seconds"] for step in steps], [step["loss"] for step in steps], load

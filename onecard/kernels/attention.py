@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onecard.kernels.cpu import native
+from onecard.kernels.cpu import blocks, native
 from onecard.kernels.operator import Operator
 
 
@@ -54,7 +54,7 @@ def _compute_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     _, H, T, D = q.shape
-    out = torch.empty(1, T, H, D, dtype=q.dtype)
+    out = blocks.empty((1, T, H, D), q.dtype)
     lse_HT = torch.empty(H, T)
     native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT)
     return out, lse_HT
@@ -82,9 +82,9 @@ def _compute_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, H, T, D = q.shape
     G = k.shape[1]
-    grad_q = torch.empty(1, T, H, D, dtype=q.dtype)
-    parts_k, parts_v = torch.empty(2, H, T, D)
-    grad_k, grad_v = (torch.empty(1, G, T, D, dtype=q.dtype) for _ in range(2))
+    grad_q = blocks.empty((1, T, H, D), q.dtype)
+    parts_k, parts_v = blocks.empty((2, H, T, D), torch.float32)
+    grad_k, grad_v = (blocks.empty((1, G, T, D), q.dtype) for _ in range(2))
     grads = (grad_out.contiguous(), grad_q, parts_k, parts_v, grad_k, grad_v)
     native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT, grads)
     return grad_q.transpose(1, 2), grad_k, grad_v

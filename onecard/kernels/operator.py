@@ -26,12 +26,15 @@ class Operator:
         """As torch.library's: gradients for every argument from (ctx, *grads), what they need kept by setup_context."""
         self.operator.register_autograd(backward, setup_context=setup_context)
 
-        def setup(ctx: Any, inputs: tuple, output: Any) -> None:
+        def forward(
+            ctx: Any, *inputs: Any
+        ) -> Any:  # with a setup_context, apply() inspects the signature at every call
+            output = self.compute(*inputs)
             ctx.set_materialize_grads(False)
             setup_context(ctx, inputs, output)
+            return output
 
-        parts = {"forward": self.compute, "setup_context": setup, "backward": backward}
-        parts = {name: staticmethod(part) for name, part in parts.items()}
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         self.function = type(self.compute.__name__, (torch.autograd.Function,), parts)
 
     def __call__(self, x: Tensor, *arguments: Any) -> Any:

@@ -17,10 +17,9 @@ LARGE_BLOCK = 1 << 20
 def return_large_blocks() -> None:
     """Have malloc give every freed block of 1 MiB or more back to the system at once, where malloc is glibc's.
 
-    By itself it keeps blocks of up to 32 MiB in its heap, where a layer's input, which stays, splits the hole that the
-    layer's intermediate tensors left: a recomputing run then grows by such a hole a layer, on an 8B shape 1 GB in all.
-    New pages cost 5 to 20 % of a step's time, so it is for runs that are short of memory: one that keeps everything
-    grows by 5 % without it.
+    By itself it keeps blocks of up to 32 MiB in its heap, where a tensor that stays splits the hole that others left: a
+    step grows by 5 %, one that recomputes by such a hole a layer, on an 8B shape 1 GB in all. What is made over and
+    over does not come from malloc (kernels/cpu/blocks.py), so the new pages cost little.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -46,7 +46,6 @@ class Term:
     formula: str
 
 
-MALLOC_HOLES = 0.15  # of what a step keeps: 0.1 to 0.25 was measured (benchmarks/plan.py)
 CPU_BUFFERS = Term("libraries' buffers", 36 << 20, "measured")
 CUDA_CONTEXT = Term("CUDA context, libraries", 500 << 20, "an allowance")
 
@@ -229,16 +228,13 @@ def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> 
         own, step = [lora], generate_terms(case)
     else:
         own, step = [lora, state_term(case, fit)], step_terms(case, fit, Term("LoRA gradients", 4 * P_l, "4 P_l"))
-    kept = method != "generate" and fit == Fit()  # measure.return_large_blocks is for the others
-    return [*base, *own, *step, *device_terms(case, step, kept)]
+    return [*base, *own, *step, *device_terms(case, step)]
 
 
-def device_terms(case: Case, step: list[Term], kept: bool) -> list[Term]:
-    """What the libraries hold beside the tensors; `kept` where nothing is given up for memory."""
+def device_terms(case: Case, step: list[Term]) -> list[Term]:
+    """What the libraries hold beside the tensors."""
     if case.device != "cuda":
-        heap = int(MALLOC_HOLES * sum(term.num_bytes for term in step if term.name == "activations"))
-        holes = [Term("malloc's heap", heap, f"{MALLOC_HOLES} of activations, an allowance")] if kept else []
-        return [CPU_BUFFERS, *holes]
+        return [CPU_BUFFERS]
     moving = sum(term.num_bytes for term in (*step, case.scratch))
     return [Term("allocator", int(CUDA_RESERVE * moving), f"{CUDA_RESERVE} of a step's tensors, an allowance"),
             CUDA_CONTEXT]  # fmt: skip

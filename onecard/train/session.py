@@ -112,8 +112,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     config = prepared.config
     if state is not None:  # before the weights load
         check_unchanged(config, prepared.identity, state)
-    if prepared.fit != Fit(0):
-        return_large_blocks()
+    return_large_blocks()
     show(prepared, console)
     model = load_adapted(config, prepared, console)
     loader = Loader(

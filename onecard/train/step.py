@@ -31,6 +31,7 @@ from onecard.config import TrainConfig
 from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
+from onecard.kernels.cpu import blocks
 from onecard.memory.measure import peak_memory_bytes
 from onecard.memory.terms import Fit
 from onecard.optim.adamw import AdamW
@@ -248,6 +249,8 @@ def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
     """Add one micro-batch's gradients; its loss."""
     with run.saved_as_pages():
         loss = run.loss(run.base, to_device(batch, run.device), num_tokens)
+    if run.fit.num_recomputed:
+        blocks.release()  # those of the logits would wait through the whole backward
     (loss * run.loss_scale).backward()
     return loss.detach()
 
@@ -290,6 +293,7 @@ def make_room(run: Run, window: list[dict[str, Any]], reason: str, again: bool) 
         UserError: neither can be.
     """
     gc.collect()
+    blocks.release()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
     if run.optimizer.page_out() or not again:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from onecard.kernels import reference
+from onecard.kernels.cpu import blocks
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 from onecard.quant.dynamic import midpoints
@@ -233,7 +234,7 @@ def linear(
     """
     M, K = x_MK.shape
     x_MK, bias = x_MK.contiguous(), None if bias is None else bias.float().contiguous()
-    y_MN = torch.empty(M, num_outputs, dtype=x_MK.dtype)
+    y_MN = blocks.empty((M, num_outputs), x_MK.dtype)
     seen, A, B, scaling = lora or (None, None, None, 1.0)
     seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
     xA_MR = x_MK.new_empty(0) if A is None else x_MK.new_empty(M, len(A))
@@ -264,8 +265,8 @@ def linear_backward(
     grad_y_MN = grad_y_MN.contiguous()
     seen, xA_MR, A, B, scaling = lora or (None, None, None, None, 1.0)
     seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
-    grad_x = grad_y_MN.new_empty(M, K) if needs[0] else None
-    grad_x_lora = grad_y_MN.new_empty(M, K) if separate and A is not None else None
+    grad_x = blocks.empty((M, K), grad_y_MN.dtype) if needs[0] else None
+    grad_x_lora = blocks.empty((M, K), grad_y_MN.dtype) if separate and A is not None else None
     grad_A = torch.empty(A.shape) if A is not None and needs[2] else None
     grad_B = torch.empty(B.shape) if B is not None and needs[3] else None
     struct = Linear(
@@ -300,32 +301,32 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y like x, contiguous, and r float32 (rows,)."""
-    y, rstd = torch.empty_like(x), torch.empty(x.numel() // x.shape[-1])
+    y, rstd = blocks.empty_like(x), torch.empty(x.numel() // x.shape[-1])
     call("onecard_rms_norm", x, w, y, rstd, DTYPES[x.dtype], rstd.numel(), x.shape[-1], eps)
     return y, rstd
 
 
 def rms_norm_backward(grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
-    grad_x = torch.empty_like(x)
+    grad_x = blocks.empty_like(x)
     call("onecard_rms_norm_backward", grad_y, x, w, rstd, grad_x, DTYPES[x.dtype], rstd.numel(), x.shape[-1])
     return grad_x
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = torch.empty_like(gate)
+    y = blocks.empty_like(gate)
     call("onecard_swiglu", gate, up, y, DTYPES[y.dtype], y.numel())
     return y
 
 
 def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    grad_gate, grad_up = blocks.empty_like(gate), blocks.empty_like(up)
     call("onecard_swiglu_backward", grad_y, gate, up, grad_gate, grad_up, DTYPES[gate.dtype], gate.numel())
     return grad_gate, grad_up
 
 
 def rope(x_THD: Tensor, cos_PD: Tensor, sin_PD: Tensor, back: bool) -> Tensor:
     """Each token's heads turned by its angles, those of row t modulo P; or `back`."""
-    y_THD = torch.empty_like(x_THD)
+    y_THD = blocks.empty_like(x_THD)
     sizes = (DTYPES[x_THD.dtype], *x_THD.shape, len(cos_PD), back)
     call("onecard_rope", x_THD, cos_PD, sin_PD, y_THD, *sizes)
     return y_THD
