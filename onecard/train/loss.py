@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from onecard.config import LOGITS_CHUNK_BYTES, ROW_MULTIPLE
 from onecard.kernels import ops
+from onecard.kernels.cpu import blocks
 from onecard.nn.embedding import project, project_back
 
 IGNORE = -100
@@ -134,6 +135,7 @@ def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) 
         use_cache=False,
         cu_seqlens=batch["cu_seqlens"],
     ).last_hidden_state
+    blocks.release()  # logits are of other sizes than the layers' results
     position, target = batch["supervised"]
     head: Any = model.get_output_embeddings()
     return chunked_cross_entropy(hidden[0, position], head, target, LogitTransform.of(model.config), num_tokens)
