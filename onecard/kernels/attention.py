@@ -81,10 +81,9 @@ def _compute_attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, H, T, D = q.shape
-    G = k.shape[1]
     grad_q = blocks.empty((1, T, H, D), q.dtype)
     parts_k, parts_v = blocks.empty((2, H, T, D), torch.float32)
-    grad_k, grad_v = (blocks.empty((1, G, T, D), q.dtype) for _ in range(2))
+    grad_k, grad_v = blocks.empty_like(k), blocks.empty_like(v)
     grads = (grad_out.contiguous(), grad_q, parts_k, parts_v, grad_k, grad_v)
     native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT, grads)
     return grad_q.transpose(1, 2), grad_k, grad_v

@@ -26,9 +26,8 @@ class Operator:
         """As torch.library's: gradients for every argument from (ctx, *grads), what they need kept by setup_context."""
         self.operator.register_autograd(backward, setup_context=setup_context)
 
-        def forward(
-            ctx: Any, *inputs: Any
-        ) -> Any:  # with a setup_context, apply() inspects the signature at every call
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            # Not beside a setup_context of its own: apply() would inspect the signature at every call.
             output = self.compute(*inputs)
             ctx.set_materialize_grads(False)
             setup_context(ctx, inputs, output)

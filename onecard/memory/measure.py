@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from onecard.kernels.cpu import blocks
+
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
-LARGE_BLOCK = 1 << 20
 
 
 def return_large_blocks() -> None:
@@ -24,7 +25,7 @@ def return_large_blocks() -> None:
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+            mallopt(M_MMAP_THRESHOLD, blocks.SMALLEST)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -138,7 +138,9 @@ def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) 
     blocks.release()  # logits are of other sizes than the layers' results
     position, target = batch["supervised"]
     head: Any = model.get_output_embeddings()
-    return chunked_cross_entropy(hidden[0, position], head, target, LogitTransform.of(model.config), num_tokens)
+    loss = chunked_cross_entropy(hidden[0, position], head, target, LogitTransform.of(model.config), num_tokens)
+    blocks.release()  # and would wait through the whole backward
+    return loss
 
 
 def plain_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -> Tensor:

@@ -249,8 +249,6 @@ def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
     """Add one micro-batch's gradients; its loss."""
     with run.saved_as_pages():
         loss = run.loss(run.base, to_device(batch, run.device), num_tokens)
-    if run.fit.num_recomputed:
-        blocks.release()  # those of the logits would wait through the whole backward
     (loss * run.loss_scale).backward()
     return loss.detach()
 

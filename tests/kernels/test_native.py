@@ -153,7 +153,6 @@ def test_product_of_bfloat16_is_within_its_rounding(isa, num_rows, K, blocksize)
 
 SECOND_RUNTIME = """
 import ctypes, os, shutil, sys
-from pathlib import Path
 import torch
 
 own = {line.split()[-1] for line in open("/proc/self/maps") if "libgomp" in line}
