@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
-from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from onecard.errors import UserError
+from onecard.kernels.cpu import blocks
 
 ALIGNMENT = 64  # bytes; of each part in its page
 
@@ -57,12 +57,12 @@ def page_layout(segments: list[Segment]) -> tuple[list[slice], int]:
 
 
 def read_page(segments: list[Segment], pinned: bool = False) -> Tensor:
-    """The segments of a page as one uint8 tensor in host memory, which goes back to the system with the tensor."""
+    """The segments of a page as one uint8 tensor in host memory."""
     places, num_bytes = page_layout(segments)
     if pinned:
         page = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-    else:  # not malloc's: it keeps what is freed, in pieces
-        page = torch.frombuffer(mmap(-1, num_bytes, MAP_PRIVATE | MAP_ANONYMOUS), dtype=torch.uint8)
+    else:
+        page = blocks.empty((num_bytes,), torch.uint8)
     for segment, place in zip(segments, places):
         read_into(segment, page[place])
     return page

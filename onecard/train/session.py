@@ -78,6 +78,7 @@ class Prepared:
     identity: dict[str, str]
     samples: list[Sample]
     date: str
+    process_bytes: int  # what the process itself takes, beside which the plan counts
 
 
 @dataclass
@@ -183,7 +184,8 @@ def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
     }
     fit, plan, why = choose_memory(Case(read_model(checkpoint), config, dtype), checkpoint.is_4bit)
     check_disk(plan, Path(config.output))
-    return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, date)
+    process = peak_memory_bytes(pick_device(config.device))
+    return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, date, process)
 
 
 def choose_memory(case: Case, paged_from_file: bool) -> tuple[Fit, Plan, str]:
@@ -353,8 +355,8 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     report.facts |= paging_facts(run.paged)
     report.memory += [
         ("plan: total", prepared.plan.total_bytes),
-        ("measured: peak of the process" if run.device.type == "cpu" else "measured: peak on the GPU",
-         peak_memory_bytes(run.device)),
+        ("measured: peak beside the process", peak_memory_bytes(run.device) - prepared.process_bytes),
+        ("the process itself", prepared.process_bytes),
     ]  # fmt: skip
     model, adapter, data = map(shlex.quote, (run.config.model, str(result.adapter), run.config.data))
     raw = "" if prepared.training.records[0].kind == "chat" else " --raw"

@@ -14,8 +14,10 @@ from onecard.config import LoraSettings, QuantConfig
 from onecard.errors import UserError
 from onecard.export.quantized import quantize_checkpoint
 from onecard.hf.load import fingerprint
+from onecard.kernels.cpu import blocks
 from onecard.nn.linear import Linear4bit
 from onecard.nn.lora import lora_config
+from onecard.paging.files import Segment, read_page
 from onecard.paging.pager import Page, Pager
 from onecard.train.step import recompute_layers
 from tests.conftest import FAMILIES, make_checkpoint
@@ -284,6 +286,23 @@ class TestPager:
         self.one_pass(pager, pages)
         counted = pager.take_statistics()
         assert counted.hits >= counted.touches - 1
+
+    def test_pages_come_into_the_memory_of_those_let_go(self, tmp_path):
+        size = blocks.SMALLEST
+        (tmp_path / "f").write_bytes(bytes(size))
+        with (tmp_path / "f").open("rb") as file:
+            segments = [Segment(file.fileno(), 0, size)]
+            pages = [Page(str(n), size, lambda: read_page(segments)) for n in range(6)]
+            larger = Page("head", 2 * size, lambda: read_page(2 * segments))
+            pager = Pager(torch.device("cpu"), 3 * size, [*pages, larger])
+            for _ in range(3):
+                pager.begin_pass()
+                places = {pager.touch(page).data_ptr() for page in [*pages, *reversed(pages)]}
+            assert len(places) <= 4, "three in the budget, and the one in use when another one is read"
+            pager.touch(larger)
+            assert not any(blocks._free.values()), "the others' memory waits beside it"
+            pager.release()
+            assert not any(blocks._free.values())
 
 
 def test_training_and_generating_in_turn(tmp_path):
