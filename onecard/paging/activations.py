@@ -64,10 +64,10 @@ class Offload:
         entered = next((arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad), None)
         if entered is None or not torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        place, shape = entered.data_ptr(), entered.shape  # autograd keeps `pack` as long as the graph: not the tensor
 
         def pack(tensor: Tensor) -> Tensor | Away:
-            is_entered = tensor.data_ptr() == entered.data_ptr() and tensor.shape == entered.shape
-            return self.send(tensor) if is_entered else tensor
+            return self.send(tensor) if tensor.data_ptr() == place and tensor.shape == shape else tensor
 
         def unpack(packed: Tensor | Away) -> Tensor:
             return packed if isinstance(packed, Tensor) else self.bring(packed)

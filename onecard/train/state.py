@@ -45,7 +45,7 @@ def save_state(
     documents: dict[str, dict[str, Any]],
     keep: int,
 ) -> Path:
-    """Write checkpoint-<step> under `root` and remove all but the newest `keep`.
+    """Write checkpoint-<step> under `root` and remove all that claim to be newer, and all but the newest `keep`.
 
     Args:
         tensors: file stem -> named tensors, each a safetensors file.
@@ -77,7 +77,9 @@ def save_state(
         remove(final)
     os.replace(temporary, final)
     sync_folder(root)
-    for old in numbered(root)[keep:]:
+    there = numbered(root)
+    newer = there[: there.index(final)]  # broken ones, that a resumed run has skipped
+    for old in [*newer, *there[len(newer) + keep :]]:
         remove(old)
     return final
 

@@ -227,6 +227,21 @@ def test_a_flipped_bit_is_seen_and_the_older_one_taken(tmp_path):
         load_newest(tmp_path)
 
 
+def test_broken_newer_checkpoints_do_not_push_out_those_of_a_resumed_run(tmp_path):
+    def save(step, keep):
+        return save_state(tmp_path, step, {"a": {"x": torch.zeros(4)}}, {"b": {}}, keep)
+
+    for step in (50, 57, 58):
+        save(step, 3)
+    for step in (57, 58):
+        (tmp_path / f"checkpoint-{step}" / "a.safetensors").write_bytes(b"")
+    assert load_newest(tmp_path).step == 50
+    for step in (55, 60):
+        save(step, 1)
+        assert load_newest(tmp_path).step == step
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-60"]
+
+
 def command(config_path, *more):
     code = "import torch; torch.set_num_threads(1); from onecard.cli import main; main()"
     return [sys.executable, "-c", code, "train", "--config", str(config_path), *more]

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import weakref
 from contextlib import nullcontext
 from functools import cache
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from onecard.config import TrainConfig, make_config
 from onecard.data.loader import Loader
@@ -26,7 +28,7 @@ from onecard.paging.activations import Offload
 from onecard.train import step as step_module
 from onecard.train.loss import IGNORE
 from onecard.train.session import choose_memory, load_adapted, prepare, run_training
-from onecard.train.step import Run, gradients, recompute_layers
+from onecard.train.step import Run, gradients, recompute_layers, to_device
 from tests.conftest import make_checkpoint
 from tests.train.test_loop import adapter_bytes, fields, quiet, run
 
@@ -163,6 +165,20 @@ def test_recomputing_and_offloading_some_layers_changes_no_bit(number, offloaded
     assert counted.bytes_out == counted.bytes_in == offloaded * hidden
     assert counted.touches - counted.hits == (len(window) if offloaded else 0)  # the last layer's comes unprepared
     assert not offloaded or not os.listdir(tmp_path / "away"), "files without a name leave nothing behind"
+
+
+def test_inputs_that_wait_outside_are_not_here(deep, chats, tmp_path):
+    made, window, num_tokens = make_run(deep, chats, tmp_path)
+    recompute_layers(made.base, 6, Offload(made.device, tmp_path / "away"), 6)
+    entered = []
+    layers = [module for module in made.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    hooks = [layer.register_forward_pre_hook(lambda _, args: entered.append(weakref.ref(args[0]))) for layer in layers]
+    with use_packed_attention(made.base):
+        loss = made.loss(made.base, to_device(window[0], made.device), num_tokens)
+        for hook in hooks:
+            hook.remove()
+        assert len(entered) == 6 and sum(ref() is not None for ref in entered) <= 2
+        loss.backward()
 
 
 def test_the_parts_of_a_batch_are_its_documents(deep, chats, tmp_path):
