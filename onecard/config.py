@@ -235,6 +235,12 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
         return value
 
     @model_validator(mode="after")
+    def _whole_modules_stay(self) -> TrainConfig:
+        if self.modules_to_save and self.weights_budget is not None:
+            raise ValueError("modules_to_save are trained where they are: leave weights_budget out")
+        return self
+
+    @model_validator(mode="after")
     def _one_validation_source(self) -> TrainConfig:
         if self.eval_data is not None and self.validation_split > 0:
             raise ValueError("give eval_data or validation_split, not both")

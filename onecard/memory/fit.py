@@ -98,7 +98,7 @@ def candidates(case: Case, limit: int, whole: bool) -> Iterator[Fit]:
             resident = first_that_fits(case, fits, limit) if case.config.weights_budget is None else None
             if resident is not None:
                 yield resident
-            if resident is None or resident.num_recomputed:
+            if (resident is None or resident.num_recomputed) and may_page(case):
                 yield from (with_budget(case, fit, limit) for fit in fits)
 
 
@@ -106,9 +106,14 @@ def most_offloaded(case: Case, limit: int, whole: bool) -> Fit:
     """As few inputs offloaded as fit, with everything else given up; or all of them if nothing fits."""
     number, parts, away = recompute_counts(case)[-1], part_sizes(case, whole)[-1], away_choices(case)[-1]
     fits = [Fit(number, None, away, offloaded, parts) for offloaded in range(number + 1)]
-    paged = [with_budget(case, fit, limit) for fit in fits]
+    paged = [with_budget(case, fit, limit) for fit in fits] if may_page(case) else fits[-1:]
     resident = first_that_fits(case, fits, limit) if case.config.weights_budget is None else None
     return resident or first_that_fits(case, paged, limit) or paged[-1]
+
+
+def may_page(case: Case) -> bool:
+    """Whether the base may be paged: not where modules of it are trained in full."""
+    return not case.config.modules_to_save
 
 
 def first_that_fits(case: Case, fits: list[Fit], limit: int) -> Fit | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -32,15 +34,39 @@ def available_bytes(device: torch.device) -> int:
     """Memory that a run may still take: free on the GPU, or available to this process under its control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
-    return free
+    return min([psutil.virtual_memory().available, *group_limits()])
+
+
+def group_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """Bytes that each control group (Linux, v2) of this process leaves it: cached files, which it would drop, as free.
+
+    Args:
+        root: of the groups' folders.
+        own: which tells the group's path, as a line 0::/a/b.
+    """
+    lines = own.read_text().splitlines() if own.is_file() else []
+    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
+    for folder in (root / path, *(root / path).parents):
+        if not folder.is_relative_to(root):
+            return
+        limit, used, kinds = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
+        if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
+            counts = dict(line.split() for line in kinds.read_text().splitlines()) if kinds.is_file() else {}
+            yield int(text) - int(used.read_text()) + int(counts.get("inactive_file", 0))
+
+
+def begin_peak(device: torch.device) -> int:
+    """Have `peak_memory_bytes` count from here, where the system can; the bytes that are held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: of the allocator on a GPU, of the process on a CPU."""
+    """The most memory held so far, or since `begin_peak`: of the allocator on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

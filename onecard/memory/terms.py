@@ -1,13 +1,14 @@
 """Bytes a term, its formula beside it, from headers or a known shape and the settings alone. docs/plan.md tells why.
 
-P_q weights that 4 bits take, P_e of them in experts, P_o the others, P = P_q + P_o, P_l LoRA weights; T tokens that go
-through the model at a time, L layers, d hidden, k key heads x head size, f intermediate, V vocabulary; c bytes of the
-compute dtype. What a layer keeps for its backward is told in activations.py. The terms of a step are those at its
-fullest moment, one of
+P_q weights that 4 bits take, P_e of them in experts, P_o the others, P = P_q + P_o, P_l LoRA weights, P_s those of
+modules_to_save; T tokens that go through the model at a time, L layers, d hidden, k key heads x head size, f
+intermediate, V vocabulary; c bytes of the compute dtype. What a layer keeps for its backward is told in activations.py.
+The terms of a step are those at its fullest moment, one of
 
     the loss                           all that is kept, the inputs of the layers that recompute, the logits' chunk
     a recomputing layer's backward     the inputs, that layer whole and what its backward works on, gradients so far
     the first layer's backward         that layer, what its backward works on, all gradients
+    the update of modules in 16 bits   all gradients, one of them in float32
 
 A paged base takes its budget and nothing more: the head is a page of it, embeddings are read row by row.
 """
@@ -93,12 +94,12 @@ class Case:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a micro-batch."""
-        return self.length * self.config.per_device_train_batch_size
+        """Tokens of a micro-batch, filled up as the loader does."""
+        return filled(self.length * self.config.per_device_train_batch_size)
 
     def tokens(self, fit: Fit) -> int:
-        """Tokens that go through the model at a time, filled up as the loader does."""
-        return min(self.batch_tokens, -(-(fit.part_tokens or self.batch_tokens) // ROW_MULTIPLE) * ROW_MULTIPLE)
+        """Tokens that go through the model at a time."""
+        return min(self.batch_tokens, filled(fit.part_tokens or self.batch_tokens))
 
     @cached_property
     def adapted(self) -> dict[str, Any]:
@@ -111,7 +112,8 @@ class Case:
         if isinstance(names, str):  # a pattern of whole names, as peft matches it
             found = {path: m for path, m in linears.items() if re.fullmatch(names, path.removesuffix(".weight"))}
         else:
-            found = {path: m for path, m in linears.items() if path.endswith(tuple(f"{name}.weight" for name in names))}
+            named = tuple(f".{name}.weight" for name in names)
+            found = {path: m for path, m in linears.items() if f".{path}".endswith(named)}
         return found | stacks
 
     @cached_property
@@ -122,6 +124,23 @@ class Case:
     @cached_property
     def num_lora(self) -> int:
         return sum(self.lora_sizes)
+
+    @cached_property
+    def saved_sizes(self) -> list[int]:
+        """Weights of each parameter of modules_to_save."""
+        names = tuple(f".{name}." for name in self.config.modules_to_save or ())
+        found = [p for path, p in self.model.modules.named_parameters() if any(name in f".{path}" for name in names)]
+        return [p.numel() for p in found]
+
+    @cached_property
+    def num_saved(self) -> int:
+        return sum(self.saved_sizes)
+
+    @cached_property
+    def expert_factors(self) -> int:
+        """Bytes of a layer's LoRA on experts while its backward runs: in the compute dtype, and gradients in it."""
+        stacked = sum(m.in_features + m.out_features for name, m in self.adapted.items() if name in self.model.stacks)
+        return 2 * self.c * self.config.r * stacked // self.model.num_layers
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -148,7 +167,7 @@ class Case:
             pages[layer] = pages.get(layer, 0) + sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
         head = self.model.modules.get_output_embeddings()
         if head is not None:
-            pages["head"] = head.weight.numel() * self.model.itemsize.get("lm_head.weight", min(self.c, 2))
+            pages["head"] = head.weight.numel() * self.model.head_itemsize
         return list(pages.values())
 
     @cached_property
@@ -158,10 +177,11 @@ class Case:
 
     @cached_property
     def state_sizes(self) -> list[int]:
-        """Bytes of AdamW's two states of each LoRA matrix."""
+        """Bytes of AdamW's two states of each LoRA matrix, and of a module trained in full with its float32 master."""
+        saved = [(8 if self.c == 4 else 12) * n for n in self.saved_sizes]
         if not self.config.optim.endswith("8bit"):
-            return [8 * n for n in self.lora_sizes]
-        return [8 * n if n < SMALL else 2 * n + 8 * -(-n // STATE_BLOCKSIZE) for n in self.lora_sizes]
+            return [8 * n for n in self.lora_sizes] + saved
+        return [8 * n if n < SMALL else 2 * n + 8 * -(-n // STATE_BLOCKSIZE) for n in self.lora_sizes] + saved
 
     @cached_property
     def layer(self) -> Activations:
@@ -207,9 +227,12 @@ class Case:
 
     @cached_property
     def unpaged_bytes(self) -> int:
-        """Of a paged base, what stays: norms, and double quantization's own scales."""
-        norms = sum(p.numel() * self.c for p in self.model.modules.parameters() if p.ndim == 1)
-        return norms + nested_bytes(self.sizes, self.config)
+        """Of a paged base, what stays: norms, biases, routers, and double quantization's own scales."""
+        ends = (self.model.modules.get_input_embeddings(), self.model.modules.get_output_embeddings())
+        paged = {id(module.weight) for module in ends if module is not None}
+        named = self.model.modules.named_parameters()
+        others = sum(p.numel() for name, p in named if name not in self.model.quantized and id(p) not in paged)
+        return self.c * others + nested_bytes(self.sizes, self.config)
 
 
 def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> list[Term]:
@@ -227,7 +250,14 @@ def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> 
     elif method == "generate":
         own, step = [lora], generate_terms(case)
     else:
-        own, step = [lora, state_term(case, fit)], step_terms(case, fit, Term("LoRA gradients", 4 * P_l, "4 P_l"))
+        saved, gradients = (
+            Term("modules saved", case.c * case.num_saved, "c P_s"),
+            Term("LoRA gradients", 4 * P_l, "4 P_l"),
+        )
+        if case.num_saved:
+            gradients = Term("gradients", gradients.num_bytes + saved.num_bytes, "4 P_l + c P_s")
+        own = [lora, *([saved] if case.num_saved else []), state_term(case, fit)]
+        step = step_terms(case, fit, gradients)
     return [*base, *own, *step, *device_terms(case, step)]
 
 
@@ -244,7 +274,7 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
     """Activations, gradients and logits at the fullest of a step's moments."""
     layers, tokens, length, layer = case.model.num_layers, case.tokens(fit), case.length, case.layer
     kept = tokens * (layer.kept + length * layer.pair)
-    whole = kept + tokens * (layer.working + length * layer.pair_working)
+    whole = kept + tokens * (layer.working + length * layer.pair_working) + case.expert_factors
     ends = END_TENSORS * tokens * layer.hidden  # the last norm's, the loss's gradient
     again, stay = fit.num_recomputed, layers - fit.num_recomputed
     waiting = again - max(0, fit.num_offloaded - AHEAD)  # inputs here: the others are outside
@@ -271,6 +301,8 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
         num_bytes = tokens * waiting * layer.hidden + whole + ends
         last = activations(num_bytes, inputs, f"{layer.formula} + 2 f + {2 + END_TENSORS} d")
         moments.append([so_far(stay / layers), last])
+    if case.num_saved and case.c < 4:
+        moments.append([gradients, Term("a gradient in float32", 4 * max(case.saved_sizes), "4 x the largest of P_s")])
     return [term for term in max(moments, key=lambda moment: sum(t.num_bytes for t in moment)) if term.num_bytes]
 
 
@@ -309,27 +341,33 @@ def state_term(case: Case, fit: Fit) -> Term:
     if fit.states_away:
         return Term("AdamW states", max(case.state_sizes, default=0), "one tensor's at a time")
     eight = f"(2 + 8 / {STATE_BLOCKSIZE}) P_l, small tensors 8 P_l"
-    return Term("AdamW states", sum(case.state_sizes), eight if case.config.optim.endswith("8bit") else "8 P_l")
+    formula = eight if case.config.optim.endswith("8bit") else "8 P_l"
+    saved = f" + {8 if case.c == 4 else 12} P_s" if case.num_saved else ""
+    return Term("AdamW states", sum(case.state_sizes), formula + saved)
 
 
 def base_terms(case: Case, fit: Fit) -> list[Term]:
     """The frozen base in 4 bits."""
     if fit.weights_budget is None:
         return case.resident
-    pages = case.pages
+    pages, is_cast = case.pages, case.model.head_itemsize > case.c
+    head = case.model.modules.get_output_embeddings()
     return [
         Term("base, pages", min(fit.weights_budget, sum(pages)), f"the budget; in all {len(pages)} pages"),
-        Term("norms, scales of scales", case.unpaged_bytes, "not paged"),
+        Term("norms, routers, scales of scales", case.unpaged_bytes, "not paged"),
+        *([Term("head, cast", case.c * head.weight.numel(), "c V d")] if is_cast else []),
         case.scratch,
     ]
 
 
 def disk_terms(case: Case, fit: Fit, paged_from_file: bool) -> list[Term]:
     """What a run writes; `paged_from_file`: a paged base is read from the checkpoint's own 4-bit files."""
-    one = 4 * case.num_lora + sum(case.state_sizes)
+    adapter = 4 * case.num_lora + case.c * case.num_saved
+    one = adapter + sum(case.state_sizes)
     count = case.config.save_total_limit + 1  # the next one is whole before the oldest goes
-    terms = [Term("checkpoints", count * one, f"{count} x (4 P_l + AdamW states)"),
-             Term("adapter", 4 * case.num_lora, "4 P_l")]  # fmt: skip
+    learned = "4 P_l + c P_s" if case.num_saved else "4 P_l"
+    terms = [Term("checkpoints", count * one, f"{count} x ({learned} + AdamW states)"),
+             Term("adapter", adapter, learned)]  # fmt: skip
     if fit.weights_budget is not None and not paged_from_file:
         terms.append(Term("base's pages", sum(case.pages), "P_q / 2 + scales"))
     if case.device == "cpu" and case.config.optim.startswith("paged"):
@@ -339,6 +377,11 @@ def disk_terms(case: Case, fit: Fit, paged_from_file: bool) -> list[Term]:
             Term("inputs paged out", fit.num_offloaded * case.tokens(fit) * case.layer.hidden, "c T d a layer")
         )
     return terms
+
+
+def filled(tokens: int) -> int:
+    """Up to a multiple of ROW_MULTIPLE."""
+    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def nested_bytes(sizes: list[int], config: TrainConfig) -> int:

@@ -7,6 +7,9 @@
 float32 and quantizes again. The update of one parameter depends on no other, so states can be brought in for it and
 sent away after it (paging/states.py) without changing a bit; and it is made whole or not at all: what it allocates, it
 allocates before it writes, so a step that ran out of memory goes on from the parameter that it came to.
+
+A parameter in 16 bits (a module that is trained in full) has a float32 master among its states: the update is made
+there and rounded once.
 """
 
 from __future__ import annotations
@@ -81,14 +84,16 @@ class AdamW(torch.optim.Optimizer):
         return found
 
     def in_8bit(self, p: Tensor) -> bool:
-        """Whether a parameter's states are in 8 bits."""
-        return self.state_bits == 8 and p.numel() >= SMALL
+        """Whether a parameter's states are in 8 bits: not beside a master."""
+        return self.state_bits == 8 and p.numel() >= SMALL and p.dtype == torch.float32
 
     def first_state(self, p: Tensor) -> dict[str, Tensor]:
         """A parameter's states before its first update: zeros."""
         step = torch.zeros((), dtype=torch.float32)
         if not self.in_8bit(p):
-            return self.placed(p, {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)})
+            m, v = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
+            master = {} if p.dtype == torch.float32 else {"master": p.detach().float()}
+            return self.placed(p, {"step": step, "exp_avg": m, "exp_avg_sq": v, **master})
         m, m_absmax = zeros_8bit(p.numel(), p.device, signed=True)
         v, v_absmax = zeros_8bit(p.numel(), p.device, signed=False)
         return {"step": step, "exp_avg": m, "exp_avg_absmax": m_absmax, "exp_avg_sq": v, "exp_avg_sq_absmax": v_absmax}
@@ -117,12 +122,16 @@ def update(
     """One update of all parameters, in place, their states too; no device is waited for."""
     plain = [i for i, state in enumerate(states) if "exp_avg_absmax" not in state]
     if plain:
+        masters = [states[i].get("master", params[i]) for i in plain]
         adamw(
-            [params[i] for i in plain], [grads[i] for i in plain], [states[i]["exp_avg"] for i in plain],
+            masters, [grads[i].float() for i in plain], [states[i]["exp_avg"] for i in plain],
             [states[i]["exp_avg_sq"] for i in plain], [], [states[i]["step"] for i in plain],
             fused=True, amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=eps,
             maximize=False,
         )  # fmt: skip
+        for i, master in zip(plain, masters):
+            if master is not params[i]:
+                params[i].copy_(master)
     parts: dict[int, list[tuple[Tensor, ...]]] = {}  # by their number of steps: usually one
     for p, grad, state in zip(params, grads, states):
         if "exp_avg_absmax" in state:

@@ -56,6 +56,7 @@ class Offload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.worker = ThreadPoolExecutor(1, "offload")
         self.leaving: deque[tuple[Away, Tensor]] = deque()  # with the tensors, until they have left
+        self.begun: deque[torch.cuda.Event] = deque()  # on a GPU: where it begins with each of those that came back
         self.last: weakref.ref[Away] | None = None
         self.statistics = Statistics()
 
@@ -120,6 +121,10 @@ class Offload:
             self.wait_for(self.leaving.popleft()[0])
         self.last = None
         tensor = self.taken(away)
+        if self.stream is not None:  # the host runs ahead, and would have more of them come than are used up
+            self.begun.append(torch.cuda.current_stream(self.device).record_event())
+            if len(self.begun) > AHEAD:
+                self.begun.popleft().synchronize()
         earlier = away.earlier and away.earlier()
         if earlier is not None:
             self.start(earlier)

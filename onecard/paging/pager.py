@@ -5,8 +5,8 @@ next, reads ahead by it on a thread of its own; room is made by letting go of th
 away, which no other rule beats (Belady, IBM Systems Journal 5, 1966). A page let go is only forgotten: pages are
 never written, and a tensor that autograd still holds stays valid until it is dropped.
 
-On a GPU a page comes from host memory on a stream of its own; on a CPU the device is RAM and a page comes from a
-file. No managed memory, no page faults that stall a kernel.
+A page comes from a file, which the system keeps in host memory as far as that goes; on a GPU then by a pinned buffer,
+on a stream of its own. No managed memory, no page faults that stall a kernel.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Pager:
         self.coming: dict[Page, Future[tuple[Tensor, Any]]] = {}
         self.places: dict[int, Page] = {}  # by address
         self.statistics = Statistics()
-        self.reader = ThreadPoolExecutor(1, "pager")
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.reader = ThreadPoolExecutor(2 if self.stream else 1, "pager")  # one reads while the other one copies
         self.expect([*pages, *reversed(pages)])
 
     def expect(self, order: list[Page]) -> None:
@@ -167,9 +167,9 @@ class Pager:
         """Have the page there, waiting for it."""
         start = time.perf_counter()
         if page not in self.coming:
-            for other in [p for p in self.coming if not self.coming[p].cancel()]:
+            self.coming = {other: future for other, future in self.coming.items() if not future.cancel()}
+            for other in list(self.coming):
                 self.arrive(other)
-            self.coming.clear()
             fits = self.make_room(page.num_bytes, -1)
             assert fits, "the two largest pages fit, and only one is in use"
             self.send(page)
@@ -177,7 +177,8 @@ class Pager:
         self.statistics.stall_seconds += time.perf_counter() - start
 
     def send(self, page: Page) -> None:
-        self.coming[page] = self.reader.submit(self.load, page)
+        let_go = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+        self.coming[page] = self.reader.submit(self.load, page, let_go)
 
     def arrive(self, page: Page) -> None:
         """Take a page that is on its way."""
@@ -190,11 +191,16 @@ class Pager:
         self.places[tensor.data_ptr()] = page
         self.statistics.bytes_in += page.num_bytes
 
-    def load(self, page: Page) -> tuple[Tensor, Any]:
-        """On the reader's thread: the bytes on the device, and the event after which they are there."""
+    def load(self, page: Page, let_go: Any) -> tuple[Tensor, Any]:
+        """On the reader's thread: the bytes on the device, and the event after which they are there.
+
+        Args:
+            let_go: on a GPU, the event after which it no longer works on the pages that have made room.
+        """
         host = page.read()
         if self.stream is None:
             return host, None
+        let_go.synchronize()  # till then their memory is not free: the pages would stand beside each other
         with torch.cuda.stream(self.stream):
             tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
             tensor.copy_(host, non_blocking=True)

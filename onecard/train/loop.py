@@ -241,7 +241,7 @@ def resume(run: Run, state: State) -> None:
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state.tensors["adapter"][name])
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
-        found = {key.rpartition(".")[2]: value for key, value in found.items()}
+        found = {key.rpartition(".")[2]: value.clone() for key, value in found.items()}  # not a part of the file's
         run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
     progress = state.documents["progress"]
     run.step, run.loss_scale = progress["step"], progress["loss_scale"]

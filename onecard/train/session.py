@@ -34,11 +34,12 @@ from onecard.hf.load import (
 )
 from onecard.hf.origin import Origin, origin_of, write_origin
 from onecard.memory.fit import fit_within, total_bytes
-from onecard.memory.measure import available_bytes, format_bytes, peak_memory_bytes, return_large_blocks
+from onecard.memory.measure import available_bytes, begin_peak, format_bytes, peak_memory_bytes, return_large_blocks
 from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.show import plan_table
 from onecard.memory.terms import Case, Fit
+from onecard.nn.experts import weights_of
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Statistics
@@ -57,7 +58,7 @@ from onecard.train.output import claimed
 from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
 from onecard.train.samples import Sample, answer_samples, make_samples
-from onecard.train.state import load_newest
+from onecard.train.state import State, load_newest
 from onecard.train.step import LossFunction, Run
 
 SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take
@@ -131,17 +132,8 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     result = Result(model, prepared.tokenizer, empty_report(config, prepared), output / "adapter")
     before = measure(result, prepared, "before", report_extra, run.loss)
     if state is not None:
-        resume(run, state)
-        for line in state.skipped:
-            console.print(f"skipped a broken checkpoint: {line}", style="yellow", markup=False)
-        console.print(f"resumed at step {run.step} of {run.num_steps}")
-        threads = state.documents["progress"].get("num_threads")
-        if run.device.type == "cpu" and threads != torch.get_num_threads():
-            line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
-            console.print(line, style="yellow")
-        if run.part_tokens != state.documents["progress"].get("part_tokens"):
-            line = f"micro-batches now go in parts of {run.part_tokens} tokens: equal to rounding, not to the bit"
-            console.print(line, style="yellow")
+        resume_shown(run, state, console)
+        del state  # with the optimizer's states, which are to be where the run has them
     elif resuming:
         console.print("no checkpoint yet: starting at step 0")
     start = time.perf_counter()
@@ -151,6 +143,21 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run.loss), run)
     write_report(output, result.report)
     return result
+
+
+def resume_shown(run: Run, state: State, console: Console) -> None:
+    """Put a run where a checkpoint stands; what is not as it was then is told."""
+    resume(run, state)
+    for line in state.skipped:
+        console.print(f"skipped a broken checkpoint: {line}", style="yellow", markup=False)
+    console.print(f"resumed at step {run.step} of {run.num_steps}")
+    threads = state.documents["progress"].get("num_threads")
+    if run.device.type == "cpu" and threads != torch.get_num_threads():
+        line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
+        console.print(line, style="yellow")
+    if run.part_tokens != state.documents["progress"].get("part_tokens"):
+        line = f"micro-batches now go in parts of {run.part_tokens} tokens: equal to rounding, not to the bit"
+        console.print(line, style="yellow")
 
 
 def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
@@ -184,7 +191,7 @@ def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
     }
     fit, plan, why = choose_memory(Case(read_model(checkpoint), config, dtype), checkpoint.is_4bit)
     check_disk(plan, Path(config.output))
-    process = peak_memory_bytes(pick_device(config.device))
+    process = begin_peak(pick_device(config.device))
     return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, date, process)
 
 
@@ -273,15 +280,12 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
     )
     prepared.identity["base"] = fingerprint(base)
     torch.manual_seed(config.seed)
+    check_saved(config.modules_to_save or [], base)
     try:
         model = get_peft_model(base, lora_config(config, base))
     except ValueError as error:
         must = "target_modules must name linears of the model, target_parameters stacked weights of its experts"
         raise UserError(must, str(error), "correct it", "target_modules") from None
-    for name in config.modules_to_save or ():
-        if not any(f".{path}".endswith(f".{name}") for path, _ in base.named_modules()):
-            found = f'none is called "{name}"'
-            raise UserError("modules_to_save must name modules of the model", found, "correct it", "modules_to_save")
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.rule("training", align="left")
     console.print(
@@ -289,6 +293,19 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         highlight=False,
     )
     return model
+
+
+def check_saved(names: list[str], base: Any) -> None:
+    """Raise UserError unless each name is that of modules that are not in 4 bits."""
+    for name in names:
+        modules = [module for path, module in base.named_modules() if f".{path}".endswith(f".{name}")]
+        if not modules:
+            found = f'none is called "{name}"'
+            raise UserError("modules_to_save must name modules of the model", found, "correct it", "modules_to_save")
+        if any(True for module in modules for inner in module.modules() for _ in weights_of(inner)):
+            found = f'"{name}" is in 4 bits'
+            must = "modules_to_save must name modules that are not in 4 bits, like embed_tokens and lm_head"
+            raise UserError(must, found, "name it in target_modules instead", "modules_to_save")
 
 
 def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, output: Path) -> None:

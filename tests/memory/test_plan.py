@@ -19,6 +19,7 @@ from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
 from onecard.nn.experts import weights_of
 from onecard.nn.lora import lora_config
+from onecard.optim.adamw import AdamW
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 
 BILLIONS = {
@@ -50,6 +51,40 @@ def test_the_terms_of_a_loaded_model(checkpoint):
     others = sum(p.nbytes for p in model.parameters() if p.is_floating_point())
     assert found["embeddings, norms, head"] == others
     assert found["LoRA weights"] == sum(4 * 4 * (m.in_features + m.out_features) for m in quantized)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_terms_of_modules_saved(dtype, checkpoint):
+    fields = {"r": 4, "compute_dtype": dtype, "gradient_accumulation_steps": 2, "modules_to_save": ["lm_head"]}
+    found = {term.name: term.num_bytes for term in plan(str(checkpoint), **fields).terms}
+    base = onecard.load_model(str(checkpoint), compute_dtype=getattr(torch, dtype), device="cpu")
+    model = get_peft_model(base, lora_config(LoraSettings(r=4, modules_to_save=["lm_head"])))
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert found["LoRA weights"] + found["modules saved"] == sum(p.nbytes for p in learned) == found["gradients"]
+    optimizer = AdamW(learned, 1e-3)
+    for p in learned:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for name, t in state.items() if name != "step"]
+    assert found["AdamW states"] == sum(t.nbytes for t in states)
+
+
+def test_modules_saved_are_not_paged():
+    fields = {"max_seq_length": 512, "modules_to_save": ["lm_head"]}
+    found = plan("llama-2-7b", device_memory_bytes=3 * 10**9, **fields)
+    assert not found.fits and "paged" not in found.choice
+    with pytest.raises(UserError, match="weights_budget"):
+        plan("llama-2-7b", weights_budget="2GiB", **fields)
+
+
+def test_rows_are_filled_up_as_the_loader_does():
+    assert plan("llama-2-7b", max_seq_length=520).total_bytes == plan("llama-2-7b", max_seq_length=576).total_bytes
+
+
+def test_a_name_is_a_whole_one(tmp_path):
+    """phi3 has a qkv_proj, which is no v_proj."""
+    with pytest.raises(UserError, match="names none"):
+        plan(str(make_checkpoint(tmp_path, "phi3")), target_modules=["v_proj"])
 
 
 @pytest.mark.parametrize("family", EXPERT_FAMILIES)

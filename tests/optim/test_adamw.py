@@ -62,6 +62,21 @@ def test_32_bits_are_torch_s_own(weight_decay):
         assert all(torch.equal(ours.state[a][key], plain.state[b][key]) for key in ("exp_avg", "exp_avg_sq", "step"))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("state_bits", [8, 32])
+def test_a_parameter_in_16_bits_has_a_float32_master(dtype, state_bits):
+    """Steps too small for its own grid add up, as in float32."""
+    start, grads = torch.ones(8192), torch.randn(200, 8192, generator=torch.Generator().manual_seed(0)) + 1
+    plain, short = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.to(dtype))
+    expected, found = AdamW([plain], 1e-5), AdamW([short], 1e-5, state_bits=state_bits)
+    for g in grads.to(dtype):
+        plain.grad, short.grad = g.float(), g
+        expected.step()
+        found.step()
+    assert torch.equal(found.state[short]["master"], plain) and torch.equal(short, plain.to(dtype))
+    assert all(tensor.dtype == torch.float32 for tensor in found.state[short].values())
+
+
 def test_an_8_bit_update_is_the_exact_one_of_its_dequantized_states():
     generator = torch.Generator().manual_seed(1)
     size = (1 << 20) + 777  # more than one slice

@@ -107,7 +107,10 @@ def test_any_split_of_the_window_is_the_same_update(packing, checkpoint, tmp_pat
             assert (tensor - other[name]).abs().max() <= 1e-5, name
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"use_dora": True}])
+SAVED = {"modules_to_save": ["embed_tokens", "lm_head"], "compute_dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"use_dora": True}, SAVED], ids=str)
 def test_straight_is_stop_and_resume(more, checkpoint, chats, tmp_path):
     more = {"num_train_epochs": 2, **more}
     straight = tmp_path / "straight"

@@ -68,6 +68,7 @@ def test_what_is_wrong_is_told_before_the_weights_load(checkpoint, chats, tmp_pa
 
 def test_modules_to_save_must_exist(checkpoint, chats, tmp_path):
     assert 'none is called "nothing"' in refused(checkpoint, chats, tmp_path / "o", modules_to_save=["nothing"]).found
+    assert "is in 4 bits" in refused(checkpoint, chats, tmp_path / "q", modules_to_save=["mlp"]).found
     run(checkpoint, chats, tmp_path / "p", modules_to_save=["lm_head"], max_steps=1)
 
 
