@@ -24,6 +24,7 @@ DEEP = {**WIDE, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layer
         "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True}  # fmt: skip
 LARGE = {**WIDE, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 10, "num_attention_heads": 32}
 VOCABULARY = {**WIDE, "vocab_size": 128256}
+EXPERTS = {**WIDE, "num_hidden_layers": 8, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 704}
 CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "llama-keep": ("llama", WIDE, {}),
     "llama-recompute": ("llama", WIDE, {"gradient_checkpointing": True}),
@@ -50,6 +51,11 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", WIDE, {}),
     "qwen3": ("qwen3", WIDE, {"gradient_checkpointing": True}),
     "phi3": ("phi3", WIDE, {}),
+    "llama-dora": ("llama", WIDE, {"use_dora": True}),
+    "llama-saved": ("llama", WIDE, {"modules_to_save": ["lm_head"], "gradient_checkpointing": True}),
+    "experts": ("qwen3_moe", EXPERTS, {}),
+    "experts-recompute": ("qwen3_moe", EXPERTS, {"gradient_checkpointing": True}),
+    "experts-lora": ("qwen3_moe", EXPERTS, {"target_parameters": ["gate_up_proj", "down_proj"]}),
     "gemma2": ("gemma2", WIDE, {"gradient_checkpointing": True}),
 }
 

@@ -154,11 +154,32 @@ class SamplingConfig(Strict):
     stop: tuple[str, ...] = Field(default=(), description="texts that end an answer; they are not part of it")
 
 
-class PlanConfig(QuantConfig, LoraSettings):
-    """What a run's memory depends on."""
+class MemorySettings(Strict):
+    """What a run's memory depends on, beside its model, adapter and rows."""
+
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    weights_budget: str | None = Field(
+        None,
+        description="most of the base that is in memory, like 2GiB; the rest is paged; by itself as the plan needs",
+    )
+    per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
+    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an update")
+    optim: Optim = Field(
+        "adamw", description="8bit: states of 2 bytes a weight; paged: states leave when memory is short"
+    )
+
+    @field_validator("weights_budget")
+    @classmethod
+    def _a_budget(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+
+class PlanConfig(QuantConfig, LoraSettings, MemorySettings):
+    """What `onecard plan` counts for."""
 
     max_seq_length: int = Field(1024, ge=8, description="tokens a row")
-    per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
     gradient_checkpointing: bool = Field(True, description="recompute activations, as train does where it must")
 
 
@@ -184,21 +205,14 @@ class ServeConfig(Strict):
         return self
 
 
-class TrainConfig(QuantConfig, LoraSettings, DataConfig):
+class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
     """One training run."""
 
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
     data: str = Field(description="JSONL, JSON, CSV or Parquet file")
     output: str = Field(description="folder for the adapter, checkpoints, metrics and report")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     device_memory: str | None = Field(None, description="most that the run may take, like 6GiB; default: what is free")
-    weights_budget: str | None = Field(
-        None,
-        description="most of the base that is in memory, like 2GiB; the rest is paged; by itself as the plan needs",
-    )
 
-    per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
-    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an update")
     gradient_checkpointing: bool | None = Field(
         None, description="recompute activations: less memory, more time; by itself only where the plan needs it"
     )
@@ -206,9 +220,6 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
     max_steps: int | None = Field(None, ge=1, description="updates; overrides num_train_epochs")
     seed: int = Field(42, ge=0, lt=2**63)
 
-    optim: Optim = Field(
-        "adamw", description="8bit: states of 2 bytes a weight; paged: states leave when memory is short"
-    )
     learning_rate: float = Field(2e-4, gt=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, le=1)
@@ -227,7 +238,7 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig):
     loggers: list[Logger] = Field(default_factory=list, description="beside metrics.jsonl and metrics.csv")
     sample_prompts: list[str] | None = Field(None, description="answered before and after, for the report")
 
-    @field_validator("device_memory", "weights_budget")
+    @field_validator("device_memory")
     @classmethod
     def _a_size(cls, value: str | None) -> str | None:
         if value is not None:

@@ -59,7 +59,7 @@ from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
 from onecard.train.samples import Sample, answer_samples, make_samples
 from onecard.train.state import State, load_newest
-from onecard.train.step import LossFunction, Run
+from onecard.train.step import Run
 
 SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take
 
@@ -117,20 +117,14 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     return_large_blocks()
     show(prepared, console)
     model = load_adapted(config, prepared, console)
-    loader = Loader(
-        prepared.training.examples,
-        config.max_seq_length,
-        config.packing,
-        config.per_device_train_batch_size,
-        config.seed,
-    )
+    loader = make_loader(prepared)
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity, fit=prepared.fit)
     run.date = prepared.date
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
     result = Result(model, prepared.tokenizer, empty_report(config, prepared), output / "adapter")
-    before = measure(result, prepared, "before", report_extra, run.loss)
+    before = measure(result, prepared, "before", report_extra, run)
     if state is not None:
         resume_shown(run, state, console)
         del state  # with the optimizer's states, which are to be where the run has them
@@ -140,7 +134,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     train_shown(run, prepared, result, console, output)
     result.report.seconds = time.perf_counter() - start
     save_adapter(model, result.adapter, origin_of(model.get_base_model(), config.model))
-    finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run.loss), run)
+    finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run), run)
     write_report(output, result.report)
     return result
 
@@ -156,7 +150,8 @@ def resume_shown(run: Run, state: State, console: Console) -> None:
         line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
         console.print(line, style="yellow")
     if run.part_tokens != state.documents["progress"].get("part_tokens"):
-        line = f"micro-batches now go in parts of {run.part_tokens} tokens: equal to rounding, not to the bit"
+        same = "with other dropout masks" if run.config.lora_dropout else "equal to rounding, not to the bit"
+        line = f"micro-batches now go in parts of {run.part_tokens} tokens: {same}"
         console.print(line, style="yellow")
 
 
@@ -234,6 +229,13 @@ def check_disk(plan: Plan, output: Path) -> None:
         )
 
 
+def make_loader(prepared: Prepared) -> Loader:
+    """The training rows, from the first one on."""
+    config, examples = prepared.config, prepared.training.examples
+    batch = config.per_device_train_batch_size
+    return Loader(examples, config.max_seq_length, config.packing, batch, config.seed)
+
+
 def show(prepared: Prepared, console: Console) -> None:
     """Data, one sample, plan and schedule, before the weights load."""
     config = prepared.config
@@ -246,13 +248,7 @@ def show(prepared: Prepared, console: Console) -> None:
     console.print(plan_table(prepared.plan))
     console.print(prepared.why, highlight=False)
     console.rule("schedule", align="left")
-    loader = Loader(
-        prepared.training.examples,
-        config.max_seq_length,
-        config.packing,
-        config.per_device_train_batch_size,
-        config.seed,
-    )
+    loader = make_loader(prepared)
     steps = count_steps(loader, config)
     peak = max(learning_rate(step, steps, config) for step in range(steps))
     dtype = str(prepared.compute_dtype).removeprefix("torch.")
@@ -336,11 +332,12 @@ def save_adapter(model: Any, folder: Path, origin: Origin) -> None:
     os.replace(temporary, folder)
 
 
-def measure(result: Result, prepared: Prepared, when: str, extra: Any, loss: LossFunction) -> dict[str, Any]:
+def measure(result: Result, prepared: Prepared, when: str, extra: Any, run: Run) -> dict[str, Any]:
     """Loss on the validation part and answers to the sample prompts, with the adapter as it now is."""
-    found: dict[str, Any] = {"facts": {}, "loss": None}
-    if prepared.validation:
-        found["loss"] = evaluate(result.model, prepared.validation, loss)
+    last = result.report.metrics[-1:]
+    found: dict[str, Any] = {"facts": {}, "loss": last[0].get("eval_loss") if last else None}
+    if prepared.validation and found["loss"] is None:
+        found["loss"] = evaluate(result.model, prepared.validation, run.loss)
     result.model.eval()  # no dropout in the samples; the loop sets it to train
     found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples)
     if extra:

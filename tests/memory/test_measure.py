@@ -32,6 +32,6 @@ def test_the_peak_counts_from_where_it_begins():
     held = begin_peak(cpu)
     if peak_memory_bytes(cpu) == before:
         pytest.skip("this system does not reset it")
-    assert held <= peak_memory_bytes(cpu) < before
-    torch.ones(1 << 25)
-    assert peak_memory_bytes(cpu) - held > 0.9 * (1 << 27)
+    assert held - (1 << 20) < peak_memory_bytes(cpu) < before  # the two are counted a page or two apart
+    torch.ones(1 << 27)  # 512 MiB, of which malloc may have kept half
+    assert peak_memory_bytes(cpu) - held > 200 << 20
