@@ -215,7 +215,7 @@ def _(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape
     return packed.new_empty(shape, dtype=dtype)
 
 
-def _compute_qlora_linear(
+def qlora_forward(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -230,6 +230,7 @@ def _compute_qlora_linear(
     scaling: float,
     x_lora: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """qlora_linear on a weight's parts, without a graph: y, and x_lora A^T (M, R) for the backward."""
     N, K = shape
     work = product_dtype(x.dtype, x.device.type)
     x_MK = x.reshape(-1, K).to(work)
@@ -255,7 +256,7 @@ def _compute_qlora_linear(
     return y_MN.view(*x.shape[:-1], N).to(x.dtype), x.new_empty(0) if lora is None else lora[0]
 
 
-_qlora_linear = Operator("qlora_linear", _compute_qlora_linear)
+_qlora_linear = Operator("qlora_linear", qlora_forward)
 
 
 @_qlora_linear.register_fake
@@ -267,7 +268,7 @@ def _(x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, sh
     return y, x.new_empty(x.numel() // shape[1], A.shape[0], dtype=work)
 
 
-def _compute_backward(
+def qlora_backward(
     grad_y: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -284,7 +285,8 @@ def _compute_backward(
     separate: bool,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (M, K), x_lora (M, K), A and B; `needs` says which are wanted, an empty tensor stands for others.
+    """The gradients of qlora_forward, of x (M, K), x_lora (M, K), A and B; `needs` says which are wanted, an empty
+    tensor stands for others.
 
     `seen` is what the adapter saw. If that is not `separate` from x, grad_x has the LoRA term's part.
     """
@@ -333,7 +335,7 @@ def _plain_backward(
     return grad_x, grad_x_lora if separate else None, grad_A, grad_B
 
 
-_qlora_linear_backward = Operator("qlora_linear_backward", _compute_backward)
+_qlora_linear_backward = Operator("qlora_linear_backward", qlora_backward)
 
 
 @_qlora_linear_backward.register_fake

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -148,12 +149,26 @@ class Product:
         self.transposed, self.scaling, self.dtype = weight.experts.is_transposed, scaling, x.dtype
         bias: Tensor | None = getattr(weight.experts, f"{weight.name}_bias", None)
         self.bias_EN = None if bias is None else bias.to(x.dtype)
-        self.A_ERK = None if A_ERK is None else A_ERK.to(x.dtype)
-        self.B_ENR = None if B_NRE is None else B_NRE.to(x.dtype).permute(2, 0, 1).contiguous()
+        self.A_ERK, self.B_ENR = A_ERK, None if B_NRE is None else B_NRE.permute(2, 0, 1).contiguous()
 
     @property
     def num_outputs(self) -> int:
         return self.state.shape[2 if self.transposed else 1]
+
+    @cached_property
+    def grads(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Of A (E, R, K) and B (E, N, R): zero for experts without tokens."""
+        if self.A_ERK is None or self.B_ENR is None:
+            return None, None
+        return torch.zeros_like(self.A_ERK), torch.zeros_like(self.B_ENR)
+
+    def parts(self, expert: int) -> tuple[tuple, list[int]] | None:
+        """W_e's codes and scales and its shape (N, K); None where they cannot be read as a linear's."""
+        packed, state, skip = part_of(self.packed, self.state, expert)
+        if skip or self.transposed:
+            return None
+        scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
+        return (packed, *scales), list(state.shape)
 
     def weight(self, expert: int) -> Tensor:
         """W_e (N, K) in the scratch buffer."""
@@ -163,30 +178,59 @@ class Product:
         W = W.view(-1)[skip:].view(self.state.shape[1:])
         return W.T if self.transposed else W
 
-    def forward(self, expert: int, x_MK: Tensor) -> Tensor:
-        y_MN = self.multiply(expert, x_MK)
-        if self.bias_EN is not None:
-            y_MN += self.bias_EN[expert]
-        if self.A_ERK is not None and self.B_ENR is not None:
-            y_MN.addmm_(x_MK @ self.A_ERK[expert].T, self.B_ENR[expert].T, alpha=self.scaling)
-        return y_MN
+    def lora(self, expert: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """A_e (R, K) and B_e (N, R)."""
+        return (None, None) if self.A_ERK is None or self.B_ENR is None else (self.A_ERK[expert], self.B_ENR[expert])
 
-    def multiply(self, expert: int, x_MK: Tensor) -> Tensor:
-        """x W_e^T; for few rows straight from the codes, where they can be read so."""
-        backend = ops.backend(x_MK.device)
-        if not self.transposed and backend.can_multiply(x_MK, self.state.blocksize):
-            packed, state, skip = part_of(self.packed, self.state, expert)
-            if skip == 0:
-                scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
-                return backend.multiply(x_MK, packed, *scales, self.num_outputs).to(x_MK.dtype)
-        return x_MK @ self.weight(expert).T
+    def forward(self, expert: int, x_MK: Tensor) -> tuple[Tensor, Tensor]:
+        """y (M, N), and x A_e^T (M, R) for the backward."""
+        A_RK, B_NR = self.lora(expert)
+        bias = None if self.bias_EN is None else self.bias_EN[expert]
+        found = self.parts(expert)
+        if found is not None:
+            return ops.qlora_forward(x_MK, *found[0], found[1], bias, A_RK, B_NR, self.scaling, None)
+        y_MN = x_MK @ self.weight(expert).T
+        if bias is not None:
+            y_MN += bias
+        if A_RK is None or B_NR is None:
+            return y_MN, x_MK.new_empty(0)
+        xA_MR = x_MK @ A_RK.to(x_MK.dtype).T
+        return y_MN.addmm_(xA_MR, B_NR.to(x_MK.dtype).T, alpha=self.scaling), xA_MR
 
-    def backward(self, expert: int, g_MN: Tensor) -> Tensor:
-        """The gradient with respect to x, (M, K)."""
-        dx_MK = g_MN @ self.weight(expert)
-        if self.A_ERK is not None and self.B_ENR is not None:
-            dx_MK.addmm_(g_MN @ self.B_ENR[expert], self.A_ERK[expert], alpha=self.scaling)
+    def backward(self, expert: int, g_MN: Tensor, x_MK: Tensor, xA_MR: Tensor, needs_x: bool, learns: bool) -> Tensor:
+        """The gradient with respect to x, (M, K), if it `needs_x`; if the expert `learns`, its factors' go into
+        `grads`."""
+        A_RK, B_NR = self.lora(expert)
+        learns = learns and A_RK is not None
+        if not needs_x and not learns:
+            return g_MN.new_empty(0)
+        found, needs = self.parts(expert), [needs_x, False, learns, learns]
+        if found is not None:
+            seen = None if A_RK is None else x_MK
+            dx_MK, _, dA_RK, dB_NR = ops.qlora_backward(
+                g_MN, *found[0], found[1], A_RK, B_NR, self.scaling, seen, xA_MR, False, needs
+            )
+        else:
+            W_NK = self.weight(expert) if needs_x else None
+            dx_MK, dA_RK, dB_NR = plain_backward(g_MN, W_NK, A_RK, B_NR, self.scaling, x_MK, xA_MR)
+        if learns:
+            for all_of_them, its_own in zip(self.grads, (dA_RK, dB_NR)):
+                all_of_them[expert] = its_own
         return dx_MK
+
+
+def plain_backward(
+    g_MN: Tensor, W_NK: Tensor | None, A_RK: Tensor | None, B_NR: Tensor | None, s: float, x_MK: Tensor, xA_MR: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx = g W + s (g B) A, without a weight none; dA = s (g B)^T x, dB = s g^T (x A^T)."""
+    nothing = g_MN.new_empty(0)
+    dx_MK = nothing if W_NK is None else g_MN @ W_NK
+    if A_RK is None or B_NR is None:
+        return dx_MK, nothing, nothing
+    gB_MR = (g_MN @ B_NR.to(g_MN.dtype)) * s
+    if W_NK is not None:
+        dx_MK.addmm_(gB_MR, A_RK.to(g_MN.dtype))
+    return dx_MK, gB_MR.T @ x_MK, (g_MN.T @ xA_MR) * s
 
 
 class _Experts(torch.autograd.Function):
@@ -196,68 +240,52 @@ class _Experts(torch.autograd.Function):
         up, down = products(experts, (s_up, A_up, B_up), (s_down, A_down, B_down), x)
         pairs_S, counts = by_expert(index_TJ, experts.num_experts)
         u_SN = x.new_empty(len(pairs_S), up.num_outputs)
+        xA_SR, hA_SR = (x.new_empty(len(pairs_S), 0 if A is None else A.shape[1]) for A in (A_up, A_down))
         y_TK = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         for expert, part in parts(counts):
             tokens_M = pairs_S[part] // index_TJ.shape[1]
             M = len(tokens_M)
-            u_MN = up.forward(expert, x[filled(tokens_M)])
-            y_MK = down.forward(expert, experts.activate(u_MN))[:M]
+            u_MN, xA_MR = up.forward(expert, x[filled(tokens_M)])
+            y_MK, hA_MR = down.forward(expert, experts.activate(u_MN))
             u_SN[part] = u_MN[:M]
-            y_TK.index_add_(0, tokens_M, y_MK.float() * w_TJ.reshape(-1)[pairs_S[part], None])
+            for kept, made in ((xA_SR, xA_MR), (hA_SR, hA_MR)):
+                if kept.numel():
+                    kept[part] = made[:M]
+            y_TK.index_add_(0, tokens_M, y_MK[:M].float() * w_TJ.reshape(-1)[pairs_S[part], None])
         ctx.experts, ctx.counts, ctx.scalings = experts, counts, (s_up, s_down)
-        ctx.save_for_backward(x_TK, w_TJ, pairs_S, u_SN, A_up, B_up, A_down, B_down)
+        ctx.save_for_backward(x_TK, w_TJ, pairs_S, u_SN, xA_SR, hA_SR, A_up, B_up, A_down, B_down)
         return y_TK.to(x_TK.dtype)
 
     @staticmethod
     def backward(ctx, grad_y_TK):
-        x_TK, w_TJ, pairs_S, u_SN, A_up, B_up, A_down, B_down = ctx.saved_tensors
+        x_TK, w_TJ, pairs_S, u_SN, xA_SR, hA_SR, A_up, B_up, A_down, B_down = ctx.saved_tensors
         x, g_TK = x_TK.to(u_SN.dtype), grad_y_TK.to(u_SN.dtype)
-        factors = (ctx.scalings[0], A_up, B_up), (ctx.scalings[1], A_down, B_down)
-        up, down = products(ctx.experts, *factors, x)
-        grads_up, grads_down = FactorGradients(up), FactorGradients(down)
+        up, down = products(ctx.experts, (ctx.scalings[0], A_up, B_up), (ctx.scalings[1], A_down, B_down), x)
         dx_TK = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         dw_S = torch.zeros(w_TJ.numel(), dtype=torch.float32, device=x.device)
         for expert, part in parts(ctx.counts):
             tokens_M = pairs_S[part] // w_TJ.shape[1]
             M, rows = len(tokens_M), filled(tokens_M)
             x_MK, g_MK, w_M = x[rows], g_TK[rows], filled(w_TJ.reshape(-1)[pairs_S[part]].float())
+            xA_MR, hA_MR = filled(xA_SR[part]), filled(hA_SR[part])
             with torch.enable_grad():
                 u_MN = filled(u_SN[part]).detach().requires_grad_()
                 h_MN = ctx.experts.activate(u_MN)
-            dh_MN = down.backward(expert, g_MK)
+            dh_MN = down.backward(expert, g_MK, h_MN.detach(), hA_MR, True, False)
             dw_M = (dh_MN.float() * h_MN.detach().float()).sum(-1)
             if down.bias_EN is not None:
                 dw_M += (g_MK.float() * down.bias_EN[expert].float()).sum(-1)
             dw_S[pairs_S[part]] = dw_M[:M]
-            grads_down.add(expert, h_MN.detach(), (g_MK * w_M[:, None]).to(x.dtype))
+            down.backward(expert, (g_MK * w_M[:, None]).to(x.dtype), h_MN.detach(), hA_MR, False, True)
             (du_MN,) = torch.autograd.grad(h_MN, u_MN, (dh_MN * w_M[:, None]).to(x.dtype))
-            grads_up.add(expert, x_MK, du_MN)
+            dx_MK = up.backward(expert, du_MN, x_MK, xA_MR, ctx.needs_input_grad[0], True)
             if ctx.needs_input_grad[0]:
-                dx_TK.index_add_(0, tokens_M, up.backward(expert, du_MN)[:M].float())
+                dx_TK.index_add_(0, tokens_M, dx_MK[:M].float())
         dx = dx_TK.to(x_TK.dtype) if ctx.needs_input_grad[0] else None
-        return (dx, dw_S.view(w_TJ.shape).to(w_TJ.dtype), None, None,
-                None, *grads_up.of(A_up, B_up), None, *grads_down.of(A_down, B_down))  # fmt: skip
-
-
-class FactorGradients:
-    """dA_e = s (g B_e)^T x and dB_e = s g^T (x A_e^T) of one product; zero for experts without tokens."""
-
-    def __init__(self, product: Product):
-        self.product = product
-        if product.A_ERK is not None and product.B_ENR is not None:
-            self.A_ERK, self.B_ENR = torch.zeros_like(product.A_ERK), torch.zeros_like(product.B_ENR)
-
-    def add(self, expert: int, x_MK: Tensor, g_MN: Tensor) -> None:
-        A_ERK, B_ENR, scaling = self.product.A_ERK, self.product.B_ENR, self.product.scaling
-        if A_ERK is not None and B_ENR is not None:
-            self.A_ERK[expert] = ((g_MN @ B_ENR[expert]) * scaling).T @ x_MK
-            self.B_ENR[expert] = g_MN.T @ ((x_MK @ A_ERK[expert].T) * scaling)
-
-    def of(self, A_ERK: Tensor | None, B_NRE: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """As gradients of the factors, in their shape and dtype."""
-        if A_ERK is None or B_NRE is None:
-            return None, None
-        return self.A_ERK.to(A_ERK.dtype), self.B_ENR.permute(1, 2, 0).to(B_NRE.dtype)
+        (dA_up, dB_up), (dA_down, dB_down) = (
+            (None, None) if dA is None else (dA, dB.permute(1, 2, 0)) for dA, dB in (up.grads, down.grads)
+        )
+        return dx, dw_S.view(w_TJ.shape).to(w_TJ.dtype), None, None, None, dA_up, dB_up, None, dA_down, dB_down
 
 
 def products(experts: Experts4bit, up: Term, down: Term, x: Tensor) -> tuple[Product, Product]:

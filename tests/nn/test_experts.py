@@ -9,7 +9,8 @@ import onecard
 from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.kernels import ops
-from onecard.nn.experts import Experts4bit, weights_of
+from onecard.kernels.cpu import native
+from onecard.nn.experts import Experts4bit, Factors, weights_of
 from onecard.nn.lora import LoraLinear4bit, ParamWrapper, lora_config, register_fused
 from onecard.quant.state import part_of
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
@@ -99,6 +100,34 @@ def test_a_layer_in_bfloat16_is_no_worse_than_transformers(tmp_path):
         results.append([y, *torch.autograd.grad(y, leaves, g.to(dtype))])
     for ours, theirs, exact in zip(*results):
         assert no_worse(ours, theirs, exact, torch.bfloat16)
+
+
+@pytest.mark.parametrize("adapted", [("gate_up_proj", "down_proj"), ("gate_up_proj",), ("down_proj",)])
+def test_a_lora_term_on_tiles_is_no_worse_than_one_beside_them(adapted, tmp_path, monkeypatch):
+    """Of the layer in bfloat16, against the same in float32."""
+    folder = make_checkpoint(tmp_path, "qwen3_moe", dtype=torch.bfloat16, num_hidden_layers=1, **WHOLE_GROUPS)
+    experts = onecard.load_model(str(folder), compute_dtype="bfloat16", device="cpu").model.layers[0].mlp.experts
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x, g, (w, index) = random(200, 128).bfloat16(), random(200, 128).bfloat16(), random(200, 8).softmax(-1).topk(3)
+    sizes = {name: experts.weights[name].shape for name in adapted}
+    terms = {name: (0.1 * random(E, 4, K), 0.1 * random(N, 4, E)) for name, (E, N, K) in sizes.items()}
+    results = []
+    for dtype, fused in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float32, False)):
+        if not fused:
+            monkeypatch.setattr(native, "can_fuse", lambda *_: False)
+        experts.compute_dtype = dtype
+        factors = {name: [term.clone().requires_grad_() for term in pair] for name, pair in terms.items()}
+        experts.factors = {name: Factors(*pair, 2.0) for name, pair in factors.items()}
+        leaves = [x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()]
+        leaves += [term for pair in factors.values() for term in pair]
+        y = experts(leaves[0], index, leaves[1])
+        results.append([y, *torch.autograd.grad(y, leaves, g.to(dtype))])
+    for ours, beside, exact in zip(*results):
+        assert no_worse(ours, beside, exact, torch.bfloat16)
 
 
 def test_only_experts_with_tokens_are_dequantized_and_nothing_of_them_is_saved(tmp_path, monkeypatch):
