@@ -109,7 +109,7 @@ def child(name: str, folder: str) -> None:
     before = status_bytes("RssAnon")
     with anonymous_peak() as peak:
         base = onecard.load_model(folder, compute_dtype=dtype, device="cpu", weights_budget=budget)
-        adapted: Any = get_peft_model(base, lora_config(config))
+        adapted: Any = get_peft_model(base, lora_config(config, base))
         length, batch = config.max_seq_length, config.per_device_train_batch_size
         rows = torch.randint(4, shape["vocab_size"], (2 * batch, length)).tolist()
         loader = Loader([Example(row, row, "random") for row in rows], length, False, batch, 0)

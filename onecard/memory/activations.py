@@ -10,6 +10,8 @@ values of the compute dtype. What changes that:
 
 - an input that only linears without an adapter see is not kept: a frozen 4-bit linear needs none;
 - with LoRA dropout each adapted linear keeps an input of its own and its mask, on CPUs in c bytes too;
+- DoRA goes through peft's own layers: each adapted linear keeps K more values in float32, and N in the compute dtype
+  and N in float32 of its two outputs;
 - a norm that has no fused form keeps a float32 copy of its input; norms of the query and key keep a + k more;
 - an MLP that has none keeps the activation's output, f;
 - experts (nn/experts.py) keep their input, d, and 2 f, whatever is adapted; f is that of all experts of a token;
@@ -52,7 +54,7 @@ class Activations:
 
 
 def layer_activations(
-    modules: Any, adapted: dict[str, Any], r: int, dropout: bool, dtype: torch.dtype, device: str
+    modules: Any, adapted: dict[str, Any], r: int, dropout: bool, dora: bool, dtype: torch.dtype, device: str
 ) -> Activations:
     """For transformers' model on the meta device with LoRA of rank r on the linears and stacks `adapted`, by name."""
     text, c = modules.config.get_text_config(), dtype.itemsize
@@ -91,12 +93,14 @@ def layer_activations(
         elif (parent, inner) not in shared and not (attention and inner):
             shared.add((parent, inner))
             count[symbol] += 1 / layers
+    linears = [m for name, m in adapted.items() if name not in stacks]
+    beside = sum(4 * m.in_features + (c + 4) * m.out_features for m in linears) / layers if dora else 0
     sinks = any(name.endswith(".sinks") for name, _ in modules.named_parameters())
     capped = sinks or getattr(text, "attn_logit_softcapping", None) is not None
     return Activations(
-        kept=c * sum(number * size[symbol] for symbol, number in count.items()),
+        kept=c * sum(number * size[symbol] for symbol, number in count.items()) + beside,
         working=c * (2 * size["f"] + 2 * size["d"]),
-        formula=" + ".join(f"{number:.3g} {symbol}" for symbol, number in count.items() if number),
+        formula=" + ".join([f"{n:.3g} {symbol}" for symbol, n in count.items() if n] + ["DoRA's"] * dora),
         hidden=c * size["d"],
         pair=heads * (4 + 2 * c) if capped else 0,
         pair_working=heads * (8 + c) if capped else 0,

@@ -185,10 +185,16 @@ class Case:
 
     @cached_property
     def layer(self) -> Activations:
-        dropout = self.config.lora_dropout > 0
+        config = self.config
         return layer_activations(
-            self.model.modules, self.adapted, self.config.r, dropout, self.dtype, self.device
-        )  # fmt: skip
+            self.model.modules,
+            self.adapted,
+            config.r,
+            config.lora_dropout > 0,
+            config.use_dora,
+            self.dtype,
+            self.device,
+        )
 
     @cached_property
     def resident(self) -> list[Term]:
@@ -212,6 +218,9 @@ class Case:
     @cached_property
     def scratch(self) -> Term:
         """What products work in: a dequantized weight, or on tiles (AMX) the rows that meet it; experts the former."""
+        if self.config.use_dora:  # the weight, B A and their sum, for its norm
+            largest = max((m.weight.numel() for m in self.model.linears.values()), default=0)
+            return Term("scratch", (self.c + 8) * largest, "(c + 8) x the largest matrix")
         tiled = self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles()
         matrices = [
             m.weight.numel() // getattr(m, "num_experts", 1)
