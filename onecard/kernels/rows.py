@@ -172,7 +172,7 @@ def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
     """x W^T for x (..., K), summed in float32, in x's dtype; no gradient."""
     x = x.contiguous()
     (N, K), M = W_NK.shape, x.numel() // x.shape[-1]
-    y_MN = torch.empty(M, N)
+    y_MN = native.new(torch.float32, M, N)
     native.call("onecard_dense_product", W_NK, x, native.DTYPES[x.dtype], M, N, K, y_MN)
     return y_MN.to(x.dtype).view(*x.shape[:-1], N)
 

@@ -82,7 +82,7 @@ def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
     device = parts[0][0].device
     parts = [(w, grad.contiguous(), *states) for w, grad, *states in parts]
     assert all(x.is_contiguous() for part in parts for x in part)
-    addresses = torch.tensor([[x.data_ptr() for x in part] for part in parts], pin_memory=device.type == "cuda")
+    addresses = torch.tensor([[x.data_ptr() for x in part] for part in parts], device="cpu", pin_memory=device.type == "cuda")
     sizes, owners, starts = tables(tuple(part[0].numel() for part in parts), device)
     maps = [table for signed in (True, False) for table in (dynamic_map(device, signed), midpoints(device, signed))]
     adamw_8bit_kernel[(len(owners),)](
