@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onecard.kernels.reference import Rates
+from onecard.kernels.triton import launch
 from onecard.quant.codebook import dynamic_map
 from onecard.quant.dynamic import STATE_BLOCKSIZE, midpoints
 
@@ -82,10 +83,11 @@ def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
     device = parts[0][0].device
     parts = [(w, grad.contiguous(), *states) for w, grad, *states in parts]
     assert all(x.is_contiguous() for part in parts for x in part)
-    addresses = torch.tensor([[x.data_ptr() for x in part] for part in parts], device="cpu", pin_memory=device.type == "cuda")
+    rows = [[x.data_ptr() for x in part] for part in parts]
+    addresses = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda")
     sizes, owners, starts = tables(tuple(part[0].numel() for part in parts), device)
     maps = [table for signed in (True, False) for table in (dynamic_map(device, signed), midpoints(device, signed))]
-    adamw_8bit_kernel[(len(owners),)](
-        addresses.to(device, non_blocking=True), sizes, owners, starts, *maps, *rates,
+    launch(
+        adamw_8bit_kernel, len(owners), addresses.to(device, non_blocking=True), sizes, owners, starts, *maps, *rates,
         BLOCKSIZE=STATE_BLOCKSIZE, BLOCKS=BLOCKS, enable_fp_fusion=False,
     )  # fmt: skip

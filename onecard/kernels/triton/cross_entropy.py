@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onecard.kernels.triton import launch
+
 BLOCK = 4096
 
 
@@ -40,5 +42,5 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     """As reference.cross_entropy_."""
     assert z_PV.is_contiguous() and target_P.dtype == torch.int64
     losses_P = torch.empty(len(target_P), dtype=torch.float32, device=z_PV.device)
-    cross_entropy_kernel[(len(target_P),)](z_PV, target_P.contiguous(), losses_P, z_PV.shape[1], BLOCK=BLOCK)
+    launch(cross_entropy_kernel, len(target_P), z_PV, target_P.contiguous(), losses_P, z_PV.shape[1], BLOCK=BLOCK)
     return losses_P

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE
+from onecard.kernels.triton import launch
 from onecard.kernels.triton.blockwise import block_scale
 from onecard.quant.codebook import dynamic_map, quant_map
 
@@ -77,7 +78,9 @@ def multiply(
     fused_rank = max(16, triton.next_power_of_2(R)) if 0 < R <= LARGEST_RANK else 0
     y_MN = torch.empty(M, num_outputs, dtype=torch.float32, device=x_MK.device)
     nested = nested_absmax is not None
-    product_kernel[(triton.cdiv(num_outputs, BLOCK_N),)](
+    launch(
+        product_kernel,
+        triton.cdiv(num_outputs, BLOCK_N),
         x_MK.contiguous(),
         packed,
         absmax,
