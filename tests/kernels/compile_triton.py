@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from onecard.kernels.reference import Rates
 from onecard.kernels.triton.adamw import adamw_8bit_kernel
 from onecard.kernels.triton.blockwise import dequantize_kernel, quantize_kernel
-from onecard.kernels.triton.cross_entropy import cross_entropy_kernel
+from onecard.kernels.triton.cross_entropy import BLOCK, NUM_WARPS, cross_entropy_kernel
 from onecard.kernels.triton.product import product_kernel
 from onecard.kernels.triton.rows import (
     rms_norm_backward_kernel,
@@ -54,7 +54,7 @@ def cases():
         types = {name: "*bf16" for name in ("grad_y", "gate", "up", "y", "grad_gate", "grad_up")}
         yield kernel, {**types, "size": "i64"}, {"BLOCK": 1024}
     row = {"z": "*bf16", "target": "*i64", "losses": "*fp32"}
-    yield cross_entropy_kernel, row, {"V": 32000, "BLOCK": 4096}
+    yield cross_entropy_kernel, row, {"V": 128256, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
     tables = {"addresses": "*i64", "sizes": "*i64", "owners": "*i32", "starts": "*i64"}
     maps = {name: "*fp32" for name in ("m_map", "m_bounds", "v_map", "v_bounds")}
     rates = {name: "fp32" for name in Rates._fields}
