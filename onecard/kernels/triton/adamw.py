@@ -7,7 +7,7 @@ float32 operations are those of reference.py in the same order, launched with en
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -69,9 +69,12 @@ def adamw_8bit_kernel(
     encode(v, v_codes, v_absmax, at, inside, block, block_inside, v_bounds)
 
 
-@lru_cache(maxsize=4)
+@cache
 def tables(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes (parameters,), and of each program the parameter and its first block: int64, int32, int64."""
+    """Sizes (parameters,), and of each program the parameter and its first block: int64, int32, int64.
+
+    A run has as many as kinds of parameters where they are updated one by one, else one.
+    """
     programs = [-(-size // (BLOCKS * STATE_BLOCKSIZE)) for size in sizes]
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(programs))
     starts = torch.cat([BLOCKS * torch.arange(count) for count in programs])
