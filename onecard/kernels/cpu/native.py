@@ -71,10 +71,10 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_quantize": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "onecard_dequantize": (None, *_SCALES, c_int64, c_int64, c_void_p, c_int, c_int),
     "onecard_product": (
-        None, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
+        c_int, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
     ),
     "onecard_has_linear": (c_int, c_int),
-    "onecard_linear": (None, *_SCALES, c_int64, c_void_p, c_int),
+    "onecard_linear": (c_int, *_SCALES, c_int64, c_void_p, c_int),
     "onecard_cross_entropy": (None, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "onecard_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_float, c_int),
     "onecard_rms_norm_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int64, c_int),
@@ -83,7 +83,7 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_rope": (None, *[c_void_p] * 4, c_int, c_int64, c_int64, c_int64, c_int64, c_int, c_int),
     "onecard_dense_product": (None, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
     "onecard_adamw_8bit": (None, c_void_p, c_int),
-    "onecard_attention": (None, c_void_p, c_void_p, c_int64, c_int),
+    "onecard_attention": (c_int, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip
 
 
@@ -123,12 +123,19 @@ def torch_gomp_parallel() -> int | None:
 
 
 def call(name: str, *arguments: object) -> int:
-    """Call a kernel, with tensors as their addresses (contiguous ones only) and this process's thread count."""
+    """Call a kernel, with tensors as their addresses (contiguous ones only) and this process's thread count.
+
+    Raises:
+        MemoryError: there is none for what it works in.
+    """
     native = library()
     assert native is not None
     assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor)), name
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    return getattr(native, name)(*plain, torch.get_num_threads())
+    result = getattr(native, name)(*plain, torch.get_num_threads())
+    if result == -1:
+        raise MemoryError(f"{name} found no memory to work in")
+    return result
 
 
 def new(dtype: torch.dtype, *shape: int) -> Tensor:
