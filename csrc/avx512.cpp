@@ -59,8 +59,8 @@ struct Isa {
     // Below 2^-126 it is 0: a denormal result costs a hundred cycles.
     static V exp(V x) {
         V t = mul(x, set1(1.44269504f));
-        __mmask16 normal = _mm512_cmp_ps_mask(t, set1(-126.0f), _CMP_GE_OQ);
-        t = max(t, set1(-126.0f));
+        __mmask16 normal = _mm512_cmp_ps_mask(t, set1(-126.0f), _CMP_NLT_UQ);
+        t = max(set1(-126.0f), t);  // NaN is its second operand
         V n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         return _mm512_maskz_scalef_ps(normal, power_of_two(_mm512_sub_ps(t, n)), n);
     }

@@ -2,6 +2,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <new>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -22,6 +23,12 @@
 #endif
 
 using namespace onecard;
+
+// What follows the body of a kernel that allocates: no exception may reach ctypes.
+#define OR_OUT_OF_MEMORY           \
+    catch (const std::bad_alloc&) { \
+        return -1;                  \
+    }
 
 namespace {
 
@@ -136,29 +143,33 @@ EXPORT void onecard_dequantize(const uint8_t* packed, const void* absmax, const 
     });
 }
 
-// y (M, N) float32 = x (M, K) W^T straight from the codes; K a multiple of 64 and of the blocksize.
-EXPORT void onecard_product(const uint8_t* packed, const void* absmax, const float* nested_absmax,
-                            const float* dynamic_map, const float* offset, const float* quant_map, int64_t N, int64_t K,
-                            int64_t blocksize, const void* x, int dtype, int64_t M, float* y, int num_threads) {
+// y (M, N) float32 = x (M, K) W^T straight from the codes; K a multiple of 64 and of the blocksize. 0, or -1 without
+// memory.
+EXPORT int onecard_product(const uint8_t* packed, const void* absmax, const float* nested_absmax,
+                           const float* dynamic_map, const float* offset, const float* quant_map, int64_t N, int64_t K,
+                           int64_t blocksize, const void* x, int dtype, int64_t M, float* y, int num_threads) try {
     Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, N * K, blocksize);
     std::unique_ptr<float[]> arranged(new float[static_cast<size_t>(M * ((K + 127) / 128 * 128))]);
     current->arrange(x, static_cast<Dtype>(dtype), M, K, arranged.get());
     parallel_for(N, 16, num_threads, [&](int64_t begin, int64_t end) {
         current->product(w, arranged.get(), static_cast<Dtype>(dtype), M, K, y, N, begin, end);
     });
-}
+    return 0;
+} OR_OUT_OF_MEMORY
 
 // 1, or 0 if this instruction set has no such kernel. (Every call ends with the number of threads.)
 EXPORT int onecard_has_linear(int) { return current->linear_forward != nullptr; }
 
-// The forward, or the backward if l.grad_y is set; blocksize 0 means that packed is the weight in bfloat16.
-EXPORT void onecard_linear(const uint8_t* packed, const void* absmax, const float* nested_absmax,
-                           const float* dynamic_map, const float* offset, const float* quant_map, int64_t blocksize,
-                           const Linear* l, int num_threads) {
+// The forward, or the backward if l.grad_y is set; blocksize 0 means that packed is the weight in bfloat16. 0, or -1
+// without memory.
+EXPORT int onecard_linear(const uint8_t* packed, const void* absmax, const float* nested_absmax,
+                          const float* dynamic_map, const float* offset, const float* quant_map, int64_t blocksize,
+                          const Linear* l, int num_threads) try {
     Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, l->N * l->K, blocksize);
     if (blocksize == 0) w.dense = reinterpret_cast<const uint16_t*>(packed);
     (l->grad_y ? current->linear_backward : current->linear_forward)(w, *l, num_threads);
-}
+    return 0;
+} OR_OUT_OF_MEMORY
 
 EXPORT void onecard_rope(const void* x, const void* cos, const void* sin, void* y, int dtype, int64_t tokens, int64_t H,
                          int64_t D, int64_t period, int back, int num_threads) {
@@ -167,8 +178,9 @@ EXPORT void onecard_rope(const void* x, const void* cos, const void* sin, void* 
     });
 }
 
-// Every head over every document (num_documents + 1 boundaries); the backward if a.grad_out is set.
-EXPORT void onecard_attention(const Attention* a, const int64_t* boundaries, int64_t num_documents, int num_threads) {
+// Every head over every document (num_documents + 1 boundaries); the backward if a.grad_out is set. 0, or -1 without
+// memory.
+EXPORT int onecard_attention(const Attention* a, const int64_t* boundaries, int64_t num_documents, int num_threads) try {
     std::atomic<int64_t> next{0};
     auto one = a->grad_out ? current->attention_backward : current->attention_forward;
     parallel_for(num_threads, 1, num_threads, [&](int64_t, int64_t) {
@@ -177,11 +189,12 @@ EXPORT void onecard_attention(const Attention* a, const int64_t* boundaries, int
             one(*a, task % a->H, boundaries[document], boundaries[document + 1]);
         }
     });
-    if (!a->grad_out) return;
+    if (!a->grad_out) return 0;
     parallel_for(a->H_kv * a->T, 64, num_threads, [&](int64_t begin, int64_t end) {
         current->attention_reduce(*a, begin, end);
     });
-}
+    return 0;
+} OR_OUT_OF_MEMORY
 
 EXPORT void onecard_cross_entropy(void* logits, int dtype, int64_t rows, int64_t V, const int64_t* target, float* losses,
                                   int num_threads) {

@@ -29,11 +29,11 @@ struct Isa {
     static V fmadd(V a, V b, V c) { return vfmaq_f32(c, a, b); }
     static float reduce_add(V v) { return vaddvq_f32(v); }
     static float reduce_max(V v) { return vmaxvq_f32(v); }
-    // As in avx512.cpp; what would be below the smallest normal number is 0.
+    // As in avx512.cpp; what would be below the smallest normal number is 0, and from 2^128 on infinite.
     static V exp(V x) {
         V t = mul(x, set1(1.44269504f));
         uint32x4_t small = vcltq_f32(t, set1(-126.0f));
-        t = max(t, set1(-126.0f));
+        t = vminq_f32(max(t, set1(-126.0f)), set1(128.0f));
         V n = vrndnq_f32(t);
         int32x4_t exponent = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
         V result = mul(power_of_two(vsubq_f32(t, n)), vreinterpretq_f32_s32(exponent));

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -13,17 +14,18 @@ namespace {
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 GompParallel gomp_parallel = nullptr;
 
-// One call's parts; whoever is free takes the next one.
+// One call's parts; whoever is free takes the next one. What a body throws must not leave a runtime's thread.
 struct Work {
     const Body* body;
     int64_t size, part;
     std::atomic<int64_t> next{0};
+    std::atomic<bool> out_of_memory{false};
 
-    void run() {
-        for (;;) {
-            int64_t begin = next.fetch_add(part);
-            if (begin >= size) return;
-            (*body)(begin, std::min(size, begin + part));
+    void run() noexcept {
+        try {
+            for (int64_t begin; (begin = next.fetch_add(part)) < size;) (*body)(begin, std::min(size, begin + part));
+        } catch (const std::bad_alloc&) {
+            out_of_memory = true;
         }
     }
 };
@@ -86,10 +88,11 @@ void parallel_for(int64_t size, int64_t grain, int num_threads, const Body& body
     Work work{&body, size, (part + grain - 1) / grain * grain};
     if (gomp_parallel) {
         gomp_parallel([](void* w) { static_cast<Work*>(w)->run(); }, &work, static_cast<unsigned>(num_parts), 0);
-        return;
+    } else {
+        static Pool* pool = new Pool;
+        pool->run(work, static_cast<int>(num_parts) - 1);
     }
-    static Pool* pool = new Pool;
-    pool->run(work, static_cast<int>(num_parts) - 1);
+    if (work.out_of_memory) throw std::bad_alloc();
 }
 
 }  // namespace onecard

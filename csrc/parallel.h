@@ -12,6 +12,7 @@ namespace onecard {
 using Body = std::function<void(int64_t begin, int64_t end)>;
 
 // Calls body on parts of [0, size), cut at multiples of grain, on up to num_threads threads; returns when all are done.
+// Throws std::bad_alloc, here in the caller's thread, if one of them did.
 void parallel_for(int64_t size, int64_t grain, int num_threads, const Body& body);
 
 // GOMP_parallel of the libgomp that torch has loaded, or null for the pool.

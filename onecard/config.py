@@ -19,7 +19,7 @@ QUANT_TYPES = ("nf4", "fp4", "int4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 ROW_MULTIPLE = 64  # rows are filled up to a multiple of it: a product has few shapes, each prepared once
-LOGITS_CHUNK_BYTES = 32 << 20  # float32 logits that exist at a time
+LOGITS_CHUNK_BYTES = 32 << 20  # of logits that exist at a time, on a CPU
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -29,6 +29,12 @@ Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
 T = TypeVar("T", bound=BaseModel)
+
+
+def logits_chunk_bytes(device: str) -> int:
+    """Of logits that exist at a time on a kind of device. A GPU reads the head once a chunk, which takes as long as to
+    multiply it with some 300 rows: room for 512 in 16 bits with a vocabulary of 128,000."""
+    return LOGITS_CHUNK_BYTES if device == "cpu" else 4 * LOGITS_CHUNK_BYTES
 
 
 class Strict(BaseModel):

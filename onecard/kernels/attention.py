@@ -55,7 +55,7 @@ def _compute_attention(
 ) -> tuple[Tensor, Tensor]:
     _, H, T, D = q.shape
     out = blocks.empty((1, T, H, D), q.dtype)
-    lse_HT = torch.empty(H, T)
+    lse_HT = native.new(torch.float32, H, T)
     native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT)
     return out, lse_HT
 

@@ -10,6 +10,7 @@ Everything between the loads and the stores is float32; w is a constant.
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -39,14 +40,23 @@ def _triton_rows() -> ModuleType | None:
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether `rms_norm` and `swiglu` take these: on one device with kernels, of one dtype of theirs."""
+    """Whether `swiglu` takes these: on one device with kernels, of one dtype of theirs."""
     first = tensors[0]
     return (
         all(x.device == first.device and x.dtype == first.dtype for x in tensors)
         and first.dtype in native.DTYPES
-        and (first.device.type == "cpu" or first.shape[-1] <= LARGEST_ROW)
         and kernels(first.device) is not None
     )
+
+
+def supports_norm(x: Tensor, weight: Tensor) -> bool:
+    """Whether `rms_norm` takes these: the same, and no row too long."""
+    return supports(x, weight) and weight.shape[0] <= widest_norm(x.device.type)
+
+
+def widest_norm(device: str) -> float:
+    """The longest row of `rms_norm` on a kind of device."""
+    return math.inf if device == "cpu" else LARGEST_ROW
 
 
 def kernels_of(x: Tensor) -> ModuleType:
@@ -172,7 +182,7 @@ def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
     """x W^T for x (..., K), summed in float32, in x's dtype; no gradient."""
     x = x.contiguous()
     (N, K), M = W_NK.shape, x.numel() // x.shape[-1]
-    y_MN = torch.empty(M, N)
+    y_MN = native.new(torch.float32, M, N)
     native.call("onecard_dense_product", W_NK, x, native.DTYPES[x.dtype], M, N, K, y_MN)
     return y_MN.to(x.dtype).view(*x.shape[:-1], N)
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from onecard.kernels.rows import LARGEST_ROW
+from onecard.kernels.rows import widest_norm
 from onecard.memory.stacks import stacks_of
 from onecard.nn.fused import FusedGatedMLP, FusedRMSNorm, counterpart
 
@@ -120,8 +120,8 @@ def norms(modules: Any) -> list[tuple[str, int]]:
 
 def fused_kinds(modules: Any, device: str) -> tuple[bool, bool]:
     """Whether the model's norms and MLPs take the fused form (nn/fused.py) on such a device."""
-    widest = float("inf") if device == "cpu" else LARGEST_ROW
-    found = [(module, counterpart(module)[0]) for module in modules.modules()]
-    mlps = [m for m, other in found if isinstance(other, FusedGatedMLP) and m.up_proj.out_features <= widest]
-    gated = [m for m in mlps if "silu" in type(m.act_fn).__name__.lower()]
-    return any(isinstance(other, FusedRMSNorm) for _, other in found), bool(gated)
+    found = [counterpart(module) for module in modules.modules()]
+    widths = [width for other, width in found if isinstance(other, FusedRMSNorm)]
+    mlps = [other for other, _ in found if isinstance(other, FusedGatedMLP)]
+    gated = any("silu" in type(mlp.act_fn).__name__.lower() for mlp in mlps)
+    return 0 < max(widths, default=0) <= widest_norm(device), gated

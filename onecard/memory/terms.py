@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 
-from onecard.config import LOGITS_CHUNK_BYTES, NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig
+from onecard.config import NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig, logits_chunk_bytes
 from onecard.hf.load import pick_device
 from onecard.kernels.cpu import native
 from onecard.memory.activations import Activations, head_dim, layer_activations
@@ -336,13 +336,14 @@ def logits_term(case: Case, tokens: int) -> Term:
     c, vocabulary = case.c, case.model.text.vocab_size
     capped = getattr(case.model.text, "final_logit_softcapping", None) is not None
     size = 4 if capped else c
-    rows = max(LOGITS_CHUNK_BYTES // (size * vocabulary), ROW_MULTIPLE)
+    most = logits_chunk_bytes(case.device)
+    rows = max(most // (size * vocabulary), ROW_MULTIPLE)
     chunk = size * vocabulary * min(rows, tokens)
     if capped:
-        return Term("logits chunk", 4 * chunk, "4 x min(32 MiB, 4 T V)")
+        return Term("logits chunk", 4 * chunk, f"4 x min({most >> 20} MiB, 4 T V)")
     if case.model.head_itemsize < c:
-        return Term("logits chunk", 2 * chunk, "2 x min(32 MiB, c T V)")
-    return Term("logits chunk", chunk, "min(32 MiB, c T V)")
+        return Term("logits chunk", 2 * chunk, f"2 x min({most >> 20} MiB, c T V)")
+    return Term("logits chunk", chunk, f"min({most >> 20} MiB, c T V)")
 
 
 def state_term(case: Case, fit: Fit) -> Term:

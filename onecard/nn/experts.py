@@ -297,7 +297,8 @@ def products(experts: Experts4bit, up: Term, down: Term, x: Tensor) -> tuple[Pro
 def by_expert(index_TJ: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     """The pairs t J + j sorted by their expert, int64 (S,), and how many each expert has."""
     flat = index_TJ.reshape(-1)
-    return flat.argsort(stable=True), flat.bincount(minlength=num_experts).tolist()
+    counts_E = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait
+    return flat.argsort(stable=True), counts_E.tolist()
 
 
 def filled(x_M: Tensor) -> Tensor:

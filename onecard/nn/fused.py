@@ -29,7 +29,7 @@ class FusedRMSNorm(nn.Module):
         self.weight, self.variance_epsilon = weight, variance_epsilon
 
     def forward(self, x: Tensor) -> Tensor:
-        if rows.supports(x, self.weight) and not self.weight.requires_grad:
+        if rows.supports_norm(x, self.weight) and not self.weight.requires_grad:
             return rows.rms_norm(x, self.weight, self.variance_epsilon)[0]
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from onecard.config import LOGITS_CHUNK_BYTES, ROW_MULTIPLE
+from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
 from onecard.kernels import ops
 from onecard.kernels.cpu import blocks
 from onecard.nn.embedding import project, project_back
@@ -61,7 +61,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         h_PH, target_P = nn.functional.pad(h_PH, (0, 0, 0, filler)), nn.functional.pad(target_P, (0, filler))
         grad_PH = torch.empty_like(h_PH)
         losses = []
-        rows = chunk_rows(len(target_P), W_VH.shape[0], h_PH.dtype.itemsize if transform == LogitTransform() else 4)
+        itemsize = h_PH.dtype.itemsize if transform == LogitTransform() else 4
+        rows = chunk_rows(len(target_P), W_VH.shape[0], itemsize, h_PH.device)
         for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
             z = project(h, W_VH, bias)
             if transform != LogitTransform():
@@ -100,16 +101,16 @@ def chunked_cross_entropy(
         z = transform(head(h).float())
         return nn.functional.cross_entropy(z, target, reduction="sum")
 
-    rows = chunk_rows(len(target_P), getattr(head, "out_features", None) or 1 << 16, 4)
+    rows = chunk_rows(len(target_P), getattr(head, "out_features", None) or 1 << 16, 4, h_PH.device)
     pairs = zip(h_PH.split(rows), target_P.split(rows))
     parts = [checkpoint(part, h, target, use_reentrant=False) for h, target in pairs]
     return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens
 
 
-def chunk_rows(num_positions: int, vocab_size: int, itemsize: int) -> int:
+def chunk_rows(num_positions: int, vocab_size: int, itemsize: int, device: torch.device) -> int:
     """Rows of logits worked on at a time, a multiple of ROW_MULTIPLE: chunks as equal as can be, of which none takes
-    more than LOGITS_CHUNK_BYTES."""
-    multiples = max(LOGITS_CHUNK_BYTES // (itemsize * vocab_size * ROW_MULTIPLE), 1)
+    more than logits_chunk_bytes."""
+    multiples = max(logits_chunk_bytes(device.type) // (itemsize * vocab_size * ROW_MULTIPLE), 1)
     needed = -(-num_positions // ROW_MULTIPLE)
     chunks = max(-(-needed // multiples), 1)
     return max(-(-needed // chunks), 1) * ROW_MULTIPLE

@@ -280,7 +280,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM  # an anonymous mapping
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    reasons = ("DefaultCPUAllocator", "failed to allocate memory", "CUDA error: out of memory")
+    reasons = ("DefaultCPUAllocator", "failed to allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return any(reason in str(error) for reason in reasons)
 
 

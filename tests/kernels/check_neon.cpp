@@ -164,6 +164,7 @@ template <class T>
 void rows(Dtype dtype, const std::string& name, double grain) {
     constexpr int64_t D = 70, count = 3;
     std::vector<T> x = as<T>(normal(count * D)), w = as<T>(normal(D)), g = as<T>(normal(count * D)), out[2][6];
+    std::vector<T> gates = as<T>(normal(count * D, 100.0f));  // past the largest exp, too
     std::vector<float> rstd[2], losses[2], dense[2];
     std::vector<int64_t> target{3, 69, 0};
     const Kernels* paths[2] = {&kScalar, &kNeon};
@@ -172,8 +173,9 @@ void rows(Dtype dtype, const std::string& name, double grain) {
         rstd[i].resize(count), losses[i].resize(count), dense[i].resize(count);
         paths[i]->rms_norm(x.data(), w.data(), out[i][0].data(), rstd[i].data(), dtype, D, 1e-5f, 0, count);
         paths[i]->rms_norm_backward(g.data(), x.data(), w.data(), rstd[i].data(), out[i][1].data(), dtype, D, 0, count);
-        paths[i]->swiglu(x.data(), g.data(), out[i][2].data(), dtype, 0, count * D);
-        paths[i]->swiglu_backward(g.data(), x.data(), g.data(), out[i][3].data(), out[i][4].data(), dtype, 0, count * D);
+        paths[i]->swiglu(gates.data(), g.data(), out[i][2].data(), dtype, 0, count * D);
+        paths[i]->swiglu_backward(g.data(), gates.data(), g.data(), out[i][3].data(), out[i][4].data(), dtype, 0,
+                                  count * D);
         out[i][5] = x;
         paths[i]->cross_entropy(out[i][5].data(), dtype, D, target.data(), losses[i].data(), 0, count);
         paths[i]->dense_product(x.data(), w.data(), dtype, 1, D, dense[i].data(), count, 0, count);

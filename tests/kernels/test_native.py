@@ -175,3 +175,38 @@ def test_no_threads_beside_torchs(tmp_path):
     if found == "no libgomp":
         pytest.skip("this torch has another thread pool")
     assert found == "0"
+
+
+NO_MEMORY = """
+import resource, sys
+import torch
+from onecard.kernels.cpu import native
+
+native.library().onecard_set_isa(sys.argv[1].encode())
+torch.set_num_threads(int(sys.argv[2]))
+torch.randn(500, 500) @ torch.randn(500, 500)  # the threads
+T, D, K = 1 << 17, 128, 1 << 20
+q = torch.zeros(2, T, D, dtype=torch.bfloat16)
+out, lse = torch.empty(T, 2, D, dtype=torch.bfloat16), torch.empty(2, T)
+x = torch.zeros(32, K, dtype=torch.bfloat16)
+weight = torch.zeros(16 * K, 1, dtype=torch.uint8), torch.ones(K // 2), None, None, "nf4", 64
+calls = [lambda: native.attention(q, q, q, [0, T], 1.0, 0, out, lse), lambda: native.multiply(x[:16], *weight, 32)]
+if native.has_tiles():
+    calls.append(lambda: native.linear(x, weight, 32, None, None))
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
+for call in calls:
+    try:
+        call()
+    except MemoryError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits a process as Linux does")
+@pytest.mark.parametrize("count", ["1", "2"])
+def test_no_memory_is_an_error_that_can_be_caught(isa, count):
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY, isa, count], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = ["attention", "product", "linear"] if isa == "amx" else ["attention", "product"]
+    assert done.stdout.splitlines() == [f"onecard_{name} found no memory to work in" for name in names]

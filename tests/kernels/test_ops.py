@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onecard.kernels import ops
+from onecard.kernels import attention, ops, rows
 
 N, K, R = 96, 160, 8
 
@@ -92,3 +92,34 @@ def test_the_scratch_buffer_is_reused():
     scales = (state.absmax, state.nested_absmax, state.nested_offset)
     args = (packed, *scales, state.quant_type, state.blocksize, list(state.shape), torch.float32)
     assert ops.dequantize_to_scratch(*args).data_ptr() == ops.dequantize_to_scratch(*args).data_ptr()
+
+
+def everything_on_the_cpu():
+    """A call of each kernel that makes its own results."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, W, A, B, g = (
+        torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu").bfloat16()
+        for shape in ((33, 64), (96, 64), (8, 64), (96, 8), (33, 96))
+    )
+    packed, state = ops.quantize_4bit(W)
+    given = [t.clone().requires_grad_() for t in (x, A, B)]
+    y = ops.qlora_linear(given[0], packed, state, None, *given[1:])
+    q = x.view(1, 33, 4, 16).transpose(1, 2)
+    return [
+        packed, y, *torch.autograd.grad(y, given, g), ops.qlora_linear(x[:1], packed, state),
+        ops.cross_entropy_(x.clone(), packed.view(-1)[:33].long() % 64), *rows.rms_norm(x, x[0].clone(), 1e-5),
+        rows.dense_product(x[:1], W), attention.attention(q, q, q, [0, 33], 0.25, None),
+    ]  # fmt: skip
+
+
+def test_torchs_defaults_change_nothing():
+    # The C++ kernels write float32 on the CPU: memory of another default dtype would be too small for it.
+    expected = everything_on_the_cpu()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            found = everything_on_the_cpu()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected))

@@ -63,6 +63,28 @@ def test_swiglu(isa, dtype, shape):  # noqa: F811
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_of_large_gates(isa, dtype):  # noqa: F811
+    """Where exp leaves float32's range on either side: the dtype's rounding, float32's below it, and 0 for 2^-100."""
+    gate = torch.tensor([-3e4, -1e3, -200, -178, -100, -90, -89, -88, -87, 87, 88, 89, 90, 200, 1e3, 3e4]).to(dtype)
+    up = torch.full_like(gate, 0.75)
+    ours = with_gradients(rows.swiglu, [gate, up], up)
+    truth = with_gradients(lambda a, b: F.silu(a) * b, [gate.double(), up.double()], up.double())
+    for found, exact in zip(ours, truth):
+        bound = (torch.finfo(dtype).eps / 2 + 8 * 2**-24) * exact.abs() + 2**-100
+        assert ((found - exact).abs() <= bound).all(), (found, exact)
+
+
+@pytest.mark.parametrize("where", [0, 5, 18])
+def test_nan_is_not_lost(isa, where):  # noqa: F811
+    logits = random(1, 19)
+    logits[0, where] = float("nan")
+    assert ops.cross_entropy_(logits, torch.tensor([3])).isnan().all() and logits.isnan().all()
+    gate = random(19)
+    gate[where] = float("nan")
+    assert rows.swiglu(gate, torch.ones(19)).isnan().nonzero().tolist() == [[where]]
+
+
 def turned(x, cos, sin):
     """x (B, H, T, D) as transformers' Llama writes it."""
     first, second = x.chunk(2, -1)

@@ -10,7 +10,7 @@ from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.kernels import ops
 from onecard.kernels.cpu import native
-from onecard.nn.experts import Experts4bit, Factors, weights_of
+from onecard.nn.experts import Experts4bit, Factors, by_expert, weights_of
 from onecard.nn.lora import LoraLinear4bit, ParamWrapper, lora_config, register_fused
 from onecard.quant.state import part_of
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
@@ -42,6 +42,24 @@ def no_worse(ours, plain, exact, dtype):
     """Error at most twice that of the plain computation in the same dtype, plus one rounding of the largest value."""
     floor = exact.abs().max() * torch.finfo(dtype).eps
     return (ours.double() - exact).abs().max() <= 2 * (plain.double() - exact).abs().max() + floor
+
+
+def test_pairs_are_sorted_by_expert():
+    pairs, counts = by_expert(torch.tensor([[3, 0], [1, 3], [0, 3]]), 5)
+    assert pairs.tolist() == [1, 4, 2, 0, 3, 5] and counts == [2, 1, 0, 3, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_layer_waits_for_the_gpu_once():
+    index = torch.randint(0, 8, (100, 2), device="cuda")
+    with pytest.warns(UserWarning, match="synchronizing") as seen:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            by_expert(index, 8)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert sum("called a synchronizing" in str(warning.message) for warning in seen) == 1
 
 
 @pytest.mark.parametrize("family", EXPERT_FAMILIES)

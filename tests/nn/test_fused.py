@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import onecard
+from onecard.kernels import rows
+from onecard.memory.activations import fused_kinds
 from onecard.nn.fused import FusedAttention, FusedGatedMLP, FusedRMSNorm, fuse
 from tests.conftest import make_checkpoint
 
@@ -26,6 +29,20 @@ def test_families(tmp_path, family):
     model = onecard.load_model(str(make_checkpoint(tmp_path, family)))
     assert tuple(count(model, kind) for kind in (FusedRMSNorm, FusedGatedMLP, FusedAttention)) == KINDS[family]
     assert model.config._attn_implementation in ("sdpa", "eager")  # as before
+
+
+def test_on_a_gpu_only_a_norm_can_be_too_wide():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    with FakeTensorMode():
+        wide, narrow = (torch.empty(size, device="cuda") for size in (28672, 16384))
+        assert rows.supports(wide, wide)
+        assert rows.supports_norm(narrow, narrow) and not rows.supports_norm(wide, wide)
+    for hidden, norm in ((64, True), (28672, False)):
+        config = LlamaConfig(hidden_size=hidden, intermediate_size=28672, num_hidden_layers=1, vocab_size=8)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert fused_kinds(model, "cuda") == (norm, True)
+        assert fused_kinds(model, "cpu") == (True, True)
 
 
 @pytest.mark.parametrize("family", KINDS)

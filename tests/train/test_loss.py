@@ -1,5 +1,8 @@
 """No worse than plain: the chunked loss. Exact to rounding: packed against apart, and any split of a window."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,6 +11,7 @@ from onecard.config import LoraSettings, TrainConfig
 from onecard.data.dataset import load_dataset
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.load import load_tokenizer
+from onecard.memory.terms import logits_term
 from onecard.nn.lora import lora_config
 from onecard.train import loss as loss_module
 from onecard.train.loop import choose_loss, evaluate
@@ -23,7 +27,7 @@ TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.3), LogitTransform(softca
 @pytest.mark.parametrize("trained_head", [False, True])
 def test_chunked_cross_entropy(transform, dtype, trained_head, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 1)  # 64 rows a chunk
+    monkeypatch.setattr(loss_module, "logits_chunk_bytes", lambda device: 1)  # 64 rows a chunk
     head = torch.nn.Linear(32, 50).to(dtype).requires_grad_(trained_head)
     h, target = torch.randn(150, 32, dtype=dtype, requires_grad=True), torch.randint(0, 50, (150,))
     ours = chunked_cross_entropy(h, head, target, transform, 150)
@@ -43,7 +47,7 @@ def test_chunked_cross_entropy(transform, dtype, trained_head, monkeypatch):
 
 
 def test_the_full_logits_never_exist(monkeypatch):
-    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 4 * 1000 * 64)
+    monkeypatch.setattr(loss_module, "logits_chunk_bytes", lambda device: 4 * 1000 * 64)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -59,6 +63,16 @@ def test_the_full_logits_never_exist(monkeypatch):
     with Watch():
         chunked_cross_entropy(h, head, torch.randint(0, 1000, (1024,)), LogitTransform(), 1024).backward()
     assert largest <= 64_000  # one chunk; all logits would be 1,024,000
+
+
+@pytest.mark.parametrize("device, rows", [("cpu", 128), ("cuda", 512)])
+def test_a_chunk_has_rows_for_its_device(device, rows):
+    V, T = 128_256, 1 << 16
+    assert loss_module.chunk_rows(T, V, 2, torch.device(device)) == rows
+    model = SimpleNamespace(text=SimpleNamespace(vocab_size=V), head_itemsize=2)
+    case: Any = SimpleNamespace(c=2, device=device, model=model)
+    planned = logits_term(case, T).num_bytes
+    assert rows * V * 2 <= planned < (rows + 64) * V * 2
 
 
 @pytest.fixture(scope="module")

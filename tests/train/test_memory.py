@@ -1,5 +1,6 @@
 """Exact where nothing is reordered: runs with a paged base, and steps in which allocations fail."""
 
+import errno
 import gc
 import io
 import json
@@ -357,6 +358,22 @@ def test_every_optimizer_resumes_exactly(optim, deep, chats, tmp_path):
             shutil.rmtree(folder)
     run(deep, chats, tmp_path / "o", resuming=True, max_steps=4, optim=optim)
     assert adapter_bytes(tmp_path / "o") == adapter_bytes(tmp_path / "straight")
+
+
+FAILED = [
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
+def test_a_failed_allocation_is_known_by_what_libraries_say():
+    assert all(map(step_module.is_out_of_memory, FAILED))
+    others = OSError(errno.ENOSPC, "No space left"), RuntimeError("CUDA error: an illegal memory access")
+    assert not any(map(step_module.is_out_of_memory, others))
 
 
 def test_when_nothing_can_be_split_the_error_says_so(deep, chats, tmp_path, monkeypatch):

@@ -26,13 +26,13 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
     count = prod(shape)
     num_bytes = count * dtype.itemsize
     if num_bytes < SMALLEST:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     step = 1 << (num_bytes.bit_length() - 3)
     size = -(-num_bytes // step) * step  # four sizes an octave; pages that nothing touches take no memory
     try:
         block = _free[size].pop()
     except IndexError:
-        block = torch.empty(size, dtype=torch.uint8)
+        block = torch.empty(size, dtype=torch.uint8, device="cpu")
     lease = lease_type(size).from_address(block.data_ptr())
     lease.block = block
     return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)

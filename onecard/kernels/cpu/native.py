@@ -71,10 +71,10 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_quantize": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "onecard_dequantize": (None, *_SCALES, c_int64, c_int64, c_void_p, c_int, c_int),
     "onecard_product": (
-        None, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
+        c_int, *_SCALES, c_int64, c_int64, c_int64, c_void_p, c_int, c_int64, c_void_p, c_int,
     ),
     "onecard_has_linear": (c_int, c_int),
-    "onecard_linear": (None, *_SCALES, c_int64, c_void_p, c_int),
+    "onecard_linear": (c_int, *_SCALES, c_int64, c_void_p, c_int),
     "onecard_cross_entropy": (None, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
     "onecard_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_float, c_int),
     "onecard_rms_norm_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int64, c_int),
@@ -83,7 +83,7 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_rope": (None, *[c_void_p] * 4, c_int, c_int64, c_int64, c_int64, c_int64, c_int, c_int),
     "onecard_dense_product": (None, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
     "onecard_adamw_8bit": (None, c_void_p, c_int),
-    "onecard_attention": (None, c_void_p, c_void_p, c_int64, c_int),
+    "onecard_attention": (c_int, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip
 
 
@@ -123,19 +123,31 @@ def torch_gomp_parallel() -> int | None:
 
 
 def call(name: str, *arguments: object) -> int:
-    """Call a kernel, with tensors as their addresses (contiguous ones only) and this process's thread count."""
+    """Call a kernel, with tensors as their addresses (contiguous ones only) and this process's thread count.
+
+    Raises:
+        MemoryError: there is none for what it works in.
+    """
     native = library()
     assert native is not None
     assert all(x.is_contiguous() for x in arguments if isinstance(x, Tensor)), name
     plain = [x.data_ptr() if isinstance(x, Tensor) else x for x in arguments]
-    return getattr(native, name)(*plain, torch.get_num_threads())
+    result = getattr(native, name)(*plain, torch.get_num_threads())
+    if result == -1:
+        raise MemoryError(f"{name} found no memory to work in")
+    return result
+
+
+def new(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Memory for a kernel to fill, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
     """As quant.blockwise.quantize_blocks."""
     flat = W.detach().reshape(-1).contiguous()
-    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // blocksize), dtype=torch.float32)
+    packed = new(torch.uint8, (flat.numel() + 1) // 2, 1)
+    absmax = new(torch.float32, -(-flat.numel() // blocksize))
     sizes = (DTYPES[flat.dtype], flat.numel(), blocksize)
     finite = call("onecard_quantize", flat, *sizes, *coding(quant_type), packed, absmax)
     if not finite:
@@ -195,7 +207,7 @@ def multiply(
     With lora = (x A^T, B, s) plus s (x A^T) B^T.
     """
     M, K = x_MK.shape
-    y_MN = torch.empty(M, num_outputs, dtype=torch.float32)
+    y_MN = new(torch.float32, M, num_outputs)
     weight = scales(packed, absmax, nested_absmax, nested_offset, quant_type)
     call("onecard_product", *weight, num_outputs, K, blocksize, x_MK.contiguous(), DTYPES[x_MK.dtype], M, y_MN)
     if lora is not None:
@@ -267,8 +279,8 @@ def linear_backward(
     seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
     grad_x = blocks.empty((M, K), grad_y_MN.dtype) if needs[0] else None
     grad_x_lora = blocks.empty((M, K), grad_y_MN.dtype) if separate and A is not None else None
-    grad_A = torch.empty(A.shape) if A is not None and needs[2] else None
-    grad_B = torch.empty(B.shape) if B is not None and needs[3] else None
+    grad_A = new(torch.float32, *A.shape) if A is not None and needs[2] else None
+    grad_B = new(torch.float32, *B.shape) if B is not None and needs[3] else None
     struct = Linear(
         M, N, K, 0 if A is None else len(A), None, address(seen), None,
         0 if A is None else DTYPES[A.dtype], address(A), address(B), scaling, address(xA_MR), None,
@@ -294,14 +306,14 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     if z_PV.dtype not in DTYPES:
         return reference.cross_entropy_(z_PV, target_P)
     assert target_P.dtype == torch.int64
-    losses_P = torch.empty(len(target_P))
+    losses_P = new(torch.float32, len(target_P))
     call("onecard_cross_entropy", z_PV, DTYPES[z_PV.dtype], *z_PV.shape, target_P, losses_P)
     return losses_P
 
 
 def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y like x, contiguous, and r float32 (rows,)."""
-    y, rstd = blocks.empty_like(x), torch.empty(x.numel() // x.shape[-1])
+    y, rstd = blocks.empty_like(x), new(torch.float32, x.numel() // x.shape[-1])
     call("onecard_rms_norm", x, w, y, rstd, DTYPES[x.dtype], rstd.numel(), x.shape[-1], eps)
     return y, rstd
 

@@ -7,7 +7,7 @@ float32 operations are those of reference.py in the same order, launched with en
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onecard.kernels.reference import Rates
+from onecard.kernels.triton import launch
 from onecard.quant.codebook import dynamic_map
 from onecard.quant.dynamic import STATE_BLOCKSIZE, midpoints
 
@@ -68,9 +69,12 @@ def adamw_8bit_kernel(
     encode(v, v_codes, v_absmax, at, inside, block, block_inside, v_bounds)
 
 
-@lru_cache(maxsize=4)
+@cache
 def tables(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes (parameters,), and of each program the parameter and its first block: int64, int32, int64."""
+    """Sizes (parameters,), and of each program the parameter and its first block: int64, int32, int64.
+
+    A run has as many as kinds of parameters where they are updated one by one, else one.
+    """
     programs = [-(-size // (BLOCKS * STATE_BLOCKSIZE)) for size in sizes]
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(programs))
     starts = torch.cat([BLOCKS * torch.arange(count) for count in programs])
@@ -82,10 +86,11 @@ def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
     device = parts[0][0].device
     parts = [(w, grad.contiguous(), *states) for w, grad, *states in parts]
     assert all(x.is_contiguous() for part in parts for x in part)
-    addresses = torch.tensor([[x.data_ptr() for x in part] for part in parts], pin_memory=device.type == "cuda")
+    rows = [[x.data_ptr() for x in part] for part in parts]
+    addresses = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda")
     sizes, owners, starts = tables(tuple(part[0].numel() for part in parts), device)
     maps = [table for signed in (True, False) for table in (dynamic_map(device, signed), midpoints(device, signed))]
-    adamw_8bit_kernel[(len(owners),)](
-        addresses.to(device, non_blocking=True), sizes, owners, starts, *maps, *rates,
+    launch(
+        adamw_8bit_kernel, len(owners), addresses.to(device, non_blocking=True), sizes, owners, starts, *maps, *rates,
         BLOCKSIZE=STATE_BLOCKSIZE, BLOCKS=BLOCKS, enable_fp_fusion=False,
     )  # fmt: skip

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE
+from onecard.kernels.triton import launch
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 
@@ -33,7 +34,7 @@ def quantize_kernel(
     bits0 = x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits1 = x1.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     most = tl.max(tl.maximum(bits0, bits1), axis=1).to(tl.float32, bitcast=True)
-    floor = tl.maximum(most, tl.full([BLOCKS], 1e-38, tl.float32))
+    floor = tl.maximum(most, tl.full([BLOCKS], 1e-38, tl.float32), propagate_nan=tl.PropagateNan.ALL)
     whole = (block + 1) * BLOCKSIZE <= num_weights
     inverse = tl.math.div_rn(tl.full([BLOCKS], 1.0, tl.float32), floor)
     divisor = tl.broadcast_to(floor[:, None], [BLOCKS, BLOCKSIZE // 2])
@@ -95,9 +96,10 @@ def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tu
     absmax = torch.empty(num_blocks, dtype=torch.float32, device=W.device)
     blocks = max(1, WEIGHTS_A_PROGRAM // blocksize)
     bounds, order = coding(quant_type, W.device)
-    quantize_kernel[(triton.cdiv(num_blocks, blocks),)](
-        flat, bounds, order, packed, absmax, flat.numel(), BLOCKSIZE=blocksize, BLOCKS=blocks, enable_fp_fusion=False
-    )
+    launch(
+        quantize_kernel, triton.cdiv(num_blocks, blocks),
+        flat, bounds, order, packed, absmax, flat.numel(), BLOCKSIZE=blocksize, BLOCKS=blocks, enable_fp_fusion=False,
+    )  # fmt: skip
     if not torch.isfinite(absmax).all():
         raise not_finite(flat, W.shape, name)
     return packed, absmax
@@ -115,7 +117,9 @@ def dequantize_into(
     """As reference.dequantize_into, one launch."""
     nested = nested_absmax is not None
     pairs = WEIGHTS_A_PROGRAM // 2
-    dequantize_kernel[(triton.cdiv(out.numel(), 2 * pairs),)](
+    launch(
+        dequantize_kernel,
+        triton.cdiv(out.numel(), 2 * pairs),
         packed,
         absmax,
         nested_absmax if nested else absmax,

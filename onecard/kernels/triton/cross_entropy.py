@@ -11,13 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 4096
+from onecard.kernels.triton import launch
+
+BLOCK, NUM_WARPS = 4096, 16
 
 
 @triton.jit
 def cross_entropy_kernel(z, target, losses, V: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     z += row * V
+    wanted = tl.load(target + row)
+    at_target = tl.load(z + wanted).to(tl.float32)  # here: in the second walk another warp may have overwritten it
     most = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     for start in range(0, V, BLOCK):
@@ -26,8 +30,6 @@ def cross_entropy_kernel(z, target, losses, V: tl.constexpr, BLOCK: tl.constexpr
         now = tl.maximum(most, tl.max(x, axis=0))
         total = total * tl.exp(most - now) + tl.sum(tl.exp(x - now), axis=0)
         most = now
-    wanted = tl.load(target + row)
-    at_target = tl.load(z + wanted).to(tl.float32)
     tl.store(losses + row + tl.arange(0, 1), tl.log(total) + (most - at_target))
     for start in range(0, V, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -40,5 +42,8 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     """As reference.cross_entropy_."""
     assert z_PV.is_contiguous() and target_P.dtype == torch.int64
     losses_P = torch.empty(len(target_P), dtype=torch.float32, device=z_PV.device)
-    cross_entropy_kernel[(len(target_P),)](z_PV, target_P.contiguous(), losses_P, z_PV.shape[1], BLOCK=BLOCK)
+    launch(
+        cross_entropy_kernel, len(target_P), z_PV, target_P.contiguous(), losses_P, z_PV.shape[1],
+        BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
     return losses_P

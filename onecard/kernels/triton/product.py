@@ -1,8 +1,8 @@
 """y = x W^T for few rows of x straight from the codes: for decoding, where the weight's bytes are the whole cost.
 
 A program takes BLOCK_N rows of W and walks along K; the weights of even and of odd index are decoded apart and meet
-the even and odd columns of x, so that a byte never has to be spread over neighbouring lanes. A decoded weight is
-rounded to x's dtype, as dequantize_into would, and the sums are float32.
+the even and odd columns of x, so that a byte never has to be spread over neighbouring lanes. A block's scale is
+loaded once. A decoded weight is rounded to x's dtype, as dequantize_into would, and the sums are float32.
 
 Shape suffixes: M rows of x, N outputs, K inputs.
 """
@@ -15,12 +15,13 @@ import triton.language as tl
 from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE
+from onecard.kernels.triton import launch
 from onecard.kernels.triton.blockwise import block_scale
 from onecard.quant.codebook import dynamic_map, quant_map
 
 LARGEST_M = 16  # rows of a tensor core's tile: fewer are padded up to it
 LARGEST_RANK = 128  # of a LoRA term whose B fits in registers beside the sums
-BLOCK_N, BLOCK_K = 32, 256
+BLOCK_N, BLOCK_K = 32, {2: 256, 4: 64}  # by bytes of x: float32, which no tensor core multiplies, takes more registers
 
 
 @triton.jit
@@ -32,12 +33,17 @@ def product_kernel(
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, ROWS)
     sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    STEP: tl.constexpr = min(BLOCK_K, BLOCKSIZE)  # weights of a row that share a scale
     for start in range(0, K, BLOCK_K):
         k = start + 2 * tl.arange(0, BLOCK_K // 2)
         inside = (n[:, None] < N) & (k[None, :] < K)
         at = n[:, None] * K + k[None, :]
         byte = tl.load(packed + at // 2, mask=inside, other=0).to(tl.int32)
-        scale = block_scale(at // BLOCKSIZE, inside, absmax, nested_absmax, dynamic, offset, NESTED, NESTED_BLOCKSIZE)
+        first = start + STEP * tl.arange(0, BLOCK_K // STEP)
+        block, whole = (n[:, None] * K + first[None, :]) // BLOCKSIZE, (n[:, None] < N) & (first[None, :] < K)
+        scale = block_scale(block, whole, absmax, nested_absmax, dynamic, offset, NESTED, NESTED_BLOCKSIZE)
+        scale = tl.broadcast_to(scale[:, :, None], [BLOCK_N, BLOCK_K // STEP, STEP // 2])
+        scale = tl.reshape(scale, [BLOCK_N, BLOCK_K // 2])
         even = (tl.load(levels + (byte >> 4)) * scale).to(x.dtype.element_ty)
         odd = (tl.load(levels + (byte & 15)) * scale).to(x.dtype.element_ty)
         seen = (m[:, None] < M) & (k[None, :] < K)
@@ -77,7 +83,9 @@ def multiply(
     fused_rank = max(16, triton.next_power_of_2(R)) if 0 < R <= LARGEST_RANK else 0
     y_MN = torch.empty(M, num_outputs, dtype=torch.float32, device=x_MK.device)
     nested = nested_absmax is not None
-    product_kernel[(triton.cdiv(num_outputs, BLOCK_N),)](
+    launch(
+        product_kernel,
+        triton.cdiv(num_outputs, BLOCK_N),
         x_MK.contiguous(),
         packed,
         absmax,
@@ -99,7 +107,7 @@ def multiply(
         NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
         ROWS=LARGEST_M,
         BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K,
+        BLOCK_K=BLOCK_K[x_MK.dtype.itemsize],
         enable_fp_fusion=False,
     )
     if lora is not None and R > LARGEST_RANK:

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onecard.kernels.triton import launch
+
 BLOCK = 1024  # elements of SwiGLU a program
 
 
@@ -69,24 +71,24 @@ def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """y like x, contiguous, and r float32 (rows,)."""
     y, D = torch.empty_like(x), x.shape[-1]
     rstd = torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)
-    rms_norm_kernel[(rstd.numel(),)](x, w, y, rstd, eps, **row_launch(D))
+    launch(rms_norm_kernel, rstd.numel(), x, w, y, rstd, eps, **row_launch(D))
     return y, rstd
 
 
 def rms_norm_backward(grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
     grad_x = torch.empty_like(x)
-    rms_norm_backward_kernel[(rstd.numel(),)](grad_y, x, w, rstd, grad_x, **row_launch(x.shape[-1]))
+    launch(rms_norm_backward_kernel, rstd.numel(), grad_y, x, w, rstd, grad_x, **row_launch(x.shape[-1]))
     return grad_x
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     y = torch.empty_like(gate)
-    swiglu_kernel[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, y.numel(), BLOCK=BLOCK)
+    launch(swiglu_kernel, triton.cdiv(y.numel(), BLOCK), gate, up, y, y.numel(), BLOCK=BLOCK)
     return y
 
 
 def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    grid = (triton.cdiv(gate.numel(), BLOCK),)
-    swiglu_backward_kernel[grid](grad_y, gate, up, grad_gate, grad_up, gate.numel(), BLOCK=BLOCK)
+    num_programs = triton.cdiv(gate.numel(), BLOCK)
+    launch(swiglu_backward_kernel, num_programs, grad_y, gate, up, grad_gate, grad_up, gate.numel(), BLOCK=BLOCK)
     return grad_gate, grad_up
