@@ -19,6 +19,7 @@ from onecard.infer.adapters import with_adapter
 from onecard.nn.experts import weights_of
 from onecard.nn.lora import register_fused
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
+from tests.infer.test_generate import DAMAGES, edit_config
 
 
 def make_adapter(folder, base, added=0, **settings):
@@ -194,6 +195,26 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"_proj\.weight of shape"):
         merge(str(other), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+OF_THE_MODEL = ("another rank", "another model's modules", "an init that reads 16-bit weights")  # not the folder's
+NOT_ADDED = {
+    "Conv1D": (edit_config(fan_in_fan_out=True), "fan_in_fan_out True"),
+    "biases": (edit_config(bias="all"), "bias all"),
+    "aLoRA": (edit_config(alora_invocation_tokens=[5]), r"alora_invocation_tokens [5]"),
+}
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind in DAMAGES if kind not in OF_THE_MODEL), *NOT_ADDED])
+def test_a_damaged_adapter_is_not_merged(kind, tmp_path):
+    """What with_adapter refuses of a folder, and what is not added to a linear's weight."""
+    base = make_checkpoint(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    damage, named = {**DAMAGES, **NOT_ADDED}[kind]
+    damage(tmp_path / "adapter")
+    with pytest.raises(UserError) as error:
+        merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert named.removesuffix(".lora_A.weight") in str(error.value) and not (tmp_path / "merged").exists()
 
 
 def test_a_full_disk_is_told_first(tmp_path, monkeypatch):
