@@ -228,13 +228,14 @@ def serve(
     given_fields = {"api_key": os.environ.get("ONECARD_API_KEY"), **given(fields)}
     config = make_config(ServeConfig, given_fields, "serve")
     try:
+        from onecard.infer.server import name_models
         from onecard.infer.server import serve as run
     except ImportError as error:
         raise UserError("serving needs fastapi and uvicorn", str(error), "pip install 'onecard[serve]'") from None
 
-    first = adapter[0].rpartition("=")[2] if adapter else None
-    loaded, tokenizer = load_base(model, first, quant, device)
-    run(loaded, tokenizer, model, adapter or [], config)
+    folders = name_models(model, adapter or [])
+    first = next(filter(None, folders.values()), None)
+    run(load_base(model, first, quant, device), model, folders, config)
 
 
 @app.command(name="eval")
@@ -261,7 +262,7 @@ def evaluate(
     from onecard.train.loop import evaluate as run
 
     config = make_config(DataConfig, given(fields), "command line")
-    dataset = load_dataset(data, load_tokenizer(model), config)
+    dataset = load_dataset(data, load_tokenizer(model, adapter), config)
     loaded, _ = load(model, adapter, quant, device)
     loss = run(loaded, dataset)
     print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
@@ -305,7 +306,7 @@ def merge(
         from onecard.export.verify import bases_of, merge_verified
         from onecard.hf.load import load_tokenizer
 
-        dataset = load_dataset(verify, load_tokenizer(model), make_config(DataConfig, {}, "merge"))
+        dataset = load_dataset(verify, load_tokenizer(model, adapter), make_config(DataConfig, {}, "merge"))
         bases: list[Any] = [base] if base is not None else bases_of(model, small)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
         print("\n".join(found.table()))

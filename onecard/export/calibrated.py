@@ -13,7 +13,7 @@ from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
 from onecard.export.calibration import calibrate, meta_decoder
-from onecard.export.folder import DTYPES, check_room, new_folder, tokenizer_folder, write_others
+from onecard.export.folder import DTYPES, check_room, new_folder, write_others
 from onecard.export.merged import Base, Merged, Shapes, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
 from onecard.hf.writer import TensorFile
@@ -57,7 +57,7 @@ def export_calibrated(
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, num_bytes(shapes))
     reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
-    tokenizer = load_tokenizer(str(tokenizer_folder(merged.checkpoint.folder, merged.adapter.folder)))
+    tokenizer = load_tokenizer(str(merged.checkpoint.folder), merged.adapter.folder)
     dataset = load_dataset(data, tokenizer, reading)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
+from onecard.hf.load import tokenizer_folder
 from onecard.train.state import locked, sync, sync_folder
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -144,11 +145,6 @@ def write_others(
         total = sum((folder / name).stat().st_size for name in set(places.values()))
         content = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def tokenizer_folder(checkpoint: Path, adapter: Path | None) -> Path:
-    """Where the result's tokenizer lies: in a trained adapter's folder if it holds one, as with added tokens."""
-    return adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else checkpoint
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

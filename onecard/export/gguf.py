@@ -27,7 +27,7 @@ from onecard.config import GgufConfig, QuantConfig
 from onecard.errors import UserError
 from onecard.export.adapter import Adapter
 from onecard.export.architecture import Architecture
-from onecard.export.folder import check_room, new_file, new_folder, tokenizer_folder
+from onecard.export.folder import check_room, new_file, new_folder
 from onecard.export.merged import Base, Merged, open_merged
 from onecard.export.modelfile import modelfile
 from onecard.export.vocabulary import add_vocabulary
@@ -122,7 +122,7 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
         name: what the first file will be called.
     """
     arch, folder = Architecture(merged.config), merged.checkpoint.folder.resolve()
-    tokenizer = load_tokenizer(str(tokenizer_folder(folder, merged.adapter.folder)))
+    tokenizer = load_tokenizer(str(folder), merged.adapter.folder)
     end_ids = end_tokens(folder, tokenizer)
     writer = gguf.GGUFWriter(None, arch.name)
     if config.adapter_only:

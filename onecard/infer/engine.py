@@ -38,15 +38,16 @@ class Work:
     max_new_tokens: int
     sampling: SamplingConfig
     adapter: str | None
+    tokenizer: Any
     emit: Callable[[Piece], None]
     cancelled: bool = False
     answer: Answer | None = field(default=None, init=False)
 
-    def advance(self, model: Any, tokenizer: Any) -> bool:
+    def advance(self, model: Any) -> bool:
         """One pass of the model; whether there is more to come. What goes wrong is this request's alone."""
         try:
             if self.answer is None:
-                self.answer = Answer(model, tokenizer, self.input_ids, self.max_new_tokens, self.sampling)
+                self.answer = Answer(model, self.tokenizer, self.input_ids, self.max_new_tokens, self.sampling)
             text = self.answer.advance()
             if text or self.answer.finish_reason:
                 self.emit(Piece(text, self.answer.num_tokens, self.answer.finish_reason))
@@ -59,9 +60,8 @@ class Work:
 class Engine:
     """Runs Works until it is closed."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_active: int, max_queued: int):
-        self.model, self.tokenizer = model, tokenizer
-        self.max_active, self.max_queued = max_active, max_queued
+    def __init__(self, model: Any, max_active: int, max_queued: int):
+        self.model, self.max_active, self.max_queued = model, max_active, max_queued
         self.waiting: deque[Work] = deque()
         self.active: list[Work] = []
         self.changed = threading.Condition()
@@ -88,7 +88,7 @@ class Engine:
                 if name != self.adapter:
                     use_adapter(self.model, name)
                     self.adapter = name
-                going_on += [work for work in group if work.advance(self.model, self.tokenizer)]
+                going_on += [work for work in group if work.advance(self.model)]
             self.active = going_on
 
     def admit(self) -> bool:

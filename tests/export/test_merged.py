@@ -18,6 +18,7 @@ from onecard.export.quantized import quantize_checkpoint, requantize
 from onecard.infer.adapters import with_adapter
 from onecard.nn.experts import weights_of
 from onecard.nn.lora import register_fused
+from onecard.terminal import load
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 from tests.infer.test_generate import DAMAGES, edit_config
 
@@ -133,6 +134,8 @@ def test_the_tokenizer_of_the_run_comes_along(tmp_path):
     own = AutoTokenizer.from_pretrained(tmp_path / "own")
     assert own.convert_tokens_to_ids("<mug>") == AutoConfig.from_pretrained(tmp_path / "own").vocab_size - 1
     assert own.chat_template == tokenizer.chat_template
+    alive = load(str(base), str(tmp_path / "adapter"), None, "cpu")[1]
+    assert alive.get_vocab() == own.get_vocab() and alive.chat_template == own.chat_template
     assert (tmp_path / "own" / "preprocessor_config.json").is_file()
 
 

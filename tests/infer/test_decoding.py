@@ -124,9 +124,9 @@ def test_stop_strings_end_the_text_before_them_and_are_never_shown_in_part():
 class Gathered:
     """What one Work emits, and a way to wait for its end."""
 
-    def __init__(self, ids, count, sampling=GREEDY, adapter=None):
+    def __init__(self, tokenizer, ids, count, sampling=GREEDY):
         self.pieces, self.ended = [], threading.Event()
-        self.work = Work(ids, count, sampling, adapter, self.emit)
+        self.work = Work(ids, count, sampling, None, tokenizer, self.emit)
 
     def emit(self, piece):
         self.pieces.append(piece)
@@ -146,10 +146,10 @@ def test_answers_side_by_side_are_those_alone_and_a_bad_one_hurts_no_other(loade
     alone = [
         tokens_of(Answer(model, tokenizer, ids, 12 + i, s))[1] for i, (ids, s) in enumerate(zip(prompts, samplings))
     ]
-    engine = Engine(model, tokenizer, max_active=5, max_queued=20)
+    engine = Engine(model, max_active=5, max_queued=20)
     try:
-        works = [Gathered(ids, 12 + i, s) for i, (ids, s) in enumerate(zip(prompts, samplings))]
-        bad = Gathered([10**9], 5)
+        works = [Gathered(tokenizer, ids, 12 + i, s) for i, (ids, s) in enumerate(zip(prompts, samplings))]
+        bad = Gathered(tokenizer, [10**9], 5)
         for work in (bad, *works):
             assert engine.submit(work.work)
         assert [work.text for work in works] == alone
@@ -161,10 +161,10 @@ def test_answers_side_by_side_are_those_alone_and_a_bad_one_hurts_no_other(loade
 
 def test_every_request_gets_a_token_in_turn(loaded):
     """Behaviour: of answers that began together none is ever more than a token ahead."""
-    order = []
-    engine = Engine(*loaded, max_active=4, max_queued=20)
+    (model, tokenizer), order = loaded, []
+    engine = Engine(model, max_active=4, max_queued=20)
     try:
-        works = [Gathered(PROMPT[:5], 20) for _ in range(3)]
+        works = [Gathered(tokenizer, PROMPT[:5], 20) for _ in range(3)]
         for i, each in enumerate(works):
             each.work.emit = lambda piece, i=i, emit=each.work.emit: (order.append((i, piece.num_tokens)), emit(piece))
         with engine.changed:  # all are there before the first round
@@ -177,9 +177,10 @@ def test_every_request_gets_a_token_in_turn(loaded):
 
 
 def test_cancelled_work_leaves_and_a_full_queue_turns_away(loaded):
-    engine = Engine(*loaded, max_active=1, max_queued=1)
+    model, tokenizer = loaded
+    engine = Engine(model, max_active=1, max_queued=1)
     try:
-        first, second, third = (Gathered(PROMPT, count) for count in (10**6, 3, 3))
+        first, second, third = (Gathered(tokenizer, PROMPT, count) for count in (10**6, 3, 3))
         started = threading.Event()
         first.work.emit = lambda piece: started.set()
         assert engine.submit(first.work) and started.wait(60)

@@ -26,7 +26,8 @@ from onecard.infer import decoding
 from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import Answer
 from onecard.infer.guard import Guard
-from onecard.infer.server import make_server
+from onecard.infer.protocol import ChatRequest, Message
+from onecard.infer.server import Served, Service, make_server, name_models
 from onecard.nn.lora import lora_config
 
 BASE = str(Path(__file__).parents[2] / "onecard" / "demo" / "base")
@@ -101,7 +102,9 @@ def until(holds, seconds=30):
 def running(adapter):
     model = with_adapter(load_model(BASE, device="cpu"), adapter, "adapter_0")
     config = ServeConfig(port=0, api_key=KEY, max_body_bytes=20_000, max_num_seqs=8)
-    made = Running(make_server(model, load_tokenizer(BASE), {"base": None, "tuned.v1": "adapter_0"}, config))
+    tokenizer = load_tokenizer(BASE)
+    models = {"base": Served(None, tokenizer), "tuned.v1": Served("adapter_0", tokenizer)}
+    made = Running(make_server(model, models, config))
     yield made
     made.stop()
 
@@ -360,6 +363,26 @@ def test_a_body_that_never_comes_is_given_up():
     guard = Guard(None, ServeConfig(client_timeout_seconds=0.05))
     asyncio.run(asyncio.wait_for(guard(scope, receive, send), 30))
     assert sent[0]["status"] == 408
+
+
+def test_a_model_s_prompts_are_of_its_own_tokenizer():
+    """An adapter's, which may have added tokens and another template."""
+    base, own = load_tokenizer(BASE), load_tokenizer(BASE)
+    own.chat_template = "{{ messages[0]['content'] }}"
+    service = Service(load_model(BASE, device="cpu"), {"a": Served(None, base), "b": Served(None, own)}, ServeConfig())
+    try:
+        found = [service.prompt(ChatRequest(model=name, messages=[Message(**said("mugs")[0])])) for name in "ab"]
+    finally:
+        service.close()
+    assert found == [prompt_ids(said("mugs"), tokenizer) for tokenizer in (base, own)] and found[0] != found[1]
+
+
+def test_names_of_models_are_settled_before_anything_loads(tmp_path):
+    (tmp_path / "lr=1e-4" / "adapter").mkdir(parents=True)
+    folder = str(tmp_path / "lr=1e-4" / "adapter")
+    assert name_models("org/id", [f"mine={folder}", folder]) == {"org/id": None, "mine": folder, "adapter": folder}
+    with pytest.raises(UserError, match="'adapter' twice"):
+        name_models(str(tmp_path), [folder, f"adapter={folder}"])
 
 
 def test_an_address_for_others_needs_a_token():
