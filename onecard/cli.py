@@ -14,6 +14,7 @@ from onecard.config import (
     PlanConfig,
     QuantConfig,
     ServeConfig,
+    StoredConfig,
     TrainConfig,
     make_config,
     parse_bytes,
@@ -32,13 +33,14 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = ExportFields = ServeFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
 else:
     flags = Parameter(name="*", negative_iterable=())
     TrainFields = Annotated[partial(TrainConfig) | None, flags]
     DataFields = Annotated[partial(DataConfig) | None, flags]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]
     QuantFields = Annotated[partial(QuantConfig) | None, flags]
+    StoredFields = Annotated[partial(StoredConfig) | None, flags]
     ExportFields = Annotated[partial(ExportConfig) | None, flags]
     PlanFields = Annotated[partial(PlanConfig) | None, flags]
 
@@ -277,7 +279,7 @@ def merge(
     base: Literal["dequantized", "original"] | None = None,
     verify: str | None = None,
     requantize: Literal["nf4", "fp4"] | None = None,
-    quant: QuantFields = None,
+    quant: StoredFields = None,
     device: str = "cpu",
 ) -> None:
     """Merge an adapter into a 16-bit checkpoint, streaming: memory for about one tensor.

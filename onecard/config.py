@@ -35,13 +35,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
-class QuantConfig(Strict):
-    """How the frozen base is stored and computed with (QLoRA, arXiv 2305.14314, section 3)."""
+class StoredConfig(Strict):
+    """How the frozen base is stored (QLoRA, arXiv 2305.14314, section 3)."""
 
     quant_type: QuantType = "nf4"
     blocksize: int = 64
     double_quant: bool = True
-    compute_dtype: ComputeDtype = "auto"
 
     @field_validator("blocksize")
     @classmethod
@@ -49,6 +48,12 @@ class QuantConfig(Strict):
         if value not in BLOCKSIZES:
             raise ValueError(f"must be one of {', '.join(map(str, BLOCKSIZES))}")
         return value
+
+
+class QuantConfig(StoredConfig):
+    """How the frozen base is stored and computed with."""
+
+    compute_dtype: ComputeDtype = "auto"
 
 
 class LoraSettings(Strict):
@@ -124,7 +129,7 @@ class GgufConfig(Strict):
         return self
 
 
-class ExportConfig(QuantConfig, GgufConfig, CalibrationConfig):
+class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
     """A model with or without an adapter in another tool's format. quant_type etc. say what training used."""
 
     format: Literal["gguf", "gptq", "awq"] = Field(

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import onecard
 from onecard.config import QuantConfig
@@ -284,3 +284,23 @@ def test_requantized_experts_say_what_is_left(family, tmp_path):
             along += ((weight.dequantize() - old.dequantize()).double() * D).sum().item()
             whole += D.square().sum().item()
     assert left.share == pytest.approx(along / whole, rel=1e-5)  # sums of float32 products
+
+
+def test_the_compute_dtype_that_is_told(tmp_path):
+    base = str(make_checkpoint(tmp_path / "base"))
+    for asked, told in (("auto", "bfloat16"), ("float16", "float16")):
+        folder = quantize_checkpoint(base, str(tmp_path / asked), QuantConfig(compute_dtype=asked))
+        stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert stored["bnb_4bit_compute_dtype"] == told
+
+
+def test_linears_that_are_not_the_checkpoint_s_by_name_are_refused(tmp_path):
+    """Rather than left in 16 bits, or without their rounding, unsaid: Conv1D, and another name."""
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
+    base = make_checkpoint(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({name.replace("q_proj", "query"): t for name, t in tensors.items()}, base / "model.safetensors")
+    for model, named in (("gpt2", "c_attn.weight of a Conv1D"), ("base", "no model.layers.0.self_attn.q_proj.weight")):
+        with pytest.raises(UserError, match=named):
+            quantize_checkpoint(str(tmp_path / model), str(tmp_path / "small"), QuantConfig())
+    assert not (tmp_path / "small").exists()
