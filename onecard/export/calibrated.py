@@ -43,11 +43,15 @@ def export_calibrated(
         its folder; the linears of decoder layers that stay in 16 bits, for they fit no group.
 
     Raises:
-        UserError: as open_merged, load_dataset and calibrate do; no linear fits; no room; an output that exists.
+        UserError: as open_merged, load_dataset and calibrate do; experts, which would stay in 16 bits; no linear fits;
+            no room; an output that exists.
     """
     method, target = METHODS[format], Path(output)
     device = pick_device(config.device)
     merged = open_merged(model, adapter, base, quant)
+    if merged.experts.stacks:
+        do = "merge it in 16 bits, or use quantize, which has experts in 4 bits"
+        raise UserError(f"a model for {format} must be without experts", next(iter(merged.experts.stacks)), do, model)
     skeleton, layers = meta_decoder(merged)
     linears = linears_of(layers)
     config = config.model_copy(update={"group_size": pick_group_size(linears, config.group_size)})

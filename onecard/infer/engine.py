@@ -51,10 +51,13 @@ class Work:
             text = self.answer.advance()
             if text or self.answer.finish_reason:
                 self.emit(Piece(text, self.answer.num_tokens, self.answer.finish_reason))
-            return self.answer.finish_reason is None
+            if self.answer.finish_reason is None:
+                return True
         except Exception as error:
             self.emit(Piece("", 0, error=f"{type(error).__name__}: {error}"))
-            return False
+        if self.answer is not None:
+            self.answer.context.clear()  # its client may be reading for long
+        return False
 
 
 class Engine:

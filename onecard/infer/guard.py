@@ -12,12 +12,46 @@ import hmac
 from contextlib import suppress
 from typing import Any
 
+import h11
 from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from onecard.config import ServeConfig, is_loopback
 from onecard.infer.protocol import ApiError
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+class TimedProtocol(H11Protocol):
+    """uvicorn's, which by itself waits for a request's head without end, and counts such connections as busy ones."""
+
+    def __init__(self, *args: Any, seconds: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seconds, self.timer = seconds, None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.stop_timer()
+
+    def time_head(self) -> None:
+        """The time runs from the first byte of a head, or the connection, to the whole head, however many come."""
+        if self.conn.their_state is not h11.IDLE:
+            self.stop_timer()
+        elif self.timer is None:
+            self.timer = self.loop.call_later(self.seconds, self.timeout_keep_alive_handler)
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class Guard:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.infer.adapters import with_adapter
 from onecard.infer.engine import Engine, Piece, Work
-from onecard.infer.guard import Guard
+from onecard.infer.guard import Guard, TimedProtocol
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
@@ -224,6 +225,7 @@ def make_app(service: Service) -> FastAPI:
 
 def make_server(model: Any, models: dict[str, Served], config: ServeConfig) -> uvicorn.Server:
     app = make_app(Service(model, models, config))
+    http: Any = partial(TimedProtocol, seconds=config.client_timeout_seconds)
     settings = uvicorn.Config(
         app,
         host=config.host,
@@ -232,6 +234,7 @@ def make_server(model: Any, models: dict[str, Served], config: ServeConfig) -> u
         limit_concurrency=4 * (config.max_num_seqs + config.max_queued),
         timeout_graceful_shutdown=5,  # answers under way may end; then they are cancelled
         ws="none",
+        http=http,
     )
     return uvicorn.Server(settings)
 

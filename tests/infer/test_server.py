@@ -309,6 +309,7 @@ def test_a_slow_reader_holds_up_nobody_and_gets_it_all(running, client, engine, 
     assert work.answer.finish_reason is None  # it was still being answered
     until(lambda: not engine.active)
     assert work.answer.finish_reason == "length"  # its place is free though nothing was read
+    assert work.answer.context.cache.get_seq_length() == 0  # and so is its memory
     raw = read_all(slow).decode()
     slow.close()
     data = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: ")]
@@ -363,6 +364,35 @@ def test_a_body_that_never_comes_is_given_up():
     guard = Guard(None, ServeConfig(client_timeout_seconds=0.05))
     asyncio.run(asyncio.wait_for(guard(scope, receive, send), 30))
     assert sent[0]["status"] == 408
+
+
+def test_a_head_that_does_not_come_whole_is_given_up():
+    """A client that says nothing, and one that goes on with its headers; one that sends a request in time is served."""
+    config = ServeConfig(port=0, client_timeout_seconds=1)
+    running = Running(make_server(load_model(BASE, device="cpu"), {"base": Served(None, load_tokenizer(BASE))}, config))
+
+    def ask_health(client):
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        reply = b""
+        while not reply.endswith(b"}"):
+            reply += client.recv(4096)
+        return b"200 OK" in reply
+
+    try:
+        served, silent, slow = (socket.create_connection(("127.0.0.1", running.port), 30) for _ in range(3))
+        assert ask_health(served)
+        end = time.monotonic() + 30
+        with pytest.raises(OSError):  # nobody is there to read
+            slow.sendall(b"GET /health HTTP/1.1\r\n")
+            while time.monotonic() < end:
+                slow.sendall(b"x: y\r\n")
+                time.sleep(0.05)
+        assert silent.recv(1) == b""
+        assert ask_health(served)
+        for client in (served, silent, slow):
+            client.close()
+    finally:
+        running.stop()
 
 
 def test_a_model_s_prompts_are_of_its_own_tokenizer():
