@@ -25,6 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from onecard.config import SamplingConfig
+from onecard.errors import UserError
 
 PREFILL_TOKENS = 256  # of a prompt in one pass: others wait no longer than that takes
 
@@ -151,8 +152,12 @@ class Answer:
     """The continuation of a prompt, one pass of the model at a time.
 
     Attributes:
-        finish_reason: None while it goes on; "stop" after an end token or a stop string; "length".
+        finish_reason: None while it goes on; "stop" after an end token or a stop string; "length" after max_new_tokens,
+            or as many as the model's context has room for.
         num_tokens: tokens drawn, the end token included.
+
+    Raises:
+        UserError: as room_for.
     """
 
     def __init__(
@@ -164,9 +169,10 @@ class Answer:
         sampling: SamplingConfig,
         context: Context | None = None,
     ):
+        self.max_new_tokens = room_for(model, len(input_ids), max_new_tokens)
         self.context = context or Context(model)
         self.rest = self.context.rewind(input_ids)
-        self.ends, self.max_new_tokens = end_tokens(model, tokenizer), max_new_tokens
+        self.ends = end_tokens(model, tokenizer)
         self.sampler, self.text = Sampler(model, sampling), Text(tokenizer, sampling.stop)
         self.num_tokens, self.finish_reason = 0, None
 
@@ -184,6 +190,22 @@ class Answer:
         elif self.num_tokens == self.max_new_tokens:
             self.finish_reason = "length"
         return text + self.text.finish() if self.finish_reason else text
+
+
+def context_length(model: Any) -> int:
+    """Tokens that the model takes."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def room_for(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """How many tokens an answer may have. Raises UserError for a setting or a prompt that leaves none."""
+    if max_new_tokens < 1:
+        raise UserError("max_new_tokens must be 1 or more", str(max_new_tokens), "correct it", "max_new_tokens")
+    length = context_length(model)
+    if not 1 <= num_prompt_tokens <= length:
+        found = f"{num_prompt_tokens} tokens, of {length} that the model takes"
+        raise UserError("a prompt must have tokens and leave room for an answer", found, "correct it", "prompt")
+    return min(max_new_tokens, length - num_prompt_tokens + 1)  # the last one is not fed
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -27,6 +27,7 @@ from onecard.data.template import prompt_ids, text_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.infer.adapters import with_adapter
+from onecard.infer.decoding import context_length
 from onecard.infer.engine import Engine, Piece, Work
 from onecard.infer.guard import Guard, TimedProtocol
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
@@ -55,8 +56,7 @@ class Service:
 
     def __init__(self, model: Any, models: dict[str, Served], config: ServeConfig):
         self.models, self.config = models, config
-        text_config = model.config.get_text_config()
-        self.vocab_size, length = text_config.vocab_size, text_config.max_position_embeddings
+        self.vocab_size, length = model.config.get_text_config().vocab_size, context_length(model)
         self.max_model_len = min(config.max_model_len or length, length)
         self.engine = Engine(model, config.max_num_seqs, config.max_queued)
         self.encoder = ThreadPoolExecutor(1)  # one: a tokenizer is not for two threads; the event loop must not wait
