@@ -186,7 +186,7 @@ def generate(
     shown = harmless if sys.stdout.isatty() else str  # a file gets the text as it is
     loaded, tokenizer = load(model, adapter, quant, device)
     ids = text_ids(prompt, tokenizer) if raw else prompt_ids([{"role": "user", "content": prompt}], tokenizer)
-    run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True))
+    run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True), raw)
     print()
 
 

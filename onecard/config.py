@@ -153,7 +153,9 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
 class SamplingConfig(Strict):
     """How the next token is drawn."""
 
-    temperature: float = Field(default=0.0, ge=0, le=2, description="0 takes the likeliest token")
+    temperature: float | None = Field(
+        default=0.0, ge=0, le=2, description="0 takes the likeliest token; none: as the checkpoint's generation config"
+    )
     top_p: float | None = Field(default=None, gt=0, le=1, description="default: the checkpoint's generation config")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="default: another each time")
     stop: tuple[str, ...] = Field(default=(), description="texts that end an answer; they are not part of it")

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
-from onecard.hf.load import tokenizer_folder
+from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
 from onecard.train.state import locked, sync, sync_folder
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, **TORCH_DTYPES}
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",

@@ -32,7 +32,11 @@ class Piece:
 
 @dataclass(eq=False)
 class Work:
-    """A request: `emit` is called in the engine's thread with each Piece; `cancelled` may be set in any thread."""
+    """A request: `emit` is called in the engine's thread with each Piece; `cancelled` may be set in any thread.
+
+    Attributes:
+        goes_on: as Answer's.
+    """
 
     input_ids: list[int]
     max_new_tokens: int
@@ -40,6 +44,7 @@ class Work:
     adapter: str | None
     tokenizer: Any
     emit: Callable[[Piece], None]
+    goes_on: bool = False
     cancelled: bool = False
     answer: Answer | None = field(default=None, init=False)
 
@@ -47,7 +52,8 @@ class Work:
         """One pass of the model; whether there is more to come. What goes wrong is this request's alone."""
         try:
             if self.answer is None:
-                self.answer = Answer(model, self.tokenizer, self.input_ids, self.max_new_tokens, self.sampling)
+                asked = (self.input_ids, self.max_new_tokens, self.sampling)
+                self.answer = Answer(model, self.tokenizer, *asked, goes_on=self.goes_on)
             text = self.answer.advance()
             if text or self.answer.finish_reason:
                 self.emit(Piece(text, self.answer.num_tokens, self.answer.finish_reason))
@@ -78,7 +84,8 @@ class Engine:
         """Queue a request, first come first served; False if too many wait, or the engine is closed."""
         with self.changed:
             self.waiting = deque(each for each in self.waiting if not each.cancelled)
-            if self.closed or len(self.waiting) >= self.max_queued:
+            free = self.max_active - len(self.active)  # for those that the next round lets in
+            if self.closed or len(self.waiting) >= self.max_queued + free:
                 return False
             self.waiting.append(work)
             self.changed.notify()

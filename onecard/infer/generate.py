@@ -16,6 +16,7 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     on_text: Callable[[str], None] | None = None,
+    goes_on: bool = False,
 ) -> str:
     """The continuation of `input_ids`, special tokens left out.
 
@@ -24,12 +25,13 @@ def generate(
             does the end of the model's context.
         temperature: 0 takes the likeliest token.
         on_text: called with each finished piece of text as it comes.
+        goes_on: as Answer's.
 
     Raises:
         UserError: a setting that cannot be; a prompt without tokens, or longer than the model's context.
     """
     sampling = make_config(SamplingConfig, {"temperature": temperature}, "generate")
-    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling)
+    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, goes_on=goes_on)
     pieces = []
     while answer.finish_reason is None:
         pieces.append(answer.advance())

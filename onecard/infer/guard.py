@@ -60,6 +60,7 @@ class Guard:
     def __init__(self, app: Any, config: ServeConfig):
         self.app, self.config = app, config
         self.timeout = config.client_timeout_seconds
+        self.names = {name.lower() for name in (*OWN_NAMES, config.host, *config.allowed_hosts)}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -82,7 +83,7 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if is_loopback(self.config.host) or self.config.allowed_hosts:
             name = host_name(headers.get(b"host", b"").decode("latin-1"))
-            if name not in (*OWN_NAMES, self.config.host, *self.config.allowed_hosts):
+            if name not in self.names:
                 raise ApiError(421, f"the Host header must name this server, found {name[:80]!r}", code="wrong_host")
         if self.config.api_key is not None and scope["path"] != "/health":
             sent = headers.get(b"authorization", b"").removeprefix(b"Bearer ")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,11 +110,12 @@ class Service:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         served = self.models[request.model]
-        work = Work(ids, num_tokens, request.sampling(), served.adapter, served.tokenizer, emit)
+        chat = isinstance(request, ChatRequest)
+        work = Work(ids, num_tokens, request.sampling(), served.adapter, served.tokenizer, emit, goes_on=not chat)
         if not self.engine.submit(work):
             raise ApiError(503, "too many requests wait", code="overloaded")
         usage = request.stream_options.include_usage
-        return work, pieces, Reply(isinstance(request, ChatRequest), request.model, len(ids), usage)
+        return work, pieces, Reply(chat, request.model, len(ids), usage)
 
     async def answer(self, request: Any) -> Response:
         work, pieces, reply = await self.submit(request)
@@ -260,11 +262,14 @@ def name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
 
 
 def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: ServeConfig) -> None:
-    """Load the adapters, say where the server is, and run it until Ctrl-C.
+    """Load the adapters, take the address, say where the server is, and run it until Ctrl-C.
 
     Args:
         checkpoint: the base's folder or hub id.
         folders: name_models' of it and the adapters.
+
+    Raises:
+        UserError: an address that is taken; as with_adapter.
     """
     models: dict[str, Served] = {}
     for i, (name, folder) in enumerate(folders.items()):
@@ -272,7 +277,13 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
         models[name] = Served(own, load_tokenizer(checkpoint, folder))
         if own is not None:
             model = with_adapter(model, folder, own)
-    server = make_server(model, models, config)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"serving  {', '.join(models)}\nbase_url http://{host}:{config.port}/v1  (Ctrl-C ends)", flush=True)
-    server.run()
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        door = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        must, do = "the server's address must be this machine's and free", "choose another --port or --host"
+        raise UserError(must, error.strerror or str(error), do, f"{host}:{config.port}") from None
+    port = door.getsockname()[1]
+    print(f"serving  {', '.join(models)}\nbase_url http://{host}:{port}/v1  (Ctrl-C ends)", flush=True)
+    make_server(model, models, config).run(sockets=[door])

@@ -27,7 +27,7 @@ from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import Answer
 from onecard.infer.guard import Guard
 from onecard.infer.protocol import ChatRequest, Message
-from onecard.infer.server import Served, Service, make_server, name_models
+from onecard.infer.server import Served, Service, make_server, name_models, serve
 from onecard.nn.lora import lora_config
 
 BASE = str(Path(__file__).parents[2] / "onecard" / "demo" / "base")
@@ -415,6 +415,16 @@ def test_names_of_models_are_settled_before_anything_loads(tmp_path):
         name_models(str(tmp_path), [folder, f"adapter={folder}"])
 
 
+def test_an_address_that_is_taken_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="must be this machine's and"):
+        serve(None, BASE, {"base": None}, ServeConfig(port=taken.getsockname()[1]))
+
+
+def test_a_proxy_s_name_is_known_in_any_case():
+    guard = Guard(None, ServeConfig(allowed_hosts=["Mugs.Example"]))
+    guard.check_headers({"method": "GET", "path": "/", "headers": [(b"host", b"mugs.example:443")]})
+
+
 def test_an_address_for_others_needs_a_token():
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
         with pytest.raises(UserError, match="--api-key"):
@@ -425,16 +435,14 @@ def test_an_address_for_others_needs_a_token():
 
 
 def test_serve_answers_and_ends_with_ctrl_c(adapter):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "onecard.cli", "serve", "--model", BASE, "--adapter", f"mine={adapter}"]
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--port", "0", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert "serving  base, mine" in process.stdout.readline()
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=10)
+        url = process.stdout.readline().split()[1]
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0)
         chunks = client.completions.create(model="mine", prompt=LONG, max_tokens=900, temperature=0, stream=True)
         next(iter(chunks))
         process.send_signal(signal.SIGINT)
