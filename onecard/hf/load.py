@@ -125,7 +125,7 @@ def find_checkpoint(model: str, weights: bool = True) -> Path:
     if is_hub_id(model):
         from huggingface_hub import snapshot_download
 
-        wanted = [*SMALL_FILES, "*.safetensors"] if weights else list(SMALL_FILES)
+        wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
         try:
             return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=list(OTHER_WEIGHTS)))
         except Exception as error:
