@@ -14,6 +14,7 @@ from onecard.config import (
     PlanConfig,
     QuantConfig,
     ServeConfig,
+    StoredConfig,
     TrainConfig,
     make_config,
     parse_bytes,
@@ -32,13 +33,14 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = ExportFields = ServeFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
 else:
     flags = Parameter(name="*", negative_iterable=())
     TrainFields = Annotated[partial(TrainConfig) | None, flags]
     DataFields = Annotated[partial(DataConfig) | None, flags]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]
     QuantFields = Annotated[partial(QuantConfig) | None, flags]
+    StoredFields = Annotated[partial(StoredConfig) | None, flags]
     ExportFields = Annotated[partial(ExportConfig) | None, flags]
     PlanFields = Annotated[partial(PlanConfig) | None, flags]
 
@@ -184,7 +186,7 @@ def generate(
     shown = harmless if sys.stdout.isatty() else str  # a file gets the text as it is
     loaded, tokenizer = load(model, adapter, quant, device)
     ids = text_ids(prompt, tokenizer) if raw else prompt_ids([{"role": "user", "content": prompt}], tokenizer)
-    run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True))
+    run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True), raw)
     print()
 
 
@@ -228,13 +230,14 @@ def serve(
     given_fields = {"api_key": os.environ.get("ONECARD_API_KEY"), **given(fields)}
     config = make_config(ServeConfig, given_fields, "serve")
     try:
+        from onecard.infer.server import name_models
         from onecard.infer.server import serve as run
     except ImportError as error:
         raise UserError("serving needs fastapi and uvicorn", str(error), "pip install 'onecard[serve]'") from None
 
-    first = adapter[0].rpartition("=")[2] if adapter else None
-    loaded, tokenizer = load_base(model, first, quant, device)
-    run(loaded, tokenizer, model, adapter or [], config)
+    folders = name_models(model, adapter or [])
+    first = next(filter(None, folders.values()), None)
+    run(load_base(model, first, quant, device), model, folders, config)
 
 
 @app.command(name="eval")
@@ -261,7 +264,7 @@ def evaluate(
     from onecard.train.loop import evaluate as run
 
     config = make_config(DataConfig, given(fields), "command line")
-    dataset = load_dataset(data, load_tokenizer(model), config)
+    dataset = load_dataset(data, load_tokenizer(model, adapter), config)
     loaded, _ = load(model, adapter, quant, device)
     loss = run(loaded, dataset)
     print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
@@ -276,7 +279,7 @@ def merge(
     base: Literal["dequantized", "original"] | None = None,
     verify: str | None = None,
     requantize: Literal["nf4", "fp4"] | None = None,
-    quant: QuantFields = None,
+    quant: StoredFields = None,
     device: str = "cpu",
 ) -> None:
     """Merge an adapter into a 16-bit checkpoint, streaming: memory for about one tensor.
@@ -305,7 +308,7 @@ def merge(
         from onecard.export.verify import bases_of, merge_verified
         from onecard.hf.load import load_tokenizer
 
-        dataset = load_dataset(verify, load_tokenizer(model), make_config(DataConfig, {}, "merge"))
+        dataset = load_dataset(verify, load_tokenizer(model, adapter), make_config(DataConfig, {}, "merge"))
         bases: list[Any] = [base] if base is not None else bases_of(model, small)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
         print("\n".join(found.table()))

@@ -41,13 +41,12 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
-class QuantConfig(Strict):
-    """How the frozen base is stored and computed with (QLoRA, arXiv 2305.14314, section 3)."""
+class StoredConfig(Strict):
+    """How the frozen base is stored (QLoRA, arXiv 2305.14314, section 3)."""
 
     quant_type: QuantType = "nf4"
     blocksize: int = 64
     double_quant: bool = True
-    compute_dtype: ComputeDtype = "auto"
 
     @field_validator("blocksize")
     @classmethod
@@ -55,6 +54,12 @@ class QuantConfig(Strict):
         if value not in BLOCKSIZES:
             raise ValueError(f"must be one of {', '.join(map(str, BLOCKSIZES))}")
         return value
+
+
+class QuantConfig(StoredConfig):
+    """How the frozen base is stored and computed with."""
+
+    compute_dtype: ComputeDtype = "auto"
 
 
 class LoraSettings(Strict):
@@ -130,7 +135,7 @@ class GgufConfig(Strict):
         return self
 
 
-class ExportConfig(QuantConfig, GgufConfig, CalibrationConfig):
+class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
     """A model with or without an adapter in another tool's format. quant_type etc. say what training used."""
 
     format: Literal["gguf", "gptq", "awq"] = Field(
@@ -154,7 +159,9 @@ class ExportConfig(QuantConfig, GgufConfig, CalibrationConfig):
 class SamplingConfig(Strict):
     """How the next token is drawn."""
 
-    temperature: float = Field(default=0.0, ge=0, le=2, description="0 takes the likeliest token")
+    temperature: float | None = Field(
+        default=0.0, ge=0, le=2, description="0 takes the likeliest token; none: as the checkpoint's generation config"
+    )
     top_p: float | None = Field(default=None, gt=0, le=1, description="default: the checkpoint's generation config")
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64, description="default: another each time")
     stop: tuple[str, ...] = Field(default=(), description="texts that end an answer; they are not part of it")

@@ -14,21 +14,23 @@ def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any,
     """A 4-bit model with its adapter, and the tokenizer."""
     from onecard.infer.adapters import with_adapter
 
-    base, tokenizer = load_base(model, adapter, quant, device)
-    return with_adapter(base, adapter), tokenizer
+    base = load_base(model, adapter, quant, device)
+    from onecard.hf.load import load_tokenizer
+
+    return with_adapter(base, adapter), load_tokenizer(model, adapter)
 
 
-def load_base(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
-    """A 4-bit model, stored as the adapter's run had it, and the tokenizer."""
+def load_base(model: str, adapter: str | None, quant: Any, device: str) -> Any:
+    """A 4-bit model, stored as the adapter's run had it."""
     from onecard.data.rendering import sandbox
 
     sandbox.start()  # takes the second that the libraries take
     quiet_libraries()
-    from onecard.hf.load import load_model, load_tokenizer
+    from onecard.hf.load import load_model
     from onecard.hf.origin import stored_as
 
     config = stored_as(adapter, given(quant))
-    return load_model(model, **config.model_dump(), device=device), load_tokenizer(model)
+    return load_model(model, **config.model_dump(), device=device)
 
 
 def make_console() -> Any:

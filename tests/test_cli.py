@@ -1,12 +1,13 @@
 """Behaviour: the commands as a user types them."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import chat_rows, write_rows
+from tests.conftest import chat_rows, make_tokenizer, write_rows
 
 
 def onecard(*args):
@@ -47,6 +48,17 @@ def test_generate_and_eval_with_the_adapter(trained, checkpoint, chats):
     assert code == 0 and out.strip(), err
     code, out, err = onecard("eval", "--model", checkpoint, "--adapter", adapter, "--data", chats)
     assert code == 0 and "perplexity" in out, err
+
+
+def test_the_adapter_s_own_tokenizer_is_taken(trained, checkpoint, chats, tmp_path):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained[0] / "adapter", adapter)
+    make_tokenizer("{{ raise_exception('mine') }}").save_pretrained(adapter)
+    where = ("--model", checkpoint, "--adapter", adapter)
+    merging = ("--output", tmp_path / "m", "--verify", chats)
+    for command, more in (("eval", ("--data", chats)), ("merge", merging)):
+        code, _, err = onecard(command, *where, *more)
+        assert code == 2 and "mine" in err, err
 
 
 def test_export_says_how_to_use_what_it_wrote(trained, checkpoint, chats, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from onecard.config import LoraSettings, TrainConfig, make_config, read_yaml
+from onecard.config import ExportConfig, LoraSettings, TrainConfig, make_config, read_yaml
 from onecard.errors import UserError
 
 GOOD = {"model": "m", "data": "d", "output": "o"}
@@ -32,6 +32,11 @@ def test_a_wrong_field_is_named(fields, said):
     with pytest.raises(UserError) as error:
         make_config(TrainConfig, {**GOOD, **fields})
     assert said in str(error.value)
+
+
+def test_what_an_export_does_not_use_is_no_field_of_it():
+    with pytest.raises(UserError, match="compute_dtype"):
+        make_config(ExportConfig, {"format": "gguf", "model": "m", "output": "o", "compute_dtype": "float16"})
 
 
 def test_a_missing_field_is_named():

@@ -77,7 +77,7 @@ def generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], max_new
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        eos_token_id=end_tokens(model, tokenizer),
+        eos_token_id=end_tokens(model.generation_config.eos_token_id, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
     return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

@@ -12,10 +12,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from onecard.errors import UserError
-from onecard.hf.checkpoint import read_json
+from onecard.hf.quantizer import check_finite
+from onecard.infer.adapters import WEIGHTS, read_config, stored_tensors
 
 PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"  # by its name a difference, but it holds the rows themselves
+NOT_ADDED = ("fan_in_fan_out", "alora_invocation_tokens")  # of Conv1D, whose weights lie turned; for some tokens only
 
 
 @dataclass
@@ -49,17 +51,22 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """A peft folder of LoRA, rsLoRA or DoRA weights, modules saved in full and rows trained for some tokens."""
-    config = read_json(folder / "adapter_config.json", "pass the run's adapter/ folder")
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
-        found = f"peft_type {config.get('peft_type')}, bias {config.get('bias')}"
-        raise UserError("an adapter must be LoRA without trained biases", found, "merge it with peft", str(folder))
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise UserError("an adapter must hold adapter_model.safetensors", "no such file", "pass adapter/", str(folder))
+    """A peft folder of LoRA, rsLoRA or DoRA weights, modules saved in full and rows trained for some tokens.
+
+    Raises:
+        UserError: a file is missing or damaged; values that are not finite; an adapter that is more than W + s B A.
+    """
+    stored, config = stored_tensors(folder), read_config(folder)
+    more = [f"{key} {config[key]}" for key in NOT_ADDED if config.get(key)]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or more:
+        found = ", ".join([f"peft_type {config.get('peft_type')}", f"bias {config.get('bias')}", *more])
+        must = "an adapter must be LoRA on linears without trained biases"
+        raise UserError(must, found, "merge it with peft", str(folder))
+    path = folder / WEIGHTS
     adapter, parts = Adapter(folder, stays_tied=bool(config.get("ensure_weight_tying")), config=config), {}
     with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  not a dict
+        for key in stored:
+            check_finite(f"{path}: {key}", file.get_tensor(key))
             name = key.removeprefix(PREFIX)
             match = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
             if match:
@@ -74,7 +81,8 @@ def read_adapter(folder: Path) -> Adapter:
                 adapter.saved[name] = file.get_tensor(key)
     for module, part in parts.items():
         if not {"lora_A", "lora_B"} <= set(part):
-            raise UserError("each lora_A must have its lora_B", module, "the adapter is damaged", str(path))
+            found = f"{PREFIX}{module} with {next(iter(part))} alone"
+            raise UserError("each lora_A must have its lora_B", found, "use another copy of the adapter", str(path))
         A, B = part["lora_A"], part["lora_B"]
         scaling = scale_of(module, config, A.shape[0])
         adapter.updates[f"{module}.weight"] = Update(A, B, scaling, part.get("lora_magnitude_vector"))

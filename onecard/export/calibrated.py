@@ -13,7 +13,7 @@ from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
 from onecard.export.calibration import calibrate, meta_decoder
-from onecard.export.folder import DTYPES, check_room, new_folder, tokenizer_folder, write_others
+from onecard.export.folder import DTYPES, check_room, new_folder, write_others
 from onecard.export.merged import Base, Merged, Shapes, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
 from onecard.hf.writer import TensorFile
@@ -43,11 +43,15 @@ def export_calibrated(
         its folder; the linears of decoder layers that stay in 16 bits, for they fit no group.
 
     Raises:
-        UserError: as open_merged, load_dataset and calibrate do; no linear fits; no room; an output that exists.
+        UserError: as open_merged, load_dataset and calibrate do; experts, which would stay in 16 bits; no linear fits;
+            no room; an output that exists.
     """
     method, target = METHODS[format], Path(output)
     device = pick_device(config.device)
     merged = open_merged(model, adapter, base, quant)
+    if merged.experts.stacks:
+        do = "merge it in 16 bits, or use quantize, which has experts in 4 bits"
+        raise UserError(f"a model for {format} must be without experts", next(iter(merged.experts.stacks)), do, model)
     skeleton, layers = meta_decoder(merged)
     linears = linears_of(layers)
     config = config.model_copy(update={"group_size": pick_group_size(linears, config.group_size)})
@@ -57,7 +61,7 @@ def export_calibrated(
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, num_bytes(shapes))
     reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
-    tokenizer = load_tokenizer(str(tokenizer_folder(merged.checkpoint.folder, merged.adapter.folder)))
+    tokenizer = load_tokenizer(str(merged.checkpoint.folder), merged.adapter.folder)
     dataset = load_dataset(data, tokenizer, reading)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:

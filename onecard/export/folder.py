@@ -19,9 +19,10 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
+from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
 from onecard.train.state import locked, sync, sync_folder
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = {"F64": torch.float64, **TORCH_DTYPES}
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",
@@ -35,10 +36,37 @@ INDEX = "model.safetensors.index.json"
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that gets `target`'s name when the block ends well, and vanishes when it does not.
 
-    It is locked while its process lives; what a killed one left behind is removed by the next that has this target.
-
     Raises:
         UserError: target exists, or does when the block ends; the disk is full.
+    """
+    with temporary_folder(target) as folder:
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():
+                sync(path)
+        rename_new(folder, target)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """The same for a file."""
+    with temporary_folder(target) as folder:
+        yield folder / target.name
+        sync(folder / target.name)
+        try:
+            os.link(folder / target.name, target)  # os.rename would replace one that is there
+        except FileExistsError:
+            raise exists(target) from None
+        except OSError:  # a file system without links
+            rename_new(folder / target.name, target)
+        sync_folder(target.parent)
+
+
+@contextmanager
+def temporary_folder(target: Path) -> Iterator[Path]:
+    """A folder beside target that is gone when the block ends, unless it has another name by then.
+
+    It is locked while its process lives; what a killed one left behind is removed by the next that has this target.
     """
     if target.exists():
         raise exists(target)
@@ -49,29 +77,29 @@ def new_folder(target: Path) -> Iterator[Path]:
     with locked(temporary, wait=True):
         try:
             yield temporary
-            for path in temporary.rglob("*"):
-                if path.is_file():
-                    sync(path)
-            rename_new(temporary, target)
-        except BaseException as error:
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise UserError("the disk must hold the result", "no space left", "make room", str(target)) from None
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-                raise UserError("the disk must hold the result", "no space left", "make room", str(target)) from None
-            raise
 
 
 def rename_new(temporary: Path, target: Path) -> None:
+    """Raise UserError if another export was first."""
+    if target.exists():
+        raise exists(target)
     try:
         os.rename(temporary, target)
     except OSError:
         if not target.exists():
             raise
-        raise exists(target) from None  # another export was first
+        raise exists(target) from None
     sync_folder(target.parent)
 
 
 def exists(target: Path) -> UserError:
-    return UserError("the output must be a new folder", "it exists", "choose another --output", str(target))
+    return UserError("the output must be new", "it exists", "choose another --output", str(target))
 
 
 def remove_stale(target: Path) -> None:
@@ -81,22 +109,6 @@ def remove_stale(target: Path) -> None:
         with suppress(FileNotFoundError), locked(folder) as held:
             if held and any(folder.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def new_file(target: Path) -> Iterator[Path]:
-    """The same for a file."""
-    if target.exists():
-        raise UserError("the output must be a new file", "it exists", "choose another --output", str(target))
-    temporary = target.with_name(f".{target.name}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield temporary
-        sync(temporary)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    os.replace(temporary, target)
 
 
 def need_package(name: str, extra: str) -> None:
@@ -144,11 +156,6 @@ def write_others(
         total = sum((folder / name).stat().st_size for name in set(places.values()))
         content = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def tokenizer_folder(checkpoint: Path, adapter: Path | None) -> Path:
-    """Where the result's tokenizer lies: in a trained adapter's folder if it holds one, as with added tokens."""
-    return adapter if adapter is not None and (adapter / "tokenizer_config.json").is_file() else checkpoint
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -27,12 +26,13 @@ from onecard.config import GgufConfig, QuantConfig
 from onecard.errors import UserError
 from onecard.export.adapter import Adapter
 from onecard.export.architecture import Architecture
-from onecard.export.folder import check_room, new_file, new_folder, tokenizer_folder
+from onecard.export.folder import check_room, new_file, new_folder
 from onecard.export.merged import Base, Merged, open_merged
 from onecard.export.modelfile import modelfile
 from onecard.export.vocabulary import add_vocabulary
 from onecard.hf.checkpoint import read_json
 from onecard.hf.load import load_tokenizer
+from onecard.infer.decoding import end_tokens
 
 KINDS = {"bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
 FILE_TYPES = {
@@ -122,8 +122,9 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
         name: what the first file will be called.
     """
     arch, folder = Architecture(merged.config), merged.checkpoint.folder.resolve()
-    tokenizer = load_tokenizer(str(tokenizer_folder(folder, merged.adapter.folder)))
-    end_ids = end_tokens(folder, tokenizer)
+    tokenizer = load_tokenizer(str(folder), merged.adapter.folder)
+    path = folder / "generation_config.json"
+    end_ids = end_tokens(read_json(path, "remove it").get("eos_token_id") if path.is_file() else None, tokenizer)
     writer = gguf.GGUFWriter(None, arch.name)
     if config.adapter_only:
         parts, notes = adapter_parts(merged.adapter, arch), []
@@ -139,14 +140,6 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
     text, more = modelfile(start, tokenizer, end_ids)
     recipe.write_text(text, encoding="utf-8")
     return write_parts(writer, file, parts), notes + more
-
-
-def end_tokens(folder: Path, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's first, then generation_config.json's."""
-    path = folder / "generation_config.json"
-    found = read_json(path, "remove it").get("eos_token_id") if path.is_file() else None
-    found = found if isinstance(found, list) else [found]
-    return [i for i in dict.fromkeys([tokenizer.eos_token_id, *found]) if i is not None]
 
 
 def add_model_metadata(writer: gguf.GGUFWriter, name: str, outtype: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from onecard.config import QuantConfig
 from onecard.errors import UserError
@@ -30,7 +31,7 @@ from onecard.hf.load import find_checkpoint
 from onecard.hf.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.memory.model import read_model
+from onecard.memory.model import Model, read_model
 from onecard.quant.blockwise import state_absmax
 from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, read_facts
 
@@ -160,7 +161,8 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
 
     Raises:
         UserError: an adapter that does not belong to the model, was trained over another quantization or is of a
-            kind not known here; the original weights of a checkpoint that has none.
+            kind not known here; the original weights of a checkpoint that has none; a model whose linears are not
+            tensors of the checkpoint.
     """
     checkpoint = inspect_checkpoint(find_checkpoint(model))
     base = base or ("dequantized" if adapter is not None or checkpoint.is_4bit else "original")
@@ -169,12 +171,13 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
         raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
     tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
     shapes, known = stored_shapes(checkpoint), read_model(checkpoint)
+    check_linears(known, shapes, checkpoint.folder)
     experts = Experts.of(checkpoint, known)
     experts.spread(tuned)
     check_belongs(tuned, shapes, checkpoint.folder)
     linears = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"} - set(experts.places)
     if not checkpoint.is_4bit:
-        linears = set(known.linears) & set(shapes)
+        linears = set(known.linears)
     quant = trained_over(checkpoint, linears, adapter, quant)
     rounded = linears | set(experts.places) if base == "dequantized" else set()
     full, config = saved_tensors(tuned, checkpoint, shapes)
@@ -255,6 +258,16 @@ def write_tensor(file: TensorFile, merged: Merged, name: str) -> None:
         return
     for slab in merged.slabs(name):
         file.append(name, slab)
+
+
+def check_linears(known: Model, shapes: Shapes, folder: Path) -> None:
+    """All that training has in 4 bits must be in the checkpoint by the model's names, its rows the outputs."""
+    turned = [f"{name}.weight" for name, module in known.modules.named_modules() if isinstance(module, Conv1D)]
+    missing = sorted(set(known.linears) - set(shapes))
+    if turned or missing:
+        found = f"no {missing[0]}" if missing else f"{turned[0]} of a Conv1D, whose rows are inputs"
+        do = "train, generate and serve take it; save_pretrained of load_model's writes it in 4 bits"
+        raise UserError("the checkpoint must hold a linear's weight for each of the model's", found, do, str(folder))
 
 
 def check_belongs(adapter: Adapter, shapes: Shapes, folder: Path) -> None:

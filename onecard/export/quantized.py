@@ -69,11 +69,11 @@ class Kept:
             self.found += found.square().sum(dtype=torch.float64).item()
 
 
-def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Path:
+def quantize_checkpoint(model: str, output: str, quant: QuantConfig) -> Path:
     """Write a folder with the model's linears and experts in 4 bits; its path.
 
     Args:
-        compute_dtype: what those who load it should dequantize to, for config.json.
+        quant: its compute_dtype is what config.json tells those who load it to dequantize to; "auto": bfloat16.
 
     Raises:
         UserError: a checkpoint that is not in 16 or 32 bits; int4; no room on the disk; an output that exists.
@@ -84,7 +84,7 @@ def quantize_checkpoint(model: str, output: str, quant: QuantConfig, compute_dty
     merged, target = open_merged(model, None, "original"), Path(output)
     check_room(target, merged.nbytes // 2)
     with new_folder(target) as folder:
-        write_quantized(merged, folder, quant, compute_dtype)
+        write_quantized(merged, folder, quant)
     return target
 
 
@@ -118,7 +118,7 @@ def check_type(quant: QuantConfig) -> None:
         raise UserError("bitsandbytes' format holds nf4 and fp4", "int4", "choose one of them", "quant_type")
 
 
-def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dtype: str = "bfloat16") -> Kept:
+def write_quantized(merged: Merged, folder: Path, quant: QuantConfig) -> Kept:
     """A whole checkpoint with linears and experts in 4 bits; what is left of the adapter's update."""
     files: dict[str, str] = {}
     kept, places = Kept(), merged.experts.places
@@ -138,7 +138,7 @@ def write_quantized(merged: Merged, folder: Path, quant: QuantConfig, compute_dt
     stored = BitsAndBytesConfig(
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_compute_dtype=compute_dtype,
+        bnb_4bit_compute_dtype="bfloat16" if quant.compute_dtype == "auto" else quant.compute_dtype,
         llm_int8_skip_modules=before.get("llm_int8_skip_modules"),
     )
     config = {**merged.config, "quantization_config": stored.to_dict()}

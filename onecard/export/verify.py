@@ -32,7 +32,7 @@ from onecard.export.merged import Base, open_merged, write_merged
 from onecard.export.quantized import Kept, check_type, write_quantized
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.hf.load import find_checkpoint, load_model
+from onecard.hf.load import find_checkpoint, load_model, pick_device
 from onecard.infer.adapters import with_adapter
 from onecard.nn.embedding import Head, cast_output
 from onecard.train.loop import choose_loss
@@ -139,8 +139,9 @@ def merge_verified(
         num_examples: examples of the dataset, its first.
 
     Raises:
-        UserError: as open_merged and write_quantized.
+        UserError: as open_merged and write_quantized; no such device.
     """
+    device = str(pick_device(device))
     if requantized is not None:
         check_type(requantized)
     merged = {base: open_merged(model, adapter, base, quant) for base in bases}

@@ -27,7 +27,8 @@ from onecard.paging.weights import SLICE_ROWS, PagedBase, PagedEmbedding, PagedH
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SUSPICIOUS_ZEROS = 1 << 16
 STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-WEIGHT_FILES = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
+OTHER_WEIGHTS = ("*/*.safetensors", "consolidated*")  # the same again for other programs; a hub's * crosses folders
 
 
 def load_model(
@@ -111,17 +112,22 @@ def load_paged(
     return model
 
 
-def find_checkpoint(model: str) -> Path:
-    """The folder of a checkpoint; a hub id is fetched (safetensors, config and tokenizer only)."""
+def is_hub_id(model: str) -> bool:
+    """Whether a name is none of a file or folder and looks like ORG/ID."""
+    return not Path(model).expanduser().exists() and model.count("/") == 1 and not model.startswith((".", "/", "~"))
+
+
+def find_checkpoint(model: str, weights: bool = True) -> Path:
+    """The folder of a checkpoint; of a hub id's, safetensors (if `weights`), config and tokenizer are fetched."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
-    looks_like_path = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
-    if not looks_like_path:
+    if is_hub_id(model):
         from huggingface_hub import snapshot_download
 
+        wanted = [*SMALL_FILES, *(["*.safetensors"] if weights else [])]
         try:
-            return Path(snapshot_download(model, allow_patterns=list(WEIGHT_FILES)))
+            return Path(snapshot_download(model, allow_patterns=wanted, ignore_patterns=list(OTHER_WEIGHTS)))
         except Exception as error:
             raise UserError(
                 "the model must be a folder or a hub id in reach", first_line(error), "check name and network", model
@@ -328,9 +334,15 @@ def fix_date(tokenizer: Any, date: datetime.date) -> None:
         tokenizer.chat_template = {name: STRFTIME_NOW.sub(write, text) for name, text in found.items()}
 
 
-def load_tokenizer(model: str) -> Any:
-    """The checkpoint's tokenizer. Raises UserError where there is none."""
-    folder = find_checkpoint(model)
+def tokenizer_folder(checkpoint: Path, adapter: str | Path | None) -> Path:
+    """Where the tokenizer lies: in a trained adapter's folder if it holds one, as with added tokens."""
+    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    return Path(adapter) if own and adapter is not None else checkpoint
+
+
+def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
+    """The adapter's tokenizer, or else the checkpoint's. Raises UserError where there is none."""
+    folder = tokenizer_folder(find_checkpoint(model, weights=False), adapter)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:

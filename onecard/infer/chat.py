@@ -16,11 +16,11 @@ from typing import Any
 
 from rich.console import Console
 
-from onecard.config import SamplingConfig
+from onecard.config import SamplingConfig, make_config
 from onecard.data.template import prompt_ids
 from onecard.errors import UserError
 from onecard.infer.adapters import use_adapter
-from onecard.infer.decoding import Answer, Context, harmless
+from onecard.infer.decoding import Answer, Context, context_length, harmless, room_for
 
 HELP = {
     "/reset": "forget the talk",
@@ -69,8 +69,9 @@ class Talk:
 
     def __init__(self, model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temperature: float):
         self.model, self.tokenizer, self.console = model, tokenizer, console
-        self.max_new_tokens, self.sampling = max_new_tokens, SamplingConfig(temperature=temperature)
-        self.max_tokens = model.config.get_text_config().max_position_embeddings
+        self.max_new_tokens = room_for(model, 1, max_new_tokens)
+        self.sampling = make_config(SamplingConfig, {"temperature": temperature}, "chat")
+        self.max_tokens = context_length(model)
         self.context = Context(model)
         self.system: list[dict[str, str]] = []
         self.messages: list[dict[str, str]] = []
@@ -149,8 +150,7 @@ class Talk:
         except UserError:
             self.messages.pop()
             raise
-        room = min(self.max_new_tokens, self.max_tokens - len(ids))
-        answer = Answer(self.model, self.tokenizer, ids, room, self.sampling, self.context)
+        answer = Answer(self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, self.context)
         if hasattr(self.model, "peft_config"):
             self.note("tuned" if self.tuned else "base")
         started = time.perf_counter()

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from onecard.config import SamplingConfig
+from onecard.errors import UserError
 
 PREFILL_TOKENS = 256  # of a prompt in one pass: others wait no longer than that takes
 
@@ -77,12 +78,14 @@ class Sampler:
     def __init__(self, model: Any, sampling: SamplingConfig):
         stored = model.generation_config
         top_p = sampling.top_p if sampling.top_p is not None else stored.top_p or 1.0
-        self.greedy = sampling.temperature == 0
+        temperature = sampling.temperature if sampling.temperature is not None else stored.temperature
+        temperature = 1.0 if temperature is None else temperature
+        self.greedy = temperature == 0
         self.shape = LogitsProcessorList()
         if stored.repetition_penalty not in (None, 1.0):
             self.shape.append(RepetitionPenaltyLogitsProcessor(stored.repetition_penalty))
         if not self.greedy:
-            self.shape.append(TemperatureLogitsWarper(sampling.temperature))
+            self.shape.append(TemperatureLogitsWarper(temperature))
             if stored.top_k:
                 self.shape.append(TopKLogitsWarper(stored.top_k))
             if top_p < 1:
@@ -104,13 +107,18 @@ class Sampler:
 
 
 class Text:
-    """Text from tokens as they come: whole characters, special tokens left out, nothing from a stop string on."""
+    """Text from tokens as they come: whole characters, special tokens left out, nothing from a stop string on.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()):
+    Args:
+        before: the token whose text this one goes on from; None: it is a text of its own.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), before: int | None = None):
         self.tokenizer, self.stop = tokenizer, stop
         self.special = frozenset(tokenizer.all_special_ids)
-        self.tokens: list[int] = []  # the last that made text, then those that have not yet
-        self.num_shown, self.held, self.stopped = 0, "", False
+        # The last that made text, then those that have not yet.
+        self.tokens: list[int] = [] if before is None or before in self.special else [before]
+        self.num_shown, self.held, self.stopped = len(self.tokens), "", False
 
     def push(self, token: int) -> str:
         """What can be shown after one more token."""
@@ -150,9 +158,16 @@ class Text:
 class Answer:
     """The continuation of a prompt, one pass of the model at a time.
 
+    Args:
+        goes_on: whether its text goes on from the prompt's, with the space between them; a chat's does not.
+
     Attributes:
-        finish_reason: None while it goes on; "stop" after an end token or a stop string; "length".
+        finish_reason: None while it goes on; "stop" after an end token or a stop string; "length" after max_new_tokens,
+            or as many as the model's context has room for.
         num_tokens: tokens drawn, the end token included.
+
+    Raises:
+        UserError: as room_for.
     """
 
     def __init__(
@@ -163,11 +178,14 @@ class Answer:
         max_new_tokens: int,
         sampling: SamplingConfig,
         context: Context | None = None,
+        goes_on: bool = False,
     ):
+        self.max_new_tokens = room_for(model, len(input_ids), max_new_tokens)
         self.context = context or Context(model)
         self.rest = self.context.rewind(input_ids)
-        self.ends, self.max_new_tokens = end_tokens(model, tokenizer), max_new_tokens
-        self.sampler, self.text = Sampler(model, sampling), Text(tokenizer, sampling.stop)
+        self.ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
+        self.sampler = Sampler(model, sampling)
+        self.text = Text(tokenizer, sampling.stop, input_ids[-1] if goes_on else None)
         self.num_tokens, self.finish_reason = 0, None
 
     def advance(self) -> str:
@@ -186,11 +204,26 @@ class Answer:
         return text + self.text.finish() if self.finish_reason else text
 
 
-def end_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's and the generation config's."""
-    configured = model.generation_config.eos_token_id
+def context_length(model: Any) -> int:
+    """Tokens that the model takes."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+
+def room_for(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> int:
+    """How many tokens an answer may have. Raises UserError for a setting or a prompt that leaves none."""
+    if max_new_tokens < 1:
+        raise UserError("max_new_tokens must be 1 or more", str(max_new_tokens), "correct it", "max_new_tokens")
+    length = context_length(model)
+    if not 1 <= num_prompt_tokens <= length:
+        found = f"{num_prompt_tokens} tokens, of {length} that the model takes"
+        raise UserError("a prompt must have tokens and leave room for an answer", found, "correct it", "prompt")
+    return min(max_new_tokens, length - num_prompt_tokens + 1)  # the last one is not fed
+
+
+def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's first, then the generation config's eos_token_id."""
     found = configured if isinstance(configured, list) else [configured]
-    return sorted({token for token in [*found, tokenizer.eos_token_id] if token is not None})
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]
 
 
 def harmless(text: str) -> str:

@@ -32,36 +32,45 @@ class Piece:
 
 @dataclass(eq=False)
 class Work:
-    """A request: `emit` is called in the engine's thread with each Piece; `cancelled` may be set in any thread."""
+    """A request: `emit` is called in the engine's thread with each Piece; `cancelled` may be set in any thread.
+
+    Attributes:
+        goes_on: as Answer's.
+    """
 
     input_ids: list[int]
     max_new_tokens: int
     sampling: SamplingConfig
     adapter: str | None
+    tokenizer: Any
     emit: Callable[[Piece], None]
+    goes_on: bool = False
     cancelled: bool = False
     answer: Answer | None = field(default=None, init=False)
 
-    def advance(self, model: Any, tokenizer: Any) -> bool:
+    def advance(self, model: Any) -> bool:
         """One pass of the model; whether there is more to come. What goes wrong is this request's alone."""
         try:
             if self.answer is None:
-                self.answer = Answer(model, tokenizer, self.input_ids, self.max_new_tokens, self.sampling)
+                asked = (self.input_ids, self.max_new_tokens, self.sampling)
+                self.answer = Answer(model, self.tokenizer, *asked, goes_on=self.goes_on)
             text = self.answer.advance()
             if text or self.answer.finish_reason:
                 self.emit(Piece(text, self.answer.num_tokens, self.answer.finish_reason))
-            return self.answer.finish_reason is None
+            if self.answer.finish_reason is None:
+                return True
         except Exception as error:
             self.emit(Piece("", 0, error=f"{type(error).__name__}: {error}"))
-            return False
+        if self.answer is not None:
+            self.answer.context.clear()  # its client may be reading for long
+        return False
 
 
 class Engine:
     """Runs Works until it is closed."""
 
-    def __init__(self, model: Any, tokenizer: Any, max_active: int, max_queued: int):
-        self.model, self.tokenizer = model, tokenizer
-        self.max_active, self.max_queued = max_active, max_queued
+    def __init__(self, model: Any, max_active: int, max_queued: int):
+        self.model, self.max_active, self.max_queued = model, max_active, max_queued
         self.waiting: deque[Work] = deque()
         self.active: list[Work] = []
         self.changed = threading.Condition()
@@ -75,7 +84,8 @@ class Engine:
         """Queue a request, first come first served; False if too many wait, or the engine is closed."""
         with self.changed:
             self.waiting = deque(each for each in self.waiting if not each.cancelled)
-            if self.closed or len(self.waiting) >= self.max_queued:
+            free = self.max_active - len(self.active)  # for those that the next round lets in
+            if self.closed or len(self.waiting) >= self.max_queued + free:
                 return False
             self.waiting.append(work)
             self.changed.notify()
@@ -88,7 +98,7 @@ class Engine:
                 if name != self.adapter:
                     use_adapter(self.model, name)
                     self.adapter = name
-                going_on += [work for work in group if work.advance(self.model, self.tokenizer)]
+                going_on += [work for work in group if work.advance(self.model)]
             self.active = going_on
 
     def admit(self) -> bool:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from onecard.config import SamplingConfig, make_config
-from onecard.errors import UserError
 from onecard.infer.decoding import Answer
 
 
@@ -17,18 +16,22 @@ def generate(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     on_text: Callable[[str], None] | None = None,
+    goes_on: bool = False,
 ) -> str:
     """The continuation of `input_ids`, special tokens left out.
 
     Args:
-        max_new_tokens: the most tokens to write; an end token of the tokenizer or of the model stops earlier.
+        max_new_tokens: the most tokens to write; an end token of the tokenizer or of the model stops earlier, and so
+            does the end of the model's context.
         temperature: 0 takes the likeliest token.
         on_text: called with each finished piece of text as it comes.
+        goes_on: as Answer's.
+
+    Raises:
+        UserError: a setting that cannot be; a prompt without tokens, or longer than the model's context.
     """
-    if max_new_tokens < 1:
-        raise UserError("max_new_tokens must be 1 or more", str(max_new_tokens), "correct it", "max_new_tokens")
     sampling = make_config(SamplingConfig, {"temperature": temperature}, "generate")
-    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling)
+    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, goes_on=goes_on)
     pieces = []
     while answer.finish_reason is None:
         pieces.append(answer.advance())

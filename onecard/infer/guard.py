@@ -12,12 +12,46 @@ import hmac
 from contextlib import suppress
 from typing import Any
 
+import h11
 from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from onecard.config import ServeConfig, is_loopback
 from onecard.infer.protocol import ApiError
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+class TimedProtocol(H11Protocol):
+    """uvicorn's, which by itself waits for a request's head without end, and counts such connections as busy ones."""
+
+    def __init__(self, *args: Any, seconds: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.seconds, self.timer = seconds, None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.time_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.time_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self.stop_timer()
+
+    def time_head(self) -> None:
+        """The time runs from the first byte of a head, or the connection, to the whole head, however many come."""
+        if self.conn.their_state is not h11.IDLE:
+            self.stop_timer()
+        elif self.timer is None:
+            self.timer = self.loop.call_later(self.seconds, self.timeout_keep_alive_handler)
+
+    def stop_timer(self) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
 
 class Guard:
@@ -26,6 +60,7 @@ class Guard:
     def __init__(self, app: Any, config: ServeConfig):
         self.app, self.config = app, config
         self.timeout = config.client_timeout_seconds
+        self.names = {name.lower() for name in (*OWN_NAMES, config.host, *config.allowed_hosts)}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -48,7 +83,7 @@ class Guard:
         headers = {name.lower(): value for name, value in scope["headers"]}
         if is_loopback(self.config.host) or self.config.allowed_hosts:
             name = host_name(headers.get(b"host", b"").decode("latin-1"))
-            if name not in (*OWN_NAMES, self.config.host, *self.config.allowed_hosts):
+            if name not in self.names:
                 raise ApiError(421, f"the Host header must name this server, found {name[:80]!r}", code="wrong_host")
         if self.config.api_key is not None and scope["path"] != "/health":
             sent = headers.get(b"authorization", b"").removeprefix(b"Bearer ")

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,41 +26,55 @@ from starlette.types import Receive, Scope, Send
 from onecard.config import ServeConfig
 from onecard.data.template import prompt_ids, text_ids
 from onecard.errors import UserError
+from onecard.hf.load import load_tokenizer
 from onecard.infer.adapters import with_adapter
+from onecard.infer.decoding import context_length
 from onecard.infer.engine import Engine, Piece, Work
-from onecard.infer.guard import Guard
+from onecard.infer.guard import Guard, TimedProtocol
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a name stands for.
+
+    Attributes:
+        adapter: peft's name of it; None for the base.
+    """
+
+    adapter: str | None
+    tokenizer: Any
 
 
 class Service:
     """The model, its names and the engine.
 
     Args:
-        models: what requests call the models; peft's name of each one's adapter, None for the base.
+        models: by what requests call them.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, models: dict[str, str | None], config: ServeConfig):
-        self.tokenizer, self.models, self.config = tokenizer, models, config
-        text_config = model.config.get_text_config()
-        self.vocab_size, length = text_config.vocab_size, text_config.max_position_embeddings
+    def __init__(self, model: Any, models: dict[str, Served], config: ServeConfig):
+        self.models, self.config = models, config
+        self.vocab_size, length = model.config.get_text_config().vocab_size, context_length(model)
         self.max_model_len = min(config.max_model_len or length, length)
-        self.engine = Engine(model, tokenizer, config.max_num_seqs, config.max_queued)
+        self.engine = Engine(model, config.max_num_seqs, config.max_queued)
         self.encoder = ThreadPoolExecutor(1)  # one: a tokenizer is not for two threads; the event loop must not wait
         self.started = int(time.time())
 
     def prompt(self, request: Any) -> list[int]:
         """Tokens of a request's messages or prompt. Raises ApiError."""
+        tokenizer = self.models[request.model].tokenizer
         try:
             if isinstance(request, ChatRequest):
-                return prompt_ids([message.turn() for message in request.messages], self.tokenizer)
+                return prompt_ids([message.turn() for message in request.messages], tokenizer)
             prompt: Any = request.prompt
             if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
                 if len(prompt) > 1:
                     raise ApiError(400, "one prompt a request is supported", "prompt", "unsupported_value")
                 prompt = prompt[0]
-            ids = text_ids(prompt, self.tokenizer) if isinstance(prompt, str) else prompt
+            ids = text_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt
         except UserError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ApiError(400, f"{error.must}; found: {error.found}", param, "invalid_value") from None
@@ -92,11 +109,13 @@ class Service:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
-        work = Work(ids, num_tokens, request.sampling(), self.models[request.model], emit)
+        served = self.models[request.model]
+        chat = isinstance(request, ChatRequest)
+        work = Work(ids, num_tokens, request.sampling(), served.adapter, served.tokenizer, emit, goes_on=not chat)
         if not self.engine.submit(work):
             raise ApiError(503, "too many requests wait", code="overloaded")
         usage = request.stream_options.include_usage
-        return work, pieces, Reply(isinstance(request, ChatRequest), request.model, len(ids), usage)
+        return work, pieces, Reply(chat, request.model, len(ids), usage)
 
     async def answer(self, request: Any) -> Response:
         work, pieces, reply = await self.submit(request)
@@ -206,8 +225,9 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
-def make_server(model: Any, tokenizer: Any, models: dict[str, str | None], config: ServeConfig) -> uvicorn.Server:
-    app = make_app(Service(model, tokenizer, models, config))
+def make_server(model: Any, models: dict[str, Served], config: ServeConfig) -> uvicorn.Server:
+    app = make_app(Service(model, models, config))
+    http: Any = partial(TimedProtocol, seconds=config.client_timeout_seconds)
     settings = uvicorn.Config(
         app,
         host=config.host,
@@ -216,26 +236,54 @@ def make_server(model: Any, tokenizer: Any, models: dict[str, str | None], confi
         limit_concurrency=4 * (config.max_num_seqs + config.max_queued),
         timeout_graceful_shutdown=5,  # answers under way may end; then they are cancelled
         ws="none",
+        http=http,
     )
     return uvicorn.Server(settings)
 
 
-def serve(model: Any, tokenizer: Any, name: str, adapters: list[str], config: ServeConfig) -> None:
-    """Load the adapters, say where the server is, and run it until Ctrl-C.
+def name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
+    """What requests call the base, whose folder is None, and each adapter: their folders by name.
 
     Args:
-        name: the checkpoint's folder or hub id; its last part is what requests call the base.
-        adapters: FOLDER or NAME=FOLDER.
+        model: the checkpoint's folder or hub id; a folder's last part is its name.
+        adapters: FOLDER, of which the same holds, or NAME=FOLDER.
+
+    Raises:
+        UserError: a name twice.
     """
-    models: dict[str, str | None] = {Path(name).resolve().name if Path(name).exists() else name: None}
-    for i, given in enumerate(adapters):
-        called, _, folder = given.rpartition("=")
-        called = called or Path(folder).resolve().name
-        if called in models:
-            raise UserError("each model needs a name of its own", f"{called!r} twice", "write NAME=FOLDER", "adapter")
-        models[called] = own = f"adapter_{i}"  # peft's names take no dots
-        model = with_adapter(model, folder, own)
-    server = make_server(model, tokenizer, models, config)
+    folders: dict[str, str | None] = {Path(model).resolve().name if Path(model).exists() else model: None}
+    for given in adapters:
+        name, _, folder = ("", "", given) if Path(given).is_dir() or "=" not in given else given.partition("=")
+        name = name or Path(folder).resolve().name
+        if name in folders:
+            raise UserError("each model needs a name of its own", f"{name!r} twice", "write NAME=FOLDER", "adapter")
+        folders[name] = folder
+    return folders
+
+
+def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: ServeConfig) -> None:
+    """Load the adapters, take the address, say where the server is, and run it until Ctrl-C.
+
+    Args:
+        checkpoint: the base's folder or hub id.
+        folders: name_models' of it and the adapters.
+
+    Raises:
+        UserError: an address that is taken; as with_adapter.
+    """
+    models: dict[str, Served] = {}
+    for i, (name, folder) in enumerate(folders.items()):
+        own = None if folder is None else f"adapter_{i}"  # peft's names take no dots
+        models[name] = Served(own, load_tokenizer(checkpoint, folder))
+        if own is not None:
+            model = with_adapter(model, folder, own)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    print(f"serving  {', '.join(models)}\nbase_url http://{host}:{config.port}/v1  (Ctrl-C ends)", flush=True)
-    server.run()
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    try:
+        door = socket.create_server((config.host, config.port), family=family)
+    except OSError as error:
+        must, do = "the server's address must be this machine's and free", "choose another --port or --host"
+        raise UserError(must, error.strerror or str(error), do, f"{host}:{config.port}") from None
+    port = door.getsockname()[1]
+    print(f"serving  {', '.join(models)}\nbase_url http://{host}:{port}/v1  (Ctrl-C ends)", flush=True)
+    make_server(model, models, config).run(sockets=[door])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from transformers import AutoConfig
 
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
-from onecard.hf.load import find_checkpoint, first_line, meta_model, read_config
+from onecard.hf.load import find_checkpoint, first_line, is_hub_id, meta_model, read_config
 from onecard.memory.shapes import KNOWN
 from onecard.memory.stacks import Stack, stacks_of
 
@@ -85,7 +84,7 @@ def find_model(model: str) -> Model:
     """
     if model.lower() in KNOWN:
         return Model(meta_model(known_config(model.lower()), model), {})
-    if not Path(model).expanduser().exists() and model.count("/") == 1 and not model.startswith((".", "~", "/")):
+    if is_hub_id(model):
         return read_hub(model)
     try:
         return read_model(inspect_checkpoint(find_checkpoint(model)))

@@ -340,10 +340,16 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, chats, monkeypatch):
 
 
 def test_a_model_with_other_tensors_is_refused(tmp_path, chats):
-    """Experts, say, whose stacked parameters are not the checkpoint's tensors."""
     base = make_checkpoint(tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
     with pytest.raises(UserError, match=r"must hold model.layers.0.self_attn.q_proj.bias"):
         export_calibrated("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_are_refused_not_left_in_16_bits(family, tmp_path, chats):
+    base = make_checkpoint(tmp_path / "base", family)
+    with pytest.raises(UserError, match=r"without experts[^\0]*model\.layers\.0\.mlp\.experts\."):
+        export_calibrated("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)

@@ -16,7 +16,7 @@ import onecard
 from onecard.config import DataConfig, QuantConfig, TrainConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
-from onecard.export.folder import new_folder
+from onecard.export.folder import new_file, new_folder
 from onecard.export.merged import merge
 from onecard.export.quantized import quantize_checkpoint, requantize
 from onecard.export.verify import merge_verified
@@ -75,7 +75,7 @@ def test_ctrl_c_leaves_nothing(tuned, tmp_path):
 
 def test_two_at_once_do_not_destroy_each_other(tuned, tmp_path):
     """The one that is whole first has the name; the other ends with an error, and its files are gone."""
-    with pytest.raises(UserError, match="new folder"), new_folder(tmp_path / "merged") as mine:
+    with pytest.raises(UserError, match="must be new"), new_folder(tmp_path / "merged") as mine:
         (mine / "a").write_text("mine")
         merge(*tuned, str(tmp_path / "merged"))
         whole = {p.name: p.read_bytes() for p in (tmp_path / "merged").iterdir()}
@@ -86,9 +86,27 @@ def test_two_at_once_do_not_destroy_each_other(tuned, tmp_path):
 
 def test_a_folder_that_is_there_is_not_written_to(tuned, tmp_path):
     (tmp_path / "merged").mkdir()
-    with pytest.raises(UserError, match="new folder"):
+    with pytest.raises(UserError, match="must be new"):
         merge(*tuned, str(tmp_path / "merged"))
     assert not list((tmp_path / "merged").iterdir())
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_is_whole_and_its_writer_s_own(links, tmp_path, monkeypatch):
+    """As a folder: two at once, a full disk; on a file system without links, too."""
+    target = tmp_path / "a.gguf"
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links")))
+    with pytest.raises(UserError, match="no space left"), new_file(target) as mine:
+        mine.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="must be new"), new_file(target) as mine:
+        mine.write_text("mine")
+        with new_file(target) as other:
+            other.write_text("other")
+        assert mine.read_text() == "mine"
+    assert target.read_text() == "other" and [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
 
 def test_a_disk_that_fills_up_midway(tuned, tmp_path, monkeypatch):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 import onecard
 from onecard.config import QuantConfig
@@ -18,7 +18,9 @@ from onecard.export.quantized import quantize_checkpoint, requantize
 from onecard.infer.adapters import with_adapter
 from onecard.nn.experts import weights_of
 from onecard.nn.lora import register_fused
+from onecard.terminal import load
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
+from tests.infer.test_generate import DAMAGES, edit_config
 
 
 def make_adapter(folder, base, added=0, **settings):
@@ -132,6 +134,8 @@ def test_the_tokenizer_of_the_run_comes_along(tmp_path):
     own = AutoTokenizer.from_pretrained(tmp_path / "own")
     assert own.convert_tokens_to_ids("<mug>") == AutoConfig.from_pretrained(tmp_path / "own").vocab_size - 1
     assert own.chat_template == tokenizer.chat_template
+    alive = load(str(base), str(tmp_path / "adapter"), None, "cpu")[1]
+    assert alive.get_vocab() == own.get_vocab() and alive.chat_template == own.chat_template
     assert (tmp_path / "own" / "preprocessor_config.json").is_file()
 
 
@@ -194,6 +198,26 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"_proj\.weight of shape"):
         merge(str(other), str(tmp_path / "adapter"), str(tmp_path / "merged"))
     assert not (tmp_path / "merged").exists()
+
+
+OF_THE_MODEL = ("another rank", "another model's modules", "an init that reads 16-bit weights")  # not the folder's
+NOT_ADDED = {
+    "Conv1D": (edit_config(fan_in_fan_out=True), "fan_in_fan_out True"),
+    "biases": (edit_config(bias="all"), "bias all"),
+    "aLoRA": (edit_config(alora_invocation_tokens=[5]), r"alora_invocation_tokens [5]"),
+}
+
+
+@pytest.mark.parametrize("kind", [*(kind for kind in DAMAGES if kind not in OF_THE_MODEL), *NOT_ADDED])
+def test_a_damaged_adapter_is_not_merged(kind, tmp_path):
+    """What with_adapter refuses of a folder, and what is not added to a linear's weight."""
+    base = make_checkpoint(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj"])
+    damage, named = {**DAMAGES, **NOT_ADDED}[kind]
+    damage(tmp_path / "adapter")
+    with pytest.raises(UserError) as error:
+        merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert named.removesuffix(".lora_A.weight") in str(error.value) and not (tmp_path / "merged").exists()
 
 
 def test_a_full_disk_is_told_first(tmp_path, monkeypatch):
@@ -260,3 +284,23 @@ def test_requantized_experts_say_what_is_left(family, tmp_path):
             along += ((weight.dequantize() - old.dequantize()).double() * D).sum().item()
             whole += D.square().sum().item()
     assert left.share == pytest.approx(along / whole, rel=1e-5)  # sums of float32 products
+
+
+def test_the_compute_dtype_that_is_told(tmp_path):
+    base = str(make_checkpoint(tmp_path / "base"))
+    for asked, told in (("auto", "bfloat16"), ("float16", "float16")):
+        folder = quantize_checkpoint(base, str(tmp_path / asked), QuantConfig(compute_dtype=asked))
+        stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+        assert stored["bnb_4bit_compute_dtype"] == told
+
+
+def test_linears_that_are_not_the_checkpoint_s_by_name_are_refused(tmp_path):
+    """Rather than left in 16 bits, or without their rounding, unsaid: Conv1D, and another name."""
+    GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64)).save_pretrained(tmp_path / "gpt2")
+    base = make_checkpoint(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file({name.replace("q_proj", "query"): t for name, t in tensors.items()}, base / "model.safetensors")
+    for model, named in (("gpt2", "c_attn.weight of a Conv1D"), ("base", "no model.layers.0.self_attn.q_proj.weight")):
+        with pytest.raises(UserError, match=named):
+            quantize_checkpoint(str(tmp_path / model), str(tmp_path / "small"), QuantConfig())
+    assert not (tmp_path / "small").exists()

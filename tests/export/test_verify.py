@@ -107,7 +107,8 @@ def test_added_tokens_are_measured_too(tmp_path, chats):
     base = make_checkpoint(tmp_path / "base")
     make_adapter(tmp_path / "adapter", base, added=3, modules_to_save=["embed_tokens", "lm_head"])
     dataset = load_dataset(str(chats), load_tokenizer(str(base)), DataConfig()).take([0, 1])
-    found = merge_verified(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"), dataset, ["dequantized"])
+    where = (str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    found = merge_verified(*where, dataset, ["dequantized"], device="auto")
     assert found.tried[0].off < 1e-4 and found.tried[0].argmax == 1.0
 
 
@@ -116,6 +117,8 @@ def test_what_cannot_be_is_told_before_anything_runs(tuned, tmp_path):
     small, _ = requantize(model, adapter, str(tmp_path / "small"), QuantConfig())
     assert bases_of(model, None) == BOTH
     assert bases_of(model, QuantConfig()) == bases_of(str(small), None) == ["dequantized"]
+    with pytest.raises(UserError, match="auto, cpu, cuda"):
+        merge_verified(model, adapter, str(tmp_path / "x"), dataset, BOTH, device="gpu")
     with pytest.raises(UserError, match="nf4 and fp4"):
         merge_verified(model, adapter, str(tmp_path / "x"), dataset, BOTH, None, QuantConfig(quant_type="int4"))
     with pytest.raises(UserError, match="original weights"):

@@ -4,12 +4,14 @@ import hashlib
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import onecard
 from onecard.config import LoraSettings
 from onecard.errors import UserError
+from onecard.hf.load import load_tokenizer
 from onecard.nn.linear import Linear4bit
 from onecard.nn.lora import LoraLinear4bit, lora_config
 from tests.conftest import FAMILIES, make_checkpoint
@@ -172,3 +174,21 @@ def test_merging_into_4_bits_is_refused(checkpoint):
 def test_config_refuses_what_it_cannot_do(kwargs):
     with pytest.raises(UserError):
         onecard.BitsAndBytesConfig(**kwargs)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_of_a_hub_s_files_only_what_is_used_is_fetched(weights, monkeypatch):
+    """Weights that lie there again for other programs are not; for its tokenizer no weights at all."""
+    there = ["config.json", "tokenizer.model", "tokenizer_config.json", "additional_chat_templates/tool.jinja",
+             "model-00001-of-00002.safetensors", "model.safetensors.index.json", "consolidated.safetensors",
+             "consolidated.00.pth", "original/model.safetensors", "pytorch_model.bin", "README.md"]  # fmt: skip
+    fetched = []
+
+    def snapshot_download(repo_id, **patterns):
+        fetched.extend(filter_repo_objects(there, **patterns))
+        raise OSError("out of reach")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match="out of reach"):
+        onecard.load_model("org/name", device="cpu") if weights else load_tokenizer("org/name")
+    assert fetched == [*there[:4], *(there[4:6] if weights else there[5:6])]

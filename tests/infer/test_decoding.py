@@ -1,15 +1,20 @@
 """Exact: an answer's tokens and text, whatever the pieces of its prompt, its turns and the answers beside it."""
 
+import asyncio
+import json
 import threading
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onecard.config import SamplingConfig
+from onecard.config import SamplingConfig, ServeConfig
 from onecard.infer import decoding
 from onecard.infer.decoding import Answer, Context, Sampler, Text
 from onecard.infer.engine import Engine, Work
+from onecard.infer.generate import generate
+from onecard.infer.protocol import CompletionRequest, parse
+from onecard.infer.server import Served, Service
 from tests.conftest import make_checkpoint, make_tokenizer
 from tests.data.test_control import sentencepiece_like
 
@@ -25,8 +30,9 @@ def load(folder):
 def loaded(request, tmp_path_factory):
     """mistral and gemma2 with a sliding window shorter than the prompt."""
     folder = tmp_path_factory.mktemp(request.param)
-    window = {} if request.param == "llama" else {"sliding_window": 8}
-    return load(make_checkpoint(folder, request.param, tie_word_embeddings=False, **window))
+    fields = {"tie_word_embeddings": False, "max_position_embeddings": 4096}
+    fields |= {} if request.param == "llama" else {"sliding_window": 8}
+    return load(make_checkpoint(folder, request.param, **fields))
 
 
 def tokens_of(answer):
@@ -66,6 +72,12 @@ def test_settings_of_the_checkpoint_hold_where_nothing_is_asked_for(loaded):
         assert found == expected_tokens(model, tokenizer, PROMPT, 24) != plain
     finally:
         model.generation_config.repetition_penalty = None
+    model.generation_config.temperature = 1e-6
+    try:
+        request = parse(CompletionRequest, b'{"model": "m", "prompt": "a"}')
+        assert tokens_of(Answer(model, tokenizer, PROMPT, 24, request.sampling()))[0] == plain  # all but greedy
+    finally:
+        model.generation_config.temperature = None
 
 
 def test_the_next_turn_goes_on_with_the_cache(loaded):
@@ -107,6 +119,25 @@ def test_text_grows_by_whole_characters_to_the_whole_text(make):
     assert not any("\ufffd" in piece for piece in pieces) and sum(map(bool, pieces)) > 10
 
 
+@pytest.mark.parametrize("make", [make_tokenizer, lambda: sentencepiece_like()])
+def test_a_completion_keeps_the_space_after_its_prompt(make, tmp_path, monkeypatch):
+    """As the whole text has it; a chat's answer is a text of its own. The model is made to say the rest of it."""
+    model, tokenizer = load(make_checkpoint(tmp_path, vocab_size=700))[0], make()
+    whole = tokenizer("two mugs and the fox", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("two mugs", add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(Sampler, "pick", lambda _, tokens, logits: whole[len(tokens)])
+    assert generate(model, tokenizer, prompt, len(whole) - len(prompt), goes_on=True) == " and the fox"
+    service = Service(model, {"m": Served(None, tokenizer)}, ServeConfig())
+    try:
+        asked = {"model": "m", "max_tokens": len(whole) - len(prompt)}
+        answer = asyncio.run(service.answer(CompletionRequest(**asked, prompt=prompt)))
+    finally:
+        service.close()
+    assert json.loads(answer.body)["choices"][0]["text"] == " and the fox"
+    alone = generate(model, tokenizer, prompt, len(whole) - len(prompt))
+    assert alone == tokenizer.decode(whole[len(prompt) :])
+
+
 def test_stop_strings_end_the_text_before_them_and_are_never_shown_in_part():
     tokenizer = make_tokenizer()
     ids = tokenizer("the quick brown fox", add_special_tokens=False)["input_ids"]
@@ -124,9 +155,9 @@ def test_stop_strings_end_the_text_before_them_and_are_never_shown_in_part():
 class Gathered:
     """What one Work emits, and a way to wait for its end."""
 
-    def __init__(self, ids, count, sampling=GREEDY, adapter=None):
+    def __init__(self, tokenizer, ids, count, sampling=GREEDY):
         self.pieces, self.ended = [], threading.Event()
-        self.work = Work(ids, count, sampling, adapter, self.emit)
+        self.work = Work(ids, count, sampling, None, tokenizer, self.emit)
 
     def emit(self, piece):
         self.pieces.append(piece)
@@ -146,10 +177,10 @@ def test_answers_side_by_side_are_those_alone_and_a_bad_one_hurts_no_other(loade
     alone = [
         tokens_of(Answer(model, tokenizer, ids, 12 + i, s))[1] for i, (ids, s) in enumerate(zip(prompts, samplings))
     ]
-    engine = Engine(model, tokenizer, max_active=5, max_queued=20)
+    engine = Engine(model, max_active=5, max_queued=20)
     try:
-        works = [Gathered(ids, 12 + i, s) for i, (ids, s) in enumerate(zip(prompts, samplings))]
-        bad = Gathered([10**9], 5)
+        works = [Gathered(tokenizer, ids, 12 + i, s) for i, (ids, s) in enumerate(zip(prompts, samplings))]
+        bad = Gathered(tokenizer, [10**9], 5)
         for work in (bad, *works):
             assert engine.submit(work.work)
         assert [work.text for work in works] == alone
@@ -161,10 +192,10 @@ def test_answers_side_by_side_are_those_alone_and_a_bad_one_hurts_no_other(loade
 
 def test_every_request_gets_a_token_in_turn(loaded):
     """Behaviour: of answers that began together none is ever more than a token ahead."""
-    order = []
-    engine = Engine(*loaded, max_active=4, max_queued=20)
+    (model, tokenizer), order = loaded, []
+    engine = Engine(model, max_active=4, max_queued=20)
     try:
-        works = [Gathered(PROMPT[:5], 20) for _ in range(3)]
+        works = [Gathered(tokenizer, PROMPT[:5], 20) for _ in range(3)]
         for i, each in enumerate(works):
             each.work.emit = lambda piece, i=i, emit=each.work.emit: (order.append((i, piece.num_tokens)), emit(piece))
         with engine.changed:  # all are there before the first round
@@ -177,9 +208,10 @@ def test_every_request_gets_a_token_in_turn(loaded):
 
 
 def test_cancelled_work_leaves_and_a_full_queue_turns_away(loaded):
-    engine = Engine(*loaded, max_active=1, max_queued=1)
+    model, tokenizer = loaded
+    engine = Engine(model, max_active=1, max_queued=1)
     try:
-        first, second, third = (Gathered(PROMPT, count) for count in (10**6, 3, 3))
+        first, second, third = (Gathered(tokenizer, PROMPT, count) for count in (4000, 3, 3))
         started = threading.Event()
         first.work.emit = lambda piece: started.set()
         assert engine.submit(first.work) and started.wait(60)
@@ -189,3 +221,15 @@ def test_cancelled_work_leaves_and_a_full_queue_turns_away(loaded):
     finally:
         engine.close()
     assert not engine.submit(third.work)
+
+
+def test_a_burst_fills_the_free_places_and_the_queue(loaded):
+    model, tokenizer = loaded
+    engine = Engine(model, max_active=3, max_queued=1)
+    try:
+        works = [Gathered(tokenizer, PROMPT, 3) for _ in range(5)]
+        with engine.changed:  # the engine gets to none of them before all are there
+            assert [engine.submit(each.work) for each in works] == [True] * 4 + [False]
+        assert all(each.text for each in works[:4])
+    finally:
+        engine.close()

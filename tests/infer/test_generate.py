@@ -6,13 +6,16 @@ import shutil
 import pytest
 import torch
 from peft import get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import onecard
-from onecard.config import LoraSettings, make_config
+from onecard.config import LoraSettings, SamplingConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
+from onecard.infer import decoding
 from onecard.infer.adapters import with_adapter
+from onecard.infer.chat import Talk
 from onecard.infer.generate import generate
 from onecard.nn.lora import lora_config
 
@@ -63,6 +66,8 @@ DAMAGES = {
     "missing tensor": (edit(lambda t: t.pop(NAME)), NAME),
     "extra tensor": (edit(lambda t: t.update(extra=torch.zeros(1))), "extra"),
     "NaN": (edit(lambda t: t[NAME].view(-1)[5].fill_(float("nan"))), f"{NAME}: every parameter"),
+    "trained over a changed base": (edit_config(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
+    "an init that reads 16-bit weights": (edit_config(init_lora_weights="mica"), "MiCA"),
 }
 
 
@@ -81,3 +86,19 @@ def test_a_damaged_adapter_is_named(kind, model, adapter, tmp_path):
 def test_settings_that_cannot_be(settings, model, checkpoint):
     with pytest.raises(UserError, match=r"must|should"):
         generate(model, load_tokenizer(str(checkpoint)), [5, 6], **settings)
+    with pytest.raises(UserError, match=r"must|should"):
+        Talk(model, load_tokenizer(str(checkpoint)), Console(), **{"max_new_tokens": 8, "temperature": 0.0, **settings})
+
+
+def test_an_answer_ends_with_the_model_s_context(model, checkpoint, monkeypatch):
+    """256 positions: a prompt that fills them has one token for an answer, and one that is longer is refused."""
+    monkeypatch.setattr(decoding, "end_tokens", lambda *_: [])
+    tokenizer = load_tokenizer(str(checkpoint))
+    for num_tokens, most in ((200, 57), (256, 1)):
+        answer = decoding.Answer(model, tokenizer, [5] * num_tokens, 100, SamplingConfig())
+        while answer.finish_reason is None:
+            answer.advance()
+        assert (answer.num_tokens, answer.finish_reason) == (most, "length")
+    for ids in ([], [5] * 257):
+        with pytest.raises(UserError, match="leave room"):
+            generate(model, tokenizer, ids)

@@ -26,7 +26,8 @@ from onecard.infer import decoding
 from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import Answer
 from onecard.infer.guard import Guard
-from onecard.infer.server import make_server
+from onecard.infer.protocol import ChatRequest, Message
+from onecard.infer.server import Served, Service, make_server, name_models, serve
 from onecard.nn.lora import lora_config
 
 BASE = str(Path(__file__).parents[2] / "onecard" / "demo" / "base")
@@ -101,7 +102,9 @@ def until(holds, seconds=30):
 def running(adapter):
     model = with_adapter(load_model(BASE, device="cpu"), adapter, "adapter_0")
     config = ServeConfig(port=0, api_key=KEY, max_body_bytes=20_000, max_num_seqs=8)
-    made = Running(make_server(model, load_tokenizer(BASE), {"base": None, "tuned.v1": "adapter_0"}, config))
+    tokenizer = load_tokenizer(BASE)
+    models = {"base": Served(None, tokenizer), "tuned.v1": Served("adapter_0", tokenizer)}
+    made = Running(make_server(model, models, config))
     yield made
     made.stop()
 
@@ -306,6 +309,7 @@ def test_a_slow_reader_holds_up_nobody_and_gets_it_all(running, client, engine, 
     assert work.answer.finish_reason is None  # it was still being answered
     until(lambda: not engine.active)
     assert work.answer.finish_reason == "length"  # its place is free though nothing was read
+    assert work.answer.context.cache.get_seq_length() == 0  # and so is its memory
     raw = read_all(slow).decode()
     slow.close()
     data = [line.removeprefix("data: ") for line in raw.splitlines() if line.startswith("data: ")]
@@ -362,6 +366,65 @@ def test_a_body_that_never_comes_is_given_up():
     assert sent[0]["status"] == 408
 
 
+def test_a_head_that_does_not_come_whole_is_given_up():
+    """A client that says nothing, and one that goes on with its headers; one that sends a request in time is served."""
+    config = ServeConfig(port=0, client_timeout_seconds=1)
+    running = Running(make_server(load_model(BASE, device="cpu"), {"base": Served(None, load_tokenizer(BASE))}, config))
+
+    def ask_health(client):
+        client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        reply = b""
+        while not reply.endswith(b"}"):
+            reply += client.recv(4096)
+        return b"200 OK" in reply
+
+    try:
+        served, silent, slow = (socket.create_connection(("127.0.0.1", running.port), 30) for _ in range(3))
+        assert ask_health(served)
+        end = time.monotonic() + 30
+        with pytest.raises(OSError):  # nobody is there to read
+            slow.sendall(b"GET /health HTTP/1.1\r\n")
+            while time.monotonic() < end:
+                slow.sendall(b"x: y\r\n")
+                time.sleep(0.05)
+        assert silent.recv(1) == b""
+        assert ask_health(served)
+        for client in (served, silent, slow):
+            client.close()
+    finally:
+        running.stop()
+
+
+def test_a_model_s_prompts_are_of_its_own_tokenizer():
+    """An adapter's, which may have added tokens and another template."""
+    base, own = load_tokenizer(BASE), load_tokenizer(BASE)
+    own.chat_template = "{{ messages[0]['content'] }}"
+    service = Service(load_model(BASE, device="cpu"), {"a": Served(None, base), "b": Served(None, own)}, ServeConfig())
+    try:
+        found = [service.prompt(ChatRequest(model=name, messages=[Message(**said("mugs")[0])])) for name in "ab"]
+    finally:
+        service.close()
+    assert found == [prompt_ids(said("mugs"), tokenizer) for tokenizer in (base, own)] and found[0] != found[1]
+
+
+def test_names_of_models_are_settled_before_anything_loads(tmp_path):
+    (tmp_path / "lr=1e-4" / "adapter").mkdir(parents=True)
+    folder = str(tmp_path / "lr=1e-4" / "adapter")
+    assert name_models("org/id", [f"mine={folder}", folder]) == {"org/id": None, "mine": folder, "adapter": folder}
+    with pytest.raises(UserError, match="'adapter' twice"):
+        name_models(str(tmp_path), [folder, f"adapter={folder}"])
+
+
+def test_an_address_that_is_taken_is_told():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="must be this machine's and"):
+        serve(None, BASE, {"base": None}, ServeConfig(port=taken.getsockname()[1]))
+
+
+def test_a_proxy_s_name_is_known_in_any_case():
+    guard = Guard(None, ServeConfig(allowed_hosts=["Mugs.Example"]))
+    guard.check_headers({"method": "GET", "path": "/", "headers": [(b"host", b"mugs.example:443")]})
+
+
 def test_an_address_for_others_needs_a_token():
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
         with pytest.raises(UserError, match="--api-key"):
@@ -372,16 +435,14 @@ def test_an_address_for_others_needs_a_token():
 
 
 def test_serve_answers_and_ends_with_ctrl_c(adapter):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [sys.executable, "-m", "onecard.cli", "serve", "--model", BASE, "--adapter", f"mine={adapter}"]
     process = subprocess.Popen(
-        [*command, "--port", str(port), "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*command, "--port", "0", "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
         assert "serving  base, mine" in process.stdout.readline()
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=60, max_retries=10)
+        url = process.stdout.readline().split()[1]
+        client = openai.OpenAI(base_url=url, api_key="none", timeout=60, max_retries=0)
         chunks = client.completions.create(model="mine", prompt=LONG, max_tokens=900, temperature=0, stream=True)
         next(iter(chunks))
         process.send_signal(signal.SIGINT)
