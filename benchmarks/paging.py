@@ -127,10 +127,10 @@ def child(args: argparse.Namespace) -> None:
     from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
+    from onecard.memory.case import Case
     from onecard.memory.fit import describe, fit_within, total_bytes
     from onecard.memory.measure import return_large_blocks
     from onecard.memory.model import read_model
-    from onecard.memory.terms import Case
     from onecard.nn.lora import lora_config
     from onecard.train.step import Run, recompute_layers, update
 

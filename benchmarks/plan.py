@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from contextlib import nullcontext
 from multiprocessing import Process
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2": ("qwen2", WIDE, {}),
     "qwen3": ("qwen3", WIDE, {"gradient_checkpointing": True}),
     "phi3": ("phi3", WIDE, {}),
+    "stablelm": ("stablelm", WIDE, {}),
     "llama-dora": ("llama", WIDE, {"use_dora": True}),
     "llama-saved": ("llama", WIDE, {"modules_to_save": ["lm_head"], "gradient_checkpointing": True}),
     "experts": ("qwen3_moe", EXPERTS, {}),
@@ -83,13 +85,15 @@ def child(name: str, folder: str) -> None:
     from onecard.config import TrainConfig, make_config, parse_bytes
     from onecard.data.loader import Loader
     from onecard.data.template import Example
-    from onecard.hf.attention import use_packed_attention
+    from onecard.hf.attention import supports_packing, use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
     from onecard.hf.load import pick_compute_dtype
+    from onecard.memory.case import Case, Fit
     from onecard.memory.measure import return_large_blocks
     from onecard.memory.model import read_model
-    from onecard.memory.terms import Case, Fit, plan_terms
+    from onecard.memory.terms import plan_terms
     from onecard.nn.lora import lora_config
+    from onecard.train.loss import packed_loss, plain_loss
     from onecard.train.step import Run, recompute_layers, update
 
     device = torch.device("cpu")
@@ -116,10 +120,11 @@ def child(name: str, folder: str) -> None:
         if method == "generate":
             adapted.generate(torch.tensor([rows[0][:-4]]), max_new_tokens=4, do_sample=False, eos_token_id=[])
         else:
-            run = Run(config, adapted, loader, 2, {}, fit=fit)
+            packs = supports_packing(base)
+            run = Run(config, adapted, loader, 2, {}, packed_loss if packs else plain_loss, fit=fit)
             adapted.train()
             recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded)
-            with use_packed_attention(run.base):
+            with use_packed_attention(run.base) if packs else nullcontext():
                 for _ in range(2):
                     update(run)
     measured = peak[0] - before + mapped_bytes(Path(folder))

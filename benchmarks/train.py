@@ -64,8 +64,8 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     from onecard.data.loader import Loader
     from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
+    from onecard.memory.case import Fit
     from onecard.memory.measure import return_large_blocks
-    from onecard.memory.terms import Fit
     from onecard.nn.lora import lora_config
     from onecard.train.loop import frozen_objects
     from onecard.train.step import Run, recompute_layers, update

@@ -38,20 +38,20 @@ def packed_attention(
     """Causal attention in each document.
 
     Args:
-        query: (1, H, T, D); key, value: (1, H_kv, T, D), H a multiple of H_kv.
+        query: (1, H, T, D); key: (1, H_kv, T, D), value: (1, H_kv, T, D_v), H a multiple of H_kv.
         cu_seqlens: 0, the ends of the documents, T last.
         sliding_window: tokens a query sees, itself included; None for all before it.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: (H,) attention sinks, a score for each head that takes part in the softmax and has no value.
 
     Returns:
-        (1, T, H, D) and None.
+        (1, T, H, D_v) and None.
     """
     assert cu_seqlens is not None and cu_seqlens[-1] == query.shape[2], "a packed row needs its cu_seqlens"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if softcap is None and s_aux is None and dropout == 0.0 and kernel.supports(query, key, value):
         return kernel.attention(query, key, value, cu_seqlens, scale, sliding_window), None
-    out = torch.empty_like(query.transpose(1, 2)) if not query.requires_grad else None
+    out = None if query.requires_grad else query.new_empty(*query.transpose(1, 2).shape[:3], value.shape[3])
     pieces = []
     for start, end in zip(cu_seqlens, cu_seqlens[1:]):
         q, k, v = (t[:, :, start:end] for t in (query, key, value))

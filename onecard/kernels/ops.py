@@ -240,7 +240,7 @@ def qlora_forward(
         seen = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
         terms = None if lora_A_RK is None else (seen, lora_A_RK, lora_B_NR, scaling)
         y_MN, xA_MR = backend(x.device).linear(x_MK, weight, N, bias, terms)
-        return y_MN.view(*x.shape[:-1], N), xA_MR
+        return y_MN.resize_(*x.shape[:-1], N), xA_MR  # not a view: some models add to it in place
     lora = None
     if lora_A_RK is not None and lora_B_NR is not None:
         x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
@@ -253,7 +253,7 @@ def qlora_forward(
             y_MN.addmm_(lora[0], lora[1].to(work).T, alpha=scaling)
     if bias is not None:
         y_MN += bias.to(y_MN.dtype)
-    return y_MN.view(*x.shape[:-1], N).to(x.dtype), x.new_empty(0) if lora is None else lora[0]
+    return y_MN.resize_(*x.shape[:-1], N).to(x.dtype), x.new_empty(0) if lora is None else lora[0]
 
 
 _qlora_linear = Operator("qlora_linear", qlora_forward)

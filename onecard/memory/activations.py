@@ -58,16 +58,11 @@ def layer_activations(
 ) -> Activations:
     """For transformers' model on the meta device with LoRA of rank r on the linears and stacks `adapted`, by name."""
     text, c = modules.config.get_text_config(), dtype.itemsize
-    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    layers = text.num_hidden_layers
+    heads, key_heads, head = heads_of(text)
     experts = getattr(text, "num_experts_per_tok", None) or 1
-    width = (getattr(text, "moe_intermediate_size", None) if experts > 1 else None) or text.intermediate_size
-    size = {
-        "d": text.hidden_size,
-        "a": heads * head_dim(text),
-        "k": (getattr(text, "num_key_value_heads", None) or heads) * head_dim(text),
-        "f": experts * width,
-        "r": r,
-    }
+    width = (getattr(text, "moe_intermediate_size", None) if experts > 1 else None) or intermediate(modules)
+    size = {"d": text.hidden_size, "a": heads * head, "k": key_heads * head, "f": experts * width, "r": r}
     count: Counter[str] = Counter()
     count.update({"a": 2, "k": 2, "f": 2})
     norm, gated = fused_kinds(modules, device)
@@ -107,9 +102,21 @@ def layer_activations(
     )
 
 
-def head_dim(text: Any) -> int:
-    """Values of a query, key or value of one head."""
-    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+def heads_of(text: Any) -> tuple[int, int, int]:
+    """A config's heads, key heads, and values of one head; one as wide as d where it has none."""
+    heads = getattr(text, "num_attention_heads", None) or 1
+    key_heads = getattr(text, "num_key_value_heads", None) or heads
+    return heads, key_heads, getattr(text, "head_dim", None) or text.hidden_size // heads
+
+
+def intermediate(modules: Any) -> int:
+    """The values between an MLP's linears: as the config tells, or the widest there is beside the head."""
+    told = getattr(modules.config.get_text_config(), "intermediate_size", None)
+    if isinstance(told, int):
+        return told
+    ends = (modules.get_input_embeddings(), modules.get_output_embeddings())
+    matrices = [p for m in modules.modules() if m not in ends for p in m.parameters(recurse=False) if p.ndim == 2]
+    return max(max(p.shape) for p in matrices)
 
 
 def norms(modules: Any) -> list[tuple[str, int]]:

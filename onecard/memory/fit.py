@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from onecard.config import parse_bytes
-from onecard.memory.activations import head_dim
+from onecard.memory.activations import heads_of
+from onecard.memory.case import Case, Fit
 from onecard.memory.model import Model
-from onecard.memory.terms import Case, Fit, plan_terms
+from onecard.memory.terms import plan_terms
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ def price(case: Case, fit: Fit) -> Price:
     rates, model, text = RATES[case.device], case.model, case.model.text
     layers, again = model.num_layers, fit.num_recomputed / model.num_layers
     P_q, (P_m, P_l), S = sum(case.sizes), case.num_met, case.length
-    a = text.num_attention_heads * head_dim(text)
+    heads, _, head = heads_of(text)
+    a = heads * head
     forward = 2 * P_m + 2 * P_l + 2 * S * a * layers
     token = 4 * P_m + 4 * text.vocab_size * text.hidden_size + 6 * P_l + 7 * S * a * layers + again * forward
     batches = case.config.gradient_accumulation_steps

@@ -14,10 +14,11 @@ import torch
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import pick_compute_dtype
+from onecard.memory.case import Case, Fit, Term
 from onecard.memory.fit import choose_fit, describe, fit_within, most_offloaded, price, total_bytes
 from onecard.memory.model import find_model
 from onecard.memory.shapes import KNOWN
-from onecard.memory.terms import Case, Fit, Method, Term, disk_terms, plan_terms
+from onecard.memory.terms import Method, disk_terms, plan_terms
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "generate")
 LENGTH_STEP = 64  # of the largest context that fits

@@ -156,19 +156,19 @@ class Product:
         return self.state.shape[2 if self.transposed else 1]
 
     @cached_property
-    def grads(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    def grads(self) -> tuple[Any, Any]:
         """Of A (E, R, K) and B (E, N, R): zero for experts without tokens."""
         if self.A_ERK is None or self.B_ENR is None:
             return None, None
         return torch.zeros_like(self.A_ERK), torch.zeros_like(self.B_ENR)
 
-    def parts(self, expert: int) -> tuple[tuple, list[int]] | None:
-        """W_e's codes and scales and its shape (N, K); None where they cannot be read as a linear's."""
+    def parts(self, expert: int) -> Any:
+        """W_e as a linear's operators take it, codes, scales and shape (N, K); None where they cannot."""
         packed, state, skip = part_of(self.packed, self.state, expert)
         if skip or self.transposed:
             return None
         scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
-        return (packed, *scales), list(state.shape)
+        return packed, *scales, list(state.shape)
 
     def weight(self, expert: int) -> Tensor:
         """W_e (N, K) in the scratch buffer."""
@@ -188,7 +188,7 @@ class Product:
         bias = None if self.bias_EN is None else self.bias_EN[expert]
         found = self.parts(expert)
         if found is not None:
-            return ops.qlora_forward(x_MK, *found[0], found[1], bias, A_RK, B_NR, self.scaling, None)
+            return ops.qlora_forward(x_MK, *found, bias, A_RK, B_NR, self.scaling, None)
         y_MN = x_MK @ self.weight(expert).T
         if bias is not None:
             y_MN += bias
@@ -208,7 +208,7 @@ class Product:
         if found is not None:
             seen = None if A_RK is None else x_MK
             dx_MK, _, dA_RK, dB_NR = ops.qlora_backward(
-                g_MN, *found[0], found[1], A_RK, B_NR, self.scaling, seen, xA_MR, False, needs
+                g_MN, *found, A_RK, B_NR, self.scaling, seen, xA_MR, False, needs
             )
         else:
             W_NK = self.weight(expert) if needs_x else None

@@ -56,7 +56,7 @@ class Offload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.worker = ThreadPoolExecutor(1, "offload")
         self.leaving: deque[tuple[Away, Tensor]] = deque()  # with the tensors, until they have left
-        self.begun: deque[torch.cuda.Event] = deque()  # on a GPU: where it begins with each of those that came back
+        self.begun: deque[Any] = deque()  # on a GPU: where it begins with each of those that came back
         self.last: weakref.ref[Away] | None = None
         self.statistics = Statistics()
 

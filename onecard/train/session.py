@@ -33,12 +33,12 @@ from onecard.hf.load import (
     read_config,
 )
 from onecard.hf.origin import Origin, origin_of, write_origin
+from onecard.memory.case import Case, Fit
 from onecard.memory.fit import fit_within, total_bytes
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes, peak_memory_bytes, return_large_blocks
 from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.show import plan_table
-from onecard.memory.terms import Case, Fit
 from onecard.nn.experts import weights_of
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate

@@ -32,8 +32,8 @@ from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.kernels.cpu import blocks
+from onecard.memory.case import Fit
 from onecard.memory.measure import peak_memory_bytes
-from onecard.memory.terms import Fit
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.paging.activations import Offload

@@ -87,6 +87,17 @@ def test_nothing_is_saved_of_W():
     assert any(t.shape == x.shape for t in saved) and any(t.shape == (21, R) for t in saved)
 
 
+def test_results_can_be_changed_in_place():
+    """As falcon adds its attention's output to its MLP's."""
+    W = torch.randn(512, 64, generator=torch.Generator().manual_seed(0))
+    packed, state = ops.quantize_4bit(W)
+    x = torch.ones(2, 1024, 64, requires_grad=True)
+    y = ops.qlora_linear(x, packed, state)
+    y += 1
+    y.sum().backward()
+    assert torch.allclose(x.grad, ops.dequantize_4bit(packed, state).sum(0).expand_as(x), atol=1e-4)
+
+
 def test_the_scratch_buffer_is_reused():
     _, packed, state, *_ = make()
     scales = (state.absmax, state.nested_absmax, state.nested_offset)

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.memory.case import Case
 from onecard.memory.fit import choose_fit, total_bytes
 from onecard.memory.model import read_model
-from onecard.memory.terms import Case
 from onecard.train import state as state_module
 from onecard.train.loop import frozen_objects
 from onecard.train.session import run_training

@@ -1,16 +1,15 @@
 """No worse than plain: the chunked loss. Exact to rounding: packed against apart, and any split of a window."""
 
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 import torch
 
 import onecard
-from onecard.config import LoraSettings, TrainConfig
+from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.load import load_tokenizer
+from onecard.memory.case import Case
+from onecard.memory.model import find_model
 from onecard.memory.terms import logits_term
 from onecard.nn.lora import lora_config
 from onecard.train import loss as loss_module
@@ -69,8 +68,8 @@ def test_the_full_logits_never_exist(monkeypatch):
 def test_a_chunk_has_rows_for_its_device(device, rows):
     V, T = 128_256, 1 << 16
     assert loss_module.chunk_rows(T, V, 2, torch.device(device)) == rows
-    model = SimpleNamespace(text=SimpleNamespace(vocab_size=V), head_itemsize=2)
-    case: Any = SimpleNamespace(c=2, device=device, model=model)
+    fields = {"model": "llama-3-8b", "data": "-", "output": "-", "device": device}
+    case = Case(find_model("llama-3-8b"), make_config(TrainConfig, fields, "test"), torch.bfloat16)
     planned = logits_term(case, T).num_bytes
     assert rows * V * 2 <= planned < (rows + 64) * V * 2
 

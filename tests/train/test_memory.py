@@ -22,9 +22,9 @@ from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.memory.case import Case, Fit
 from onecard.memory.fit import candidates, choose_fit, price, total_bytes
 from onecard.memory.model import read_model
-from onecard.memory.terms import Case, Fit
 from onecard.paging.activations import Offload
 from onecard.train import step as step_module
 from onecard.train.loss import IGNORE

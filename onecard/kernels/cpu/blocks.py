@@ -35,7 +35,7 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
         block = torch.empty(size, dtype=torch.uint8, device="cpu")
     lease = lease_type(size).from_address(block.data_ptr())
     lease.block = block
-    return torch.frombuffer(lease, dtype=dtype, count=count).view(shape)
+    return torch.frombuffer(lease, dtype=dtype, count=count).resize_(shape)  # a view could not be changed in place
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def release() -> None:
 def lease_type(size: int) -> Any:
     """A buffer that a tensor holds on to; when the last one does no more, its block is free."""
 
-    def end(self: Any) -> None:
-        _free[size].append(self.block)
+    def end(self: Any, free: dict = _free) -> None:  # bound here: when Python ends, the module's names go first
+        free[size].append(self.block)
 
     return type("Lease", (ctypes.c_char * size,), {"__del__": end})
