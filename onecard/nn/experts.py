@@ -188,7 +188,9 @@ class Product:
         bias = None if self.bias_EN is None else self.bias_EN[expert]
         found = self.parts(expert)
         if found is not None:
-            return ops.qlora_forward(x_MK, *found, bias, A_RK, B_NR, self.scaling, None)
+            return ops.qlora_forward(
+                x_MK, *found, bias=bias, lora_A_RK=A_RK, lora_B_NR=B_NR, scaling=self.scaling, x_lora=None
+            )
         y_MN = x_MK @ self.weight(expert).T
         if bias is not None:
             y_MN += bias
@@ -208,8 +210,9 @@ class Product:
         if found is not None:
             seen = None if A_RK is None else x_MK
             dx_MK, _, dA_RK, dB_NR = ops.qlora_backward(
-                g_MN, *found, A_RK, B_NR, self.scaling, seen, xA_MR, False, needs
-            )
+                g_MN, *found, lora_A_RK=A_RK, lora_B_NR=B_NR, scaling=self.scaling, seen=seen, xA_MR=xA_MR,
+                separate=False, needs=needs,
+            )  # fmt: skip
         else:
             W_NK = self.weight(expert) if needs_x else None
             dx_MK, dA_RK, dB_NR = plain_backward(g_MN, W_NK, A_RK, B_NR, self.scaling, x_MK, xA_MR)
