@@ -100,12 +100,13 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
 def keep_16_bits(model: Any) -> None:
     """Dequantize every weight once and for all: what is left of the step is LoRA on a 16-bit base, by whichever product
     is the fastest there: torch's, or (on AMX) our own."""
-    from onecard.kernels import ops
+    from onecard.kernels import ops, weight
     from onecard.kernels.cpu import native
     from onecard.nn.linear import Linear4bit
 
     kept = {m.weight.data_ptr(): m.dequantize() for m in model.modules() if isinstance(m, Linear4bit)}
-    ops.dequantize_to_scratch = lambda packed, *rest: kept[packed.data_ptr()]
+    for module in (ops, weight):
+        module.dequantize_to_scratch = lambda packed, *rest: kept[packed.data_ptr()]
     for name in ("linear", "linear_backward"):
         on_dense(native, name, kept)
 

@@ -1,4 +1,4 @@
-"""torch operators: schema, fake and gradient of each, and the one place that picks a backend.
+"""torch operators: schema, fake and gradient of each.
 
     qlora_linear:   y = x W^T + bias + s (x_lora A^T) B^T,     W = dequantize(packed, scales)
 
@@ -7,57 +7,34 @@ is x_lora and x_lora A^T, never W. With g = dL/dy the backward is
 
     dx = g W        dx_lora = s (g B) A        dA = s (g B)^T x_lora        dB = s g^T (x_lora A^T)
 
-and nothing for W (arXiv 2305.14314, equation 5). Without LoRA dropout x_lora is x and the two dx are summed.
+and nothing for W (arXiv 2305.14314, equation 5). Without LoRA dropout x_lora is x and the two dx are summed. Where a
+layer is recomputed and memory allows, the W that the recompute makes stays for the backward (`kept_weights`).
 
 Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable
-from functools import cache
-from importlib import import_module
+from collections.abc import Iterable
 from math import prod
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.kernels import reference
-from onecard.kernels.cpu import native
 from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.operator import Operator
+from onecard.kernels.weight import (
+    Parts,
+    backend,
+    dequantize_anew,
+    dequantize_to_scratch,
+    forward_weight,
+    take_kept,
+)
 from onecard.quant.blockwise import check_quantizable, make_state
 from onecard.quant.state import QuantState
-
-_scratch = threading.local()
-Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]  # packed, absmax, nested, offset, type, blocksize
-
-
-def backend(device: torch.device):
-    """The module that computes for tensors on `device`."""
-    return BACKENDS.get(device.type, _reference)()
-
-
-def _native() -> ModuleType:
-    return native if native.library() is not None else reference
-
-
-def _reference() -> ModuleType:
-    return reference
-
-
-@cache
-def _triton() -> ModuleType:
-    try:
-        return import_module("onecard.kernels.triton.backend")
-    except ImportError:  # a torch without Triton
-        return reference
-
-
-BACKENDS: dict[str, Callable[[], ModuleType]] = {"cpu": _native, "cuda": _triton}
 
 
 def quantize_4bit(
@@ -169,45 +146,7 @@ def qlora_linear(
     return y
 
 
-def dequantize_to_scratch(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    """The weight in the buffer that this thread reuses for the device; valid until the next call."""
-    buffers = _scratch.__dict__.setdefault("buffers", {})
-    key, num_bytes = packed.device, prod(shape) * dtype.itemsize
-    if key not in buffers or buffers[key].numel() < num_bytes:
-        buffers.pop(key, None)
-        buffers[key] = torch.empty(num_bytes, dtype=torch.uint8, device=packed.device)
-    W = buffers[key][:num_bytes].view(dtype).view(shape)
-    dequantize = backend(packed.device).dequantize_into
-    dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, W)
-    return W
-
-
-def _compute_dequantize_4bit(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    shape: list[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    out = torch.empty(shape, dtype=dtype, device=packed.device)
-    dequantize = backend(packed.device).dequantize_into
-    dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out)
-    return out
-
-
-_dequantize_4bit = Operator("dequantize_4bit", _compute_dequantize_4bit)
+_dequantize_4bit = Operator("dequantize_4bit", dequantize_anew)
 
 
 @_dequantize_4bit.register_fake
@@ -248,7 +187,7 @@ def qlora_forward(
     if few:
         y_MN = backend(x.device).multiply(x_MK, *weight, N, lora)
     else:
-        y_MN = x_MK @ dequantize_to_scratch(*weight, shape, work).T
+        y_MN = x_MK @ forward_weight(weight, shape, work).T
         if lora is not None:
             y_MN.addmm_(lora[0], lora[1].to(work).T, alpha=scaling)
     if bias is not None:
@@ -284,11 +223,13 @@ def qlora_backward(
     xA_MR: Tensor,
     separate: bool,
     needs: list[bool],
+    W_NK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of qlora_forward, of x (M, K), x_lora (M, K), A and B; `needs` says which are wanted, an empty
     tensor stands for others.
 
-    `seen` is what the adapter saw. If that is not `separate` from x, grad_x has the LoRA term's part.
+    `seen` is what the adapter saw. If that is not `separate` from x, grad_x has the LoRA term's part. W_NK: the
+    dequantized weight, where the forward has kept it.
     """
     N, K = shape
     work = product_dtype(grad_y.dtype, grad_y.device.type)
@@ -299,7 +240,8 @@ def qlora_backward(
         terms = None if lora_A_RK is None else (seen_MK, xA_MR, lora_A_RK, lora_B_NR, scaling)
         grads = backend(grad_y.device).linear_backward(g_MN, weight, K, needs, terms, separate)
     else:
-        grads = _plain_backward(g_MN, weight, shape, lora_A_RK, lora_B_NR, scaling, seen_MK, xA_MR, separate, needs)
+        adapter = (lora_A_RK, lora_B_NR, scaling, seen_MK, xA_MR)
+        grads = _plain_backward(g_MN, weight, shape, *adapter, separate, needs, W_NK)
     grad_x, grad_x_lora, grad_A, grad_B = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
     lora_dtype = grad_y.dtype if lora_A_RK is None else lora_A_RK.dtype
     return grad_x.to(grad_y.dtype), grad_x_lora.to(grad_y.dtype), grad_A.to(lora_dtype), grad_B.to(lora_dtype)
@@ -316,6 +258,7 @@ def _plain_backward(
     xA_MR: Tensor,
     separate: bool,
     needs: list[bool],
+    W_NK: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients as torch's products of the dequantized weight, in g's dtype."""
     needs_x, needs_x_lora, needs_A, needs_B = needs
@@ -327,7 +270,7 @@ def _plain_backward(
         if needs_x_lora if separate else needs_x:
             grad_x_lora = gB_MR @ lora_A_RK.to(g_MN.dtype)
     if needs_x:
-        W_NK = dequantize_to_scratch(*weight, shape, g_MN.dtype)
+        W_NK = dequantize_to_scratch(*weight, shape, g_MN.dtype) if W_NK is None else W_NK
         if grad_x_lora is None or separate:
             grad_x = g_MN @ W_NK
         else:
@@ -340,7 +283,7 @@ _qlora_linear_backward = Operator("qlora_linear_backward", qlora_backward)
 
 @_qlora_linear_backward.register_fake
 def _(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, A, B, scaling, seen, xA,
-      separate, needs):  # fmt: skip
+      separate, needs, W=None):  # fmt: skip
     M, K = grad_y.numel() // shape[0], shape[1]
     whole = [needs[0], separate and A is not None and needs[1], A is not None and needs[2], B is not None and needs[3]]
     made = [grad_y.new_empty(M, K), grad_y.new_empty(M, K), A, B]
@@ -357,15 +300,16 @@ def _setup_context(ctx, inputs, output):
     if lora_A_RK is not None:
         seen = x if x_lora is None else x_lora
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, output[1])
+    weight = (packed, absmax, nested_absmax, nested_offset)
+    ctx.save_for_backward(*weight, lora_A_RK, lora_B_NR, seen, output[1], take_kept())
 
 
 def _backward(ctx, grad_y, _):
-    packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, xA_MR = ctx.saved_tensors
+    packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, xA_MR, W_NK = ctx.saved_tensors
     needs = [ctx.needs_input_grad[i] for i in (0, 12, 9, 10)]
     grads = _qlora_linear_backward(
         grad_y, packed, absmax, nested_absmax, nested_offset, *ctx.weight,
-        lora_A_RK, lora_B_NR, ctx.scaling, seen, xA_MR, ctx.separate, needs,
+        lora_A_RK, lora_B_NR, ctx.scaling, seen, xA_MR, ctx.separate, needs, W_NK,
     )  # fmt: skip
     grad_x, grad_x_lora, grad_A, grad_B = (grad if grad.numel() else None for grad in grads)
     grad_x, grad_x_lora = (None if grad is None else grad.view(ctx.x_shape) for grad in (grad_x, grad_x_lora))

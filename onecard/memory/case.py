@@ -42,6 +42,7 @@ class Fit:
         states_away: whether the optimizer's states leave the device between updates.
         num_offloaded: of the recomputed layers, the first ones, whose inputs leave the device too.
         part_tokens: most tokens that go through the model at a time; None for the whole micro-batch.
+        keeps_weights: whether a recomputed layer's dequantized weights stay for its backward.
     """
 
     num_recomputed: int = 0
@@ -49,6 +50,7 @@ class Fit:
     states_away: bool = False
     num_offloaded: int = 0
     part_tokens: int | None = None
+    keeps_weights: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -197,19 +199,23 @@ class Case:
         ]
 
     @cached_property
+    def on_tiles(self) -> bool:
+        """Whether products read the codes themselves, with no dequantized weight (AMX)."""
+        return self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles()
+
+    @cached_property
     def scratch(self) -> Term:
         """What products work in: a dequantized weight, or on tiles (AMX) the rows that meet it; experts the former."""
         if self.config.use_dora:  # the weight, B A and their sum, for its norm
             largest = max((m.weight.numel() for m in self.model.linears.values()), default=0)
             return Term("scratch", (self.c + 8) * largest, "(c + 8) x the largest matrix")
-        tiled = self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles()
         matrices = [
             m.weight.numel() // getattr(m, "num_experts", 1)
-            for m in (self.model.stacks if tiled else self.model.quantized).values()
+            for m in (self.model.stacks if self.on_tiles else self.model.quantized).values()
         ]
         buffers = 2 if self.device == "cuda" else 1  # autograd's thread there has one of its own
         weight = buffers * self.c * max(matrices, default=0)
-        if not tiled:
+        if not self.on_tiles:
             return Term("scratch", weight, "c x the largest matrix")
         widest = max((n for m in self.model.linears.values() for n in m.weight.shape), default=0)
         rows = self.c * min(self.batch_tokens, native.TILED_ROWS) * widest

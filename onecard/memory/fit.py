@@ -2,9 +2,10 @@
 
 A training token costs 4 P_m + 4 V d + 6 P_l + 7 S a L operations (forward, gradients of inputs and of LoRA; S tokens
 of context, a heads x head size); each layer that recomputes adds a forward. Each part of a micro-batch dequantizes
-every weight twice, a recomputing layer's a third time. Each part reads what the budget does not hold of a paged base
-twice, and moves an offloaded input out and back: on a GPU beside the computing, so that it counts only where it takes
-longer, on a CPU with the cores that compute. States that wait outside come and go once an update, beside nothing.
+every weight twice, a recomputing layer's a third time unless the recompute's stay for the backward. Each part reads
+what the budget does not hold of a paged base twice, and moves an offloaded input out and back: on a GPU beside the
+computing, so that it counts only where it takes longer, on a CPU with the cores that compute. States that wait outside
+come and go once an update, beside nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def price(case: Case, fit: Fit) -> Price:
     token = 4 * P_m + 4 * text.vocab_size * text.hidden_size + 6 * P_l + 7 * S * a * layers + again * forward
     batches = case.config.gradient_accumulation_steps
     parts = batches * -(-case.batch_tokens // case.tokens(fit))
-    computing = batches * case.batch_tokens * token / rates.operations + parts * (2 + again) * P_q / rates.dequantized
+    times = 2 + (0 if fit.keeps_weights else again)
+    computing = batches * case.batch_tokens * token / rates.operations + parts * times * P_q / rates.dequantized
     outside = 0 if fit.weights_budget is None else max(0, sum(case.pages) - fit.weights_budget)
     inputs = batches * case.batch_tokens * fit.num_offloaded * case.layer.hidden
     bytes_in = 2 * parts * outside + inputs
@@ -99,9 +101,15 @@ def candidates(case: Case, limit: int, whole: bool) -> Iterator[Fit]:
             fits = [Fit(number, None, away, 0, part_tokens) for number in recompute_counts(case)]
             resident = first_that_fits(case, fits, limit) if case.config.weights_budget is None else None
             if resident is not None:
-                yield resident
+                yield from with_kept_weights(case, resident)
             if (resident is None or resident.num_recomputed) and may_page(case):
-                yield from (with_budget(case, fit, limit) for fit in fits)
+                yield from (with_budget(case, kept, limit) for fit in fits for kept in with_kept_weights(case, fit))
+
+
+def with_kept_weights(case: Case, fit: Fit) -> list[Fit]:
+    """A fit, and where that saves something, the one whose recomputed layers keep their weights for the backward."""
+    useful = fit.num_recomputed and not case.on_tiles
+    return [fit, replace(fit, keeps_weights=True)] if useful else [fit]
 
 
 def most_offloaded(case: Case, limit: int, whole: bool) -> Fit:
@@ -153,6 +161,8 @@ def away_choices(case: Case) -> list[bool]:
 def describe(fit: Fit, model: Model) -> str:
     """A fit in words."""
     parts = [f"{fit.num_recomputed or 'none'} of {model.num_layers} layers recomputed"]
+    if fit.keeps_weights:
+        parts.append("their weights dequantized once for both")
     if fit.num_offloaded:
         parts.append(f"the inputs of {fit.num_offloaded} of them outside")
     if fit.part_tokens is not None:

@@ -97,7 +97,9 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
     if again:
         num_bytes = tokens * waiting * layer.hidden + whole + ends
         last = activations(num_bytes, inputs, f"{layer.formula} + 2 f + {2 + END_TENSORS} d")
-        moments.append([so_far(stay / layers), last])
+        weights = case.c * sum(linear.weight.numel() for linear in case.model.linears.values()) // layers
+        kept_weights = [Term("a layer's weights", weights, "c P_q / L")] if fit.keeps_weights else []
+        moments.append([so_far(stay / layers), last, *kept_weights])
     if case.num_saved and case.c < 4:
         moments.append([gradients, Term("a gradient in float32", 4 * max(case.saved_sizes), "4 x the largest of P_s")])
     return [term for term in max(moments, key=lambda moment: sum(t.num_bytes for t in moment)) if term.num_bytes]

@@ -61,7 +61,11 @@ class Offload:
         self.statistics = Statistics()
 
     def checkpoint(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """torch.utils.checkpoint.checkpoint with the first tensor that learns, the layer's input, sent away."""
+        """torch.utils.checkpoint.checkpoint with the first tensor that learns, the layer's input, sent away.
+
+        Args:
+            kwargs: context_fn as there, and the function's own.
+        """
         entered = next((arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad), None)
         if entered is None or not torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, **kwargs)

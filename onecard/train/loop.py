@@ -119,7 +119,8 @@ def train(
     config = run.config
     save_steps = config.save_steps or max(1, math.ceil(run.num_steps / 10))
     run.model.train()
-    recompute_layers(run.base, run.fit.num_recomputed, run.offload, run.fit.num_offloaded)
+    fit = run.fit
+    recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded, fit.keeps_weights)
     packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
     with packed, frozen_objects(), finish_step_on_interrupt() as interrupted:
         while run.step < run.num_steps:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,6 +32,7 @@ from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.kernels.cpu import blocks
+from onecard.kernels.weight import kept_weights
 from onecard.memory.case import Fit
 from onecard.memory.measure import peak_memory_bytes
 from onecard.optim.adamw import AdamW
@@ -156,21 +157,27 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def recompute_layers(
-    base: PreTrainedModel, number: int, offload: Offload | None = None, num_offloaded: int = 0
+    base: PreTrainedModel,
+    number: int,
+    offload: Offload | None = None,
+    num_offloaded: int = 0,
+    keeps_weights: bool = False,
 ) -> None:
     """Let the first `number` decoder layers make their activations again in the backward, the others keep them; of the
-    first `num_offloaded` the input waits outside meanwhile.
+    first `num_offloaded` the input waits outside meanwhile. With keeps_weights, the weights that a layer dequantizes
+    to make its activations again stay for its backward.
 
     The first ones: by the time that they are made again, the others' are gone.
     """
     if number == 0:
         return base.gradient_checkpointing_disable()
-    base.gradient_checkpointing_enable({"use_reentrant": False})
+    kept: dict[str, Any] = {"context_fn": kept_weights} if keeps_weights else {}
+    base.gradient_checkpointing_enable({"use_reentrant": False, **kept})
     base.enable_input_require_grads()
     layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers[:num_offloaded]:
         assert offload is not None
-        layer._gradient_checkpointing_func = offload.checkpoint
+        layer._gradient_checkpointing_func = partial(offload.checkpoint, **kept)
     for layer in layers[number:]:
         layer.gradient_checkpointing = False
 

@@ -9,6 +9,7 @@ import onecard
 from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.kernels import ops
+from onecard.kernels import weight as weight_module
 from onecard.kernels.cpu import native
 from onecard.nn.experts import Experts4bit, Factors, by_expert, weights_of
 from onecard.nn.lora import LoraLinear4bit, ParamWrapper, lora_config, register_fused
@@ -152,8 +153,14 @@ def test_only_experts_with_tokens_are_dequantized_and_nothing_of_them_is_saved(t
     folder = make_checkpoint(tmp_path, "qwen3_moe", num_hidden_layers=1)
     experts = onecard.load_model(str(folder), device="cpu", compute_dtype="float32").model.layers[0].mlp.experts
     seen, saved = [], []
-    dequantize = ops.dequantize_to_scratch
-    monkeypatch.setattr(ops, "dequantize_to_scratch", lambda packed, *rest: seen.append(1) or dequantize(packed, *rest))
+    dequantize = weight_module.dequantize_to_scratch
+
+    def counted(*arguments):
+        seen.append(1)
+        return dequantize(*arguments)
+
+    for module in (ops, weight_module):
+        monkeypatch.setattr(module, "dequantize_to_scratch", counted)
     x = torch.randn(9, 64, requires_grad=True)
     index = torch.tensor([[1, 5]]).expand(9, 2)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
