@@ -7,7 +7,10 @@ import torch
 from rich.console import Console
 
 from onecard.config import TrainConfig, make_config
+from onecard.hf.attention import use_packed_attention
 from onecard.train.session import run_training
+from onecard.train.step import to_device
+from tests.train.test_memory import make_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -24,3 +27,30 @@ def test_losses_are_those_of_the_cpu(checkpoint, chats, tmp_path, dtype, digits)
     cpu = losses(checkpoint, chats, tmp_path / "cpu", device="cpu", compute_dtype="float32")
     gpu = losses(checkpoint, chats, tmp_path / "gpu", device="cuda", compute_dtype=dtype)
     assert max(abs(a - b) for a, b in zip(cpu, gpu)) <= 6 * 2.0**-digits
+
+
+def test_a_micro_batch_of_fixed_shape_is_a_cuda_graph(checkpoint, chats, tmp_path):
+    """Captured and replayed on other tokens it gives their gradients: nothing in it waits for the device."""
+    made, window, num_tokens = make_run(checkpoint, chats, tmp_path, device="cuda", lora_dropout=0.0)
+    first = to_device(window[0], made.device)
+    second = {**first, "input_ids": first["input_ids"].flip(1)}  # of the same shapes
+
+    def gradients(batch):
+        made.optimizer.zero_grad(set_to_none=True)
+        made.loss(made.base, batch, num_tokens).backward()
+        return [p.grad.clone() for p in made.trainable.values()]
+
+    with use_packed_attention(made.base):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            expected = gradients(second)
+            gradients(first)
+        torch.cuda.current_stream().wait_stream(side)
+        made.optimizer.zero_grad(set_to_none=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made.loss(made.base, first, num_tokens).backward()
+        first["input_ids"].copy_(second["input_ids"])
+        graph.replay()
+    for parameter, gradient in zip(made.trainable.values(), expected):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
