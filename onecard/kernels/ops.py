@@ -170,6 +170,7 @@ def qlora_forward(
     x_lora: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """qlora_linear on a weight's parts, without a graph: y, and x_lora A^T (M, R) for the backward."""
+    take_kept()  # what a call without a graph has left
     N, K = shape
     work = product_dtype(x.dtype, x.device.type)
     x_MK = x.reshape(-1, K).to(work)

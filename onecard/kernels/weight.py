@@ -76,11 +76,12 @@ def kept_weights() -> tuple[AbstractContextManager, AbstractContextManager]:
     Of the first forward checkpoint drops all that, so W may lie in the scratch buffer; of the recompute it holds it
     until the backward, so W is a tensor of its own.
     """
-    return _weights_saved(in_scratch=True), _weights_saved(in_scratch=False)
+    return weights_saved(in_scratch=True), weights_saved(in_scratch=False)
 
 
 @contextmanager
-def _weights_saved(in_scratch: bool) -> Iterator[None]:
+def weights_saved(in_scratch: bool | None) -> Iterator[None]:
+    """Inside, `forward_weight` leaves W for `take_kept`, in the scratch buffer or not; or None: it leaves none."""
     before = getattr(_scratch, "saves", None)
     _scratch.saves = in_scratch
     try:

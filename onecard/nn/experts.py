@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from onecard.config import ROW_MULTIPLE
 from onecard.kernels import ops
 from onecard.kernels.cpu_info import product_dtype
+from onecard.kernels.weight import weights_saved
 from onecard.nn.linear import Linear4bit
 from onecard.quant.state import QuantState, part_of
 
@@ -248,8 +249,9 @@ class _Experts(torch.autograd.Function):
         for expert, part in parts(counts):
             tokens_M = pairs_S[part] // index_TJ.shape[1]
             M = len(tokens_M)
-            u_MN, xA_MR = up.forward(expert, x[filled(tokens_M)])
-            y_MK, hA_MR = down.forward(expert, experts.activate(u_MN))
+            with weights_saved(None):  # of experts there are too many
+                u_MN, xA_MR = up.forward(expert, x[filled(tokens_M)])
+                y_MK, hA_MR = down.forward(expert, experts.activate(u_MN))
             u_SN[part] = u_MN[:M]
             for kept, made in ((xA_SR, xA_MR), (hA_SR, hA_MR)):
                 if kept.numel():

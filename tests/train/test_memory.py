@@ -22,7 +22,9 @@ from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.kernels import ops
 from onecard.kernels.cpu import native
+from onecard.kernels.weight import kept_weights
 from onecard.memory.case import Case, Fit
 from onecard.memory.fit import candidates, choose_fit, price, total_bytes
 from onecard.memory.model import read_model
@@ -193,6 +195,21 @@ def test_recomputed_weights_stay_for_the_backward(offloaded, deep, chats, tmp_pa
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[1][1][name], gradient) for name, gradient in results[0][1].items())
     assert counts == [6 * 7 * len(window) * times for times in (3, 2)]
+
+
+def test_no_call_saves_the_weight_of_another(monkeypatch):
+    """A call without a graph leaves nothing for the next one's backward."""
+    monkeypatch.setattr(native, "can_fuse", lambda *_: False)
+    first, second = (ops.quantize_4bit(torch.randn(64, 64)) for _ in range(2))
+    forward, recompute = kept_weights()
+    for context in (forward, recompute):
+        with context:
+            with torch.no_grad():
+                ops.qlora_linear(torch.randn(40, 64), *first)
+            x = torch.randn(1, 64, requires_grad=True)  # few rows: no weight is dequantized
+            y = ops.qlora_linear(x, *second)
+        y.sum().backward()
+        assert torch.allclose(x.grad[0], ops.dequantize_4bit(*second).sum(0), atol=1e-5)
 
 
 def test_inputs_that_wait_outside_are_not_here(deep, chats, tmp_path):
