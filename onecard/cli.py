@@ -35,7 +35,7 @@ app = App(
 if TYPE_CHECKING:
     TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
 else:
-    flags = Parameter(name="*", negative_iterable=())
+    flags = Parameter(name="*", negative_iterable=(), consume_multiple=True)
     TrainFields = Annotated[partial(TrainConfig) | None, flags]
     DataFields = Annotated[partial(DataConfig) | None, flags]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]

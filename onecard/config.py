@@ -170,7 +170,7 @@ class SamplingConfig(Strict):
 class MemorySettings(Strict):
     """What a run's memory depends on, beside its model, adapter and rows."""
 
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     weights_budget: str | None = Field(
         None,
         description="most of the base that is in memory, like 2GiB; the rest is paged; by itself as the plan needs",

@@ -114,3 +114,11 @@ def test_lists_of_flags_and_help(checkpoint, chats, tmp_path):
     saved = json.loads((tmp_path / "[red]o" / "adapter" / "adapter_config.json").read_text())
     assert sorted(saved["target_modules"]) == ["q_proj", "v_proj"]
     assert "Folder of a trained adapter" in onecard("generate", "--help")[1]
+
+
+def test_a_list_takes_several_names_after_its_flag(checkpoint):
+    code, out, err = onecard("plan", "--model", checkpoint, "--target-modules", "q_proj", "v_proj", "--r", 8, "--json")
+    assert code == 0, err
+    terms = {term["name"]: term["num_bytes"] for term in json.loads(out)["terms"]}
+    code, out, err = onecard("plan", checkpoint, "--target-modules", "q_proj,v_proj", "--r", 8, "--json")
+    assert terms == {term["name"]: term["num_bytes"] for term in json.loads(out)["terms"]}

@@ -30,6 +30,7 @@ TOKENIZER_FILES = (
 OTHER_FILES = (*TOKENIZER_FILES, "*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 UNTRUE = ("*.index.json", "onecard.json")  # of other weights than the result's
 INDEX = "model.safetensors.index.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # of a disk or a limit; numpy's short writes have no number
 
 
 @contextmanager
@@ -78,9 +79,11 @@ def temporary_folder(target: Path) -> Iterator[Path]:
         try:
             yield temporary
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno not in FULL:
                 raise
-            raise UserError("the disk must hold the result", "no space left", "make room", str(target)) from None
+            raise UserError(
+                "the disk must hold the result", error.strerror or str(error), "make room", str(target)
+            ) from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

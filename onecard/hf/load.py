@@ -336,7 +336,8 @@ def fix_date(tokenizer: Any, date: datetime.date) -> None:
 
 def tokenizer_folder(checkpoint: Path, adapter: str | Path | None) -> Path:
     """Where the tokenizer lies: in a trained adapter's folder if it holds one, as with added tokens."""
-    own = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+    names = ("tokenizer_config.json", "tokenizer.json")
+    own = adapter is not None and any((Path(adapter) / name).is_file() for name in names)
     return Path(adapter) if own and adapter is not None else checkpoint
 
 

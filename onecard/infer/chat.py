@@ -54,7 +54,7 @@ def chat(model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temp
 def read_message(console: Console) -> str:
     """A line, or a paste of several; edited and kept in a history where Python has readline."""
     if not sys.stdin.isatty():
-        return console.input("[bold]you[/bold] ").strip()
+        return console.input("[bold]you[/bold] ").encode("utf-8", "replace").decode("utf-8").strip()
     try:
         import readline
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from onecard.config import NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig
+from onecard.config import NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig, parse_bytes
+from onecard.errors import UserError
 from onecard.hf.load import pick_device
 from onecard.kernels.cpu import native
 from onecard.memory.activations import Activations, layer_activations
@@ -152,6 +153,21 @@ class Case:
         if head is not None:
             pages["head"] = head.weight.numel() * self.model.head_itemsize
         return list(pages.values())
+
+    @cached_property
+    def budget(self) -> int | None:
+        """Bytes of a paged base, where they are given. Raises UserError for fewer than a pager takes."""
+        if self.config.weights_budget is None:
+            return None
+        given = parse_bytes(self.config.weights_budget)
+        if given < self.smallest_budget:
+            raise UserError(
+                "the weights' budget must hold the two largest pages",
+                f"{given:,} bytes; they take {self.smallest_budget:,}",
+                "give it more",
+                "weights_budget",
+            )
+        return given
 
     @cached_property
     def smallest_budget(self) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from onecard.config import parse_bytes
 from onecard.memory.activations import heads_of
 from onecard.memory.case import Case, Fit
 from onecard.memory.model import Model
@@ -132,8 +131,8 @@ def first_that_fits(case: Case, fits: list[Fit], limit: int) -> Fit | None:
 
 def with_budget(case: Case, fit: Fit, limit: int) -> Fit:
     """A fit with a paged base, in the budget that is given or left."""
-    if case.config.weights_budget is not None:
-        return replace(fit, weights_budget=parse_bytes(case.config.weights_budget))
+    if case.budget is not None:
+        return replace(fit, weights_budget=case.budget)
     left = limit - total_bytes(case, replace(fit, weights_budget=0))
     return replace(fit, weights_budget=min(max(left, case.smallest_budget), sum(case.pages)))
 

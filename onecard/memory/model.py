@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
+from torch.nn import Linear
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 
+from onecard.config import LoraSettings
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, first_line, is_hub_id, meta_model, read_config
@@ -25,11 +27,16 @@ class Model:
     itemsize: dict[str, int]  # of a parameter as stored; 2 where it is not named
 
     @cached_property
-    def linears(self) -> dict[str, torch.nn.Linear]:
+    def linears(self) -> dict[str, Linear]:
         """The linears that 4 bits take, by their weight's name."""
         head = self.modules.get_output_embeddings()
-        named = self.modules.named_modules()
-        return {f"{n}.weight": m for n, m in named if isinstance(m, torch.nn.Linear) and m is not head}
+        found = {}
+        for name, module in self.modules.named_modules():
+            if isinstance(module, Linear) and module is not head:
+                found[f"{name}.weight"] = module
+            elif isinstance(module, Conv1D):
+                found[f"{name}.weight"] = Linear(module.nx, module.nf, device="meta")
+        return found
 
     @cached_property
     def stacks(self) -> dict[str, Stack]:
@@ -40,6 +47,24 @@ class Model:
     def quantized(self) -> dict[str, Any]:
         """All that 4 bits take."""
         return {**self.linears, **self.stacks}
+
+    def check_names(self, lora: LoraSettings) -> None:
+        """Raise UserError unless modules_to_save are modules without 4 bits, and target_parameters experts' weights."""
+        for name in lora.modules_to_save or ():
+            paths = [path for path, _ in self.modules.named_modules() if f".{path}".endswith(f".{name}")]
+            if not paths:
+                found = f'none is called "{name}"'
+                must = "modules_to_save must name modules of the model"
+                raise UserError(must, found, "correct it", "modules_to_save")
+            if any(f"{weight}.".startswith(f"{path}.") for path in paths for weight in self.quantized):
+                found = f'"{name}" is in 4 bits'
+                must = "modules_to_save must name modules that are not in 4 bits, like embed_tokens and lm_head"
+                raise UserError(must, found, "name it in target_modules instead", "modules_to_save")
+        for name in lora.target_parameters or ():
+            if not any(f".{path}".endswith(f".{name}") for path in self.stacks):
+                found = f'none is called "{name}"; there are {", ".join(sorted(self.stacks)) or "no experts"}'
+                must = "target_parameters must name stacked weights of the model's experts"
+                raise UserError(must, found[:200], "correct it", "target_parameters")
 
     @cached_property
     def num_weights(self) -> int:

@@ -101,6 +101,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
             f"give at most --max-seq-length {known.longest_context}",
             "max_seq_length",
         )
+    known.check_names(config)
     case = Case(known, config, torch.bfloat16)
     if method != "full" and not case.adapted:
         raise UserError(

@@ -34,7 +34,7 @@ CUDA_CONTEXT = Term("CUDA context, libraries", 500 << 20, "an allowance")
 
 def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> list[Term]:
     """The terms of a method; without a fit, as gradient_checkpointing says and with a resident base."""
-    fit = fit or Fit(case.model.num_layers if case.config.gradient_checkpointing else 0)
+    fit = fit or Fit(case.model.num_layers if case.config.gradient_checkpointing else 0, case.budget)
     P, P_l = case.model.num_weights, case.num_lora
     base = base_terms(case, fit) if method in ("qlora", "generate") else [Term("weights, 16-bit", 2 * P, "2 P")]
     lora = Term("LoRA weights", 4 * P_l, "4 P_l")

@@ -39,7 +39,6 @@ from onecard.memory.measure import available_bytes, begin_peak, format_bytes, pe
 from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.show import plan_table
-from onecard.nn.experts import weights_of
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Statistics
@@ -184,7 +183,9 @@ def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
         "tokenizer": tokenizer_fingerprint(folder),
         "data": training.fingerprint(),
     }
-    fit, plan, why = choose_memory(Case(read_model(checkpoint), config, dtype), checkpoint.is_4bit)
+    model = read_model(checkpoint)
+    model.check_names(config)
+    fit, plan, why = choose_memory(Case(model, config, dtype), checkpoint.is_4bit)
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
     return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, date, process)
@@ -276,7 +277,6 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
     )
     prepared.identity["base"] = fingerprint(base)
     torch.manual_seed(config.seed)
-    check_saved(config.modules_to_save or [], base)
     try:
         model = get_peft_model(base, lora_config(config, base))
     except ValueError as error:
@@ -289,19 +289,6 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         highlight=False,
     )
     return model
-
-
-def check_saved(names: list[str], base: Any) -> None:
-    """Raise UserError unless each name is that of modules that are not in 4 bits."""
-    for name in names:
-        modules = [module for path, module in base.named_modules() if f".{path}".endswith(f".{name}")]
-        if not modules:
-            found = f'none is called "{name}"'
-            raise UserError("modules_to_save must name modules of the model", found, "correct it", "modules_to_save")
-        if any(True for module in modules for inner in module.modules() for _ in weights_of(inner)):
-            found = f'"{name}" is in 4 bits'
-            must = "modules_to_save must name modules that are not in 4 bits, like embed_tokens and lm_head"
-            raise UserError(must, found, "name it in target_modules instead", "modules_to_save")
 
 
 def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, output: Path) -> None:

@@ -97,7 +97,7 @@ def test_a_file_is_whole_and_its_writer_s_own(links, tmp_path, monkeypatch):
     target = tmp_path / "a.gguf"
     if not links:
         monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links")))
-    with pytest.raises(UserError, match="no space left"), new_file(target) as mine:
+    with pytest.raises(UserError, match="No space left"), new_file(target) as mine:
         mine.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert not list(tmp_path.iterdir())
@@ -121,7 +121,7 @@ def test_a_disk_that_fills_up_midway(tuned, tmp_path, monkeypatch):
         append(self, name, piece)
 
     monkeypatch.setattr(TensorFile, "append", full)
-    with pytest.raises(UserError, match="no space left"):
+    with pytest.raises(UserError, match="No space left"):
         merge(*tuned, str(tmp_path / "merged"))
     assert not list(tmp_path.iterdir())
 
@@ -136,7 +136,7 @@ def test_a_real_disk_that_fills_up(tuned, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="must have room"):
             merge(*tuned, str(small / "merged"))
         monkeypatch.setattr("onecard.export.merged.check_room", lambda *args: None)  # as if it had been there before
-        with pytest.raises(UserError, match="no space left"):
+        with pytest.raises(UserError, match="No space left"):
             merge(*tuned, str(small / "merged"))
         assert not list(small.iterdir())
     finally:

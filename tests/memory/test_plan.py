@@ -14,7 +14,7 @@ from onecard.config import LoraSettings, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import meta_model
 from onecard.kernels.cpu import native
-from onecard.memory.model import known_config
+from onecard.memory.model import Model, known_config
 from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
 from onecard.nn.experts import weights_of
@@ -75,6 +75,28 @@ def test_modules_saved_are_not_paged():
     assert not found.fits and "paged" not in found.choice
     with pytest.raises(UserError, match="weights_budget"):
         plan("llama-2-7b", weights_budget="2GiB", **fields)
+
+
+@pytest.mark.parametrize("fields, match", [
+    ({"modules_to_save": ["nothing"]}, "none is called"),
+    ({"modules_to_save": ["mlp"]}, "in 4 bits"),
+    ({"target_parameters": ["gate_up_proj"]}, "no experts"),
+    ({"weights_budget": "1KiB"}, "two largest pages"),
+    ({"device": "tpu"}, "cuda"),
+])  # fmt: skip
+def test_what_train_refuses_plan_does_too(fields, match):
+    with pytest.raises(UserError, match=match):
+        plan("llama-2-7b", **fields)
+
+
+def test_a_budget_counts_without_a_limit():
+    assert {term.name for term in plan("llama-2-7b", weights_budget="1GiB").terms} >= {"base, pages"}
+
+
+def test_gpt2_s_turned_linears_are_linears():
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4)
+    model = Model(meta_model(config, "gpt2"), {})
+    assert sum(m.weight.numel() for m in model.linears.values()) == 2 * 12 * 64 * 64
 
 
 def test_rows_are_filled_up_as_the_loader_does():
