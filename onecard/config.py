@@ -80,7 +80,7 @@ class LoraSettings(Strict):
     @classmethod
     def _names_or_pattern(cls, value: list[str] | str) -> list[str] | str:
         # peft matches a list against the ends of names and a string as a pattern against whole ones.
-        words = value.split(",") if isinstance(value, str) else value
+        words = [word for part in ([value] if isinstance(value, str) else value) for word in part.split(",")]
         if words and all(re.fullmatch(r"[\w.]+", word) for word in words):
             return words
         pattern = value if isinstance(value, str) else "".join(value[:1])
