@@ -1,10 +1,12 @@
 """Everything that needs a GPU in one call under ten minutes: python -m benchmarks.gpu [--lengths 512 2048 8192]
 
 1. the suite's GPU tests; 2. each kernel against the memory speed that a plain copy reaches here, or the speed of a
-bfloat16 product, and against bitsandbytes; 3. whole training steps on 1B- and 8B-shaped random weights: onecard,
-bitsandbytes+peft, LoRA on a 16-bit base through peft and through onecard's own step, each in a process of its own:
-tokens a second, peak memory, model FLOP utilization on useful FLOPs; 4. what fits under a cap (gpu_memory.py).
-What has not begun after --minutes is left out and said so.
+bfloat16 product, and against bitsandbytes; 3. whole training steps on 1B- and 8B-shaped random weights: onecard
+with CUDA graphs and without, bitsandbytes+peft, LoRA on a 16-bit base through peft and through onecard's own step, each
+in a process of its own: tokens a second, peak memory, model FLOP utilization on useful FLOPs; and tokens generated a
+second; 4. what fits under a cap (gpu_memory.py). What has not begun after --minutes is left out and said so.
+
+All of these processes import at the beginning, and touch the GPU when they are told to.
 
 Results go to results/gpu_<device>_<date>.json and .md. On a machine without a GPU, --dry-run checks the script's logic
 on the CPU with a tiny shape.
@@ -19,14 +21,18 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext, suppress
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.measure import RESULTS, run_child, table
+from benchmarks.measure import RESULTS, table
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -36,8 +42,14 @@ SHAPES: dict[str, dict[str, int]] = {
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
            "num_key_value_heads": 8, "vocab_size": 128256},
 }  # fmt: skip
-CONTENDERS = ("onecard", "bnb", "lora", "onecard16")
-RANK, STEPS = 16, 4
+CONTENDERS = ("onecard", "bnb", "eager", "lora", "onecard16")  # eager: onecard without CUDA graphs
+GENERATES = ("onecard", "bnb")
+OURS = ("onecard", "eager", "onecard16")
+RANK, STEPS, NEW_TOKENS = 16, 4, 32
+CASES = ("7b", "8b-context", "123b")
+GPU_TESTS = [
+    f"tests/{name}.py" for name in ("kernels/test_triton", "train/test_gpu", "nn/test_experts", "infer/test_graphs")
+]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3090": 71e12}  # dense bfloat16
 
 
@@ -54,11 +66,21 @@ def clock(call: Callable[[], object], device: torch.device, rounds: int = 30, wa
     return statistics.median(times)
 
 
+def kernel_clock(call: Callable[[], object], device: torch.device) -> float:
+    """Median seconds that the device takes, its caches cold."""
+    if device.type != "cuda":
+        return clock(call, device)
+    from triton.testing import do_bench
+
+    return do_bench(call, warmup=5, rep=30, return_mode="median") / 1e3
+
+
 def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
+@torch.no_grad()
 def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
     """Each kernel's time, the bytes it must move or the operations it must do, and its share of that floor."""
     from onecard.kernels import ops, rows
@@ -71,11 +93,12 @@ def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
     W, copy = random(N, K), random(N, K)
     packed, state = ops.quantize_4bit(W)
     weight = (packed, state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
-    speed = 2 * W.nbytes / clock(lambda: copy.copy_(W), device)
+    speed = 2 * W.nbytes / kernel_clock(lambda: copy.copy_(W), device)
     stored = packed.nbytes + state.nbytes
     logits, target = random(512, 32000), torch.randint(0, 32000, (512,), device=device)
     x, norm, gate, up = random(512, K), random(K), random(512, N), random(512, N)
     A, B = random(RANK, K, dtype=torch.float32), random(N, RANK, dtype=torch.float32)
+    heads, angles = random(1, 512, 32, 128).transpose(1, 2), random(1, 512, 128)
     w, g = random(N, K, dtype=torch.float32), random(N, K, dtype=torch.float32)
     states = (*zeros_8bit(w.numel(), device, True), *zeros_8bit(w.numel(), device, False))
     rates = Rates.of(9, 1e-4, (0.9, 0.999), 1e-8, 0.0)
@@ -86,6 +109,7 @@ def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
         ("cross-entropy 512 x 32000", lambda: ops.cross_entropy_(logits, target), 3 * logits.nbytes),
         ("RMSNorm, 512 rows", lambda: rows.rms_norm(x, norm, 1e-5), 2 * x.nbytes),
         ("SwiGLU, 512 rows", lambda: rows.swiglu(gate, up), 3 * gate.nbytes),
+        ("rotary positions, 512 x 32 heads", lambda: rows.rope(heads, angles, angles), 2 * heads.nbytes),
         ("AdamW, 8-bit states", lambda: ops.adamw_8bit_([(w, g, *states)], rates), 3 * w.nbytes + w.numel() * 4),
     ]
     for M in (1, 4, 16):
@@ -94,16 +118,15 @@ def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
         with_lora = lambda y=y: ops.qlora_linear(y, packed, state, None, A, B, 2.0)  # noqa: E731
         found.append((f"product of {M} rows with LoRA", with_lora, stored + A.nbytes + B.nbytes))
     results = []
-    with torch.no_grad():
-        for name, call, num_bytes in found:
-            seconds = clock(call, device)
-            results.append({"kernel": f"{name}, {N}x{K}", "ms": seconds * 1e3, "of_floor": num_bytes / seconds / speed})
-        for M in (512, 2048):
-            y = random(M, K)
-            plain = clock(lambda y=y: y @ W.T, device)
-            seconds = clock(lambda y=y: ops.qlora_linear(y, packed, state, None, A, B, 2.0), device)
-            name = f"dequantize, product and LoRA of {M} rows, {N}x{K}"
-            results.append({"kernel": name, "ms": seconds * 1e3, "of_floor": plain / seconds})
+    for name, call, num_bytes in found:
+        seconds = kernel_clock(call, device)
+        results.append({"kernel": f"{name}, {N}x{K}", "ms": seconds * 1e3, "of_floor": num_bytes / seconds / speed})
+    for M in (512, 2048):
+        y = random(M, K)
+        plain = kernel_clock(lambda y=y: y @ W.T, device)
+        seconds = kernel_clock(lambda y=y: ops.qlora_linear(y, packed, state, None, A, B, 2.0), device)
+        name = f"dequantize, product and LoRA of {M} rows, {N}x{K}"
+        results.append({"kernel": name, "ms": seconds * 1e3, "of_floor": plain / seconds})
     return results + peer_kernels(device, W)
 
 
@@ -123,7 +146,7 @@ def peer_kernels(device: torch.device, W: torch.Tensor) -> list[dict[str, Any]]:
         "product of 1 row": lambda: package.matmul_4bit(x, packed.t(), quant_state=state),
     }
     shape = f"{W.shape[0]}x{W.shape[1]}"
-    return [{"kernel": f"bitsandbytes {n}, {shape}", "ms": clock(c, device) * 1e3} for n, c in calls.items()]
+    return [{"kernel": f"bitsandbytes {n}, {shape}", "ms": kernel_clock(c, device) * 1e3} for n, c in calls.items()]
 
 
 def random_model(shape: str, contender: str, device: torch.device, share: bool = False, **fields: int) -> Any:
@@ -184,7 +207,7 @@ def random_linear(linear: nn.Linear, contender: str, device: torch.device, like:
         from bitsandbytes.nn import Params4bit
 
         peer = PeerLinear(K, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        peer.weight = Params4bit(W.cpu(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+        peer.weight = Params4bit(W, requires_grad=False, quant_type="nf4", compress_statistics=True)
         return peer.to(device)
     plain = nn.Linear(K, N, bias=False, device="meta")
     plain.weight = nn.Parameter(W, requires_grad=False)
@@ -195,20 +218,27 @@ def steps(shape: str, contender: str, length: int, device: torch.device, model: 
     """Median seconds of a step and the allocator's peak; ours with its own loss and attention, peers as documented."""
     from onecard.hf.attention import use_packed_attention
     from onecard.optim.adamw import AdamW
-    from onecard.train.loss import packed_loss
+    from onecard.train.graphs import DecoderGraphs
+    from onecard.train.loss import decode, head_loss
     from onecard.train.step import recompute_layers
 
-    ours, base = contender.startswith("onecard"), model.get_base_model()
+    ours, base = contender in OURS, model.get_base_model()
     recompute_layers(base, SHAPES[shape]["num_hidden_layers"] if recomputes(length) else 0)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    graphed = ours and contender != "eager" and not recomputes(length) and device.type == "cuda"
+    graphs = DecoderGraphs(base, trainable, 1 << 40) if graphed else None
     optimizer = AdamW(trainable, lr=1e-4) if ours else torch.optim.AdamW(trainable, lr=1e-4, fused=True)
     ids = torch.randint(0, SHAPES[shape]["vocab_size"], (1, length), device=device)
     at = torch.arange(length, device=device)
-    batch = {"input_ids": ids, "position_ids": at[None], "supervised": (at[:-1], ids[0, 1:])}
+    batch: dict[str, Any] = {"input_ids": ids, "position_ids": at[None], "supervised": (at[:-1], ids[0, 1:])}
+    batch["cu_seqlens"] = [0, length]
 
     def step() -> None:
+        if graphs is not None:
+            graphs.attach_gradients()
         if ours:
-            loss = packed_loss(base, {**batch, "cu_seqlens": [0, length]}, length - 1)
+            hidden = decode(base, batch) if graphs is None else graphs(batch)
+            loss = head_loss(base, hidden, batch, length - 1)
         else:
             loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -220,7 +250,9 @@ def steps(shape: str, contender: str, length: int, device: torch.device, model: 
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with use_packed_attention(base) if ours else nullcontext():
-        seconds = clock(step, device, STEPS, 2)
+        seconds = clock(step, device, *((2, 1) if recomputes(length) else (STEPS, 3)))
+    if graphs is not None and graphs.refused is not None:
+        raise RuntimeError(graphs.refused)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {"seconds": seconds, "peak": float(peak)}
 
@@ -232,12 +264,19 @@ def recomputes(length: int) -> bool:
 
 def child(shape: str, contender: str, lengths: list[int], device: torch.device) -> dict[str, Any]:
     """Steps of each length on one model; a length that fails (out of memory) gives its last words instead."""
+    for name in ("peft", "transformers", "bitsandbytes" if contender == "bnb" else "onecard.infer.graphs"):
+        with suppress(ImportError):
+            import_module(name)
     if contender == "onecard16":
         from benchmarks.train import keep_16_bits
-    model = random_model(shape, "onecard" if contender == "onecard16" else contender, device).train()
+    sys.stdin.readline()  # until the GPU is ours
+    model = random_model(shape, "onecard" if contender in OURS else contender, device).train()
     if contender == "onecard16":
         keep_16_bits(model)
     found: dict[str, Any] = {}
+    if contender in GENERATES:
+        found["generate"] = generated(model.eval(), contender, device)
+        model.train()
     for length in lengths:
         try:
             found[str(length)] = steps(shape, contender, length, device, model)
@@ -245,6 +284,25 @@ def child(shape: str, contender: str, lengths: list[int], device: torch.device) 
             found[str(length)] = {"failed": str(error).strip().splitlines()[0][:200]}
             model.zero_grad(set_to_none=True)
     return found
+
+
+def generated(model: Any, contender: str, device: torch.device) -> dict[str, float]:
+    """Seconds of NEW_TOKENS greedy tokens after a prompt of 32: ours as it answers, the peer through transformers."""
+    prompt = torch.randint(0, model.config.vocab_size, (1, 32), device=device)
+    sizes = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
+    if contender == "bnb":
+        with torch.no_grad():
+            return {"seconds": clock(lambda: model.generate(input_ids=prompt, **sizes), device, 2, 1)}
+    from onecard.infer.graphs import make_context
+
+    context = make_context(model)
+
+    def answer() -> None:
+        rest = context.rewind(prompt[0].tolist())
+        for _ in range(NEW_TOKENS):
+            rest = [int(context.feed(rest).argmax())]
+
+    return {"seconds": clock(answer, device, 2, 1)}
 
 
 def useful_flops(shape: str, length: int) -> float:
@@ -261,6 +319,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, nargs="*", default=[512, 2048, 8192])
     parser.add_argument("--shapes", nargs="*", choices=SHAPES, default=["1b", "8b"])
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--cases", nargs="*", default=list(CASES), help="of gpu_memory.py")
+    parser.add_argument("--no-tests", action="store_true")
     parser.add_argument("--minutes", type=float, default=8.5, help="after which nothing new begins")
     parser.add_argument("--dry-run", action="store_true", help="the CPU and a tiny shape; nothing is written")
     parser.add_argument("--child", nargs=2, metavar=("SHAPE", "CONTENDER"))
@@ -273,47 +334,65 @@ def main() -> None:
         sys.exit("no GPU here; --dry-run checks the script")
     if args.dry_run:
         args.shapes, args.lengths = ["tiny"], [64, 96]
-    found = measure_all(args, device)
-    if not args.dry_run:
-        write(found)
+    for found in measure_all(args, device):
+        if not args.dry_run:
+            print(write(found), flush=True)
 
 
-def measure_all(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Everything in order, until the minutes are over."""
-    from benchmarks.gpu_memory import CASES
-
+def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """What is known after each part, in order, until the minutes are over."""
     deadline = time.monotonic() + 60 * args.minutes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "tests": None, "steps": [], "memory": []}
-    if device.type == "cuda":
-        suite = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    found["generate"] = []
+    dry = ["--dry-run"] if args.dry_run else []
+    pairs = sorted(product(args.contenders, args.shapes), key=lambda pair: CONTENDERS.index(pair[0]) // 2)
+    pairs = [(shape, contender) for contender, shape in pairs]
+    lengths = [*dry, "--lengths", *map(str, args.lengths)]
+    waiting = [start("benchmarks.gpu", *lengths, "--child", *pair) for pair in pairs]
+    if device.type == "cuda" and not args.no_tests:
+        together = ["-n", "auto"] if find_spec("xdist") else []
+        suite = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *together, *GPU_TESTS]
         done = subprocess.run(suite, capture_output=True, text=True)
-        found["tests"] = (done.stdout.strip().splitlines() or ["no output"])[-1]
+        print(done.stdout[-6000:], flush=True)
+        found["tests"] = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
     sizes = [(256, 128)] if args.dry_run else [(5632, 2048), (14336, 4096)]
     found["kernels"] = [row for N, K in sizes for row in kernels(device, N, K)]
-    dry = ["--dry-run"] if args.dry_run else []
-    for shape in args.shapes:
-        for contender in CONTENDERS:
-            row = {"shape": shape, "contender": contender}
-            command = [*dry, "--lengths", *map(str, args.lengths), "--child", shape, contender]
-            measured = in_time(deadline, "benchmarks.gpu", *command)
-            for length in args.lengths:
-                found["steps"].append({**row, **step_row(shape, length, measured.get(str(length), measured), name)})
-                print(found["steps"][-1], flush=True)
-    for case in CASES:
-        found["memory"].append({"case": case, **in_time(deadline, "benchmarks.gpu_memory", *dry, "--case", case)})
+    yield found
+    for (shape, contender), running in zip(pairs, waiting):
+        row = {"shape": shape, "contender": contender}
+        measured = in_time(deadline, running)
+        if contender in GENERATES:
+            seconds = measured.get("generate", {}).get("seconds")
+            rate = {"tok_s": NEW_TOKENS / seconds} if seconds else {"failed": measured.get("failed", "")}
+            found["generate"].append({**row, **rate})
+            print(found["generate"][-1], flush=True)
+        for length in args.lengths:
+            found["steps"].append({**row, **step_row(shape, length, measured.get(str(length), measured), name)})
+            print(found["steps"][-1], flush=True)
+        yield found
+    for case in args.cases:
+        running = start("benchmarks.gpu_memory", *dry, "--case", case)
+        found["memory"].append({"case": case, **in_time(deadline, running)})
         print(found["memory"][-1], flush=True)
-    return found
+        yield found
 
 
-def in_time(deadline: float, module: str, *arguments: str) -> dict[str, Any]:
+def start(module: str, *arguments: str) -> subprocess.Popen:
+    """A child that waits for a line before it touches the GPU."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-m", module, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def in_time(deadline: float, child: subprocess.Popen) -> dict[str, Any]:
     """What a child found; or its last words (out of memory, not installed), or that the time was over."""
     if time.monotonic() > deadline:
+        child.kill()
         return {"failed": "not run: the time was over"}
-    try:
-        return run_child(module, *arguments)
-    except RuntimeError as error:
-        return {"failed": str(error).strip().splitlines()[-1][:200]}
+    output, errors = child.communicate("go\n")
+    if child.returncode:
+        return {"failed": (errors.strip().splitlines() or [f"exit {child.returncode}"])[-1][:200]}
+    return json.loads(output.splitlines()[-1])
 
 
 def step_row(shape: str, length: int, measured: dict[str, Any], name: str) -> dict[str, Any]:
@@ -327,14 +406,14 @@ def step_row(shape: str, length: int, measured: dict[str, Any], name: str) -> di
     return {"length": length, "recompute": recomputes(length), **numbers}
 
 
-def write(found: dict[str, Any]) -> None:
-    """The JSON and the Markdown."""
+def write(found: dict[str, Any]) -> Path:
+    """The JSON and the Markdown, whose path is returned."""
     stem = re.sub(r"\W+", "-", found["device"].lower())
     path = RESULTS / f"gpu_{stem}_{time.strftime('%Y-%m-%d')}"
     path.parent.mkdir(exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
     path.with_suffix(".md").write_text(markdown(found))
-    print(path.with_suffix(".md"))
+    return path.with_suffix(".md")
 
 
 def markdown(found: dict[str, Any]) -> str:
@@ -351,6 +430,8 @@ def markdown(found: dict[str, Any]) -> str:
         ]  # fmt: skip
         cells.append([r["shape"], str(r["length"]), r["contender"], "yes" if r.get("recompute") else "no", *numbers])
     lines += [table(["shape", "tokens", "", "recompute", "tok/s", "peak GB", "MFU"], cells)]
+    rates = [[r["shape"], r["contender"], r.get("failed") or f"{r['tok_s']:.1f}"] for r in found["generate"]]
+    lines += [table(["shape", "generate", "tok/s"], rates)]
     lines += [table(["case", "found"], [[r["case"], r.get("failed") or r["found"]] for r in found["memory"]])]
     return "\n\n".join(lines) + "\n"
 

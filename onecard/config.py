@@ -181,9 +181,9 @@ class MemorySettings(Strict):
         "adamw", description="8bit: states of 2 bytes a weight; paged: states leave when memory is short"
     )
 
-    @field_validator("weights_budget")
+    @field_validator("weights_budget", "device_memory", check_fields=False)  # the latter is a subclass's
     @classmethod
-    def _a_budget(cls, value: str | None) -> str | None:
+    def _a_size(cls, value: str | None) -> str | None:
         if value is not None:
             parse_bytes(value)
         return value
@@ -229,6 +229,7 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
     gradient_checkpointing: bool | None = Field(
         None, description="recompute activations: less memory, more time; by itself only where the plan needs it"
     )
+    cuda_graphs: bool = Field(True, description="record and replay a CUDA GPU's work where memory allows")
     num_train_epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="updates; overrides num_train_epochs")
     seed: int = Field(42, ge=0, lt=2**63)
@@ -250,13 +251,6 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
     logging_steps: int = Field(1, ge=1)
     loggers: list[Logger] = Field(default_factory=list, description="beside metrics.jsonl and metrics.csv")
     sample_prompts: list[str] | None = Field(None, description="answered before and after, for the report")
-
-    @field_validator("device_memory")
-    @classmethod
-    def _a_size(cls, value: str | None) -> str | None:
-        if value is not None:
-            parse_bytes(value)
-        return value
 
     @model_validator(mode="after")
     def _whole_modules_stay(self) -> TrainConfig:

@@ -15,7 +15,7 @@ def test_the_gpu_benchmark_runs_dry():
     done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == len(gpu.CONTENDERS) * 2 + len(gpu_memory.CASES), done.stdout
+    assert len(lines) == len(gpu.CONTENDERS) * 2 + len(gpu.GENERATES) + len(gpu_memory.CASES), done.stdout
     assert "failed" not in done.stdout, done.stdout
 
 
@@ -31,8 +31,9 @@ def test_the_report_has_what_was_found():
         "device": "an H100", "torch": "2", "tests": "9 passed",
         "kernels": [{"kernel": "quantize", "ms": 1.0, "of_floor": 0.5}],
         "steps": [{**row, **gpu.step_row("1b", 512, measured, "an H100")}, {**row, "length": 1, "failed": "no memory"}],
+        "generate": [{**row, "tok_s": 61.5}, {**row, "failed": "not installed"}],
         "memory": [{"case": "7b", "found": "peak 5 GB"}, {"case": "123b", "failed": "not run: the time was over"}],
     }  # fmt: skip
     text = gpu.markdown(found)
-    for part in ("1,024", "3.0", "50%", "no memory", "peak 5 GB", "not run"):
+    for part in ("1,024", "3.0", "50%", "no memory", "61.5", "not installed", "peak 5 GB", "not run"):
         assert part in text, part

@@ -66,19 +66,20 @@ def read_adapter(folder: Path) -> Adapter:
     adapter, parts = Adapter(folder, stays_tied=bool(config.get("ensure_weight_tying")), config=config), {}
     with safe_open(path, "pt") as file:
         for key in stored:
-            check_finite(f"{path}: {key}", file.get_tensor(key))
+            tensor = file.get_tensor(key)
+            check_finite(f"{path}: {key}", tensor)
             name = key.removeprefix(PREFIX)
             match = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
             if match:
-                parts.setdefault(match[1], {})[match[2]] = file.get_tensor(key).float()
+                parts.setdefault(match[1], {})[match[2]] = tensor.float()
             elif "lora_" in name or not key.startswith(PREFIX):
                 raise UserError("an adapter's tensors must be lora_A and lora_B", key, "merge it with peft", str(path))
             elif name.endswith(TOKENS):
                 module = name.removesuffix(TOKENS)
-                adapter.tokens[f"{module}.weight"] = (token_indices(module, config), file.get_tensor(key))
+                adapter.tokens[f"{module}.weight"] = (token_indices(module, config), tensor)
             elif ".original_module." not in name:  # which is the base's, with as many rows as it was given
                 name = name.replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".")
-                adapter.saved[name] = file.get_tensor(key)
+                adapter.saved[name] = tensor
     for module, part in parts.items():
         if not {"lora_A", "lora_B"} <= set(part):
             found = f"{PREFIX}{module} with {next(iter(part))} alone"

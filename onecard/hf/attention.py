@@ -7,8 +7,10 @@ keyword. Each document is attended to on its own, so no T x T mask exists and no
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +20,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from onecard.kernels import attention as kernel
 
-NAME = "onecard_packed"
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.9
+    varlen_attn = None
+VARLEN = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
+LARGEST_HEAD = 256  # of varlen_attn
+NAME, CACHED = "onecard_packed", "onecard_cached"
 
 
 def packed_attention(
@@ -29,7 +37,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    cu_seqlens: list[int] | None = None,
+    cu_seqlens: list[int] | Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -39,7 +47,7 @@ def packed_attention(
 
     Args:
         query: (1, H, T, D); key: (1, H_kv, T, D), value: (1, H_kv, T, D_v), H a multiple of H_kv.
-        cu_seqlens: 0, the ends of the documents, T last.
+        cu_seqlens: 0, the ends of the documents, T last; an int32 tensor on the device says it to a CUDA graph.
         sliding_window: tokens a query sees, itself included; None for all before it.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: (H,) attention sinks, a score for each head that takes part in the softmax and has no value.
@@ -47,13 +55,22 @@ def packed_attention(
     Returns:
         (1, T, H, D_v) and None.
     """
-    assert cu_seqlens is not None and cu_seqlens[-1] == query.shape[2], "a packed row needs its cu_seqlens"
+    assert cu_seqlens is not None, "a packed row needs its cu_seqlens"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    if softcap is None and s_aux is None and dropout == 0.0 and kernel.supports(query, key, value):
+    plain = softcap is None and s_aux is None and dropout == 0.0
+    several = isinstance(cu_seqlens, Tensor) or len(cu_seqlens) > 2 or sliding_window is not None
+    if plain and several and takes_varlen(query, key, value):
+        return attend_varlen(query, key, value, cu_seqlens, scale, sliding_window), None
+    if isinstance(cu_seqlens, Tensor):
+        raise RuntimeError("this attention needs the documents' ends on the host")
+    if plain and kernel.supports(query, key, value):
         return kernel.attention(query, key, value, cu_seqlens, scale, sliding_window), None
+    assert cu_seqlens[-1] == query.shape[2], (cu_seqlens, query.shape)
     out = None if query.requires_grad else query.new_empty(*query.transpose(1, 2).shape[:3], value.shape[3])
     pieces = []
     for start, end in zip(cu_seqlens, cu_seqlens[1:]):
+        if start == end:
+            continue
         q, k, v = (t[:, :, start:end] for t in (query, key, value))
         piece = attend(q, k, v, scale, dropout, sliding_window, softcap, s_aux).transpose(1, 2)
         if out is None:
@@ -61,6 +78,45 @@ def packed_attention(
         else:
             out[:, start:end] = piece
     return (torch.cat(pieces, dim=1) if out is None else out), None
+
+
+def takes_varlen(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether torch's attention over all documents at once takes these: 16 bits on an NVIDIA GPU since Ampere."""
+    return (
+        q.device.type == "cuda"
+        and {"scale", "window_size"} <= VARLEN
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and q.shape[-1] == v.shape[-1] <= LARGEST_HEAD
+        and q.shape[-1] % 8 == 0
+    )
+
+
+def attend_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int] | Tensor, scale: float, window: int | None
+) -> Tensor:
+    """Causal attention of all documents in one launch, (1, T, H, D); the longest of a tensor's may be all T."""
+    longest = q.shape[2]
+    if not isinstance(cu_seqlens, Tensor):
+        longest = max(end - start for start, end in zip(cu_seqlens, cu_seqlens[1:]))
+        cu_seqlens = on_device(tuple(cu_seqlens), q.device)
+    grouped = {"enable_gqa": True} if "enable_gqa" in VARLEN else {}
+    if not grouped and q.shape[1] != k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    left = -1 if window is None else window - 1
+    assert varlen_attn is not None
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    settings: dict[str, Any] = {"scale": scale, "window_size": (left, 0), **grouped}
+    out: Any = varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **settings)
+    return out[None]
+
+
+@lru_cache(maxsize=4)
+def on_device(ends: tuple[int, ...], device: torch.device) -> Tensor:
+    """int32, for a row's layers, without waiting for the device."""
+    return torch.tensor(ends, dtype=torch.int32, device="cpu").pin_memory().to(device, non_blocking=True)
 
 
 def attend(
@@ -76,19 +132,35 @@ def attend(
     """Causal attention of one document: (1, H, S, D) with grouped keys and values."""
     length = q.shape[2]
     mask = band_mask(length, window, q.device) if window is not None and window < length else None
+    if mask is None and (softcap is not None or sinks is not None):
+        mask = band_mask(length, length, q.device)
+    return weigh(q, k, v, mask, scale, dropout, softcap, sinks)
+
+
+def weigh(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention under a mask (T, keys), or a causal one for None: (1, H, T, D_v)."""
     if softcap is None and sinks is None:
         grouped = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
+    assert mask is not None
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * (scale if softcap is None else scale / softcap)
     scores = scores if softcap is None else softcap * torch.tanh(scores)
-    mask = mask if mask is not None else band_mask(length, length, q.device)
     scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    probabilities = scores.softmax(-1, dtype=torch.float32)[..., :length].to(q.dtype)
+    probabilities = scores.softmax(-1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype)
     return F.dropout(probabilities, dropout) @ v
 
 
@@ -99,7 +171,43 @@ def band_mask(length: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-AttentionInterface.register(NAME, packed_attention)  # and no mask under this name: transformers then makes none
+def cached_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    key_positions: Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention to keys and values of a cache of fixed length L.
+
+    Args:
+        query: (1, H, T, D); key: (1, H_kv, L, D), value: (1, H_kv, L, D_v), H a multiple of H_kv.
+        key_positions: int64 (T,), of the queries in the cache: each sees the keys up to its own.
+        sliding_window, softcap, s_aux: as packed_attention's.
+
+    Returns:
+        (1, T, H, D_v) and None.
+    """
+    assert key_positions is not None, "a fixed cache needs its queries' positions"
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    distance = key_positions[:, None] - torch.arange(key.shape[2], device=query.device)
+    mask = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+    _, H, T, D = query.shape
+    if T == 1 and softcap is None and s_aux is None:  # the heads that share keys as so many queries: no copies of keys
+        shared = query.reshape(1, key.shape[1], -1, D)
+        return F.scaled_dot_product_attention(shared, key, value, mask, scale=scale).reshape(1, 1, H, -1), None
+    return weigh(query, key, value, mask, scale, 0.0, softcap, s_aux).transpose(1, 2), None
+
+
+# And no mask under these names: transformers then makes none.
+AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(CACHED, cached_attention)
 
 
 def supports_packing(model: PreTrainedModel) -> bool:
@@ -108,12 +216,28 @@ def supports_packing(model: PreTrainedModel) -> bool:
     return bool(model._supports_attention_backend) and kinds <= {"full_attention", "sliding_attention"}
 
 
+def has_windows(model: PreTrainedModel) -> bool:
+    """Whether a layer may look at a window only."""
+    kinds = getattr(model.config, "layer_types", None) or []
+    return "sliding_attention" in kinds or getattr(model.config, "sliding_window", None) is not None
+
+
 @contextmanager
-def use_packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's attention is `packed_attention`; outside, what it was."""
+def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Inside, the model's attention is the one registered under a name; outside, what it was."""
     before: Any = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def use_packed_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """`packed_attention` inside."""
+    return use_attention(model, NAME)
+
+
+def use_cached_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """`cached_attention` inside."""
+    return use_attention(model, CACHED)

@@ -29,6 +29,7 @@ from onecard.quant.state import QuantState, from_bnb
 paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
 """While a paged model loads: who takes its weights, and where the checkpoint's tensors lie."""
 MADV_DONTNEED = 4  # of Linux
+NOT_MORE = r"(?!\.)"  # behind the pattern of the codes, which transformers before 5.21 would take for their scales, too
 
 
 class Quantize4bit(ConversionOps):
@@ -116,12 +117,15 @@ class Deserialize4bit(Quantize4bit):
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        tensors = {
+            key.removesuffix(NOT_MORE): value[0] if isinstance(value, list) else value
+            for key, value in input_dict.items()
+        }
         module, leaf = get_module_from_name(model, full_layer_name)
         weight = dict(weights_of(module)).get(leaf)
-        if weight is None:
-            return tensors
         first = min(tensors, key=len)
+        if weight is None:
+            return {full_layer_name: tensors[first]}
         if tensors[first].is_floating_point() and isinstance(weight, StackedWeight):
             return super().convert({full_layer_name: tensors[first]}, full_layer_name, model)
         loaded: Any = module

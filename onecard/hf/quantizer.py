@@ -8,7 +8,7 @@ tensors of their own or stacked, and whether its linears are in 16 bits or, by b
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
-from onecard.hf.convert import Deserialize4bit, Quantize4bit
+from onecard.hf.convert import NOT_MORE, Deserialize4bit, Quantize4bit, check_shape
 from onecard.hf.experts import GatherExperts, only_stacks
 from onecard.nn.embedding import Head
 from onecard.nn.experts import Experts4bit, are_stacked_experts, weights_of
@@ -110,12 +110,13 @@ class OnecardQuantizer(HfQuantizer):
     """Puts Linear4bit in place of a model's linears and quantizes their weights as they are read."""
 
     requires_calibration = False
-    serialized_names: ClassVar[dict[str, list[str]]] = {"weight": ["weight", *(f"weight.{key}" for key in BNB_KEYS)]}
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
         self.transposed: set[str] = set()
         self.errors: list[UserError] = []
+        self.shapes: dict[str, torch.Size] = {}  # of the parameters that stay in 16 bits
+        self.stacks: list[str] = []  # weights of the model's experts, by the ends of their names
 
     @property
     def quantized_element_size(self) -> float:
@@ -156,28 +157,34 @@ class OnecardQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> Quantize4bit:
         return Quantize4bit(self)
 
-    def get_load_operations(self) -> dict[str, Any]:
-        return {"deserialize": Deserialize4bit}
+    def get_weight_conversions(self) -> list[Any]:
+        """What reads the linears of a bitsandbytes checkpoint."""
+        names = [f"weight{NOT_MORE}", *(f"weight.{key}" for key in BNB_KEYS)]
+        return [WeightConverter(names, "weight", [Deserialize4bit(self)])] if self.pre_quantized else []
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Experts come one by one: where transformers would stack them, and where linears are in 4 bits already."""
-        named = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts4bit)]
-        stacks = sorted({f"{path.rpartition('.')[2]}.{name}" for path, module in named for name in module.weights})
-        updated = []
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """Experts come one by one: where transformers would stack them, and where linears are in 4 bits already.
+
+        transformers hands its model over since 5.21; `stacks` are those of the one whose weights load.
+        """
+        stacks, updated = self.stacks, []
         for converter in weight_conversions:
             if isinstance(converter, WeightConverter) and converter.target_patterns[0].endswith(tuple(stacks)):
-                operations = [GatherExperts()] if only_stacks(converter.operations) else converter.operations
+                operations: list[Any] = [GatherExperts()] if only_stacks(converter.operations) else converter.operations
                 if self.pre_quantized:  # else transformers adds it
                     operations = [*operations, Quantize4bit(self)]
-                sources, targets = converter._original_source_patterns, converter._original_target_patterns
-                converter = converter.copy(sources, targets, operations=operations)
+                scope = {key: getattr(converter, key) for key in ("scope_prefix", "base_model_prefix")}
+                patterns = converter._original_source_patterns, converter._original_target_patterns
+                converter = WeightConverter(*patterns, operations=operations, force_cpu=converter.force_cpu)
+                for key, value in scope.items():
+                    setattr(converter, key, value)
             updated.append(converter)
         if self.pre_quantized:
             for stack in stacks:
                 whole = rf"(?<=\.){stack}"
-                names = [whole, *(f"{whole}.{key}" for key in BNB_KEYS)]
+                names = [f"{whole}{NOT_MORE}", *(f"{whole}.{key}" for key in BNB_KEYS)]
                 updated.append(WeightConverter(names, stack, [Deserialize4bit(self)]))
-        return super().update_weight_conversions(updated, model)
+        return super().update_weight_conversions(updated, *model)
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
@@ -196,13 +203,22 @@ class OnecardQuantizer(HfQuantizer):
                 in_features, out_features = out_features, in_features
             has_bias = module.bias is not None
             linear = Linear4bit(in_features, out_features, has_bias, config.bnb_4bit_compute_dtype, "meta")
+            # Until it is set: transformers before 5.21 casts what it reads to the dtype that it finds here.
+            linear.weight = nn.Parameter(linear.weight.to(module.weight.dtype), requires_grad=False)
             model.set_submodule(name, linear.train(module.training))
+        named = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts4bit)]
+        stored = {f"{path}.{name}" for path, module in model.named_modules() for name, _ in weights_of(module)}
+        self.shapes = {name: p.shape for name, p in model.named_parameters() if name not in stored}
+        self.stacks = sorted({f"{path.rpartition('.')[2]}.{name}" for path, module in named for name in module.weights})
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.errors:
             raise self.errors[0]
         check_loaded(model)
+        for name, tensor in model.named_parameters():
+            if name in self.shapes:  # which transformers before 5.21 looks at without a quantizer only
+                check_shape(tensor, tuple(self.shapes[name]), name)
         kept = [c for c in getattr(model, "_weight_conversions", ()) if not is_experts(c)]
         model._weight_conversions = kept  # type: ignore[assignment]  # save_pretrained goes back through them
         self.tell_how_stored(model)

@@ -20,7 +20,8 @@ from onecard.config import SamplingConfig, make_config
 from onecard.data.template import prompt_ids
 from onecard.errors import UserError
 from onecard.infer.adapters import use_adapter
-from onecard.infer.decoding import Answer, Context, context_length, harmless, room_for
+from onecard.infer.decoding import Answer, context_length, harmless, room_for
+from onecard.infer.graphs import make_context
 
 HELP = {
     "/reset": "forget the talk",
@@ -72,7 +73,7 @@ class Talk:
         self.max_new_tokens = room_for(model, 1, max_new_tokens)
         self.sampling = make_config(SamplingConfig, {"temperature": temperature}, "chat")
         self.max_tokens = context_length(model)
-        self.context = Context(model)
+        self.context = make_context(model)
         self.system: list[dict[str, str]] = []
         self.messages: list[dict[str, str]] = []
         self.first = 0  # messages before it are left out

@@ -18,6 +18,7 @@ from typing import Any
 from onecard.config import SamplingConfig
 from onecard.infer.adapters import use_adapter
 from onecard.infer.decoding import Answer
+from onecard.infer.graphs import make_context
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ class Work:
         """One pass of the model; whether there is more to come. What goes wrong is this request's alone."""
         try:
             if self.answer is None:
-                asked = (self.input_ids, self.max_new_tokens, self.sampling)
-                self.answer = Answer(model, self.tokenizer, *asked, goes_on=self.goes_on)
+                asked = (self.input_ids, self.max_new_tokens, self.sampling, make_context(model), self.goes_on)
+                self.answer = Answer(model, self.tokenizer, *asked)
             text = self.answer.advance()
             if text or self.answer.finish_reason:
                 self.emit(Piece(text, self.answer.num_tokens, self.answer.finish_reason))

@@ -7,6 +7,7 @@ from typing import Any
 
 from onecard.config import SamplingConfig, make_config
 from onecard.infer.decoding import Answer
+from onecard.infer.graphs import make_context
 
 
 def generate(
@@ -31,7 +32,7 @@ def generate(
         UserError: a setting that cannot be; a prompt without tokens, or longer than the model's context.
     """
     sampling = make_config(SamplingConfig, {"temperature": temperature}, "generate")
-    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, goes_on=goes_on)
+    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, make_context(model), goes_on)
     pieces = []
     while answer.finish_reason is None:
         pieces.append(answer.advance())

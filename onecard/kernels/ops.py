@@ -15,7 +15,7 @@ Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import prod
 
 import torch
@@ -26,7 +26,6 @@ from onecard.kernels import reference
 from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.operator import Operator
 from onecard.kernels.weight import (
-    Parts,
     backend,
     dequantize_anew,
     dequantize_to_scratch,
@@ -241,17 +240,19 @@ def qlora_backward(
         terms = None if lora_A_RK is None else (seen_MK, xA_MR, lora_A_RK, lora_B_NR, scaling)
         grads = backend(grad_y.device).linear_backward(g_MN, weight, K, needs, terms, separate)
     else:
-        adapter = (lora_A_RK, lora_B_NR, scaling, seen_MK, xA_MR)
-        grads = _plain_backward(g_MN, weight, shape, *adapter, separate, needs, W_NK)
+
+        def dequantized() -> Tensor:
+            return dequantize_to_scratch(*weight, shape, g_MN.dtype) if W_NK is None else W_NK
+
+        grads = plain_backward(g_MN, dequantized, lora_A_RK, lora_B_NR, scaling, seen_MK, xA_MR, separate, needs)
     grad_x, grad_x_lora, grad_A, grad_B = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
     lora_dtype = grad_y.dtype if lora_A_RK is None else lora_A_RK.dtype
     return grad_x.to(grad_y.dtype), grad_x_lora.to(grad_y.dtype), grad_A.to(lora_dtype), grad_B.to(lora_dtype)
 
 
-def _plain_backward(
+def plain_backward(
     g_MN: Tensor,
-    weight: Parts,
-    shape: list[int],
+    weight: Callable[[], Tensor],
     lora_A_RK: Tensor | None,
     lora_B_NR: Tensor | None,
     scaling: float,
@@ -259,24 +260,29 @@ def _plain_backward(
     xA_MR: Tensor,
     separate: bool,
     needs: list[bool],
-    W_NK: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients as torch's products of the dequantized weight, in g's dtype."""
+    """The gradients as torch's products, in g's dtype; `weight` gives the dequantized one, and is called if need be."""
     needs_x, needs_x_lora, needs_A, needs_B = needs
     grad_x = grad_x_lora = grad_A = grad_B = None
     if lora_A_RK is not None and lora_B_NR is not None and seen_MK is not None:
-        gB_MR = (g_MN @ lora_B_NR.to(g_MN.dtype)) * scaling
-        grad_A = gB_MR.T @ seen_MK if needs_A else None
-        grad_B = (g_MN.T @ xA_MR) * scaling if needs_B else None
+        gB_MR = g_MN.new_empty(len(g_MN), lora_B_NR.shape[1])
+        gB_MR.addmm_(g_MN, lora_B_NR.to(g_MN.dtype), beta=0, alpha=scaling)
+        grad_A = wide_product(gB_MR.T, seen_MK) if needs_A else None
+        grad_B = wide_product(g_MN.T, xA_MR).mul_(scaling) if needs_B else None
         if needs_x_lora if separate else needs_x:
             grad_x_lora = gB_MR @ lora_A_RK.to(g_MN.dtype)
     if needs_x:
-        W_NK = dequantize_to_scratch(*weight, shape, g_MN.dtype) if W_NK is None else W_NK
         if grad_x_lora is None or separate:
-            grad_x = g_MN @ W_NK
+            grad_x = g_MN @ weight()
         else:
-            grad_x = torch.addmm(grad_x_lora, g_MN, W_NK)
+            grad_x = grad_x_lora.addmm_(g_MN, weight())
     return grad_x, grad_x_lora if separate else None, grad_A, grad_B
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in float32 as it is summed where the device gives it so."""
+    wide = a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16)
+    return torch.mm(a, b, out_dtype=torch.float32) if wide else a @ b
 
 
 _qlora_linear_backward = Operator("qlora_linear_backward", qlora_backward)

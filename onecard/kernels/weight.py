@@ -13,6 +13,7 @@ from functools import cache
 from importlib import import_module
 from math import prod
 from types import ModuleType
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from onecard.kernels import reference
 from onecard.kernels.cpu import native
 
 _scratch = threading.local()
+_buffers: WeakSet[Tensor] = WeakSet()  # of all threads
 Parts = tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, int]  # packed, absmax, nested, offset, type, blocksize
 
 
@@ -64,10 +66,16 @@ def dequantize_to_scratch(
     if key not in buffers or buffers[key].numel() < num_bytes:
         buffers.pop(key, None)
         buffers[key] = torch.empty(num_bytes, dtype=torch.uint8, device=packed.device)
+        _buffers.add(buffers[key])
     W = buffers[key][:num_bytes].view(dtype).view(shape)
     dequantize = backend(packed.device).dequantize_into
     dequantize(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, W)
     return W
+
+
+def scratch_buffers() -> list[Tensor]:
+    """What any thread's next product writes to: whoever has recorded the addresses must hold these."""
+    return list(_buffers)
 
 
 def kept_weights() -> tuple[AbstractContextManager, AbstractContextManager]:

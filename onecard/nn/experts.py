@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -163,20 +163,21 @@ class Product:
             return None, None
         return torch.zeros_like(self.A_ERK), torch.zeros_like(self.B_ENR)
 
-    def parts(self, expert: int) -> Any:
-        """W_e as a linear's operators take it, codes, scales and shape (N, K); None where they cannot."""
+    def codes(self, expert: int) -> tuple[Any, int]:
+        """W_e as the operators take it, codes, scales and shape, and the weights before it that have come along."""
         packed, state, skip = part_of(self.packed, self.state, expert)
-        if skip or self.transposed:
-            return None
         scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
-        return packed, *scales, list(state.shape)
+        return (packed, *scales, list(state.shape)), skip
+
+    def parts(self, expert: int) -> Any:
+        """What `codes` gives, where it is that of a linear (N, K); else None."""
+        codes, skip = self.codes(expert)
+        return None if skip or self.transposed else codes
 
     def weight(self, expert: int) -> Tensor:
         """W_e (N, K) in the scratch buffer."""
-        packed, state, skip = part_of(self.packed, self.state, expert)
-        scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
-        W = ops.dequantize_to_scratch(packed, *scales, list(state.shape), self.dtype)
-        W = W.view(-1)[skip:].view(self.state.shape[1:])
+        codes, skip = self.codes(expert)
+        W = ops.dequantize_to_scratch(*codes, dtype=self.dtype).view(-1)[skip:].view(self.state.shape[1:])
         return W.T if self.transposed else W
 
     def lora(self, expert: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -207,34 +208,24 @@ class Product:
         learns = learns and A_RK is not None
         if not needs_x and not learns:
             return g_MN.new_empty(0)
-        found, needs = self.parts(expert), [needs_x, False, learns, learns]
+        seen, needs = None if A_RK is None else x_MK, [needs_x, False, learns, learns]
+        rest: dict[str, Any] = {
+            "lora_A_RK": A_RK,
+            "lora_B_NR": B_NR,
+            "scaling": self.scaling,
+            "xA_MR": xA_MR,
+            "separate": False,
+        }
+        found = self.parts(expert)
         if found is not None:
-            seen = None if A_RK is None else x_MK
-            dx_MK, _, dA_RK, dB_NR = ops.qlora_backward(
-                g_MN, *found, lora_A_RK=A_RK, lora_B_NR=B_NR, scaling=self.scaling, seen=seen, xA_MR=xA_MR,
-                separate=False, needs=needs,
-            )  # fmt: skip
+            dx_MK, _, dA_RK, dB_NR = ops.qlora_backward(g_MN, *found, **rest, seen=seen, needs=needs)
         else:
-            W_NK = self.weight(expert) if needs_x else None
-            dx_MK, dA_RK, dB_NR = plain_backward(g_MN, W_NK, A_RK, B_NR, self.scaling, x_MK, xA_MR)
+            weight = partial(self.weight, expert)
+            dx_MK, _, dA_RK, dB_NR = ops.plain_backward(g_MN, weight, **rest, seen_MK=seen, needs=needs)
         if learns:
             for all_of_them, its_own in zip(self.grads, (dA_RK, dB_NR)):
                 all_of_them[expert] = its_own
-        return dx_MK
-
-
-def plain_backward(
-    g_MN: Tensor, W_NK: Tensor | None, A_RK: Tensor | None, B_NR: Tensor | None, s: float, x_MK: Tensor, xA_MR: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx = g W + s (g B) A, without a weight none; dA = s (g B)^T x, dB = s g^T (x A^T)."""
-    nothing = g_MN.new_empty(0)
-    dx_MK = nothing if W_NK is None else g_MN @ W_NK
-    if A_RK is None or B_NR is None:
-        return dx_MK, nothing, nothing
-    gB_MR = (g_MN @ B_NR.to(g_MN.dtype)) * s
-    if W_NK is not None:
-        dx_MK.addmm_(gB_MR, A_RK.to(g_MN.dtype))
-    return dx_MK, gB_MR.T @ x_MK, (g_MN.T @ xA_MR) * s
+        return g_MN.new_empty(0) if dx_MK is None else dx_MK
 
 
 class _Experts(torch.autograd.Function):
@@ -325,7 +316,8 @@ def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
 
 def are_stacked_experts(module: Any) -> bool:
     """Whether a module implements transformers' experts interface in a way that Experts4bit computes."""
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and not module.has_post_expert_norm
+    plain = not getattr(module, "has_post_expert_norm", False)
+    return plain and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, Linear4bit | StackedWeight]]:

@@ -81,6 +81,13 @@ class ParamWrapper(PeftParamWrapper):
                 "target_parameters",
             )
         super().__init__(base_layer, adapter_name, parameter_name=parameter_name, **kwargs)
+        adapter_A: Any = self.lora_A[adapter_name]
+        K = experts.weights[parameter_name].shape[1 if experts.is_transposed else 2]
+        if adapter_A.weight.shape[1] != K:
+            found = f"lora_A of {adapter_A.weight.shape[1]} inputs on a weight of {K}"
+            raise UserError(
+                "peft must lay an adapter out as the experts are", found, "pip install 'peft>=0.21'", "peft"
+            )
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         self._param_ndim = 3  # peft swaps the two below unless the experts are transposed

@@ -130,16 +130,26 @@ def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) 
 
     Needs `use_packed_attention`; `model` is transformers' own, adapters inside it.
     """
-    hidden = model.base_model(
+    return head_loss(model, decode(model, batch), batch, num_tokens)
+
+
+def decode(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """The last hidden states of a packed row, (1, T, H)."""
+    return model.base_model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         use_cache=False,
         cu_seqlens=batch["cu_seqlens"],
     ).last_hidden_state
+
+
+def head_loss(model: PreTrainedModel, hidden: Tensor, batch: dict[str, Any], num_tokens: int) -> Tensor:
+    """The loss of a row's hidden states, (1, T, H); what stands after the row's own T is not looked at."""
     blocks.release()  # logits are of other sizes than the layers' results
     position, target = batch["supervised"]
     head: Any = model.get_output_embeddings()
-    loss = chunked_cross_entropy(hidden[0, position], head, target, LogitTransform.of(model.config), num_tokens)
+    rows = hidden[0].index_select(0, position)
+    loss = chunked_cross_entropy(rows, head, target, LogitTransform.of(model.config), num_tokens)
     blocks.release()  # and would wait through the whole backward
     return loss
 

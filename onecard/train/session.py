@@ -58,7 +58,7 @@ from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
 from onecard.train.samples import Sample, answer_samples, make_samples
 from onecard.train.state import State, load_newest
-from onecard.train.step import Run
+from onecard.train.step import Run, make_graphs
 
 SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take
 
@@ -122,6 +122,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
+    run.graphs = make_graphs(run, prepared.plan.device_memory_bytes or 0)
     result = Result(model, prepared.tokenizer, empty_report(config, prepared), output / "adapter")
     before = measure(result, prepared, "before", report_extra, run)
     if state is not None:

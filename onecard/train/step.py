@@ -35,12 +35,14 @@ from onecard.kernels.cpu import blocks
 from onecard.kernels.weight import kept_weights
 from onecard.memory.case import Fit
 from onecard.memory.measure import peak_memory_bytes
+from onecard.nn.experts import Experts4bit
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.paging.activations import Offload
 from onecard.paging.pager import Pager, Statistics
 from onecard.paging.states import PagedStates
-from onecard.train.loss import IGNORE, packed_loss, supervised
+from onecard.train.graphs import DecoderGraphs
+from onecard.train.loss import IGNORE, head_loss, packed_loss, supervised
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
 LARGEST_SCALE = 2.0**16
@@ -61,6 +63,7 @@ class Run:
     fit: Fit = field(default_factory=Fit)  # what is recomputed, offloaded and split
     step: int = 0
     loss_scale: float = 1.0
+    graphs: DecoderGraphs | None = None
     part_tokens: int | None = field(init=False)  # most tokens that go through the model at a time
     offload: Offload | None = field(init=False, default=None)
     paged: Statistics = field(default_factory=Statistics)  # in all steps so far
@@ -142,6 +145,20 @@ def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig
         state_bits=8 if config.optim.endswith("8bit") else 32,
         paged=PagedStates(Path(config.output)) if config.optim.startswith("paged") else None,
     )
+
+
+def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
+    """Where graphs can hold what a micro-batch does: on a CUDA GPU, with nothing given up for memory and no experts.
+
+    Args:
+        limit: bytes of the device's memory that the run may take.
+    """
+    held = run.fit == Fit() and run.loss is packed_loss
+    if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
+        return None
+    if any(isinstance(module, Experts4bit) for module in run.base.modules()):
+        return None
+    return DecoderGraphs(run.base, run.trainable.values(), limit)
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -241,6 +258,8 @@ def try_gradients(
 ) -> tuple[float, float]:
     """One attempt at them, from the same start each time."""
     run.optimizer.zero_grad(set_to_none=True)
+    if run.graphs is not None:
+        run.graphs.attach_gradients()
     restore_random(generators, run.device)
     losses = [micro_batch(run, part, num_tokens) for batch in window for part in split(batch, run.part_tokens)]
     for parameter in run.trainable.values():
@@ -254,8 +273,12 @@ def try_gradients(
 
 def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
     """Add one micro-batch's gradients; its loss."""
-    with run.saved_as_pages():
-        loss = run.loss(run.base, to_device(batch, run.device), num_tokens)
+    batch = to_device(batch, run.device)
+    if run.graphs is not None:
+        loss = head_loss(run.base, run.graphs(batch), batch, num_tokens)
+    else:
+        with run.saved_as_pages():
+            loss = run.loss(run.base, batch, num_tokens)
     (loss * run.loss_scale).backward()
     return loss.detach()
 
@@ -299,9 +322,10 @@ def make_room(run: Run, window: list[dict[str, Any]], reason: str, again: bool) 
     """
     gc.collect()
     blocks.release()
+    gave = run.graphs is not None and run.graphs.release()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()
-    if run.optimizer.page_out() or not again:
+    if gave or run.optimizer.page_out() or not again:
         return
     parts = [part for batch in window for part in split(batch, run.part_tokens)]
     half = max((part["cu_seqlens"][-1] for part in parts), default=0) // 2

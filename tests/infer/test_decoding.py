@@ -9,10 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard.config import SamplingConfig, ServeConfig
-from onecard.infer import decoding
+from onecard.infer import decoding, graphs
 from onecard.infer.decoding import Answer, Context, Sampler, Text
 from onecard.infer.engine import Engine, Work
 from onecard.infer.generate import generate
+from onecard.infer.graphs import FixedContext
 from onecard.infer.protocol import CompletionRequest, parse
 from onecard.infer.server import Served, Service
 from tests.conftest import make_checkpoint, make_tokenizer
@@ -90,6 +91,28 @@ def test_the_next_turn_goes_on_with_the_cache(loaded):
         full = model.config.model_type == "llama" or turn[:-2] == first
         assert len(again.rest) < len(turn) or not full
         assert tokens_of(again)[0] == tokens_of(Answer(model, tokenizer, turn, 8, GREEDY))[0]
+
+
+def test_a_cache_of_fixed_length_gives_the_same(loaded, monkeypatch):
+    """The same tokens over prompts in one piece and in several, over turns and as it grows; logits to rounding."""
+    model, tokenizer = loaded
+    monkeypatch.setattr(graphs, "SHORTEST", 8)
+    fixed, own = FixedContext(model, records=False), Context(model)
+    ids = PROMPT
+    for more in ([50, 51], [60], []):
+        a, b = (context.feed(context.rewind(ids)) for context in (fixed, own))
+        assert (a - b).norm() <= 1e-5 * b.norm()
+        found, _ = tokens_of(Answer(model, tokenizer, ids, 8, GREEDY, fixed))
+        assert found == tokens_of(Answer(model, tokenizer, ids, 8, GREEDY))[0]
+        ids = [*found[:-2], *more]
+    assert fixed.buffers is not None and fixed.buffers.length >= len(fixed.tokens) > 8
+
+
+def test_a_model_with_other_logits_over_the_fixed_cache_goes_without(loaded, monkeypatch):
+    model, logits = loaded[0], graphs.Buffers.logits
+    assert graphs.gives_the_same(model)
+    monkeypatch.setattr(graphs.Buffers, "logits", lambda self, ids, positions: logits(self, ids, 2 * positions))
+    assert not graphs.gives_the_same(model)
 
 
 def test_a_seed_gives_the_same_tokens_and_another_seed_others(loaded):

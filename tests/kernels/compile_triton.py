@@ -17,10 +17,12 @@ from onecard.kernels.reference import Rates
 from onecard.kernels.triton.adamw import adamw_8bit_kernel
 from onecard.kernels.triton.blockwise import dequantize_kernel, quantize_kernel
 from onecard.kernels.triton.cross_entropy import BLOCK, NUM_WARPS, cross_entropy_kernel
-from onecard.kernels.triton.product import BLOCK_K, BLOCK_N, LARGEST_M, product_kernel
+from onecard.kernels.triton.product import LARGEST_M, ONE_ROW, ROWS, row_kernel, rows_kernel
 from onecard.kernels.triton.rows import (
     rms_norm_backward_kernel,
     rms_norm_kernel,
+    rope_kernel,
+    rope_launch,
     row_launch,
     swiglu_backward_kernel,
     swiglu_kernel,
@@ -39,22 +41,27 @@ def cases():
         yield quantize_kernel, {"W": dtype, **codes}, {"BLOCKSIZE": 64, "BLOCKS": 32}
         yield (
             dequantize_kernel,
-            {"packed": "*u8", **SCALES, "out": dtype, "num_weights": "i64"},
-            {**SIZES, "PAIRS": 1024},
+            {"packed": "*u8", **SCALES, "out": dtype, "num_weights": "i64", "num_bytes": "i64"},
+            {**SIZES, "BLOCKS": 32},
         )
     for dtype in ("*bf16", "*fp16", "*fp32"):
         lora = {"xA": dtype, "lora_B": "*fp32", "scaling": "fp32"}
         sizes = {"M": "i32", "N": "i32", "R": "i32"}
         for rank in (0, 128):
-            blocks = {"ROWS": LARGEST_M, "BLOCK_N": BLOCK_N, "BLOCK_K": BLOCK_K[4 if dtype == "*fp32" else 2]}
-            constants = {**SIZES, "K": 2048, "RANK": rank, **blocks}
-            yield product_kernel, {"x": dtype, "packed": "*u8", **SCALES, **lora, "y": "*fp32", **sizes}, constants
+            constants = {**SIZES, "K": 2048, "RANK": rank}
+            types = {"x": dtype, "packed": "*u8", **SCALES, **lora, "y": "*fp32", **sizes}
+            yield row_kernel, types, constants | ONE_ROW
+            blocks = {"LARGEST_M": LARGEST_M, **ROWS[4 if dtype == "*fp32" else 2]}
+            yield rows_kernel, types, constants | blocks
     for kernel, D in ((rms_norm_kernel, 4096), (rms_norm_backward_kernel, 16384)):
         types = {name: "*bf16" for name in ("grad_y", "x", "w", "y", "grad_x")}
         yield kernel, {**types, "rstd": "*fp32", "eps": "fp32"}, row_launch(D)
     for kernel in (swiglu_kernel, swiglu_backward_kernel):
         types = {name: "*bf16" for name in ("grad_y", "gate", "up", "y", "grad_gate", "grad_up")}
         yield kernel, {**types, "size": "i64"}, {"BLOCK": 1024}
+    for back in (False, True):
+        types = {name: "*bf16" for name in ("x", "cos", "sin", "y")}
+        yield rope_kernel, {**types, "H": "i32", "P": "i32"}, {**rope_launch(32, 128), "BACK": back}
     row = {"z": "*bf16", "target": "*i64", "losses": "*fp32"}
     yield cross_entropy_kernel, row, {"V": 128256, "BLOCK": BLOCK, "num_warps": NUM_WARPS}
     tables = {"addresses": "*i64", "sizes": "*i64", "owners": "*i32", "starts": "*i64"}

@@ -6,6 +6,7 @@ import torch
 import onecard
 from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.data.dataset import load_dataset
+from onecard.data.packing import collate
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.load import load_tokenizer
 from onecard.memory.case import Case
@@ -13,8 +14,9 @@ from onecard.memory.model import find_model
 from onecard.memory.terms import logits_term
 from onecard.nn.lora import lora_config
 from onecard.train import loss as loss_module
+from onecard.train.graphs import DecoderGraphs, size_of
 from onecard.train.loop import choose_loss, evaluate
-from onecard.train.loss import LogitTransform, chunked_cross_entropy, packed_loss, plain_loss
+from onecard.train.loss import LogitTransform, chunked_cross_entropy, decode, head_loss, packed_loss, plain_loss
 from onecard.train.step import to_device
 from tests.conftest import FAMILIES, make_checkpoint
 
@@ -105,8 +107,6 @@ def config_for(chats, **fields):
 def test_packed_documents_do_not_see_each_other(family, tuned, chats):
     model, tokenizer = tuned(family)
     dataset = load_dataset(str(chats), tokenizer, config_for(chats))
-    from onecard.data.packing import collate
-
     base = model.get_base_model()
     batch = to_device(collate(dataset.examples[:4]), torch.device("cpu"))
     num_tokens = sum(example.num_supervised for example in dataset.examples[:4])
@@ -124,6 +124,29 @@ def test_packed_documents_do_not_see_each_other(family, tuned, chats):
             assert (p.grad - wanted[name]).norm() <= 1e-4 * wanted[name].norm() + 1e-7, name
     model.zero_grad()
     assert choose_loss(model, dataset) == (packed_loss, None)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_row_filled_up_for_a_graph_is_the_row(family, count, tuned, chats):
+    """The last document goes on, documents of nothing follow: neither is seen or learned."""
+    model, tokenizer = tuned(family)
+    examples = load_dataset(str(chats), tokenizer, config_for(chats)).examples[:count]
+    base, num_tokens = model.get_base_model(), sum(example.num_supervised for example in examples)
+    batch = to_device(collate(examples), torch.device("cpu"))
+    graphs = DecoderGraphs(base, [p for p in model.parameters() if p.requires_grad], 0)
+    filled = graphs.filled(batch, size_of(batch))
+    assert filled["input_ids"].shape[1] > batch["input_ids"].shape[1]
+    assert len(filled["cu_seqlens"]) - 1 in (1, 2, 4)
+    found = []
+    with use_packed_attention(base):
+        for row in (batch, filled):
+            loss = head_loss(base, decode(base, row), batch, num_tokens)
+            loss.backward()
+            found.append([loss.detach(), *(p.grad for p in graphs.trainable)])
+            model.zero_grad()
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 1e-4 * a.norm() + 1e-7
 
 
 def test_evaluate_is_the_models_own_loss(tuned, chats):

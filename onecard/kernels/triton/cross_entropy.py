@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onecard.kernels.triton import launch
 
-BLOCK, NUM_WARPS = 4096, 16
+BLOCK, NUM_WARPS = 4096, 8
 
 
 @triton.jit

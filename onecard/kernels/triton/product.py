@@ -1,13 +1,16 @@
 """y = x W^T for few rows of x straight from the codes: for decoding, where the weight's bytes are the whole cost.
 
-A program takes BLOCK_N rows of W and walks along K; the weights of even and of odd index are decoded apart and meet
-the even and odd columns of x, so that a byte never has to be spread over neighbouring lanes. A block's scale is
-loaded once. A decoded weight is rounded to x's dtype, as dequantize_into would, and the sums are float32.
+Weights of even and of odd index are decoded apart and meet the even and odd columns of x, so that a byte never has to
+be spread over neighbouring lanes; a block's scale is loaded once; sums are float32. One row is multiplied and added
+lane by lane, a block's scale at its sum's end. Up to 16 are a tensor core's tile, for which a decoded weight is
+rounded to x's dtype as dequantize_into would.
 
 Shape suffixes: M rows of x, N outputs, K inputs.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -16,39 +19,84 @@ from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE
 from onecard.kernels.triton import launch
-from onecard.kernels.triton.blockwise import block_scale
+from onecard.kernels.triton.blockwise import block_scale, look_up
 from onecard.quant.codebook import dynamic_map, quant_map
 
 LARGEST_M = 16  # rows of a tensor core's tile: fewer are padded up to it
 LARGEST_RANK = 128  # of a LoRA term whose B fits in registers beside the sums
-BLOCK_N, BLOCK_K = 32, {2: 256, 4: 64}  # by bytes of x: float32, which no tensor core multiplies, takes more registers
+# Rows of W and inputs of a program at a time: of one row of x; of more, by bytes of x, as float32 takes more registers.
+ONE_ROW = {"BLOCK_N": 4, "BLOCK_K": 1024}
+# One stage: a pipeline of several copies the looked-up levels asynchronously, 4 bytes each.
+ROWS = {2: {"BLOCK_N": 32, "BLOCK_K": 256, "num_stages": 1}, 4: {"BLOCK_N": 16, "BLOCK_K": 64, "num_stages": 1}}
 
 
 @triton.jit
-def product_kernel(
+def load_pairs(x, pair, mask):
+    """Elements 2 i and 2 i + 1 of x for every i of `pair`; two of 16 bits come in one load."""
+    if x.dtype.element_ty.primitive_bitwidth == 16:
+        both = tl.load(x.to(tl.pointer_type(tl.uint32)) + pair, mask=mask, other=0)
+        low, high = (both & 0xFFFF).to(tl.uint16), (both >> 16).to(tl.uint16)
+        return low.to(x.dtype.element_ty, bitcast=True), high.to(x.dtype.element_ty, bitcast=True)
+    else:
+        return tl.load(x + 2 * pair, mask=mask, other=0.0), tl.load(x + 2 * pair + 1, mask=mask, other=0.0)
+
+
+@triton.jit
+def row_kernel(
+    x, packed, absmax, nested_absmax, dynamic, offset, levels, xA, lora_B, scaling, y, N, R, K: tl.constexpr,
+    RANK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One row of x; BLOCK_N outputs a program, and of K as many blocks of one scale at a time as BLOCK_K has."""
+    STEP: tl.constexpr = min(BLOCK_K, BLOCKSIZE)
+    n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    table = tl.load(levels + tl.arange(0, 16))
+    sums = tl.zeros([BLOCK_N, BLOCK_K // STEP, STEP // 2], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        first = start + STEP * tl.arange(0, BLOCK_K // STEP)
+        here = (n < N) & (first < K)[None, :]
+        block = (n * K + first[None, :]) // BLOCKSIZE
+        scale = block_scale(block, here, absmax, nested_absmax, dynamic, offset, NESTED, NESTED_BLOCKSIZE)[:, :, None]
+        pair = (first // 2)[:, None] + tl.arange(0, STEP // 2)[None, :]
+        byte = tl.load(packed + (n * (K // 2))[:, :, None] + pair[None, :, :], mask=here[:, :, None], other=0)
+        x_even, x_odd = load_pairs(x, pair, (first < K)[:, None])
+        part = look_up(table, (byte >> 4).to(tl.int32)) * x_even.to(tl.float32)[None, :, :]
+        part = tl.fma(look_up(table, (byte & 15).to(tl.int32)), x_odd.to(tl.float32)[None, :, :], part)
+        sums = tl.fma(part, scale, sums)
+    out = tl.sum(tl.sum(sums, axis=2), axis=1)
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        a = tl.load(xA + r, mask=r < R, other=0.0).to(tl.float32)
+        b = tl.load(lora_B + n[:, None] * R + r[None, :], mask=(n[:, None] < N) & (r[None, :] < R), other=0.0)
+        out += scaling * tl.sum(b.to(xA.dtype.element_ty).to(tl.float32) * a[None, :], axis=1)
+    tl.store(y + n, out, mask=n < N)
+
+
+@triton.jit
+def rows_kernel(
     x, packed, absmax, nested_absmax, dynamic, offset, levels, xA, lora_B, scaling, y, M, N, R, K: tl.constexpr,
     RANK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LARGEST_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    STEP: tl.constexpr = min(BLOCK_K, BLOCKSIZE)
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, ROWS)
-    sums = tl.zeros([ROWS, BLOCK_N], tl.float32)
-    STEP: tl.constexpr = min(BLOCK_K, BLOCKSIZE)  # weights of a row that share a scale
+    m = tl.arange(0, LARGEST_M)
+    table = tl.load(levels + tl.arange(0, 16))
+    sums = tl.zeros([LARGEST_M, BLOCK_N], tl.float32)
     for start in range(0, K, BLOCK_K):
-        k = start + 2 * tl.arange(0, BLOCK_K // 2)
-        inside = (n[:, None] < N) & (k[None, :] < K)
-        at = n[:, None] * K + k[None, :]
-        byte = tl.load(packed + at // 2, mask=inside, other=0).to(tl.int32)
+        pair = start // 2 + tl.arange(0, BLOCK_K // 2)
+        inside = (n[:, None] < N) & (pair < K // 2)[None, :]
+        byte = tl.load(packed + n[:, None] * (K // 2) + pair[None, :], mask=inside, other=0).to(tl.int32)
         first = start + STEP * tl.arange(0, BLOCK_K // STEP)
         block, whole = (n[:, None] * K + first[None, :]) // BLOCKSIZE, (n[:, None] < N) & (first[None, :] < K)
         scale = block_scale(block, whole, absmax, nested_absmax, dynamic, offset, NESTED, NESTED_BLOCKSIZE)
         scale = tl.broadcast_to(scale[:, :, None], [BLOCK_N, BLOCK_K // STEP, STEP // 2])
         scale = tl.reshape(scale, [BLOCK_N, BLOCK_K // 2])
-        even = (tl.load(levels + (byte >> 4)) * scale).to(x.dtype.element_ty)
-        odd = (tl.load(levels + (byte & 15)) * scale).to(x.dtype.element_ty)
-        seen = (m[:, None] < M) & (k[None, :] < K)
-        x_even = tl.load(x + m[:, None] * K + k[None, :], mask=seen, other=0.0)
-        x_odd = tl.load(x + m[:, None] * K + k[None, :] + 1, mask=seen, other=0.0)
+        even = (look_up(table, byte >> 4) * scale).to(x.dtype.element_ty)
+        odd = (look_up(table, byte & 15) * scale).to(x.dtype.element_ty)
+        seen = (m[:, None] < M) & (pair < K // 2)[None, :]
+        x_even, x_odd = load_pairs(x, m[:, None] * (K // 2) + pair[None, :], seen)
         sums = tl.dot(x_even, tl.trans(even), sums, input_precision="ieee")
         sums = tl.dot(x_odd, tl.trans(odd), sums, input_precision="ieee")
     if RANK > 0:
@@ -61,8 +109,16 @@ def product_kernel(
 
 
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
-    """Whether `multiply` takes this x."""
-    return x_MK.shape[0] <= LARGEST_M and x_MK.shape[1] % blocksize == 0
+    """Whether `multiply` takes this x, and is faster than dequantize_into and torch's product."""
+    most = 1 if has_fast_memory(x_MK.device) else LARGEST_M
+    return x_MK.shape[0] <= most and x_MK.shape[1] % blocksize == 0
+
+
+@cache
+def has_fast_memory(device: torch.device) -> bool:
+    """Whether writing a weight in 16 bits and reading it again costs less than decoding it for tiles (H200: 83 against
+    98 to 142 us, LOG.md)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def multiply(
@@ -83,33 +139,22 @@ def multiply(
     fused_rank = max(16, triton.next_power_of_2(R)) if 0 < R <= LARGEST_RANK else 0
     y_MN = torch.empty(M, num_outputs, dtype=torch.float32, device=x_MK.device)
     nested = nested_absmax is not None
+    x_MK = x_MK.contiguous()
+    if x_MK.data_ptr() % 4:  # a pair of 16-bit elements is loaded at once
+        x_MK = x_MK.clone()
+    weight = (
+        packed, absmax, nested_absmax if nested else absmax, dynamic_map(packed.device),
+        nested_offset if nested else absmax, quant_map(quant_type, packed.device),
+    )  # fmt: skip
+    kernel, sizes, rows = row_kernel, ONE_ROW, ()
+    if M > 1:
+        kernel, sizes, rows = rows_kernel, {**ROWS[x_MK.dtype.itemsize], "LARGEST_M": LARGEST_M}, (M,)
     launch(
-        product_kernel,
-        triton.cdiv(num_outputs, BLOCK_N),
-        x_MK.contiguous(),
-        packed,
-        absmax,
-        nested_absmax if nested else absmax,
-        dynamic_map(packed.device),
-        nested_offset if nested else absmax,
-        quant_map(quant_type, packed.device),
-        xA_MR.contiguous(),
-        lora_B_NR.contiguous(),
-        scaling,
-        y_MN,
-        M,
-        num_outputs,
-        R,
-        K,
-        RANK=fused_rank,
-        BLOCKSIZE=blocksize,
-        NESTED=nested,
-        NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
-        ROWS=LARGEST_M,
-        BLOCK_N=BLOCK_N,
-        BLOCK_K=BLOCK_K[x_MK.dtype.itemsize],
+        kernel, triton.cdiv(num_outputs, sizes["BLOCK_N"]),
+        x_MK, *weight, xA_MR.contiguous(), lora_B_NR.contiguous(), scaling, y_MN, *rows, num_outputs, R, K=K,
+        RANK=fused_rank, BLOCKSIZE=blocksize, NESTED=nested, NESTED_BLOCKSIZE=NESTED_BLOCKSIZE, **sizes,
         enable_fp_fusion=False,
-    )
+    )  # fmt: skip
     if lora is not None and R > LARGEST_RANK:
         y_MN.addmm_(lora[0].float(), lora[1].float().T, alpha=lora[2])
     return y_MN

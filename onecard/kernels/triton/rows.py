@@ -1,4 +1,5 @@
-"""RMSNorm and SwiGLU with their gradients on a GPU: each reads its inputs once and writes its outputs once.
+"""RMSNorm, SwiGLU and rotary positions with their gradients on a GPU: each reads its inputs once and writes its outputs
+once.
 
 The formulas are kernels/rows.py's; everything between the loads and the stores is float32.
 """
@@ -61,6 +62,29 @@ def swiglu_backward_kernel(grad_y, gate, up, grad_gate, grad_up, size, BLOCK: tl
     tl.store(grad_up + at, (dy * g * s).to(up.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def rope_kernel(
+    x, cos, sin, y, H, P, D: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    BACK: tl.constexpr,
+):  # fmt: skip
+    """HEADS heads of a token: the halves of each meet."""
+    HALF: tl.constexpr = D // 2
+    token, d = (tl.program_id(0) // GROUPS).to(tl.int64), tl.arange(0, BLOCK)
+    head = tl.program_id(0) % GROUPS * HEADS + tl.arange(0, HEADS)
+    half = d < HALF
+    angle = token % P * D + d
+    cos1, cos2 = tl.load(cos + angle, half, 0.0).to(tl.float32), tl.load(cos + angle + HALF, half, 0.0).to(tl.float32)
+    sin1, sin2 = tl.load(sin + angle, half, 0.0).to(tl.float32), tl.load(sin + angle + HALF, half, 0.0).to(tl.float32)
+    at, inside = token * H * D + head[:, None] * D + d[None, :], (head < H)[:, None] & half[None, :]
+    x1, x2 = tl.load(x + at, inside, 0.0).to(tl.float32), tl.load(x + at + HALF, inside, 0.0).to(tl.float32)
+    if BACK:
+        y1, y2 = x1 * cos1[None, :] + x2 * sin2[None, :], x2 * cos2[None, :] - x1 * sin1[None, :]
+    else:
+        y1, y2 = x1 * cos1[None, :] - x2 * sin1[None, :], x2 * cos2[None, :] + x1 * sin2[None, :]
+    tl.store(y + at, y1.to(y.dtype.element_ty), inside)
+    tl.store(y + at + HALF, y2.to(y.dtype.element_ty), inside)
+
+
 def row_launch(D: int) -> dict[str, int]:
     """A whole row in the registers of a program: at most 32 elements a thread up to D = 16384."""
     block = triton.next_power_of_2(D)
@@ -92,3 +116,18 @@ def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
     num_programs = triton.cdiv(gate.numel(), BLOCK)
     launch(swiglu_backward_kernel, num_programs, grad_y, gate, up, grad_gate, grad_up, gate.numel(), BLOCK=BLOCK)
     return grad_gate, grad_up
+
+
+def rope_launch(H: int, D: int) -> dict[str, int]:
+    """A program takes all heads of a token, or as many as come to 2,048 pairs."""
+    block = triton.next_power_of_2(D // 2)
+    heads = min(triton.next_power_of_2(H), max(2048 // block, 1))
+    return {"D": D, "GROUPS": triton.cdiv(H, heads), "HEADS": heads, "BLOCK": block}
+
+
+def rope(x_THD: Tensor, cos_PD: Tensor, sin_PD: Tensor, back: bool) -> Tensor:
+    """Each token's heads turned by its angles, those of row t modulo P; or `back`."""
+    T, H, D = x_THD.shape
+    y_THD, sizes = torch.empty_like(x_THD), rope_launch(H, D)
+    launch(rope_kernel, T * sizes["GROUPS"], x_THD, cos_PD, sin_PD, y_THD, H, len(cos_PD), **sizes, BACK=back)
+    return y_THD

@@ -1,0 +1,214 @@
+"""A token's pass through the model as a CUDA graph: one launch in place of hundreds, between which a GPU waits for
+Python longer than it computes.
+
+A graph's addresses are fixed, so keys and values lie in buffers of a fixed length, of which a query sees those up to
+its own position; they grow by doubling. A graph is recorded at the third token and kept for the adapter that it was
+recorded with. Before its first answer, a model's logits over such buffers are compared with those over transformers'
+own cache; a model for which they differ, or which a graph cannot hold, goes on with that cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from onecard.hf.attention import supports_packing, use_cached_attention
+from onecard.infer.decoding import Context
+from onecard.kernels.weight import scratch_buffers
+from onecard.nn.experts import Experts4bit
+
+SHORTEST = 256  # tokens of the first buffers
+RECORD_AT = 3  # tokens fed one by one
+MOST = 4  # adapters' graphs
+PROBE = (list(range(1, 17)), [17], [18])  # tokens
+AGREE = 2**-4  # of the logits' norm: roundings of every layer add up; a wrong key or position changes all of it
+
+_suits: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether a model has graphs, once that is known
+
+
+class FixedLayer(CacheLayerMixin):
+    """A layer's keys and values, (1, H_kv, length, D); `positions` says where the next ones go."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+        self.positions: Tensor | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = (
+            x.new_zeros(*x.shape[:2], self.length, x.shape[3]) for x in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None and self.positions is not None
+        self.keys.index_copy_(2, self.positions, key_states)
+        self.values.index_copy_(2, self.positions, value_states)
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length, 0
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("the positions are handed over")
+
+    def get_max_length(self) -> int:
+        return self.length
+
+
+class Buffers:
+    """A cache of fixed length, and each adapter's graph of a token's pass over it."""
+
+    def __init__(self, model: Any, length: int, device: torch.device):
+        self.model, self.length = model, length
+        self.layers = [FixedLayer(length) for _ in range(model.config.get_text_config().num_hidden_layers)]
+        self.cache = Cache(layers=list(self.layers))
+        self.ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor]]] = {}
+
+    def take(self, shorter: Buffers) -> None:
+        """What shorter ones hold."""
+        for old, new in zip(shorter.layers, self.layers):
+            if old.keys is not None and old.values is not None:
+                new.lazy_initialization(old.keys, old.values)
+                assert new.keys is not None and new.values is not None
+                new.keys[:, :, : old.length].copy_(old.keys)
+                new.values[:, :, : old.length].copy_(old.values)
+
+    def logits(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The model's, (1, V) float32, after ids (1, T) at positions (T,)."""
+        for layer in self.layers:
+            layer.positions = positions
+        with use_cached_attention(self.model):
+            out = self.model(
+                input_ids=ids,
+                position_ids=positions[None],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+                key_positions=positions,
+            )
+        return out.logits[:, -1].float()
+
+    def record(self, key: Any) -> bool:
+        """Add the graph of ids and position as they are filled; whether it gives what the layers have given before."""
+        side = torch.cuda.Stream(self.ids.device)
+        side.wait_stream(torch.cuda.current_stream(self.ids.device))
+        with torch.cuda.stream(side):
+            expected = self.logits(self.ids, self.position)
+        torch.cuda.current_stream(self.ids.device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            found = self.logits(self.ids, self.position)
+        graph.replay()
+        if len(self.graphs) == MOST:
+            del self.graphs[next(iter(self.graphs))]
+        self.graphs[key] = graph, found, scratch_buffers()
+        return agree(found, expected)
+
+
+class FixedContext(Context):
+    """As Context, with a graph for a token; `records` False: the same without one, on any device."""
+
+    def __init__(self, model: Any, records: bool = True):
+        self.records = records
+        self.tuner = next((m for m in model.modules() if isinstance(m, BaseTunerLayer)), None)
+        super().__init__(model)
+
+    def clear(self) -> None:
+        self.tokens = []
+        self.buffers: Buffers | None = None
+        self.num_single, self.addresses = 0, 0
+
+    def rewind(self, ids: list[int]) -> list[int]:
+        self.tokens = self.tokens[: common(self.tokens, ids[:-1])]
+        self.num_single = 0
+        self.addresses = hash(tuple(p.data_ptr() for p in self.model.parameters()))
+        return ids[len(self.tokens) :]
+
+    @torch.no_grad()
+    def feed(self, ids: list[int]) -> Tensor:
+        assert not self.model.training, "a cache needs a model in eval mode"
+        start, device = len(self.tokens), self.model.get_input_embeddings().weight.device
+        buffers = self.reserve(start + len(ids), device)
+        self.tokens += ids
+        if len(ids) > 1 or not self.records:
+            positions = torch.arange(start, start + len(ids), device=device)
+            return buffers.logits(torch.tensor([ids], device=device), positions)
+        buffers.ids.fill_(ids[0])
+        buffers.position.fill_(start)
+        self.num_single += 1
+        key = (self.addresses, self.adapter())
+        if key not in buffers.graphs and (self.num_single < RECORD_AT or not self.recorded(buffers, key)):
+            return buffers.logits(buffers.ids, buffers.position)
+        graph, logits, _ = buffers.graphs[key]
+        graph.replay()
+        return logits.clone()
+
+    def reserve(self, length: int, device: torch.device) -> Buffers:
+        """Buffers for so many tokens, with what is held already."""
+        if self.buffers is None or self.buffers.length < length:
+            longer = Buffers(self.model, max(SHORTEST, 1 << (length - 1).bit_length()), device)
+            if self.buffers is not None:
+                longer.take(self.buffers)
+            self.buffers = longer
+        return self.buffers
+
+    def adapter(self) -> Any:
+        """What the layers compute with."""
+        layer: Any = self.tuner
+        if layer is None:
+            return None
+        return tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)
+
+    def recorded(self, buffers: Buffers, key: Any) -> bool:
+        """Record a graph; if it cannot be, none is from now on for this model."""
+        try:
+            agrees = buffers.record(key)
+        except RuntimeError:  # what a graph cannot hold, or no memory for one
+            agrees = False
+        if not agrees:
+            buffers.graphs.clear()
+            self.records = _suits[self.model] = False
+        return agrees
+
+
+def common(held: list[int], wanted: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(held, wanted)) if a != b), min(len(held), len(wanted)))
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    return bool((found - expected).norm() <= AGREE * expected.norm())
+
+
+def make_context(model: Any) -> Context:
+    """The cache that suits a model: a fixed one where its passes can be graphs."""
+    if model not in _suits:
+        _suits[model] = suits(model)
+    return FixedContext(model) if _suits[model] else Context(model)
+
+
+def suits(model: Any) -> bool:
+    """Whether a model is on a GPU, all of it, and goes through transformers' AttentionInterface without experts, whose
+    tokens are counted on the host; and loses nothing by it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    on_gpu = base.get_input_embeddings().weight.device.type == "cuda"
+    paged = getattr(base, "pager", None) is not None
+    experts = any(isinstance(module, Experts4bit) for module in base.modules())
+    return on_gpu and not paged and not experts and supports_packing(base) and gives_the_same(model)
+
+
+def gives_the_same(model: Any) -> bool:
+    """Whether its logits over a fixed cache are those over its own."""
+    fixed, own = FixedContext(model, records=False), Context(model)
+    return all([agree(fixed.feed(ids), own.feed(ids)) for ids in PROBE])

@@ -1,0 +1,217 @@
+"""The decoder's forward and backward as CUDA graphs: a launch each in place of thousands, between which a fast GPU
+waits for Python longer than it computes.
+
+A graph's shapes are fixed, so a row is filled up to a size that others share: its last document goes on for as many
+tokens as are missing, which no position before them sees and of which none is supervised, and documents of nothing make
+their number a power of two. A size is captured when it comes for the second time, into memory that all graphs share,
+since one runs at a time; and taken only if it then gives what the layers give by themselves.
+
+Not for what a graph cannot hold: recomputed layers and pages, and experts, whose tokens are counted on the host.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from onecard.hf.attention import has_windows
+from onecard.kernels.weight import scratch_buffers
+from onecard.train.loss import decode
+
+MOST = 16  # graphs
+STEPS = 5  # bits of a size that are kept: a row is filled up by a sixteenth at most
+SMALLEST_STEP = 64  # tokens
+ALIGN = 64  # elements: a gradient starts where a vector load may
+AGREE = 2**-6  # of the norm: a few roundings of bfloat16
+
+
+def size_of(batch: dict[str, Any]) -> tuple[int, int]:
+    """Tokens and documents that a row is filled up to."""
+    tokens, documents = batch["input_ids"].shape[1], len(batch["cu_seqlens"]) - 1
+    step = max(SMALLEST_STEP, 1 << max(tokens.bit_length() - STEPS, 0))
+    return -(-tokens // step) * step, 1 << (documents - 1).bit_length()
+
+
+def boundaries(batch: dict[str, Any], tokens: int, documents: int) -> list[int]:
+    """A row's cu_seqlens, filled up."""
+    ends = [*batch["cu_seqlens"][:-1], tokens]
+    return ends + [tokens] * (documents + 1 - len(ends))
+
+
+class Graph:
+    """One size's pair of graphs.
+
+    Attributes:
+        row: what they read: input_ids, position_ids and cu_seqlens.
+        hidden, grad_hidden: what the one writes and the other reads, (1, T, H).
+        buffers: the scratch of dequantized weights, which must not move.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokens: int, documents: int, device: torch.device):
+        self.tokens, self.documents = tokens, documents
+        ids, positions = (torch.zeros(1, tokens, dtype=torch.int64, device=device) for _ in range(2))
+        self.row: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "cu_seqlens": [0, tokens]}
+        if documents > 1 or has_windows(model):
+            self.row["cu_seqlens"] = torch.zeros(documents + 1, dtype=torch.int32, device=device)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.hidden: Tensor = ids
+        self.grad_hidden: Tensor = ids
+        self.buffers: list[Tensor] = []
+
+    def fill(self, batch: dict[str, Any]) -> None:
+        """Take a row in."""
+        tokens = batch["input_ids"].shape[1]
+        for key in ("input_ids", "position_ids"):
+            self.row[key][:, :tokens].copy_(batch[key])
+        if isinstance(self.row["cu_seqlens"], Tensor):
+            ends = torch.tensor(boundaries(batch, self.tokens, self.documents), dtype=torch.int32)
+            self.row["cu_seqlens"].copy_(ends.pin_memory(), non_blocking=True)
+
+
+class Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, graph: Graph, batch: dict[str, Any]) -> Tensor:
+        ctx.graph = graph
+        graph.fill(batch)
+        graph.forward.replay()
+        return graph.hidden.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.graph.grad_hidden.copy_(grad)
+        ctx.graph.backward.replay()  # adds to the parameters' .grad itself
+        return None, None, None
+
+
+class DecoderGraphs:
+    """Called in place of `decode` where a gradient follows; `attach_gradients` before each update's first call.
+
+    Args:
+        limit: bytes of the device's memory that the run may take.
+    """
+
+    def __init__(self, model: PreTrainedModel, trainable: Iterable[torch.nn.Parameter], limit: int):
+        self.model, self.trainable, self.limit = model, list(trainable), limit
+        self.device = self.trainable[0].device
+        self.anchor = torch.zeros((), requires_grad=True, device=self.device)
+        self.flat: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.graphs: dict[tuple[int, int], Graph] = {}
+        self.seen: Counter[tuple[int, int]] = Counter()
+        self.pool: Any = None
+        self.stream: Any = None
+        self.refused: str | None = None  # why none is captured any more
+
+    def attach_gradients(self) -> None:
+        """Zeros at fixed addresses as every parameter's .grad: what graphs and layers alike add to."""
+        if not self.grads:
+            self.flat, self.grads = flat_gradients(self.trainable)
+        for buffer in self.flat:
+            buffer.zero_()
+        self.attach()
+
+    def attach(self) -> None:
+        for parameter, grad in zip(self.trainable, self.grads):
+            parameter.grad = grad
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """Hidden states (1, T or more, H) of a row of `to_device`."""
+        size = size_of(batch)
+        if size not in self.graphs and self.refused is None:
+            self.seen[size] += 1
+            if self.seen[size] > 1 and len(self.graphs) < MOST and self.has_room():
+                self.capture(batch, size)
+        if size in self.graphs:
+            return Replay.apply(self.anchor, self.graphs[size], batch)  # type: ignore[return-value]
+        return decode(self.model, self.filled(batch, size))
+
+    def release(self) -> bool:
+        """Let go of all graphs for good; whether there were any."""
+        had, self.refused = bool(self.graphs), "memory ran out"
+        self.graphs.clear()
+        return had
+
+    def filled(self, batch: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        """The row as a graph takes it, so that the layers by themselves give the same bits."""
+        missing = size[0] - batch["input_ids"].shape[1]
+        rows = {k: torch.nn.functional.pad(batch[k], (0, missing)) for k in ("input_ids", "position_ids")}
+        return {**rows, "cu_seqlens": boundaries(batch, *size)}
+
+    def has_room(self) -> bool:
+        """Whether the device holds what a row makes twice: the graphs' memory, and the layers' for other sizes."""
+        now, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
+        free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
+        return now + 2 * (most - now) <= min(self.limit, free)
+
+    def capture(self, batch: dict[str, Any], size: tuple[int, int]) -> None:
+        """Add a size's graphs, or `refused` says why not."""
+        graph = Graph(self.model, *size, self.device)
+        graph.fill(batch)
+        random, before = torch.cuda.get_rng_state(self.device), [buffer.clone() for buffer in self.flat]
+        try:
+            if self.record(graph, random):
+                self.graphs[size] = graph
+            else:
+                self.refused = "a graph gave other numbers than the layers"
+        except RuntimeError as error:  # out of memory, or what a graph cannot hold
+            self.refused = (str(error).splitlines() or [type(error).__name__])[0]
+        for buffer, values in zip(self.flat, before):
+            buffer.copy_(values)
+        self.attach()
+        torch.cuda.set_rng_state(random, self.device)
+
+    def record(self, graph: Graph, random: Tensor) -> bool:
+        """Capture; whether a replay gives what the layers have given before."""
+        if self.stream is None:
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            for _ in range(2):  # the first compiles kernels and makes their tables
+                torch.cuda.set_rng_state(random, self.device)
+                for parameter in self.trainable:
+                    parameter.grad = None
+                hidden = decode(self.model, graph.row)
+                torch.autograd.backward(hidden, hidden.detach().clone())
+            expected = [hidden.detach(), *(p.grad for p in self.trainable)]
+            del hidden
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
+        graph.grad_hidden = torch.empty_like(expected[0])
+        self.attach()
+        place = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph.forward, **place):
+            hidden = decode(self.model, graph.row)
+        with torch.cuda.graph(graph.backward, **place):
+            torch.autograd.backward(hidden, graph.grad_hidden)
+        graph.hidden, graph.buffers = hidden.detach(), scratch_buffers()
+        for buffer in self.flat:
+            buffer.zero_()
+        torch.cuda.set_rng_state(random, self.device)
+        graph.forward.replay()
+        graph.grad_hidden.copy_(graph.hidden)
+        graph.backward.replay()
+        return agree([graph.hidden], expected[:1]) and agree(self.grads, expected[1:])
+
+
+def flat_gradients(parameters: list[torch.nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
+    """Zeros for each parameter, in one buffer a dtype."""
+    grads: list[Tensor] = [p.detach() for p in parameters]
+    buffers = []
+    for dtype in {p.dtype for p in parameters}:
+        some = [i for i, p in enumerate(parameters) if p.dtype == dtype]
+        sizes = [-(-parameters[i].numel() // ALIGN) * ALIGN for i in some]
+        buffers.append(torch.zeros(sum(sizes), dtype=dtype, device=parameters[0].device))
+        for i, part in zip(some, buffers[-1].split(sizes)):
+            grads[i] = part[: parameters[i].numel()].view(parameters[i].shape)
+    return buffers, grads
+
+
+def agree(found: list[Tensor], expected: list[Any]) -> bool:
+    """Whether tensors are the same but for rounding, all together in the Euclidean norm; waits for the device."""
+    pairs = [(a.float(), torch.zeros_like(a) if b is None else b.float()) for a, b in zip(found, expected)]
+    difference = sum((a - b).square().sum() for a, b in pairs)
+    return bool(difference <= AGREE**2 * sum(b.square().sum() for _, b in pairs))
