@@ -203,17 +203,18 @@ EXPORT void onecard_cross_entropy(void* logits, int dtype, int64_t rows, int64_t
     });
 }
 
-EXPORT void onecard_rms_norm(const void* x, const void* w, void* y, float* rstd, int dtype, int64_t rows, int64_t D,
-                             float eps, int num_threads) {
+EXPORT void onecard_rms_norm(const void* x, const void* delta, const void* w, void* total, void* y, float* rstd, int dtype,
+                             int64_t rows, int64_t D, float eps, int num_threads) {
     parallel_for(rows, 1, num_threads, [&](int64_t begin, int64_t end) {
-        current->rms_norm(x, w, y, rstd, static_cast<Dtype>(dtype), D, eps, begin, end);
+        current->rms_norm(x, delta, w, total, y, rstd, static_cast<Dtype>(dtype), D, eps, begin, end);
     });
 }
 
-EXPORT void onecard_rms_norm_backward(const void* grad_y, const void* x, const void* w, const float* rstd, void* grad_x,
-                                      int dtype, int64_t rows, int64_t D, int num_threads) {
+EXPORT void onecard_rms_norm_backward(const void* grad_y, const void* x, const void* w, const float* rstd,
+                                      const void* grad_total, void* grad_x, int dtype, int64_t rows, int64_t D,
+                                      int num_threads) {
     parallel_for(rows, 1, num_threads, [&](int64_t begin, int64_t end) {
-        current->rms_norm_backward(grad_y, x, w, rstd, grad_x, static_cast<Dtype>(dtype), D, begin, end);
+        current->rms_norm_backward(grad_y, x, w, rstd, grad_total, grad_x, static_cast<Dtype>(dtype), D, begin, end);
     });
 }
 

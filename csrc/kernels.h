@@ -115,12 +115,13 @@ struct Kernels {
     // Rows [begin, end) of logits (rows, V): losses logsumexp(z) - z[target]; z becomes softmax(z) - onehot(target).
     void (*cross_entropy)(void* logits, Dtype dtype, int64_t V, const int64_t* target, float* losses, int64_t begin,
                           int64_t end);
-    // Rows [begin, end) of x (rows, D): y = w * round(x * rstd) with rstd = (mean(x^2) + eps)^-1/2, kept in rstd.
-    void (*rms_norm)(const void* x, const void* w, void* y, float* rstd, Dtype dtype, int64_t D, float eps,
-                     int64_t begin, int64_t end);
-    // grad_x of the same, w constant.
-    void (*rms_norm_backward)(const void* grad_y, const void* x, const void* w, const float* rstd, void* grad_x,
-                              Dtype dtype, int64_t D, int64_t begin, int64_t end);
+    // Rows [begin, end) of x (rows, D): y = w * round(x * rstd) with rstd = (mean(x^2) + eps)^-1/2, kept in rstd; where
+    // delta is not null, of total = x + delta.
+    void (*rms_norm)(const void* x, const void* delta, const void* w, void* total, void* y, float* rstd, Dtype dtype,
+                     int64_t D, float eps, int64_t begin, int64_t end);
+    // grad_x of the same, w constant; plus grad_total, the gradient of x itself, where that is not null.
+    void (*rms_norm_backward)(const void* grad_y, const void* x, const void* w, const float* rstd,
+                              const void* grad_total, void* grad_x, Dtype dtype, int64_t D, int64_t begin, int64_t end);
     // y = gate sigmoid(gate) up, elements [begin, end).
     void (*swiglu)(const void* gate, const void* up, void* y, Dtype dtype, int64_t begin, int64_t end);
     void (*swiglu_backward)(const void* grad_y, const void* gate, const void* up, void* grad_gate, void* grad_up,

@@ -25,11 +25,21 @@ void cross_entropy_typed(T* logits, int64_t V, const int64_t* target, float* los
 }
 
 template <class T>
-void rms_norm_typed(const T* x, const T* w, T* y, float* rstd, int64_t D, float eps, int64_t begin, int64_t end) {
+void rms_norm_typed(const T* x, const T* delta, const T* w, T* total, T* y, float* rstd, int64_t D, float eps,
+                    int64_t begin, int64_t end) {
     int64_t whole = D / Isa::kLanes * Isa::kLanes;
     for (int64_t row = begin; row < end; ++row) {
         const T* x_row = x + row * D;
         T* y_row = y + row * D;
+        if (delta) {
+            const T* delta_row = delta + row * D;
+            T* total_row = total + row * D;
+            for (int64_t i = 0; i < whole; i += Isa::kLanes) {
+                Isa::store_as(total_row + i, Isa::add(Isa::load(x_row + i), Isa::load(delta_row + i)));
+            }
+            for (int64_t i = whole; i < D; ++i) convert(to_float(x_row[i]) + to_float(delta_row[i]), total_row[i]);
+            x_row = total_row;
+        }
         typename Isa::V sums = Isa::set1(0.0f);
         for (int64_t i = 0; i < whole; i += Isa::kLanes) {
             typename Isa::V v = Isa::load(x_row + i);
@@ -50,10 +60,10 @@ void rms_norm_typed(const T* x, const T* w, T* y, float* rstd, int64_t D, float 
     }
 }
 
-// dx = r (g - n mean(g n)) with n = r x, g = w dy
+// dx = r (g - n mean(g n)) with n = r x, g = w dy; and the gradient of x itself, where that is not null
 template <class T>
-void rms_norm_backward_typed(const T* grad_y, const T* x, const T* w, const float* rstd, T* grad_x, int64_t D,
-                             int64_t begin, int64_t end) {
+void rms_norm_backward_typed(const T* grad_y, const T* x, const T* w, const float* rstd, const T* grad_total, T* grad_x,
+                             int64_t D, int64_t begin, int64_t end) {
     int64_t whole = D / Isa::kLanes * Isa::kLanes;
     for (int64_t row = begin; row < end; ++row) {
         const T *dy = grad_y + row * D, *x_row = x + row * D;
@@ -69,10 +79,12 @@ void rms_norm_backward_typed(const T* grad_y, const T* x, const T* w, const floa
         for (int64_t i = 0; i < whole; i += Isa::kLanes) {
             typename Isa::V g = Isa::mul(Isa::load(dy + i), Isa::load(w + i));
             typename Isa::V part = Isa::mul(Isa::load(x_row + i), Isa::set1(back));
+            if (grad_total) part = Isa::add(part, Isa::load(grad_total + row * D + i));
             Isa::store_as(dx + i, Isa::fmadd(g, Isa::set1(r), part));
         }
         for (int64_t i = whole; i < D; ++i) {
-            convert(to_float(dy[i]) * to_float(w[i]) * r + to_float(x_row[i]) * back, dx[i]);
+            float part = to_float(x_row[i]) * back + (grad_total ? to_float(grad_total[row * D + i]) : 0.0f);
+            convert(to_float(dy[i]) * to_float(w[i]) * r + part, dx[i]);
         }
     }
 }
@@ -185,15 +197,17 @@ void cross_entropy(void* logits, Dtype dtype, int64_t V, const int64_t* target, 
     with_type(dtype, [&](auto type) { cross_entropy_typed(TYPED(logits), V, target, losses, begin, end); });
 }
 
-void rms_norm(const void* x, const void* w, void* y, float* rstd, Dtype dtype, int64_t D, float eps, int64_t begin,
-              int64_t end) {
-    with_type(dtype, [&](auto type) { rms_norm_typed(TYPED(x), TYPED(w), TYPED(y), rstd, D, eps, begin, end); });
+void rms_norm(const void* x, const void* delta, const void* w, void* total, void* y, float* rstd, Dtype dtype, int64_t D,
+              float eps, int64_t begin, int64_t end) {
+    with_type(dtype, [&](auto type) {
+        rms_norm_typed(TYPED(x), TYPED(delta), TYPED(w), TYPED(total), TYPED(y), rstd, D, eps, begin, end);
+    });
 }
 
-void rms_norm_backward(const void* grad_y, const void* x, const void* w, const float* rstd, void* grad_x, Dtype dtype,
-                       int64_t D, int64_t begin, int64_t end) {
+void rms_norm_backward(const void* grad_y, const void* x, const void* w, const float* rstd, const void* grad_total,
+                       void* grad_x, Dtype dtype, int64_t D, int64_t begin, int64_t end) {
     with_type(dtype, [&](auto type) {
-        rms_norm_backward_typed(TYPED(grad_y), TYPED(x), TYPED(w), rstd, TYPED(grad_x), D, begin, end);
+        rms_norm_backward_typed(TYPED(grad_y), TYPED(x), TYPED(w), rstd, TYPED(grad_total), TYPED(grad_x), D, begin, end);
     });
 }
 

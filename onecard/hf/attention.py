@@ -148,13 +148,16 @@ def weigh(
     sinks: Tensor | None,
 ) -> Tensor:
     """Attention under a mask (T, keys), or a causal one for None: (1, H, T, D_v)."""
-    if softcap is None and sinks is None:
-        grouped = q.shape[1] != k.shape[1]
+    plain, grouped = softcap is None and sinks is None, q.shape[1] != k.shape[1]
+    masked = mask is not None and q.device.type == "cuda"  # whose kernels take a mask or groups, not both
+    if grouped and (masked or not plain):
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        grouped = False
+    if plain:
         return F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=grouped
         )
     assert mask is not None
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = q @ k.transpose(2, 3) * (scale if softcap is None else scale / softcap)
     scores = scores if softcap is None else softcap * torch.tanh(scores)
     scores = scores.masked_fill(~mask, -torch.inf)
@@ -179,6 +182,7 @@ def cached_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     key_positions: Tensor | None = None,
+    num_keys: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -189,6 +193,7 @@ def cached_attention(
     Args:
         query: (1, H, T, D); key: (1, H_kv, L, D), value: (1, H_kv, L, D_v), H a multiple of H_kv.
         key_positions: int64 (T,), of the queries in the cache: each sees the keys up to its own.
+        num_keys: of the cache that any of them can see; None for all.
         sliding_window, softcap, s_aux: as packed_attention's.
 
     Returns:
@@ -196,6 +201,7 @@ def cached_attention(
     """
     assert key_positions is not None, "a fixed cache needs its queries' positions"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    key, value = key[:, :, :num_keys], value[:, :, :num_keys]
     distance = key_positions[:, None] - torch.arange(key.shape[2], device=query.device)
     mask = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
     _, H, T, D = query.shape

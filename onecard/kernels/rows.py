@@ -2,6 +2,7 @@
 kept. And the head's product for few rows, where reading the weight once is the whole cost.
 
     rms_norm: y = w * round(x r), r = (mean(x^2) + eps)^-1/2;   dx = r (g - n mean(g n)) with n = r x, g = w dy
+    residual_norm: t = x + delta and y = rms_norm(t);           d delta = dx = dt + that of rms_norm
     rope:     y = x cos + turn(x) sin, turn(x) = (-x2, x1) of x's halves (arXiv 2104.09864); dx = g cos - turn(g sin)
     swiglu:   y = g s u, s = sigmoid(g);   dg = dy u s (1 + g (1 - s)), du = dy g s
 
@@ -14,6 +15,7 @@ import math
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ def kernels_of(x: Tensor) -> ModuleType:
 
 def _compute_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x of any shape with weight (D,) for its last dimension: y like x, and r float32 (rows,)."""
-    return kernels_of(x).rms_norm(x.contiguous(), weight, eps)
+    return kernels_of(x).rms_norm(x.contiguous(), None, weight, eps)[1:]
 
 
 rms_norm = Operator("rms_norm", _compute_rms_norm)
@@ -78,15 +80,18 @@ def _(x, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
 
-def _compute_rms_norm_backward(grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    return kernels_of(x).rms_norm_backward(grad_y.contiguous(), x.contiguous(), weight, rstd)
+def _compute_rms_norm_backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, grad_total: Tensor | None = None
+) -> Tensor:
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    return kernels_of(x).rms_norm_backward(grad_y.contiguous(), x.contiguous(), weight, rstd, grad_total)
 
 
 rms_norm_backward = Operator("rms_norm_backward", _compute_rms_norm_backward)
 
 
 @rms_norm_backward.register_fake
-def _(grad_y, x, weight, rstd):
+def _(grad_y, x, weight, rstd, grad_total=None):
     return x.new_empty(x.shape)
 
 
@@ -100,6 +105,43 @@ def _norm_backward(ctx, grad_y, _):
 
 
 rms_norm.register_autograd(_norm_backward, _norm_context)
+
+
+def _compute_add_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return kernels_of(x).rms_norm(x.contiguous(), delta.contiguous(), weight, eps)
+
+
+_add_norm = Operator("add_norm", _compute_add_norm)
+
+
+@_add_norm.register_fake
+def _(x, delta, weight, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """An autograd Function alone: of its outputs the first may be its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if delta is None:
+            total, (y, rstd) = x.view_as(x), rms_norm(x, weight, eps)
+        else:
+            total, y, rstd = _add_norm(x, delta, weight, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x if delta is None else total, weight, rstd)
+        ctx.adds = delta is not None
+        return total, y
+
+    @staticmethod
+    def backward(ctx: Any, grad_total: Tensor | None, grad_y: Tensor | None):  # type: ignore[override]
+        grad = grad_total if grad_y is None else rms_norm_backward(grad_y, *ctx.saved_tensors, grad_total)
+        return grad, grad if ctx.adds else None, None, None
+
+
+def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, or x where there is no delta, and its rms_norm; one pass forward, one backward. See supports_norm."""
+    return _ResidualNorm.apply(x, delta, weight, eps)  # type: ignore[return-value]
 
 
 def _compute_swiglu(gate: Tensor, up: Tensor) -> Tensor:

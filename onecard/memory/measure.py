@@ -59,16 +59,17 @@ def begin_peak(device: torch.device) -> int:
     """Have `peak_memory_bytes` count from here, where the system can; the bytes that are held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_reserved(device)
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far, or since `begin_peak`: of the allocator on a GPU, of the process on a CPU."""
+    """The most memory held so far, or since `begin_peak`: by the allocator on a GPU, graphs' with it, by the process on a
+    CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

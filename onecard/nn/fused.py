@@ -1,5 +1,5 @@
-"""RMSNorm, gated MLP and rotary attention on fused operators, put in place of a model's own modules where they compute
-the same.
+"""RMSNorm, gated MLP, rotary attention and the residuals around them on fused operators, put in place of a model's own
+modules where they compute the same.
 
 A model says by its attributes that it has such a module and by its numbers that it means the same: `fuse` runs both
 on random input once for each class and takes the fused one only if they agree to a few roundings of the dtype; of
@@ -18,6 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from onecard.kernels import rows
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+NUMBERS = {"layer_idx", "training"}  # in which layers of a kind may differ
+SETTING = (bool, int, float, str, type(None))
 AGREE_EPS = 4  # roundings of the compute dtype, relative in the Euclidean norm
 
 
@@ -28,8 +31,11 @@ class FusedRMSNorm(nn.Module):
         super().__init__()
         self.weight, self.variance_epsilon = weight, variance_epsilon
 
+    def takes(self, x: Tensor) -> bool:
+        return rows.supports_norm(x, self.weight) and not self.weight.requires_grad
+
     def forward(self, x: Tensor) -> Tensor:
-        if rows.supports_norm(x, self.weight) and not self.weight.requires_grad:
+        if self.takes(x):
             return rows.rms_norm(x, self.weight, self.variance_epsilon)[0]
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
@@ -89,12 +95,41 @@ class FusedAttention:
         return {"dropout": dropout, "scaling": self.scaling} | {name: known[name] for name in self.passes}
 
 
+class FusedLayer:
+    """Mixed into a model's decoder layer: its forward with each sum and the norm behind it in one pass."""
+
+    def forward(self: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        first, second = self.input_layernorm, self.post_attention_layernorm
+        if not all(isinstance(norm, FusedRMSNorm) and norm.takes(hidden_states) for norm in (first, second)):
+            own: Any = super()
+            return own.forward(hidden_states, **kwargs)
+        x, y = rows.residual_norm(hidden_states, None, first.weight, first.variance_epsilon)
+        y, _ = self.self_attn(hidden_states=y, **kwargs)
+        x, y = rows.residual_norm(x, y, second.weight, second.variance_epsilon)
+        y = self.mlp(y)
+        return y.add_(x) if isinstance(self.mlp, FusedGatedMLP) else x + y  # in place: a product's result, kept by none
+
+
 def fuse(model: nn.Module) -> None:
-    """Replace the model's norms, MLPs and attentions, loaded and frozen, by those above where that changes nothing."""
+    """Replace the model's norms, MLPs, attentions and layers, loaded and frozen, by those above where that changes
+    nothing."""
+    fuse_parts(model)
+    agreed: dict[tuple, Any] = {}
+    for name, module in list(model.named_modules()):
+        if dict(module.named_children()).keys() == LAYER:
+            kind = kind_of(module)
+            if kind not in agreed:
+                agreed[kind] = fused_layer(module)
+            if agreed[kind] is not None:
+                model.set_submodule(name, as_kind(module, agreed[kind]))
+
+
+def fuse_parts(model: nn.Module) -> None:
+    """Of the layers."""
     agreed: dict[tuple, Any] = {}
     for name, module in list(model.named_modules()):
         if dict(module.named_children()).keys() >= PROJECTIONS:
-            kind = (type(module), getattr(module, "sliding_window", None))
+            kind = kind_of(module)
             if kind not in agreed:
                 agreed[kind] = fused_attention(module)
             if agreed[kind] is not None:
@@ -111,11 +146,40 @@ def fuse(model: nn.Module) -> None:
             model.set_submodule(name, other)
 
 
+def kind_of(module: nn.Module) -> tuple:
+    """What modules must share for one to stand for all: class, parts' classes, and settings such as a window."""
+    settings = {k: v for k, v in vars(module).items() if k not in NUMBERS and isinstance(v, SETTING)}
+    return (
+        type(module),
+        *((name, type(child)) for name, child in module.named_children()),
+        *sorted(settings.items(), key=str),
+    )
+
+
 def as_kind(module: nn.Module, kind: Any) -> nn.Module:
     """The same state with another class's forward."""
     other = kind.__new__(kind)
     other.__dict__.update(module.__dict__)
     return other
+
+
+@torch.no_grad()
+def fused_layer(module: Any) -> type | None:
+    """A class between FusedLayer and the layer's own; None if what they make of four tokens is not alike."""
+    linear = getattr(module.self_attn, "q_proj", None)
+    if linear is None or not hasattr(module.self_attn, "head_dim"):
+        return None
+    dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    sizes = [linear.in_features, module.self_attn.head_dim, module.self_attn.head_dim]
+    x, cos, sin = (torch.randn(1, 4, size, generator=generator).to(linear.weight.device, dtype) for size in sizes)
+    kind = type(f"Fused{type(module).__name__}", (FusedLayer, type(module)), {})
+    try:
+        settings = {"attention_mask": None, "position_embeddings": (cos, sin)}
+        found, expected = as_kind(module, kind)(x, **settings), module(x, **settings)
+        return kind if agree(found, expected) else None
+    except Exception:  # it wants something else
+        return None
 
 
 @torch.no_grad()

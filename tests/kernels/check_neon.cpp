@@ -171,8 +171,8 @@ void rows(Dtype dtype, const std::string& name, double grain) {
     for (int i = 0; i < 2; ++i) {
         for (auto& y : out[i]) y.resize(count * D);
         rstd[i].resize(count), losses[i].resize(count), dense[i].resize(count);
-        paths[i]->rms_norm(x.data(), w.data(), out[i][0].data(), rstd[i].data(), dtype, D, 1e-5f, 0, count);
-        paths[i]->rms_norm_backward(g.data(), x.data(), w.data(), rstd[i].data(), out[i][1].data(), dtype, D, 0, count);
+        paths[i]->rms_norm(x.data(), g.data(), w.data(), out[i][2].data(), out[i][0].data(), rstd[i].data(), dtype, D, 1e-5f, 0, count);
+        paths[i]->rms_norm_backward(g.data(), out[i][2].data(), w.data(), rstd[i].data(), x.data(), out[i][1].data(), dtype, D, 0, count);
         paths[i]->swiglu(gates.data(), g.data(), out[i][2].data(), dtype, 0, count * D);
         paths[i]->swiglu_backward(g.data(), gates.data(), g.data(), out[i][3].data(), out[i][4].data(), dtype, 0,
                                   count * D);

@@ -54,8 +54,10 @@ def cases():
             blocks = {"LARGEST_M": LARGEST_M, **ROWS[4 if dtype == "*fp32" else 2]}
             yield rows_kernel, types, constants | blocks
     for kernel, D in ((rms_norm_kernel, 4096), (rms_norm_backward_kernel, 16384)):
-        types = {name: "*bf16" for name in ("grad_y", "x", "w", "y", "grad_x")}
-        yield kernel, {**types, "rstd": "*fp32", "eps": "fp32"}, row_launch(D)
+        names = ("grad_y", "x", "delta", "w", "total", "y", "grad_total", "grad_x")
+        types = {**{name: "*bf16" for name in names}, "rstd": "*fp32", "eps": "fp32"}
+        for adds in (False, True):
+            yield kernel, types, {"ADDS": adds, **row_launch(D)}
     for kernel in (swiglu_kernel, swiglu_backward_kernel):
         types = {name: "*bf16" for name in ("grad_y", "gate", "up", "y", "grad_gate", "grad_up")}
         yield kernel, {**types, "size": "i64"}, {"BLOCK": 1024}

@@ -49,6 +49,34 @@ def test_rms_norm(isa, dtype, shape):  # noqa: F811
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 5, 576)])
+@pytest.mark.parametrize("adds", [True, False])
+def test_residual_norm(isa, dtype, shape, adds):  # noqa: F811
+    """The sum is torch's to the bit; both of the norm's results have a gradient, or either alone."""
+    x, delta = random(*shape).to(dtype), random(*shape, seed=3).to(dtype)
+    w, g = random(shape[-1], seed=1).to(dtype), random(*shape, seed=4)
+
+    def ours(x, delta):
+        return rows.residual_norm(x, delta if adds else None, w, EPS)
+
+    def plain(x, delta):
+        total = x + delta if adds else x
+        return total, norm(total, w.to(total.dtype))
+
+    assert torch.equal(ours(x, delta)[0], plain(x, delta)[0])
+    for of in (0, 1, 2):
+
+        def gradients(call, dtype, of=of):
+            given = [t.to(dtype).requires_grad_() for t in (x, delta)]
+            total, y = call(*given)
+            total, y = total * 1, y * 1  # as what comes behind would use them
+            (total if of == 0 else y if of == 1 else 2 * total + y).backward(g.to(dtype))
+            return [y.detach(), *(t.grad for t in given if t.grad is not None)]
+
+        check(gradients(ours, dtype), gradients(plain, dtype), gradients(plain, torch.float64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1,), (3, 17), (2, 5, 1536)])
 def test_swiglu(isa, dtype, shape):  # noqa: F811
     gate, up = 4 * random(*shape).to(dtype), random(*shape, seed=1).to(dtype)
@@ -126,6 +154,7 @@ def test_large_logits_stay_finite(isa):  # noqa: F811
 def test_opcheck():
     x, w = random(4, 32).requires_grad_(), random(32)
     torch.library.opcheck(torch.ops.onecard.rms_norm.default, (x, w, EPS))
+    torch.library.opcheck(torch.ops.onecard.add_norm.default, (x.detach(), random(4, 32, seed=1), w, EPS))
     torch.library.opcheck(torch.ops.onecard.swiglu.default, (x, random(4, 32).requires_grad_()))
     heads = random(2, 3, 5, 32).requires_grad_()
     torch.library.opcheck(torch.ops.onecard.rope.default, (heads, random(1, 5, 32), random(1, 5, 32), False))

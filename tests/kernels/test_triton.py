@@ -95,9 +95,17 @@ def worst(ours, torchs, truth):
 @pytest.mark.parametrize("D", [1, 17, 576])
 def test_rms_norm_is_no_worse_than_plain(D):
     x, g, w = (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) for shape in ((5, D), (5, D), (D,)))
-    y, rstd = triton_rows.rms_norm(x.to(DEVICE), w.to(DEVICE), 1e-5)
-    grad = triton_rows.rms_norm_backward(g.to(DEVICE), x.to(DEVICE), w.to(DEVICE), rstd)
+    moved = [t.to(DEVICE) for t in (x, g, w)]
+    total, y, rstd = triton_rows.rms_norm(moved[0], None, moved[2], 1e-5)
+    assert total is moved[0]
+    grad = triton_rows.rms_norm_backward(moved[1], moved[0], moved[2], rstd, None)
     plain = [with_gradients(lambda x: norm(x, w.to(x.dtype)), [x.to(t)], g.to(t)) for t in PLAIN]
+    assert worst([y.cpu(), grad.cpu()], *plain) <= 1
+    total, y, rstd = triton_rows.rms_norm(moved[0], moved[1], moved[2], 1e-5)
+    assert torch.equal(total.cpu(), x + g)
+    grad = triton_rows.rms_norm_backward(moved[1], total, moved[2], rstd, moved[0])
+    plain = [with_gradients(lambda t: norm(t, w.to(t.dtype)), [(x + g).to(t)], g.to(t)) for t in PLAIN]
+    plain = [(made, back + x.to(back.dtype)) for made, back in plain]
     assert worst([y.cpu(), grad.cpu()], *plain) <= 1
 
 
@@ -177,8 +185,8 @@ def test_every_launch_is_on_its_tensors_device(monkeypatch):
     backend.multiply(W[:2], packed, absmax, None, None, "nf4", 64, 4)
     triton_rows.rope(W.view(4, 1, 64), W, W, False)
     backend.cross_entropy_(W.clone(), torch.zeros(4, dtype=torch.int64, device=DEVICE))
-    y, rstd = triton_rows.rms_norm(W, W[0], 1e-5)
-    triton_rows.rms_norm_backward(y, W, W[0], rstd)
+    _, y, rstd = triton_rows.rms_norm(W, None, W[0], 1e-5)
+    triton_rows.rms_norm_backward(y, W, W[0], rstd, None)
     triton_rows.swiglu_backward(triton_rows.swiglu(W, W), W, W)
     states = [x.to(DEVICE) for signed in (True, False) for x in quantize_8bit(torch.ones(256), signed)]
     backend.adamw_8bit_([(W, W.clone(), *states)], reference.Rates.of(1, 1e-2, (0.9, 0.999), 1e-8, 0.1))

@@ -14,4 +14,4 @@ def test_every_kernel_compiles_without_spills_and_fits():
     command = [sys.executable, "-m", "tests.kernels.compile_triton"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(" 0 spills") == 5 * 26, done.stdout
+    assert done.stdout.count(" 0 spills") == 5 * 28, done.stdout

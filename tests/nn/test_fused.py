@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import onecard
 from onecard.kernels import rows
 from onecard.memory.activations import fused_kinds
-from onecard.nn.fused import FusedAttention, FusedGatedMLP, FusedRMSNorm, fuse
+from onecard.nn.fused import FusedAttention, FusedGatedMLP, FusedLayer, FusedRMSNorm, fuse
 from tests.conftest import make_checkpoint
 
 
@@ -18,16 +18,17 @@ def count(model, kind):
     return sum(isinstance(module, kind) for module in model.modules())
 
 
-KINDS = {  # norms, MLPs and attentions of two layers
-    "llama": (5, 2, 2), "mistral": (5, 2, 2), "qwen2": (5, 2, 2), "qwen3": (9, 2, 2), "phi3": (5, 0, 0),
-    "gemma2": (0, 0, 2),
+PARTS = (FusedRMSNorm, FusedGatedMLP, FusedAttention, FusedLayer)
+KINDS = {  # of two layers
+    "llama": (5, 2, 2, 2), "mistral": (5, 2, 2, 2), "qwen2": (5, 2, 2, 2), "qwen3": (9, 2, 2, 2), "phi3": (5, 0, 0, 0),
+    "gemma2": (0, 0, 2, 0),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("family", KINDS)
 def test_families(tmp_path, family):
     model = onecard.load_model(str(make_checkpoint(tmp_path, family)))
-    assert tuple(count(model, kind) for kind in (FusedRMSNorm, FusedGatedMLP, FusedAttention)) == KINDS[family]
+    assert tuple(count(model, kind) for kind in PARTS) == KINDS[family]
     assert model.config._attn_implementation in ("sdpa", "eager")  # as before
 
 
@@ -55,7 +56,7 @@ def test_the_model_computes_the_same(tmp_path, family):
     plain = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     fused = copy.deepcopy(plain)
     fuse(fused)
-    assert tuple(count(fused, kind) for kind in (FusedRMSNorm, FusedGatedMLP, FusedAttention)) == KINDS[family]
+    assert tuple(count(fused, kind) for kind in PARTS) == KINDS[family]
     assert set(fused.state_dict()) == set(plain.state_dict())
     ids = torch.arange(80).view(2, 40)
     expected, found = plain(ids).logits, fused(ids).logits
@@ -85,6 +86,43 @@ def test_another_attention_is_left_alone():
     model.model.layers[0].self_attn.__dict__["plain"] = attention
     fuse(model)
     assert not isinstance(model.model.layers[0].self_attn, FusedAttention)
+
+
+def test_a_layer_with_a_scaled_residual_is_left_alone():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "vocab_size": 50,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    for multiplier, number in ((1.0, 1), (0.5, 0)):
+        config = AutoConfig.for_model("granite", residual_multiplier=multiplier, **sizes)
+        model = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+        fuse(model)
+        assert count(model, FusedLayer) == number
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_gradients_are_the_same(tmp_path, family):
+    """Of the layers' input, in float32 to 64 roundings; a second backward of another loss adds to it."""
+    plain = AutoModelForCausalLM.from_pretrained(make_checkpoint(tmp_path, family)).requires_grad_(False)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    found = []
+    for model in (plain, fused):
+        x = model.get_input_embeddings()(torch.arange(40).view(1, 40)).requires_grad_()
+        out = model(inputs_embeds=x, output_hidden_states=True)
+        (out.logits.square().mean() + out.hidden_states[1].sin().mean()).backward()
+        found.append(x.grad)
+    assert (found[1] - found[0]).norm() <= 64 * 2**-24 * found[0].norm()
+
+
+def test_a_layer_that_is_told_otherwise_is_another_kind():
+    """SmolLM3 turns no heads in every fourth layer."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 200, "pad_token_id": 0,
+             "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model("smollm3", **sizes)).eval().requires_grad_(False)
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    assert [isinstance(layer.self_attn, FusedAttention) for layer in fused.model.layers] == [True, True, True, False]
+    ids = torch.arange(80).view(2, 40)
+    assert (fused(ids).logits - plain(ids).logits).norm() <= 64 * 2**-24 * plain(ids).logits.norm()
 
 
 def test_another_formula_is_left_alone(tmp_path):

@@ -76,8 +76,8 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_has_linear": (c_int, c_int),
     "onecard_linear": (c_int, *_SCALES, c_int64, c_void_p, c_int),
     "onecard_cross_entropy": (None, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_int),
-    "onecard_rms_norm": (None, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int64, c_int64, c_float, c_int),
-    "onecard_rms_norm_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int64, c_int),
+    "onecard_rms_norm": (None, *[c_void_p] * 6, c_int, c_int64, c_int64, c_float, c_int),
+    "onecard_rms_norm_backward": (None, *[c_void_p] * 6, c_int, c_int64, c_int64, c_int),
     "onecard_swiglu": (None, *[c_void_p] * 3, c_int, c_int64, c_int),
     "onecard_swiglu_backward": (None, *[c_void_p] * 5, c_int, c_int64, c_int),
     "onecard_rope": (None, *[c_void_p] * 4, c_int, c_int64, c_int64, c_int64, c_int64, c_int, c_int),
@@ -311,16 +311,17 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     return losses_P
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y like x, contiguous, and r float32 (rows,)."""
+def rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta, or x itself; y like it, contiguous; and r float32 (rows,)."""
     y, rstd = blocks.empty_like(x), new(torch.float32, x.numel() // x.shape[-1])
-    call("onecard_rms_norm", x, w, y, rstd, DTYPES[x.dtype], rstd.numel(), x.shape[-1], eps)
-    return y, rstd
+    total = x if delta is None else blocks.empty_like(x)
+    call("onecard_rms_norm", x, delta, w, total, y, rstd, DTYPES[x.dtype], rstd.numel(), x.shape[-1], eps)
+    return total, y, rstd
 
 
-def rms_norm_backward(grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
-    grad_x = blocks.empty_like(x)
-    call("onecard_rms_norm_backward", grad_y, x, w, rstd, grad_x, DTYPES[x.dtype], rstd.numel(), x.shape[-1])
+def rms_norm_backward(grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor, grad_total: Tensor | None) -> Tensor:
+    grad_x, sizes = blocks.empty_like(x), (DTYPES[x.dtype], rstd.numel(), x.shape[-1])
+    call("onecard_rms_norm_backward", grad_y, x, w, rstd, grad_total, grad_x, *sizes)
     return grad_x
 
 

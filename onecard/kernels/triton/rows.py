@@ -17,11 +17,16 @@ BLOCK = 1024  # elements of SwiGLU a program
 
 
 @triton.jit
-def rms_norm_kernel(x, w, y, rstd, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(x, delta, w, total, y, rstd, eps, ADDS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """A row a program."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < D
     x_row = tl.load(x + row * D + at, mask=inside, other=0.0).to(tl.float32)
+    if ADDS:
+        x_row += tl.load(delta + row * D + at, mask=inside, other=0.0).to(tl.float32)
+        x_row = x_row.to(x.dtype.element_ty)
+        tl.store(total + row * D + at, x_row, mask=inside)
+        x_row = x_row.to(tl.float32)
     r = tl.rsqrt(tl.sum(x_row * x_row, axis=0) / D + eps)
     normed = (x_row * r).to(x.dtype.element_ty).to(tl.float32)
     scaled = normed * tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
@@ -30,7 +35,9 @@ def rms_norm_kernel(x, w, y, rstd, eps, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def rms_norm_backward_kernel(grad_y, x, w, rstd, grad_x, D: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_backward_kernel(
+    grad_y, x, w, rstd, grad_total, grad_x, ADDS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr
+):
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < D
     x_row = tl.load(x + row * D + at, mask=inside, other=0.0).to(tl.float32)
@@ -38,7 +45,10 @@ def rms_norm_backward_kernel(grad_y, x, w, rstd, grad_x, D: tl.constexpr, BLOCK:
     g *= tl.load(w + at, mask=inside, other=0.0).to(tl.float32)
     r = tl.load(rstd + row)
     back = tl.sum(g * x_row, axis=0) * r * r * r / D
-    tl.store(grad_x + row * D + at, (g * r - x_row * back).to(grad_x.dtype.element_ty), mask=inside)
+    grad = g * r - x_row * back
+    if ADDS:
+        grad += tl.load(grad_total + row * D + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(grad_x + row * D + at, grad.to(grad_x.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -91,17 +101,21 @@ def row_launch(D: int) -> dict[str, int]:
     return {"D": D, "BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
 
 
-def rms_norm(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """y like x, contiguous, and r float32 (rows,)."""
-    y, D = torch.empty_like(x), x.shape[-1]
+def rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta, or x itself; y like it, contiguous; and r float32 (rows,)."""
+    y, D, adds = torch.empty_like(x), x.shape[-1], delta is not None
+    total = torch.empty_like(x) if adds else x
     rstd = torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)
-    launch(rms_norm_kernel, rstd.numel(), x, w, y, rstd, eps, **row_launch(D))
-    return y, rstd
+    launch(rms_norm_kernel, rstd.numel(), x, delta if adds else x, w, total, y, rstd, eps, ADDS=adds, **row_launch(D))
+    return total, y, rstd
 
 
-def rms_norm_backward(grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor) -> Tensor:
-    grad_x = torch.empty_like(x)
-    launch(rms_norm_backward_kernel, rstd.numel(), grad_y, x, w, rstd, grad_x, **row_launch(x.shape[-1]))
+def rms_norm_backward(grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor, grad_total: Tensor | None) -> Tensor:
+    grad_x, adds = torch.empty_like(x), grad_total is not None
+    launch(
+        rms_norm_backward_kernel, rstd.numel(), grad_y, x, w, rstd, grad_total if adds else x, grad_x,
+        ADDS=adds, **row_launch(x.shape[-1]),
+    )  # fmt: skip
     return grad_x
 
 
