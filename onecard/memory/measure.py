@@ -66,7 +66,7 @@ def begin_peak(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far, or since `begin_peak`: by a GPU's allocator, for graphs too; by the process on a CPU."""
+    """The most memory held so far, or since `begin_peak`: by a GPU's allocator, graphs included; by a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

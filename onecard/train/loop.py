@@ -44,6 +44,7 @@ FREE_TO_CHANGE = {
     "gradient_checkpointing",  # the same bits either way
     "device_memory",
     "weights_budget",
+    "cuda_graphs",
     "output",
     "save_steps",
     "save_total_limit",
