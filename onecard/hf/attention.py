@@ -104,7 +104,7 @@ def attend_varlen(
         cu_seqlens = on_device(tuple(cu_seqlens), q.device)
     grouped = {"enable_gqa": True} if "enable_gqa" in VARLEN else {}
     if not grouped and q.shape[1] != k.shape[1]:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        k, v = spread(q, k, v)
     left = -1 if window is None else window - 1
     assert varlen_attn is not None
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -131,9 +131,9 @@ def attend(
 ) -> Tensor:
     """Causal attention of one document: (1, H, S, D) with grouped keys and values."""
     length = q.shape[2]
-    mask = band_mask(length, window, q.device) if window is not None and window < length else None
-    if mask is None and (softcap is not None or sinks is not None):
-        mask = band_mask(length, length, q.device)
+    banded = window is not None and window < length
+    masked = banded or softcap is not None or sinks is not None
+    mask = band_mask(torch.arange(length, device=q.device), length, window) if masked else None
     return weigh(q, k, v, mask, scale, dropout, softcap, sinks)
 
 
@@ -151,7 +151,7 @@ def weigh(
     plain, grouped = softcap is None and sinks is None, q.shape[1] != k.shape[1]
     masked = mask is not None and q.device.type == "cuda"  # whose kernels take a mask or groups, not both
     if grouped and (masked or not plain):
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        k, v = spread(q, k, v)
         grouped = False
     if plain:
         return F.scaled_dot_product_attention(
@@ -167,11 +167,15 @@ def weigh(
     return F.dropout(probabilities, dropout) @ v
 
 
-def band_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """bool (length, length): query i sees keys i - window + 1 ... i."""
-    at = torch.arange(length, device=device)
-    distance = at[:, None] - at[None, :]
-    return (distance >= 0) & (distance < window)
+def band_mask(positions: Tensor, num_keys: int, window: int | None) -> Tensor:
+    """bool (T, num_keys): the query at position i of (T,) sees keys i - window + 1 ... i, or all up to i."""
+    distance = positions[:, None] - torch.arange(num_keys, device=positions.device)
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+
+
+def spread(q: Tensor, *groups: Tensor) -> tuple[Tensor, ...]:
+    """Keys or values (1, H_kv, T, D) once for each of q's H heads."""
+    return tuple(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in groups)
 
 
 def cached_attention(
@@ -202,8 +206,7 @@ def cached_attention(
     assert key_positions is not None, "a fixed cache needs its queries' positions"
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     key, value = key[:, :, :num_keys], value[:, :, :num_keys]
-    distance = key_positions[:, None] - torch.arange(key.shape[2], device=query.device)
-    mask = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
+    mask = band_mask(key_positions, key.shape[2], sliding_window)
     _, H, T, D = query.shape
     if T == 1 and softcap is None and s_aux is None:  # the heads that share keys as so many queries: no copies of keys
         shared = query.reshape(1, key.shape[1], -1, D)

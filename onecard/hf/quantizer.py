@@ -173,11 +173,9 @@ class OnecardQuantizer(HfQuantizer):
                 operations: list[Any] = [GatherExperts()] if only_stacks(converter.operations) else converter.operations
                 if self.pre_quantized:  # else transformers adds it
                     operations = [*operations, Quantize4bit(self)]
-                scope = {key: getattr(converter, key) for key in ("scope_prefix", "base_model_prefix")}
-                patterns = converter._original_source_patterns, converter._original_target_patterns
-                converter = WeightConverter(*patterns, operations=operations, force_cpu=converter.force_cpu)
-                for key, value in scope.items():
-                    setattr(converter, key, value)
+                old, patterns = converter, (converter._original_source_patterns, converter._original_target_patterns)
+                converter = WeightConverter(*patterns, operations=operations, force_cpu=old.force_cpu)
+                converter.scope_prefix, converter.base_model_prefix = old.scope_prefix, old.base_model_prefix
             updated.append(converter)
         if self.pre_quantized:
             for stack in stacks:

@@ -43,11 +43,7 @@ class Context:
 
     def rewind(self, ids: list[int]) -> list[int]:
         """Keep what `ids` begin with, as far as the cache can be cut; what of them is left to feed, one at least."""
-        shared = 0
-        for held, wanted in zip(self.tokens, ids[:-1]):
-            if held != wanted:
-                break
-            shared += 1
+        shared = common(self.tokens, ids[:-1])
         surplus = len(self.tokens) - shared
         if surplus and any(type(layer) is not DynamicLayer for layer in self.cache.layers):
             self.clear()  # a sliding window has let go of what would be needed
@@ -70,6 +66,11 @@ class Context:
         )
         self.tokens += ids
         return out.logits[:, -1].float()
+
+
+def common(held: list[int], wanted: list[int]) -> int:
+    """How many tokens two lists begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(held, wanted)) if a != b), min(len(held), len(wanted)))
 
 
 class Sampler:

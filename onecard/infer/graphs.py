@@ -20,10 +20,10 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from onecard.hf.attention import supports_packing, use_cached_attention
-from onecard.infer.decoding import Context
+from onecard.infer.decoding import Context, common
 from onecard.kernels.recording import beside, no_waiting
 from onecard.kernels.weight import scratch_buffers
-from onecard.nn.experts import Experts4bit
+from onecard.nn.experts import has_experts
 
 SHORTEST = 256  # tokens of the first buffers
 RECORD_AT = 3  # tokens fed one by one
@@ -192,11 +192,6 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def common(held: list[int], wanted: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
-    return next((i for i, (a, b) in enumerate(zip(held, wanted)) if a != b), min(len(held), len(wanted)))
-
-
 def agree(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).norm() <= AGREE * expected.norm())
 
@@ -214,8 +209,7 @@ def suits(model: Any) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     on_gpu = base.get_input_embeddings().weight.device.type == "cuda"
     paged = getattr(base, "pager", None) is not None
-    experts = any(isinstance(module, Experts4bit) for module in base.modules())
-    return on_gpu and not paged and not experts and supports_packing(base) and gives_the_same(model)
+    return on_gpu and not paged and not has_experts(base) and supports_packing(base) and gives_the_same(model)
 
 
 def gives_the_same(model: Any) -> bool:

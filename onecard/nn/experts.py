@@ -320,6 +320,11 @@ def are_stacked_experts(module: Any) -> bool:
     return plain and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether any of a model's modules is an Experts4bit."""
+    return any(isinstance(module, Experts4bit) for module in model.modules())
+
+
 def weights_of(module: nn.Module) -> Iterator[tuple[str, Linear4bit | StackedWeight]]:
     """A module's own 4-bit weights by their parameter's name."""
     if isinstance(module, Linear4bit):

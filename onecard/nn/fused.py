@@ -113,25 +113,13 @@ class FusedLayer:
 def fuse(model: nn.Module) -> None:
     """Replace the model's norms, MLPs, attentions and layers, loaded and frozen, by those above where that changes
     nothing."""
-    fuse_parts(model)
     agreed: dict[tuple, Any] = {}
-    for name, module in list(model.named_modules()):
-        if dict(module.named_children()).keys() == LAYER:
+    for name, module in reversed(list(model.named_modules())):  # parts before what they are parts of
+        children = dict(module.named_children()).keys()
+        if children >= PROJECTIONS or children == LAYER:
             kind = kind_of(module)
             if kind not in agreed:
-                agreed[kind] = fused_layer(module)
-            if agreed[kind] is not None:
-                model.set_submodule(name, as_kind(module, agreed[kind]))
-
-
-def fuse_parts(model: nn.Module) -> None:
-    """Of the layers."""
-    agreed: dict[tuple, Any] = {}
-    for name, module in list(model.named_modules()):
-        if dict(module.named_children()).keys() >= PROJECTIONS:
-            kind = kind_of(module)
-            if kind not in agreed:
-                agreed[kind] = fused_attention(module)
+                agreed[kind] = fused_layer(module) if children == LAYER else fused_attention(module)
             if agreed[kind] is not None:
                 model.set_submodule(name, as_kind(module, agreed[kind]))
             continue
@@ -163,19 +151,30 @@ def as_kind(module: nn.Module, kind: Any) -> nn.Module:
     return other
 
 
+def four_tokens(attention: Any) -> tuple[Tensor, tuple[Tensor, Tensor]] | None:
+    """Random hidden states and angles for an attention; None if their sizes or dtype are not known."""
+    linear = getattr(attention, "q_proj", None)
+    if linear is None or not hasattr(attention, "head_dim"):
+        return None
+    dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
+    if not dtype.is_floating_point:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    sizes = [linear.in_features, attention.head_dim, attention.head_dim]
+    x, cos, sin = (torch.randn(1, 4, size, generator=generator).to(linear.weight.device, dtype) for size in sizes)
+    return x, (cos, sin)
+
+
 @torch.no_grad()
 def fused_layer(module: Any) -> type | None:
     """A class between FusedLayer and the layer's own; None if what they make of four tokens is not alike."""
-    linear = getattr(module.self_attn, "q_proj", None)
-    if linear is None or not hasattr(module.self_attn, "head_dim"):
+    probed = four_tokens(module.self_attn)
+    if probed is None:
         return None
-    dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
-    generator = torch.Generator().manual_seed(0)
-    sizes = [linear.in_features, module.self_attn.head_dim, module.self_attn.head_dim]
-    x, cos, sin = (torch.randn(1, 4, size, generator=generator).to(linear.weight.device, dtype) for size in sizes)
+    x, angles = probed
     kind = type(f"Fused{type(module).__name__}", (FusedLayer, type(module)), {})
     try:
-        settings = {"attention_mask": None, "position_embeddings": (cos, sin)}
+        settings = {"attention_mask": None, "position_embeddings": angles}
         found, expected = as_kind(module, kind)(x, **settings), module(x, **settings)
         return kind if agree(found, expected) else None
     except Exception:  # it wants something else
@@ -185,23 +184,20 @@ def fused_layer(module: Any) -> type | None:
 @torch.no_grad()
 def fused_attention(module: Any) -> type | None:
     """A class between FusedAttention and the module's own; None if their calls of the interface are not alike."""
-    linear = module.q_proj
-    dtype = getattr(linear, "compute_dtype", None) or linear.weight.dtype
-    if not hasattr(module, "head_dim") or not dtype.is_floating_point:
+    probed = four_tokens(module)
+    if probed is None:
         return None
-    generator = torch.Generator().manual_seed(0)
-    sizes = [linear.in_features, module.head_dim, module.head_dim]
-    x, cos, sin = (torch.randn(1, 4, size, generator=generator).to(linear.weight.device, dtype) for size in sizes)
+    x, angles = probed
     before, calls = module.config._attn_implementation, PROBED
     try:
         module.config._attn_implementation = PROBE
         calls.clear()
-        module(x, (cos, sin), None)
+        module(x, angles, None)
         passes = calls[0][1].keys() - {"dropout", "scaling"}
         if not passes <= {"sliding_window", "softcap"}:
             return None
         kind = type(f"Fused{type(module).__name__}", (FusedAttention, type(module)), {"passes": passes})
-        as_kind(module, kind)(x, (cos, sin), None)
+        as_kind(module, kind)(x, angles, None)
         (expected, settings), (found, own) = calls
         return kind if own == settings and all(map(agree, found, expected)) else None
     except Exception:  # it wants something else

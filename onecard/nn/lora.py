@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.kernels import ops
-from onecard.nn.experts import Experts4bit, Factors
+from onecard.nn.experts import Experts4bit, Factors, has_experts
 from onecard.nn.linear import Linear4bit
 
 
@@ -143,7 +143,7 @@ def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
             the word alone would stand for their weights and routers, too.
     """
     target_modules = settings.target_modules
-    if target_modules == "all-linear" and any(isinstance(m, Experts4bit) for m in getattr(model, "modules", list)()):
+    if target_modules == "all-linear" and model is not None and has_experts(model):
         target_modules = linear_names(model)
     config = LoraConfig(
         r=settings.r,

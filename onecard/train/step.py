@@ -35,7 +35,7 @@ from onecard.kernels.cpu import blocks
 from onecard.kernels.weight import kept_weights
 from onecard.memory.case import Fit
 from onecard.memory.measure import peak_memory_bytes
-from onecard.nn.experts import Experts4bit
+from onecard.nn.experts import has_experts
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.paging.activations import Offload
@@ -153,10 +153,8 @@ def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
     Args:
         limit: bytes of the device's memory that the run may take.
     """
-    held = run.fit == Fit() and run.loss is packed_loss
+    held = run.fit == Fit() and run.loss is packed_loss and not has_experts(run.base)
     if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
-        return None
-    if any(isinstance(module, Experts4bit) for module in run.base.modules()):
         return None
     return DecoderGraphs(run.base, run.trainable.values(), limit)
 

@@ -111,7 +111,7 @@ def test_a_cache_of_fixed_length_gives_the_same(loaded, monkeypatch):
 def test_a_model_with_other_logits_over_the_fixed_cache_goes_without(loaded, monkeypatch):
     model, logits = loaded[0], graphs.Buffers.logits
     assert graphs.gives_the_same(model)
-    monkeypatch.setattr(graphs.Buffers, "logits", lambda self, ids, positions: logits(self, ids, 2 * positions))
+    monkeypatch.setattr(graphs.Buffers, "logits", lambda self, ids, at, num_keys: logits(self, ids, 2 * at))
     assert not graphs.gives_the_same(model)
 
 

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 
 from onecard.kernels.reference import Rates
 from onecard.kernels.triton.adamw import adamw_8bit_kernel
-from onecard.kernels.triton.blockwise import dequantize_kernel, quantize_kernel
+from onecard.kernels.triton.blockwise import WEIGHTS_A_PROGRAM, dequantize_kernel, quantize_kernel
 from onecard.kernels.triton.cross_entropy import BLOCK, NUM_WARPS, cross_entropy_kernel
 from onecard.kernels.triton.product import LARGEST_M, ONE_ROW, ROWS, row_kernel, rows_kernel
 from onecard.kernels.triton.rows import (
@@ -38,11 +38,11 @@ def cases():
     """(kernel, types of its arguments, constants)"""
     for dtype in ("*bf16", "*fp16", "*fp32"):
         codes = {"bounds": "*fp32", "order": "*i32", "packed": "*u8", "absmax": "*fp32", "num_weights": "i64"}
-        yield quantize_kernel, {"W": dtype, **codes}, {"BLOCKSIZE": 64, "BLOCKS": 32}
+        yield quantize_kernel, {"W": dtype, **codes}, {"BLOCKSIZE": 64, "BLOCKS": WEIGHTS_A_PROGRAM["quantize"] // 64}
         yield (
             dequantize_kernel,
             {"packed": "*u8", **SCALES, "out": dtype, "num_weights": "i64", "num_bytes": "i64"},
-            {**SIZES, "BLOCKS": 32},
+            {**SIZES, "BLOCKS": WEIGHTS_A_PROGRAM["dequantize"] // 64},
         )
     for dtype in ("*bf16", "*fp16", "*fp32"):
         lora = {"xA": dtype, "lora_B": "*fp32", "scaling": "fp32"}

@@ -56,7 +56,7 @@ def test_dequantize_is_bit_equal(quant_type, dtype):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("block_k", [64] if ON_GPU else [64, 256])  # the latter is 16-bit x's
 def test_product_is_within_its_rounding(num_rows, N, K, blocksize, double_quant, block_k, monkeypatch):
-    """float32 sums of K terms: |error| <= (K + 4) 2^-24 sum |x w|."""
+    """float32 sums of K terms: |error| <= (K + 2) 2^-24 sum |x w|; of one row, scaled behind the sums, K + 4."""
     monkeypatch.setitem(product.ROWS, 4, {**product.ROWS[4], "BLOCK_K": block_k})
     generator = torch.Generator().manual_seed(0)
     packed, absmax = reference.quantize_blocks(torch.randn(N, K, generator=generator), "nf4", blocksize, "W")
@@ -65,15 +65,16 @@ def test_product_is_within_its_rounding(num_rows, N, K, blocksize, double_quant,
     W = torch.empty(N, K, device=DEVICE)
     reference.dequantize_into(*weight, W)
     x = torch.randn(num_rows, K, generator=generator).to(DEVICE)
+    assert ON_GPU or backend.can_multiply(x, blocksize)
     exact = x.double() @ W.double().T
-    bound = (K + 4) * 2**-24 * (x.double().abs() @ W.double().abs().T)
+    bound = (K + (4 if num_rows == 1 else 2)) * 2**-24 * (x.double().abs() @ W.double().abs().T)
     assert ((backend.multiply(x, *weight, N) - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("R", [1, 16, 24, 130])
 @pytest.mark.parametrize("M", [1, 3])
 def test_product_with_a_lora_term_is_within_its_rounding(M, R):
-    """The bound above with K + R terms and a product by s: |error| <= (K + R + 6) 2^-24 times the terms' sizes."""
+    """The bounds above with K + R terms and a product by s: two roundings more, of the terms' sizes."""
     generator = torch.Generator().manual_seed(0)
     N, K, scaling = 37, 128, 1.7
     packed, absmax = reference.quantize_blocks(torch.randn(N, K, generator=generator), "nf4", 64, "W")
@@ -84,7 +85,7 @@ def test_product_with_a_lora_term_is_within_its_rounding(M, R):
     exact = x.double() @ W.double().T + scaling * xA.double() @ B.double().T
     sizes = x.double().abs() @ W.double().abs().T + scaling * xA.double().abs() @ B.double().abs().T
     found = backend.multiply(x, *weight, N, (xA, B, scaling))
-    assert ((found - exact).abs() <= (K + R + 6) * 2**-24 * sizes).all()
+    assert ((found - exact).abs() <= (K + R + (6 if M == 1 else 4)) * 2**-24 * sizes).all()
 
 
 def worst(ours, torchs, truth):

@@ -117,7 +117,7 @@ def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
 @cache
 def has_fast_memory(device: torch.device) -> bool:
     """Whether writing a weight in 16 bits and reading it again costs less than decoding it for tiles (H200: 83 against
-    98 to 142 us, LOG.md)."""
+    58 to 120 us by shape, LOG.md)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
