@@ -177,7 +177,7 @@ def random_model(shape: str, contender: str, device: torch.device, share: bool =
     model.requires_grad_(False)
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     if contender == "onecard":
-        from onecard.nn.fused import fuse
+        from onecard.hf.fusion import fuse
         from onecard.nn.lora import register_fused
 
         fuse(model)

@@ -219,6 +219,12 @@ AttentionInterface.register(NAME, packed_attention)
 AttentionInterface.register(CACHED, cached_attention)
 
 
+def cache_name(model: Any) -> str:
+    """The argument by which a model's forward takes its cache: `cache` since transformers 5.24."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside peft's
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+
+
 def supports_packing(model: PreTrainedModel) -> bool:
     """Whether the model's layers are causal or sliding ones that go through the AttentionInterface."""
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])

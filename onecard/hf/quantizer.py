@@ -24,9 +24,9 @@ from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.convert import NOT_MORE, Deserialize4bit, Quantize4bit, check_shape
 from onecard.hf.experts import GatherExperts, only_stacks
+from onecard.hf.fusion import fuse
 from onecard.nn.embedding import Head
 from onecard.nn.experts import Experts4bit, are_stacked_experts, weights_of
-from onecard.nn.fused import fuse
 from onecard.nn.linear import Linear4bit
 from onecard.quant.state import BNB_KEYS, to_bnb
 

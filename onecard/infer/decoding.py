@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 
 from onecard.config import SamplingConfig
 from onecard.errors import UserError
+from onecard.hf.attention import cache_name
 
 PREFILL_TOKENS = 256  # of a prompt in one pass: others wait no longer than that takes
 
@@ -34,7 +35,7 @@ class Context:
     """A model's KV cache and the tokens whose keys and values it holds."""
 
     def __init__(self, model: Any):
-        self.model = model
+        self.model, self.cache_name = model, cache_name(model)
         self.clear()
 
     def clear(self) -> None:
@@ -60,9 +61,9 @@ class Context:
         device = self.model.get_input_embeddings().weight.device
         out = self.model(
             input_ids=torch.tensor([ids], device=device),
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         )
         self.tokens += ids
         return out.logits[:, -1].float()

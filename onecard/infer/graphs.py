@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from onecard.hf.attention import supports_packing, use_cached_attention
+from onecard.hf.attention import cache_name, supports_packing, use_cached_attention
 from onecard.infer.decoding import Context, common
 from onecard.kernels.recording import beside, no_waiting
 from onecard.kernels.weight import scratch_buffers
@@ -72,7 +72,7 @@ class Buffers:
     def __init__(self, model: Any, length: int, device: torch.device):
         self.model, self.length = model, length
         self.layers = [FixedLayer(length) for _ in range(model.config.get_text_config().num_hidden_layers)]
-        self.cache = Cache(layers=list(self.layers))
+        self.takes_cache: Any = {cache_name(model): Cache(layers=list(self.layers))}
         self.ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor]]] = {}
@@ -94,9 +94,9 @@ class Buffers:
             out = self.model(
                 input_ids=ids,
                 position_ids=positions[None],
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **self.takes_cache,
                 key_positions=positions,
                 num_keys=num_keys,
             )

@@ -26,9 +26,9 @@ from typing import Any
 
 import torch
 
+from onecard.hf.fused import FusedGatedMLP, FusedRMSNorm, counterpart
 from onecard.kernels.rows import widest_norm
 from onecard.memory.stacks import stacks_of
-from onecard.nn.fused import FusedGatedMLP, FusedRMSNorm, counterpart
 
 INNER = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "wo", "w2")
 
@@ -126,9 +126,9 @@ def norms(modules: Any) -> list[tuple[str, int]]:
 
 
 def fused_kinds(modules: Any, device: str) -> tuple[bool, bool]:
-    """Whether the model's norms and MLPs take the fused form (nn/fused.py) on such a device."""
-    found = [counterpart(module) for module in modules.modules()]
-    widths = [width for other, width in found if isinstance(other, FusedRMSNorm)]
-    mlps = [other for other, _ in found if isinstance(other, FusedGatedMLP)]
+    """Whether the model's norms and MLPs take the fused form (hf/fused.py) on such a device."""
+    found: list[tuple[Any, Any]] = [(module, counterpart(module)) for module in modules.modules()]
+    widths = [module.weight.shape[0] for module, form in found if form is FusedRMSNorm]
+    mlps = [module for module, form in found if form is FusedGatedMLP]
     gated = any("silu" in type(mlp.act_fn).__name__.lower() for mlp in mlps)
     return 0 < max(widths, default=0) <= widest_norm(device), gated

@@ -23,6 +23,7 @@ from onecard.data.loader import Loader
 from onecard.data.packing import collate
 from onecard.errors import UserError
 from onecard.hf.attention import supports_packing, use_packed_attention
+from onecard.hf.fused import unfuse, unfused
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
 from onecard.train.metrics import Metrics
 from onecard.train.state import State, save_state
@@ -65,29 +66,40 @@ def count_steps(loader: Loader, config: TrainConfig) -> int:
 
 
 def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None]:
-    """The packed path if it reproduces the model's own logits on two short documents, else the plain one.
+    """The packed path if it reproduces the loss of the model's own modules on two short documents, else the plain one.
+
+    Fused modules that change the loss of the plain path get their own classes again.
 
     Returns:
         the function, and why it is the slow one (None for the fast one).
     """
     base = inner(model)
-    if not supports_packing(base):
-        return plain_loss, f"{base.config.model_type} has attention of its own kind"
     batch = to_device(probe_batch(examples), base.get_input_embeddings().weight.device)
     num_tokens = int((batch["labels"] != IGNORE).sum())
-    training = model.training
-    model.eval()
-    with torch.no_grad():
-        expected = plain_loss(base, batch, num_tokens).item()
-        with use_packed_attention(base):
-            found = packed_loss(base, batch, num_tokens).item()
-    model.train(training)
     # The mean of some 46 losses, of logits that differ by a few roundings of the compute dtype, half an eps each.
     eps = torch.finfo(base.config.quantization_config.bnb_4bit_compute_dtype).eps
-    bound = max(4 * eps, 1e-4) * max(1.0, abs(expected))
-    if abs(found - expected) > bound:
-        return plain_loss, f"the packed loss differs from the model's own ({found:.5f}, {expected:.5f})"
-    return packed_loss, None
+
+    def same(found: float, expected: float) -> bool:
+        return abs(found - expected) <= max(4 * eps, 1e-4) * max(1.0, abs(expected))
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            with unfused():
+                expected = plain_loss(base, batch, num_tokens).item()
+            why = f"{base.config.model_type} has attention of its own kind"
+            if supports_packing(base):
+                with use_packed_attention(base):
+                    found = packed_loss(base, batch, num_tokens).item()
+                if same(found, expected):
+                    return packed_loss, None
+                why = f"the packed loss differs from the model's own ({found:.5f}, {expected:.5f})"
+            if not same(plain_loss(base, batch, num_tokens).item(), expected):
+                unfuse(base)
+            return plain_loss, why
+    finally:
+        model.train(training)
 
 
 def probe_batch(examples: Dataset) -> dict[str, Any]:
