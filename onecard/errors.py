@@ -56,5 +56,5 @@ def one_line(text: str) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' (did you mean "blocksize"?)' or an empty string."""
-    close = get_close_matches(word, list(known), n=1, cutoff=0.6)
+    close = get_close_matches(word[:MOST_CHARACTERS], list(known), n=1, cutoff=0.6)
     return f' (did you mean "{close[0]}"?)' if close else ""

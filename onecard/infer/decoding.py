@@ -83,9 +83,9 @@ class Sampler:
         self.greedy = temperature == 0
         self.shape = LogitsProcessorList()
         if stored.repetition_penalty not in (None, 1.0):
-            self.shape.append(RepetitionPenaltyLogitsProcessor(stored.repetition_penalty))
+            self.shape.append(RepetitionPenaltyLogitsProcessor(float(stored.repetition_penalty)))
         if not self.greedy:
-            self.shape.append(TemperatureLogitsWarper(temperature))
+            self.shape.append(TemperatureLogitsWarper(float(temperature)))
             if stored.top_k:
                 self.shape.append(TopKLogitsWarper(stored.top_k))
             if top_p < 1:
