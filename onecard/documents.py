@@ -22,6 +22,8 @@ MAX_BYTES = 4 << 20
 MAX_YAML_BYTES = 256 << 10  # PyYAML reads some 100 KB a second
 MAX_DEPTH = 64
 MAX_DIGITS = 40  # tokenizer_config.json has an integer of 31
+YAML_TAG = "tag:yaml.org,2002:"
+YAML_KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 AGAIN = "fetch the file again"
 T = TypeVar("T", bound=BaseModel)
 BRIEF = reprlib.Repr()
@@ -78,27 +80,23 @@ def parse_json(raw: bytes, infinities: bool = False, max_bytes: int = MAX_BYTES)
 
 
 def parse_yaml(raw: bytes) -> Any:
-    """What YAML's plain part says: no tags, no references. Raises ValueError, whose text says what is wrong."""
+    """What plain YAML says, without references and named tags. Raises ValueError, whose text says what is wrong."""
     import yaml
 
     check_size(len(raw), MAX_YAML_BYTES)
-    loader = None
     try:
-        text = raw.decode("utf-8")
-        check_events(yaml.parse(text, yaml.SafeLoader))
-        loader = yaml.SafeLoader(text)
+        loader = yaml.SafeLoader(raw.decode("utf-8"))
         root = loader.get_single_node()
-        for key in keys_twice(root):
-            raise ValueError(f'"{key}" twice')
+        check_nodes(root)
         content = None if root is None else loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{error.problem or error.context}{at}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(" ".join(str(error).split())) from None
-    except (OverflowError, TypeError, RecursionError) as error:  # of dates, of keys that are no text, of numbers
-        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise too_deep() from None
+    except (yaml.YAMLError, UnicodeDecodeError, OverflowError, TypeError, LookupError) as error:
+        raise ValueError(" ".join(str(error).split())) from None  # of dates, tags and keys that are no text, too
     check_depth(content)
     for value in leaves(content):
         if isinstance(value, int):
@@ -109,33 +107,25 @@ def parse_yaml(raw: bytes) -> Any:
     return content
 
 
-def check_events(events: Any) -> None:
-    """Raise ValueError for what a run's settings need not, before anything is made of it."""
-    depth = 0
-    for event in events:
-        name = type(event).__name__
-        depth += name.endswith("StartEvent") - name.endswith("EndEvent")
-        if depth > MAX_DEPTH:
-            raise too_deep()
-        if name == "AliasEvent" or getattr(event, "anchor", None) is not None:
-            raise ValueError(f"a reference, line {event.start_mark.line + 1}: write the value itself")
-        if getattr(event, "tag", None) is not None:
-            raise ValueError(f"the tag {event.tag}, line {event.start_mark.line + 1}: write the value without it")
-
-
-def keys_twice(root: Any) -> list[str]:
-    """Keys that a mapping, of the top level or below it, has twice."""
-    found: list[str] = []
-    waiting = [root]
-    while waiting:
-        node = waiting.pop()
-        pairs = getattr(node, "value", None)
-        if not isinstance(pairs, list):
-            continue
-        named = [part[0].value for part in pairs if isinstance(part, tuple) and isinstance(part[0].value, str)]
-        found += [key for key in dict.fromkeys(named) if named.count(key) > 1] if len(set(named)) < len(named) else []
-        waiting += [child for part in pairs for child in (part if isinstance(part, tuple) else (part,))]
-    return found
+def check_nodes(root: Any) -> None:
+    """Raise ValueError for what a run's settings need not, before values are made of it."""
+    seen, level = set(), [] if root is None else [root]
+    for _ in range(MAX_DEPTH + 1):
+        below = []
+        for node in level:
+            at = f"line {node.start_mark.line + 1}"
+            if id(node) in seen:
+                raise ValueError(f"a reference to {at}: write the value itself")
+            if node.tag.removeprefix(YAML_TAG) not in YAML_KINDS:
+                raise ValueError(f"the tag {node.tag}, {at}: write the value without it")
+            seen.add(id(node))
+            pairs = node.value if node.tag == f"{YAML_TAG}map" else ()
+            each_once([(key.value, value) for key, value in pairs if isinstance(key.value, str)])
+            below += node.value if node.tag == f"{YAML_TAG}seq" else [part for pair in pairs for part in pair]
+        level = below
+        if not level:
+            return
+    raise too_deep()
 
 
 def check_size(num_bytes: int, most: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import resource
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -28,12 +29,12 @@ from onecard.export.adapter import read_adapter
 from onecard.hf.checkpoint import inspect_checkpoint, read_header, read_index
 from onecard.hf.load import check_generation_config, load_tokenizer, meta_model, read_config
 from onecard.hf.origin import Origin, read_origin, write_origin
-from onecard.infer.adapters import peft_config
+from onecard.infer.adapters import check_ranks, peft_config, stored_tensors
 from onecard.infer.decoding import Sampler, end_tokens
 from onecard.nn.lora import lora_config
 from onecard.quant.state import STATE_KEY, from_bnb, to_bnb
 from onecard.train.metrics import Metrics
-from onecard.train.state import load_newest, save_state
+from onecard.train.state import load_newest, numbered, save_state
 from tests.conftest import make_checkpoint
 from tests.mutations import mutated
 
@@ -48,18 +49,18 @@ class TooSlow(BaseException):
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise TooSlow in the block after so many seconds."""
+    """Raise TooSlow in the block after so many seconds of work; other programs' do not count."""
 
     def stop(*_: Any) -> None:
         raise TooSlow(f"more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 class Documents:
@@ -245,6 +246,74 @@ KINDS = (
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Documents:
     return Documents(tmp_path_factory.mktemp("documents"))
+
+
+SAID = {  # what each must end in, and a word of the error
+    "an integer of 5,000 digits": ("yaml", b"r: " + b"9" * 5000, "integer"),
+    "an integer of 6,000 hexadecimal digits": ("yaml", b"r: 0x" + b"f" * 6000, "integer"),
+    "3,000 levels of YAML": ("yaml", b"a: " + b"[" * 3000, "levels"),
+    "a reference": ("yaml", b"model: &a [x]\ndata: *a", "reference"),
+    "a reference to itself": ("yaml", b"model: &a [*a]", "reference"),
+    "an impossible date": ("yaml", b"seed: 2020-99-99", "month"),
+    "a tag": ("yaml", b'model: !!binary "="', "tag"),
+    "an infinite alpha": ("yaml", b"{model: m, data: d, output: o, lora_alpha: .inf}", "finite"),
+    "a key twice": ("onecard", b'{"model": "a", "model": "b"}', "twice"),
+    "a key of no version": ("onecard", b'{"modell": "a"}', "modell"),
+    "100,000 levels of JSON": ("quant_state", b"[" * 4000, "levels"),
+    "NaN": ("generation_config", b'{"temperature": NaN}', "NaN"),
+    "more than a float holds": ("adapter_config", b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999}', "1e999"),
+    "alpha as text": ("adapter_config", b'{"peft_type": "LORA", "r": 4, "lora_alpha": "8"}', "lora_alpha"),
+    "a pattern that is none": (
+        "adapter_config",
+        b'{"peft_type": "LORA", "r": 4, "lora_alpha": 8, "alpha_pattern": {"(": 1}}',
+        "regular expression",
+    ),
+    "a temperature as text": ("generation_config", b'{"temperature": "hot"}', "temperature"),
+    "a length as text": ("tokenizer_config", b'{"model_max_length": "long"}', "model_max_length"),
+    "half of a surrogate pair": ("header", b'{"\\ud800": {}}', "surrogate"),
+}
+
+
+@pytest.mark.parametrize("name", list(SAID))
+def test_what_is_wrong_is_said(name, documents):
+    kind, raw, said = SAID[name]
+    with pytest.raises(UserError, match=said):
+        documents.kinds()[kind][1](raw)
+
+
+@pytest.mark.parametrize("count", [10**4, 10**5, 10**12])
+def test_far_more_layers_than_there_are_tensors_are_refused_soon(count, documents):
+    config = json.loads((documents.base / "config.json").read_text()) | {"num_hidden_layers": count}
+    with at_most(MOST_SECONDS), pytest.raises(UserError, match=r"num_hidden_layers|weights in 12 tensors"):
+        documents.config(json.dumps(config).encode())
+
+
+def test_far_wider_layers_than_there_are_weights_are_refused_before_they_are_made(documents):
+    config = json.loads((documents.base / "config.json").read_text()) | {"intermediate_size": 10**9}
+    with pytest.raises(UserError, match="weights in 12 tensors"):
+        documents.placed(
+            documents.base / "config.json",
+            json.dumps(config).encode(),
+            lambda path: onecard.load_model(str(path.parent), device="cpu"),
+        )
+
+
+def test_a_rank_far_above_that_of_the_tensors_is_refused_before_it_is_made(documents):
+    config = json.loads((documents.adapter / "adapter_config.json").read_text()) | {"r": 1 << 16}
+    with pytest.raises(UserError, match="rank must be that of the tensors, 4 in"):
+        documents.placed(
+            documents.adapter / "adapter_config.json",
+            json.dumps(config).encode(),
+            lambda path: check_ranks(path.parent, stored_tensors(path.parent)),
+        )
+
+
+def test_only_plain_digits_number_a_checkpoint(documents, tmp_path):
+    shutil.copytree(documents.checkpoints / "checkpoint-7", tmp_path / "checkpoint-7")
+    for digits in ("\u00b2", "\u0669", "08", "9" * 30, "-9", "+9", " 9"):
+        (tmp_path / f"checkpoint-{digits}").mkdir()
+    assert [path.name for path in numbered(tmp_path)] == ["checkpoint-7"]
+    assert load_newest(tmp_path).step == 7
 
 
 def run_case(kind: str, number: int, sound: Any, read: Callable[[bytes], object]) -> str:

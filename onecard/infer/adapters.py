@@ -29,8 +29,8 @@ class AdapterDocument(Foreign):
     task_type: str | None = None
     r: Rank | None = None
     lora_alpha: float | None = None
-    rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
     lora_dropout: float | None = Field(None, ge=0, lt=1)
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
@@ -56,7 +56,7 @@ class AdapterDocument(Foreign):
     def _patterns(self) -> AdapterDocument:
         names = (self.target_modules, self.exclude_modules, self.layers_pattern)
         texts = [name for name in names if isinstance(name, str)]
-        for pattern in [*texts, *(self.rank_pattern or {}), *(self.alpha_pattern or {})]:
+        for pattern in [*texts, *self.rank_pattern, *self.alpha_pattern]:
             try:
                 re.compile(pattern)
             except (re.error, OverflowError, RecursionError) as error:
@@ -65,8 +65,7 @@ class AdapterDocument(Foreign):
 
     def rank_of(self, module: str) -> int | None:
         """The rank of a module, by the first pattern that is its name's end, as peft has it."""
-        patterns = self.rank_pattern or {}
-        return next((rank for key, rank in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), self.r)
+        return next((rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", module)), self.r)
 
 
 def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
@@ -102,7 +101,7 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
             tuned.load_adapter(adapter, name)
         else:
             tuned = PeftModel.from_pretrained(model, adapter, name, config=config)
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError("the adapter must fit the model", first_line(error), do, str(weights)) from None
     loaded = get_peft_model_state_dict(tuned, adapter_name=name)
     wrong = sorted(set(stored) ^ set(loaded))
