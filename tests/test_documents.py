@@ -256,9 +256,14 @@ SAID = {  # what each must end in, and a word of the error
     "a reference to itself": ("yaml", b"model: &a [*a]", "reference"),
     "an impossible date": ("yaml", b"seed: 2020-99-99", "month"),
     "a tag": ("yaml", b'model: !!binary "="', "tag"),
-    "an infinite alpha": ("yaml", b"{model: m, data: d, output: o, lora_alpha: .inf}", "finite"),
+    "an infinite alpha": ("yaml", b"{model: m, data: d, output: o, lora_alpha: .inf}", "no float holds"),
     "a key twice": ("onecard", b'{"model": "a", "model": "b"}', "twice"),
-    "a key of no version": ("onecard", b'{"modell": "a"}', "modell"),
+    "a key of no version": (
+        "onecard",
+        b'{"model": "a", "quant_type": "nf4", "blocksize": 64, "double_quant": true, "sample": "%s", "modell": 1}'
+        % (b"0" * 64),
+        "modell",
+    ),
     "100,000 levels of JSON": ("quant_state", b"[" * 4000, "levels"),
     "NaN": ("generation_config", b'{"temperature": NaN}', "NaN"),
     "more than a float holds": ("adapter_config", b'{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999}', "1e999"),
