@@ -21,7 +21,7 @@ from onecard.config import (
     partial,
     read_yaml,
 )
-from onecard.errors import UserError
+from onecard.errors import UserError, printable
 from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -180,10 +180,9 @@ def generate(
         raw: Go on from the prompt as it is, without the chat template: for adapters of prompt/completion or text.
     """
     from onecard.data.template import prompt_ids, text_ids
-    from onecard.infer.decoding import harmless
     from onecard.infer.generate import generate as run
 
-    shown = harmless if sys.stdout.isatty() else str  # a file gets the text as it is
+    shown = printable if sys.stdout.isatty() else str  # a file gets the text as it is
     loaded, tokenizer = load(model, adapter, quant, device)
     ids = text_ids(prompt, tokenizer) if raw else prompt_ids([{"role": "user", "content": prompt}], tokenizer)
     run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True), raw)

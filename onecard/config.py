@@ -13,6 +13,7 @@ from typing import Any, Literal, Optional, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
+from onecard.documents import first_mistake, parse_yaml
 from onecard.errors import UserError, did_you_mean
 
 QUANT_TYPES = ("nf4", "fp4", "int4")
@@ -38,7 +39,9 @@ def logits_chunk_bytes(device: str) -> int:
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class StoredConfig(Strict):
@@ -291,13 +294,9 @@ def partial(kind: type[BaseModel]) -> type[BaseModel]:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping of fields. Raises UserError for anything else."""
-    import yaml
-
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        fields = yaml.safe_load(text)
-        root = yaml.compose(text, yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        fields = parse_yaml(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
         raise UserError(
             "the config must be a readable YAML file", str(error), "check the path and the syntax", str(path)
         ) from None
@@ -310,10 +309,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
             "write lines such as `learning_rate: 2.0e-4`",
             str(path),
         )
-    keys = [key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else []
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise UserError("a field must be set once", f'"{twice[0]}" twice', "take one of them out", str(path))
     return {str(key): value for key, value in fields.items()}
 
 
@@ -331,13 +326,10 @@ def make_config(kind: type[T], fields: dict[str, Any], source: str = "config") -
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(map(str, first["loc"])) or "config"
-        value = "nothing" if first["type"] == "missing" else repr(first["input"])
-        if not first["loc"]:
-            value = "a combination that contradicts itself"
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{name}: {message}", value, "correct the value", source) from None
+        must, found = first_mistake(error)
+        if not error.errors()[0]["loc"]:
+            must, found = f"config: {must}", "a combination that contradicts itself"
+        raise UserError(must, found, "correct the value", source) from None
 
 
 def parse_bytes(text: str) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
+
+from onecard.errors import one_line, printable
 
 
 def given(flags: Any) -> dict[str, Any]:
@@ -34,11 +37,31 @@ def load_base(model: str, adapter: str | None, quant: Any, device: str) -> Any:
 
 
 def make_console() -> Any:
-    """The terminal; libraries' own bars and warnings are kept off it."""
+    """The terminal; libraries' own bars and warnings are kept off it, and it obeys nothing that a file's texts hold."""
     from rich.console import Console
 
     quiet_libraries()
-    return Console()
+    console = Console()
+    console.push_render_hook(EscapeTexts())  # type: ignore[arg-type]  # by rich's protocol, not by its class
+    return console
+
+
+class EscapeTexts:
+    """A hook of rich for all that a console prints."""
+
+    def process_renderables(self, renderables: list[Any]) -> list[Any]:
+        return [Escaped(renderable) for renderable in renderables]
+
+
+class Escaped:
+    """What rich prints, with the characters that a terminal would obey as their escapes; rich's own codes stay."""
+
+    def __init__(self, inside: Any):
+        self.inside = inside
+
+    def __rich_console__(self, console: Any, options: Any) -> Iterator[Any]:
+        for segment in console.render(self.inside, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def quiet_libraries() -> None:
@@ -51,7 +74,7 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
     standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # peft imports it where it is installed
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(str(message))}\n"
 
 
 def finish(result: Any, console: Any) -> None:

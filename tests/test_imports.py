@@ -8,6 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "onecard"
 ORDER = [
     "errors",
+    "documents",
     "config",
     "quant",
     "kernels",

@@ -30,7 +30,7 @@ from onecard.export.folder import check_room, new_file, new_folder
 from onecard.export.merged import Base, Merged, open_merged
 from onecard.export.modelfile import modelfile
 from onecard.export.vocabulary import add_vocabulary
-from onecard.hf.checkpoint import read_json
+from onecard.hf.documents import read_generation_document
 from onecard.hf.load import load_tokenizer
 from onecard.infer.decoding import end_tokens
 
@@ -123,8 +123,7 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
     """
     arch, folder = Architecture(merged.config), merged.checkpoint.folder.resolve()
     tokenizer = load_tokenizer(str(folder), merged.adapter.folder)
-    path = folder / "generation_config.json"
-    end_ids = end_tokens(read_json(path, "remove it").get("eos_token_id") if path.is_file() else None, tokenizer)
+    end_ids = end_tokens(read_generation_document(folder).eos_token_id, tokenizer)
     writer = gguf.GGUFWriter(None, arch.name)
     if config.adapter_only:
         parts, notes = adapter_parts(merged.adapter, arch), []

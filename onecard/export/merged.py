@@ -209,7 +209,7 @@ def stored_shapes(checkpoint: Checkpoint) -> Shapes:
         if f"{name}.absmax" in checkpoint.tensors:
             states = {suffix: checkpoint.tensors.get(name + suffix) for suffix in SUFFIXES if STATE_KEY in suffix}
             facts = read_facts(name, {suffix: read_tensor(state) for suffix, state in states.items() if state})
-            shapes[name] = (NAMES[getattr(torch, facts["dtype"])], tuple(facts["shape"]))
+            shapes[name] = (NAMES[getattr(torch, facts.dtype)], tuple(facts.shape))
         elif not (checkpoint.is_4bit and name.endswith(SUFFIXES)):
             shapes[name] = (info.dtype, info.shape)
     return shapes

@@ -14,15 +14,18 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, field_validator, model_validator
+
+from onecard.documents import AGAIN, Foreign, brief, hold, parse_json, read_object
 from onecard.errors import UserError
+from onecard.hf.documents import Quantization, Size, read_generation_document, read_model_document
 
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
     "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-MAX_HEADER_BYTES = 100_000_000
-AGAIN = "fetch the file again"
+MAX_HEADER_BYTES = 32 << 20  # and of an index: some 300,000 tensors
 
 
 @dataclass(frozen=True)
@@ -50,24 +53,57 @@ class Checkpoint:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
+    def num_weights(self) -> int:
+        """Of its tensors, or some more: each byte of codes is counted as two weights."""
+        return sum(prod(info.shape) * (2 if info.dtype == "U8" else 1) for info in self.tensors.values())
+
+    @property
     def is_4bit(self) -> bool:
         """Whether its linears are in bitsandbytes' 4-bit format."""
         return "quantization_config" in self.config
 
 
+class TensorEntry(Foreign):
+    """What a safetensors header says of a tensor."""
+
+    dtype: str
+    shape: list[Size] = Field(max_length=16)
+    data_offsets: list[Size] = Field(min_length=2, max_length=2)
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, value: str) -> str:
+        if value not in DTYPE_BITS:
+            raise ValueError(f"must be one of {', '.join(DTYPE_BITS)}")
+        return value
+
+    @model_validator(mode="after")
+    def _bytes_fit(self) -> TensorEntry:
+        begin, end = self.data_offsets
+        if prod(self.shape) * DTYPE_BITS[self.dtype] != 8 * (end - begin):
+            raise ValueError("a tensor's bytes must fit its shape and dtype")
+        return self
+
+
+class Index(Foreign):
+    """model.safetensors.index.json: tensor -> file."""
+
+    metadata: dict[str, Any]  # which transformers wants
+    weight_map: dict[str, Any] = Field(min_length=1)
+
+
 def inspect_checkpoint(folder: Path) -> Checkpoint:
-    """Read config.json, the index and all headers.
+    """Read config.json, generation_config.json, the index and all headers.
 
     Raises:
         UserError: no or pickled weights; a header, offset, dtype or size that does not hold; an index that names
             files outside the folder, missing files or tensors; integer weights.
     """
-    config = read_json(folder / "config.json", "write it with transformers' save_pretrained")
+    config = read_model_document(folder)
+    read_generation_document(folder)
     if (folder / "adapter_config.json").exists():  # transformers would load the adapter's base in this one's place
         found = "adapter_config.json among its files"
         raise UserError("a base is a folder without an adapter", found, "pass the adapter by itself", str(folder))
-    if "model_type" not in config:
-        raise UserError("config.json must name its model_type", "none", AGAIN, str(folder / "config.json"))
     index = folder / "model.safetensors.index.json"
     single = folder / "model.safetensors"
     mapping: dict[str, str] | None = None
@@ -94,33 +130,18 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder, files, tensors, config)
 
 
-def read_json(path: Path, do: str) -> dict[str, Any]:
-    """A JSON object of a file. Raises UserError."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError("a checkpoint must have this file", "no such file", do, str(path)) from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError("the file must be JSON", str(error), AGAIN, str(path)) from None
-    if not isinstance(content, dict):
-        raise UserError("the file must hold a JSON object", type(content).__name__, AGAIN, str(path))
-    return content
-
-
 def read_index(path: Path) -> dict[str, str]:
     """tensor -> file name; each a plain name of a file in the same folder."""
-    index = read_json(path, AGAIN)
-    mapping = index.get("weight_map")
-    if not isinstance(index.get("metadata"), dict):
+    content = read_object(path, max_bytes=MAX_HEADER_BYTES)
+    if "metadata" not in content:
         do = 'add "metadata": {}, which transformers wants'
-        raise UserError("the index must hold its metadata", repr(index.get("metadata"))[:60], do, str(path))
-    if not isinstance(mapping, dict) or not mapping:
-        raise UserError("the index must hold a weight_map", repr(mapping)[:60], AGAIN, str(path))
+        raise UserError("the index must hold its metadata", "none", do, str(path))
+    mapping = hold(Index, content, str(path)).weight_map
     for tensor, name in mapping.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+        if not isinstance(name, str) or "\0" in name or Path(name).name != name or not name.endswith(".safetensors"):
             raise UserError(
                 "the index must name .safetensors files of its own folder",
-                f"{tensor} in {name!r}",
+                f"{tensor} in {brief(name)}",
                 "do not use this checkpoint unless you know why it does so",
                 str(path),
             )
@@ -153,8 +174,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise UserError("a safetensors file must hold its whole header", found, AGAIN, str(file))
         raw = stream.read(length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw, max_bytes=MAX_HEADER_BYTES)
+    except ValueError as error:
         raise UserError("a safetensors header must be JSON", str(error), AGAIN, str(file)) from None
     if not isinstance(header, dict):
         raise UserError("a safetensors header must be an object", type(header).__name__, AGAIN, str(file))
@@ -175,27 +196,11 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     return ordered
 
 
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("a name occurs twice")
-    return made
-
-
-def tensor_info(name: str, entry: Any, file: Path, data_begin: int) -> TensorInfo:
+def tensor_info(name: str, content: Any, file: Path, data_begin: int) -> TensorInfo:
     """One entry of a header, checked."""
-    where = f"{file}: {name}"
-    try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sane = all(type(n) is int and n >= 0 for n in (*shape, begin, end)) and begin <= end
-    except (KeyError, TypeError, ValueError):
-        sane, dtype, shape, begin, end = False, None, (), 0, 0
-    if not sane or dtype not in DTYPE_BITS:
-        raise UserError("a tensor must have a known dtype, a shape and offsets", str(entry)[:100], AGAIN, where)
-    if prod(shape) * DTYPE_BITS[dtype] != 8 * (end - begin):
-        found = f"{end - begin:,} bytes for {dtype} {list(shape)}"
-        raise UserError("a tensor's bytes must fit its shape and dtype", found, AGAIN, where)
-    return TensorInfo(dtype, shape, data_begin + begin, end - begin, file)
+    entry = hold(TensorEntry, content, f"{file}: {name}")
+    begin, end = entry.data_offsets
+    return TensorInfo(entry.dtype, tuple(entry.shape), data_begin + begin, end - begin, file)
 
 
 def check_index(mapping: dict[str, str], tensors: dict[str, TensorInfo], index: Path) -> None:
@@ -212,14 +217,15 @@ def check_index(mapping: dict[str, str], tensors: dict[str, TensorInfo], index: 
 def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None:
     """Weights must be floats, or in bitsandbytes' 4-bit format where config.json says so."""
     quantization = config.get("quantization_config")
-    if quantization is not None and not (isinstance(quantization, dict) and quantization.get("load_in_4bit")):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    if quantization is not None and not quantization.get("load_in_4bit"):
         raise UserError(
             "the base must be in 16 or 32 bits, or in bitsandbytes' 4-bit format",
-            f"a checkpoint quantized with {method}",
+            f"a checkpoint quantized with {quantization.get('quant_method', 'unknown')}",
             "use the original checkpoint",
             "config.json",
         )
+    if quantization is not None:
+        hold(Quantization, quantization, "config.json: quantization_config")
     for name, info in tensors.items():
         packed = quantization is not None and info.dtype == "U8" and f"{name}.absmax" in tensors
         if name.endswith((".weight", ".bias")) and info.dtype not in FLOATS and not packed:

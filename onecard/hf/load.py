@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint, zeros_at_end
 from onecard.hf.convert import paging, release_file_pages
+from onecard.hf.documents import far_more_refused, read_model_document, read_tokenizer_document
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import cast_output
@@ -143,6 +144,8 @@ def from_pretrained(
     stored = stored_dtype(folder)
     narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
     warn_of_zeros(checkpoint)
+    check_generation_config(folder)
+    meta_model(read_config(folder), str(folder / "config.json"), checkpoint)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -155,11 +158,10 @@ def from_pretrained(
             ignore_mismatched_sizes=True,  # so that they are in the report, by name
             output_loading_info=True,
         )
-    except UserError:
+    except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception:
-        meta_model(read_config(folder), str(folder / "config.json"))  # the config's own mistake, if it is one
-        raise
+    except Exception as error:  # of transformers, for what its config holds
+        raise bad_config(error, str(folder / "config.json")) from error
     model, report = loaded
     check_report(report, folder)
     if narrow != compute_dtype:
@@ -189,17 +191,38 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def read_config(folder: Path) -> Any:
     """transformers' config of a checkpoint; a model that needs code of its own is refused, not asked about."""
+    read_model_document(folder)
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise bad_config(error, str(folder / "config.json")) from None
 
 
-def meta_model(config: Any, where: str) -> Any:
-    """transformers' model of a config without weights. Raises UserError where the config contradicts itself."""
+def check_generation_config(folder: Path) -> None:
+    """Raise UserError for a generation_config.json that transformers would leave out, or break off the load for."""
+    path = folder / "generation_config.json"
     try:
-        with torch.device("meta"):
+        GenerationConfig.from_pretrained(folder) if path.is_file() else None
+    except Exception as error:
+        found = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError("the file must be a generation config", found, "correct or remove it", str(path)) from None
+
+
+def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None) -> Any:
+    """transformers' model of a config without weights.
+
+    Args:
+        checkpoint: whose config it is.
+
+    Raises:
+        UserError: the config contradicts itself, or describes far more than the checkpoint holds.
+    """
+    known = (checkpoint.num_weights, len(checkpoint.tensors)) if checkpoint else None
+    try:
+        with torch.device("meta"), far_more_refused(known, where):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except UserError:
+        raise
     except Exception as error:
         raise bad_config(error, where) from None
 
@@ -344,6 +367,9 @@ def tokenizer_folder(checkpoint: Path, adapter: str | Path | None) -> Path:
 def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
     """The adapter's tokenizer, or else the checkpoint's. Raises UserError where there is none."""
     folder = tokenizer_folder(find_checkpoint(model, weights=False), adapter)
+    read_tokenizer_document(folder)
+    if (folder / "config.json").is_file():  # which transformers may look into
+        read_model_document(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:

@@ -8,17 +8,17 @@ linear, which are the same whether its checkpoint is in 16 bits or in 4.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from safetensors import safe_open
 
-from onecard.config import QuantConfig, make_config
+from onecard.config import QuantConfig, QuantType, make_config
+from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
-from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint, read_json
+from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.kernels import ops
 from onecard.nn.linear import Linear4bit
@@ -28,9 +28,8 @@ SAMPLE_VALUES = 4096  # of each linear: a whole block of any size
 STORED = ("quant_type", "blocksize", "double_quant")
 
 
-@dataclass(frozen=True)
-class Origin:
-    """The base of a training run.
+class Origin(Own):
+    """The base of a training run, as onecard.json holds it.
 
     Attributes:
         model: its name, as it was given.
@@ -39,10 +38,10 @@ class Origin:
     """
 
     model: str
-    quant_type: str
+    quant_type: QuantType
     blocksize: int
     double_quant: bool
-    sample: str
+    sample: str = Field(pattern="^[0-9a-f]{64}$")
 
     @property
     def quant(self) -> dict[str, Any]:
@@ -56,11 +55,11 @@ def origin_of(model: Any, name: str) -> Origin:
     state = next(iter(linears.values())).loaded_state
     quant = {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
     checkpoint = inspect_checkpoint(find_checkpoint(model.name_or_path))
-    return Origin(name, **quant, sample=sample_base(checkpoint, linears, state.quant_type, state.blocksize))
+    return Origin(model=name, **quant, sample=sample_base(checkpoint, linears, state.quant_type, state.blocksize))
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
-    (folder / FILE).write_text(json.dumps(asdict(origin), indent=2) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(origin.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
 def read_origin(adapter: str | Path) -> Origin | None:
@@ -68,12 +67,8 @@ def read_origin(adapter: str | Path) -> Origin | None:
     path = Path(adapter) / FILE
     if not path.is_file():
         return None
-    found = read_json(path, "train again")
-    try:
-        origin = Origin(**found)
-    except TypeError:
-        fields = ", ".join(Origin.__dataclass_fields__)
-        raise UserError(f"the file must hold {fields}", ", ".join(found), "delete it", str(path)) from None
+    do = "train again, or delete it to use the adapter without what it says"
+    origin = hold(Origin, read_object(path, do), str(path), do)
     make_config(QuantConfig, origin.quant, str(path))
     return origin
 

@@ -4,15 +4,68 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, model_validator
+
+from onecard.documents import Foreign, brief, hold, read_object
 from onecard.errors import UserError
-from onecard.hf.checkpoint import TensorInfo, read_header, read_json
+from onecard.hf.checkpoint import TensorInfo, read_header
 from onecard.hf.load import first_line
 from onecard.hf.quantizer import check_finite
 
 WEIGHTS = "adapter_model.safetensors"
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # inits of peft that train over another base
+
+Rank = Annotated[int, Field(ge=1, le=1 << 16)]  # a module that the file has no tensors for gets so many rows
+Index = Annotated[int, Field(ge=0)]
+
+
+class AdapterDocument(Foreign):
+    """What we read of adapter_config.json; peft reads the rest."""
+
+    peft_type: str
+    base_model_name_or_path: str | None = None
+    task_type: str | None = None
+    r: Rank | None = None
+    lora_alpha: float | None = None
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    lora_dropout: float | None = Field(None, ge=0, lt=1)
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[Index] | Index | None = None
+    layers_pattern: list[str] | str | None = None
+    trainable_token_indices: list[Index] | dict[str, list[Index]] | None = None
+    init_lora_weights: bool | str | None = None
+    bias: str = "none"
+    use_rslora: bool = False
+    use_dora: bool = False
+    fan_in_fan_out: bool = False
+    ensure_weight_tying: bool = False
+
+    @model_validator(mode="after")
+    def _lora_has_a_scale(self) -> AdapterDocument:
+        if self.peft_type == "LORA" and (self.r is None or self.lora_alpha is None):
+            raise ValueError("LoRA must have r and lora_alpha")
+        return self
+
+    @model_validator(mode="after")
+    def _patterns(self) -> AdapterDocument:
+        names = (self.target_modules, self.exclude_modules, self.layers_pattern)
+        texts = [name for name in names if isinstance(name, str)]
+        for pattern in [*texts, *self.rank_pattern, *self.alpha_pattern]:
+            try:
+                re.compile(pattern)
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(f"must be a regular expression, not {brief(pattern)}: {error}") from None
+        return self
+
+    def rank_of(self, module: str) -> int | None:
+        """The rank of a module, by the first pattern that is its name's end, as peft has it."""
+        return next((rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", module)), self.r)
 
 
 def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
@@ -35,6 +88,7 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     check_origin(base, adapter)
     weights = Path(adapter) / WEIGHTS
     stored, config = stored_tensors(Path(adapter)), peft_config(Path(adapter))
+    check_ranks(Path(adapter), stored)
     embeddings = [key for key in stored if re.search(r"embed_tokens(\.token_adapter\.base_layer)?\.weight$", key)]
     num_rows = max((stored[key].shape[0] for key in embeddings), default=0)
     if num_rows > base.get_input_embeddings().weight.shape[0]:  # tokens that training added
@@ -47,7 +101,7 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
             tuned.load_adapter(adapter, name)
         else:
             tuned = PeftModel.from_pretrained(model, adapter, name, config=config)
-    except (RuntimeError, TypeError, ValueError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError("the adapter must fit the model", first_line(error), do, str(weights)) from None
     loaded = get_peft_model_state_dict(tuned, adapter_name=name)
     wrong = sorted(set(stored) ^ set(loaded))
@@ -71,7 +125,9 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
 def read_config(folder: Path) -> dict[str, Any]:
     """adapter_config.json. Raises UserError for what is none, and for an adapter whose training changed the base."""
     path = folder / "adapter_config.json"
-    found = read_json(path, "pass the run's adapter/ folder")
+    do = "save it again with peft"
+    found = read_object(path, do, missing="pass the run's adapter/ folder")
+    hold(AdapterDocument, found, str(path), do)
     init = str(found.get("init_lora_weights")).lower()
     if init.startswith(CHANGES_BASE):
         raise UserError(
@@ -83,6 +139,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def check_ranks(folder: Path, stored: dict[str, TensorInfo]) -> None:
+    """Raise UserError unless the config's ranks are those of the tensors, before peft makes room for them."""
+    path = folder / "adapter_config.json"
+    config = AdapterDocument.model_validate(read_config(folder))
+    for key, info in stored.items():
+        module, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
+        rank = config.rank_of(module) if found else None
+        if rank is not None and info.shape[0] % rank:  # experts' lie one below the other
+            must = f"the config's rank must be that of the tensors, {info.shape[0]} in {key}"
+            raise UserError(must, str(rank), "use the config that was saved with them", str(path))
+
+
 def peft_config(folder: Path) -> Any:
     """peft's config of an adapter folder. Raises UserError for what is none."""
     from peft import PeftConfig
@@ -92,7 +160,7 @@ def peft_config(folder: Path) -> Any:
     read_config(folder)
     try:
         return register_fused(PeftConfig.from_pretrained(str(folder)))
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # of peft's many, for settings that we do not read
         found, where = f"{type(error).__name__}: {first_line(error)}", str(folder / "adapter_config.json")
         raise UserError("the file must be an adapter's config of peft", found, "save it again", where) from None
 

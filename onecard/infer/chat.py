@@ -18,9 +18,9 @@ from rich.console import Console
 
 from onecard.config import SamplingConfig, make_config
 from onecard.data.template import prompt_ids
-from onecard.errors import UserError
+from onecard.errors import UserError, printable
 from onecard.infer.adapters import use_adapter
-from onecard.infer.decoding import Answer, context_length, harmless, room_for
+from onecard.infer.decoding import Answer, context_length, room_for
 from onecard.infer.graphs import make_context
 
 HELP = {
@@ -169,7 +169,7 @@ class Talk:
         try:
             while answer.finish_reason is None and not stopped:
                 said.append(answer.advance())
-                self.console.print(harmless(said[-1]), end="", markup=False, highlight=False, soft_wrap=True)
+                self.console.print(printable(said[-1]), end="", markup=False, highlight=False, soft_wrap=True)
         finally:
             signal.signal(signal.SIGINT, before)
         return "".join(said)

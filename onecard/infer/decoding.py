@@ -10,7 +10,6 @@ generation_config.json says it, as in transformers' own generate.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -85,9 +84,9 @@ class Sampler:
         self.greedy = temperature == 0
         self.shape = LogitsProcessorList()
         if stored.repetition_penalty not in (None, 1.0):
-            self.shape.append(RepetitionPenaltyLogitsProcessor(stored.repetition_penalty))
+            self.shape.append(RepetitionPenaltyLogitsProcessor(float(stored.repetition_penalty)))
         if not self.greedy:
-            self.shape.append(TemperatureLogitsWarper(temperature))
+            self.shape.append(TemperatureLogitsWarper(float(temperature)))
             if stored.top_k:
                 self.shape.append(TopKLogitsWarper(stored.top_k))
             if top_p < 1:
@@ -226,8 +225,3 @@ def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: the tokenizer's first, then the generation config's eos_token_id."""
     found = configured if isinstance(configured, list) else [configured]
     return [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]
-
-
-def harmless(text: str) -> str:
-    """A model's text for a terminal: control characters, which that would obey, as their escapes."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found.group())[1:-1], text)

@@ -98,7 +98,8 @@ def known_config(name: str) -> Any:
 def read_model(checkpoint: Checkpoint) -> Model:
     """A checkpoint's model from its config and headers."""
     sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
-    return Model(meta_model(read_config(checkpoint.folder), str(checkpoint.folder / "config.json")), sizes)
+    where = str(checkpoint.folder / "config.json")
+    return Model(meta_model(read_config(checkpoint.folder), where, checkpoint), sizes)
 
 
 def find_model(model: str) -> Model:

@@ -10,16 +10,40 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from onecard.config import BLOCKSIZES, NESTED_BLOCKSIZE
+from onecard.documents import Foreign, hold, parse_json
 from onecard.errors import UserError
 from onecard.quant.codebook import dynamic_map, quant_map
 
 STATE_KEY = "quant_state.bitsandbytes__"
 BNB_KEYS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE_KEY}nf4", f"{STATE_KEY}fp4")
+MAX_FACTS_BYTES = 4096
+DO = "fetch the checkpoint again"
+
+
+class Facts(Foreign):
+    """The JSON of a weight's quant_state."""
+
+    quant_type: Literal["nf4", "fp4"]
+    blocksize: int
+    dtype: Literal["float32", "bfloat16", "float16"]
+    shape: list[Annotated[int, Field(ge=1, lt=2**40)]] = Field(min_length=1, max_length=8)
+    nested_blocksize: int | None = None
+    nested_offset: float | None = Field(None, gt=-1e30, lt=1e30)
+
+    @model_validator(mode="after")
+    def _known_blocks(self) -> Facts:
+        if self.blocksize not in BLOCKSIZES:
+            raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, not {self.blocksize}")
+        if self.nested_offset is not None and self.nested_blocksize != NESTED_BLOCKSIZE:
+            raise ValueError(f"nested_blocksize must be {NESTED_BLOCKSIZE}, not {self.nested_blocksize}")
+        return self
 
 
 @dataclass
@@ -119,8 +143,8 @@ def to_bnb(packed: Tensor, state: QuantState) -> dict[str, Tensor]:
 def from_bnb(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, QuantState]:
     """The inverse of `to_bnb`; keys as there. Raises UserError for anything that does not fit together."""
     facts = read_facts(name, tensors)
-    quant_type, shape, nested = facts["quant_type"], torch.Size(facts["shape"]), "nested_offset" in facts
-    blocks = -(-prod(shape) // facts["blocksize"])
+    quant_type, shape, nested = facts.quant_type, torch.Size(facts.shape), facts.nested_offset is not None
+    blocks = -(-prod(shape) // facts.blocksize)
     expected: dict[str, tuple[int, torch.dtype]] = {
         "": ((prod(shape) + 1) // 2, torch.uint8),
         ".absmax": (blocks, torch.uint8 if nested else torch.float32),
@@ -145,31 +169,30 @@ def from_bnb(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, QuantState]
         if not tensors[key].isfinite().all():
             raise damaged(name + key, "finite scales", "NaN or Inf")
     absmax = tensors[".absmax"].flatten()
-    state = QuantState(absmax, shape, getattr(torch, facts["dtype"]), facts["blocksize"], quant_type)
+    state = QuantState(absmax, shape, getattr(torch, facts.dtype), facts.blocksize, quant_type)
     if nested:
         state.nested_absmax = tensors[".nested_absmax"].flatten()
-        state.nested_offset = torch.tensor(facts["nested_offset"], dtype=torch.float32, device=device)
+        state.nested_offset = torch.tensor(facts.nested_offset, dtype=torch.float32, device=device)
     return tensors[""].view(-1, 1), state
 
 
-def read_facts(name: str, tensors: dict[str, Tensor]) -> dict:
+def read_facts(name: str, tensors: dict[str, Tensor]) -> Facts:
     """The JSON of a weight's quant_state, checked."""
     kind = next((kind for kind in ("nf4", "fp4") if f".{STATE_KEY}{kind}" in tensors), None)
     if kind is None:
         raise damaged(name, f"its .{STATE_KEY}nf4 (or fp4)", "none")
-    key = f"{name}.{STATE_KEY}{kind}"
+    key, raw = f"{name}.{STATE_KEY}{kind}", tensors[f".{STATE_KEY}{kind}"]
+    if raw.dtype != torch.uint8 or raw.numel() > MAX_FACTS_BYTES:
+        raise damaged(key, f"at most {MAX_FACTS_BYTES} bytes of JSON", f"{raw.numel()} values of {raw.dtype}")
     try:
-        facts = json.loads(bytes(tensors[f".{STATE_KEY}{kind}"].tolist()))
-        known = facts["quant_type"] == kind and facts["blocksize"] in BLOCKSIZES
-        known &= facts["dtype"] in ("float32", "bfloat16", "float16") and min(facts["shape"]) > 0
-        if "nested_offset" in facts:
-            known &= facts["nested_blocksize"] == NESTED_BLOCKSIZE and abs(float(facts["nested_offset"])) < 1e30
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged(key, "a JSON object with quant_type, blocksize, dtype and shape", repr(error)) from None
-    if not known:
-        raise damaged(key, f"{kind}, a known blocksize, a float dtype, blocks of {NESTED_BLOCKSIZE}", str(facts)[:120])
+        content = parse_json(bytes(raw.flatten().tolist()))
+    except ValueError as error:
+        raise damaged(key, "JSON with quant_type, blocksize, dtype and shape", str(error)) from None
+    facts = hold(Facts, content, key, DO)
+    if facts.quant_type != kind:
+        raise damaged(key, f"the quant_type {kind}", facts.quant_type)
     return facts
 
 
 def damaged(name: str, must: str, found: str) -> UserError:
-    return UserError(f"a 4-bit weight must have {must}", found, "fetch the checkpoint again", name)
+    return UserError(f"a 4-bit weight must have {must}", found, DO, name)

@@ -6,6 +6,7 @@ run that is killed and resumed ends in the same bits as one that was not.
 
 from __future__ import annotations
 
+import datetime
 import gc
 import math
 import signal
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field, field_validator
 from transformers import PreTrainedModel
 
 from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
 from onecard.data.packing import collate
+from onecard.documents import Own, hold
 from onecard.errors import UserError
 from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.hf.fused import unfuse, unfused
@@ -225,6 +228,41 @@ def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None) -> 
         return mean_loss(base, dataset, loss)
 
 
+class LoaderPosition(Own):
+    """Where the loader stands."""
+
+    epoch: int = Field(ge=0)
+    batch: int = Field(ge=0)
+
+
+class Position(Own):
+    """Where a run stands: progress.json of its checkpoint."""
+
+    step: int = Field(ge=0)
+    num_steps: int
+    loss_scale: float = Field(gt=0)
+    part_tokens: int | None = None
+    num_threads: int | None = None
+    date: str = ""
+    loader: LoaderPosition
+
+    @field_validator("date")
+    @classmethod
+    def _a_date(cls, value: str) -> str:
+        if value:
+            datetime.date.fromisoformat(value)
+        return value
+
+
+def position_of(state: State) -> Position:
+    """Where a checkpoint's run stood. Raises UserError for a checkpoint that does not tell."""
+    do = "start a new run in another folder"
+    missing = {"progress", "config", "identity"} - set(state.documents) | {"adapter", "random"} - set(state.tensors)
+    if missing:
+        raise UserError("a checkpoint must hold its run's state", f"no {min(missing)}", do, str(state.path))
+    return hold(Position, state.documents["progress"], str(state.path / "progress.json"), do)
+
+
 def checkpoint(run: Run, root: Path) -> None:
     """Write all that the next update depends on."""
     tensors = {
@@ -236,17 +274,17 @@ def checkpoint(run: Run, root: Path) -> None:
         },
         "random": random_state(run.device),
     }
-    progress = {
-        "step": run.step,
-        "num_steps": run.num_steps,
-        "loss_scale": run.loss_scale,
-        "part_tokens": run.part_tokens,
-        "num_threads": torch.get_num_threads(),
-        "date": run.date,
-        "loader": run.loader.state_dict(),
-    }
+    position = Position(
+        step=run.step,
+        num_steps=run.num_steps,
+        loss_scale=run.loss_scale,
+        part_tokens=run.part_tokens,
+        num_threads=torch.get_num_threads(),
+        date=run.date,
+        loader=LoaderPosition(**run.loader.state_dict()),
+    )
     config = run.config.model_dump()
-    documents = {"progress": progress, "config": config, "identity": run.identity}
+    documents = {"progress": position.model_dump(), "config": config, "identity": run.identity}
     save_state(root, run.step, tensors, documents, run.config.save_total_limit)
 
 
@@ -258,12 +296,12 @@ def resume(run: Run, state: State) -> None:
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
         found = {key.rpartition(".")[2]: value.clone() for key, value in found.items()}  # not a part of the file's
         run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
-    progress = state.documents["progress"]
-    run.step, run.loss_scale = progress["step"], progress["loss_scale"]
-    before = progress.get("part_tokens")
+    position = position_of(state)
+    run.step, run.loss_scale = position.step, position.loss_scale
+    before = position.part_tokens
     if run.part_tokens is None or (before is not None and before < run.part_tokens):
         run.part_tokens = before  # as it was split, so that the bits are the same
-    run.loader.load_state_dict(progress["loader"])
+    run.loader.load_state_dict(position.loader.model_dump())
     restore_random(state.tensors["random"], run.device)
 
 

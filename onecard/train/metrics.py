@@ -11,6 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, TypeAdapter
+
+from onecard.documents import parse_json
 from onecard.errors import UserError
 
 COLUMNS = (
@@ -18,6 +21,7 @@ COLUMNS = (
     "supervised_tokens_per_second", "memory_bytes", "eval_loss", "seconds",
     "paged_in_bytes", "paged_out_bytes", "page_hit_rate", "page_stall_seconds",
 )  # fmt: skip
+ROW = TypeAdapter(dict[str, int | float], config=ConfigDict(strict=True))
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
@@ -56,12 +60,12 @@ class Metrics:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; a line torn by a kill is left out."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            row = json.loads(line)
-        except ValueError:
+            row = ROW.validate_python(parse_json(line, infinities=True))
+        except ValueError:  # a ValidationError is one, too
             continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
+        if type(row.get("step")) is int and set(row) <= set(COLUMNS):
             rows.append(row)
     return rows
 

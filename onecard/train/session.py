@@ -49,6 +49,7 @@ from onecard.train.loop import (
     count_steps,
     evaluate,
     model_size,
+    position_of,
     resume,
     train,
 )
@@ -109,7 +110,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     """run_training in an output folder that is this run's."""
     output = Path(config.output)
     state = load_newest(output / "checkpoints") if resuming else None
-    prepared = prepare(config, state.documents["progress"].get("date") if state else None)
+    prepared = prepare(config, position_of(state).date if state else None)
     config = prepared.config
     if state is not None:  # before the weights load
         check_unchanged(config, prepared.identity, state)
@@ -142,14 +143,15 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
 def resume_shown(run: Run, state: State, console: Console) -> None:
     """Put a run where a checkpoint stands; what is not as it was then is told."""
     resume(run, state)
+    position = position_of(state)
     for line in state.skipped:
         console.print(f"skipped a broken checkpoint: {line}", style="yellow", markup=False)
     console.print(f"resumed at step {run.step} of {run.num_steps}")
-    threads = state.documents["progress"].get("num_threads")
+    threads = position.num_threads
     if run.device.type == "cpu" and threads != torch.get_num_threads():
         line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
         console.print(line, style="yellow")
-    if run.part_tokens != state.documents["progress"].get("part_tokens"):
+    if run.part_tokens != position.part_tokens:
         same = "with other dropout masks" if run.config.lora_dropout else "equal to rounding, not to the bit"
         line = f"micro-batches now go in parts of {run.part_tokens} tokens: {same}"
         console.print(line, style="yellow")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +17,32 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 
 PREFIX = "checkpoint-"
 TEMPORARY = ".tmp-checkpoint-"
+NUMBERED = re.compile(rf"{PREFIX}(0|[1-9][0-9]{{0,17}})")
 MANIFEST = "manifest.json"
+
+
+class Written(Own):
+    """A file of a checkpoint, as its manifest tells it."""
+
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class Manifest(Own):
+    """A checkpoint's manifest.json: it is whole where each file is what it says."""
+
+    step: int = Field(ge=0)
+    files: dict[str, Written]
 
 
 @dataclass
@@ -64,11 +82,11 @@ def save_state(
             save_file(named, temporary / f"{stem}.safetensors")
         for stem, document in documents.items():
             (temporary / f"{stem}.json").write_text(json.dumps(document, indent=1))
-        manifest = {}
+        files = {}
         for path in sorted(temporary.iterdir()):
             sync(path)
-            manifest[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        write_synced(temporary / MANIFEST, json.dumps({"step": step, "files": manifest}, indent=1).encode())
+            files[path.name] = Written(bytes=path.stat().st_size, sha256=sha256(path))
+        write_synced(temporary / MANIFEST, Manifest(step=step, files=files).model_dump_json(indent=1).encode())
         sync_folder(temporary)
     except (OSError, SafetensorError):
         shutil.rmtree(temporary, ignore_errors=True)
@@ -144,7 +162,7 @@ def sync_folder(folder: Path) -> None:
 
 def numbered(root: Path) -> list[Path]:
     """The checkpoint folders, newest first."""
-    found = [p for p in root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
+    found = [p for p in root.glob(f"{PREFIX}*") if NUMBERED.fullmatch(p.name)]  # no other digits of Unicode
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)), reverse=True)
 
 
@@ -159,8 +177,8 @@ def load_newest(root: Path) -> State | None:
         try:
             paths = verified(folder)
             tensors = {path.stem: load_file(path) for path in paths if path.suffix == ".safetensors"}
-            documents = {path.stem: json.loads(path.read_bytes()) for path in paths if path.suffix == ".json"}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            documents = {path.stem: read_object(path) for path in paths if path.suffix == ".json"}
+        except (OSError, ValueError, SafetensorError) as error:  # UserError is a ValueError
             skipped.append(f"{folder.name}: {error}")
             continue
         return State(int(folder.name.removeprefix(PREFIX)), folder, tensors, documents, skipped)
@@ -172,11 +190,14 @@ def load_newest(root: Path) -> State | None:
 
 
 def verified(folder: Path) -> list[Path]:
-    """The files of a checkpoint, each equal to its hash. Raises ValueError, KeyError or OSError."""
-    manifest = json.loads((folder / MANIFEST).read_bytes())
-    for name, entry in manifest["files"].items():
-        if Path(name).name != name:
+    """The files of a checkpoint, each equal to its hash. Raises ValueError or OSError."""
+    path = folder / MANIFEST
+    manifest = hold(Manifest, read_object(path), str(path))
+    if manifest.step != int(folder.name.removeprefix(PREFIX)):
+        raise ValueError(f"its manifest is of step {manifest.step}")
+    for name, entry in manifest.files.items():
+        if Path(name).name != name or "\0" in name:
             raise ValueError(f"{name} lies outside the folder")
-        if sha256(folder / name) != entry["sha256"]:
+        if sha256(folder / name) != entry.sha256:
             raise ValueError(f"{name} is not what the manifest says")
-    return [folder / name for name in manifest["files"]]
+    return [folder / name for name in manifest.files]

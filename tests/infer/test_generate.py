@@ -61,7 +61,7 @@ DAMAGES = {
     "config without peft_type": (edit_config(peft_type=None), "peft_type"),
     "unknown peft_type": (edit_config(peft_type="LOORA"), "LOORA"),
     "truncated": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-4]), "truncated"),
-    "another rank": (edit_config(r=8), NAME.replace(".weight", ".default.weight")),
+    "another rank": (edit_config(r=8), NAME),
     "another model's modules": (edit_config(target_modules=["c_attn"]), "c_attn"),
     "missing tensor": (edit(lambda t: t.pop(NAME)), NAME),
     "extra tensor": (edit(lambda t: t.update(extra=torch.zeros(1))), "extra"),

@@ -1,0 +1,239 @@
+"""Documents from files, read strictly: JSON and YAML of bounded size, depth and numbers, with each key once.
+
+What other people have written may be damaged or meant to harm, and Python's readers take much of it: a key twice, NaN,
+an integer of thousands of digits that cannot be printed, levels that no recursion ends, references that grow
+exponentially. Here each is a ValueError in one line. What is left is then held to the document's own pydantic model,
+which lies beside its reader: `Foreign` for other tools' formats, which may hold more than we read, `Own` for ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from onecard.errors import UserError
+
+MAX_BYTES = 4 << 20
+MAX_YAML_BYTES = 256 << 10  # PyYAML reads some 100 KB a second
+MAX_DEPTH = 64
+MAX_DIGITS = 40  # tokenizer_config.json has an integer of 31
+YAML_TAG = "tag:yaml.org,2002:"
+YAML_KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
+AGAIN = "fetch the file again"
+T = TypeVar("T", bound=BaseModel)
+BRIEF = reprlib.Repr()
+BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxlong = 3, 100, 100, MAX_DIGITS + 5
+
+
+class Foreign(BaseModel):
+    """What we read of another tool's document: no type is taken for another, no number is NaN or infinite."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class Own(Foreign):
+    """A document of ours, which holds nothing else."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+def parse_json(raw: bytes, infinities: bool = False, max_bytes: int = MAX_BYTES) -> Any:
+    """What JSON says. Raises ValueError, whose text says what is wrong.
+
+    Args:
+        infinities: take NaN and Infinity, as Python writes them; a model of the document may still refuse them.
+    """
+    check_size(len(raw), max_bytes)
+
+    def constant(text: str) -> float:
+        if not infinities:
+            raise ValueError(f"{text}, which is no number of JSON")
+        return float(text)
+
+    def number(text: str) -> float:
+        return finite(float(text), text)
+
+    try:
+        content = json.loads(
+            raw.decode("utf-8"),
+            object_pairs_hook=each_once,
+            parse_constant=constant,
+            parse_int=integer,
+            parse_float=number,
+        )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"byte 0x{raw[error.start]:02x} at {error.start}, which is not UTF-8") from None
+    except RecursionError:
+        raise too_deep() from None
+    check_depth(content)
+    if b"\\u" in raw:  # may be half of a surrogate pair, which no file can hold
+        try:
+            json.dumps(content, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair in a text") from None
+    return content
+
+
+def parse_yaml(raw: bytes) -> Any:
+    """What plain YAML says, without references and named tags. Raises ValueError, whose text says what is wrong."""
+    import yaml
+
+    check_size(len(raw), MAX_YAML_BYTES)
+    try:
+        loader = yaml.SafeLoader(raw.decode("utf-8"))
+        root = loader.get_single_node()
+        check_nodes(root)
+        content = None if root is None else loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem or error.context}{at}") from None
+    except RecursionError:
+        raise too_deep() from None
+    except (yaml.YAMLError, UnicodeDecodeError, OverflowError, TypeError, LookupError) as error:
+        raise ValueError(" ".join(str(error).split())) from None  # of dates, tags and keys that are no text, too
+    check_depth(content)
+    for value in leaves(content):
+        if isinstance(value, int):
+            if abs(value) >= 10**MAX_DIGITS:
+                raise ValueError(f"an integer of more than {MAX_DIGITS} digits")
+        elif isinstance(value, float):
+            finite(value, str(value))
+    return content
+
+
+def check_nodes(root: Any) -> None:
+    """Raise ValueError for what a run's settings need not, before values are made of it."""
+    seen, level = set(), [] if root is None else [root]
+    for _ in range(MAX_DEPTH + 1):
+        below = []
+        for node in level:
+            at = f"line {node.start_mark.line + 1}"
+            if id(node) in seen:
+                raise ValueError(f"a reference to {at}: write the value itself")
+            if node.tag.removeprefix(YAML_TAG) not in YAML_KINDS:
+                raise ValueError(f"the tag {node.tag}, {at}: write the value without it")
+            seen.add(id(node))
+            pairs = node.value if node.tag == f"{YAML_TAG}map" else ()
+            each_once([(key.value, value) for key, value in pairs if isinstance(key.value, str)])
+            below += node.value if node.tag == f"{YAML_TAG}seq" else [part for pair in pairs for part in pair]
+        level = below
+        if not level:
+            return
+    raise too_deep()
+
+
+def check_size(num_bytes: int, most: int) -> None:
+    if num_bytes > most:
+        raise ValueError(f"{num_bytes:,} bytes, of {most:,} at most")
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; json.loads would take the last of two values of a key without a word."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f'"{twice}" twice')
+    return made
+
+
+def integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text):,} digits")
+    return int(text)
+
+
+def finite(value: float, text: str) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:MAX_DIGITS]}, which no float holds")
+    return value
+
+
+def check_depth(content: Any) -> None:
+    """Raise ValueError for more levels than any document needs; others could then exhaust a recursion."""
+    level = [content]
+    for _ in range(MAX_DEPTH + 1):
+        level = [child for value in level for child in children(value)]
+        if not level:
+            return
+    raise too_deep()
+
+
+def children(value: Any) -> list[Any]:
+    """The objects and lists in an object or list."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    return [child for child in inside if isinstance(child, dict | list | tuple | set)]
+
+
+def leaves(content: Any) -> list[Any]:
+    """All values and keys that are neither object nor list."""
+    found, waiting = [], [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            waiting += value
+        else:
+            found.append(value)
+    return found
+
+
+def too_deep() -> ValueError:
+    return ValueError(f"more than {MAX_DEPTH} levels, one in the other")
+
+
+def read_object(
+    path: Path, do: str = AGAIN, missing: str | None = None, infinities: bool = False, max_bytes: int = MAX_BYTES
+) -> dict[str, Any]:
+    """A JSON object of a file.
+
+    Args:
+        do: what the user is told to do.
+        missing: the same where there is no such file; None: `do`.
+
+    Raises:
+        UserError: no such file, or none that can be read; not a JSON object.
+    """
+    try:
+        check_size(path.stat().st_size, max_bytes)
+        content = parse_json(path.read_bytes(), infinities, max_bytes)
+    except FileNotFoundError:
+        raise UserError("this file must be there", "no such file", missing or do, str(path)) from None
+    except (OSError, ValueError) as error:
+        raise UserError("the file must be JSON", str(error), do, str(path)) from None
+    if not isinstance(content, dict):
+        raise UserError("the file must hold a JSON object", type(content).__name__, do, str(path))
+    return content
+
+
+def hold(kind: type[T], content: Any, where: str, do: str = AGAIN) -> T:
+    """What a document says as a `kind`. Raises UserError for the first thing that does not fit."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        must, found = first_mistake(error)
+        raise UserError(must, found, do, where) from None
+
+
+def first_mistake(error: ValidationError) -> tuple[str, str]:
+    """What must hold, with the field's name, and what was found."""
+    first = error.errors(include_url=False)[0]
+    name = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    value = "nothing" if first["type"] == "missing" else brief(first["input"])
+    return f"{name}: {message}" if name else message, value
+
+
+def brief(value: Any) -> str:
+    """A value of a document, cut."""
+    try:
+        return BRIEF.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return type(value).__name__

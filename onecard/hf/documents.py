@@ -1,0 +1,150 @@
+"""The documents of a checkpoint that transformers reads: what we need to hold of each before it does.
+
+transformers takes what it finds in them. A number as text, a temperature of NaN or a model of 10^9 layers then ends in
+an error of its own in the middle of a run, or in no end at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AllowInfNan, Field, field_validator, model_validator
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from onecard.documents import Foreign, brief, hold, read_object
+from onecard.errors import UserError
+
+MAX_COUNT = 100_000  # of layers or experts; classes make lists of so many before a tensor is asked for
+COUNTS = re.compile(r"layer|expert|blocks|depth|num_labels", re.IGNORECASE)
+LEAST_TEMPERATURE = 1e-6  # logits over less are more than a float32 holds
+FAR_MORE = 8  # times what a checkpoint holds
+SMALL = (1 << 24, 1000)  # weights and tensors that no model is too many with
+Size = Annotated[int, Field(ge=0)]
+TokenId = Annotated[int, Field(ge=-1)]  # -1 stands for none in some
+TokenIds = TokenId | list[TokenId] | None
+Token = str | dict[str, Any] | None
+
+
+class GenerationDocument(Foreign):
+    """What we read of generation_config.json, and of an older config.json that says the same."""
+
+    eos_token_id: TokenIds = None
+    bos_token_id: TokenIds = None
+    pad_token_id: TokenIds = None
+    do_sample: bool | None = None
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: Size | None = None
+    repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
+
+    @field_validator("temperature")
+    @classmethod
+    def _no_overflow(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < LEAST_TEMPERATURE:
+            raise ValueError(f"must be 0 or at least {LEAST_TEMPERATURE}")
+        return value
+
+
+class Quantization(Foreign):
+    """The quantization_config of a checkpoint in bitsandbytes' 4-bit format."""
+
+    load_in_4bit: Literal[True]
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+    bnb_4bit_compute_dtype: str | None = None
+    llm_int8_skip_modules: list[str] | None = None
+
+
+class ModelDocument(GenerationDocument):
+    """What we read of config.json before transformers does."""
+
+    model_type: str = Field(min_length=1)
+    architectures: list[str] | None = None
+    tie_word_embeddings: bool | None = None
+    quantization_config: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _counts_that_can_be(cls, content: Any) -> Any:
+        for key, value in counts_of(content):
+            if abs(value) > MAX_COUNT:
+                raise ValueError(f"{key} must be at most {MAX_COUNT:,}, not {brief(value)}")
+        return content
+
+
+def counts_of(content: Any) -> Iterator[tuple[str, int | float]]:
+    """The numbers of layers, experts and the like that a config.json holds, those of its parts too."""
+    for key, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(value, dict):
+            yield from counts_of(value)
+        elif isinstance(value, int | float) and COUNTS.search(key):
+            yield key, value
+
+
+class TokenizerDocument(Foreign):
+    """What we know of tokenizer_config.json; transformers reads it."""
+
+    tokenizer_class: str | None = None
+    model_max_length: Annotated[float, AllowInfNan(True)] | None = Field(None, gt=0)
+    chat_template: str | list[Any] | dict[str, str] | None = None
+    bos_token: Token = None
+    eos_token: Token = None
+    pad_token: Token = None
+    unk_token: Token = None
+    padding_side: Literal["left", "right"] | None = None
+    truncation_side: Literal["left", "right"] | None = None
+    add_bos_token: bool | None = None
+    add_eos_token: bool | None = None
+    added_tokens_decoder: dict[str, dict[str, Any]] | None = None
+    extra_special_tokens: list[Token] | dict[str, Token] | None = None
+    additional_special_tokens: list[Token] | None = None
+
+
+def read_model_document(folder: Path) -> dict[str, Any]:
+    """config.json. Raises UserError for what is none of a model."""
+    path, do = folder / "config.json", "write it with transformers' save_pretrained"
+    config = read_object(path, missing=do, infinities=True)  # mamba2's time_step_limit is infinite
+    hold(ModelDocument, config, str(path))
+    return config
+
+
+def read_generation_document(folder: Path) -> GenerationDocument:
+    """generation_config.json, which may be missing. Raises UserError."""
+    path, do = folder / "generation_config.json", "correct or remove it"
+    return hold(GenerationDocument, read_object(path, do) if path.is_file() else {}, str(path), do)
+
+
+def read_tokenizer_document(folder: Path) -> TokenizerDocument:
+    """tokenizer_config.json, which may be missing. Raises UserError."""
+    path = folder / "tokenizer_config.json"
+    return hold(TokenizerDocument, read_object(path, infinities=True) if path.is_file() else {}, str(path))
+
+
+@contextmanager
+def far_more_refused(known: tuple[int, int] | None, where: str) -> Iterator[None]:
+    """Inside, a model may get some times the weights and tensors that are `known` of its checkpoint, and no more.
+
+    What is missing is told by name later. Here the building of a model ends that would take hours, or all memory.
+    """
+    if known is None:
+        yield
+        return
+    num_weights = num_tensors = 0
+
+    def count(module: Any, name: str, parameter: Any) -> None:
+        nonlocal num_weights, num_tensors
+        num_weights, num_tensors = num_weights + (0 if parameter is None else parameter.numel()), num_tensors + 1
+        if num_weights > known[0] * FAR_MORE + SMALL[0] or num_tensors > known[1] * FAR_MORE + SMALL[1]:
+            must = f"config.json must describe the model of the {known[0]:,} weights in {known[1]:,} tensors"
+            found = f"one of more than {num_weights:,} in {num_tensors:,}"
+            raise UserError(must, found, "correct it, or fetch the checkpoint again", where)
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
