@@ -1,6 +1,6 @@
 """Behaviour: what a release of transformers, peft or torch must give; tests/matrix.py runs these in each of them.
 
-Bounds: computations in float32 differ by orders of sums, some 1e-6; a cache, mask, norm or factor that is lost, by 1e-1.
+Bounds: float32 sums in another order differ by some 1e-6; a cache, mask, norm or factor that is lost, by 1e-1.
 """
 
 from types import SimpleNamespace
