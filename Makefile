@@ -1,11 +1,12 @@
 # make demo   set up and run the whole way on the embedded model
 # make test   set up and run the tests        make slow   the long ones
+# make test-matrix   the core of the suite in the oldest, the pinned and the newest transformers, peft and torch
 # make lint   ruff and pyright                make bench  side by side with bitsandbytes+peft
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
 
-.PHONY: demo test slow lint bench setup clean
+.PHONY: demo test slow test-matrix test-matrix-short lint bench setup clean
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -23,6 +24,12 @@ test: $(STAMP)
 
 slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+test-matrix: $(STAMP)
+	$(BIN)/python -m tests.matrix --page docs/releases.md
+
+test-matrix-short: $(STAMP)
+	$(BIN)/python -m tests.matrix --short
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

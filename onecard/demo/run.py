@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from onecard.config import TrainConfig, make_config
 from onecard.data.template import prompt_ids
+from onecard.errors import UserError
 from onecard.infer.decoding import end_tokens
 from onecard.train.report import format_bytes
 from onecard.train.session import Result, run_training
@@ -31,7 +33,11 @@ SETTINGS: dict[str, Any] = {
 
 
 def run_demo(output: str, console: Console) -> Result:
-    """Train on the embedded data, then say how many held-out messages came out exactly right, before and after."""
+    """Train on the embedded data, then say how many held-out messages came out exactly right, before and after.
+
+    Raises:
+        UserError: not more after than before.
+    """
     config = make_config(TrainConfig, {**SETTINGS, "output": output}, "demo")
     rows = read_rows(Path(SETTINGS["eval_data"]))
     scores: dict[str, float] = {}
@@ -47,6 +53,14 @@ def run_demo(output: str, console: Console) -> Result:
     )
     for name, num_bytes in result.report.memory[-2:]:
         console.print(f"{name}: {format_bytes(num_bytes)}", highlight=False)
+    if scores["after"] <= scores["before"]:
+        releases = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+        raise UserError(
+            "the demo must answer more held-out messages right after training than before",
+            f"{scores['before']:.1%} before, {scores['after']:.1%} after, with {releases}",
+            "install the releases that constraints.txt names, and run `onecard demo` again",
+            output,
+        )
     return result
 
 

@@ -11,7 +11,6 @@ import os
 import sys
 from ctypes import c_char_p, c_float, c_int, c_int64, c_void_p
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -87,18 +86,23 @@ SIGNATURES: dict[str, tuple] = {
 }  # fmt: skip
 
 
+def built_library() -> Path | None:
+    """_native.so (Windows: .dll); else a library of an older build, whose name carried a Python's version."""
+    found = [path for path in Path(__file__).parent.glob("_native.*") if path.suffix in (".so", ".dll", ".pyd")]
+    return min(found, key=lambda path: len(path.name), default=None)
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None if it was not built.
 
     ONECARD_ISA forces a path: amx, avx512_bf16, avx512, avx2, neon or scalar.
     """
-    folder = Path(__file__).parent
-    found = [path for suffix in EXTENSION_SUFFIXES if (path := folder / f"_native{suffix}").is_file()]
-    if not found:
+    found = built_library()
+    if found is None:
         print("onecard: built without its C++ kernels (no compiler was found); the CPU is slower so", file=sys.stderr)
         return None
-    loaded = ctypes.CDLL(str(found[0]))
+    loaded = ctypes.CDLL(str(found))
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
