@@ -342,7 +342,7 @@ def check(kind: str, documents: Documents, numbers: range) -> None:
     found = Counter(run_case(kind, number, sound, read) for number in numbers)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     assert not set(found) - {"read", "refused"}, found.most_common(20)
-    assert found["read"] and found["refused"], found
+    assert found["read"] and (found["refused"] or kind == "metrics"), found  # damaged rows of metrics are left out
     assert grown < MOST_BYTES, grown
 
 
