@@ -19,11 +19,13 @@ from typing import Any
 
 from pydantic import Field
 from safetensors import SafetensorError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
+from onecard.faults import about
 
 PREFIX = "checkpoint-"
 TEMPORARY = ".tmp-checkpoint-"
@@ -70,7 +72,7 @@ def save_state(
         documents: file stem -> JSON object.
 
     Raises:
-        OSError, SafetensorError: the disk is full or read-only; what was there before is untouched.
+        OSError: the disk is full, read-only or gone; what was there before is untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(f"{TEMPORARY}*"):
@@ -79,16 +81,18 @@ def save_state(
     try:
         temporary.mkdir()
         for stem, named in tensors.items():
-            save_file(named, temporary / f"{stem}.safetensors")
+            with about(path := temporary / f"{stem}.safetensors"):
+                save_file(named, path)
         for stem, document in documents.items():
-            (temporary / f"{stem}.json").write_text(json.dumps(document, indent=1))
+            with about(path := temporary / f"{stem}.json"):
+                path.write_text(json.dumps(document, indent=1))
         files = {}
         for path in sorted(temporary.iterdir()):
             sync(path)
             files[path.name] = Written(bytes=path.stat().st_size, sha256=sha256(path))
         write_synced(temporary / MANIFEST, Manifest(step=step, files=files).model_dump_json(indent=1).encode())
         sync_folder(temporary)
-    except (OSError, SafetensorError):
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.exists():  # a resumed run has come here again
@@ -109,7 +113,7 @@ def remove(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with about(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -138,12 +142,12 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
 
 def sync(path: Path) -> None:
     """Have a written file on the disk."""
-    with path.open("rb+") as file:
+    with about(path), path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+    with about(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -153,11 +157,12 @@ def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder durable, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with about(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def numbered(root: Path) -> list[Path]:
