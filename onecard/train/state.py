@@ -19,7 +19,6 @@ from typing import Any
 
 from pydantic import Field
 from safetensors import SafetensorError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -176,14 +175,18 @@ def load_newest(root: Path) -> State | None:
 
     Raises:
         UserError: there are checkpoints, and all are broken.
+        OSError: one cannot be read.
     """
     skipped = []
     for folder in numbered(root):
         try:
-            paths = verified(folder)
-            tensors = {path.stem: load_file(path) for path in paths if path.suffix == ".safetensors"}
-            documents = {path.stem: read_object(path) for path in paths if path.suffix == ".json"}
+            with about(folder):
+                paths = verified(folder)
+                tensors = {path.stem: load_file(path) for path in paths if path.suffix == ".safetensors"}
+                documents = {path.stem: read_object(path) for path in paths if path.suffix == ".json"}
         except (OSError, ValueError, SafetensorError) as error:  # UserError is a ValueError
+            if of_the_disk(error):
+                raise  # the checkpoint may be sound, and going on from an older one would remove it
             skipped.append(f"{folder.name}: {error}")
             continue
         return State(int(folder.name.removeprefix(PREFIX)), folder, tensors, documents, skipped)
@@ -192,6 +195,13 @@ def load_newest(root: Path) -> State | None:
             "a checkpoint must be whole to resume", "; ".join(skipped), "start again in a new folder", str(root)
         )
     return None
+
+
+def of_the_disk(error: Exception) -> bool:
+    """Whether a file is there but could not be read, told by itself or by read_object."""
+    found = error.__context__ if isinstance(error, UserError) else error
+    gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    return isinstance(found, OSError) and not isinstance(found, gone)
 
 
 def verified(folder: Path) -> list[Path]:
