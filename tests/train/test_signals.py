@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
-from onecard.train import signals
+from onecard.config import TrainConfig, make_config
+from onecard.train import session, signals
 from onecard.train.state import load_newest
 from tests.train.test_loop import count_lines, fields, run
 
+SLOW = pytest.mark.slow
 PROGRAM = """
 import signal, sys, torch
 torch.set_num_threads(1)
@@ -38,7 +42,9 @@ def start(checkpoint, chats, tmp_path, before="", **more):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+@pytest.mark.parametrize(
+    "name, status", [("SIGTERM", 143), pytest.param("SIGHUP", 129, marks=SLOW), pytest.param("SIGINT", 130, marks=SLOW)]
+)
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(name, status, checkpoint, chats, tmp_path):
     output = tmp_path / "o"
     process = start(checkpoint, chats, tmp_path, max_steps=100_000, save_steps=100_000)
@@ -56,7 +62,7 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(name, status, checkp
     assert f"step {state.step} of 100000 is saved" in err and "--resume" in err
 
 
-@pytest.mark.parametrize("name, status", [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("name, status", [pytest.param("SIGTERM", 143, marks=SLOW), ("SIGINT", 130)])
 def test_a_signal_before_the_first_step_says_that_nothing_is_kept(name, status, checkpoint, chats, tmp_path):
     process = start(checkpoint, chats, tmp_path, LOADING)
     try:
@@ -92,13 +98,6 @@ def test_a_signal_that_is_ignored_stays_ignored():
 
 
 def test_other_instructions_are_told_when_a_run_is_resumed(checkpoint, chats, tmp_path, monkeypatch):
-    from io import StringIO
-
-    from rich.console import Console
-
-    from onecard.config import TrainConfig, make_config
-    from onecard.train import session
-
     run(checkpoint, chats, tmp_path / "o", max_steps=2)
     for there, told in ((None, False), ("neon, torch NO AVX", True)):
         if there is not None:
