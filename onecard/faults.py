@@ -52,7 +52,11 @@ def user_error(error: Exception, target: Path, left: str, then: str) -> UserErro
     path, must = target, "files must be written and read"
     if fault.filename is not None:
         path = Path(os.fsdecode(fault.filename))
-        must = "the result's files must be written" if is_of(path, target) else "a file that is needed must be read"
+        must = (
+            "the result's files must be written and read"
+            if is_of(path, target)
+            else "a file that is needed must be read"
+        )
     do = f"{REMEDIES.get(fault.errno or 0, CHECK)}; {then}"
     return UserError(must, f"{fault.strerror or error}; {left}", do, str(path))
 
