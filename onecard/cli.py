@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
@@ -21,7 +23,7 @@ from onecard.config import (
     partial,
     read_yaml,
 )
-from onecard.errors import UserError, printable
+from onecard.errors import Stopped, UserError, printable
 from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -63,14 +65,20 @@ def train(
 ) -> None:
     """Train a LoRA adapter over a 4-bit base.
 
+    Ctrl-C, SIGTERM and SIGHUP finish the step and write a checkpoint, from which --resume goes on; the exit status is
+    130, 143 or 129. A second one ends the run at once.
+
     Args:
         config: YAML file of the same fields; flags win over it.
         resume: Go on from the newest whole checkpoint in the output folder.
     """
     merged = {**(read_yaml(config) if config else {}), **given(fields)}
     checked = make_config(TrainConfig, merged, config or "command line")
-    console = make_console()
-    from onecard.train.session import run_training
+    try:
+        console = make_console()
+        from onecard.train.session import run_training
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT, "nothing was begun", "start again", checked.output) from None
 
     finish(run_training(checked, resume, console), console)
 
@@ -125,14 +133,16 @@ def figures(output: str = "figures", model: str | None = None) -> None:
     """
     from pathlib import Path
 
+    from onecard.faults import told
     from onecard.memory.figures import levels_and_density, memory_bill
 
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    for method, groups in memory_bill(folder / "memory_bill.png").items():
-        print(f"{method:6s} {sum(groups.values()):6.1f} GB")
-    base = model or str(Path(__file__).parent / "demo" / "base")
-    for (kind, nested), error in levels_and_density(folder / "nf4_int4.png", base).items():
+    folder, base = Path(output), model or str(Path(__file__).parent / "demo" / "base")
+    with told(folder, lambda: ("no figure is whole but those named above", "draw them again")):
+        folder.mkdir(parents=True, exist_ok=True)
+        for method, groups in memory_bill(folder / "memory_bill.png").items():
+            print(f"{method:6s} {sum(groups.values()):6.1f} GB")
+        errors = levels_and_density(folder / "nf4_int4.png", base)
+    for (kind, nested), error in errors.items():
         print(f"{kind:4s}{' double quantization' if nested else '':20s} error {error:.3%} of the weight's norm")
     print(f"figures  {folder}")
 
@@ -376,8 +386,9 @@ def main() -> None:
     try:
         app(exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        with suppress(OSError):  # a terminal that is gone
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code if isinstance(error, UserError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -25,7 +25,10 @@ class UserError(ValueError):
         found: what was found instead.
         do: what to do about it.
         where: file, file:line:field, tensor or key; None where the message names it already.
+        exit_code: of the command line.
     """
+
+    exit_code = 2
 
     def __init__(self, must: str, found: str, do: str, where: str | None = None):
         self.must, self.found, self.do, self.where = must, found, do, where
@@ -52,6 +55,14 @@ def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
 def one_line(text: str) -> str:
     """A text from a file as a part of a line."""
     return shortened(printable(shortened(text)).replace("\n", "\\n").replace("\t", "\\t"))
+
+
+class Stopped(UserError):
+    """A signal ended the run; the command line exits with 128 and the signal's number, as a shell counts it."""
+
+    def __init__(self, number: int, found: str, do: str, where: str | None = None):
+        super().__init__("the run was stopped before its end", found, do, where)
+        self.exit_code = 128 + number
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

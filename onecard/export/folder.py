@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import json
 import os
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from onecard.errors import UserError
+from onecard.faults import about, told
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
 from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
 from onecard.train.state import locked, sync, sync_folder
@@ -30,7 +30,6 @@ TOKENIZER_FILES = (
 OTHER_FILES = (*TOKENIZER_FILES, "*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 UNTRUE = ("*.index.json", "onecard.json")  # of other weights than the result's
 INDEX = "model.safetensors.index.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # of a disk or a limit; numpy's short writes have no number
 
 
 @contextmanager
@@ -38,7 +37,7 @@ def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that gets `target`'s name when the block ends well, and vanishes when it does not.
 
     Raises:
-        UserError: target exists, or does when the block ends; the disk is full.
+        UserError: target exists, or does when the block ends; as told.
     """
     with temporary_folder(target) as folder:
         yield folder
@@ -69,23 +68,25 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
     It is locked while its process lives; what a killed one left behind is removed by the next that has this target.
     """
-    if target.exists():
-        raise exists(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale(target)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    with locked(temporary, wait=True):
+    with told(target, lambda: what_is_kept(target)):
+        if target.exists():
+            raise exists(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target)
         try:
-            yield temporary
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise UserError(
-                "the disk must hold the result", error.strerror or str(error), "make room", str(target)
-            ) from None
+            temporary.mkdir()
+            with locked(temporary, wait=True):
+                yield temporary
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def what_is_kept(target: Path) -> tuple[str, str]:
+    """After a fault, and what to do."""
+    if os.path.lexists(target):
+        return f"{target.name} is whole, but the disk may not have it yet", "or use it as it is"
+    return "nothing is kept", "start again"
 
 
 def rename_new(temporary: Path, target: Path) -> None:
@@ -108,8 +109,7 @@ def exists(target: Path) -> UserError:
 def remove_stale(target: Path) -> None:
     """Remove the temporary folders for this target that no living process holds; an empty one may be just made."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
-        # another process may remove it at the same time
-        with suppress(FileNotFoundError), locked(folder) as held:
+        with suppress(OSError), locked(folder) as held:  # another process may remove it at the same time
             if held and any(folder.iterdir()):
                 shutil.rmtree(folder, ignore_errors=True)
 
@@ -131,7 +131,7 @@ def check_room(target: Path, num_bytes: int) -> None:
 
 def read_tensor(info: TensorInfo) -> Tensor:
     """One tensor of a file, read, not mapped: nothing of it stays in memory but the tensor."""
-    with info.file.open("rb") as stream:
+    with about(info.file), info.file.open("rb") as stream:
         stream.seek(info.begin)
         buffer = bytearray(info.nbytes)
         stream.readinto(buffer)

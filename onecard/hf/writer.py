@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onecard.faults import about
 from onecard.hf.checkpoint import DTYPE_BITS, TensorInfo
 
 STEP_BYTES = 1 << 24
@@ -38,8 +39,9 @@ class TensorFile:
             at += size
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        self.stream = path.open("wb")
-        self.stream.write(len(raw).to_bytes(8, "little") + raw)
+        self.path, self.stream = path, path.open("wb")
+        with about(path):
+            self.stream.write(len(raw).to_bytes(8, "little") + raw)
         self.base = 8 + len(raw)
 
     def append(self, name: str, piece: Tensor | bytes) -> None:
@@ -47,13 +49,14 @@ class TensorFile:
         if isinstance(piece, Tensor):
             piece = piece.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         assert self.next[name] + len(piece) <= self.end[name], f"{name} is longer than its header says"
-        self.stream.seek(self.base + self.next[name])
-        self.stream.write(piece)
+        with about(self.path):
+            self.stream.seek(self.base + self.next[name])
+            self.stream.write(piece)
         self.next[name] += len(piece)
 
     def copy(self, name: str, info: TensorInfo) -> None:
         """All of a tensor, from another file."""
-        with info.file.open("rb") as source:
+        with about(info.file), info.file.open("rb") as source:
             source.seek(info.begin)
             for at in range(0, info.nbytes, STEP_BYTES):
                 self.append(name, source.read(min(STEP_BYTES, info.nbytes - at)))
@@ -62,6 +65,7 @@ class TensorFile:
         """Sync the file to the disk; every tensor must be whole."""
         short = [name for name in self.next if self.next[name] != self.end[name]]
         assert not short, f"{short[0]} is shorter than its header says"
-        self.stream.flush()
-        os.fsync(self.stream.fileno())
-        self.stream.close()
+        with about(self.path):
+            self.stream.flush()
+            os.fsync(self.stream.fileno())
+            self.stream.close()

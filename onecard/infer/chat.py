@@ -7,10 +7,12 @@ its oldest messages, down to half of it at once: the turns after it find the cac
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,20 @@ def chat(model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temp
             return
         if text:
             talk.take(text)
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append a row of JSONL, whole or not at all. Raises OSError."""
+    line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+    with path.open("ab", buffering=0) as out:
+        size = out.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[out.write(line) :]
+        except OSError:
+            with suppress(OSError):
+                out.truncate(size)
+            raise
 
 
 def read_message(console: Console) -> str:
@@ -138,10 +154,9 @@ class Talk:
             found = "no file" if not file else "nothing said yet"
             raise UserError("/save needs a file and a talk", found, "write /save talks.jsonl")
         try:
-            with Path(file).expanduser().open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"messages": self.system + self.messages}, ensure_ascii=False) + "\n")
+            append_line(Path(file).expanduser(), {"messages": self.system + self.messages})
         except OSError as error:
-            raise UserError("the file must be writable", str(error), "choose another", file) from None
+            raise UserError("the file must be writable", f"{error}; it is as it was", "choose another", file) from None
         self.note(f"appended to {file}")
 
     def answer(self) -> None:

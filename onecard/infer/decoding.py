@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import (
     DynamicCache,
+    LogitsProcessor,
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
@@ -81,12 +81,12 @@ class Sampler:
         top_p = sampling.top_p if sampling.top_p is not None else stored.top_p or 1.0
         temperature = sampling.temperature if sampling.temperature is not None else stored.temperature
         temperature = 1.0 if temperature is None else temperature
-        self.greedy = temperature == 0
+        self.greedy = temperature < torch.finfo(torch.float32).tiny  # 0, or what divides by 0 in float32
         self.shape = LogitsProcessorList()
         if stored.repetition_penalty not in (None, 1.0):
             self.shape.append(RepetitionPenaltyLogitsProcessor(float(stored.repetition_penalty)))
         if not self.greedy:
-            self.shape.append(TemperatureLogitsWarper(float(temperature)))
+            self.shape.append(Temperature(temperature))
             if stored.top_k:
                 self.shape.append(TopKLogitsWarper(stored.top_k))
             if top_p < 1:
@@ -107,6 +107,48 @@ class Sampler:
         return int(torch.multinomial(logits_1V.softmax(-1).cpu(), 1, generator=self.generator))
 
 
+class Temperature(LogitsProcessor):
+    """Logits less their largest, divided by a temperature: finite or -inf, however small that is."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        shaped: Any = (scores - scores.amax(-1, keepdim=True)) / self.temperature
+        return shaped
+
+
+class StopMatcher:
+    """Finds a stop string in a text that grows (Knuth, Morris and Pratt 1977).
+
+    A character costs amortized constant time. The table grows with what was matched, so the string's own length costs
+    nothing.
+
+    Attributes:
+        matched: characters at the text's end that the stop string begins with, as many as there can be.
+    """
+
+    def __init__(self, stop: str):
+        self.stop, self.matched = stop, 0
+        self.borders = [0]  # of each prefix: the longest shorter one that also ends it
+
+    def feed(self, text: str) -> int | None:
+        """Where in `text` the first whole stop string ends; None if none does."""
+        for i, character in enumerate(text):
+            self.matched = self.after(self.matched, character)
+            if self.matched == len(self.stop):
+                return i + 1
+            if self.matched > len(self.borders):
+                self.borders.append(self.after(self.borders[-1], self.stop[len(self.borders)]))
+        return None
+
+    def after(self, matched: int, character: str) -> int:
+        """What is matched after one more character."""
+        while matched and self.stop[matched] != character:
+            matched = self.borders[matched - 1]
+        return matched + (self.stop[matched] == character)
+
+
 class Text:
     """Text from tokens as they come: whole characters, special tokens left out, nothing from a stop string on.
 
@@ -115,7 +157,7 @@ class Text:
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), before: int | None = None):
-        self.tokenizer, self.stop = tokenizer, stop
+        self.tokenizer, self.matchers = tokenizer, [StopMatcher(each) for each in stop]
         self.special = frozenset(tokenizer.all_special_ids)
         # The last that made text, then those that have not yet.
         self.tokens: list[int] = [] if before is None or before in self.special else [before]
@@ -146,13 +188,16 @@ class Text:
 
     def release(self, text: str, last: bool) -> str:
         """`text` less what may be the beginning of a stop string."""
-        self.held += text
-        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        num_held, self.held = len(self.held), self.held + text
+        ends = [(matcher, matcher.feed(text)) for matcher in self.matchers]
+        found = [num_held + end - len(matcher.stop) for matcher, end in ends if end is not None]
         self.stopped = self.stopped or bool(found)
         end = min(found, default=len(self.held))
         if not (last or found):
-            end -= max((n for stop in self.stop for n in range(len(stop)) if self.held.endswith(stop[:n])), default=0)
+            end -= max((matcher.matched for matcher in self.matchers), default=0)
         shown, self.held = self.held[:end], "" if found else self.held[end:]
+        for matcher in self.matchers if found else ():
+            matcher.matched = 0
         return shown
 
 

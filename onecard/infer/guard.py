@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
+import re
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
@@ -20,26 +23,72 @@ from onecard.config import ServeConfig, is_loopback
 from onecard.infer.protocol import ApiError
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
+HEAD_SECONDS = 10  # in which a request's head must come; a body has the client's whole time
+HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::(?P<port>[0-9]{0,5}))?")
+
+
+class Door:
+    """The connections whose request is not there as a whole: a new one takes the place of the oldest if there are many.
+
+    uvicorn counts them as busy ones, so without this a few hundred of them keep everyone else out. The one that goes is
+    of the peer that has the most of them.
+    """
+
+    def __init__(self, most: int):
+        self.most = most
+        self.waiting: dict[TimedProtocol, None] = {}  # the oldest first
+
+    def wait(self, connection: TimedProtocol) -> None:
+        if connection in self.waiting:
+            return
+        self.waiting[connection] = None
+        if len(self.waiting) > self.most:
+            peers = Counter(each.peer for each in self.waiting)
+            crowd = max(peers, key=peers.__getitem__)
+            oldest = next(each for each in self.waiting if each.peer == crowd)
+            self.leave(oldest)
+            oldest.transport.abort()
+
+    def leave(self, connection: TimedProtocol) -> None:
+        self.waiting.pop(connection, None)
 
 
 class TimedProtocol(H11Protocol):
     """uvicorn's, which by itself waits for a request's head without end, and counts such connections as busy ones."""
 
-    def __init__(self, *args: Any, seconds: float, **kwargs: Any):
+    def __init__(self, *args: Any, seconds: float, door: Door, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self.seconds, self.timer = seconds, None
+        self.seconds, self.timer, self.door = min(seconds, HEAD_SECONDS), None, door
+
+    @property
+    def peer(self) -> str | None:
+        return self.client[0] if self.client else None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.take_place()
         self.time_head()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
+        self.take_place()
         self.time_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self.take_place()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self.stop_timer()
+        self.door.leave(self)
+
+    def take_place(self) -> None:
+        """Among those that wait for a request, or out of them."""
+        if self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing():
+            self.door.wait(self)
+        else:
+            self.door.leave(self)
 
     def time_head(self) -> None:
         """The time runs from the first byte of a head, or the connection, to the whole head, however many come."""
@@ -60,7 +109,7 @@ class Guard:
     def __init__(self, app: Any, config: ServeConfig):
         self.app, self.config = app, config
         self.timeout = config.client_timeout_seconds
-        self.names = {name.lower() for name in (*OWN_NAMES, config.host, *config.allowed_hosts)}
+        self.names = {own_name(name) for name in (*OWN_NAMES, config.host, *config.allowed_hosts)}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -82,9 +131,9 @@ class Guard:
         """Raise ApiError for a strange Host, a wrong token or a body that is not JSON."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         if is_loopback(self.config.host) or self.config.allowed_hosts:
-            name = host_name(headers.get(b"host", b"").decode("latin-1"))
-            if name not in self.names:
-                raise ApiError(421, f"the Host header must name this server, found {name[:80]!r}", code="wrong_host")
+            host = headers.get(b"host", b"").decode("latin-1")
+            if host_name(host) not in self.names:
+                raise ApiError(421, f"the Host header must name this server, found {host[:80]!r}", code="wrong_host")
         if self.config.api_key is not None and scope["path"] != "/health":
             sent = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
             if not hmac.compare_digest(sent, self.config.api_key.encode()):
@@ -129,7 +178,19 @@ class Guard:
             await app
 
 
-def host_name(host: str) -> str:
-    """The name or address in a Host header, its port and brackets left out."""
-    name = host[: host.rindex("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-    return name.strip("[]").lower()
+def host_name(host: str) -> str | None:
+    """The name or address that a Host header is (RFC 9110, 7.2), its port left out; None for anything else."""
+    found = HOST.fullmatch(host)
+    if found is None or int(found["port"] or 0) > 65535:
+        return None
+    if found["name"] is not None:
+        return found["name"].lower().removesuffix(".")  # a name from the root
+    try:
+        return str(ipaddress.IPv6Address(found["v6"]))
+    except ValueError:
+        return None
+
+
+def own_name(name: str) -> str:
+    """A name or address as host_name gives it."""
+    return host_name(name) or host_name(f"[{name}]") or name.lower()

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from onecard.config import SamplingConfig
 
-MAX_STOPS = 4
+MAX_STOPS, MAX_STOP_CHARACTERS = 4, 4096
+MESSAGE_CHARACTERS = 32  # that a message counts for, beside its own: the template runs over it
 NEUTRAL: dict[str, Any] = {
     "n": 1,
     "best_of": 1,
@@ -42,6 +43,7 @@ class ApiError(Exception):
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
         self.status, self.code = status, code
         kind = "invalid_request_error" if status < 500 else "server_error"
+        self.headers = {"retry-after": "1"} if status == 503 else {}
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         super().__init__(message)
 
@@ -103,6 +105,8 @@ class Request(Sent):
         stops = [stop] if isinstance(stop, str) else stop
         if isinstance(stops, list) and "" in stops:
             raise ValueError("a stop string must not be empty")
+        if isinstance(stops, list) and any(isinstance(each, str) and len(each) > MAX_STOP_CHARACTERS for each in stops):
+            raise ValueError(f"a stop string may have {MAX_STOP_CHARACTERS:,} characters")
         return stops
 
     def sampling(self) -> SamplingConfig:
@@ -113,9 +117,35 @@ class ChatRequest(Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
+    def text(self) -> str:
+        """All that is said."""
+        return "".join(message.turn()["content"] for message in self.messages)
+
+    def size(self) -> int:
+        """Characters of the prompt, about."""
+        return len(self.text()) + MESSAGE_CHARACTERS * len(self.messages)
+
 
 class CompletionRequest(Request):
     prompt: str | list[str] | list[int] | list[list[int]]
+
+    def one_prompt(self) -> str | list[int]:
+        """Raises ApiError for several."""
+        prompt: Any = self.prompt
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+            if len(prompt) > 1:
+                raise ApiError(400, "one prompt a request is supported", "prompt", "unsupported_value")
+            prompt = prompt[0]
+        return prompt
+
+    def text(self) -> str:
+        """The prompt, if it is one."""
+        prompt = self.one_prompt()
+        return prompt if isinstance(prompt, str) else ""
+
+    def size(self) -> int:
+        """Characters or tokens of the prompt."""
+        return len(self.one_prompt())
 
 
 def parse(kind: type[Request], body: bytes) -> Any:

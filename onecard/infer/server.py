@@ -7,6 +7,7 @@ their tokens, `protocol.py` checks them, `guard.py` stands before the routes.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import socket
 import time
@@ -24,16 +25,17 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from onecard.config import ServeConfig
-from onecard.data.template import prompt_ids, text_ids
+from onecard.data.template import LONGEST_TOKEN, prompt_ids, text_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import context_length
 from onecard.infer.engine import Engine, Piece, Work
-from onecard.infer.guard import Guard, TimedProtocol
+from onecard.infer.guard import Door, Guard, TimedProtocol
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
+SHORT_PROMPT = 8192  # characters or tokens: longer ones are encoded apart, so that no short one waits for them
 
 
 @dataclass(frozen=True)
@@ -60,20 +62,21 @@ class Service:
         self.vocab_size, length = model.config.get_text_config().vocab_size, context_length(model)
         self.max_model_len = min(config.max_model_len or length, length)
         self.engine = Engine(model, config.max_num_seqs, config.max_queued)
-        self.encoder = ThreadPoolExecutor(1)  # one: a tokenizer is not for two threads; the event loop must not wait
+        # A thread for short prompts and one for long ones, each with tokenizers of its own: a tokenizer is not for two
+        # threads, and the event loop must not wait.
+        self.encoders = {long: ThreadPoolExecutor(1) for long in (False, True)}
+        self.tokenizers_for_long: dict[str, Any] = {}
+        self.num_encoding = 0
         self.started = int(time.time())
 
-    def prompt(self, request: Any) -> list[int]:
-        """Tokens of a request's messages or prompt. Raises ApiError."""
-        tokenizer = self.models[request.model].tokenizer
+    def prompt(self, request: Any, long: bool = False) -> list[int]:
+        """Tokens of a request's messages or prompt; called in the thread for such. Raises ApiError."""
+        tokenizer = self.tokenizer(request.model, long)
         try:
+            self.check_length(request, tokenizer)
             if isinstance(request, ChatRequest):
                 return prompt_ids([message.turn() for message in request.messages], tokenizer)
-            prompt: Any = request.prompt
-            if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-                if len(prompt) > 1:
-                    raise ApiError(400, "one prompt a request is supported", "prompt", "unsupported_value")
-                prompt = prompt[0]
+            prompt = request.one_prompt()
             ids = text_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt
         except UserError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
@@ -82,6 +85,31 @@ class Service:
             raise ApiError(400, "a prompt must have tokens, all of the vocabulary", "prompt", "invalid_value")
         return ids
 
+    def tokenizer(self, name: str, long: bool) -> Any:
+        """A model's tokenizer, for the thread of short or of long prompts."""
+        if not long:
+            return self.models[name].tokenizer
+        if name not in self.tokenizers_for_long:
+            self.tokenizers_for_long[name] = copy.deepcopy(self.models[name].tokenizer)
+        return self.tokenizers_for_long[name]
+
+    def check_length(self, request: Any, tokenizer: Any) -> None:
+        """Raise ApiError if a text's beginning has more tokens than the model takes: the rest is not encoded.
+
+        The beginning doubles until it is the whole; where it is cut, a few tokens may differ.
+        """
+        text, size = request.text(), 4 * self.max_model_len
+        while size < len(text):
+            num_tokens = len(text_ids(text[:size], tokenizer))
+            if num_tokens > self.max_model_len + LONGEST_TOKEN:
+                raise self.too_long(request, f"more than {self.max_model_len} in the prompt")
+            size *= 2
+
+    def too_long(self, request: Any, found: str) -> ApiError:
+        param = "messages" if isinstance(request, ChatRequest) else "prompt"
+        message = f"this model's context is {self.max_model_len} tokens; found {found}"
+        return ApiError(400, message, param, "context_length_exceeded")
+
     def max_new_tokens(self, request: Any, num_prompt_tokens: int) -> int:
         """What is asked for, or what there is room for. Raises ApiError if there is none."""
         chat = isinstance(request, ChatRequest)
@@ -89,11 +117,7 @@ class Service:
         room = self.max_model_len - num_prompt_tokens
         most = asked if asked is not None else room if chat else COMPLETION_TOKENS
         if room < max(1, most):
-            message = (
-                f"this model's context is {self.max_model_len} tokens; found {num_prompt_tokens} in the prompt and "
-                f"{max(1, most)} for the answer"
-            )
-            raise ApiError(400, message, "messages" if chat else "prompt", "context_length_exceeded")
+            raise self.too_long(request, f"{num_prompt_tokens} in the prompt and {max(1, most)} for the answer")
         return most
 
     async def submit(self, request: Any) -> tuple[Work, asyncio.Queue[Piece], Reply]:
@@ -102,7 +126,7 @@ class Service:
             names = ", ".join(self.models)
             raise ApiError(404, f"no model {request.model[:80]!r}; there are: {names}", "model", "model_not_found")
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue()
-        ids = await loop.run_in_executor(self.encoder, self.prompt, request)
+        ids = await self.encoded(request)
         num_tokens = self.max_new_tokens(request, len(ids))
 
         def emit(piece: Piece) -> None:
@@ -113,9 +137,20 @@ class Service:
         chat = isinstance(request, ChatRequest)
         work = Work(ids, num_tokens, request.sampling(), served.adapter, served.tokenizer, emit, goes_on=not chat)
         if not self.engine.submit(work):
-            raise ApiError(503, "too many requests wait", code="overloaded")
+            raise overloaded()
         usage = request.stream_options.include_usage
         return work, pieces, Reply(chat, request.model, len(ids), usage)
+
+    async def encoded(self, request: Any) -> list[int]:
+        """Its prompt's tokens, made in a thread. Raises ApiError, also if too many wait for theirs."""
+        if self.num_encoding >= self.config.max_num_seqs + self.config.max_queued:
+            raise overloaded()
+        long = request.size() > SHORT_PROMPT
+        self.num_encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.encoders[long], self.prompt, request, long)
+        finally:
+            self.num_encoding -= 1
 
     async def answer(self, request: Any) -> Response:
         work, pieces, reply = await self.submit(request)
@@ -135,12 +170,17 @@ class Service:
 
     def close(self) -> None:
         self.engine.close()
-        self.encoder.shutdown()
+        for encoder in self.encoders.values():
+            encoder.shutdown(cancel_futures=True)
 
     def listed(self, name: str) -> dict[str, Any]:
         if name not in self.models:
             raise ApiError(404, f"no model {name[:80]!r}", "model", "model_not_found")
         return {"id": name, "object": "model", "created": self.started, "owned_by": "onecard"}
+
+
+def overloaded() -> ApiError:
+    return ApiError(503, "too many requests wait", code="overloaded")
 
 
 async def events(pieces: asyncio.Queue[Piece], reply: Reply) -> AsyncIterator[str]:
@@ -194,7 +234,7 @@ def make_app(service: Service) -> FastAPI:
 
     @app.exception_handler(ApiError)
     async def failed(_: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body, error.status)
+        return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(404)
     @app.exception_handler(405)
@@ -227,13 +267,14 @@ def make_app(service: Service) -> FastAPI:
 
 def make_server(model: Any, models: dict[str, Served], config: ServeConfig) -> uvicorn.Server:
     app = make_app(Service(model, models, config))
-    http: Any = partial(TimedProtocol, seconds=config.client_timeout_seconds)
+    most = config.max_num_seqs + config.max_queued  # requests that are answered or wait for it
+    http: Any = partial(TimedProtocol, seconds=config.client_timeout_seconds, door=Door(2 * most))
     settings = uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
         log_level="warning",
-        limit_concurrency=4 * (config.max_num_seqs + config.max_queued),
+        limit_concurrency=4 * most,
         timeout_graceful_shutdown=5,  # answers under way may end; then they are cancelled
         ws="none",
         http=http,

@@ -1,10 +1,13 @@
-"""Which dtypes this CPU multiplies natively: elsewhere a 16-bit matrix product is up to 400 times slower."""
+"""What a device computes with: the dtypes that a CPU multiplies natively (a 16-bit product is up to 400 times slower
+elsewhere), and the instruction sets, on which the last bits of sums depend."""
 
 from __future__ import annotations
 
 from functools import cache
 
 import torch
+
+from onecard.kernels.cpu import native
 
 NATIVE_FLAGS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"),
@@ -19,3 +22,12 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
         return dtype
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return dtype if any(flags.get(flag) for flag in NATIVE_FLAGS[dtype]) else torch.float32
+
+
+def arithmetic(device: torch.device) -> str:
+    """The instruction sets of a CPU that our kernels and torch's take, or a GPU's name: on another, bits may differ."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    library = native.library()
+    own = "no kernels" if library is None else library.onecard_isa().decode()
+    return f"{own}, torch {torch.backends.cpu.get_cpu_capability()}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onecard.config import QUANT_TYPES
 from onecard.errors import UserError
+from onecard.faults import told
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.kernels import ops
@@ -85,12 +86,12 @@ def plot_plan(path: str | Path, found: Plan, title: str) -> None:
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
-    try:
-        figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "the plot must be a file that can be written", str(error), "name it like plan.png", str(path)
-        ) from None
+    with told(Path(path), lambda: ("the plot is not whole", "ask for it again")):
+        try:
+            figure.savefig(path, dpi=150)
+        except ValueError as error:
+            must, do = "the plot must be of a kind that can be drawn", "name it like plan.png"
+            raise UserError(must, str(error), do, str(path)) from None
 
 
 def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:

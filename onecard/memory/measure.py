@@ -14,6 +14,9 @@ import torch
 
 from onecard.kernels.cpu import blocks
 
+STATM = Path("/proc/self/statm")  # pages: all that is mapped, ..., data and stack
+V1 = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")  # a group's files, and of its memory.stat a count
+V2 = ("max", "current", "inactive_file")
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
@@ -31,28 +34,54 @@ def return_large_blocks() -> None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a run may still take: free on the GPU, or available to this process under its control group."""
+    """Memory that a run may still take: free on the GPU, or available to this process under its groups and limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min([psutil.virtual_memory().available, *group_limits()])
+    return max(0, min([psutil.virtual_memory().available, *group_limits(), *process_limits()]))
 
 
 def group_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Bytes that each control group (Linux, v2) of this process leaves it: cached files, which it would drop, as free.
+    """Bytes that each control group (Linux, v1 and v2) of this process leaves it: cached files, which it would drop, as
+    free.
 
     Args:
-        root: of the groups' folders.
-        own: which tells the group's path, as a line 0::/a/b.
+        root: of the groups' folders; version 1's lie in its `memory`, version 2's in itself, or in its `unified` where
+            both are mounted.
+        own: which tells the groups' paths, as lines 0::/a/b (v2) and 4:memory:/a/b (v1).
     """
-    lines = own.read_text().splitlines() if own.is_file() else []
-    path = next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), "")
-    for folder in (root / path, *(root / path).parents):
-        if not folder.is_relative_to(root):
+    for line in own.read_text().splitlines() if own.is_file() else ["0::/"]:
+        number, kinds, path = line.split(":", 2)
+        if "memory" in kinds.split(","):
+            yield from hierarchy_limits(root / "memory", path, V1)
+        elif number == "0":
+            yield from hierarchy_limits(root, path, V2)
+            yield from hierarchy_limits(root / "unified", path, V2)
+
+
+def hierarchy_limits(top: Path, path: str, names: tuple[str, str, str]) -> Iterator[int]:
+    """What the group at a path below `top` and those above it leave. In a container, the path may be one outside it:
+    then `top` is its own group."""
+    limit, used, cached = names
+    group = top / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(top):
             return
-        limit, used, kinds = (folder / f"memory.{name}" for name in ("max", "current", "stat"))
-        if limit.is_file() and used.is_file() and (text := limit.read_text().strip()).isdigit():
-            counts = dict(line.split() for line in kinds.read_text().splitlines()) if kinds.is_file() else {}
-            yield int(text) - int(used.read_text()) + int(counts.get("inactive_file", 0))
+        files = [folder / f"memory.{name}" for name in (limit, used, "stat")]
+        with suppress(OSError, ValueError):  # no limit here: the file is not there, or says "max"
+            most, now = (int(file.read_text()) for file in files[:2])
+            lines = files[2].read_text().splitlines() if files[2].is_file() else []
+            yield most - now + int(dict(line.split() for line in lines).get(cached, 0))
+
+
+def process_limits() -> Iterator[int]:
+    """Bytes that RLIMIT_AS and RLIMIT_DATA (ulimit -v, -d) leave this process: they count what it has mapped, not what
+    is resident."""
+    with suppress(OSError, ValueError, IndexError):
+        mapped, _, _, _, _, data, _ = (int(word) * resource.getpagesize() for word in STATM.read_text().split())
+        for limit, used in ((resource.RLIMIT_AS, mapped), (resource.RLIMIT_DATA, data)):
+            most = resource.getrlimit(limit)[0]
+            if most != resource.RLIM_INFINITY:
+                yield most - used
 
 
 def begin_peak(device: torch.device) -> int:

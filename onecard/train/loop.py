@@ -9,7 +9,6 @@ from __future__ import annotations
 import datetime
 import gc
 import math
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -27,6 +26,8 @@ from onecard.documents import Own, hold
 from onecard.errors import UserError
 from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.hf.fused import unfuse, unfused
+from onecard.kernels.cpu_info import arithmetic
+from onecard.train import signals
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
 from onecard.train.metrics import Metrics
 from onecard.train.state import State, save_state
@@ -60,7 +61,11 @@ FREE_TO_CHANGE = {
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the step was finished and the checkpoint written."""
+    """A signal: the step was finished and the checkpoint written."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 def count_steps(loader: Loader, config: TrainConfig) -> int:
@@ -130,7 +135,7 @@ def train(
 
     Raises:
         UserError: NaN or Inf in a loss or gradient, before the update.
-        Interrupted: after Ctrl-C, with a checkpoint written.
+        Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with a checkpoint written.
     """
     config = run.config
     save_steps = config.save_steps or max(1, math.ceil(run.num_steps / 10))
@@ -138,7 +143,7 @@ def train(
     fit = run.fit
     recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded, fit.keeps_weights)
     packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
-    with packed, frozen_objects(), finish_step_on_interrupt() as interrupted:
+    with packed, frozen_objects(), signals.noted() as interrupted:
         while run.step < run.num_steps:
             row = update(run)
             last = run.step == run.num_steps
@@ -146,11 +151,11 @@ def train(
                 row["eval_loss"] = mean_loss(run.base, validation, run.loss)
             if last or run.step % config.logging_steps == 0 or "eval_loss" in row:
                 metrics.log(**row)
-            on_step(row)
             if last or run.step % save_steps == 0 or interrupted:
                 checkpoint(run, checkpoints)
+            on_step(row)  # after the checkpoint: with a signal, its terminal may be gone
             if interrupted and not last:
-                raise Interrupted
+                raise Interrupted(interrupted[0])
     recompute_layers(run.base, 0)
     run.model.eval()
 
@@ -165,26 +170,6 @@ def frozen_objects() -> Iterator[None]:
         yield
     finally:
         gc.unfreeze()
-
-
-@contextmanager
-def finish_step_on_interrupt() -> Iterator[list[int]]:
-    """Inside, Ctrl-C fills the list instead of raising; a second one raises as usual."""
-    seen: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        seen.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        before = signal.signal(signal.SIGINT, note)
-    except ValueError:  # not in the main thread: nothing to catch here
-        yield seen
-        return
-    try:
-        yield seen
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> float:
@@ -243,6 +228,7 @@ class Position(Own):
     loss_scale: float = Field(gt=0)
     part_tokens: int | None = None
     num_threads: int | None = None
+    arithmetic: str | None = None
     date: str = ""
     loader: LoaderPosition
 
@@ -280,6 +266,7 @@ def checkpoint(run: Run, root: Path) -> None:
         loss_scale=run.loss_scale,
         part_tokens=run.part_tokens,
         num_threads=torch.get_num_threads(),
+        arithmetic=arithmetic(run.device),
         date=run.date,
         loader=LoaderPosition(**run.loader.state_dict()),
     )

@@ -7,6 +7,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from onecard.documents import parse_json
 from onecard.errors import UserError
+from onecard.faults import about
 
 COLUMNS = (
     "step", "epoch", "loss", "learning_rate", "grad_norm", "num_supervised_tokens",
@@ -43,18 +45,19 @@ class Metrics:
         row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
         assert set(row) <= set(COLUMNS), row
         self.rows.append(row)
-        self.jsonl.write(json.dumps(row) + "\n")
-        self.csv.write(csv_text([row]))
-        self.jsonl.flush()
-        self.csv.flush()
+        with about(self.path):
+            self.jsonl.write(json.dumps(row) + "\n")
+            self.jsonl.flush()
+        with about(self.path.with_suffix(".csv")):
+            self.csv.write(csv_text([row]))
+            self.csv.flush()
         for log, _ in self.loggers:
             log({key: value for key, value in row.items() if key != "step"}, step)
 
     def close(self) -> None:
-        self.jsonl.close()
-        self.csv.close()
-        for _, close in self.loggers:
-            close()
+        with ExitStack() as stack:  # each, whatever the others do
+            for each in (self.jsonl.close, self.csv.close, *(close for _, close in self.loggers)):
+                stack.callback(each)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -83,8 +86,9 @@ def csv_text(rows: list[dict[str, Any]], header: bool = False) -> str:
 
 def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with about(path):
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def import_logger(name: str) -> Any:

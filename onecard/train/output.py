@@ -1,4 +1,4 @@
-"""A run's output folder: one run at a time writes to it; a disk that is full or read-only is told with a remedy."""
+"""A run's output folder: one run at a time writes to it; what ends a run early is told with what is kept."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from onecard.errors import UserError
-from onecard.train.state import locked
-
-OF_THE_FOLDER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.ENAMETOOLONG)
+from onecard.errors import Stopped, UserError
+from onecard.faults import told
+from onecard.train import signals
+from onecard.train.state import locked, numbered
 
 
 @contextmanager
@@ -21,11 +19,12 @@ def claimed(output: Path, resuming: bool) -> Iterator[None]:
     """Inside, the folder exists and no other run may claim it; a new one that stays empty goes again.
 
     Raises:
-        UserError: it is no folder, cannot be written, is another run's, holds entries without `resuming`, or the disk
-            is full.
+        UserError: it is no folder, cannot be written, is another run's, or holds entries without `resuming`; a fault
+            of the system.
+        Stopped: Ctrl-C, SIGTERM or SIGHUP.
     """
-    new = not output.exists()
-    with ExitStack() as stack:
+    with told(output, lambda: what_is_kept(output)), signals.raised(), ExitStack() as stack:
+        new = not output.exists()
         try:
             output.mkdir(parents=True, exist_ok=True)
             entries = len(list(output.iterdir()))
@@ -43,12 +42,23 @@ def claimed(output: Path, resuming: bool) -> Iterator[None]:
                 do = "pass --resume to go on with that run, or choose another --output"
                 raise UserError("the output folder must be new or empty", f"{entries} entries", do, str(output))
             yield
-        except (OSError, SafetensorError) as error:
-            if getattr(error, "errno", None) not in OF_THE_FOLDER and "No space left" not in str(error):
-                raise
-            do = "make room or choose a writable folder, then --resume"
-            raise UserError("the run must be able to write its files", str(error), do, str(output)) from None
+        except signals.Signalled as error:
+            raise Stopped(error.number, *what_is_kept(output), str(output)) from None
         finally:
             if new:
                 with suppress(OSError):  # not empty
                     output.rmdir()
+
+
+def what_is_kept(output: Path) -> tuple[str, str]:
+    """Of a run that has ended early, and what to do with it."""
+    try:
+        there = numbered(output / "checkpoints")
+        begun = output.is_dir() and any(output.iterdir())
+    except OSError:
+        return "the checkpoints that were written before are kept", "the same command with --resume goes on from there"
+    if there:
+        return f"{there[0].name} is kept", "the same command with --resume goes on from there"
+    if begun:
+        return "no checkpoint is there yet", "the same command with --resume begins again"
+    return "nothing is kept", "start again"

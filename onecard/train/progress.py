@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import Any
 
 from rich import progress as bars
@@ -32,9 +33,14 @@ class Progress:
 
     def __exit__(self, *exc: object) -> None:
         if self.bar:
-            self.bar.stop()
+            with suppress(OSError):
+                self.bar.stop()
 
     def step(self, row: dict[str, Any]) -> None:
+        with suppress(OSError):  # a terminal that is gone ends no run
+            self.show(row)
+
+    def show(self, row: dict[str, Any]) -> None:
         text = self.text(row)
         if self.bar:
             self.bar.update(self.task, completed=row["step"], text=text)

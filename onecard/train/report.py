@@ -13,6 +13,7 @@ from math import exp
 from pathlib import Path
 from typing import Any
 
+from onecard.faults import about
 from onecard.memory.measure import format_bytes
 
 
@@ -49,10 +50,15 @@ def versions() -> dict[str, str]:
 def write_report(output: Path, report: Report) -> None:
     """Write the curve and both reports under `output`."""
     picture = output / "loss_curve.png"
-    draw_curve(picture, report.metrics)
+    with about(picture):
+        draw_curve(picture, report.metrics)
     sections = make_sections(report)
-    (output / "report.md").write_text(to_markdown(report.title, sections), encoding="utf-8")
-    (output / "report.html").write_text(to_html(report.title, sections, picture), encoding="utf-8")
+    for name, text in (
+        ("report.md", to_markdown(report.title, sections)),
+        ("report.html", to_html(report.title, sections, picture)),
+    ):
+        with about(output / name):
+            (output / name).write_text(text, encoding="utf-8")
 
 
 def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:

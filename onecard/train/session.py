@@ -20,7 +20,7 @@ from onecard.config import TrainConfig, parse_bytes
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
-from onecard.errors import UserError
+from onecard.errors import Stopped, UserError
 from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.load import (
     find_checkpoint,
@@ -33,6 +33,7 @@ from onecard.hf.load import (
     read_config,
 )
 from onecard.hf.origin import Origin, origin_of, write_origin
+from onecard.kernels.cpu_info import arithmetic
 from onecard.memory.case import Case, Fit
 from onecard.memory.fit import fit_within, total_bytes
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes, peak_memory_bytes, return_large_blocks
@@ -117,6 +118,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     return_large_blocks()
     show(prepared, console)
     model = load_adapted(config, prepared, console)
+    origin = origin_of(model.get_base_model(), config.model)  # now: what cannot be read is told before the training
     loader = make_loader(prepared)
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity, fit=prepared.fit)
     run.date = prepared.date
@@ -134,7 +136,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     start = time.perf_counter()
     train_shown(run, prepared, result, console, output)
     result.report.seconds = time.perf_counter() - start
-    save_adapter(model, result.adapter, origin_of(model.get_base_model(), config.model))
+    save_adapter(model, result.adapter, origin)
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run), run)
     write_report(output, result.report)
     return result
@@ -151,6 +153,10 @@ def resume_shown(run: Run, state: State, console: Console) -> None:
     if run.device.type == "cpu" and threads != torch.get_num_threads():
         line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
         console.print(line, style="yellow")
+    before, now = position.arithmetic, arithmetic(run.device)
+    if before is not None and before != now:
+        line = f"saved on {before}, now {now}: equal to rounding, not to the bit"
+        console.print(line, style="yellow", markup=False)
     if run.part_tokens != position.part_tokens:
         same = "with other dropout masks" if run.config.lora_dropout else "equal to rounding, not to the bit"
         line = f"micro-batches now go in parts of {run.part_tokens} tokens: {same}"
@@ -295,18 +301,14 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
 
 
 def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, output: Path) -> None:
-    """The loop with its metrics and progress; Ctrl-C becomes a UserError that says how to go on."""
+    """The loop with its metrics and progress; a signal becomes Stopped, which says how to go on."""
     metrics = Metrics(output, run.config.loggers, run.config.model_dump(), run.step)
     try:
         with Progress(console, run.num_steps, run.step) as progress:
             train(run, metrics, prepared.validation, progress.step, output / "checkpoints")
-    except Interrupted:
-        raise UserError(
-            "the run was interrupted",
-            f"step {run.step} of {run.num_steps} is saved",
-            "the same command with --resume goes on from there",
-            str(output),
-        ) from None
+    except Interrupted as error:
+        do = "the same command with --resume goes on from there"
+        raise Stopped(error.number, f"step {run.step} of {run.num_steps} is saved", do, str(output)) from None
     finally:
         metrics.close()
         result.report.metrics = metrics.rows

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
+from onecard.faults import about
 
 PREFIX = "checkpoint-"
 TEMPORARY = ".tmp-checkpoint-"
@@ -70,7 +71,7 @@ def save_state(
         documents: file stem -> JSON object.
 
     Raises:
-        OSError, SafetensorError: the disk is full or read-only; what was there before is untouched.
+        OSError: the disk is full, read-only or gone; what was there before is untouched.
     """
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(f"{TEMPORARY}*"):
@@ -79,16 +80,18 @@ def save_state(
     try:
         temporary.mkdir()
         for stem, named in tensors.items():
-            save_file(named, temporary / f"{stem}.safetensors")
+            with about(path := temporary / f"{stem}.safetensors"):
+                save_file(named, path)
         for stem, document in documents.items():
-            (temporary / f"{stem}.json").write_text(json.dumps(document, indent=1))
+            with about(path := temporary / f"{stem}.json"):
+                path.write_text(json.dumps(document, indent=1))
         files = {}
         for path in sorted(temporary.iterdir()):
             sync(path)
             files[path.name] = Written(bytes=path.stat().st_size, sha256=sha256(path))
         write_synced(temporary / MANIFEST, Manifest(step=step, files=files).model_dump_json(indent=1).encode())
         sync_folder(temporary)
-    except (OSError, SafetensorError):
+    except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if final.exists():  # a resumed run has come here again
@@ -109,7 +112,7 @@ def remove(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    with path.open("rb") as file:
+    with about(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -138,12 +141,12 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
 
 def sync(path: Path) -> None:
     """Have a written file on the disk."""
-    with path.open("rb+") as file:
+    with about(path), path.open("rb+") as file:
         os.fsync(file.fileno())
 
 
 def write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+    with about(path), path.open("wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -153,11 +156,12 @@ def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder durable, where the system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with about(folder):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def numbered(root: Path) -> list[Path]:
@@ -171,14 +175,18 @@ def load_newest(root: Path) -> State | None:
 
     Raises:
         UserError: there are checkpoints, and all are broken.
+        OSError: one cannot be read.
     """
     skipped = []
     for folder in numbered(root):
         try:
-            paths = verified(folder)
-            tensors = {path.stem: load_file(path) for path in paths if path.suffix == ".safetensors"}
-            documents = {path.stem: read_object(path) for path in paths if path.suffix == ".json"}
+            with about(folder):
+                paths = verified(folder)
+                tensors = {path.stem: load_file(path) for path in paths if path.suffix == ".safetensors"}
+                documents = {path.stem: read_object(path) for path in paths if path.suffix == ".json"}
         except (OSError, ValueError, SafetensorError) as error:  # UserError is a ValueError
+            if of_the_disk(error):
+                raise  # the checkpoint may be sound, and going on from an older one would remove it
             skipped.append(f"{folder.name}: {error}")
             continue
         return State(int(folder.name.removeprefix(PREFIX)), folder, tensors, documents, skipped)
@@ -187,6 +195,13 @@ def load_newest(root: Path) -> State | None:
             "a checkpoint must be whole to resume", "; ".join(skipped), "start again in a new folder", str(root)
         )
     return None
+
+
+def of_the_disk(error: Exception) -> bool:
+    """Whether a file is there but could not be read, told by itself or by read_object."""
+    found = error.__context__ if isinstance(error, UserError) else error
+    gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+    return isinstance(found, OSError) and not isinstance(found, gone)
 
 
 def verified(folder: Path) -> list[Path]:

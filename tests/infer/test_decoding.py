@@ -2,7 +2,10 @@
 
 import asyncio
 import json
+import random
 import threading
+import time
+from functools import cache
 
 import pytest
 import torch
@@ -173,6 +176,65 @@ def test_stop_strings_end_the_text_before_them_and_are_never_shown_in_part():
     assert text.stopped and "".join(shown) == "the quick br"
     held = Text(tokenizer, ("fox!",))
     assert "".join(held.push(token) for token in ids) == "the quick brown " and held.finish() == "fox"
+
+
+def released_by_search(stops, pieces):
+    """What each piece shows by the definition: every prefix of every stop is looked for at the end."""
+    held, shown = "", []
+    for piece in pieces:
+        held += piece
+        found = [at for stop in stops if (at := held.find(stop)) >= 0]
+        if found:
+            return [*shown, held[: min(found)]], True
+        keep = max((n for stop in stops for n in range(len(stop)) if held.endswith(stop[:n])), default=0)
+        shown.append(held[: len(held) - keep])
+        held = held[len(held) - keep :]
+    return shown, False
+
+
+def test_what_a_stop_holds_back_is_what_a_search_for_every_prefix_finds():
+    """Of two letters, so that stops overlap themselves and each other in every way."""
+    rng, stopped = random.Random(0), 0
+
+    def word(most):
+        return "".join(rng.choice("ab") for _ in range(rng.randint(1, most)))
+
+    for _ in range(2000):
+        stops, pieces = tuple(word(9) for _ in range(rng.randint(1, 4))), [word(4) for _ in range(12)]
+        expected, stops_there = released_by_search(stops, pieces)
+        text, shown = Text(make_tokenizer_once(), stops), []
+        for piece in pieces:
+            shown.append(text.release(piece, last=False))
+            if text.stopped:
+                break
+        assert (shown, text.stopped) == (expected, stops_there), (stops, pieces)
+        stopped += text.stopped
+    assert 200 < stopped < 1900
+
+
+@cache
+def make_tokenizer_once():
+    return make_tokenizer()
+
+
+def test_a_stop_s_length_costs_nothing():
+    """A million characters of which the text never comes to the end, and a text that is all their beginning."""
+    tokenizer = make_tokenizer_once()
+    start = time.process_time()
+    text = Text(tokenizer, tuple(letter * 1_000_000 for letter in "xyzw"))
+    assert "".join(text.release("x" * 3, last=False) for _ in range(1000)) == ""
+    assert text.release("!", last=False) == "x" * 3000 + "!"
+    assert time.process_time() - start < 1
+
+
+def test_a_temperature_near_zero_is_the_likeliest_token(loaded):
+    """Also those that are 0 in float32, and where the first two logits are next to each other."""
+    logits = torch.tensor([[1.0, 80.0, 79.99999, -3e38]])
+    for temperature in (1e-300, 1e-45, 1e-38, 1e-20, 1e-9):
+        sampler = Sampler(loaded[0], SamplingConfig(temperature=temperature, seed=0))
+        assert {sampler.pick([0], logits) for _ in range(20)} == {1}, temperature
+    drawn = [Sampler(loaded[0], SamplingConfig(temperature=1e-5, seed=i)).pick([0], logits) for i in range(40)]
+    assert {1, 2} == set(drawn)
 
 
 class Gathered:

@@ -25,8 +25,8 @@ from onecard.hf.load import load_model, load_tokenizer
 from onecard.infer import decoding
 from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import Answer
-from onecard.infer.guard import Guard
-from onecard.infer.protocol import ChatRequest, Message
+from onecard.infer.guard import Door, Guard
+from onecard.infer.protocol import ApiError, ChatRequest, Message
 from onecard.infer.server import Served, Service, make_server, name_models, serve
 from onecard.nn.lora import lora_config
 
@@ -220,16 +220,20 @@ BAD = [
     ({"temperature": "hot"}, openai.BadRequestError, "temperature", "invalid_value"),
     ({"max_tokens": 0}, openai.BadRequestError, "max_tokens", "invalid_value"),
     ({"stop": ["a"] * 5}, openai.BadRequestError, "stop", "invalid_value"),
+    ({"stop": "x" * 5000}, openai.BadRequestError, "stop", "invalid_value"),
     ({"stop": ""}, openai.BadRequestError, "stop", "invalid_value"),
     ({"messages": []}, openai.BadRequestError, "messages", "invalid_value"),
     ({"messages": [{"role": "robot", "content": "a"}]}, openai.BadRequestError, "messages.0.role", "invalid_value"),
     ({"messages": [{"role": "user", "content": 7}]}, openai.BadRequestError, "messages.0.content", "invalid_value"),
     ({"max_tokens": 1024}, openai.BadRequestError, "messages", "context_length_exceeded"),
     ({"messages": said("mug " * 1200)}, openai.BadRequestError, "messages", "context_length_exceeded"),
+    ({"messages": said("mug " * 4000)}, openai.BadRequestError, "messages", "context_length_exceeded"),
 ]
 
 
-@pytest.mark.parametrize("fields, kind, param, code", BAD, ids=[next(iter(case[0])) + case[3] for case in BAD])
+@pytest.mark.parametrize(
+    "fields, kind, param, code", BAD, ids=[f"{i}-{next(iter(case[0]))}" for i, case in enumerate(BAD)]
+)
 def test_what_is_not_served_is_named(client, fields, kind, param, code):
     with pytest.raises(kind) as error:
         client.chat.completions.create(**{"model": "base", "messages": said("a"), "max_tokens": 4, **fields})
@@ -243,6 +247,14 @@ def test_bad_prompts_are_named(client):
         assert error.value.param == "prompt"
 
 
+STRANGE = [
+    b"evil.example", b"evil.example:80", b"127.0.0.1.evil.example", b"", b"[::1].evil.example", b"[::1]evil.example:80",
+    b"[::1]:80.evil.example", b"[::1%25lo]", b"[::1", b"::1", b"[localhost]", b"localhost@evil.example", b":8000",
+    b"evil.example@localhost", b"localhost:80:80", b"localhost:x", b"localhost:70000", b"localhost..", b".localhost",
+    b"localhost/", b"localhost#", b"localhost, evil.example", b"[::127.0.0.1]", b"2130706433",
+]  # fmt: skip
+
+
 def test_the_door(running):
     """Host, token, type and size; nothing of it reaches the model."""
     body = {"model": "base", "messages": said("a"), "max_tokens": 1}
@@ -252,9 +264,9 @@ def test_the_door(running):
         return httpx.post(running.url + path, content=content or json.dumps(body), headers=sent).status_code
 
     assert status() == 200
-    for host in (b"evil.example", b"evil.example:80", b"127.0.0.1.evil.example", b""):
+    for host in STRANGE:
         assert status(Host=host) == 421, host
-    for host in (f"localhost:{running.port}", "127.0.0.1", f"[::1]:{running.port}"):
+    for host in (f"localhost:{running.port}", "127.0.0.1", f"[::1]:{running.port}", "LocalHost.", "[0:0::1]", "[::1]:"):
         assert status(Host=host.encode()) == 200, host
     assert status(Authorization=b"Bearer wrong") == 401
     assert status(Authorization=b"") == 401
@@ -393,6 +405,115 @@ def test_a_head_that_does_not_come_whole_is_given_up():
             client.close()
     finally:
         running.stop()
+
+
+def alone_running(**fields):
+    """A server of its own settings."""
+    served = {"base": Served(None, load_tokenizer(BASE))}
+    return Running(make_server(load_model(BASE, device="cpu"), served, ServeConfig(port=0, **fields)))
+
+
+HEADS = {
+    "head": b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nx: ",
+    "body": b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 900\r\n\r\n{",
+    "nothing": b"",
+    "answered": b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("part", list(HEADS))
+def test_clients_that_send_a_part_keep_nobody_out(part):
+    """More connections than the server has places, each with a part of a request, or an answered one, held open."""
+    running = alone_running(max_num_seqs=2, max_queued=8)
+    places = running.server.config.limit_concurrency
+    clients = []
+    try:
+        for _ in range(places + 8):
+            clients.append(socket.create_connection(("127.0.0.1", running.port), 30))
+            clients[-1].sendall(HEADS[part])
+        for _ in range(3):
+            assert httpx.get(f"{running.url}/health", timeout=5).status_code == 200
+        until(lambda: len(running.server.server_state.connections) <= places // 2 + 1)
+    finally:
+        for client in clients:
+            client.close()
+        running.stop()
+
+
+def test_the_connection_that_makes_room_is_of_the_peer_with_the_most():
+    class Connection:
+        def __init__(self, peer):
+            self.peer, self.transport, self.gone = peer, self, False
+
+        def abort(self):
+            self.gone = True
+
+    door, few, many = Door(4), Connection("few"), [Connection("many") for _ in range(4)]
+    for each in (few, *many):
+        door.wait(each)
+    assert [each.gone for each in (few, *many)] == [False, True, False, False, False]
+    door.leave(many[1])
+    door.wait(many[0])
+    assert list(door.waiting) == [few, *many[2:], many[0]]
+
+
+def test_large_prompts_hold_up_no_small_one():
+    """Six of a megabyte, of the characters that take longest; all are refused by their beginnings."""
+    running = alone_running()
+    large = {"model": "base", "messages": said("<|im_end|>" * 100_000)}
+    small = {"model": "base", "messages": said("two mugs"), "max_tokens": 1}
+
+    def ask_raw(body):
+        start = time.monotonic()
+        reply = httpx.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
+        return reply.status_code, time.monotonic() - start
+
+    try:
+        assert ask_raw(small)[0] == 200
+        with ThreadPoolExecutor(6) as pool:
+            sent = [pool.submit(ask_raw, large) for _ in range(6)]
+            until(lambda: running.server.config.app.state.service.num_encoding == 6 or all(s.done() for s in sent))
+            assert [ask_raw(small)[0] for _ in range(5)] == [200] * 5
+            found = [each.result() for each in sent]
+        assert {status for status, _ in found} == {400} and max(seconds for _, seconds in found) < 10
+    finally:
+        running.stop()
+
+
+def test_a_prompt_waits_for_no_long_one_before_it_and_the_queue_ends(monkeypatch):
+    """Behaviour of the two threads: while a long prompt is encoded, a short one is, and too many are turned away."""
+    free, begun = threading.Event(), threading.Event()
+    encode = Service.prompt
+    service = Service(load_model(BASE, device="cpu"), {"base": Served(None, load_tokenizer(BASE))}, ServeConfig())
+
+    def prompt(self, request, long=False):
+        if not long:
+            return encode(self, request)
+        begun.set()
+        assert free.wait(60)
+        return [1]
+
+    monkeypatch.setattr(Service, "prompt", prompt)
+
+    async def both(service):
+        sizes = {True: 2000, False: 2}
+        request = {n: ChatRequest(model="base", messages=[Message(**said("mugs " * sizes[n])[0])]) for n in sizes}
+        waiting = [asyncio.create_task(service.encoded(request[True])) for _ in range(3)]
+        await asyncio.to_thread(begun.wait, 60)
+        assert await service.encoded(request[False])
+        with pytest.raises(ApiError) as error:
+            service.config = ServeConfig(max_num_seqs=1, max_queued=2)
+            await service.encoded(request[False])
+        assert error.value.status == 503 and error.value.headers == {"retry-after": "1"}
+        free.set()
+        return [await task for task in waiting]
+
+    try:
+        assert asyncio.run(both(service)) == [[1]] * 3 and service.num_encoding == 0
+    finally:
+        free.set()
+        service.close()
 
 
 def test_a_model_s_prompts_are_of_its_own_tokenizer():

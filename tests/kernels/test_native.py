@@ -127,13 +127,17 @@ def test_not_finite_is_an_error(isa, bad, where):
         native.quantize_blocks(W, "nf4", 64, "some.weight")
 
 
-def test_environment_forces_a_path():
+def test_environment_forces_a_path(checkpoint, tmp_path):
     program = "from onecard.kernels.cpu import native; print(native.library().onecard_isa().decode())"
     if native.library() is None:
         pytest.skip("built without a compiler")
     environment = {**os.environ, "ONECARD_ISA": "scalar"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "scalar", done.stderr
+    wanted = "avx512" if ARM else "neon"  # not this CPU's
+    command = [sys.executable, "-m", "onecard.cli", "quantize", "--model", checkpoint, "--output", tmp_path / "q"]
+    done = subprocess.run(command, env={**os.environ, "ONECARD_ISA": wanted}, capture_output=True, text=True)
+    assert done.returncode == 2 and f"found: {wanted}" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])

@@ -1,5 +1,8 @@
 """Exact: what a control group leaves, from folders made as the system has them."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -23,6 +26,51 @@ def test_every_group_above_the_process_counts_and_its_cached_files_are_free(tmp_
     group(tmp_path, 2000, 100, 0)
     assert list(group_limits(tmp_path, own)) == [300, 900, 1900]
     assert list(group_limits(tmp_path / "slice", tmp_path / "nothing")) == [900]
+
+
+def group_v1(folder, limit, used, cached):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {cached}\n")
+
+
+def test_groups_of_version_1_count_alone_and_beside_version_2(tmp_path):
+    """Hierarchical; a controller that is mounted with others; both versions; a path from outside a container."""
+    own, none = tmp_path / "cgroup", 9223372036854771712  # what the kernel says where there is no limit
+    root = tmp_path / "fs"
+    own.write_text("5:cpu,cpuacct:/job\n4:hugetlb,memory:/slice/job\n1:name=systemd:/x\n")
+    group_v1(root / "memory" / "slice" / "job", none, 300, 0)
+    group_v1(root / "memory" / "slice", 1000, 700, 600)
+    group_v1(root / "memory", 5000, 1000, 0)
+    assert sorted(group_limits(root, own)) == [900, 4000, none - 300]
+    (root / "unified" / "slice").mkdir(parents=True)
+    group(root / "unified" / "slice", 800, 100, 50)
+    own.write_text("4:memory:/docker/abc\n0::/slice\n")
+    assert sorted(group_limits(root, own)) == [750, 4000]
+
+
+LIMITED = """
+import resource, sys, torch
+from onecard.memory.measure import available_bytes
+limit, cpu = getattr(resource, sys.argv[1]), torch.device("cpu")
+before = available_bytes(cpu)
+resource.setrlimit(limit, (1 << 36, resource.RLIM_INFINITY))  # 64 GiB
+resource.setrlimit(limit, (6 << 30, resource.RLIM_INFINITY))
+first = available_bytes(cpu)
+held = torch.ones(1 << 28)  # 1 GiB
+print(before, first, available_bytes(cpu))
+"""
+
+
+@pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
+def test_a_limit_of_the_process_counts(limit):
+    if sys.platform != "linux":
+        pytest.skip("read from /proc")
+    done = subprocess.run([sys.executable, "-c", LIMITED, limit], capture_output=True, text=True, check=True)
+    before, first, second = map(int, done.stdout.split())
+    assert 0 < second < first < min(before, 6 << 30)
+    assert 0.9 * 2**30 < first - second < 1.5 * 2**30 or first > before - 2**30
 
 
 def test_the_peak_counts_from_where_it_begins():

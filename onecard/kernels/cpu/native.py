@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.cpu import blocks
 from onecard.quant.blockwise import not_finite
@@ -97,6 +98,9 @@ def library() -> ctypes.CDLL | None:
     """The loaded library, or None if it was not built.
 
     ONECARD_ISA forces a path: amx, avx512_bf16, avx512, avx2, neon or scalar.
+
+    Raises:
+        UserError: this CPU or this build does not have it.
     """
     found = built_library()
     if found is None:
@@ -109,7 +113,9 @@ def library() -> ctypes.CDLL | None:
     loaded.onecard_set_gomp(torch_gomp_parallel())
     wanted = os.environ.get("ONECARD_ISA")
     if wanted and not loaded.onecard_set_isa(wanted.encode()):
-        raise ValueError(f"ONECARD_ISA must name a path of this CPU, found {wanted!r}; unset it")
+        must = "ONECARD_ISA must name an instruction set that this CPU and this build have"
+        do = f"unset it ({loaded.onecard_isa().decode()} is the widest), or name a narrower one"
+        raise UserError(must, wanted, do, "ONECARD_ISA")
     return loaded
 
 

@@ -1,0 +1,102 @@
+"""The system's faults while files are written and read: each becomes a UserError that names the file and what is left.
+
+Whatever writes does so inside `told`; so a full disk, a lost mount or too many open files are no traceback, wherever
+they strike. A write or a sync that fails does not know its file: `about` tells it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from onecard.errors import UserError
+
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a folder that can be written"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "close other files, or raise the limit of `ulimit -n`"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR), "choose a path in a folder that is there"),
+    errno.ENOMEM: "free some memory",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+CHECK = "check the disk or the mount"
+
+
+@contextmanager
+def told(target: Path, kept: Callable[[], tuple[str, str]]) -> Iterator[None]:
+    """Inside, a fault of the system raises UserError.
+
+    Args:
+        target: the file or folder that is being written; what is made of it first may lie beside it, as .NAME.*.
+        kept: what of it is there after the fault, and what to do with that.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if as_fault(error) is None:
+            raise
+        raise user_error(error, target, *kept()) from error
+
+
+def user_error(error: Exception, target: Path, left: str, then: str) -> UserError:
+    """What a fault is told as."""
+    fault = as_fault(error)
+    assert fault is not None
+    path, must = target, "files must be written and read"
+    if fault.filename is not None:
+        path = Path(os.fsdecode(fault.filename))
+        must = (
+            "the result's files must be written and read"
+            if is_of(path, target)
+            else "a file that is needed must be read"
+        )
+    do = f"{REMEDIES.get(fault.errno or 0, CHECK)}; {then}"
+    return UserError(must, f"{fault.strerror or error}; {left}", do, str(path))
+
+
+def as_fault(error: Exception) -> OSError | None:
+    """The system's part of an error; None for a connection's and for those of other libraries' own kinds."""
+    if isinstance(error, SafetensorError):
+        found = re.search(r"(?:I/?o ?error: |serializing: )?([^:]*) \(os error (\d+)\)", str(error), re.IGNORECASE)
+        return OSError(int(found[2]), found[1]) if found else None
+    own = isinstance(error, shutil.Error) or type(error).__module__ == "builtins"
+    return error if own and isinstance(error, OSError) and not isinstance(error, ConnectionError) else None
+
+
+def is_of(path: Path, target: Path) -> bool:
+    """Whether a path is the target, in it, or what becomes it."""
+    path, target = (Path(os.path.abspath(each)) for each in (path, target))
+    if not path.is_relative_to(target.parent):
+        return False
+    first = path.relative_to(target.parent).parts[:1]
+    return not first or first[0] == target.name or first[0].startswith(f".{target.name}.")
+
+
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file is one of this file."""
+    try:
+        yield
+    except OSError as error:
+        if as_fault(error) is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        if as_fault(error) is None:
+            raise
+        raise of_file(error, path) from error
+
+
+def of_file(error: SafetensorError, path: Path) -> OSError:
+    """safetensors' error as the system's, of a file."""
+    fault = as_fault(error)
+    assert fault is not None
+    fault.filename = str(path)
+    return fault
