@@ -24,9 +24,11 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from onecard.config import ServeConfig
-from onecard.data.template import prompt_ids, text_ids
+from onecard.data.form import NAMES, difference, form_ids
+from onecard.data.template import text_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
+from onecard.hf.origin import Form, form_beside
 from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import context_length
 from onecard.infer.engine import Engine, Piece, Work
@@ -42,10 +44,12 @@ class Served:
 
     Attributes:
         adapter: peft's name of it; None for the base.
+        form: that of the adapter's prompts, as far as its folder tells.
     """
 
     adapter: str | None
     tokenizer: Any
+    form: Form | None = None
 
 
 class Service:
@@ -65,10 +69,11 @@ class Service:
 
     def prompt(self, request: Any) -> list[int]:
         """Tokens of a request's messages or prompt. Raises ApiError."""
-        tokenizer = self.models[request.model].tokenizer
+        served = self.models[request.model]
+        tokenizer = served.tokenizer
         try:
             if isinstance(request, ChatRequest):
-                return prompt_ids([message.turn() for message in request.messages], tokenizer)
+                return form_ids([message.turn() for message in request.messages], tokenizer, served.form)
             prompt: Any = request.prompt
             if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
                 if len(prompt) > 1:
@@ -111,7 +116,9 @@ class Service:
 
         served = self.models[request.model]
         chat = isinstance(request, ChatRequest)
-        work = Work(ids, num_tokens, request.sampling(), served.adapter, served.tokenizer, emit, goes_on=not chat)
+        ends = served.form.end_tokens if served.form else ()
+        how = (request.sampling(), served.adapter, served.tokenizer)
+        work = Work(ids, num_tokens, *how, emit, goes_on=not chat, ends=ends)
         if not self.engine.submit(work):
             raise ApiError(503, "too many requests wait", code="overloaded")
         usage = request.stream_options.include_usage
@@ -274,9 +281,14 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
     models: dict[str, Served] = {}
     for i, (name, folder) in enumerate(folders.items()):
         own = None if folder is None else f"adapter_{i}"  # peft's names take no dots
-        models[name] = Served(own, load_tokenizer(checkpoint, folder))
+        form = form_beside(folder)
+        models[name] = Served(own, load_tokenizer(checkpoint, folder), form)
         if own is not None:
             model = with_adapter(model, folder, own)
+        if told := difference(form, models[name].tokenizer):
+            print(f"note     {name}: {told}")
+        if form and form.prompt != "chat":
+            print(f"note     {name}: trained on {NAMES[form.prompt]}: a chat request takes one message, written so")
     host = f"[{config.host}]" if ":" in config.host else config.host
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
