@@ -44,7 +44,7 @@ class Form(Own):
 
     prompt: Literal["chat", "completion", "alpaca", "text"]
     template: str | None = None
-    end_tokens: tuple[int, ...] = ()
+    end_tokens: tuple[int, ...] = Field((), strict=False)  # JSON has lists only
 
 
 class Origin(Own):
