@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
@@ -24,7 +25,7 @@ from onecard.config import (
     read_yaml,
 )
 from onecard.errors import Stopped, UserError, printable
-from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries
+from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries, run_app
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -178,24 +179,30 @@ def generate(
     *,
     quant: QuantFields = None,
     device: str = "auto",
-    raw: bool = False,
+    raw: bool | None = None,
 ) -> None:
     """Answer one prompt, streaming.
 
     Args:
         model: Checkpoint folder or hub id.
-        prompt: The user's message; text to go on with where the tokenizer has no chat template.
+        prompt: The user's message, written as the adapter's training rows were; without an adapter, with the chat
+            template, or as it is where the tokenizer has none.
         adapter: Folder of a trained adapter.
         temperature: 0 takes the likeliest token each time.
-        raw: Go on from the prompt as it is, without the chat template: for adapters of prompt/completion or text.
+        raw: Go on from the prompt as it is; --no-raw: with the chat template. Default: as the adapter was trained.
     """
-    from onecard.data.template import prompt_ids, text_ids
+    from onecard.data.form import ask
+    from onecard.hf.origin import form_beside
     from onecard.infer.generate import generate as run
 
     shown = printable if sys.stdout.isatty() else str  # a file gets the text as it is
     loaded, tokenizer = load(model, adapter, quant, device)
-    ids = text_ids(prompt, tokenizer) if raw else prompt_ids([{"role": "user", "content": prompt}], tokenizer)
-    run(loaded, tokenizer, ids, max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True), raw)
+    form = form_beside(adapter)
+    ids, goes_on, told = ask(prompt, tokenizer, form, raw)
+    if told:
+        print(f"note: {told}", file=sys.stderr)
+    how = (max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True), goes_on)
+    run(loaded, tokenizer, ids, *how, form.end_tokens if form else ())
     print()
 
 
@@ -215,10 +222,11 @@ def chat(
         model: Checkpoint folder or hub id.
         adapter: Folder of a trained adapter.
     """
+    from onecard.hf.origin import form_beside
     from onecard.infer.chat import chat as run
 
     loaded, tokenizer = load(model, adapter, quant, device)
-    run(loaded, tokenizer, make_console(), max_new_tokens, temperature)
+    run(loaded, tokenizer, make_console(), max_new_tokens, temperature, form_beside(adapter))
 
 
 @app.command
@@ -299,7 +307,8 @@ def merge(
         output: New folder for the merged checkpoint.
         base: dequantized (default): what training saw, the nearest to the live adapter; original: the checkpoint's own
             weights. With --verify and no --base, both are tried and the better one is kept.
-        verify: Data file on whose first examples the result is compared with the live adapter.
+        verify: Data file on whose first rows, 32 and some 8,000 tokens at most, the result is compared with the live
+            adapter.
         requantize: Store the result in 4 bits again, which takes off part of the update; how much is left is told.
         device: Where --verify computes.
     """
@@ -320,7 +329,7 @@ def merge(
         dataset = load_dataset(verify, load_tokenizer(model, adapter), make_config(DataConfig, {}, "merge"))
         bases: list[Any] = [base] if base is not None else bases_of(model, small)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
-        print("\n".join(found.table()))
+        print("\n".join([*found.table(), found.measured_on]))
         kept, left = found.kept, found.in_weights
     elif small is not None:
         from onecard.export.quantized import requantize as run
@@ -335,7 +344,7 @@ def merge(
         print(
             f"left     {left.share:.1%} of the update in the weights, beside rounding of {left.noise:.1%} of its size"
         )
-    print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + output)
+    print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + quote(output))
 
 
 @app.command
@@ -355,7 +364,8 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
     config = make_config(QuantConfig, given(quant), "command line")
     folder = quantize_checkpoint(model, output, config)
     print(
-        f"quantized {folder}  ({config.quant_type})\nnext\n  onecard train --model {folder} --weights-budget 4GiB ..."
+        f"quantized {folder}  ({config.quant_type})\nnext\n"
+        f"  onecard train --model {quote(str(folder))} --weights-budget 4GiB ..."
     )
 
 
@@ -384,7 +394,7 @@ def export(*, fields: ExportFields = None) -> None:
 def main() -> None:
     """The entry point: a user's mistake prints its three parts and exits with 2."""
     try:
-        app(exit_on_error=False, print_error=False)
+        run_app(app)
     except (UserError, CycloptsError) as error:
         with suppress(OSError):  # a terminal that is gone
             print(f"error: {error}", file=sys.stderr)

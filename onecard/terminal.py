@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging as standard
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,16 +68,54 @@ class Escaped:
             yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
+def run_app(app: Any) -> None:
+    """A cyclopts app with the command line's words."""
+    ready_streams()
+    try:
+        app(joined_flags(sys.argv[1:]), exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        reader_gone()
+
+
+def ready_streams() -> None:
+    """Characters that the terminal's or log file's encoding lacks become question marks, not tracebacks; libraries
+    that log while they are imported stay silent."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # peft imports it where it is installed
+
+
+def reader_gone() -> None:
+    """Leave quietly where the output is a pipe that nobody reads any more, as programs do that SIGPIPE ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes it once more at its end
+    sys.exit(128 + 13)
+
+
+def joined_flags(words: list[str]) -> list[str]:
+    """`--use-dora true` as `--use-dora=true`, which the parser takes for flags as for values."""
+    joined: list[str] = []
+    for word in words:
+        if word.lower() in ("true", "false") and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
 def quiet_libraries() -> None:
-    import logging as standard
     import warnings
 
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # peft imports it where it is installed
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    standard.getLogger("torch").setLevel(standard.ERROR)
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module=r"onecard\.")
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(str(message))}\n"
 
 

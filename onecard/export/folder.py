@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onecard.documents import read_object
 from onecard.errors import UserError
 from onecard.faults import about, told
-from onecard.hf.checkpoint import Checkpoint, TensorInfo
+from onecard.hf.checkpoint import INDEX, Checkpoint, TensorInfo
 from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
+from onecard.hf.origin import Form, form_beside
 from onecard.train.state import locked, sync, sync_folder
 
 DTYPES = {"F64": torch.float64, **TORCH_DTYPES}
@@ -29,7 +31,6 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 OTHER_FILES = (*TOKENIZER_FILES, "*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
 UNTRUE = ("*.index.json", "onecard.json")  # of other weights than the result's
-INDEX = "model.safetensors.index.json"
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
 def write_others(
     folder: Path, checkpoint: Checkpoint, config: dict[str, Any], places: dict[str, str], adapter: Path | None = None
 ) -> None:
-    """config.json, every other file that the checkpoint brings along, and an index if it had one.
+    """config.json, every other file that the checkpoint brings along, and an index where the tensors are in shards.
 
     Args:
         places: the file of each tensor that was written.
@@ -155,10 +156,30 @@ def write_others(
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         copy_files(source, folder, TOKENIZER_FILES)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if (checkpoint.folder / INDEX).is_file():
+    write_ends(folder, config, form_beside(adapter))
+    if set(places.values()) != {"model.safetensors"}:
         total = sum((folder / name).stat().st_size for name in set(places.values()))
         content = {"metadata": {"total_size": total}, "weight_map": places}
         (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_ends(folder: Path, config: dict[str, Any], form: Form | None) -> None:
+    """Add the tokens that an adapter's training rows ended in to generation_config.json, which is made where the base
+    has none."""
+    path = folder / "generation_config.json"
+    stored = read_object(path, "remove it") if path.is_file() else {}
+    if not stored:  # what transformers would take from config.json
+        stored = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    found = stored.get("eos_token_id")
+    before = found if isinstance(found, list) else [] if found is None else [found]
+    ends = list(dict.fromkeys([*before, *(form.end_tokens if form else ())]))
+    if ends == before:
+        return
+    if not before and isinstance(config.get("eos_token_id"), int):  # transformers takes config.json's no longer
+        ends = list(dict.fromkeys([config["eos_token_id"], *ends]))
+    stored["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    stored.pop("_from_model_config", None)  # with it transformers may take config.json's in its place
+    path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from shlex import quote
 
 import gguf
 import numpy as np
@@ -32,6 +33,7 @@ from onecard.export.modelfile import modelfile
 from onecard.export.vocabulary import add_vocabulary
 from onecard.hf.documents import read_generation_document
 from onecard.hf.load import load_tokenizer
+from onecard.hf.origin import form_beside
 from onecard.infer.decoding import end_tokens
 
 KINDS = {"bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
@@ -74,14 +76,13 @@ class Exported:
         """What was written, what is not as one may think, and how to use it."""
         said = [f"exported {self.file}  ({self.nbytes:,} bytes)", f"Ollama   {self.modelfile}"]
         said += [f"note     {note}" for note in self.notes]
-        run = f"-m {self.file}"
+        file, recipe = quote(str(self.file)), quote(str(self.modelfile))
+        run = f"-m {file}"
         if self.is_adapter:
-            run = (
-                f"-m BASE.gguf --lora {self.file}      BASE.gguf: the same export without --adapter and --adapter-only"
-            )
-        name = self.file.stem.lower()
-        more = [] if self.is_adapter else [f"  lms import {self.file}"]
-        return [*said, "next", f"  llama-cli {run}", f"  ollama create {name} -f {self.modelfile}", *more]
+            run = f"-m BASE.gguf --lora {file}      BASE.gguf: the same export without --adapter and --adapter-only"
+        name = quote(self.file.stem.lower())
+        more = [] if self.is_adapter else [f"  lms import {file}"]
+        return [*said, "next", f"  llama-cli {run}", f"  ollama create {name} -f {recipe}", *more]
 
 
 def export_gguf(
@@ -123,7 +124,9 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
     """
     arch, folder = Architecture(merged.config), merged.checkpoint.folder.resolve()
     tokenizer = load_tokenizer(str(folder), merged.adapter.folder)
-    end_ids = end_tokens(read_generation_document(folder).eos_token_id, tokenizer)
+    form = form_beside(merged.adapter.folder)
+    configured = read_generation_document(folder).eos_token_id
+    end_ids = end_tokens(configured, tokenizer, form.end_tokens if form else ())
     writer = gguf.GGUFWriter(None, arch.name)
     if config.adapter_only:
         parts, notes = adapter_parts(merged.adapter, arch), []
@@ -136,7 +139,7 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
         arch.add_metadata(writer, vocab_size)
         notes += add_vocabulary(writer, tokenizer, vocab_size, end_ids)
         start = f"FROM ./{name}"
-    text, more = modelfile(start, tokenizer, end_ids)
+    text, more = modelfile(start, tokenizer, end_ids, form)
     recipe.write_text(text, encoding="utf-8")
     return write_parts(writer, file, parts), notes + more
 

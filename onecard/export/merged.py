@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from onecard.errors import UserError
 from onecard.export.adapter import Adapter, read_adapter
 from onecard.export.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
-from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
+from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.hf.writer import TensorFile
@@ -170,6 +170,7 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
         found = "a checkpoint in 4 bits"
         raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
     tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
+    checkpoint = with_true_ties(checkpoint)
     shapes, known = stored_shapes(checkpoint), read_model(checkpoint)
     check_linears(known, shapes, checkpoint.folder)
     experts = Experts.of(checkpoint, known)
@@ -185,6 +186,32 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
         shapes[name] = (dtype, tuple(tensor.shape))
     return Merged(checkpoint, tuned, quant, config, shapes, rounded, full, linears, experts)
+
+
+def with_true_ties(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint whose config ties its head, as its tensors have it.
+
+    transformers uses a head of the file that differs from the embedding, whatever the config says: the config is
+    corrected. A head that is the same is left out.
+    """
+    tensors, config = checkpoint.tensors, checkpoint.config
+    embedding = next((info for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
+    if not config.get("tie_word_embeddings") or HEAD not in tensors or embedding is None:
+        return checkpoint
+    if same_bytes(tensors[HEAD], embedding):
+        return replace(checkpoint, tensors={name: info for name, info in tensors.items() if name != HEAD})
+    return replace(checkpoint, config={**config, "tie_word_embeddings": False})
+
+
+def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two stored tensors are the same, read piece by piece."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.begin)
+        second.seek(other.begin)
+        pieces = [min(SLAB_VALUES, one.nbytes - at) for at in range(0, one.nbytes, SLAB_VALUES)]
+        return all(first.read(size) == second.read(size) for size in pieces)
 
 
 def trained_over(

@@ -15,9 +15,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from onecard.data.form import NAMES, alpaca_prompt
 from onecard.data.rendering import Renderings
 from onecard.data.template import bos
 from onecard.errors import UserError
+from onecard.hf.origin import Form
 
 SYSTEM, USER, ASSISTANT = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")  # marks that stand for messages
 Message = dict[str, str]
@@ -60,15 +62,19 @@ class Chat:
         )
 
 
-def modelfile(start: str, tokenizer: Any, end_ids: list[int]) -> tuple[str, list[str]]:
+def modelfile(start: str, tokenizer: Any, end_ids: list[int], form: Form | None = None) -> tuple[str, list[str]]:
     """The file's text, and notes.
 
     Args:
         start: FROM and ADAPTER lines.
         end_ids: every token that ends an answer.
+        form: that of the adapter's prompts, as far as its folder tells.
     """
     lines, notes = [start], []
-    if tokenizer.chat_template:
+    if form is not None and form.prompt != "chat":
+        lines.append(f'TEMPLATE """{plain_template(form)}"""')
+        notes.append(f"the Modelfile's TEMPLATE writes {NAMES[form.prompt]}, as the adapter's rows had them")
+    elif tokenizer.chat_template:
         chat = find_chat(tokenizer)
         template = chat.go() if chat else None
         if template is None:
@@ -77,8 +83,16 @@ def modelfile(start: str, tokenizer: Any, end_ids: list[int]) -> tuple[str, list
             lines.append(f'TEMPLATE """{template}"""')
         if chat and chat.system is None:
             notes.append("the Modelfile's TEMPLATE leaves out system messages: the chat template has none at the start")
+        if template is not None and "tools" in str(tokenizer.chat_template):
+            notes.append("the Modelfile's TEMPLATE leaves out tools, which the chat template has: Ollama takes none")
     lines += [f'PARAMETER stop "{tokenizer.convert_ids_to_tokens(i)}"' for i in end_ids]
     return "\n".join(lines) + "\n", notes
+
+
+def plain_template(form: Form) -> str:
+    """A prompt without a chat template, in Go's language."""
+    prompt = "{{ .Prompt }}"
+    return alpaca_prompt(prompt) if form.prompt == "alpaca" else prompt
 
 
 def find_chat(tokenizer: Any) -> Chat | None:

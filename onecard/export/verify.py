@@ -15,18 +15,22 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from onecard.config import LOGITS_CHUNK_BYTES, QuantConfig
 from onecard.data.dataset import Dataset
+from onecard.data.template import Example
+from onecard.errors import UserError
 from onecard.export.folder import check_room, new_folder
 from onecard.export.merged import Base, open_merged, write_merged
 from onecard.export.quantized import Kept, check_type, write_quantized
@@ -71,6 +75,7 @@ class Verified:
     live: Agreement
     tried: list[Agreement]
     in_weights: Kept | None = None  # what is left of the update after 4 bits; None if it was not rounded to them
+    measured_on: str = ""  # a line: how many rows and tokens, and why not more
 
     def table(self) -> list[str]:
         """Lines for the terminal."""
@@ -127,6 +132,7 @@ def merge_verified(
     requantized: QuantConfig | None = None,
     device: str = "cpu",
     num_examples: int = 32,
+    num_tokens: int = 8192,
 ) -> Verified:
     """Merge into each of `bases`, compare with the live adapter, keep the better one.
 
@@ -136,7 +142,8 @@ def merge_verified(
     Args:
         quant: how training stored the base; None as in open_merged.
         requantized: 4 bits for the result; None leaves it in 16.
-        num_examples: examples of the dataset, its first.
+        num_examples, num_tokens: at most so many of the dataset's first examples, and of their tokens: three models
+            compute each in float32. One example at least is taken, and cut where it is longer.
 
     Raises:
         UserError: as open_merged and write_quantized; no such device.
@@ -148,7 +155,9 @@ def merge_verified(
     target, in_weights = Path(output), None
     check_room(target, sum(m.nbytes for m in merged.values()))
     with new_folder(target) as folder, tempfile.TemporaryFile(dir=folder) as file:
-        live = run_live(model, adapter, merged[bases[0]].quant, dataset, num_examples, device, file)
+        rows = first_rows(dataset, num_examples, num_tokens)
+        measured_on = rows_line(rows, dataset, num_examples, num_tokens)
+        live = run_live(model, adapter, merged[bases[0]].quant, dataset, rows, device, file)
         tried = []
         for base, found in merged.items():
             (folder / base).mkdir()
@@ -163,7 +172,31 @@ def merge_verified(
         for path in (folder / kept).iterdir():
             os.rename(path, folder / path.name)
         (folder / kept).rmdir()
-    return Verified(target, kept, live.agreement, tried, in_weights)
+    return Verified(target, kept, live.agreement, tried, in_weights, measured_on)
+
+
+def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> list[Example]:
+    """The first examples that have at most so many tokens together; the first one is cut to them."""
+    first = dataset.examples[0]
+    rows = [replace(first, input_ids=first.input_ids[:num_tokens], labels=first.labels[:num_tokens])]
+    if rows[0].num_supervised == 0:
+        must = "the first row must have a token to learn within the tokens that are compared"
+        raise UserError(must, f"none in its first {num_tokens:,}", "put a shorter row first", first.where)
+    total = len(rows[0].input_ids)
+    for example in dataset.examples[1:num_examples]:
+        total += len(example.input_ids)
+        if total > num_tokens:
+            break
+        rows.append(example)
+    return rows
+
+
+def rows_line(rows: list[Example], dataset: Dataset, num_examples: int, num_tokens: int) -> str:
+    """What is compared, and why not more."""
+    tokens, total = sum(len(row.input_ids) for row in rows), len(dataset.examples)
+    line = f"verified on {len(rows)} of {total:,} rows, {tokens:,} tokens"
+    whole = len(rows) == total and tokens == dataset.num_tokens
+    return line if whole else f"{line}: the first, at most {num_examples} rows and {num_tokens:,} tokens, to bound time"
 
 
 def bases_of(model: str, requantized: QuantConfig | None) -> list[Base]:
@@ -184,21 +217,21 @@ def better(tried: list[Agreement]) -> str:
 
 @torch.no_grad()
 def run_live(
-    model: str, adapter: str, quant: QuantConfig, dataset: Dataset, num_examples: int, device: str, file: BinaryIO
+    model: str, adapter: str, quant: QuantConfig, dataset: Dataset, rows: list[Example], device: str, file: BinaryIO
 ) -> Live:
     """The 4-bit base with its adapter off and on."""
     base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)
     tuned = with_adapter(base, adapter)
     vocab_size = base.config.get_text_config().vocab_size  # with tokens that the adapter adds
     examples = []
-    for example in dataset.examples[:num_examples]:
+    for example in rows:
         positions, target = supervised(torch.tensor([example.labels]))
         most = max(LOGITS_CHUNK_BYTES // (4 * vocab_size), 1)
         examples.append((torch.tensor([example.input_ids]), positions[:most], target[:most]))
     live = Live(examples, vocab_size, file)
     packed = choose_loss(tuned, dataset)[0] is packed_loss
     with use_packed_attention(base) if packed else nullcontext():
-        for ids, positions, target in examples:
+        for ids, positions, target in shown(examples, "live adapter"):
             with tuned.disable_adapter():
                 before = logits(base, ids, positions, packed)
             live.write(before, logits(base, ids, positions, packed), target)
@@ -213,7 +246,7 @@ def compare(live: Live, name: str, folder: Path, device: str) -> Agreement:
     model = load_written(folder, device)
     off = along = 0.0
     hits, losses = [], []
-    for (ids, positions, target), (before, after) in zip(live.examples, live.read()):
+    for (ids, positions, target), (before, after) in zip(shown(live.examples, f"{name} base"), live.read()):
         z = logits(model, ids, positions, False)
         off += (z - after).double().square().sum().item()
         along += ((z - before).double() * (after - before)).sum().item()
@@ -224,6 +257,12 @@ def compare(live: Live, name: str, folder: Path, device: str) -> Agreement:
     changes = live.agreement.off is not None
     shares = ((off / live.effect) ** 0.5, along / live.effect) if changes else (None, None)
     return Agreement(name, *shares, torch.cat(hits).float().mean().item(), torch.cat(losses))
+
+
+def shown(examples: list[Any], what: str) -> Iterable[Any]:
+    """The examples with a bar on a terminal, which goes when they are through."""
+    console = Console(stderr=True)
+    return track(examples, f"verify: {what}", console=console, transient=True, disable=not console.is_terminal)
 
 
 def load_written(folder: Path, device: str) -> Any:

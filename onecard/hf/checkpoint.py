@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +30,8 @@ DTYPE_BITS = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 MAX_HEADER_BYTES = 32 << 20  # and of an index: some 300,000 tensors
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"(.+)-(\d{5,9})-of-(\d{5,9})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
     if (folder / "adapter_config.json").exists():  # transformers would load the adapter's base in this one's place
         found = "adapter_config.json among its files"
         raise UserError("a base is a folder without an adapter", found, "pass the adapter by itself", str(folder))
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     single = folder / "model.safetensors"
     mapping: dict[str, str] | None = None
     if single.is_file():
@@ -112,8 +118,13 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
     elif index.is_file():
         mapping = read_index(index)
         files = [folder / name for name in dict.fromkeys(sorted(mapping.values()))]
+        if not all(file.is_file() for file in files) and (found := shards_of(folder)):  # of another count
+            files, mapping = found, None
+            check_complete(files, set(read_index(index)), index)
     else:
-        raise no_weights(folder)
+        files = shards_of(folder)
+        if not files:
+            raise no_weights(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         if not file.is_file():
@@ -146,6 +157,55 @@ def read_index(path: Path) -> dict[str, str]:
                 str(path),
             )
     return mapping
+
+
+def shards_of(folder: Path) -> list[Path]:
+    """The files of a whole set of shards, model-00001-of-0000N.safetensors to N; none where there is no such file.
+
+    Raises:
+        UserError: one of a set is missing, or there are two sets.
+    """
+    found = {path: match for path in folder.glob("*.safetensors") if (match := SHARD.fullmatch(path.name))}
+    sets = {(match[1], match[3]) for match in found.values()}
+    if len(sets) > 1:
+        names = " and ".join(f"{stem}-*-of-{count}" for stem, count in sorted(sets))
+        raise UserError("shards without their index must be of one set", names, "remove the others", str(folder))
+    for stem, count in sets:
+        names = [f"{stem}-{number:0{len(count)}d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
+        missing = [name for name in names if folder / name not in found]
+        if missing:
+            raise UserError("every shard of a set must be there", f"no {missing[0]}", AGAIN, str(folder))
+        return [folder / name for name in names]
+    return []
+
+
+def check_complete(files: list[Path], wanted: set[str], index: Path) -> None:
+    """Raise UserError unless shards that an index does not name hold just its tensors."""
+    found = {name for file in files for name in read_header(file)}
+    different = sorted(wanted ^ found)
+    if different:
+        what = f"{different[0]} is in {'the index' if different[0] in wanted else 'the shards'} alone"
+        raise UserError("shards must hold the tensors of the index", what, AGAIN, str(index))
+
+
+@contextmanager
+def as_indexed(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A folder from which transformers reads the checkpoint: its own, or where an index does not name its shards, a
+    temporary one of links with an index that does."""
+    index = checkpoint.folder / INDEX
+    names = {file.name for file in checkpoint.files}
+    single = names == {"model.safetensors"}
+    if single or (index.is_file() and set(read_index(index).values()) == names):
+        yield checkpoint.folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        for path in checkpoint.folder.iterdir():
+            if path.name != INDEX:
+                (Path(made) / path.name).symlink_to(path.absolute())
+        mapping = {name: info.file.name for name, info in checkpoint.tensors.items()}
+        content = {"metadata": {"total_size": checkpoint.nbytes}, "weight_map": mapping}
+        (Path(made) / INDEX).write_text(json.dumps(content), encoding="utf-8")
+        yield Path(made)
 
 
 def no_weights(folder: Path) -> UserError:

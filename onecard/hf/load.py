@@ -15,13 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
-from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint, zeros_at_end
+from onecard.hf.checkpoint import Checkpoint, as_indexed, inspect_checkpoint, zeros_at_end
 from onecard.hf.convert import paging, release_file_pages
 from onecard.hf.documents import far_more_refused, read_model_document, read_tokenizer_document
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.kernels.cpu_info import product_dtype
-from onecard.nn.embedding import cast_output
+from onecard.nn.embedding import Head, cast_output
 from onecard.nn.experts import weights_of
+from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
 from onecard.paging.weights import SLICE_ROWS, PagedBase, PagedEmbedding, PagedHead
 
@@ -147,22 +148,24 @@ def from_pretrained(
     check_generation_config(folder)
     meta_model(read_config(folder), str(folder / "config.json"), checkpoint)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            **how_quantized(checkpoint, config),
-            dtype=narrow,
-            device_map={"": device},
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # so that they are in the report, by name
-            output_loading_info=True,
-        )
+        with as_indexed(checkpoint) as indexed:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                indexed,
+                **how_quantized(checkpoint, config),
+                dtype=narrow,
+                device_map={"": device},
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # so that they are in the report, by name
+                output_loading_info=True,
+            )
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # of transformers, for what its config holds
         raise bad_config(error, str(folder / "config.json")) from error
     model, report = loaded
+    model.name_or_path = model.config._name_or_path = str(folder)
     check_report(report, folder)
     if narrow != compute_dtype:
         compute_in(model, compute_dtype)
@@ -281,6 +284,17 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
         if parameter.is_floating_point() and id(parameter) not in large:
             parameter.data = parameter.data.to(dtype)
     embedding.register_forward_hook(cast_output(dtype))
+
+
+def resize_vocabulary(model: Any, num_tokens: int) -> None:
+    """transformers' resize, whose new embedding and head have neither our hook nor our class: both are put on again."""
+    dtype = next(module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit))
+    model.resize_token_embeddings(num_tokens, mean_resizing=False)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if dtype is not None and embedding.weight.dtype != dtype:
+        embedding.register_forward_hook(cast_output(dtype))
+    if type(head) is torch.nn.Linear:
+        model.set_output_embeddings(Head(head))
 
 
 def pick_device(device: str) -> torch.device:

@@ -3,14 +3,18 @@
 peft's files tell neither. An adapter trained over fp4 would meet an nf4 base without a word, and one of another model
 of the same shape would load as well. The base is known again by a sample: the 4-bit codes of the first values of each
 linear, which are the same whether its checkpoint is in 16 bits or in 4.
+
+The JSON also holds the form of the training prompts, and the sha256 of each file of the folder: one that has changed
+is an error wherever the adapter is read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from safetensors import safe_open
@@ -28,6 +32,21 @@ SAMPLE_VALUES = 4096  # of each linear: a whole block of any size
 STORED = ("quant_type", "blocksize", "double_quant")
 
 
+class Form(Own):
+    """How training wrote a row, which is how the adapter must be asked.
+
+    Attributes:
+        prompt: what wrote most rows' prompts: the tokenizer's chat template; nothing, for prompt/completion; alpaca's
+            headings; nothing at all, for rows of text.
+        template: sha256 of the chat template.
+        end_tokens: ids that ended the learned turns, the most frequent first.
+    """
+
+    prompt: Literal["chat", "completion", "alpaca", "text"]
+    template: str | None = None
+    end_tokens: tuple[int, ...] = Field((), strict=False)  # JSON has lists only
+
+
 class Origin(Own):
     """The base of a training run, as onecard.json holds it.
 
@@ -35,6 +54,9 @@ class Origin(Own):
         model: its name, as it was given.
         quant_type, blocksize, double_quant: how its linears stood in memory.
         sample: `sample_base` of it.
+        form: None in a file of an older release.
+        files: sha256 of each file beside this one, by name.
+        sha256: of all other fields.
     """
 
     model: str
@@ -42,10 +64,18 @@ class Origin(Own):
     blocksize: int
     double_quant: bool
     sample: str = Field(pattern="^[0-9a-f]{64}$")
+    form: Form | None = None
+    files: dict[str, str] = Field(default_factory=dict)
+    sha256: str | None = None
 
     @property
     def quant(self) -> dict[str, Any]:
         return {key: getattr(self, key) for key in STORED}
+
+    def digest(self) -> str:
+        """sha256 over all fields but its own."""
+        content = self.model_dump(mode="json", exclude={"sha256"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def origin_of(model: Any, name: str) -> Origin:
@@ -59,18 +89,60 @@ def origin_of(model: Any, name: str) -> Origin:
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
-    (folder / FILE).write_text(origin.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    """Write the file into an adapter's folder that is otherwise whole."""
+    files = {name: file_digest(folder / name) for name in sealed_files(folder)}
+    found = origin.model_copy(update={"files": files})
+    found = found.model_copy(update={"sha256": found.digest()})
+    (folder / FILE).write_text(json.dumps(found.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+
+
+def sealed_files(folder: Path) -> list[str]:
+    """The files whose change would change what the adapter does; its model card is for people."""
+    return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in (FILE, "README.md"))
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_origin(adapter: str | Path) -> Origin | None:
-    """What stands beside an adapter; None for one that onecard did not train."""
-    path = Path(adapter) / FILE
+    """What stands beside an adapter; None for one that onecard did not train.
+
+    Raises:
+        UserError: a file of the folder, or the JSON itself, is not as training wrote it.
+    """
+    folder = Path(adapter)
+    path = folder / FILE
     if not path.is_file():
         return None
     do = "train again, or delete it to use the adapter without what it says"
     origin = hold(Origin, read_object(path, do), str(path), do)
     make_config(QuantConfig, origin.quant, str(path))
+    if origin.sha256 not in (None, origin.digest()):
+        raise changed(path, "other values than its own sha256 says")
+    for name, expected in origin.files.items():
+        file = folder / Path(name).name
+        if not file.is_file():
+            raise changed(file, "no such file")
+        if file_digest(file) != expected:
+            raise changed(file, "other bytes than the sha256 in " + FILE)
     return origin
+
+
+def form_beside(adapter: str | Path | None) -> Form | None:
+    """The form of an adapter's prompts; None where nothing tells it."""
+    origin = read_origin(adapter) if adapter is not None else None
+    return origin.form if origin is not None else None
+
+
+def changed(path: Path, found: str) -> UserError:
+    return UserError(
+        "an adapter's files must be as training wrote them",
+        found,
+        f"copy the adapter again; if you changed the file on purpose, delete {path.parent / FILE}",
+        str(path),
+    )
 
 
 def stored_as(adapter: str | Path | None, fields: dict[str, Any]) -> QuantConfig:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from onecard.documents import Foreign, brief, hold, read_object
 from onecard.errors import UserError
 from onecard.hf.checkpoint import TensorInfo, read_header
-from onecard.hf.load import first_line
+from onecard.hf.load import first_line, resize_vocabulary
 from onecard.hf.quantizer import check_finite
 
 WEIGHTS = "adapter_model.safetensors"
@@ -92,7 +92,7 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     embeddings = [key for key in stored if re.search(r"embed_tokens(\.token_adapter\.base_layer)?\.weight$", key)]
     num_rows = max((stored[key].shape[0] for key in embeddings), default=0)
     if num_rows > base.get_input_embeddings().weight.shape[0]:  # tokens that training added
-        base.resize_token_embeddings(num_rows, mean_resizing=False)
+        resize_vocabulary(base, num_rows)
     do = "use the base model that the adapter was trained on"
     try:
         if isinstance(model, PeftModel):

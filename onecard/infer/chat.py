@@ -19,8 +19,9 @@ from typing import Any
 from rich.console import Console
 
 from onecard.config import SamplingConfig, make_config
-from onecard.data.template import prompt_ids
+from onecard.data.form import NAMES, difference, form_ids
 from onecard.errors import UserError, printable
+from onecard.hf.origin import Form
 from onecard.infer.adapters import use_adapter
 from onecard.infer.decoding import Answer, context_length, room_for
 from onecard.infer.graphs import make_context
@@ -35,9 +36,19 @@ HELP = {
 }
 
 
-def chat(model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temperature: float) -> None:
-    """Talk until /quit or the end of the input."""
-    talk = Talk(model, tokenizer, console, max_new_tokens, temperature)
+def chat(
+    model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temperature: float, form: Form | None = None
+) -> None:
+    """Talk until /quit or the end of the input.
+
+    Args:
+        form: that of the adapter's prompts, as far as its folder tells.
+    """
+    talk = Talk(model, tokenizer, console, max_new_tokens, temperature, form)
+    if told := difference(form, tokenizer):
+        talk.note(told)
+    if form and form.prompt != "chat":
+        talk.note(f"the adapter was trained on {NAMES[form.prompt]}: it sees each message by itself, written so")
     talk.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the talk")
     while True:
         try:
@@ -84,8 +95,16 @@ def read_message(console: Console) -> str:
 class Talk:
     """The messages until now, and what the model holds of them."""
 
-    def __init__(self, model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temperature: float):
-        self.model, self.tokenizer, self.console = model, tokenizer, console
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        console: Console,
+        max_new_tokens: int,
+        temperature: float,
+        form: Form | None = None,
+    ):
+        self.model, self.tokenizer, self.console, self.form = model, tokenizer, console, form
         self.max_new_tokens = room_for(model, 1, max_new_tokens)
         self.sampling = make_config(SamplingConfig, {"temperature": temperature}, "chat")
         self.max_tokens = context_length(model)
@@ -166,7 +185,9 @@ class Talk:
         except UserError:
             self.messages.pop()
             raise
-        answer = Answer(self.model, self.tokenizer, ids, self.max_new_tokens, self.sampling, self.context)
+        ends = self.form.end_tokens if self.form else ()
+        how = (self.max_new_tokens, self.sampling, self.context)
+        answer = Answer(self.model, self.tokenizer, ids, *how, ends=ends)
         if hasattr(self.model, "peft_config"):
             self.note("tuned" if self.tuned else "base")
         started = time.perf_counter()
@@ -190,15 +211,20 @@ class Talk:
         return "".join(said)
 
     def prompt(self) -> list[int]:
-        """Tokens of the talk, with room for an answer; the oldest messages are left out where there is none."""
+        """Tokens of the talk, with room for an answer; the oldest messages are left out where there is none.
+
+        An adapter that was trained on single prompts gets the last message alone.
+        """
+        if self.form and self.form.prompt != "chat":
+            self.first = len(self.messages) - 1
         most = self.max_tokens - min(self.max_new_tokens, self.max_tokens // 4)
-        ids = prompt_ids(self.system + self.messages[self.first :], self.tokenizer)
+        ids = form_ids(self.system + self.messages[self.first :], self.tokenizer, self.form)
         if len(ids) <= most:
             return ids
         before = self.first
         users = [i for i, turn in enumerate(self.messages) if turn["role"] == "user" and i > before]
         for self.first in users:
-            ids = prompt_ids(self.system + self.messages[self.first :], self.tokenizer)
+            ids = form_ids(self.system + self.messages[self.first :], self.tokenizer, self.form)
             if len(ids) <= most // 2:
                 break
         if len(ids) > most:

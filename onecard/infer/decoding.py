@@ -206,6 +206,7 @@ class Answer:
 
     Args:
         goes_on: whether its text goes on from the prompt's, with the space between them; a chat's does not.
+        ends: tokens that end it beside the tokenizer's and the model's, such as a Form's.
 
     Attributes:
         finish_reason: None while it goes on; "stop" after an end token or a stop string; "length" after max_new_tokens,
@@ -225,11 +226,12 @@ class Answer:
         sampling: SamplingConfig,
         context: Context | None = None,
         goes_on: bool = False,
+        ends: tuple[int, ...] = (),
     ):
         self.max_new_tokens = room_for(model, len(input_ids), max_new_tokens)
         self.context = context or Context(model)
         self.rest = self.context.rewind(input_ids)
-        self.ends = end_tokens(model.generation_config.eos_token_id, tokenizer)
+        self.ends = end_tokens(model.generation_config.eos_token_id, tokenizer, ends)
         self.sampler = Sampler(model, sampling)
         self.text = Text(tokenizer, sampling.stop, input_ids[-1] if goes_on else None)
         self.num_tokens, self.finish_reason = 0, None
@@ -266,7 +268,7 @@ def room_for(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> int:
     return min(max_new_tokens, length - num_prompt_tokens + 1)  # the last one is not fed
 
 
-def end_tokens(configured: int | list[int] | None, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's first, then the generation config's eos_token_id."""
+def end_tokens(configured: int | list[int] | None, tokenizer: Any, learned: tuple[int, ...] = ()) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, those that training rows ended in, the generation config's."""
     found = configured if isinstance(configured, list) else [configured]
-    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *found]) if token is not None]
+    return [token for token in dict.fromkeys([tokenizer.eos_token_id, *learned, *found]) if token is not None]

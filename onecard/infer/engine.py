@@ -36,7 +36,7 @@ class Work:
     """A request: `emit` is called in the engine's thread with each Piece; `cancelled` may be set in any thread.
 
     Attributes:
-        goes_on: as Answer's.
+        goes_on, ends: as Answer's.
     """
 
     input_ids: list[int]
@@ -46,6 +46,7 @@ class Work:
     tokenizer: Any
     emit: Callable[[Piece], None]
     goes_on: bool = False
+    ends: tuple[int, ...] = ()
     cancelled: bool = False
     answer: Answer | None = field(default=None, init=False)
 
@@ -54,7 +55,7 @@ class Work:
         try:
             if self.answer is None:
                 asked = (self.input_ids, self.max_new_tokens, self.sampling, make_context(model), self.goes_on)
-                self.answer = Answer(model, self.tokenizer, *asked)
+                self.answer = Answer(model, self.tokenizer, *asked, self.ends)
             text = self.answer.advance()
             if text or self.answer.finish_reason:
                 self.emit(Piece(text, self.answer.num_tokens, self.answer.finish_reason))

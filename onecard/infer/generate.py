@@ -18,6 +18,7 @@ def generate(
     temperature: float = 0.0,
     on_text: Callable[[str], None] | None = None,
     goes_on: bool = False,
+    ends: tuple[int, ...] = (),
 ) -> str:
     """The continuation of `input_ids`, special tokens left out.
 
@@ -26,13 +27,13 @@ def generate(
             does the end of the model's context.
         temperature: 0 takes the likeliest token.
         on_text: called with each finished piece of text as it comes.
-        goes_on: as Answer's.
+        goes_on, ends: as Answer's.
 
     Raises:
         UserError: a setting that cannot be; a prompt without tokens, or longer than the model's context.
     """
     sampling = make_config(SamplingConfig, {"temperature": temperature}, "generate")
-    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, make_context(model), goes_on)
+    answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, make_context(model), goes_on, ends)
     pieces = []
     while answer.finish_reason is None:
         pieces.append(answer.advance())

@@ -25,9 +25,11 @@ from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from onecard.config import ServeConfig
-from onecard.data.template import LONGEST_TOKEN, prompt_ids, text_ids
+from onecard.data.form import NAMES, difference, form_ids
+from onecard.data.template import LONGEST_TOKEN, text_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
+from onecard.hf.origin import Form, form_beside
 from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import context_length
 from onecard.infer.engine import Engine, Piece, Work
@@ -44,10 +46,12 @@ class Served:
 
     Attributes:
         adapter: peft's name of it; None for the base.
+        form: that of the adapter's prompts, as far as its folder tells.
     """
 
     adapter: str | None
     tokenizer: Any
+    form: Form | None = None
 
 
 class Service:
@@ -75,7 +79,8 @@ class Service:
         try:
             self.check_length(request, tokenizer)
             if isinstance(request, ChatRequest):
-                return prompt_ids([message.turn() for message in request.messages], tokenizer)
+                form = self.models[request.model].form
+                return form_ids([message.turn() for message in request.messages], tokenizer, form)
             prompt = request.one_prompt()
             ids = text_ids(prompt, tokenizer) if isinstance(prompt, str) else prompt
         except UserError as error:
@@ -135,7 +140,9 @@ class Service:
 
         served = self.models[request.model]
         chat = isinstance(request, ChatRequest)
-        work = Work(ids, num_tokens, request.sampling(), served.adapter, served.tokenizer, emit, goes_on=not chat)
+        ends = served.form.end_tokens if served.form else ()
+        how = (request.sampling(), served.adapter, served.tokenizer)
+        work = Work(ids, num_tokens, *how, emit, goes_on=not chat, ends=ends)
         if not self.engine.submit(work):
             raise overloaded()
         usage = request.stream_options.include_usage
@@ -315,9 +322,14 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
     models: dict[str, Served] = {}
     for i, (name, folder) in enumerate(folders.items()):
         own = None if folder is None else f"adapter_{i}"  # peft's names take no dots
-        models[name] = Served(own, load_tokenizer(checkpoint, folder))
+        form = form_beside(folder)
+        models[name] = Served(own, load_tokenizer(checkpoint, folder), form)
         if own is not None:
             model = with_adapter(model, folder, own)
+        if told := difference(form, models[name].tokenizer):
+            print(f"note     {name}: {told}")
+        if form and form.prompt != "chat":
+            print(f"note     {name}: trained on {NAMES[form.prompt]}: a chat request takes one message, written so")
     host = f"[{config.host}]" if ":" in config.host else config.host
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:

@@ -17,6 +17,7 @@ from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, first_line, is_hub_id, meta_model, read_config
 from onecard.memory.shapes import KNOWN
 from onecard.memory.stacks import Stack, stacks_of
+from onecard.memory.targets import check_targets
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +50,9 @@ class Model:
         return {**self.linears, **self.stacks}
 
     def check_names(self, lora: LoraSettings) -> None:
-        """Raise UserError unless modules_to_save are modules without 4 bits, and target_parameters experts' weights."""
+        """Raise UserError unless target_modules are linears, modules_to_save modules without 4 bits, and
+        target_parameters experts' weights."""
+        check_targets(self.modules, lora, bool(self.stacks))
         for name in lora.modules_to_save or ():
             paths = [path for path, _ in self.modules.named_modules() if f".{path}".endswith(f".{name}")]
             if not paths:

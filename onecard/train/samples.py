@@ -41,6 +41,6 @@ def record_prompt(record: Record, tokenizer: Any) -> tuple[str, list[int]]:
     return text, prompt_ids(asked, tokenizer, record.tools)
 
 
-def answer_samples(model: Any, tokenizer: Any, samples: list[Sample]) -> list[str]:
-    """The likeliest answers."""
-    return [generate(model, tokenizer, ids, SAMPLE_TOKENS) for _, ids in samples]
+def answer_samples(model: Any, tokenizer: Any, samples: list[Sample], ends: tuple[int, ...] = ()) -> list[str]:
+    """The likeliest answers; `ends` as Answer's."""
+    return [generate(model, tokenizer, ids, SAMPLE_TOKENS, ends=ends) for _, ids in samples]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import shlex
 import shutil
 import sys
@@ -18,6 +17,7 @@ from rich.console import Console
 
 from onecard.config import TrainConfig, parse_bytes
 from onecard.data.dataset import Dataset, load_dataset
+from onecard.data.form import form_of, template_digest
 from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
 from onecard.errors import Stopped, UserError
@@ -32,7 +32,7 @@ from onecard.hf.load import (
     pick_device,
     read_config,
 )
-from onecard.hf.origin import Origin, origin_of, write_origin
+from onecard.hf.origin import Form, origin_of
 from onecard.kernels.cpu_info import arithmetic
 from onecard.memory.case import Case, Fit
 from onecard.memory.fit import fit_within, total_bytes
@@ -43,6 +43,7 @@ from onecard.memory.show import plan_table
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Statistics
+from onecard.train.adapter import save_adapter
 from onecard.train.loop import (
     Interrupted,
     check_unchanged,
@@ -79,6 +80,7 @@ class Prepared:
     compute_dtype: torch.dtype
     identity: dict[str, str]
     samples: list[Sample]
+    form: Form
     date: str
     process_bytes: int  # what the process itself takes, beside which the plan counts
 
@@ -136,7 +138,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     start = time.perf_counter()
     train_shown(run, prepared, result, console, output)
     result.report.seconds = time.perf_counter() - start
-    save_adapter(model, result.adapter, origin)
+    save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}))
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run), run)
     write_report(output, result.report)
     return result
@@ -176,6 +178,7 @@ def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
     checkpoint = inspect_checkpoint(folder)
     dtype = pick_compute_dtype(config.compute_dtype, pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
+    template = template_digest(tokenizer)
     fix_date(tokenizer, datetime.date.fromisoformat(date))
     training, validation = load_dataset(config.data, tokenizer, config), None
     if config.eval_data is not None:
@@ -197,7 +200,10 @@ def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
     fit, plan, why = choose_memory(Case(model, config, dtype), checkpoint.is_4bit)
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
-    return Prepared(config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, date, process)
+    form = form_of(training, tokenizer, template)
+    return Prepared(
+        config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, form, date, process
+    )
 
 
 def choose_memory(case: Case, paged_from_file: bool) -> tuple[Fit, Plan, str]:
@@ -314,16 +320,6 @@ def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, 
         result.report.metrics = metrics.rows
 
 
-def save_adapter(model: Any, folder: Path, origin: Origin) -> None:
-    """Write peft's adapter folder under a temporary name, then rename it."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    write_origin(temporary, origin)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
 def measure(result: Result, prepared: Prepared, when: str, extra: Any, run: Run) -> dict[str, Any]:
     """Loss on the validation part and answers to the sample prompts, with the adapter as it now is."""
     last = result.report.metrics[-1:]
@@ -331,7 +327,7 @@ def measure(result: Result, prepared: Prepared, when: str, extra: Any, run: Run)
     if prepared.validation and found["loss"] is None:
         found["loss"] = evaluate(result.model, prepared.validation, run.loss)
     result.model.eval()  # no dropout in the samples; the loop sets it to train
-    found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples)
+    found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
     if extra:
         found["facts"] = extra(result, when)
     return found
@@ -365,9 +361,8 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
         ("the process itself", prepared.process_bytes),
     ]  # fmt: skip
     model, adapter, data = map(shlex.quote, (run.config.model, str(result.adapter), run.config.data))
-    raw = "" if prepared.training.records[0].kind == "chat" else " --raw"
     report.next_commands = [
-        f"onecard generate --model {model} --adapter {adapter} --prompt '…'{raw}",
+        f"onecard generate --model {model} --adapter {adapter} --prompt '…'",
         f"onecard chat --model {model} --adapter {adapter}",
         f"onecard eval --model {model} --adapter {adapter} --data {data}",
     ]

@@ -1,0 +1,126 @@
+"""The form of a run's prompts: found in its rows, and used again to ask the adapter."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from onecard.data.control import specials_of
+from onecard.data.dataset import Dataset
+from onecard.data.records import Record
+from onecard.data.template import IGNORE, Example, alpaca_text, prompt_ids, text_ids
+from onecard.errors import UserError
+from onecard.hf.origin import Form
+
+NAMES = {
+    "chat": "the chat template",
+    "completion": "plain prompts",
+    "alpaca": "alpaca's headings",
+    "text": "plain text",
+}
+
+
+def form_of(dataset: Dataset, tokenizer: Any, template: str | None) -> Form:
+    """The form that most rows have, and the tokens that end their learned turns.
+
+    A token that also stands inside a learned turn does not end an answer: an answer would break off there.
+
+    Args:
+        template: `template_digest` of the tokenizer that inference will load.
+    """
+    kinds = Counter(form_kind(record, tokenizer) for record in dataset.records)
+    prompt: Any = kinds.most_common(1)[0][0]
+    ends, inside = Counter[int](), set[int]()
+    specials = specials_of(tokenizer).ids
+    for example in dataset.examples:
+        for turn, whole in learned_runs(example):
+            inside.update(turn[:-1] if whole else turn)
+            if whole and turn[-1] in specials:
+                ends[turn[-1]] += 1
+    found = tuple(token for token, _ in ends.most_common() if token not in inside)
+    return Form(prompt=prompt, template=template if prompt == "chat" else None, end_tokens=found)
+
+
+def form_kind(record: Record, tokenizer: Any) -> str:
+    """A field of NAMES; encode takes the same decisions."""
+    if record.kind == "chat":
+        return "alpaca" if record.alpaca and not tokenizer.chat_template else "chat"
+    return record.kind
+
+
+def learned_runs(example: Example) -> Iterator[tuple[list[int], bool]]:
+    """The runs of learned tokens, and whether each has its end; the last one of a row that was cut has not."""
+    run: list[int] = []
+    for label in example.labels:
+        if label != IGNORE:
+            run.append(label)
+        elif run:
+            yield run, True
+            run = []
+    if run:
+        yield run, not example.truncated
+
+
+def template_digest(tokenizer: Any) -> str | None:
+    """sha256 of a tokenizer's chat template; None where it has none."""
+    if not tokenizer.chat_template:
+        return None
+    template = tokenizer.chat_template
+    text = template if isinstance(template, str) else repr(sorted(template.items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def form_ids(messages: list[dict[str, Any]], tokenizer: Any, form: Form | None) -> list[int]:
+    """Tokens that ask for the next message, as the adapter's rows asked.
+
+    Raises:
+        UserError: more than one message for an adapter of single prompts; as prompt_ids.
+    """
+    if form is None or form.prompt == "chat":
+        return prompt_ids(messages, tokenizer)
+    if len(messages) > 1:
+        raise UserError(
+            "an adapter that was trained on single prompts takes one user message",
+            f"{len(messages)} messages; its rows were {NAMES[form.prompt]}",
+            "send the last message alone, or train on rows of messages",
+        )
+    text = messages[0]["content"]
+    return text_ids(alpaca_prompt(text) if form.prompt == "alpaca" else text, tokenizer)
+
+
+def alpaca_prompt(text: str) -> str:
+    """An instruction under alpaca's headings."""
+    turns = ({"role": "user", "content": text}, {"role": "assistant", "content": ""})
+    return alpaca_text(Record("prompt", 0, messages=turns, alpaca=True))[0]
+
+
+def ask(prompt: str, tokenizer: Any, form: Form | None, raw: bool | None) -> tuple[list[int], bool, str | None]:
+    """A prompt's tokens, whether the answer goes on from its text, and `difference`.
+
+    Args:
+        raw: as difference's.
+    """
+    asked, told = [{"role": "user", "content": prompt}], difference(form, tokenizer, raw)
+    if raw is None:
+        return form_ids(asked, tokenizer, form), form is not None and form.prompt in ("completion", "text"), told
+    return text_ids(prompt, tokenizer) if raw else prompt_ids(asked, tokenizer), raw, told
+
+
+def difference(form: Form | None, tokenizer: Any, raw: bool | None = None) -> str | None:
+    """One line where a prompt will not be written as the adapter's rows were; None where it will.
+
+    Args:
+        raw: whether the user asks for the prompt as it is, or for the chat template; None: neither.
+    """
+    if form is None:
+        return None
+    plain = form.prompt in ("completion", "text")
+    if raw is True and not plain:
+        return f"the prompt goes in as it is, but the adapter's rows were written with {NAMES[form.prompt]}"
+    if raw is False and form.prompt != "chat":
+        return f"the prompt is written with the chat template, but the adapter's rows were {NAMES[form.prompt]}"
+    if form.prompt == "chat" and form.template != template_digest(tokenizer):
+        return "the tokenizer's chat template is not the one that the adapter was trained with"
+    return None

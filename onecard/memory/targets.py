@@ -1,0 +1,80 @@
+"""What LoRA's target_modules name in a model, checked before its weights load."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from onecard.config import LoraSettings
+from onecard.errors import UserError, did_you_mean
+
+
+def check_targets(modules: Any, lora: LoraSettings, has_experts: bool) -> None:
+    """Raise UserError unless every name of target_modules is that of linears that LoRA can learn, and merge can hold.
+
+    peft takes a list of which some name matches nothing without a word.
+
+    Args:
+        modules: transformers' model, its weights may be on the meta device.
+        has_experts: whether it has stacked experts, for whose weights peft takes some names.
+    """
+    wanted = lora.target_modules
+    if wanted == "all-linear":
+        return
+    named = dict(modules.named_modules())
+    linears = sorted({name.rpartition(".")[2] for name, m in named.items() if isinstance(m, (nn.Linear, Conv1D))})
+    known = f"name them as the model does: {', '.join(linears)}"
+    patterns = [wanted] if isinstance(wanted, str) else names_of_modules(wanted, modules, has_experts)
+    for pattern in patterns:
+        found = [name for name in named if name and matches(name, pattern, isinstance(wanted, str))]
+        if not found:
+            must = "every name of target_modules must match a linear of the model"
+            text = f'"{pattern}" matches none{did_you_mean(pattern, linears)}'
+            raise UserError(must, text, known, "target_modules")
+        for name in found:
+            check_target(modules, name, named[name], known)
+
+
+def names_of_modules(names: list[str], modules: Any, has_experts: bool) -> list[str]:
+    """The names less those that peft takes for experts' weights."""
+    if not has_experts:
+        return names
+    config = LoraConfig(target_modules=names)
+    convert_peft_config_for_transformers(config, modules, None)
+    return sorted(set(config.target_modules or ()) & set(names))
+
+
+def matches(name: str, pattern: str, is_pattern: bool) -> bool:
+    """As peft matches a pattern, or a name of a list."""
+    if is_pattern:
+        return re.fullmatch(pattern, name) is not None
+    return name == pattern or name.endswith(f".{pattern}")
+
+
+def check_target(modules: Any, name: str, module: nn.Module, known: str) -> None:
+    """Raise UserError for a module that LoRA has no linear in, or that shares its weight with another."""
+    embedding, head = modules.get_input_embeddings(), modules.get_output_embeddings()
+    if module is embedding or isinstance(module, nn.Embedding):
+        do = f'put "{name.rpartition(".")[2]}" into modules_to_save: it then learns in full, and merges'
+        raise UserError("target_modules must name linears", f"{name}, an embedding", do, "target_modules")
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise UserError(
+            "target_modules must name linears", f"{name}, a {type(module).__name__}", known, "target_modules"
+        )
+    if module is head and embedding is not None and tied(modules):
+        raise UserError(
+            "LoRA's target must have a weight of its own",
+            f"{name}, which is tied to the embedding",
+            f'put "{name.rpartition(".")[2]}" into modules_to_save: it then learns in full, untied, and merges',
+            "target_modules",
+        )
+
+
+def tied(modules: Any) -> bool:
+    """Whether head and embedding are one weight, as the config says."""
+    return bool(getattr(modules.config.get_text_config(), "tie_word_embeddings", False))

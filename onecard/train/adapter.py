@@ -1,0 +1,36 @@
+"""A trained adapter's folder: written whole, then put in the place of an older one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from onecard.hf.origin import Origin, write_origin
+from onecard.train.state import sync, sync_folder
+
+
+def save_adapter(model: Any, folder: Path, origin: Origin) -> None:
+    """Write peft's adapter folder under a temporary name and sync it; it then takes the place of an older one.
+
+    The older one keeps another name until the new one has its own: at each moment one of them is whole on the disk.
+    """
+    temporary, older = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    write_origin(temporary, origin)
+    for path in temporary.iterdir():
+        sync(path)
+    sync_folder(temporary)
+    if folder.exists():
+        shutil.rmtree(older, ignore_errors=True)
+        os.rename(folder, older)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if older.exists():
+            os.rename(older, folder)
+        raise
+    sync_folder(folder.parent)
+    shutil.rmtree(older, ignore_errors=True)
