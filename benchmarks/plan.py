@@ -111,14 +111,14 @@ def whole_run(name: str, folder: str) -> None:
     if name == "demo":
         result = run_demo(output, console)
     else:
-        data = Path(folder) / "train.jsonl"
-        rows = (FOLDER / "data" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        data.write_text("".join(rows[:120]), encoding="utf-8")
+        for file, count in (("train.jsonl", 120), ("heldout.jsonl", 24)):
+            rows = (FOLDER / "data" / file).read_text(encoding="utf-8").splitlines(keepends=True)
+            (Path(folder) / file).write_text("".join(rows[:count]), encoding="utf-8")
         model = folder if shape else str(FOLDER / "base")
-        settings = {"model": model, "data": str(data), "output": output, "max_steps": 3,
+        settings = {"model": model, "data": str(Path(folder) / "train.jsonl"), "output": output, "max_steps": 2,
                     "gradient_accumulation_steps": 2, **fields}  # fmt: skip
         if "eval_data" in fields:
-            settings["eval_data"] = str(FOLDER / "data" / fields["eval_data"])
+            settings["eval_data"] = str(Path(folder) / fields["eval_data"])
         result = run_training(make_config(TrainConfig, settings, "benchmark"), False, console)
     found = dict(result.report.memory)
     terms = {name.removeprefix("plan: "): n for name, n in found.items() if name.startswith("plan: ")}

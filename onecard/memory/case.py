@@ -16,7 +16,7 @@ from onecard.config import NESTED_BLOCKSIZE, TrainConfig, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import pick_device
 from onecard.kernels.cpu import native
-from onecard.memory.activations import Activations, layer_activations
+from onecard.memory.activations import Activations, intermediate, layer_activations
 from onecard.memory.model import Model
 from onecard.memory.workload import Workload, assumed, multiple
 from onecard.optim.adamw import SMALL
@@ -110,6 +110,18 @@ class Case:
     def lora_sizes(self) -> list[int]:
         """Weights of each LoRA matrix."""
         return [self.config.r * n for m in self.adapted.values() for n in (m.in_features, m.out_features)]
+
+    @cached_property
+    def num_shapes(self) -> tuple[int, int]:
+        """Shapes of products, of the forward and of the backward, that each number of rows has (process.py)."""
+        linears = {name: (m.in_features, m.out_features) for name, m in self.model.linears.items()}
+        adapted = {shape for name, shape in linears.items() if name in self.adapted}
+        ins, outs, all_shapes = {K for K, _ in adapted}, {N for _, N in adapted}, set(linears.values())
+        return len(all_shapes) + len(ins) + len(outs), len(all_shapes) + 2 * len(ins) + 2 * len(outs)
+
+    @cached_property
+    def intermediate(self) -> int:
+        return intermediate(self.model.modules)
 
     @cached_property
     def num_lora(self) -> int:

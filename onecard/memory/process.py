@@ -27,10 +27,9 @@ CODE_BYTES = 19 << 20  # pages of torch's libraries that a step touches first
 def process_terms(case: Case, learns: bool) -> list[Term]:
     """The terms of a CPU; `learns`: it trains, or else only answers."""
     number = min(num_products(case, learns), MOST_PRODUCTS)
-    modules = len(case.adapted)
     return [
         *([Term("prepared products", number * PRODUCT_BYTES, f"{number} shapes x 650 KiB")] if number else []),
-        Term("Python's objects", MODEL_BYTES + modules * MODULE_BYTES, f"4 MiB + {modules} adapted x 40 KiB"),
+        Term("Python's objects", MODEL_BYTES + len(case.adapted) * MODULE_BYTES, "4 MiB + adapted linears x 40 KiB"),
         Term("libraries' code", CODE_BYTES, "pages that a step touches first"),
     ]
 
@@ -39,12 +38,7 @@ def num_products(case: Case, learns: bool) -> int:
     """Shapes of products that oneDNN prepares."""
     if case.on_tiles or not goes_to_onednn(case.dtype):
         return 0
-    linears = {name: (m.in_features, m.out_features) for name, m in case.model.linears.items()}
-    adapted = {shape for name, shape in linears.items() if name in case.adapted}
-    ins, outs = {K for K, _ in adapted}, {N for _, N in adapted}
-    forward = len(set(linears.values())) + len(ins) + len(outs)
-    backward = len(set(linears.values())) + 2 * len(ins) + 2 * len(outs)
-    load = case.workload
+    load, (forward, backward) = case.workload, case.num_shapes
     if not learns:
         return len(load.prompts) * forward
     return len(load.forward) * forward + len(load.trained) * backward + 2 * len(load.heads)
@@ -52,6 +46,8 @@ def num_products(case: Case, learns: bool) -> int:
 
 def goes_to_onednn(dtype: torch.dtype) -> bool:
     """Whether torch gives oneDNN this CPU's products in such a dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return False
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()

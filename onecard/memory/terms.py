@@ -23,7 +23,7 @@ from typing import Literal
 from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
 from onecard.hf.attention import supports_packing
 from onecard.kernels.cpu import blocks
-from onecard.memory.activations import heads_of, intermediate
+from onecard.memory.activations import heads_of
 from onecard.memory.case import Case, Fit, Term
 from onecard.memory.process import process_terms
 from onecard.paging.activations import AHEAD
@@ -116,7 +116,7 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
 
 def heap_term(case: Case, tokens: int, activations: int) -> Term:
     """What malloc keeps of a step that is over: all results that are too small for blocks of their own."""
-    widest = case.c * tokens * max(case.model.text.hidden_size, intermediate(case.model.modules))
+    widest = case.c * tokens * max(case.model.text.hidden_size, case.intermediate)
     kept = activations if case.device == "cpu" and widest < blocks.SMALLEST else 0
     return Term("malloc's heap", kept, "a step's activations, where each is under 1 MiB")
 
@@ -129,7 +129,7 @@ def generate_terms(case: Case, rows: int, length: int, prompt_tokens: int) -> li
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * case.model.num_layers
     lengths = [min(length, window) if "sliding" in kind else length for kind in kinds]
     cached = 2 * case.c * heads * head * rows
-    working = case.c * prompt_tokens * (3 * intermediate(case.model.modules) + 2 * text.hidden_size)
+    working = case.c * prompt_tokens * (3 * case.intermediate + 2 * text.hidden_size)
     return [
         Term("KV cache", cached * (sum(lengths) + max(lengths)), "2 c k T (L + 1), T at most the window's"),
         Term("prompt's activations", working, "c T (3 f + 2 d)"),
