@@ -88,7 +88,8 @@ def assumed(config: TrainConfig, length: int) -> Workload:
     validated = sizes(length, True) if checked else frozenset()
     load = Workload(trained, trained, validated, validated)
     longest = min(length, PREFILL_TOKENS) // 2
-    prompts = tuple(max(longest - number, 1) for number in range(NUM_SAMPLES))  # of sizes of their own
+    count = NUM_SAMPLES if config.sample_prompts is None else len(config.sample_prompts)
+    prompts = tuple(max(longest - number, 1) for number in range(count))  # of sizes of their own
     return load.with_answers(Answers(1, prompts, SAMPLE_TOKENS))
 
 
