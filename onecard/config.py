@@ -21,6 +21,8 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 ROW_MULTIPLE = 64  # rows are filled up to a multiple of it: a product has few shapes, each prepared once
 LOGITS_CHUNK_BYTES = 32 << 20  # of logits that exist at a time, on a CPU
+PREFILL_TOKENS = 256  # of a prompt in one pass: others wait no longer than that takes
+NUM_SAMPLES, SAMPLE_TOKENS = 3, 96  # prompts that the report answers, and tokens of an answer
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -102,12 +104,17 @@ class LoraSettings(Strict):
         return self
 
 
-class DataConfig(Strict):
+class RowConfig(Strict):
+    """Rows of tokens."""
+
+    max_seq_length: int = Field(1024, ge=8, description="tokens; longer examples are cut, and counted")
+    packing: bool = Field(True, description="several examples a row; they never attend to each other")
+
+
+class DataConfig(RowConfig):
     """How a data file becomes tokens and labels."""
 
     format: DataFormat = Field("auto", description="format of the data file's rows; auto recognises it")
-    max_seq_length: int = Field(1024, ge=8, description="tokens; longer examples are cut, and counted")
-    packing: bool = Field(True, description="several examples a row; they never attend to each other")
     on_bad_rows: Literal["error", "skip"] = "error"
 
 
@@ -183,6 +190,12 @@ class MemorySettings(Strict):
     optim: Optim = Field(
         "adamw", description="8bit: states of 2 bytes a weight; paged: states leave when memory is short"
     )
+    gradient_checkpointing: bool | None = Field(
+        None, description="recompute activations: less memory, more time; by itself only where the plan needs it"
+    )
+    eval_data: str | None = Field(None, description="file for the validation loss")
+    validation_split: float = Field(0.0, ge=0, lt=1, description="share of --data held out for the validation loss")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
 
     @field_validator("weights_budget", "device_memory", check_fields=False)  # the latter is a subclass's
     @classmethod
@@ -192,11 +205,8 @@ class MemorySettings(Strict):
         return value
 
 
-class PlanConfig(QuantConfig, LoraSettings, MemorySettings):
-    """What `onecard plan` counts for."""
-
-    max_seq_length: int = Field(1024, ge=8, description="tokens a row")
-    gradient_checkpointing: bool = Field(True, description="recompute activations, as train does where it must")
+class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings):
+    """What `onecard plan` counts for: the settings of train that its memory depends on."""
 
 
 class ServeConfig(Strict):
@@ -229,9 +239,6 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
     output: str = Field(description="folder for the adapter, checkpoints, metrics and report")
     device_memory: str | None = Field(None, description="most that the run may take, like 6GiB; default: what is free")
 
-    gradient_checkpointing: bool | None = Field(
-        None, description="recompute activations: less memory, more time; by itself only where the plan needs it"
-    )
     cuda_graphs: bool = Field(True, description="record and replay a CUDA GPU's work where memory allows")
     num_train_epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="updates; overrides num_train_epochs")
@@ -246,11 +253,8 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float = Field(1.0, gt=0, description="largest global gradient norm; above it, gradients are scaled")
 
-    eval_data: str | None = Field(None, description="file for the validation loss")
-    validation_split: float = Field(0.0, ge=0, lt=1, description="share of --data held out for the validation loss")
     eval_steps: int | None = Field(None, ge=1, description="updates between validation losses; default: at the end")
     save_steps: int | None = Field(None, ge=1, description="updates between checkpoints; default: ten a run")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
     logging_steps: int = Field(1, ge=1)
     loggers: list[Logger] = Field(default_factory=list, description="beside metrics.jsonl and metrics.csv")
     sample_prompts: list[str] | None = Field(None, description="answered before and after, for the report")

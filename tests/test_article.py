@@ -20,18 +20,19 @@ def total(model, method="qlora", **fields):
     return plan(model, method, device="cuda", **fields).total_bytes / GB
 
 
-KEPT = {"max_seq_length": 1024, "gradient_checkpointing": False}
-SNIPPET = {"max_seq_length": 512, "r": 8, "target_modules": ["q_proj", "v_proj"]}
+SHORT = {"max_seq_length": 512, "gradient_checkpointing": True}
+KEPT = {"max_seq_length": 1024}
+SNIPPET = {**SHORT, "r": 8, "target_modules": ["q_proj", "v_proj"]}
 
 
 @pytest.mark.parametrize(
     ("method", "fields", "expected"),
     [
-        ("full", {"max_seq_length": 512}, 109.2),
+        ("full", SHORT, 109.2),
         ("full", KEPT, 113.4),
-        ("lora", {"max_seq_length": 512}, 14.9),
+        ("lora", SHORT, 14.9),
         ("lora", KEPT, 19.2),
-        ("qlora", {"max_seq_length": 512}, 5.5),
+        ("qlora", SHORT, 5.5),
         ("qlora", SNIPPET, 4.9),
     ],
     ids=str,
@@ -42,7 +43,7 @@ def test_a_7b_model_in_full_with_lora_and_in_4_bits(method, fields, expected):
 
 
 def test_33b_and_65b_on_a_consumer_card():
-    assert total("llama-33b", max_seq_length=512) < 24 * GIB / GB
+    assert total("llama-33b", **SHORT) < 24 * GIB / GB
     small = plan("llama-65b", "qlora", 24 * GIB, max_seq_length=512, device="cuda")
     assert small.fits and "paged" in (small.choice or "")
 

@@ -13,11 +13,14 @@ from rich.console import Console
 from onecard.config import TrainConfig, make_config
 from onecard.data.template import prompt_ids
 from onecard.errors import UserError
+from onecard.hf.load import load_tokenizer
 from onecard.infer.decoding import end_tokens
+from onecard.memory.workload import Answers
 from onecard.train.report import format_bytes
 from onecard.train.session import Result, run_training
 
 FOLDER = Path(__file__).parent
+BATCH_SIZE, ANSWER_TOKENS = 64, 96  # prompts answered at a time, and tokens of an answer
 SETTINGS: dict[str, Any] = {
     "model": str(FOLDER / "base"),
     "data": str(FOLDER / "data" / "train.jsonl"),
@@ -39,6 +42,7 @@ def run_demo(output: str, console: Console) -> Result:
         UserError: not more after than before.
     """
     config = make_config(TrainConfig, {**SETTINGS, "output": output}, "demo")
+    tokenizer = load_tokenizer(config.model)
     rows = read_rows(Path(SETTINGS["eval_data"]))
     scores: dict[str, float] = {}
 
@@ -46,7 +50,9 @@ def run_demo(output: str, console: Console) -> Result:
         scores[when] = exact_match(result.model, result.tokenizer, rows)
         return {f"exact match {when}": f"{scores[when]:.1%} of {len(rows)} held-out messages"}
 
-    result = run_training(config, False, console, accuracy)
+    prompts = ordered_prompts(rows, tokenizer)
+    widths = tuple(max(len(ids) for ids, _ in batch) for batch in in_batches(prompts))
+    result = run_training(config, False, console, accuracy, Answers(BATCH_SIZE, widths, ANSWER_TOKENS))
     console.rule("result", align="left")
     console.print(
         f"exact match on {len(rows)} held-out messages: {scores['before']:.1%} before, {scores['after']:.1%} after"
@@ -68,19 +74,26 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def exact_match(model: Any, tokenizer: Any, rows: list[dict[str, Any]], batch_size: int = 64) -> float:
+def exact_match(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
     """Share of rows whose greedy answer is the reference, character for character."""
     hits = 0
-    prompts = [prompt_ids(row["messages"][:-1], tokenizer) for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        picked = order[start : start + batch_size]
-        answers = generate_batch(model, tokenizer, [prompts[i] for i in picked])
-        hits += sum(a == rows[i]["messages"][-1]["content"] for a, i in zip(answers, picked))
+    for batch in in_batches(ordered_prompts(rows, tokenizer)):
+        answers = generate_batch(model, tokenizer, [ids for ids, _ in batch])
+        hits += sum(answer == expected for answer, (_, expected) in zip(answers, batch))
     return hits / len(rows)
 
 
-def generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], max_new_tokens: int = 96) -> list[str]:
+def ordered_prompts(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[list[int], str]]:
+    """The rows' prompts, as tokens, the shortest first, and what should be answered."""
+    pairs = [(prompt_ids(row["messages"][:-1], tokenizer), row["messages"][-1]["content"]) for row in rows]
+    return sorted(pairs, key=lambda pair: len(pair[0]))
+
+
+def in_batches(prompts: list[tuple[list[int], str]]) -> list[list[tuple[list[int], str]]]:
+    return [prompts[start : start + BATCH_SIZE] for start in range(0, len(prompts), BATCH_SIZE)]
+
+
+def generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
     """Greedy answers to several prompts at once, padded on the left."""
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
@@ -89,7 +102,7 @@ def generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]], max_new
     out = model.generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=ANSWER_TOKENS,
         do_sample=False,
         eos_token_id=end_tokens(model.generation_config.eos_token_id, tokenizer),
         pad_token_id=tokenizer.pad_token_id,

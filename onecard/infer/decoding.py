@@ -23,11 +23,9 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from onecard.config import SamplingConfig
+from onecard.config import PREFILL_TOKENS, SamplingConfig
 from onecard.errors import UserError
 from onecard.hf.attention import cache_name
-
-PREFILL_TOKENS = 256  # of a prompt in one pass: others wait no longer than that takes
 
 
 class Context:

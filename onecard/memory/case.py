@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from onecard.config import NESTED_BLOCKSIZE, ROW_MULTIPLE, TrainConfig, parse_bytes
+from onecard.config import NESTED_BLOCKSIZE, TrainConfig, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import pick_device
 from onecard.kernels.cpu import native
-from onecard.memory.activations import Activations, layer_activations
+from onecard.memory.activations import Activations, intermediate, layer_activations
 from onecard.memory.model import Model
+from onecard.memory.workload import Workload, assumed, multiple
 from onecard.optim.adamw import SMALL
 from onecard.paging.files import ALIGNMENT
 from onecard.paging.weights import layer_of
@@ -61,6 +62,11 @@ class Case:
     model: Model
     config: TrainConfig
     dtype: torch.dtype
+    known: Workload | None = None  # where the data is; None: as workload.py assumes
+
+    @cached_property
+    def workload(self) -> Workload:
+        return self.known or assumed(self.config, self.length)
 
     @property
     def c(self) -> int:
@@ -79,11 +85,11 @@ class Case:
     @property
     def batch_tokens(self) -> int:
         """Tokens of a micro-batch, filled up as the loader does."""
-        return filled(self.length * self.config.per_device_train_batch_size)
+        return multiple(self.length * self.config.per_device_train_batch_size)
 
     def tokens(self, fit: Fit) -> int:
         """Tokens that go through the model at a time."""
-        return min(self.batch_tokens, filled(fit.part_tokens or self.batch_tokens))
+        return min(self.batch_tokens, multiple(fit.part_tokens or self.batch_tokens))
 
     @cached_property
     def adapted(self) -> dict[str, Any]:
@@ -104,6 +110,18 @@ class Case:
     def lora_sizes(self) -> list[int]:
         """Weights of each LoRA matrix."""
         return [self.config.r * n for m in self.adapted.values() for n in (m.in_features, m.out_features)]
+
+    @cached_property
+    def num_shapes(self) -> tuple[int, int]:
+        """Shapes of products, of the forward and of the backward, that each number of rows has (process.py)."""
+        linears = {name: (m.in_features, m.out_features) for name, m in self.model.linears.items()}
+        adapted = {shape for name, shape in linears.items() if name in self.adapted}
+        ins, outs, all_shapes = {K for K, _ in adapted}, {N for _, N in adapted}, set(linears.values())
+        return len(all_shapes) + len(ins) + len(outs), len(all_shapes) + 2 * len(ins) + 2 * len(outs)
+
+    @cached_property
+    def intermediate(self) -> int:
+        return intermediate(self.model.modules)
 
     @cached_property
     def num_lora(self) -> int:
@@ -245,11 +263,6 @@ class Case:
         named = self.model.modules.named_parameters()
         others = sum(p.numel() for name, p in named if name not in self.model.quantized and id(p) not in paged)
         return self.c * others + nested_bytes(self.sizes, self.config)
-
-
-def filled(tokens: int) -> int:
-    """Up to a multiple of ROW_MULTIPLE."""
-    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def nested_bytes(sizes: list[int], config: TrainConfig) -> int:

@@ -45,7 +45,8 @@ def memory_bill(path: Path, model: str = "llama-2-7b", length: int = 512) -> dic
     """Stacked bars of full, LoRA and QLoRA on a GPU; returns {method: {group: GB}}."""
     bills = {}
     for method in METHODS:
-        found = plan(model, method, max_seq_length=length, device="cuda", compute_dtype="bfloat16")
+        settings = {"device": "cuda", "compute_dtype": "bfloat16", "gradient_checkpointing": True}
+        found = plan(model, method, max_seq_length=length, **settings)
         terms = {term.name: term.num_bytes for term in found.terms}
         assert set(terms) <= {name for names in GROUPS.values() for name in names}, terms
         bills[method] = {group: sum(terms.get(name, 0) for name in names) / GB for group, names in GROUPS.items()}

@@ -18,7 +18,7 @@ from onecard.memory.case import Case, Fit, Term
 from onecard.memory.fit import choose_fit, describe, fit_within, most_offloaded, price, total_bytes
 from onecard.memory.model import find_model
 from onecard.memory.shapes import KNOWN
-from onecard.memory.terms import Method, disk_terms, plan_terms
+from onecard.memory.terms import CUDA_CONTEXT, Method, disk_terms, plan_terms
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "generate")
 LENGTH_STEP = 64  # of the largest context that fits
@@ -66,6 +66,11 @@ class Plan:
         return sum(term.num_bytes for term in self.terms)
 
     @property
+    def measured_bytes(self) -> int:
+        """Of the total, what memory/measure.py sees: a GPU's allocator does not see the context."""
+        return self.total_bytes - sum(term.num_bytes for term in self.terms if term == CUDA_CONTEXT)
+
+    @property
     def fits(self) -> bool | None:
         """Whether the total is within device_memory_bytes; None without such a limit."""
         return None if self.device_memory_bytes is None else self.total_bytes <= self.device_memory_bytes
@@ -82,7 +87,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
         device_memory_bytes: what there is; QLoRA's plan is then for what `onecard train` would choose, and says the
             largest context and batch that fit.
         fields: any field of TrainConfig: r, max_seq_length, per_device_train_batch_size, ...; without a limit
-            activations are recomputed unless gradient_checkpointing=False.
+            nothing is given up but what they say: activations are kept unless gradient_checkpointing=True.
 
     Raises:
         UserError: unknown model, method or field; a context beyond the model's; no memory at all.
@@ -91,8 +96,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
         raise UserError(f"method must be one of {', '.join(METHODS)}", repr(method), "correct it", "method")
     if device_memory_bytes is not None and device_memory_bytes <= 0:
         raise UserError("there must be some memory", f"{device_memory_bytes} bytes", "correct it", "device_memory")
-    default = {} if device_memory_bytes is not None and method == "qlora" else {"gradient_checkpointing": True}
-    config = make_config(TrainConfig, {"data": "-", "output": "-", **default, **fields, "model": model}, "plan")
+    config = make_config(TrainConfig, {"data": "-", "output": "-", **fields, "model": model}, "plan")
     known = find_model(model)
     if config.max_seq_length > known.longest_context and "max_seq_length" in fields:
         raise UserError(

@@ -27,7 +27,7 @@ def plan_lines(plan: Plan) -> list[Any]:
     """The table, the choice with its price in time, and what fits."""
     lines: list[Any] = [plan_table(plan)]
     if plan.device_memory_bytes is None:
-        return lines
+        return [*lines, "as the settings say, nothing else given up; --device-memory says what train gives up in it"]
     verdict = "fits in" if plan.fits else "does not fit in"
     how = f" with {plan.choice}" if plan.choice else ""
     lines.append(f"{verdict} {format_bytes(plan.device_memory_bytes)}{how}")

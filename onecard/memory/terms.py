@@ -9,8 +9,11 @@ The terms of a step are those at its fullest moment, one of
     a recomputing layer's backward     the inputs, that layer whole and what its backward works on, gradients so far
     the first layer's backward         that layer, what its backward works on, all gradients
     the update of modules in 16 bits   all gradients, one of them in float32
+    an answer to a sample prompt       the cache, the prompt going through one layer; no gradients
 
-A paged base takes its budget and nothing more: the head is a page of it, embeddings are read row by row.
+Validation is never the fullest: it keeps nothing, and its rows are not longer. A paged base takes its budget and
+nothing more: the head is a page of it, embeddings are read row by row. What a CPU process grows by beside its
+tensors is told in process.py.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from typing import Literal
 
 from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
 from onecard.hf.attention import supports_packing
-from onecard.memory.activations import heads_of, intermediate
+from onecard.kernels.cpu import blocks
+from onecard.memory.activations import heads_of
 from onecard.memory.case import Case, Fit, Term
+from onecard.memory.process import process_terms
 from onecard.paging.activations import AHEAD
 from onecard.quant.dynamic import STATE_BLOCKSIZE
 
@@ -28,7 +33,6 @@ Method = Literal["full", "lora", "qlora", "generate"]
 END_TENSORS = 4  # of a token's hidden size, that live around the loss
 CUDA_RESERVE = 0.04  # of what a step allocates and frees: blocks rounded up, pieces that nothing fits into
 
-CPU_BUFFERS = Term("libraries' buffers", 36 << 20, "measured")
 CUDA_CONTEXT = Term("CUDA context, libraries", 500 << 20, "an allowance")
 
 
@@ -45,7 +49,8 @@ def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> 
             step_terms(case, fit, Term("gradients", 2 * P, "2 P")),
         )
     elif method == "generate":
-        own, step = [lora], generate_terms(case)
+        rows, tokens = case.config.per_device_train_batch_size, case.length
+        own, step = [lora], generate_terms(case, rows, tokens, case.batch_tokens)
     else:
         saved, gradients = (
             Term("modules saved", case.c * case.num_saved, "c P_s"),
@@ -55,13 +60,13 @@ def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> 
             gradients = Term("gradients", gradients.num_bytes + saved.num_bytes, "4 P_l + c P_s")
         own = [lora, *([saved] if case.num_saved else []), state_term(case, fit)]
         step = step_terms(case, fit, gradients)
-    return [*base, *own, *step, *device_terms(case, step)]
+    return [*base, *own, *step, *device_terms(case, step, method != "generate")]
 
 
-def device_terms(case: Case, step: list[Term]) -> list[Term]:
+def device_terms(case: Case, step: list[Term], learns: bool) -> list[Term]:
     """What the libraries hold beside the tensors."""
     if case.device != "cuda":
-        return [CPU_BUFFERS]
+        return process_terms(case, learns)
     moving = sum(term.num_bytes for term in (*step, case.scratch))
     return [Term("allocator", int(CUDA_RESERVE * moving), f"{CUDA_RESERVE} of a step's tensors, an allowance"),
             CUDA_CONTEXT]  # fmt: skip
@@ -102,18 +107,29 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
         moments.append([so_far(stay / layers), last, *kept_weights])
     if case.num_saved and case.c < 4:
         moments.append([gradients, Term("a gradient in float32", 4 * max(case.saved_sizes), "4 x the largest of P_s")])
+    load = case.workload
+    if load.prompt_tokens:
+        answers = generate_terms(case, *load.answered, load.prompt_tokens)
+        moments.append([*answers, heap_term(case, tokens, max(moments[0][1].num_bytes, loss.num_bytes))])
     return [term for term in max(moments, key=lambda moment: sum(t.num_bytes for t in moment)) if term.num_bytes]
 
 
-def generate_terms(case: Case) -> list[Term]:
-    """The cache of every layer's keys and values, and a prompt of T tokens going through one layer."""
-    text, T = case.model.text, case.batch_tokens
+def heap_term(case: Case, tokens: int, activations: int) -> Term:
+    """What malloc keeps of a step that is over: all results that are too small for blocks of their own."""
+    widest = case.c * tokens * max(case.model.text.hidden_size, case.intermediate)
+    kept = activations if case.device == "cpu" and widest < blocks.SMALLEST else 0
+    return Term("malloc's heap", kept, "a step's activations, where each is under 1 MiB")
+
+
+def generate_terms(case: Case, rows: int, length: int, prompt_tokens: int) -> list[Term]:
+    """The cache of every layer's keys and values of rows of `length` tokens, and prompts going through one layer."""
+    text = case.model.text
     _, heads, head = heads_of(text)
-    rows, window = case.config.per_device_train_batch_size, getattr(text, "sliding_window", None) or case.length
+    window = getattr(text, "sliding_window", None) or length
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * case.model.num_layers
-    lengths = [min(case.length, window) if "sliding" in kind else case.length for kind in kinds]
+    lengths = [min(length, window) if "sliding" in kind else length for kind in kinds]
     cached = 2 * case.c * heads * head * rows
-    working = case.c * T * (3 * intermediate(case.model.modules) + 2 * text.hidden_size)
+    working = case.c * prompt_tokens * (3 * case.intermediate + 2 * text.hidden_size)
     return [
         Term("KV cache", cached * (sum(lengths) + max(lengths)), "2 c k T (L + 1), T at most the window's"),
         Term("prompt's activations", working, "c T (3 f + 2 d)"),

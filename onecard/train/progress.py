@@ -1,4 +1,8 @@
-"""How a run shows itself: a bar on a terminal, plain lines elsewhere."""
+"""How a run shows itself: a bar on a terminal, plain lines elsewhere.
+
+The time that is left stays on the line at every width. The other parts are left out, the least wanted first, until the
+line fits.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +12,41 @@ from typing import Any
 
 from rich import progress as bars
 from rich.console import Console
+from rich.table import Column
 
 from onecard.memory.measure import format_bytes
 
 SECONDS_BETWEEN_LINES = 10.0
+TIME_WIDTH, BAR_WIDTH, SMALL_BAR_WIDTH = 8, 12, 5  # columns, each with the space before it
+WANTED = (
+    "step",
+    "loss",
+    "memory",
+    "validation",
+    "speed",
+    "rate",
+    "norm",
+    "process",
+)  # what a narrow line keeps, in order
 
 
 class Progress:
-    """Shows each step's row of metrics, with the time that is left."""
+    """Shows each step's row of metrics, with the time that is left.
 
-    def __init__(self, console: Console, num_steps: int, done: int):
+    Args:
+        process_bytes: what the process itself takes, which is not part of `planned_bytes`.
+    """
+
+    def __init__(self, console: Console, num_steps: int, done: int, planned_bytes: int, process_bytes: int):
         self.console, self.num_steps, self.first = console, num_steps, done
+        self.planned_bytes, self.process_bytes = planned_bytes, process_bytes
         self.start = self.shown = time.perf_counter()
         self.bar: bars.Progress | None = None
         if console.is_terminal:
-            columns = [bars.TextColumn("{task.fields[text]}"), bars.BarColumn(None), bars.TimeRemainingColumn()]
-            self.bar = bars.Progress(*columns, console=console)
+            text = bars.TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+            left = bars.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=TIME_WIDTH - 1))
+            bar_width = (BAR_WIDTH if console.width >= 60 else SMALL_BAR_WIDTH) - 1
+            self.bar = bars.Progress(text, bars.BarColumn(bar_width), left, console=console)
             self.task = self.bar.add_task("", total=num_steps, completed=done, text="starting")
 
     def __enter__(self) -> Progress:
@@ -41,25 +64,40 @@ class Progress:
             self.show(row)
 
     def show(self, row: dict[str, Any]) -> None:
-        text = self.text(row)
+        parts = self.parts(row)
         if self.bar:
+            bar_width = BAR_WIDTH if self.console.width >= 60 else SMALL_BAR_WIDTH
+            text = fitted(parts, self.console.width - TIME_WIDTH - bar_width)
             self.bar.update(self.task, completed=row["step"], text=text)
             return
         now = time.perf_counter()
         if now - self.shown >= SECONDS_BETWEEN_LINES or row["step"] in (self.first + 1, self.num_steps):
             self.shown = now
             left = (now - self.start) / (row["step"] - self.first) * (self.num_steps - row["step"])
-            self.console.print(f"{text}  {left:.0f} s left", highlight=False, soft_wrap=True)
+            self.console.print(f"{'  '.join(parts.values())}  {left:.0f} s left", highlight=False, soft_wrap=True)
 
-    def text(self, row: dict[str, Any]) -> str:
-        parts = [
-            f"step {row['step']}/{self.num_steps}",
-            f"loss {row['loss']:.4f}",
-            f"lr {row['learning_rate']:.2e}",
-            f"norm {row['grad_norm']:.2f}",
-            f"{row['supervised_tokens_per_second']:,.0f} tok/s",
-            format_bytes(row["memory_bytes"]),
-        ]
+    def parts(self, row: dict[str, Any]) -> dict[str, str]:
+        """What a line says, in its order; `memory` is what the plan counts."""
+        used = max(row["memory_bytes"] - self.process_bytes, 0)
+        parts = {
+            "step": f"step {row['step']}/{self.num_steps}",
+            "loss": f"loss {row['loss']:.4f}",
+            "rate": f"lr {row['learning_rate']:.2e}",
+            "norm": f"norm {row['grad_norm']:.2f}",
+            "speed": f"{row['supervised_tokens_per_second']:,.0f} tok/s",
+            "memory": f"memory {format_bytes(used)} of {format_bytes(self.planned_bytes)} planned",
+            "process": f"process {format_bytes(self.process_bytes)}",
+        }
         if "eval_loss" in row:
-            parts.append(f"validation {row['eval_loss']:.4f}")
-        return "  ".join(parts)
+            parts["validation"] = f"validation {row['eval_loss']:.4f}"
+        return parts
+
+
+def fitted(parts: dict[str, str], width: int) -> str:
+    """As many parts as `width` columns hold, the most wanted ones, in their own order."""
+    kept: set[str] = set()
+    for name in WANTED:
+        text = "  ".join(part for key, part in parts.items() if key in kept | {name})
+        if name in parts and len(text) <= width:
+            kept.add(name)
+    return "  ".join(part for key, part in parts.items() if key in kept)

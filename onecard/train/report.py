@@ -9,12 +9,15 @@ import re
 from dataclasses import dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
-from math import exp
+from math import ceil, exp
 from pathlib import Path
 from typing import Any
 
 from onecard.faults import about
 from onecard.memory.measure import format_bytes
+
+MOST_NEIGHBOURS = 50  # to each side, of a smoothed loss
+LEAST_SHARE = 0.6  # of the loss axis, for nine tenths of the steps
 
 
 @dataclass
@@ -70,16 +73,21 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
 
     steps = [row["step"] for row in metrics if "loss" in row]
     losses = [row["loss"] for row in metrics if "loss" in row]
+    checked = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
     figure, (top, bottom) = pyplot.subplots(
         2, 1, figsize=(8, 5), sharex=True, height_ratios=[4, 1], layout="constrained"
     )
+    low, high = limits(losses, [loss for _, loss in checked])
     top.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="loss a step")
     top.plot(steps, smooth(losses), color="#1f4e8c", linewidth=2, label="smoothed")
-    checked = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
     if checked:
         top.plot(*zip(*checked), "o", color="#c2410c", markersize=6, label="validation")
+    above = [(step, loss) for step, loss in zip(steps, losses) if loss > high]
+    if above:
+        label = f"above the axis, up to {max(loss for _, loss in above):.4g}"
+        top.plot([step for step, _ in above], [high] * len(above), "^", color="#9db4d0", clip_on=False, label=label)
     top.set_ylabel("loss (nats a token)")
-    top.set_ylim(bottom=0)
+    top.set_ylim(low, high)
     top.grid(alpha=0.25)
     top.legend(frameon=False)
     bottom.plot(steps, [row["learning_rate"] for row in metrics if "loss" in row], color="#4d7c0f")
@@ -91,14 +99,38 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
     pyplot.close(figure)
 
 
-def smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential mean without the start's bias."""
-    mean, norm, out = 0.0, 0.0, []
-    for value in values:
-        mean = weight * mean + (1 - weight) * value
-        norm = weight * norm + (1 - weight)
-        out.append(mean / norm)
+def smooth(values: list[float]) -> list[float]:
+    """At each step a straight line through its neighbours, by least squares with weights that fall to both sides.
+
+    A line is reproduced as it is, also at the ends: nothing lags, and no side pulls. A loss falls fastest at the start,
+    so the window there is narrow: an eighth of the steps before, at most a twentieth of all and `MOST_NEIGHBOURS`.
+    """
+    import numpy
+
+    y, out = numpy.asarray(values, dtype=float), []
+    widest = min(max(len(values) // 20, 2), MOST_NEIGHBOURS)
+    for at in range(len(y)):
+        half = min(widest, 1 + at // 8)
+        distance = numpy.arange(max(-half, -at), min(half, len(y) - 1 - at) + 1)
+        weight = 1 - numpy.abs(distance) / (half + 1)
+        near = y[at + distance]
+        mean = (weight * distance).sum() / weight.sum()
+        centred = distance - mean
+        spread = (weight * centred**2).sum()
+        slope = (weight * centred * near).sum() / spread if spread else 0.0
+        out.append(float((weight * near).sum() / weight.sum() - slope * mean))
     return out
+
+
+def limits(losses: list[float], checked: list[float]) -> tuple[float, float]:
+    """The loss axis: all of it, or as much that nine tenths of the steps take `LEAST_SHARE` of its height, and every
+    validation loss; a few losses above that, as a run's first ones are, would flatten the rest."""
+    low, high = min(losses + checked), max(losses + checked)
+    most = sorted(losses)[ceil(0.9 * (len(losses) - 1))]
+    if most > low:
+        high = max(min(high, low + (most - low) / LEAST_SHARE), *checked, most)
+    margin = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
 
 
 Section = tuple[str, str, Any]  # heading; "table", "code" or "samples"; content
@@ -151,9 +183,14 @@ STYLE = """
 :root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem}
 img{max-width:100%;background:#fff;border-radius:6px}table{border-collapse:collapse}
 td{padding:.2rem 1rem .2rem 0;border-bottom:1px solid #8884}td+td{text-align:right;font-variant-numeric:tabular-nums}
-pre{background:#8881;padding:.6rem .8rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:1rem}h4{margin:.4rem 0}
+pre{background:#8881;padding:.6rem .8rem;border-radius:6px;white-space:pre-wrap;overflow-wrap:break-word}
+.pair{display:grid;grid-template-columns:repeat(2,minmax(0,1fr));gap:1rem}h4{margin:.4rem 0}
 """
+
+
+def breakable(text: str) -> str:
+    """Escaped, with the places where a line of JSON may end; a browser breaks a word only where a line has none."""
+    return "<wbr>".join(escape(part) for part in re.split(r"(?<=[,:{}\[\]])", text))
 
 
 def to_html(title: str, sections: list[Section], picture: Path) -> str:
@@ -174,7 +211,7 @@ def to_html(title: str, sections: list[Section], picture: Path) -> str:
         else:
             for prompt, before, after in content:
                 parts.append(
-                    f"<pre>{escape(prompt)}</pre><div class=pair><div><h4>before</h4><pre>{escape(before)}</pre></div>"
-                    f"<div><h4>after</h4><pre>{escape(after)}</pre></div></div>"
+                    f"<pre>{breakable(prompt)}</pre><div class=pair><div><h4>before</h4><pre>{breakable(before)}</pre>"
+                    f"</div><div><h4>after</h4><pre>{breakable(after)}</pre></div></div>"
                 )
     return "\n".join(parts)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from onecard.config import NUM_SAMPLES, SAMPLE_TOKENS
 from onecard.data.dataset import Dataset
 from onecard.data.records import Record
 from onecard.data.template import alpaca_text, learned_turns, prompt_ids, text_ids
 from onecard.infer.generate import generate
 
-NUM_SAMPLES = 3
-SAMPLE_TOKENS = 96
 SHOWN_TEXT = 80  # characters of a plain text that stand for its prompt
 
 Sample = tuple[str, list[int]]  # what is shown of a prompt, and its tokens

@@ -40,6 +40,7 @@ from onecard.memory.measure import available_bytes, begin_peak, format_bytes, pe
 from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.show import plan_table
+from onecard.memory.workload import Answers, known
 from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Statistics
@@ -95,25 +96,30 @@ class Result:
     adapter: Path
 
 
-def run_training(config: TrainConfig, resuming: bool, console: Console, report_extra: Any = None) -> Result:
+def run_training(
+    config: TrainConfig, resuming: bool, console: Console, report_extra: Any = None, answers: Answers | None = None
+) -> Result:
     """`onecard train`: from a checkpoint and a data file to output/adapter and output/report.html.
 
     Args:
         resuming: go on from the newest checkpoint in the output folder.
         report_extra: called as f(result, "before" | "after") -> dict of lines for the report.
+        answers: what report_extra has the model answer, for the plan.
 
     Raises:
         UserError: anything wrong with the input, before training where it can be known.
     """
     with claimed(Path(config.output), resuming):
-        return run_claimed(config, resuming, console, report_extra)
+        return run_claimed(config, resuming, console, report_extra, answers)
 
 
-def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_extra: Any) -> Result:
+def run_claimed(
+    config: TrainConfig, resuming: bool, console: Console, report_extra: Any, answers: Answers | None
+) -> Result:
     """run_training in an output folder that is this run's."""
     output = Path(config.output)
     state = load_newest(output / "checkpoints") if resuming else None
-    prepared = prepare(config, position_of(state).date if state else None)
+    prepared = prepare(config, position_of(state).date if state else None, answers)
     config = prepared.config
     if state is not None:  # before the weights load
         check_unchanged(config, prepared.identity, state)
@@ -121,7 +127,7 @@ def run_claimed(config: TrainConfig, resuming: bool, console: Console, report_ex
     show(prepared, console)
     model = load_adapted(config, prepared, console)
     origin = origin_of(model.get_base_model(), config.model)  # now: what cannot be read is told before the training
-    loader = make_loader(prepared)
+    loader = make_loader(config, prepared.training)
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity, fit=prepared.fit)
     run.date = prepared.date
     run.loss, slow = choose_loss(model, prepared.training)
@@ -165,11 +171,12 @@ def resume_shown(run: Run, state: State, console: Console) -> None:
         console.print(line, style="yellow")
 
 
-def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
+def prepare(config: TrainConfig, date: str | None = None, answers: Answers | None = None) -> Prepared:
     """Check checkpoint, data and settings; nothing large is loaded.
 
     Args:
         date: what chat templates are told is today, as YYYY-MM-DD; None for today.
+        answers: as run_training's.
     """
     for name in config.loggers:
         import_logger(name)
@@ -197,7 +204,10 @@ def prepare(config: TrainConfig, date: str | None = None) -> Prepared:
     }
     model = read_model(checkpoint)
     model.check_names(config)
-    fit, plan, why = choose_memory(Case(model, config, dtype), checkpoint.is_4bit)
+    loader = make_loader(config, training)
+    load = known(loader, config.num_train_epochs, validation, [ids for _, ids in samples])
+    load = load.with_answers(answers) if answers else load
+    fit, plan, why = choose_memory(Case(model, config, dtype, load), checkpoint.is_4bit)
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
     form = form_of(training, tokenizer, template)
@@ -245,11 +255,10 @@ def check_disk(plan: Plan, output: Path) -> None:
         )
 
 
-def make_loader(prepared: Prepared) -> Loader:
+def make_loader(config: TrainConfig, training: Dataset) -> Loader:
     """The training rows, from the first one on."""
-    config, examples = prepared.config, prepared.training.examples
     batch = config.per_device_train_batch_size
-    return Loader(examples, config.max_seq_length, config.packing, batch, config.seed)
+    return Loader(training.examples, config.max_seq_length, config.packing, batch, config.seed)
 
 
 def show(prepared: Prepared, console: Console) -> None:
@@ -264,7 +273,7 @@ def show(prepared: Prepared, console: Console) -> None:
     console.print(plan_table(prepared.plan))
     console.print(prepared.why, highlight=False)
     console.rule("schedule", align="left")
-    loader = make_loader(prepared)
+    loader = make_loader(config, prepared.training)
     steps = count_steps(loader, config)
     peak = max(learning_rate(step, steps, config) for step in range(steps))
     dtype = str(prepared.compute_dtype).removeprefix("torch.")
@@ -310,7 +319,8 @@ def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, 
     """The loop with its metrics and progress; a signal becomes Stopped, which says how to go on."""
     metrics = Metrics(output, run.config.loggers, run.config.model_dump(), run.step)
     try:
-        with Progress(console, run.num_steps, run.step) as progress:
+        planned, process = prepared.plan.measured_bytes, prepared.process_bytes
+        with Progress(console, run.num_steps, run.step, planned, process) as progress:
             train(run, metrics, prepared.validation, progress.step, output / "checkpoints")
     except Interrupted as error:
         do = "the same command with --resume goes on from there"

@@ -1,0 +1,53 @@
+"""What a CPU process grows by beside its tensors: prepared products, Python's objects, code that is first used.
+
+A product in 16 bits goes through oneDNN, which prepares it for its shapes. torch keeps what was prepared for up to
+`MOST_PRODUCTS` shapes. For M rows, a linear of K inputs and N outputs and an adapter of rank r need
+
+    forward   M K r,  M K N,  M r N added
+    backward  M N r,  r M K,  N M r,  M r K,  M N K added
+
+and a head M d V and M V d. Linears of the same K and N share them. So the number follows from the numbers of rows
+(workload.py). Products on tiles (AMX) and in float32 are not prepared so.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from onecard.memory.case import Case, Term
+
+# All three measured on an AVX-512 CPU with torch 2.13 and transformers 5.23 (docs/plan.md tells how).
+PRODUCT_BYTES = 650 << 10  # two descriptors of 252 KiB each, oneDNN's and torch's, and the code made for the shapes
+MOST_PRODUCTS = 1024
+MODULE_BYTES = 40 << 10  # Python's objects of an adapted linear: peft's layer is ten modules
+MODEL_BYTES = 4 << 20  # and of the model: its family's code, the loader's
+CODE_BYTES = 19 << 20  # pages of torch's libraries that a step touches first
+
+
+def process_terms(case: Case, learns: bool) -> list[Term]:
+    """The terms of a CPU; `learns`: it trains, or else only answers."""
+    number = min(num_products(case, learns), MOST_PRODUCTS)
+    return [
+        *([Term("prepared products", number * PRODUCT_BYTES, f"{number} shapes x 650 KiB")] if number else []),
+        Term("Python's objects", MODEL_BYTES + len(case.adapted) * MODULE_BYTES, "4 MiB + adapted linears x 40 KiB"),
+        Term("libraries' code", CODE_BYTES, "pages that a step touches first"),
+    ]
+
+
+def num_products(case: Case, learns: bool) -> int:
+    """Shapes of products that oneDNN prepares."""
+    if case.on_tiles or not goes_to_onednn(case.dtype):
+        return 0
+    load, (forward, backward) = case.workload, case.num_shapes
+    if not learns:
+        return len(load.prompts) * forward
+    return len(load.forward) * forward + len(load.trained) * backward + 2 * len(load.heads)
+
+
+def goes_to_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch gives oneDNN this CPU's products in such a dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported()

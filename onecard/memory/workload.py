@@ -1,0 +1,113 @@
+"""Which rows go through the model in a run: how many sizes of them, and what answers hold.
+
+`train` knows them from its data. `plan` has no data and assumes full rows: where documents are packed, rows of T
+tokens, some of one ROW_MULTIPLE less, and the last row of an epoch; without packing, rows of every multiple up to T.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from onecard.config import NUM_SAMPLES, PREFILL_TOKENS, ROW_MULTIPLE, SAMPLE_TOKENS, TrainConfig
+from onecard.data.dataset import Dataset
+from onecard.data.loader import Loader
+
+PROBE = frozenset({24, 48})  # tokens of the two documents on which train compares losses, alone and together
+MOST_EPOCHS = 3  # whose rows are looked at; each epoch packs anew, into rows of the same few sizes
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Answers that a model gives: so many rows at a time, filled up to one length, to prompts of so many tokens."""
+
+    num_rows: int
+    prompts: tuple[int, ...]
+    new_tokens: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Numbers of tokens that products meet.
+
+    Attributes:
+        trained, validated: of micro-batches.
+        trained_heads, validated_heads: learned positions of them, which meet the head.
+        prompts: of the pieces of prompts.
+        answered: rows and tokens, prompt and answer, of the answers that are held at a time.
+        prompt_tokens: of all rows of the largest piece of prompts that goes through the model at a time.
+    """
+
+    trained: frozenset[int]
+    trained_heads: frozenset[int]
+    validated: frozenset[int] = frozenset()
+    validated_heads: frozenset[int] = frozenset()
+    prompts: frozenset[int] = frozenset()
+    answered: tuple[int, int] = (1, 0)
+    prompt_tokens: int = 0
+
+    @property
+    def forward(self) -> frozenset[int]:
+        return PROBE | self.trained | self.validated | self.prompts
+
+    @property
+    def heads(self) -> frozenset[int]:
+        return frozenset({ROW_MULTIPLE}) | self.trained_heads | self.validated_heads
+
+    def with_answers(self, more: Answers) -> Workload:
+        """The same, and more that is answered."""
+        pieces = {more.num_rows * size for tokens in more.prompts for size in pieces_of(tokens, more.num_rows)}
+        longest = max(more.prompts, default=0) + more.new_tokens
+        held = max(self.answered, (more.num_rows, longest), key=lambda answer: answer[0] * answer[1])
+        largest = max(pieces | {self.prompt_tokens})
+        return replace(self, prompts=self.prompts | pieces, answered=held, prompt_tokens=largest)
+
+
+def pieces_of(tokens: int, num_rows: int) -> set[int]:
+    """Sizes of the pieces that a prompt goes through the model in; several rows at once go whole."""
+    if num_rows > 1:
+        return {tokens}
+    return {min(PREFILL_TOKENS, tokens - start) for start in range(0, tokens, PREFILL_TOKENS)}
+
+
+def multiple(tokens: int) -> int:
+    """Up to a multiple of ROW_MULTIPLE."""
+    return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def assumed(config: TrainConfig, length: int) -> Workload:
+    """Of a run whose data is not known, with rows of `length` tokens."""
+
+    def sizes(tokens: int, packing: bool) -> frozenset[int]:
+        full = multiple(tokens)
+        if not packing:
+            return frozenset(range(ROW_MULTIPLE, full + 1, ROW_MULTIPLE))
+        return frozenset({full, max(full - ROW_MULTIPLE, ROW_MULTIPLE), ROW_MULTIPLE})
+
+    trained = sizes(length * config.per_device_train_batch_size, config.packing)
+    checked = config.eval_data is not None or config.validation_split > 0
+    validated = sizes(length, True) if checked else frozenset()
+    load = Workload(trained, trained, validated, validated)
+    longest = min(length, PREFILL_TOKENS) // 2
+    count = NUM_SAMPLES if config.sample_prompts is None else len(config.sample_prompts)
+    prompts = tuple(max(longest - number, 1) for number in range(count))  # of sizes of their own
+    return load.with_answers(Answers(1, prompts, SAMPLE_TOKENS))
+
+
+def known(loader: Loader, epochs: float, validation: Dataset | None, prompts: list[list[int]]) -> Workload:
+    """Of a run with its data and the prompts of its samples."""
+    load = Workload(*sizes_of(loader, max(1, min(int(epochs), MOST_EPOCHS))))
+    if validation is not None:
+        checked = Loader(validation.examples, validation.max_seq_length, True, 1, 0)
+        load = Workload(load.trained, load.trained_heads, *sizes_of(checked, 1))
+    return load.with_answers(Answers(1, tuple(len(ids) for ids in prompts), SAMPLE_TOKENS))
+
+
+def sizes_of(loader: Loader, epochs: int) -> tuple[frozenset[int], frozenset[int]]:
+    """Tokens and learned positions of its micro-batches, both filled up."""
+    learned = [example.num_supervised for example in loader.examples]
+    tokens, heads = set(), set()
+    for epoch in range(epochs):
+        for batch in loader.batches(epoch):
+            tokens.add(multiple(sum(len(loader.examples[index].input_ids) for index in batch)))
+            heads.add(multiple(sum(learned[index] for index in batch)))
+    return frozenset(tokens), frozenset(heads - {0})
