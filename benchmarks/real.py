@@ -308,7 +308,10 @@ def draw(args: argparse.Namespace, runs: dict[str, Any]) -> Path:
         losses, steps = run["losses"], range(1, len(run["losses"]) + 1)
         smooth = [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - 4) : i + 5])]
         axis.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
-        axis.plot(steps, smooth, color=colour, linewidth=1.8, label=f"{CONTENDERS[name]}: held out {run['after']:.3f}")
+        style = "--" if name == "bnb" else "-"  # it lies on ours
+        axis.plot(
+            steps, smooth, style, color=colour, linewidth=1.8, label=f"{CONTENDERS[name]}: held out {run['after']:.3f}"
+        )
     axis.set(xlabel="step", ylabel="loss, nats a supervised token")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
