@@ -14,6 +14,15 @@ from onecard.hf.load import load_tokenizer
 CACHE = Path(__file__).parent / ".checkpoints"
 TOKENIZER = Path(__file__).parents[1] / "onecard" / "demo" / "base"
 SHAPES: dict[str, dict[str, Any]] = {
+    "demo": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": 896,
+        "tie_word_embeddings": True,
+    },
     "135m": {
         "hidden_size": 576,
         "intermediate_size": 1536,

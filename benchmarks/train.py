@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,25 +56,37 @@ def start_adapter(model: Any) -> None:
             parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
 
 
-def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[float], float]:
-    """Steps through onecard's own loop: step times, losses, load time."""
-    from peft import get_peft_model
-
+def load_onecard(args: argparse.Namespace, folder: Path) -> Any:
     import onecard
-    from onecard.config import TrainConfig, make_config
+    from onecard.memory.measure import return_large_blocks
+
+    return_large_blocks()  # as train does
+    return onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
+
+
+def random_loader(args: argparse.Namespace) -> Any:
+    """The random rows as onecard's loader, in the order of the peers."""
     from onecard.data.loader import Loader
     from onecard.data.template import Example
+
+    data = [Example(row, row, "random") for row in rows(args.shape, args.length, args.steps).tolist()]
+    loader = Loader(data, args.length, False, 1, 0)
+    loader.batches = lambda epoch: [[i] for i in range(len(data))]
+    return loader
+
+
+def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any) -> Iterator[tuple[float, float]]:
+    """Steps through onecard's own loop: seconds and loss of each."""
+    from peft import get_peft_model
+
+    from onecard.config import TrainConfig, make_config
     from onecard.hf.attention import use_packed_attention
+    from onecard.kernels.cpu.contention import sharing_cores
     from onecard.memory.case import Fit
-    from onecard.memory.measure import return_large_blocks
     from onecard.nn.lora import lora_config
     from onecard.train.loop import frozen_objects
     from onecard.train.step import Run, recompute_layers, update
 
-    return_large_blocks()  # as train does
-    begin = time.perf_counter()
-    base = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu")
-    load = time.perf_counter() - begin
     fields = {
         "model": str(folder), "data": "-", "output": "-", "r": RANK, "lora_alpha": 2 * RANK, "learning_rate": RATE,
         "gradient_checkpointing": args.recompute, "max_seq_length": args.length, "max_steps": args.steps,
@@ -85,16 +98,14 @@ def run_onecard(args: argparse.Namespace, folder: Path) -> tuple[list[float], li
     start_adapter(model)
     if args.child == "onecard16":
         keep_16_bits(model)
-    data = [Example(row, row, "random") for row in rows(args.shape, args.length, args.steps).tolist()]
-    loader = Loader(data, args.length, False, 1, 0)
-    loader.batches = lambda epoch: [[i] for i in range(len(data))]  # in the order of the peers
     fit = Fit(base.config.num_hidden_layers if args.recompute else 0)
     run = Run(config, model, loader, args.steps, {}, fit=fit)
     model.train()
     recompute_layers(run.base, fit.num_recomputed)
-    with use_packed_attention(run.base), frozen_objects():
-        steps = [update(run) for _ in range(args.steps)]
-    return [step["seconds"] for step in steps], [step["loss"] for step in steps], load
+    with use_packed_attention(run.base), frozen_objects(), sharing_cores():
+        for _ in range(args.steps):
+            step = update(run)
+            yield step["seconds"], step["loss"]
 
 
 def keep_16_bits(model: Any) -> None:
@@ -120,9 +131,8 @@ def on_dense(native: Any, name: str, kept: dict[int, torch.Tensor]) -> None:
     setattr(native, name, call)
 
 
-def run_peer(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[float], float]:
+def load_peer(args: argparse.Namespace, folder: Path) -> Any:
     """The same through transformers, peft and (bnb) bitsandbytes, as their documentation shows it."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -131,11 +141,21 @@ def run_peer(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    begin = time.perf_counter()
-    base = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, quantization_config=quantization if args.child == "bnb" else None
     )
-    load = time.perf_counter() - begin
+
+
+def random_batches(args: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]]:
+    for row in rows(args.shape, args.length, args.steps):
+        yield {"input_ids": row[None], "labels": row[None]}
+
+
+def peer_steps(
+    args: argparse.Namespace, base: Any, batches: Iterable[dict[str, torch.Tensor]]
+) -> Iterator[tuple[float, float]]:
+    from peft import LoraConfig, get_peft_model
+
     settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, settings)
     start_adapter(model)
@@ -145,27 +165,35 @@ def run_peer(args: argparse.Namespace, folder: Path) -> tuple[list[float], list[
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=RATE, weight_decay=0.0)
-    times, losses = [], []
-    for row in rows(args.shape, args.length, args.steps):
+    for batch in batches:
         begin = time.perf_counter()
-        loss = model(input_ids=row[None], labels=row[None], use_cache=False).loss
+        loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
-        times.append(time.perf_counter() - begin)
-    return times, losses, load
+        found = loss.item()
+        yield time.perf_counter() - begin, found
+
+
+def steps(args: argparse.Namespace, folder: Path, base: Any) -> Iterator[tuple[float, float]]:
+    """Steps of the contender args.child over random rows."""
+    if args.child.startswith("onecard"):
+        return onecard_steps(args, folder, base, random_loader(args))
+    return peer_steps(args, base, random_batches(args))
 
 
 def child(args: argparse.Namespace) -> None:
     folder = make_checkpoint(args.shape)
-    if args.child.startswith("onecard"):
+    ours = args.child.startswith("onecard")
+    if ours:
         import onecard.hf.load
         import onecard.train.loop  # noqa: F401
-    base = status_bytes("VmRSS")
-    times, losses, load = (run_onecard if args.child.startswith("onecard") else run_peer)(args, folder)
-    found = {"seconds": times[1:], "losses": losses, "load": load, "base": base}
+    resident, begin = status_bytes("VmRSS"), time.perf_counter()
+    base = (load_onecard if ours else load_peer)(args, folder)
+    seconds = time.perf_counter() - begin
+    times, losses = zip(*steps(args, folder, base))
+    found = {"seconds": times[1:], "losses": losses, "load": seconds, "base": resident}
     print(json.dumps({**found, "peak": status_bytes("VmHWM")}))
 
 

@@ -120,6 +120,11 @@ EXPORT int onecard_set_isa(const char* name) {
 
 EXPORT void onecard_set_gomp(void* gomp_parallel) { set_gomp_parallel(gomp_parallel); }
 
+EXPORT void onecard_watch_contention() { watch_contention(get_gomp_parallel()); }
+EXPORT void onecard_set_contended(int contended) { set_contended(contended != 0, get_gomp_parallel()); }
+EXPORT int onecard_contended() { return contended(); }
+EXPORT void onecard_allow_gathering(int change) { allow_gathering(change); }
+
 // 1, or 0 if a weight is not finite (then packed and absmax mean nothing).
 EXPORT int onecard_quantize(const void* W, int dtype, int64_t num_weights, int64_t blocksize, const float* bounds,
                             const uint8_t* order, uint8_t* packed, float* absmax, int num_threads) {

@@ -11,23 +11,40 @@
 namespace onecard {
 namespace {
 
-using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 GompParallel gomp_parallel = nullptr;
 
-// One call's parts; whoever is free takes the next one. What a body throws must not leave a runtime's thread.
+constexpr int64_t kParts = 8;  // of a thread's share: no part is smaller
+
+// One call's parts; whoever is free takes the next one: half of a thread's share of what is left, so that a thread that is
+// put off its core leaves little to wait for. What a body throws must not leave a runtime's thread.
 struct Work {
+    Work(const Body& body, int64_t size, int64_t grain, int64_t num_threads)
+        : body(&body), size(size), grain(grain), num_threads(num_threads),
+          smallest(whole_grains(size / (kParts * num_threads) + 1)) {}
+
     const Body* body;
-    int64_t size, part;
+    int64_t size, grain, num_threads, smallest;
     std::atomic<int64_t> next{0};
     std::atomic<bool> out_of_memory{false};
 
     void run() noexcept {
         try {
-            for (int64_t begin; (begin = next.fetch_add(part)) < size;) (*body)(begin, std::min(size, begin + part));
+            for (int64_t begin, end; take(begin, end);) (*body)(begin, end);
         } catch (const std::bad_alloc&) {
             out_of_memory = true;
         }
     }
+
+private:
+    bool take(int64_t& begin, int64_t& end) {
+        begin = next;
+        do {
+            if (begin >= size) return false;
+            end = std::min(size, begin + std::max(smallest, whole_grains((size - begin) / (2 * num_threads))));
+        } while (!next.compare_exchange_weak(begin, end));
+        return true;
+    }
+    int64_t whole_grains(int64_t n) const { return (n + grain - 1) / grain * grain; }
 };
 
 // Threads that sleep between calls. It is never destroyed: a thread may still wait in it when the process ends.
@@ -77,6 +94,7 @@ private:
 }  // namespace
 
 void set_gomp_parallel(void* function) { gomp_parallel = reinterpret_cast<GompParallel>(function); }
+GompParallel get_gomp_parallel() { return gomp_parallel; }
 
 void parallel_for(int64_t size, int64_t grain, int num_threads, const Body& body) {
     int64_t num_parts = std::min<int64_t>(num_threads, (size + grain - 1) / grain);
@@ -84,8 +102,7 @@ void parallel_for(int64_t size, int64_t grain, int num_threads, const Body& body
         if (size > 0) body(0, size);
         return;
     }
-    int64_t part = (size + num_parts - 1) / num_parts;
-    Work work{&body, size, (part + grain - 1) / grain * grain};
+    Work work(body, size, grain, num_threads);
     if (gomp_parallel) {
         gomp_parallel([](void* w) { static_cast<Work*>(w)->run(); }, &work, static_cast<unsigned>(num_parts), 0);
     } else {

@@ -19,6 +19,7 @@ from onecard.config import SamplingConfig
 from onecard.infer.adapters import use_adapter
 from onecard.infer.decoding import Answer
 from onecard.infer.graphs import make_context
+from onecard.kernels.cpu.contention import sharing_cores
 
 
 @dataclass(frozen=True)
@@ -94,14 +95,15 @@ class Engine:
         return True
 
     def run(self) -> None:
-        while self.admit():
-            going_on = []
-            for name, group in groupby(self.active, key=lambda work: work.adapter):
-                if name != self.adapter:
-                    use_adapter(self.model, name)
-                    self.adapter = name
-                going_on += [work for work in group if work.advance(self.model)]
-            self.active = going_on
+        with sharing_cores():
+            while self.admit():
+                going_on = []
+                for name, group in groupby(self.active, key=lambda work: work.adapter):
+                    if name != self.adapter:
+                        use_adapter(self.model, name)
+                        self.adapter = name
+                    going_on += [work for work in group if work.advance(self.model)]
+                self.active = going_on
 
     def admit(self) -> bool:
         """Let go of cancelled work and fill the free places; waits while there is nothing to do. False at the end."""

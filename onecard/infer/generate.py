@@ -8,6 +8,7 @@ from typing import Any
 from onecard.config import SamplingConfig, make_config
 from onecard.infer.decoding import Answer
 from onecard.infer.graphs import make_context
+from onecard.kernels.cpu.contention import sharing_cores
 
 
 def generate(
@@ -35,8 +36,9 @@ def generate(
     sampling = make_config(SamplingConfig, {"temperature": temperature}, "generate")
     answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, make_context(model), goes_on, ends)
     pieces = []
-    while answer.finish_reason is None:
-        pieces.append(answer.advance())
-        if on_text and pieces[-1]:
-            on_text(pieces[-1])
+    with sharing_cores():
+        while answer.finish_reason is None:
+            pieces.append(answer.advance())
+            if on_text and pieces[-1]:
+                on_text(pieces[-1])
     return "".join(pieces)

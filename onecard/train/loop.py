@@ -26,6 +26,7 @@ from onecard.documents import Own, hold
 from onecard.errors import UserError
 from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.hf.fused import unfuse, unfused
+from onecard.kernels.cpu.contention import sharing_cores
 from onecard.kernels.cpu_info import arithmetic
 from onecard.train import signals
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
@@ -143,7 +144,7 @@ def train(
     fit = run.fit
     recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded, fit.keeps_weights)
     packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
-    with packed, frozen_objects(), signals.noted() as interrupted:
+    with packed, frozen_objects(), sharing_cores(), signals.noted() as interrupted:
         while run.step < run.num_steps:
             row = update(run)
             last = run.step == run.num_steps
@@ -209,7 +210,7 @@ def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None) -> 
     base = inner(model)
     dataset.check_fits(*model_size(base.config))
     loss = loss or choose_loss(model, dataset)[0]
-    with use_packed_attention(base) if loss is packed_loss else nullcontext():
+    with use_packed_attention(base) if loss is packed_loss else nullcontext(), sharing_cores():
         return mean_loss(base, dataset, loss)
 
 

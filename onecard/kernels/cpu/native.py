@@ -26,6 +26,8 @@ from onecard.quant.dynamic import midpoints
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x up to which the product straight from the codes beats dequantize-and-multiply (benchmarks/kernels.py).
 LARGEST_M = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 8}
+# Who sets one of these has chosen what libgomp's idle threads do.
+WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
 class Attention(ctypes.Structure):
@@ -68,6 +70,10 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_isa": (c_char_p,),
     "onecard_set_isa": (c_int, c_char_p),
     "onecard_set_gomp": (None, c_void_p),
+    "onecard_watch_contention": (None,),
+    "onecard_set_contended": (None, c_int),
+    "onecard_contended": (c_int,),
+    "onecard_allow_gathering": (None, c_int),
     "onecard_quantize": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "onecard_dequantize": (None, *_SCALES, c_int64, c_int64, c_void_p, c_int, c_int),
     "onecard_product": (
@@ -110,7 +116,10 @@ def library() -> ctypes.CDLL | None:
     for name, (result, *arguments) in SIGNATURES.items():
         function = getattr(loaded, name)
         function.restype, function.argtypes = result, arguments
-    loaded.onecard_set_gomp(torch_gomp_parallel())
+    gomp_parallel = torch_gomp_parallel()
+    loaded.onecard_set_gomp(gomp_parallel)
+    if gomp_parallel and not any(name in os.environ for name in WAITING):
+        loaded.onecard_watch_contention()
     wanted = os.environ.get("ONECARD_ISA")
     if wanted and not loaded.onecard_set_isa(wanted.encode()):
         must = "ONECARD_ISA must name an instruction set that this CPU and this build have"

@@ -1,0 +1,233 @@
+// An idle thread of libgomp spins for milliseconds before it sleeps. On a quiet machine its next work finds it awake. Beside
+// another busy process it burns the time in which the thread that it waits for could run; then it is itself put off its
+// core in the middle of its work, and the others spin for it. No value of GOMP_SPINCOUNT is right for both
+// (benchmarks/contention.py), and libgomp reads it once. So the machine is watched. While threads of this process wait for
+// a core:
+//
+// - libgomp is made to count more threads than cores, and then its threads spin for 100 turns instead of 300,000. What it
+//   counts is one more thread with a pool of its own, whose members sleep. The threads that compute stay the same, and so
+//   do their bits.
+// - Two threads that work in step, each beside a busy loop on its core, run together for a third of the time, not half: each
+//   sleeps while the other is off its core, and sleep earns no share. On one core together they get their whole share, and
+//   one that waits makes room for the other. So they gather there, and look every two seconds whether the other core is
+//   free again. This is measured for two cores, and done there alone.
+#include "contention.h"
+
+#if defined(__linux__)
+#include <dirent.h>
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+namespace onecard {
+namespace {
+
+constexpr auto kEvery = std::chrono::milliseconds(250);
+constexpr int kLook = 8;  // times kEvery: how long threads stay together before they look again
+// The share of the time that a thread waits for a core. Measured on two cores: at most 0.07 alone, and 0.25 or more beside
+// a busy loop.
+constexpr double kBusy = 0.2, kQuiet = 0.15;
+
+// Calls take(id) for each thread of this process.
+template <class Take>
+void each_thread(const Take& take) {
+    DIR* folder = opendir("/proc/self/task");
+    if (!folder) return;
+    while (dirent* entry = readdir(folder)) {
+        if (int id = std::atoi(entry->d_name)) take(id);
+    }
+    closedir(folder);
+}
+
+struct Times {
+    uint64_t ran, waited;  // nanoseconds since the thread began
+};
+using Threads = std::map<int, Times>;
+
+Threads read_times() {
+    Threads threads;
+    each_thread([&](int id) {
+        char path[64];
+        std::snprintf(path, sizeof path, "/proc/self/task/%d/schedstat", id);
+        unsigned long long ran = 0, waited = 0;
+        std::FILE* file = std::fopen(path, "re");
+        if (!file) return;  // it has ended, or the kernel does not count
+        if (std::fscanf(file, "%llu %llu", &ran, &waited) == 2) threads[id] = {ran, waited};
+        std::fclose(file);
+    });
+    return threads;
+}
+
+// The thread that ran most between the two, and the longest wait of any.
+std::pair<int, uint64_t> busiest(const Threads& before, const Threads& now) {
+    int id = 0;
+    uint64_t most = 0, longest = 0;
+    for (auto [thread, times] : now) {
+        auto found = before.find(thread);
+        if (found == before.end()) continue;
+        longest = std::max(longest, times.waited - found->second.waited);
+        if (times.ran - found->second.ran < most) continue;
+        most = times.ran - found->second.ran;
+        id = thread;
+    }
+    return {id, longest};
+}
+
+// The core on which a thread ran last, or -1.
+int core_of(int id) {
+    char path[64], text[1024];
+    std::snprintf(path, sizeof path, "/proc/self/task/%d/stat", id);
+    std::FILE* file = std::fopen(path, "re");
+    if (!file) return -1;
+    size_t size = std::fread(text, 1, sizeof text - 1, file);
+    std::fclose(file);
+    text[size] = 0;
+    const char* at = std::strrchr(text, ')');                            // the second field's end
+    for (int i = 2; at && i < 39; ++i) at = std::strchr(at + 1, ' ');  // to the 39th
+    return at ? std::atoi(at + 1) : -1;
+}
+
+// Threads that may use two cores, on one of them.
+class Gathering {
+public:
+    void allow(int change) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        allowed_ += change;
+        if (!allowed_) spread_all();
+    }
+    bool gather(int core) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        if (!allowed_ || core < 0 || CPU_COUNT(&all_) != 2 || !CPU_ISSET(core, &all_)) return false;
+        CPU_ZERO(&one_);
+        CPU_SET(core, &one_);
+        move(all_, one_);
+        return gathered_ = true;
+    }
+    void spread() {
+        std::lock_guard<std::mutex> lock(mutex_);
+        spread_all();
+    }
+
+private:
+    void spread_all() {
+        if (gathered_) move(one_, all_);
+        gathered_ = false;
+    }
+    // Threads with another set of cores are the user's own affair.
+    static void move(const cpu_set_t& from, const cpu_set_t& to) {
+        each_thread([&](int id) {
+            cpu_set_t found;
+            if (sched_getaffinity(id, sizeof found, &found) == 0 && CPU_EQUAL(&found, &from)) {
+                sched_setaffinity(id, sizeof to, &to);
+            }
+        });
+    }
+    static cpu_set_t process_cores() {
+        cpu_set_t cores;
+        CPU_ZERO(&cores);
+        sched_getaffinity(0, sizeof cores, &cores);
+        return cores;
+    }
+
+    std::mutex mutex_;
+    cpu_set_t all_ = process_cores(), one_;
+    int allowed_ = 0;
+    bool gathered_ = false;
+};
+
+Gathering& gathering() {
+    static Gathering* only = new Gathering;
+    return *only;
+}
+
+// While it lives, libgomp counts more threads than cores.
+class Crowd {
+public:
+    explicit Crowd(GompParallel gomp_parallel) : thread_([this, gomp_parallel] {
+        gomp_parallel([](void*) {}, nullptr, std::max(1u, std::thread::hardware_concurrency()) + 1, 0);
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [this] { return done_; });
+    }) {}
+    ~Crowd() {
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            done_ = true;
+        }
+        wake_.notify_one();
+        thread_.join();
+    }
+
+private:
+    std::mutex mutex_;
+    std::condition_variable wake_;
+    bool done_ = false;
+    std::thread thread_;  // the last member: it uses the others
+};
+
+std::atomic<Crowd*> crowd{nullptr};  // never destroyed when the process ends: its thread still waits
+
+}  // namespace
+
+bool contended() { return crowd != nullptr; }
+
+void set_contended(bool contended, GompParallel gomp_parallel) {
+    if (contended && !crowd) crowd = new Crowd(gomp_parallel);
+    if (!contended) delete crowd.exchange(nullptr);
+}
+
+void allow_gathering(int change) { gathering().allow(change); }
+
+void watch_contention(GompParallel gomp_parallel) {
+    static std::once_flag once;
+    std::call_once(once, [=] {
+        std::thread([=] {
+            pthread_setname_np(pthread_self(), "onecard-watch");
+            int together = 0;  // how many times more they stay so
+            auto time = std::chrono::steady_clock::now();
+            for (Threads before = read_times(); !before.empty();) {
+                std::this_thread::sleep_for(kEvery);
+                Threads now = read_times();
+                auto later = std::chrono::steady_clock::now();
+                if (together) {  // and wait for each other: that says nothing
+                    if (--together == 0) gathering().spread();
+                } else {
+                    auto [id, longest] = busiest(before, now);
+                    double share = longest * 1e-9 / std::chrono::duration<double>(later - time).count();
+                    bool again = contended();  // a short burst is not worth two seconds on one core
+                    if (share > kBusy) set_contended(true, gomp_parallel);
+                    if (share < kQuiet) set_contended(false, gomp_parallel);
+                    if (again && contended() && gathering().gather(core_of(id))) together = kLook;
+                }
+                before = std::move(now);
+                time = later;
+            }
+        }).detach();
+    });
+}
+
+}  // namespace onecard
+
+#else
+
+namespace onecard {
+
+bool contended() { return false; }
+void set_contended(bool, GompParallel) {}
+void watch_contention(GompParallel) {}
+void allow_gathering(int) {}
+
+}  // namespace onecard
+
+#endif
