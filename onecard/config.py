@@ -109,6 +109,7 @@ class DataConfig(Strict):
     max_seq_length: int = Field(1024, ge=8, description="tokens; longer examples are cut, and counted")
     packing: bool = Field(True, description="several examples a row; they never attend to each other")
     on_bad_rows: Literal["error", "skip"] = "error"
+    on_long_rows: Literal["cut", "drop", "error"] = Field("cut", description="rows longer than max_seq_length")
 
 
 class CalibrationConfig(Strict):
