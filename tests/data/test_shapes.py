@@ -62,6 +62,10 @@ HISTORY = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.reasoning_content and loop.last %}<think>"
     "{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}" + PROMPT
 )
+# Always writes an empty thought, as SmolLM3 does without thinking.
+EMPTY_THOUGHT = CHATML.replace(
+    "+ m['content']", "+ ('<think>\\n\\n</think>\\n' if m.role == 'assistant' else '') + m['content']"
+)
 # Trims content, indents it otherwise, or writes a tool's answer as JSON.
 TRIMS = CHATML.replace("m['content']", "(m['content'] | trim)")
 TOJSON = CHATML.replace("m['content']", "(m['content'] | tojson if m.role == 'tool' else m['content'])")
@@ -116,6 +120,7 @@ REFUSED = {
     "arguments left out": (NAME_ONLY, [USER, CALL], None, "messages[1].tool_calls", "leaves out"),
     "tools left out": (NO_TOOLS, [USER, ANSWER], [TOOL], "tools", "find_ship"),
     "thoughts left out": (NO_TOOLS, [USER, THOUGHT], None, "messages[1].thoughts", "Two and three."),
+    "thoughts behind an empty one": (EMPTY_THOUGHT, [USER, THOUGHT], None, "messages[1].thoughts", "Two and three."),
     "system left out": (ONLY_TWO, [SYSTEM, USER, ANSWER], None, "messages[0].content", "Be brief."),
     "tool's answer left out": (ONLY_TWO, [USER, {"role": "tool", "content": "7"}, ANSWER], None, "messages[1]", "7"),
 }
