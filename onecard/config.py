@@ -116,6 +116,7 @@ class DataConfig(RowConfig):
 
     format: DataFormat = Field("auto", description="format of the data file's rows; auto recognises it")
     on_bad_rows: Literal["error", "skip"] = "error"
+    on_long_rows: Literal["cut", "drop", "error"] = Field("cut", description="rows longer than max_seq_length")
 
 
 class CalibrationConfig(Strict):

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from onecard.data.records import FIX, Record, strings_in
+from onecard.data.calls import strings_in
+from onecard.data.records import FIX, Record
 from onecard.errors import UserError
 
 BREAK = "\ufdd0"  # a noncharacter of Unicode, never in text that is exchanged

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from onecard.config import DataConfig
 from onecard.data.files import BadRow
-from onecard.data.records import Record, Records, line_of, raise_bad_rows, read_records, row_error
+from onecard.data.records import Record, Records, counted, line_of, raise_bad_rows, read_records, row_error
 from onecard.data.template import Example, encode
 from onecard.errors import UserError
 
@@ -26,12 +27,14 @@ class Dataset:
     max_seq_length: int
     num_truncated: int = 0
     num_unsupervised: int = 0
+    num_dropped: int = 0
     bad: list[UserError] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     @property
     def num_records(self) -> int:
-        """Rows read: those kept, those dropped with nothing to learn and the bad ones."""
-        return len(self.examples) + self.num_unsupervised + self.num_skipped
+        """Rows read: those kept, those dropped as too long or with nothing to learn and the bad ones."""
+        return len(self.examples) + self.num_unsupervised + self.num_dropped + self.num_skipped
 
     @property
     def num_skipped(self) -> int:
@@ -53,8 +56,10 @@ class Dataset:
             "tokens": self.num_tokens,
             "supervised tokens": self.num_supervised_tokens,
             "truncated": self.num_truncated,
+            "of them with an answer cut": sum(example.answer_cut for example in self.examples),
             "without anything to learn": self.num_unsupervised,
             "bad rows skipped": len(self.bad),
+            **({"long rows dropped": self.num_dropped} if self.num_dropped else {}),
         }
 
     def fingerprint(self) -> str:
@@ -71,7 +76,9 @@ class Dataset:
         if len(order) < 2:
             raise UserError("a validation split needs two examples", f"{len(order)}", "leave it out")
         num_held = min(len(order) - 1, max(1, round(share * len(order))))
-        held = replace(self.take(sorted(order[:num_held])), num_unsupervised=0, bad=[])  # those count once
+        held = replace(
+            self.take(sorted(order[:num_held])), num_unsupervised=0, num_dropped=0, bad=[]
+        )  # those count once
         return self.take(sorted(order[num_held:])), held
 
     def check_fits(self, vocab_size: int | None, max_positions: int | None) -> None:
@@ -112,31 +119,61 @@ def prepare(read: Records, tokenizer: Any, config: DataConfig) -> Dataset:
             else is left; no example has anything to learn.
     """
     dataset = Dataset([], [], read.format, config.max_seq_length, bad=list(read.bad))
+    notes: Counter[str] = Counter()
     for record in read.records:
         try:
             example = encode(record, tokenizer, config.max_seq_length)
             if len(example.input_ids) < 2:
                 short = BadRow("row", "an example must have two tokens", str(len(example.input_ids)))
                 raise row_error(record.file, record.line, short)
+            if example.truncated and config.on_long_rows == "error":
+                raise row_error(record.file, record.line, long_row(config.max_seq_length))
         except UserError as error:
             if error.where is None or not error.where.startswith(f"{record.where}:"):
                 raise
             dataset.bad.append(error)
             continue
+        if example.truncated and config.on_long_rows == "drop":
+            dataset.num_dropped += 1
+            continue
         dataset.num_truncated += example.truncated
+        notes.update(example.notes)
         if example.num_supervised == 0:
             dataset.num_unsupervised += 1
             continue
         dataset.examples.append(example)
         dataset.records.append(record)
     dataset.bad.sort(key=lambda error: line_of(error, read.file))
-    if config.on_bad_rows == "error" or not (dataset.examples or dataset.num_unsupervised):
+    dataset.notices = read.notices + [f"{note}: {counted(count)}" for note, count in sorted(notes.items())]
+    dataset.notices += told_lengths(dataset)
+    if config.on_bad_rows == "error" or not (dataset.examples or dataset.num_unsupervised or dataset.num_dropped):
         raise_bad_rows(dataset.bad)
     if not dataset.examples:
         raise UserError(
             "an example must have a token to learn",
-            f"none in {dataset.num_unsupervised} examples cut to {config.max_seq_length} tokens",
+            f"none in {dataset.num_unsupervised} examples cut to {config.max_seq_length} tokens"
+            + f", {dataset.num_dropped} dropped as longer" * bool(dataset.num_dropped),
             "raise --max-seq-length, or shorten the prompts",
             read.file,
         )
     return dataset
+
+
+def long_row(max_seq_length: int) -> BadRow:
+    do = "raise --max-seq-length, shorten the row, or pass --on-long-rows cut or drop"
+    return BadRow("row", f"a row must have at most {max_seq_length} tokens, as --on-long-rows error asks", "more", do)
+
+
+def told_lengths(dataset: Dataset) -> list[str]:
+    """What became of rows longer than max_seq_length."""
+    lines, most = [], f"{dataset.max_seq_length:,} tokens"
+    cut = sum(example.answer_cut for example in dataset.examples) + dataset.num_unsupervised
+    if cut and dataset.num_truncated:
+        share = cut / (len(dataset.examples) + dataset.num_unsupervised)
+        lines.append(
+            f"answers are cut at {most} or lost behind them: {counted(cut)}, {share:.1%}; "
+            "raise --max-seq-length, or pass --on-long-rows drop"
+        )
+    if dataset.num_dropped:
+        lines.append(f"dropped as longer than {most}: {counted(dataset.num_dropped)}")
+    return lines

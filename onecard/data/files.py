@@ -1,25 +1,34 @@
-"""From bytes to rows: JSONL, JSON, CSV and Parquet, each row with its line; what is no row is a BadRow.
+"""From bytes to rows: JSONL, JSON, CSV (compressed or not), Parquet, Arrow; what is no row is a BadRow.
 
 A bad row must not hide the ones after it, so every reader goes on where its format allows: JSON lines always,
 a JSON array and CSV up to their first error of syntax. Numbers are lines of the file, 1-based; rows in a
-JSON array and in Parquet.
+JSON array, in Parquet and in Arrow.
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
+import io
 import json
+import lzma
 import re
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from onecard.errors import UserError
 
 BOM = b"\xef\xbb\xbf"
 BLANK = re.compile(r"[ \t\r\n]*")
 HEAD_BYTES = 4096
+ARROW = (".parquet", ".arrow")
+PACKED = (".gz", ".xz", ".bz2", ".zst")
+FIX = "correct the row, or pass --on-bad-rows skip"
+TO_UTF8 = "convert the file to UTF-8, such as: iconv -f CP1252 -t UTF-8 FILE > NEW"
 MAGIC = {
     b"\x1f\x8b": "gzip",
     b"PK\x03\x04": "zip",
@@ -32,43 +41,69 @@ MAGIC = {
 
 
 class BadRow(Exception):
-    """A row that cannot be used: field, what must hold, what was found."""
+    """A row that cannot be used: field, what must hold, what was found, what to do."""
 
-    def __init__(self, field: str, must: str, found: str):
-        self.field, self.must, self.found = field, must, found
-        super().__init__(field, must, found)
+    def __init__(self, field: str, must: str, found: str, do: str = FIX):
+        self.field, self.must, self.found, self.do = field, must, found, do
+        super().__init__(field, must, found, do)
 
 
 Rows = Iterator[tuple[int, dict[str, Any] | BadRow]]
 
 
 def read_rows(path: Path) -> Rows:
-    """(number, row) of a file; a row that cannot be parsed comes as a BadRow.
+    """(number, row) of a file or of a folder that datasets' save_to_disk wrote; a row that cannot be parsed comes as a
+    BadRow.
 
     Raises:
-        UserError: no such file, a folder, an unknown suffix, an empty, binary or unreadable file.
+        UserError: no such file, another folder, an unknown suffix, an empty, binary or unreadable file.
     """
-    readers = {".jsonl": jsonl, ".ndjson": jsonl, ".json": json_file, ".csv": csv_file, ".parquet": parquet}
+    if path.is_dir():
+        yield from saved_folder(path)
+        return
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise UserError("the data must be a file", found, "check the path", str(path))
-    suffix = path.suffix.lower()
-    if suffix not in readers:
-        must = "the data file's name must end in .jsonl, .ndjson, .json, .csv or .parquet"
+        raise UserError("the data must be a file", "no such file", "check the path", str(path))
+    readers = {".jsonl": jsonl, ".ndjson": jsonl, ".json": json_file, ".csv": csv_file}
+    readers |= {".parquet": parquet, ".arrow": arrow_file}
+    suffix = kind_of(path)
+    if suffix not in readers or (suffix in ARROW and path.suffix.lower() in PACKED):
+        must = (
+            f"the data file's name must end in {', '.join(readers)}; .jsonl, .json and .csv also with .gz, .xz or .zst"
+        )
         raise UserError(must, repr(path.suffix), "convert or rename it", str(path))
     if path.stat().st_size == 0:
         raise UserError("the data file must have rows", "an empty file", "check the file", str(path))
     try:
-        if suffix != ".parquet":
+        if suffix not in ARROW:
             refuse_binary(path)
         yield from readers[suffix](path)
-    except OSError as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError("the data file must be readable", str(error), "check the file", str(path)) from None
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that tells the format, in front of one that tells the compression."""
+    return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
+
+
+def is_arrow(path: Path) -> bool:
+    """Whether the rows come from Arrow, which gives all objects of a column the same fields."""
+    return path.is_dir() or kind_of(path) in ARROW
+
+
+def opened(path: Path) -> IO[bytes]:
+    """The file's bytes, unpacked."""
+    suffix = path.suffix.lower()
+    if suffix == ".zst":
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, open)(path, "rb")
 
 
 def refuse_binary(path: Path) -> None:
     """Raise UserError for a compressed or binary file under a text file's name."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         head = file.read(HEAD_BYTES)
     kind = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
     if kind is None and head.count(0) > len(head) // 20:
@@ -79,7 +114,7 @@ def refuse_binary(path: Path) -> None:
 
 
 def jsonl(path: Path) -> Rows:
-    with path.open("rb") as file:
+    with opened(path) as file:
         for line, raw in enumerate(file, 1):
             if line == 1:
                 raw = raw.removeprefix(BOM)
@@ -93,8 +128,8 @@ def parse_row(raw: bytes) -> dict[str, Any] | BadRow:
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=partial(to_object, repeated))
     except UnicodeDecodeError as error:
-        found = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        return BadRow("row", "a row must be UTF-8", found)
+        found = f"{byte_found(raw[error.start])} at column {error.start + 1}"
+        return BadRow("row", "a row must be UTF-8", found, TO_UTF8)
     except json.JSONDecodeError as error:
         return BadRow("row", "a row must be JSON", f"{error.msg.removesuffix(' at')} at column {error.colno}")
     except RecursionError:
@@ -123,7 +158,8 @@ def checked_row(row: Any, repeated: list[str]) -> dict[str, Any] | BadRow:
 
 def json_file(path: Path) -> Rows:
     """An array of objects, numbered from 1; or JSON lines under the wrong name."""
-    raw = path.read_bytes().removeprefix(BOM)
+    with opened(path) as file:
+        raw = file.read().removeprefix(BOM)
     if raw.lstrip().startswith(b"["):
         yield from json_array(raw, path)
         return
@@ -168,7 +204,7 @@ def csv_file(path: Path) -> Rows:
     """Rows under a header; quoted cells may hold line breaks, and a row's line is that of its first cell."""
     csv.field_size_limit(1 << 30)
     line = 0
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with io.TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
@@ -185,13 +221,32 @@ def csv_file(path: Path) -> Rows:
 
 def check_header(header: list[str], path: Path) -> None:
     twice = {name for name in header if header.count(name) > 1}
+    refuse_other_separators(header, path)
     if header and not twice and not any(map(undecoded, header)):
         return
     found = f'"{shown(min(twice))}" twice' if twice else ", ".join(map(shown, header)) or "an empty line"
-    if path.suffix.lower() == ".parquet":
+    if kind_of(path) in ARROW:
         raise UserError("a Parquet file must have each column once", found, "rename a column", str(path))
+    if (byte := next(filter(None, map(undecoded, header)), 0)) and not twice:
+        raise UserError("a CSV file must be UTF-8", byte_found(byte), TO_UTF8, f"{path}:1")
     must = "a CSV file must start with its columns' names in UTF-8, each once"
     raise UserError(must, found, "correct the header", f"{path}:1")
+
+
+def refuse_other_separators(header: list[str], path: Path) -> None:
+    """Raise UserError for a header of one column that holds what separates columns elsewhere."""
+    names = {";": "semicolons", "\t": "tabs", "|": "bars"}
+    other = next((mark for mark in names if len(header) == 1 and mark in header[0]), None)
+    if other is not None and kind_of(path) == ".csv":
+        do = f"save it with commas, such as: pandas.read_csv(FILE, sep={other!r}).to_csv(NEW, index=False)"
+        found = f"{names[other]} between {shown(header[0])[:80]}"
+        raise UserError("a CSV file must have commas between its columns", found, do, f"{path}:1")
+
+
+def byte_found(byte: int) -> str:
+    """A byte that is not UTF-8, and the letter that it is on most Windows machines."""
+    letter = bytes([byte]).decode("cp1252", "ignore")
+    return f"byte 0x{byte:02x}" + (f', which is "{letter}" in Windows-1252' if letter.isprintable() and letter else "")
 
 
 def csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
@@ -200,7 +255,7 @@ def csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
         return BadRow("row", "a row must have a cell for each column", found)
     for name, cell in zip(header, cells):
         if byte := undecoded(cell):
-            return BadRow(name, "a cell must be UTF-8", f"byte 0x{byte:02x}")
+            return BadRow(name, "a cell must be UTF-8", byte_found(byte), TO_UTF8)
     return dict(zip(header, cells))
 
 
@@ -226,6 +281,51 @@ def parquet(path: Path) -> Rows:
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         where = f"{path}: after row {number}" if number else str(path)
         raise UserError("the file must be readable Parquet", str(error), "write it again", where) from None
+
+
+def arrow_file(path: Path) -> Rows:
+    """An Arrow file, of a stream or with an index, as datasets' cache and save_to_disk hold."""
+    import pyarrow
+
+    number = 0
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            has_index = source.read(6) == b"ARROW1"
+            source.seek(0)
+            read = pyarrow.ipc.open_file(source) if has_index else pyarrow.ipc.open_stream(source)
+            check_header(read.schema.names, path)
+            batches = map(read.get_batch, range(read.num_record_batches)) if has_index else read
+            for row in (row for batch in batches for row in batch.to_pylist()):
+                number += 1
+                yield number, row
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        where = f"{path}: after row {number}" if number else str(path)
+        raise UserError("the file must be readable Arrow", str(error), "write it again", where) from None
+
+
+def saved_folder(folder: Path) -> Rows:
+    """The files of a dataset that datasets' save_to_disk wrote; rows count through all of them."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(each.name for each in folder.iterdir() if each.is_dir())
+        found = f"a folder of the splits {', '.join(map(shown, splits)) or 'none'}"
+        raise UserError("the data must be one dataset", found, f"name one, such as {folder}/SPLIT", str(folder))
+    must = "a data folder must be one that datasets' save_to_disk wrote"
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        names = [Path(each["filename"]).name for each in state["_data_files"]]
+    except FileNotFoundError:
+        raise UserError("the data must be a file", "a folder", "name a file in it", str(folder)) from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(must, f"state.json: {error}", "write it again", str(folder)) from None
+    number = 0
+    for name in names:
+        if not (folder / name).is_file():
+            raise UserError(must, f"no {shown(name)}", "copy the whole folder", str(folder))
+        for _, row in arrow_file(folder / name):
+            number += 1
+            yield number, row
 
 
 def shown(text: str) -> str:

@@ -64,8 +64,9 @@ def render_counts(dataset: Dataset, packing: bool) -> Table:
 
 
 def render_preview(dataset: Dataset, tokenizer: Any, packing: bool, num_examples: int, colour: bool) -> RenderableType:
-    """Counts, some examples, and the bad rows that were skipped."""
+    """Counts, what was noticed, some examples, and the bad rows that were skipped."""
     parts: list[RenderableType] = [render_counts(dataset, packing)]
+    parts += [Text(f"note: {shown(notice)}", style="yellow") for notice in dataset.notices]
     for example in dataset.examples[:num_examples]:
         parts += [Text(f"\n{example.where}", style="underline"), render_example(example, tokenizer, colour)]
     for error in dataset.bad[:SHOWN_BAD]:

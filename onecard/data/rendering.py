@@ -14,6 +14,7 @@ from typing import Any
 
 from onecard.data.files import shown
 from onecard.data.records import FIX
+from onecard.data.shapes import USUAL, Shape
 from onecard.errors import UserError
 
 MAX_SECONDS = 10  # of CPU time, for one chat
@@ -88,6 +89,7 @@ class Renderings:
     Args:
         wanted: (messages, generation prompt or not) of each rendering; the whole chat without one is always there.
         chat_template: taken in place of the tokenizer's own.
+        shape: how the messages are handed to the template.
 
     Raises:
         UserError: no template, or one that runs too long or takes too much.
@@ -101,6 +103,7 @@ class Renderings:
         tools: list[dict[str, Any]] | None = None,
         wanted: Iterable[tuple[int, bool]] = (),
         chat_template: str | None = None,
+        shape: Shape = USUAL,
     ):
         if not tokenizer.chat_template:
             raise UserError(
@@ -109,8 +112,10 @@ class Renderings:
                 "use the instruct version of the model, or rows of prompt/completion",
                 where,
             )
-        self.where, self.template = where, f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-        turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
+        self.tokenizer, self.where, self.tools, self.shape = tokenizer, where, tools, shape
+        self.template = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
+        turns = [{key: value for key, value in turn.items() if value is not None} for turn in shape.messages(messages)]
+        tools = shape.tools(tools)
         keys = list(dict.fromkeys([(len(messages), False), *wanted]))
         each = [{"conversations": [turns[:count]], "add_generation_prompt": prompted} for count, prompted in keys]
         try:
@@ -132,3 +137,13 @@ class Renderings:
             must = f"{self.template} must accept the messages"
             raise UserError(must, shown(reply["refused"]), FIX, f"{self.where}:messages")
         return reply["text"]
+
+    def prompt(self, count: int) -> str | None:
+        """What asks for the next message after the first `count`; None where the template takes no such beginning."""
+        return None if "refused" in self.replies[count, True] else self.text(count, prompted=True)
+
+    def again(
+        self, messages: list[dict[str, Any]], wanted: Iterable[tuple[int, bool]] = (), template: str | None = None
+    ) -> Renderings:
+        """Other messages, or another template, rendered alike."""
+        return Renderings(messages, self.tokenizer, self.where, self.tools, wanted, template, self.shape)

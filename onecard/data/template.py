@@ -10,6 +10,11 @@ The whole chat is rendered once and tokenized once; which of its characters the 
    around the mark must stand around the content in the whole.
 4. Else the row is refused: never train on tokens that are only likely to be the assistant's.
 
+The last turn is what the model is given when it is asked, the answer, and the end of turn. Where the template writes
+another prompt before an answer that it knows than before one that it asks for, the prompt of the latter is taken
+(`as_asked`); where that cannot be, the row gets a note. Every word of a row must be in what is learned or read
+(`shapes.py`).
+
 A turn is learned up to and with its end-of-turn token, not the line break after it. Where the template ends
 the last answer with no such token, the text is cut there and EOS appended, so that the model learns to stop.
 
@@ -21,39 +26,49 @@ fills a row up with a document of its own, all masked), so no pad token takes an
 
 from __future__ import annotations
 
-import re
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from onecard.data.control import (
-    END_NAMES,
+    BREAK,
     as_text,
     encode_text,
     messages_as_text,
     refuse_control_tokens,
     specials_of,
 )
+from onecard.data.files import describe
 from onecard.data.records import FIX, Record
 from onecard.data.rendering import Renderings
+from onecard.data.shapes import Missing, Shape, check_words, shapes
+from onecard.data.spans import as_asked, assistant_turns, close_turn, learned_turns
 from onecard.errors import UserError
 
-Span = tuple[int, int]  # characters: start, end
-Turn = tuple[int, int, bool]  # start, end, and whether an end-of-turn token closes it
+Encoded = tuple[
+    list[int], list[int], bool, tuple[str, ...]
+]  # ids, labels, whether what is missing behind is learned, notes
 IGNORE = -100
 LONGEST_TOKEN = 128  # characters, and to spare
-MARK = "\u2042{}\u2042"  # around a number; a chat that holds it is refused where marks are needed
-GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
+OTHER_PROMPT = "the chat template asks for an answer with another prompt than it writes before the learned one"
+NO_THOUGHTS = "the chat template leaves out the thoughts of turns before the last, and they are not learned"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One document: int tokens and labels of one length; labels[0] is always masked."""
+    """One document: int tokens and labels of one length; labels[0] is always masked.
+
+    Attributes:
+        truncated, answer_cut: whether it was cut to max_seq_length, and something to learn with it.
+        notes: what the user should know of it.
+    """
 
     input_ids: list[int]
     labels: list[int]
     where: str
     truncated: bool = False
+    answer_cut: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def num_supervised(self) -> int:
@@ -68,24 +83,45 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
             assistant words that cannot be found in the template's output.
     """
     refuse_control_tokens(record, tokenizer)
-    if record.messages is not None and (tokenizer.chat_template or not record.alpaca):
-        ids, labels = encode_chat(record, tokenizer, max_seq_length)
-    elif record.messages is not None:
-        ids, labels = encode_pair(*alpaca_text(record), tokenizer, record.where, max_seq_length)
-    elif record.text is not None:
-        ids, labels = encode_pair("", record.text, tokenizer, record.where, max_seq_length)
-    else:
-        prompt, completion = record.prompt or "", record.completion or ""
-        ids, labels = encode_pair(prompt, completion, tokenizer, record.where, max_seq_length)
+    chat = prompt_form(record, tokenizer) == "chat"
+    ids, labels, cut, notes = (encode_chat if chat else encode_text_record)(record, tokenizer, max_seq_length)
     labels[0] = IGNORE  # nothing comes before it: the first token is never predicted
     truncated = len(ids) > max_seq_length
-    return Example(ids[:max_seq_length], labels[:max_seq_length], record.where, truncated)
+    cut = truncated and (cut or any(label != IGNORE for label in labels[max_seq_length:]))
+    return Example(ids[:max_seq_length], labels[:max_seq_length], record.where, truncated, cut, notes)
+
+
+def prompt_form(record: Record, tokenizer: Any) -> Literal["chat", "alpaca", "text"]:
+    """How a record's prompt is written: by the chat template, under alpaca's headings, or as it is."""
+    if record.messages is None:
+        return "text"
+    return "alpaca" if record.alpaca and not tokenizer.chat_template else "chat"
+
+
+def encode_text_record(record: Record, tokenizer: Any, most: int) -> Encoded:
+    """A record that no chat template writes."""
+    if record.messages is not None:
+        prompt, answer = alpaca_text(record)
+    else:
+        prompt, answer = record.prompt or "", record.completion or record.text or ""
+    ids, labels = encode_pair(prompt, answer, tokenizer, record.where, most)
+    return ids, labels, True, ()
 
 
 def alpaca_text(record: Record) -> tuple[str, str]:
     """Prompt and answer for a tokenizer without a chat template: plain headings."""
-    user, assistant = (turn["content"] for turn in record.messages or ())
-    return f"### Instruction:\n{user}\n\n### Response:\n", assistant
+    *before, user, assistant = [turn["content"] for turn in record.messages or ()]
+    if len(before) > 1:
+        must = "a row with history needs a tokenizer with a chat template"
+        raise UserError(
+            must, "none", "use the instruct version of the model, or leave history out", f"{record.where}:history"
+        )
+    return alpaca_prompt(user, *before), assistant
+
+
+def alpaca_prompt(user: str, system: str = "") -> str:
+    """A question under alpaca's headings, as training without a chat template writes it."""
+    return f"{system}\n\n" * bool(system) + f"### Instruction:\n{user}\n\n### Response:\n"
 
 
 def encode_pair(prompt: str, completion: str, tokenizer: Any, where: str, most: int) -> tuple[list[int], list[int]]:
@@ -123,18 +159,37 @@ def eos(tokenizer: Any) -> list[int]:
     return [tokenizer.eos_token_id]
 
 
-def encode_chat(record: Record, tokenizer: Any, most: int) -> tuple[list[int], list[int]]:
+def encode_chat(record: Record, tokenizer: Any, most: int) -> Encoded:
+    """A chat in the first shape in which the template keeps all of its words."""
+    messages = messages_as_text(list(record.messages or ()), tokenizer)
+    first = None
+    for shape in shapes(messages, record.tools, str(tokenizer.chat_template)):
+        try:
+            return encode_shaped(record, messages, shape, tokenizer, most)
+        except UserError as error:
+            if not (error.where or "").startswith(f"{record.where}:"):
+                raise
+            first = first or error
+    assert first is not None  # there is always one shape
+    raise first
+
+
+def encode_shaped(record: Record, messages: list[dict[str, Any]], shape: Shape, tokenizer: Any, most: int) -> Encoded:
     """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token; of more
     than `most` tokens those behind may be missing."""
-    messages = messages_as_text(list(record.messages or ()), tokenizer)
-    wanted = [(k, prompted) for i in learned_turns(record) for k, prompted in ((i, False), (i, True), (i + 1, False))]
-    chat = Renderings(messages, tokenizer, record.where, record.tools, wanted)
+    indices = learned_turns(record)
+    wanted = [(k, prompted) for i in indices for k, prompted in ((i, False), (i, True), (i + 1, False))]
+    chat = Renderings(messages, tokenizer, record.where, record.tools, wanted, shape=shape)
     text = chat.text(len(messages))
+    spans = dict(zip(indices, assistant_turns(record, messages, chat, tokenizer)))
+    text, spans, as_it_is_asked = as_asked(messages, chat, text, spans)
+    try:
+        cut_thoughts = check_words(text, messages, record.tools, spans)
+    except Missing as missing:
+        raise unwritten(record, missing, chat.template) from None
+    notes = (OTHER_PROMPT,) * (not as_it_is_asked) + (NO_THOUGHTS,) * any(i in spans for i in cut_thoughts)
     stops = specials_of(tokenizer).names
-    turns = [
-        close_turn(text, start, end, stops, tokenizer)
-        for start, end in assistant_turns(record, messages, chat, tokenizer)
-    ]
+    turns = [close_turn(text, start, end, stops, tokenizer) for start, end in spans.values()]
     unended = messages[-1]["role"] == "assistant" and bool(turns) and not turns[-1][2]
     if unended:
         text = text[: turns[-1][1]]
@@ -142,8 +197,8 @@ def encode_chat(record: Record, tokenizer: Any, most: int) -> tuple[list[int], l
     ids, offsets = encode_text(text, tokenizer, record.where)
     cuts = [
         start
-        for i, (start, _, _) in zip(learned_turns(record), turns)
-        if any(a < start < b for a, b in offsets) and start < len(text) and chat.text(i, prompted=True) == text[:start]
+        for i, (start, _, _) in zip(indices, turns)
+        if any(a < start < b for a, b in offsets) and start < len(text) and chat.prompt(i) == text[:start]
     ]
     if cuts:
         ids, offsets = encode_text(text, tokenizer, record.where, tuple(cuts))
@@ -155,7 +210,22 @@ def encode_chat(record: Record, tokenizer: Any, most: int) -> tuple[list[int], l
         ids, learned = ids + eos(tokenizer), [*learned, True]
     first = missing_bos(text, tokenizer)
     ids, learned = first + ids, [False] * len(first) + learned
-    return ids, [token if yes else IGNORE for token, yes in zip(ids, learned)]
+    labels = [token if yes else IGNORE for token, yes in zip(ids, learned)]
+    return ids, labels, turns[-1][1] > len(text), notes
+
+
+def unwritten(record: Record, missing: Missing, template: str) -> UserError:
+    """The error of a row whose words the template leaves out."""
+    what = {"thoughts": "thoughts", "tool_calls": "tool calls", "tools": "tools"}.get(missing.field, "words")
+    do = {
+        "thoughts": "use a model whose chat template writes thoughts, or leave them out of the rows",
+        "tool_calls": "use a model whose chat template knows tools, or write the calls as text into the content",
+        "tools": "use a model whose chat template knows tools, or leave the tools out of the rows",
+    }.get(missing.field, "use a model whose chat template keeps them, or leave them out of the rows")
+    where = record.field_of(missing.i) if missing.field == "content" else f"messages[{missing.i}].{missing.field}"
+    where = "tools" if missing.field == "tools" else where
+    must = f"{template} must write all {what} of a row"
+    return UserError(must, f"it leaves out {describe(missing.words.replace(BREAK, ''))}", do, f"{record.where}:{where}")
 
 
 def tokens_within(offsets: list[tuple[int, int]], start: int, end: int) -> range:
@@ -167,141 +237,11 @@ def tokens_within(offsets: list[tuple[int, int]], start: int, end: int) -> range
     return range(inside[0], inside[-1] + 1) if inside and start < end else range(0)
 
 
-def close_turn(text: str, start: int, end: int, stops: frozenset[str], tokenizer: Any) -> Turn:
-    """(start, end, ended): the turn with its end-of-turn token and without the white space after it."""
-    turn = text[start:end].rstrip()
-    if any(turn.endswith(stop) for stop in stops):
-        return start, start + len(turn), True
-    gap = len(text[end:]) - len(text[end:].lstrip())
-    for name in turn_ends(tokenizer):  # a template may write it between turns instead of after each
-        if text.startswith(name, end + gap):
-            return start, end + gap + len(name), True
-    return start, start + len(turn), False
-
-
-def turn_ends(tokenizer: Any) -> list[str]:
-    """The tokenizer's tokens that are known to end a turn."""
-    return [name for name in (tokenizer.eos_token, *END_NAMES) if name in specials_of(tokenizer).names]
-
-
 def missing_bos(text: str, tokenizer: Any) -> list[int]:
     """The BOS that the tokenizer would write, unless the rendered text begins with one."""
     if tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token):
         return []
     return bos(tokenizer)
-
-
-def assistant_turns(record: Record, messages: list[dict[str, Any]], chat: Renderings, tokenizer: Any) -> list[Span]:
-    """Character spans of the rendered chat that the learned assistant messages take; UserError where not certain."""
-    turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
-    marked = generation_spans(messages, chat.text(len(messages)), tokenizer, record)
-    if marked is not None and len(marked) != len(turns):
-        raise unfound(record, turns[0], tokenizer)
-    spans: list[tuple[int, int]] = []
-    for i in learned_turns(record):
-        k = turns.index(i)
-        span = marked[k] if marked is not None else turn_span(messages, i, chat, tokenizer, record)
-        if span is None or (spans and span[0] < spans[-1][1]):
-            raise unfound(record, i, tokenizer)
-        spans.append(span)
-    return spans
-
-
-def learned_turns(record: Record) -> list[int]:
-    """Indices of the assistant's messages that are neither part of the prompt nor of weight 0."""
-    turns = [i for i, turn in enumerate(record.messages or ()) if turn["role"] == "assistant"]
-    return [i for i in turns if i >= record.num_prompt_messages and i not in record.unlearned]
-
-
-def unfound(record: Record, i: int, tokenizer: Any) -> UserError:
-    name = tokenizer.name_or_path or "the tokenizer"
-    return UserError(
-        "the assistant's words must be found in the chat template's output",
-        f"message {i} is not there for certain in the chat template of {name}",
-        "use a tokenizer whose chat template keeps them, or rows of prompt/completion",
-        f"{record.where}:messages[{i}]",
-    )
-
-
-def generation_spans(
-    messages: list[dict[str, Any]], text: str, tokenizer: Any, record: Record
-) -> list[tuple[int, int]] | None:
-    """Spans of the template's {% generation %} blocks; None if it has no such block, [] if they are unsure.
-
-    The blocks' edges are written out as characters in a second rendering. transformers' own
-    return_assistant_tokens_mask goes over token offsets: where an edge falls on a space whose offset the
-    tokenizer trims, its mask breaks off.
-    """
-    template = tokenizer.get_chat_template()
-    if not GENERATION.search(template):
-        return None
-    edged = GENERATION.sub(write_edge, template)
-    shown_edges = Renderings(messages, tokenizer, record.where, record.tools, chat_template=edged).text(len(messages))
-    parts = re.split(f"({OPEN}|{CLOSE})", shown_edges)
-    at, open_at, spans = 0, None, []
-    for part in parts:
-        if part == OPEN:
-            open_at = at
-        elif part == CLOSE and open_at is not None:
-            spans.append((open_at, at))
-            open_at = None
-        else:
-            at += len(part)
-    return spans if re.sub(f"{OPEN}|{CLOSE}", "", shown_edges) == text else []
-
-
-def write_edge(tag: re.Match[str]) -> str:
-    """An edge of a generation block as a block that writes a mark; white space is trimmed as at the tag."""
-    left, end, right = tag.groups()
-    return f"{{%{left} if true %}}{{{{ '{CLOSE if end else OPEN}' }}}}{{% endif {right}%}}"
-
-
-def turn_span(messages: list[dict[str, Any]], i: int, chat: Renderings, tokenizer: Any, record: Record) -> Span | None:
-    """Characters of the rendered chat that message i takes, its end of turn included; None if unsure."""
-    text, given, through = chat.text(len(messages)), chat.text(i, prompted=True), chat.text(i + 1)
-    prompted = given != chat.text(i) and text.startswith(given)
-    if prompted and text.startswith(through) and len(through) > len(given):
-        return len(given), len(through)
-    if messages[i].get("tool_calls") and not prompted:
-        return None  # nothing tells the turn's header from the call
-    span = content_span(messages, i, text, tokenizer, record)
-    if span is None or not prompted:
-        return span
-    return (len(given), span[1]) if len(given) <= span[1] else None
-
-
-def content_span(
-    messages: list[dict[str, Any]], i: int, text: str, tokenizer: Any, record: Record
-) -> tuple[int, int] | None:
-    """Message i's content in `text` and what the template writes after it, found by a mark in its place.
-
-    Where the message calls tools, the span is from the last call's name on.
-    """
-    mark, calls = MARK.format(i), messages[i].get("tool_calls")
-    marked = [with_mark(turn, mark) if k == i else turn for k, turn in enumerate(messages)]
-    chat = Renderings(marked, tokenizer, record.where, record.tools, [(i + 1, False)])
-    before, found, after = chat.text(len(marked)).partition(mark)
-    end = len(text) - len(after)
-    if not found or mark in text or mark in after or len(before) > end:
-        return None
-    if not text.endswith(after) or not (calls or text.startswith(before)):
-        return None
-    tail = chat.text(i + 1).partition(mark)[2]
-    whole = text.startswith(tail, end)
-    if not calls:  # some templates write the next turn's header after every turn
-        ends = [tail.find(name) + len(name) for name in turn_ends(tokenizer) if name in tail]
-        tail = tail[: min(ends, default=len(tail))]
-    if calls and not whole:
-        return None  # the call's arguments come after the mark: their end must be known
-    return len(before), end + (len(tail) if whole else 0)
-
-
-def with_mark(turn: dict[str, Any], mark: str) -> dict[str, Any]:
-    """The message with a mark for its content, or for its last tool call's name."""
-    if not turn.get("tool_calls"):
-        return {**turn, "content": mark}
-    *calls, last = turn["tool_calls"]
-    return {**turn, "tool_calls": [*calls, {**last, "function": {**last["function"], "name": mark}}]}
 
 
 def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> list[int]:
@@ -312,10 +252,23 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[
     try:
         if not tokenizer.chat_template:
             return text_ids(messages[-1]["content"], tokenizer)
-        asked = (len(messages), True)
-        text = Renderings(messages_as_text(messages, tokenizer), tokenizer, "prompt", tools, [asked]).text(*asked)
+        text = prompt_text(messages_as_text(messages, tokenizer), tokenizer, tools)
         return missing_bos(text, tokenizer) + encode_text(text, tokenizer, "prompt")[0]
     except UserError as error:
         if error.do != FIX:
             raise
         raise UserError(error.must, error.found, "say it otherwise") from None  # there is no row to correct
+
+
+def prompt_text(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
+    """What asks for the next message, in the shape that training finds; in the usual one where none keeps all words."""
+    asked, usual = (len(messages), True), None
+    for shape in shapes(messages, tools, str(tokenizer.chat_template)):
+        chat = Renderings(messages, tokenizer, "prompt", tools, [asked], shape=shape)
+        usual = usual or chat
+        if (text := chat.prompt(len(messages))) is not None:
+            with suppress(Missing):
+                check_words(text, [*messages, {"role": "assistant", "content": ""}], tools, {})
+                return text
+    assert usual is not None  # there is always one shape
+    return usual.text(*asked)

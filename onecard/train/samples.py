@@ -7,7 +7,8 @@ from typing import Any
 from onecard.config import NUM_SAMPLES, SAMPLE_TOKENS
 from onecard.data.dataset import Dataset
 from onecard.data.records import Record
-from onecard.data.template import alpaca_text, learned_turns, prompt_ids, text_ids
+from onecard.data.spans import learned_turns
+from onecard.data.template import alpaca_text, prompt_ids, text_ids
 from onecard.infer.generate import generate
 
 SHOWN_TEXT = 80  # characters of a plain text that stand for its prompt
@@ -35,9 +36,18 @@ def record_prompt(record: Record, tokenizer: Any) -> tuple[str, list[int]]:
     if record.alpaca and not tokenizer.chat_template:
         text = alpaca_text(record)[0]
         return text, text_ids(text, tokenizer)
-    asked = [dict(turn) for turn in record.messages[: learned_turns(record)[0]]]
+    asked = [dict(turn) for turn in record.messages[: first_asked(record)]]
+    if not asked:
+        return "", []
     text = asked[0]["content"] if len(asked) == 1 else "\n".join(f"{m['role']}: {m['content']}" for m in asked)
     return text, prompt_ids(asked, tokenizer, record.tools)
+
+
+def first_asked(record: Record) -> int:
+    """The first learned answer that somebody asked for; 0 if the assistant only speaks first."""
+    turns = record.messages or ()
+    asked = (i for i in learned_turns(record) if any(turn["role"] == "user" for turn in turns[:i]))
+    return next(asked, 0)
 
 
 def answer_samples(model: Any, tokenizer: Any, samples: list[Sample], ends: tuple[int, ...] = ()) -> list[str]:

@@ -78,7 +78,12 @@ def test_what_openai_and_sharegpt_write_is_read(tmp_path):
     path = write_rows(tmp_path / "d.jsonl", [{"messages": [ASKED, call, {"role": "tool", "content": "7"}, SAID]}])
     function = read_records(path).records[0].messages[1]["tool_calls"][0]["function"]
     assert function["arguments"] == {"a": 1}  # a template would write the string as a quoted string
-    turns = [("human", "a"), ("function_call", "{}"), ("observation", "7"), ("gpt", "b")]
+    turns = [
+        ("human", "a"),
+        ("function_call", '{"name": "f", "arguments": {"a": 1}}'),
+        ("observation", "7"),
+        ("gpt", "b"),
+    ]
     write_rows(path, [{"conversations": [{"from": name, "value": text} for name, text in turns]}])
     record = read_records(path).records[0]
     assert [turn["role"] for turn in record.messages] == ["user", "assistant", "tool", "assistant"]

@@ -90,15 +90,12 @@ def test_thoughts_that_the_template_drops_are_not_learned():
     assert "<think>" not in tokenizer.decode(example.input_ids)
 
 
-def test_words_are_learned_as_the_template_writes_them():
-    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content | upper }}{% endfor %}")
-    assert learned(encode(record("how?", "two mugs"), tokenizer, 512), tokenizer) == ["TWO MUGS<|im_end|>"]
-
-
-@pytest.mark.parametrize("body", ["{{ m.content }}{{ m.content }}", "{{ m.content | length }}"])
+@pytest.mark.parametrize(
+    "body", ["{{ m.content }}{{ m.content }}", "{{ m.content | length }}", "{{ m.content | upper }}"]
+)
 def test_a_template_whose_words_cannot_be_found_is_refused(body):
     tokenizer = make_tokenizer("{% for m in messages %}" + body + "{% endfor %}")
-    with pytest.raises(UserError, match="must be found"):
+    with pytest.raises(UserError, match=r"must (be found|write all words)"):
         encode(record("how?", "two mugs"), tokenizer, 512)
 
 

@@ -183,9 +183,8 @@ def test_words_of_the_user_are_not_mistaken_for_the_assistants():
         "{% for m in messages %}{{ m.role }}:{{ '' if m.content == 'two' and m.role == 'assistant' else m.content }}"
         "\n{% endfor %}"
     )
-    tokenizer = make_tokenizer(template)
-    text = "".join(learned(encode(chat("say two", "two"), tokenizer, 512), tokenizer))
-    assert text == END
+    with pytest.raises(UserError, match="must write all words"):
+        encode(chat("say two", "two"), make_tokenizer(template), 512)
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, MISTRAL, MARKED, NO_END, QWEN3, RETURNS, BETWEEN])
@@ -248,7 +247,7 @@ def test_a_message_of_weight_0_is_read_but_not_learned(tmp_path):
     assert "first" in tokenizer.decode(example.input_ids)
 
 
-@pytest.mark.parametrize("weight, role", [(0.5, "assistant"), ("0", "assistant"), (0, "user"), (0, "assistant")])
+@pytest.mark.parametrize("weight, role", [(0.5, "assistant"), ("0", "assistant"), (1, "user"), (0, "assistant")])
 def test_bad_weights(tmp_path, weight, role):
     """The last case: nothing is left to learn."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -1,0 +1,180 @@
+"""The shapes in which chat templates read messages, and the check that a rendering holds every word.
+
+A template takes what it knows and leaves out the rest without an error: a field of another name, a call on a template
+that knows none, the content where it expects a list of parts. So what was rendered is searched for every word of the
+messages; where one is missing, the messages are rendered in the next shape, and refused if none keeps them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+SPACES = re.compile(r"\s+")
+TWO_THOUGHTS = re.compile(r"<think>\s*</think>\s*<think>")  # an empty one that the template writes, and the row's
+THOUGHT = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*", re.DOTALL)
+
+Messages = list[dict[str, Any]]
+
+
+class Missing(Exception):
+    """What of the messages a rendering does not hold: the field and the words."""
+
+    def __init__(self, i: int, field: str, words: str):
+        self.i, self.field, self.words = i, field, words
+        super().__init__(i, field, words)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How messages are handed to the template.
+
+    Attributes:
+        parts: content as a list of parts: of "all" messages, of the "system" message, or "none".
+        text_arguments: arguments of calls as JSON text.
+        thoughts: thoughts under this key; "content": in front of the answer, between <think> and </think>.
+        bare_tools: tools without the `function` around them.
+    """
+
+    parts: str = "none"
+    text_arguments: bool = False
+    thoughts: str = "reasoning_content"
+    bare_tools: bool = False
+
+    def messages(self, messages: Messages) -> Messages:
+        return [self.message(turn) for turn in messages]
+
+    def message(self, turn: dict[str, Any]) -> dict[str, Any]:
+        made = dict(turn)
+        if "reasoning_content" in made and self.thoughts != "reasoning_content":
+            thought = made.pop("reasoning_content")
+            if self.thoughts == "content":
+                made["content"] = f"<think>\n{thought}\n</think>\n\n{made['content']}"
+            else:
+                made[self.thoughts] = thought
+        if self.text_arguments and made.get("tool_calls"):
+            made["tool_calls"] = [with_text_arguments(call) for call in made["tool_calls"]]
+        if self.parts == "all" or self.parts == made["role"]:
+            made["content"] = [{"type": "text", "text": made["content"]}]
+        return made
+
+    def tools(self, tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+        if not (self.bare_tools and tools):
+            return tools
+        return [tool["function"] if isinstance(tool.get("function"), dict) else tool for tool in tools]
+
+
+USUAL = Shape()
+
+
+def with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    if not isinstance(function.get("arguments"), dict):
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+
+def shapes(messages: Messages, tools: Any, template: str) -> Iterator[Shape]:
+    """The usual shape, then those that the template's own text gives reason to try."""
+    yield USUAL
+    has_calls = any(turn.get("tool_calls") for turn in messages)
+    has_thoughts = any(turn.get("reasoning_content") for turn in messages)
+    thoughts = []
+    if has_thoughts:
+        thoughts = [key for key in ("thinking", "reasoning") if key in template]
+        thoughts += ["content"] if "</think>" in template else []
+    found = [replace(USUAL, thoughts=key) for key in thoughts]
+    if has_calls:
+        found += [replace(shape, text_arguments=True) for shape in [USUAL, *found]]
+    if tools:
+        found.append(replace(USUAL, bare_tools=True))
+    if re.search(r"\btext\b", template):
+        found += [replace(shape, parts=parts) for parts in ("all", "system") for shape in [USUAL, *found]]
+    yield from found
+
+
+def check_words(text: str, messages: Messages, tools: Any, spans: dict[int, tuple[int, int]]) -> list[int]:
+    """Find every word of the messages in a rendering; those of a learned message inside its span.
+
+    Returns:
+        the messages before the last one whose thoughts the template left out, as many do with those of earlier turns.
+
+    Raises:
+        Missing: a word that is not there.
+    """
+    at, without_thoughts = 0, []
+    for i, turn in enumerate(messages):
+        begin, end = spans.get(i, (at, len(text)))
+        if turn["role"] in ("system", "developer"):
+            begin = 0  # some templates write it later
+        part = text[begin:end]
+        thought, said = thought_and_answer(turn)
+        after = find_words(part, said)
+        if after is None:
+            raise Missing(i, "content", said)
+        if thought and (find_words(part, thought) is None or TWO_THOUGHTS.search(part)):
+            if i == len(messages) - 1:
+                raise Missing(i, "thoughts", thought)
+            without_thoughts.append(i)
+        for call in turn.get("tool_calls", ()):
+            check_call_words(i, part, call["function"])
+        at = max(at, begin + after) if turn["role"] not in ("system", "developer") else at
+    for tool in tools or ():
+        function = tool.get("function", tool)
+        name = function.get("name") if isinstance(function, dict) else None
+        if isinstance(name, str) and name not in text:
+            raise Missing(len(messages) - 1, "tools", name)
+    return without_thoughts
+
+
+def thought_and_answer(turn: dict[str, Any]) -> tuple[str, str]:
+    """A message's thoughts, of their own field or between <think> and </think> before the answer, and its answer."""
+    if turn["role"] != "assistant":
+        return "", turn["content"]
+    if turn.get("reasoning_content"):
+        return turn["reasoning_content"], turn["content"]
+    found = THOUGHT.match(turn["content"])
+    return (found.group(1), turn["content"][found.end() :]) if found else ("", turn["content"])
+
+
+def find_words(text: str, words: str) -> int | None:
+    """Where words end in a text, however white space is trimmed or they are escaped as JSON; None if they are not."""
+    words = words.strip()
+    if (at := text.find(words)) >= 0:
+        return at + len(words)
+    for form in (json.dumps(words, ensure_ascii=False)[1:-1], json.dumps(words)[1:-1]):
+        if (at := text.find(form)) >= 0:
+            return at + len(form)
+    pattern = r"\s*".join(map(re.escape, SPACES.split(words)))
+    found = re.search(pattern, text) if len(words) < 100_000 else None
+    return found.end() if found else None
+
+
+def check_call_words(i: int, text: str, function: dict[str, Any]) -> None:
+    """Find a call's name, and its arguments' keys and values."""
+    if function["name"] not in text:
+        raise Missing(i, "tool_calls", function["name"])
+    arguments = function["arguments"]
+    for key, value in leaves(arguments):
+        forms = [json.dumps(value, ensure_ascii=False).strip('"'), json.dumps(value), str(value).strip()]
+        if key not in text or not any(form in text for form in forms):
+            raise Missing(i, "tool_calls", f"{key}: {value}")
+    written = str(arguments)
+    if written != json.dumps(arguments, ensure_ascii=False) and written in text:
+        raise Missing(i, "tool_calls", f"arguments as JSON, not as {written}")
+
+
+def leaves(value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every key whose value is no object or list, and of every item of a list under its key."""
+    rest = list(value.items())
+    while rest:
+        key, each = rest.pop()
+        if isinstance(each, dict):
+            rest += each.items()
+        elif isinstance(each, list):
+            rest += [(key, item) for item in each]
+        else:
+            yield key, each

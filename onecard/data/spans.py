@@ -1,0 +1,184 @@
+"""Where in a rendered chat the assistant's turns stand, and the last one behind the prompt that asks for it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import replace
+from typing import Any
+
+from onecard.data.control import END_NAMES, specials_of
+from onecard.data.records import Record
+from onecard.data.rendering import Renderings
+from onecard.errors import UserError
+
+Span = tuple[int, int]  # characters: start, end
+Turn = tuple[int, int, bool]  # start, end, and whether an end-of-turn token closes it
+MARK = "\u2042{}\u2042"  # around a number; a chat that holds it is refused where marks are needed
+GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
+
+
+def assistant_turns(record: Record, messages: list[dict[str, Any]], chat: Renderings, tokenizer: Any) -> list[Span]:
+    """Character spans of the rendered chat that the learned assistant messages take; UserError where not certain."""
+    turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+    marked = generation_spans(messages, chat)
+    if marked is not None and len(marked) != len(turns):
+        raise unfound(record, turns[0], tokenizer)
+    spans: list[tuple[int, int]] = []
+    for i in learned_turns(record):
+        k = turns.index(i)
+        span = marked[k] if marked is not None else turn_span(messages, i, chat)
+        if span is None or (spans and span[0] < spans[-1][1]):
+            raise unfound(record, i, tokenizer)
+        spans.append(span)
+    return spans
+
+
+def learned_turns(record: Record) -> list[int]:
+    """Indices of the assistant's messages that are neither part of the prompt nor of weight 0."""
+    turns = [i for i, turn in enumerate(record.messages or ()) if turn["role"] == "assistant"]
+    return [i for i in turns if i >= record.num_prompt_messages and i not in record.unlearned]
+
+
+def unfound(record: Record, i: int, tokenizer: Any) -> UserError:
+    name = tokenizer.name_or_path or "the tokenizer"
+    return UserError(
+        "the assistant's words must be found in the chat template's output",
+        f"message {i} is not there for certain in the chat template of {name}",
+        "use a tokenizer whose chat template keeps them, or rows of prompt/completion",
+        f"{record.where}:messages[{i}]",
+    )
+
+
+def generation_spans(messages: list[dict[str, Any]], chat: Renderings) -> list[Span] | None:
+    """Spans of the template's {% generation %} blocks; None if it has no such block, [] if they are unsure.
+
+    The blocks' edges are written out as characters in a second rendering. transformers' own
+    return_assistant_tokens_mask goes over token offsets: where an edge falls on a space whose offset the
+    tokenizer trims, its mask breaks off.
+    """
+    template = chat.tokenizer.get_chat_template()
+    if not GENERATION.search(template):
+        return None
+    edged = GENERATION.sub(write_edge, template)
+    shown_edges = chat.again(messages, template=edged).text(len(messages))
+    parts = re.split(f"({OPEN}|{CLOSE})", shown_edges)
+    at, open_at, spans = 0, None, []
+    for part in parts:
+        if part == OPEN:
+            open_at = at
+        elif part == CLOSE and open_at is not None:
+            spans.append((open_at, at))
+            open_at = None
+        else:
+            at += len(part)
+    return spans if re.sub(f"{OPEN}|{CLOSE}", "", shown_edges) == chat.text(len(messages)) else []
+
+
+def write_edge(tag: re.Match[str]) -> str:
+    """An edge of a generation block as a block that writes a mark; white space is trimmed as at the tag."""
+    left, end, right = tag.groups()
+    return f"{{%{left} if true %}}{{{{ '{CLOSE if end else OPEN}' }}}}{{% endif {right}%}}"
+
+
+def turn_span(messages: list[dict[str, Any]], i: int, chat: Renderings) -> Span | None:
+    """Characters of the rendered chat that message i takes, its end of turn included; None if unsure."""
+    text, given, through = chat.text(len(messages)), chat.prompt(i), chat.text(i + 1)
+    prompted = given is not None and text.startswith(given) and given != chat.text(i)
+    if given and prompted and text.startswith(through) and len(through) > len(given):
+        return len(given), len(through)
+    if messages[i].get("tool_calls") and not prompted:
+        return None  # nothing tells the turn's header from the call
+    span = content_span(messages, i, text, chat)
+    if span is None or not prompted or given is None:
+        return span
+    return (len(given), span[1]) if len(given) <= span[1] else None
+
+
+def content_span(messages: list[dict[str, Any]], i: int, text: str, chat: Renderings) -> Span | None:
+    """Message i's content in `text` and what the template writes after it, found by a mark in its place.
+
+    Where the message calls tools, the span is from the last call's name on.
+    """
+    mark, calls = MARK.format(i), messages[i].get("tool_calls")
+    marked = [with_mark(turn, mark) if k == i else turn for k, turn in enumerate(messages)]
+    again = chat.again(marked, [(i + 1, False)])
+    before, found, after = again.text(len(marked)).partition(mark)
+    end = len(text) - len(after)
+    if not found or mark in text or mark in after or len(before) > end:
+        return None
+    if not text.endswith(after) or not (calls or text.startswith(before)):
+        return None
+    tail = again.text(i + 1).partition(mark)[2]
+    whole = text.startswith(tail, end)
+    if not calls:  # some templates write the next turn's header after every turn
+        ends = [tail.find(name) + len(name) for name in turn_ends(chat.tokenizer) if name in tail]
+        tail = tail[: min(ends, default=len(tail))]
+    if calls and not whole:
+        return None  # the call's arguments come after the mark: their end must be known
+    return len(before), end + (len(tail) if whole else 0)
+
+
+def with_mark(turn: dict[str, Any], mark: str) -> dict[str, Any]:
+    """The message with a mark for its content, or for its last tool call's name."""
+    if not turn.get("tool_calls"):
+        return {**turn, "content": mark}
+    *calls, last = turn["tool_calls"]
+    return {**turn, "tool_calls": [*calls, {**last, "function": {**last["function"], "name": mark}}]}
+
+
+def as_asked(
+    messages: list[dict[str, Any]], chat: Renderings, text: str, spans: dict[int, Span]
+) -> tuple[str, dict[int, Span], bool]:
+    """The chat with the prompt that generation has before its last message, if that is learned; whether it has it.
+
+    A template may write the system message or the tools only before a last user's message, or open a thought in its
+    generation prompt. Then the text is that prompt, the answer, and what the template writes after an answer.
+    """
+    i = len(messages) - 1
+    given = chat.prompt(i) if i in spans else None
+    if given is None or text.startswith(given):
+        return text, spans, True
+    answer = None if messages[i].get("tool_calls") else answer_after(messages, chat, given)
+    common = len(os.path.commonprefix([given, text]))  # noqa: RUF071 (of characters)
+    if answer is None or any(end > common for k, (_, end) in spans.items() if k < i):
+        return text, spans, False
+    made = given + answer
+    return made, {**spans, i: (len(given), len(made))}, True
+
+
+def answer_after(messages: list[dict[str, Any]], chat: Renderings, given: str) -> str | None:
+    """The last message as it goes on from a prompt, with its end; None where the two do not fit."""
+    *before, last = messages
+    mark, asked = MARK.format(len(before)), before[-1]["content"].strip() if before else ""
+    head, found, tail = (
+        chat.again([*before, {"role": last["role"], "content": mark}]).text(len(messages)).partition(mark)
+    )
+    words = replace(chat.shape, parts="none").message(last)
+    if not found or mark in tail or not asked or asked not in head or asked not in given or len(words) > 2:
+        return None
+    answer, written, prompted = words["content"], head.rpartition(asked)[2], given.rpartition(asked)[2]
+    if written.startswith(prompted):
+        return written[len(prompted) :] + answer + tail
+    opened = prompted.removeprefix(written)  # such as "<think>\n", which the answer must begin with
+    if not prompted.startswith(written) or not answer.lstrip().startswith(opened.strip()):
+        return None
+    return answer.lstrip().removeprefix(opened.strip()).lstrip() + tail
+
+
+def close_turn(text: str, start: int, end: int, stops: frozenset[str], tokenizer: Any) -> Turn:
+    """(start, end, ended): the turn with its end-of-turn token and without the white space after it."""
+    turn = text[start:end].rstrip()
+    if any(turn.endswith(stop) for stop in stops):
+        return start, start + len(turn), True
+    gap = len(text[end:]) - len(text[end:].lstrip())
+    for name in turn_ends(tokenizer):  # a template may write it between turns instead of after each
+        if text.startswith(name, end + gap):
+            return start, end + gap + len(name), True
+    return start, start + len(turn), False
+
+
+def turn_ends(tokenizer: Any) -> list[str]:
+    """The tokenizer's tokens that are known to end a turn."""
+    return [name for name in (tokenizer.eos_token, *END_NAMES) if name in specials_of(tokenizer).names]
