@@ -132,20 +132,9 @@ def figures(output: str = "figures", model: str | None = None) -> None:
         output: Folder for memory_bill.png and nf4_int4.png.
         model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's.
     """
-    from pathlib import Path
+    from onecard.memory.figures import draw_figures
 
-    from onecard.faults import told
-    from onecard.memory.figures import levels_and_density, memory_bill
-
-    folder, base = Path(output), model or str(Path(__file__).parent / "demo" / "base")
-    with told(folder, lambda: ("no figure is whole but those named above", "draw them again")):
-        folder.mkdir(parents=True, exist_ok=True)
-        for method, groups in memory_bill(folder / "memory_bill.png").items():
-            print(f"{method:6s} {sum(groups.values()):6.1f} GB")
-        errors = levels_and_density(folder / "nf4_int4.png", base)
-    for (kind, nested), error in errors.items():
-        print(f"{kind:4s}{' double quantization' if nested else '':20s} error {error:.3%} of the weight's norm")
-    print(f"figures  {folder}")
+    print("\n".join(draw_figures(output, model)))
 
 
 @app.command

@@ -9,8 +9,7 @@ from typing import Any
 
 from onecard.data.control import specials_of
 from onecard.data.dataset import Dataset
-from onecard.data.records import Record
-from onecard.data.template import IGNORE, Example, alpaca_text, prompt_ids, text_ids
+from onecard.data.template import IGNORE, Example, alpaca_prompt, prompt_form, prompt_ids, text_ids
 from onecard.errors import UserError
 from onecard.hf.origin import Form
 
@@ -30,7 +29,7 @@ def form_of(dataset: Dataset, tokenizer: Any, template: str | None) -> Form:
     Args:
         template: `template_digest` of the tokenizer that inference will load.
     """
-    kinds = Counter(form_kind(record, tokenizer) for record in dataset.records)
+    kinds = Counter(prompt_form(record, tokenizer) for record in dataset.records)
     prompt: Any = kinds.most_common(1)[0][0]
     ends, inside = Counter[int](), set[int]()
     specials = specials_of(tokenizer).ids
@@ -41,13 +40,6 @@ def form_of(dataset: Dataset, tokenizer: Any, template: str | None) -> Form:
                 ends[turn[-1]] += 1
     found = tuple(token for token, _ in ends.most_common() if token not in inside)
     return Form(prompt=prompt, template=template if prompt == "chat" else None, end_tokens=found)
-
-
-def form_kind(record: Record, tokenizer: Any) -> str:
-    """A field of NAMES; encode takes the same decisions."""
-    if record.kind == "chat":
-        return "alpaca" if record.alpaca and not tokenizer.chat_template else "chat"
-    return record.kind
 
 
 def learned_runs(example: Example) -> Iterator[tuple[list[int], bool]]:
@@ -88,12 +80,6 @@ def form_ids(messages: list[dict[str, Any]], tokenizer: Any, form: Form | None) 
         )
     text = messages[0]["content"]
     return text_ids(alpaca_prompt(text) if form.prompt == "alpaca" else text, tokenizer)
-
-
-def alpaca_prompt(text: str) -> str:
-    """An instruction under alpaca's headings."""
-    turns = ({"role": "user", "content": text}, {"role": "assistant", "content": ""})
-    return alpaca_text(Record("prompt", 0, messages=turns, alpaca=True))[0]
 
 
 def ask(prompt: str, tokenizer: Any, form: Form | None, raw: bool | None) -> tuple[list[int], bool, str | None]:

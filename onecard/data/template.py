@@ -28,7 +28,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from onecard.data.control import (
     BREAK,
@@ -91,10 +91,11 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
     return Example(ids[:max_seq_length], labels[:max_seq_length], record.where, truncated, cut, notes)
 
 
-def prompt_form(record: Record, tokenizer: Any) -> Literal["chat", "alpaca", "text"]:
-    """How a record's prompt is written: by the chat template, under alpaca's headings, or as it is."""
+def prompt_form(record: Record, tokenizer: Any) -> str:
+    """How a record's prompt is written: "chat" by the chat template, "alpaca" under headings; "completion" and "text"
+    as it is."""
     if record.messages is None:
-        return "text"
+        return record.kind
     return "alpaca" if record.alpaca and not tokenizer.chat_template else "chat"
 
 

@@ -15,9 +15,9 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.data.form import NAMES, alpaca_prompt
+from onecard.data.form import NAMES
 from onecard.data.rendering import Renderings
-from onecard.data.template import bos
+from onecard.data.template import alpaca_prompt, bos
 from onecard.errors import UserError
 from onecard.hf.origin import Form
 

@@ -145,3 +145,20 @@ def largest_linear(model: str) -> tuple[str, Tensor]:
     name = max((n for n in checkpoint.tensors if n in linears), key=lambda n: linears[n].weight.numel())
     with safe_open(checkpoint.tensors[name].file, "pt") as file:
         return name, file.get_tensor(name).to(torch.float32)
+
+
+def draw_figures(output: str, model: str | None) -> list[str]:
+    """memory_bill.png and nf4_int4.png in a folder, and the lines with their numbers.
+
+    Args:
+        model: checkpoint folder or hub id whose largest linear is taken; None: the demo's.
+    """
+    folder, base = Path(output), model or str(Path(__file__).parents[1] / "demo" / "base")
+    with told(folder, lambda: ("no figure is whole but those named above", "draw them again")):
+        folder.mkdir(parents=True, exist_ok=True)
+        bill = memory_bill(folder / "memory_bill.png")
+        errors = levels_and_density(folder / "nf4_int4.png", base)
+    lines = [f"{method:6s} {sum(groups.values()):6.1f} GB" for method, groups in bill.items()]
+    for (kind, nested), error in errors.items():
+        lines.append(f"{kind:4s}{' double quantization' if nested else '':20s} error {error:.3%} of the weight's norm")
+    return [*lines, f"figures  {folder}"]
