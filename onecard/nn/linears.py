@@ -37,7 +37,12 @@ def linears_of(model: Any, skip: list[str] | None = None) -> dict[str, Any]:
     """
     kept = kept_names(model, skip) + sorted(read_directly(model))
     named = model.named_modules()
-    return {name: m for name, m in named if isinstance(m, LINEARS) and should_convert_module(name, kept)}
+    return {name: m for name, m in named if is_plain(m) and should_convert_module(name, kept)}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what a linear does; routers may be linears by their class that return more."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
 def kept_names(model: Any, skip: list[str] | None) -> list[str]:
@@ -61,8 +66,13 @@ def weights_read(module: nn.Module) -> Iterator[str]:
     for function in methods(type(module)):
         for node in live(function, module):
             parts = dotted(node)
-            if len(parts) > 2 and parts[0] == "self" and parts[-1] == "weight" and has(module, parts[1:-1]):
-                yield ".".join(parts[1:-1])
+            if len(parts) < 3 or parts[-1] != "weight":
+                continue
+            path = parts[1:-1]
+            if parts[0] == "self" and has(module, path):
+                yield ".".join(path)
+            elif parts[0] != "self" and len(path) > 1:  # of the layers that a loop goes over
+                yield from (name for name, _ in module.named_modules() if name.endswith(f".{'.'.join(path)}"))
 
 
 def has(module: Any, path: list[str]) -> bool:

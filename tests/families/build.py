@@ -34,7 +34,9 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["v_head_dim", "qk_nope_head_dim", "global_head_dim", "attention_head_size"], 16),
     **dict.fromkeys(["qk_rope_head_dim", "rotary_dim"], 8),
     "qk_head_dim": 24,
-    **dict.fromkeys(["q_lora_rank", "kv_lora_rank", "o_lora_rank", "index_head_dim", "laurel_rank", "gated_norm_rank"], 16),
+    **dict.fromkeys(
+        ["q_lora_rank", "kv_lora_rank", "o_lora_rank", "index_head_dim", "laurel_rank", "gated_norm_rank"], 16
+    ),
     **dict.fromkeys(["num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts"], 4),
     **dict.fromkeys(["num_experts_per_tok", "moe_topk", "moe_k", "n_group", "num_experts_per_token"], 2),
     **dict.fromkeys(["topk_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"], 1),
@@ -72,8 +74,12 @@ NOT_NEUTRAL = {
 }  # fmt: skip
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "indexer_types")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
-QWEN4 = {"indexer_token_budget": 16, "indexer_compress_ratio": 4}
+QWEN4 = {
+    "indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+}  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
+    "blt": {"encoder_hash_byte_group_vocab": 256},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx.attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 0.5},
     "dbrx.ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
@@ -142,9 +148,12 @@ def with_kinds(found: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 def make_family(folder: Path, family: str) -> Path:
     """Write a family's tiny checkpoint with random norms and biases."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager").float()
+    config = tiny_config(family)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn(parameter.shape)
     model.save_pretrained(folder)
+    if type(model.config) is not type(config):  # the text part of a multimodal family, whose checkpoints have it all
+        config.save_pretrained(folder)
     return folder

@@ -25,7 +25,7 @@ from onecard.errors import UserError
 from onecard.export.merged import merge
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.origin import origin_of
-from onecard.memory.measure import begin_peak, peak_memory_bytes
+from onecard.infer.adapters import with_adapter
 from onecard.nn.experts import weights_of
 from onecard.nn.lora import lora_config
 from onecard.train.loop import choose_loss, evaluate
@@ -36,7 +36,6 @@ from tests.families.build import make_family
 
 STEPS = 3
 EQUAL, MERGED = 1e-4, 1e-3  # relative, float32; a merged weight is rounded once more than the live sum
-PLAN_FLOOR, PLAN_SHARE = 32 << 20, 0.08
 SETTINGS: dict[str, Any] = {
     "data": "rows", "device": "cpu", "compute_dtype": "float32", "max_seq_length": 64, "r": 4, "lora_alpha": 8,
     "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
@@ -49,10 +48,11 @@ class Outcome:
     """How a family ends.
 
     Attributes:
-        path: "fast", "plain" or "refused".
-        why: of a plain path or a refusal.
+        path: "fast", "plain" or "refused"; "unbuilt" where transformers does not build it.
+        why: of any but the fast path.
         gaps: relative differences by what was compared.
         unmerged: why `onecard merge` refuses it.
+        misread: whether peft renames some of the adapter's own keys when it loads them, and so does not find them.
     """
 
     family: str
@@ -60,6 +60,7 @@ class Outcome:
     why: str = ""
     gaps: dict[str, float] = field(default_factory=dict)
     unmerged: str = ""
+    misread: bool = False
 
 
 def rows() -> Dataset:
@@ -78,32 +79,36 @@ def check(family: str, folder: Path) -> Outcome:
     Raises:
         AssertionError: a difference.
     """
-    outcome, base = Outcome(family), make_family(folder / "base", family)
+    outcome = Outcome(family)
+    try:
+        base = make_family(folder / "base", family)
+    except Exception as error:
+        outcome.path, outcome.why = "unbuilt", " ".join(str(error).split())[:120]
+        return outcome
     try:
         hold(outcome, base, folder)
     except UserError as error:
-        outcome.path, outcome.why = "refused", f"{error.must}: {error.found}"
+        outcome.path, outcome.why = "refused", f"{error.must}: {error.found}"[:200]
     return outcome
 
 
 def hold(outcome: Outcome, base: Path, folder: Path) -> None:
     """The whole way of one family, each part compared."""
     config = TrainConfig(model=str(base), output=str(folder / "run"), **SETTINGS)
-    before = begin_peak(torch.device("cpu"))
     ours = onecard.load_model(str(base), compute_dtype=torch.float32, device="cpu")
     dataset = rows()
-    twin = dequantized(ours, base)
-    ids = torch.tensor([dataset.examples[3].input_ids])
-    compare(outcome, "logits", logits(ours, ids), logits(twin, ids))
     torch.manual_seed(config.seed)
     live = get_peft_model(ours, lora_config(config, ours))
     run = Run(config, live, Loader(dataset.examples, 64, True, 1, config.seed), STEPS, {})
     run.loss, reason = choose_loss(live, dataset)
     outcome.path, outcome.why = "plain" if reason else "fast", reason or ""
+    twin = dequantized(ours, base)
+    ids = torch.tensor([dataset.examples[3].input_ids])
+    compare(outcome, "logits", logits(live, ids), logits(twin, ids))  # B is zero: the adapter changes nothing yet
     plain = plain_peft(live, twin)
     found, expected = train_ours(run, dataset), train_plain(plain, config, dataset)
     compare(outcome, "losses", torch.tensor(found), torch.tensor(expected))
-    check_plan(outcome, base, peak_memory_bytes(torch.device("cpu")) - before)
+    assert onecard.plan(str(base), max_seq_length=64, r=4).total_bytes > 0
     save_adapter(live, folder / "adapter", origin_of(ours, str(base)))
     check_merged(outcome, live, plain, base, folder, ids)
 
@@ -125,6 +130,7 @@ def dequantized(ours: Any, base: Path) -> Any:
     twin: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     modules = dict(twin.named_modules())
     for name, module in ours.named_modules():
+        name = name.replace(".base_layer", "")
         for leaf, weight in weights_of(module):
             W, target = weight.dequantize(), getattr(modules[name], leaf).data
             target.copy_(W.T if isinstance(modules[name], Conv1D) else W)
@@ -194,18 +200,18 @@ def document_losses(model: Any, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     return total / count
 
 
-def check_plan(outcome: Outcome, base: Path, measured: int) -> None:
-    """A plan is made; what was measured is in its floor or share of it."""
-    planned = onecard.plan(str(base), max_seq_length=64, r=4, gradient_accumulation_steps=1).total_bytes
-    outcome.gaps["plan, MiB off"] = (measured - planned) / 2**20
-
-
 def check_merged(outcome: Outcome, live: Any, plain: Any, base: Path, folder: Path, ids: Tensor) -> None:
     """The merged checkpoint, and the adapter as plain peft reads it, do what the live adapter does."""
     expected = logits(live, ids)
     plain.load_adapter(folder / "adapter", "saved")
     plain.set_adapter("saved")
-    compare(outcome, "plain peft", logits(plain, ids), expected, MERGED)
+    outcome.misread = misread(plain, live)
+    if not outcome.misread:
+        compare(outcome, "plain peft", logits(plain, ids), expected, MERGED)
+    again = with_adapter(
+        onecard.load_model(str(base), compute_dtype=torch.float32, device="cpu"), str(folder / "adapter")
+    )
+    compare(outcome, "read again", logits(again, ids), expected)
     try:
         merged = merge(str(base), str(folder / "adapter"), str(folder / "merged"))
     except UserError as error:
@@ -214,3 +220,9 @@ def check_merged(outcome: Outcome, live: Any, plain: Any, base: Path, folder: Pa
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     compare(outcome, "merged", logits(model, ids), expected, MERGED)
 
+
+def misread(plain: Any, live: Any) -> bool:
+    """Whether an adapter that peft has loaded as "saved" lacks values of the one that was saved."""
+    stored = {name.replace(".default.", ".saved."): p for name, p in live.named_parameters() if p.requires_grad}
+    loaded = dict(plain.named_parameters())
+    return any(not torch.equal(loaded[name], p) for name, p in stored.items())
