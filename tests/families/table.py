@@ -40,15 +40,15 @@ def attempt(family: str) -> Outcome:
 
 
 def line(outcome: Outcome) -> str:
-    """A family's row; the numbers in a reason, which are this checkpoint's, are left out."""
+    """A family's row; numbers and tensors' names in a reason, which are this checkpoint's, are left out."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[outcome.family]
-    merged = (
-        "-" if outcome.path not in ("fast", "plain") else f"refused: {outcome.unmerged}" if outcome.unmerged else "yes"
-    )
+    merge = "yes" if outcome.path in ("fast", "plain") else "-"
+    if outcome.unmerged:
+        merge = f"refused: {outcome.unmerged.partition(': ')[0]}"
     if outcome.misread:
-        merged += "; plain peft misreads the adapter's names"
-    why = outcome.why.partition(" (")[0].replace("|", "/")
-    return f"| {outcome.family} | {kind} | {NAMES[outcome.path]} | {why} | {merged} |"
+        merge += "; plain peft misreads the adapter's names"
+    why = outcome.why.partition(" (")[0][:150].strip().replace("|", "/")
+    return f"| {outcome.family} | {kind} | {NAMES[outcome.path]} | {why} | {merge} |"
 
 
 def render(outcomes: list[Outcome]) -> str:

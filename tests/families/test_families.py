@@ -42,6 +42,18 @@ def test_a_linear_whose_weight_is_read_stays_whole_and_takes_no_adapter(tmp_path
         lora_config(LoraSettings(target_modules=["dt_proj"]), model)
 
 
+def test_a_weight_that_is_read_may_be_in_4_bits_in_the_checkpoint(tmp_path, monkeypatch):
+    folder = make_family(tmp_path / "base", "mamba")
+    with monkeypatch.context() as patch:  # as bitsandbytes stores it
+        patch.setattr("onecard.nn.linears.read_directly", lambda model: set())
+        stored = onecard.load_model(str(folder), compute_dtype="float32", device="cpu")
+    stored.save_pretrained(tmp_path / "4bit")
+    model = onecard.load_model(str(tmp_path / "4bit"), compute_dtype="float32", device="cpu")
+    before, after = (m.backbone.layers[0].mixer.dt_proj for m in (stored, model))
+    assert torch.equal(after.weight, before.dequantize())
+    assert model(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
+
+
 def test_a_read_in_a_branch_that_the_settings_rule_out_does_not_count(tmp_path):
     model = onecard.load_model(str(make_family(tmp_path, "bloom")), compute_dtype="float32", device="cpu")
     assert type(model.transformer.h[0].self_attention.dense) is not torch.nn.Linear
