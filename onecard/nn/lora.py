@@ -72,6 +72,7 @@ class LoraLinear4bit(PeftLinear):
         raise UserError(must, found, do, "init_lora_weights")
 
     pissa_init = corda_init = olora_init = loftq_init = lora_ga_init = mica_init = changes_base  # peft's names
+    orthogonal_init = changes_base  # which gives the adapter the base's dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise not_into_4_bits()

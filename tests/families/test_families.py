@@ -63,9 +63,11 @@ def test_a_read_in_a_branch_that_the_settings_rule_out_does_not_count(tmp_path):
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "gaussian", "orthogonal"])
 def test_a_start_of_pefts_works_or_is_refused(start, checkpoint):
     model = onecard.load_model(str(checkpoint), compute_dtype="float32", device="cpu")
+    if start == "loftq":
+        pytest.importorskip("scipy", reason="peft's config asks for it")
     config = LoraConfig(r=8, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
     config._register_custom_module(lora_config(LoraSettings())._custom_modules)
-    if start in ("gaussian", "orthogonal"):
+    if start == "gaussian":
         ids = torch.tensor([[5, 6, 7, 8]])
         get_peft_model(model, config)(input_ids=ids, labels=ids).loss.backward()
     else:
