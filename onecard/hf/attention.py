@@ -29,6 +29,10 @@ LARGEST_HEAD = 256  # of varlen_attn
 NAME, CACHED = "onecard_packed", "onecard_cached"
 
 
+class NotPacked(Exception):
+    """A model's layers did not hand a packed row's cu_seqlens on to its attention."""
+
+
 def packed_attention(
     module: nn.Module,
     query: Tensor,
@@ -55,7 +59,8 @@ def packed_attention(
     Returns:
         (1, T, H, D_v) and None.
     """
-    assert cu_seqlens is not None, "a packed row needs its cu_seqlens"
+    if cu_seqlens is None:
+        raise NotPacked
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None and dropout == 0.0
     several = isinstance(cu_seqlens, Tensor) or len(cu_seqlens) > 2 or sliding_window is not None

@@ -124,6 +124,9 @@ class Deserialize4bit(Quantize4bit):
         module, leaf = get_module_from_name(model, full_layer_name)
         weight = dict(weights_of(module)).get(leaf)
         first = min(tensors, key=len)
+        if weight is None and f"{first}.absmax" in tensors:  # in 4 bits there, but the model's code reads the weight
+            suffixed = {key.removeprefix(first): tensor for key, tensor in tensors.items()}
+            return {full_layer_name: ops.dequantize_4bit(*from_bnb(full_layer_name, suffixed))}
         if weight is None:
             return {full_layer_name: tensors[first]}
         if tensors[first].is_floating_point() and isinstance(weight, StackedWeight):

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
@@ -195,10 +202,24 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def read_config(folder: Path) -> Any:
     """transformers' config of a checkpoint; a model that needs code of its own is refused, not asked about."""
     read_model_document(folder)
+    where = str(folder / "config.json")
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise bad_config(error, str(folder / "config.json")) from None
+        raise bad_config(error, where) from None
+    check_text(config, where)
+    return config
+
+
+def check_text(config: Any, where: str) -> None:
+    """Raise UserError for a multimodal checkpoint that transformers has no causal language model for as a whole."""
+    if config.get_text_config() is config:
+        return
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if not known or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is not type(config):
+        found = f"{config.model_type}, a checkpoint of text and other parts"
+        do = "use a checkpoint of the text model alone, such as the family's text-only release"
+        raise UserError("the checkpoint must be a causal language model's", found, do, where)
 
 
 def check_generation_config(folder: Path) -> None:

@@ -28,6 +28,7 @@ from onecard.hf.fusion import fuse
 from onecard.nn.embedding import Head
 from onecard.nn.experts import Experts4bit, are_stacked_experts, weights_of
 from onecard.nn.linear import Linear4bit
+from onecard.nn.linears import kept_names, linears_of
 from onecard.quant.state import BNB_KEYS, to_bnb
 
 METHOD = "onecard"
@@ -188,13 +189,12 @@ class OnecardQuantizer(HfQuantizer):
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         config: Any = self.quantization_config
-        kept: Any = model._keep_in_fp32_modules
-        skip = self.get_modules_to_not_convert(model, config.llm_int8_skip_modules, kept)
+        linears = linears_of(model, config.llm_int8_skip_modules)
+        kept = kept_names(model, config.llm_int8_skip_modules)
         for name, module in list(model.named_modules()):
-            if are_stacked_experts(module) and should_convert_module(name, skip):
+            if are_stacked_experts(module) and should_convert_module(name, kept):
                 model.set_submodule(name, Experts4bit(module, config.bnb_4bit_compute_dtype).train(module.training))
-            if not isinstance(module, (nn.Linear, Conv1D)) or not should_convert_module(name, skip):
-                continue
+        for name, module in linears.items():
             out_features, in_features = module.weight.shape
             if isinstance(module, Conv1D):
                 self.transposed.add(f"{name}.weight")

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field, model_validator
+from safetensors import safe_open
 
 from onecard.documents import Foreign, brief, hold, read_object
 from onecard.errors import UserError
@@ -108,8 +110,10 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     if wrong:
         found = f"{len(wrong)} differ, first {wrong[0]}"
         raise UserError("the adapter's tensors must be the model's", found, do, str(weights))
-    for key, tensor in loaded.items():
-        check_finite(f"{weights}: {key}", tensor)
+    with torch.no_grad(), safe_open(weights, "pt") as file:
+        for key, tensor in loaded.items():
+            tensor.copy_(file.get_tensor(key))  # peft renames keys of some families, and then reads past them
+            check_finite(f"{weights}: {key}", tensor)
     return tuned.eval()
 
 

@@ -104,6 +104,8 @@ def layer_activations(
 
 def heads_of(text: Any) -> tuple[int, int, int]:
     """A config's heads, key heads, and values of one head; one as wide as d where it has none."""
+    if getattr(text, "per_layer_config", None):  # Gemma 4's layers differ: the plan counts the first as all
+        text = text.per_layer_config[0]
     heads = getattr(text, "num_attention_heads", None) or 1
     key_heads = getattr(text, "num_key_value_heads", None) or heads
     return heads, key_heads, getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -18,6 +18,7 @@ from onecard.hf.load import find_checkpoint, first_line, is_hub_id, meta_model, 
 from onecard.memory.shapes import KNOWN
 from onecard.memory.stacks import Stack, stacks_of
 from onecard.memory.targets import check_targets
+from onecard.nn.linears import linears_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,14 +31,9 @@ class Model:
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """The linears that 4 bits take, by their weight's name."""
-        head = self.modules.get_output_embeddings()
-        found = {}
-        for name, module in self.modules.named_modules():
-            if isinstance(module, Linear) and module is not head:
-                found[f"{name}.weight"] = module
-            elif isinstance(module, Conv1D):
-                found[f"{name}.weight"] = Linear(module.nx, module.nf, device="meta")
-        return found
+        found = linears_of(self.modules)
+        turned = {name: Linear(m.nx, m.nf, device="meta") for name, m in found.items() if isinstance(m, Conv1D)}
+        return {f"{name}.weight": module for name, module in (found | turned).items()}
 
     @cached_property
     def stacks(self) -> dict[str, Stack]:

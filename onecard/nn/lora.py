@@ -7,12 +7,14 @@ Linear4bit. What is saved is peft's own format in both cases.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
@@ -21,8 +23,9 @@ from torch import Tensor, nn
 from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.kernels import ops
-from onecard.nn.experts import Experts4bit, Factors, has_experts
+from onecard.nn.experts import Experts4bit, Factors
 from onecard.nn.linear import Linear4bit
+from onecard.nn.linears import read_directly
 
 
 class LoraLinear4bit(PeftLinear):
@@ -59,6 +62,17 @@ class LoraLinear4bit(PeftLinear):
         if len(names) != 1 or names[0] in self.lora_variant or self.lora_B[names[0]].bias is not None:
             return None
         return names[0]
+
+    def changes_base(self, *args: Any, **kwargs: Any) -> None:
+        do = "use the default, gaussian, orthogonal or eva, which leave the base as it is"
+        must, found = (
+            "an adapter's start must leave a 4-bit base as it is",
+            "an init_lora_weights that changes the base",
+        )
+        raise UserError(must, found, do, "init_lora_weights")
+
+    pissa_init = corda_init = olora_init = loftq_init = lora_ga_init = mica_init = changes_base  # peft's names
+    orthogonal_init = changes_base  # which gives the adapter the base's dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise not_into_4_bits()
@@ -139,12 +153,17 @@ def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
     """peft's LoraConfig for these settings, with 4-bit modules going to the layers above.
 
     Args:
-        model: transformers' model, to name the linears that "all-linear" stands for where it has experts; for peft
-            the word alone would stand for their weights and routers, too.
+        model: transformers' model, to name the linears that "all-linear" stands for.
+
+    Raises:
+        UserError: target_modules name a linear whose weight the model's code reads itself.
     """
     target_modules = settings.target_modules
-    if target_modules == "all-linear" and model is not None and has_experts(model):
-        target_modules = linear_names(model)
+    if model is not None:
+        if target_modules == "all-linear":
+            target_modules = all_linear(model, [n for n, m in model.named_modules() if isinstance(m, Linear4bit)])
+        else:
+            check_called(model, target_modules)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
@@ -159,12 +178,39 @@ def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
     return register_fused(config)
 
 
-def linear_names(model: Any) -> list[str]:
-    """The last names of a model's 4-bit linears, without those that peft takes for its experts' weights."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+def all_linear(model: Any, linears: list[str]) -> list[str]:
+    """What "all-linear" stands for: the last names of a model's 4-bit linears, or whole ones where the last is also
+    another module's; without those that peft refuses in this family or takes for its experts' weights."""
+    known = set(linears)
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in known}
+    short = {name: name.rpartition(".")[2] for name in linears}
+    names = {name if last in others else last for name, last in short.items() if peft_takes(model, last)}
     config = LoraConfig(target_modules=sorted(names))
     convert_peft_config_for_transformers(config, model, None)
     return sorted(config.target_modules or ())
+
+
+def peft_takes(model: Any, name: str) -> bool:
+    """Whether peft puts LoRA on a linear of this name in a model of this family."""
+    alone = nn.Module()
+    alone.add_module(name, nn.Linear(1, 1, device="meta"))
+    alone.config = SimpleNamespace(model_type=model.config.model_type)
+    try:
+        inject_adapter_in_model(LoraConfig(r=1, target_modules=[name]), alone, low_cpu_mem_usage=True)
+    except ValueError:
+        return False
+    return True
+
+
+def check_called(model: Any, target_modules: list[str] | str) -> None:
+    """Raise UserError if a target's weight is read by the model's code, which would pass an adapter by."""
+    for name in sorted(read_directly(model)):
+        ends = [target_modules] if isinstance(target_modules, str) else target_modules
+        named = f".{name}".endswith(tuple(f".{end}" for end in ends))
+        if re.fullmatch(target_modules, name) if isinstance(target_modules, str) else named:
+            must = "target_modules must be linears that the model calls"
+            found = f"{name}, whose weight its code reads itself: an adapter there would not take part"
+            raise UserError(must, found, "leave it out", "target_modules")
 
 
 def register_fused(config: Any) -> Any:

@@ -24,11 +24,12 @@ from onecard.data.loader import Loader
 from onecard.data.packing import collate
 from onecard.documents import Own, hold
 from onecard.errors import UserError
-from onecard.hf.attention import supports_packing, use_packed_attention
+from onecard.hf.attention import NotPacked, supports_packing, use_packed_attention
 from onecard.hf.fused import unfuse, unfused
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.kernels.cpu_info import arithmetic
 from onecard.train import signals
+from onecard.train.check import check_computes
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
 from onecard.train.metrics import Metrics
 from onecard.train.state import State, save_state
@@ -84,6 +85,7 @@ def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None
     """
     base = inner(model)
     batch = to_device(probe_batch(examples), base.get_input_embeddings().weight.device)
+    check_computes(base, batch["input_ids"][:, : batch["cu_seqlens"][1]])
     num_tokens = int((batch["labels"] != IGNORE).sum())
     # The mean of some 46 losses, of logits that differ by a few roundings of the compute dtype, half an eps each.
     eps = torch.finfo(base.config.quantization_config.bnb_4bit_compute_dtype).eps
@@ -99,11 +101,14 @@ def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None
                 expected = plain_loss(base, batch, num_tokens).item()
             why = f"{base.config.model_type} has attention of its own kind"
             if supports_packing(base):
-                with use_packed_attention(base):
-                    found = packed_loss(base, batch, num_tokens).item()
-                if same(found, expected):
-                    return packed_loss, None
-                why = f"the packed loss differs from the model's own ({found:.5f}, {expected:.5f})"
+                try:
+                    with use_packed_attention(base):
+                        found = packed_loss(base, batch, num_tokens).item()
+                    if same(found, expected):
+                        return packed_loss, None
+                    why = f"the packed loss differs from the model's own ({found:.5f}, {expected:.5f})"
+                except NotPacked:
+                    why = f"{base.config.model_type} does not hand the documents' ends on to its attention"
             if not same(plain_loss(base, batch, num_tokens).item(), expected):
                 unfuse(base)
             return plain_loss, why

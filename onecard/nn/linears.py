@@ -1,0 +1,146 @@
+"""Which of a model's linears 4 bits take.
+
+Not the head, not what the family keeps in float32, and not a linear whose weight the model's code reads itself: such
+code (the fused kernels of state-space layers, transformers' `self.dt_proj.weight @ x`) would meet codes where it wants
+a matrix, and would pass an adapter by. Those are found in the source of each module's class, so that paths which run
+on other devices only count as well; branches that the module's own settings rule out do not.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import operator
+import textwrap
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+SETUP = ("__init__", "_init_weights", "reset_parameters")  # which run before a model computes
+COMPARED = {
+    ast.Gt: operator.gt, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.LtE: operator.le, ast.Eq: operator.eq,
+    ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+}  # fmt: skip
+LINEARS = (nn.Linear, Conv1D)
+
+
+def linears_of(model: Any, skip: list[str] | None = None) -> dict[str, Any]:
+    """The linears that 4 bits take, by name, of transformers' model.
+
+    Args:
+        skip: names of modules that stay as they are; None: the head.
+    """
+    kept = kept_names(model, skip) + sorted(read_directly(model))
+    named = model.named_modules()
+    return {name: m for name, m in named if is_plain(m) and should_convert_module(name, kept)}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what a linear does; routers may be linears by their class that return more."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
+def kept_names(model: Any, skip: list[str] | None) -> list[str]:
+    """Patterns of what stays as it is by the caller's word or the family's."""
+    return HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+
+
+def read_directly(model: nn.Module) -> set[str]:
+    """Names of the linears whose weight a module's code reads instead of calling them."""
+    found = set()
+    for path, module in model.named_modules():
+        for name in weights_read(module):
+            whole = f"{path}.{name}".lstrip(".")
+            if isinstance(module.get_submodule(name), LINEARS):
+                found.add(whole)
+    return found
+
+
+def weights_read(module: nn.Module) -> Iterator[str]:
+    """Paths in a module of submodules whose weight its methods read."""
+    for function in methods(type(module)):
+        for node in live(function, module):
+            parts = dotted(node)
+            if len(parts) < 3 or parts[-1] != "weight":
+                continue
+            path = parts[1:-1]
+            if parts[0] == "self" and has(module, path):
+                yield ".".join(path)
+            elif parts[0] != "self" and len(path) > 1:  # of the layers that a loop goes over
+                yield from (name for name, _ in module.named_modules() if name.endswith(f".{'.'.join(path)}"))
+
+
+def has(module: Any, path: list[str]) -> bool:
+    """Whether a path of names leads to a submodule."""
+    for name in path:
+        module = module._modules.get(name) if isinstance(module, nn.Module) else None
+    return module is not None
+
+
+@cache
+def methods(kind: type) -> list[ast.AST]:
+    """The syntax of a class's methods and those of its bases, below nn.Module, that compute."""
+    found: dict[str, ast.AST] = {}
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):  # a class made at run time: its bases' methods count
+            continue
+        for node in getattr(tree.body[0], "body", ()):
+            if isinstance(node, ast.FunctionDef) and node.name not in SETUP:
+                found.setdefault(node.name, node)
+    return list(found.values())
+
+
+def live(node: ast.AST, module: nn.Module) -> Iterator[ast.AST]:
+    """A node and those below it, without branches that the module's settings rule out and reads of a device alone."""
+    yield node
+    if isinstance(node, ast.Attribute) and node.attr == "device":
+        return
+    parts: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If):
+        holds = decided(node.test, module)
+        parts = [node.test, *(node.body if holds is not False else ()), *(node.orelse if holds is not True else ())]
+    for part in parts:
+        yield from live(part, module)
+
+
+def decided(test: ast.AST, module: Any) -> bool | None:
+    """What a condition on a module's own settings comes to; None where that is not known."""
+    if isinstance(test, ast.BoolOp):
+        ends = isinstance(test.op, ast.Or)  # what one part is enough to decide
+        found = [decided(part, module) for part in test.values]
+        return ends if ends in found else None if None in found else not ends
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        inner = decided(test.operand, module)
+        return None if inner is None else not inner
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in COMPARED:
+        left, right = setting(test.left, module), setting(test.comparators[0], module)
+        return None if not left or not right else bool(COMPARED[type(test.ops[0])](left[0], right[0]))
+    value = setting(test, module)
+    return bool(value[0]) if value else None
+
+
+def setting(node: ast.AST, module: Any) -> tuple[Any] | None:
+    """A constant, or a module's own plain attribute, in a tuple; None for anything else."""
+    if isinstance(node, ast.Constant):
+        return (node.value,)
+    parts = dotted(node)
+    if len(parts) == 2 and parts[0] == "self" and parts[1] != "training":
+        value = vars(module).get(parts[1], module)
+        return (value,) if isinstance(value, (bool, int, float, str)) else None
+    return None
+
+
+def dotted(node: ast.AST) -> list[str]:
+    """The names of `a.b.c`; none for another expression."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute):
+        names.insert(0, node.attr)
+        node = node.value
+    return [node.id, *names] if isinstance(node, ast.Name) else []

@@ -1,0 +1,67 @@
+"""`python -m tests.families.table` writes docs/families.md: how every causal language model of transformers ends."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import peft
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from tests.families.build import families
+from tests.families.check import Outcome, check
+
+FILE = Path(__file__).parents[2] / "docs" / "families.md"
+NAMES = {"fast": "fast path", "plain": "plain path", "refused": "refused", "unbuilt": "not built"}
+HEAD = """# Families
+
+Every causal language model of transformers {transformers}, as a tiny checkpoint with norms, biases and multipliers that
+are not neutral (`python -m tests.families.table` writes this file, with peft {peft}). What trains is held to
+transformers + peft + AdamW on the same weights in float32: logits, three training losses and the evaluation loss to
+1e-4, the adapter read again and the merged checkpoint to 1e-3.
+
+- **fast path**: packed rows with attention of our own, the head on learned tokens only.
+- **plain path**: the model's own forward, one document at a time.
+- **refused**: a `UserError` with the reason, before training.
+- **not built**: the family cannot be built from a config of this size, or needs another library.
+
+{counts}
+
+| family | class | path | why | merge |
+|---|---|---|---|---|
+"""
+
+
+def attempt(family: str) -> Outcome:
+    """A family's outcome in a folder of its own; one that cannot be built is told so."""
+    with tempfile.TemporaryDirectory() as folder:
+        return check(family, Path(folder))
+
+
+def line(outcome: Outcome) -> str:
+    """A family's row; numbers and tensors' names in a reason, which are this checkpoint's, are left out."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[outcome.family]
+    merge = "yes" if outcome.path in ("fast", "plain") else "-"
+    if outcome.unmerged:
+        merge = f"refused: {outcome.unmerged.partition(': ')[0]}"
+    if outcome.misread:
+        merge += "; plain peft misreads the adapter's names"
+    why = outcome.why.partition(" (")[0][:150].strip().replace("|", "/")
+    return f"| {outcome.family} | {kind} | {NAMES[outcome.path]} | {why} | {merge} |"
+
+
+def render(outcomes: list[Outcome]) -> str:
+    """The whole file."""
+    paths = [outcome.path for outcome in outcomes]
+    counts = ", ".join(f"{paths.count(path)} {name}" for path, name in NAMES.items()) + "."
+    head = HEAD.format(transformers=transformers.__version__, peft=peft.__version__, counts=counts)
+    return head + "".join(line(outcome) + "\n" for outcome in outcomes)
+
+
+if __name__ == "__main__":
+    found = []
+    for name in families():
+        found.append(attempt(name))
+        print(line(found[-1]), flush=True)
+    FILE.write_text(render(found), encoding="utf-8")
