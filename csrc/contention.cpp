@@ -17,6 +17,7 @@
 #include <dirent.h>
 #include <pthread.h>
 #include <sched.h>
+#include <sys/resource.h>
 
 #include <algorithm>
 #include <atomic>
@@ -30,6 +31,7 @@
 #include <mutex>
 #include <thread>
 #include <utility>
+#include <vector>
 
 namespace onecard {
 namespace {
@@ -176,6 +178,29 @@ private:
     std::thread thread_;  // the last member: it uses the others
 };
 
+// libgomp ends the process when it can't start a thread. So a crowd needs a process without a limit of its memory, and as
+// many threads as it takes are tried before.
+bool has_room_for_threads() {
+    for (int limit : {RLIMIT_AS, RLIMIT_DATA}) {
+        rlimit found;
+        if (getrlimit(limit, &found) != 0 || found.rlim_cur != RLIM_INFINITY) return false;
+    }
+    std::vector<std::thread> tried;
+    bool started = true;
+    std::mutex all;
+    std::unique_lock<std::mutex> held(all);
+    try {
+        for (unsigned i = 0; i < std::thread::hardware_concurrency() + 2; ++i) {
+            tried.emplace_back([&all] { std::lock_guard<std::mutex> wait(all); });
+        }
+    } catch (const std::exception&) {
+        started = false;
+    }
+    held.unlock();
+    for (std::thread& thread : tried) thread.join();
+    return started;
+}
+
 std::atomic<Crowd*> crowd{nullptr};  // never destroyed when the process ends: its thread still waits
 
 }  // namespace
@@ -183,7 +208,7 @@ std::atomic<Crowd*> crowd{nullptr};  // never destroyed when the process ends: i
 bool contended() { return crowd != nullptr; }
 
 void set_contended(bool contended, GompParallel gomp_parallel) {
-    if (contended && !crowd) crowd = new Crowd(gomp_parallel);
+    if (contended && !crowd && has_room_for_threads()) crowd = new Crowd(gomp_parallel);
     if (!contended) delete crowd.exchange(nullptr);
 }
 
@@ -192,28 +217,31 @@ void allow_gathering(int change) { gathering().allow(change); }
 void watch_contention(GompParallel gomp_parallel) {
     static std::once_flag once;
     std::call_once(once, [=] {
-        std::thread([=] {
-            pthread_setname_np(pthread_self(), "onecard-watch");
-            int together = 0;  // how many times more they stay so
-            auto time = std::chrono::steady_clock::now();
-            for (Threads before = read_times(); !before.empty();) {
-                std::this_thread::sleep_for(kEvery);
-                Threads now = read_times();
-                auto later = std::chrono::steady_clock::now();
-                if (together) {  // and wait for each other: that says nothing
-                    if (--together == 0) gathering().spread();
-                } else {
-                    auto [id, longest] = busiest(before, now);
-                    double share = longest * 1e-9 / std::chrono::duration<double>(later - time).count();
-                    bool again = contended();  // a short burst is not worth two seconds on one core
-                    if (share > kBusy) set_contended(true, gomp_parallel);
-                    if (share < kQuiet) set_contended(false, gomp_parallel);
-                    if (again && contended() && gathering().gather(core_of(id))) together = kLook;
+        try {
+            std::thread([=] {
+                pthread_setname_np(pthread_self(), "onecard-watch");
+                int together = 0;  // how many times more they stay so
+                auto time = std::chrono::steady_clock::now();
+                for (Threads before = read_times(); !before.empty();) {
+                    std::this_thread::sleep_for(kEvery);
+                    Threads now = read_times();
+                    auto later = std::chrono::steady_clock::now();
+                    if (together) {  // and wait for each other: that says nothing
+                        if (--together == 0) gathering().spread();
+                    } else {
+                        auto [id, longest] = busiest(before, now);
+                        double share = longest * 1e-9 / std::chrono::duration<double>(later - time).count();
+                        bool again = contended();  // a short burst is not worth two seconds on one core
+                        if (share > kBusy) set_contended(true, gomp_parallel);
+                        if (share < kQuiet) set_contended(false, gomp_parallel);
+                        if (again && contended() && gathering().gather(core_of(id))) together = kLook;
+                    }
+                    before = std::move(now);
+                    time = later;
                 }
-                before = std::move(now);
-                time = later;
-            }
-        }).detach();
+            }).detach();
+        } catch (const std::exception&) {  // no room for a thread: the machine is not watched
+        }
     });
 }
 

@@ -24,7 +24,7 @@ LEAST_TEMPERATURE = 1e-6  # logits over less are more than a float32 holds
 FAR_MORE = 8  # times what a checkpoint holds
 SMALL = (1 << 24, 1000)  # weights and tensors that no model is too many with
 Size = Annotated[int, Field(ge=0)]
-TokenId = Annotated[int, Field(ge=-1)]  # -1 stands for none in some
+TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 stands for none in some
 TokenIds = TokenId | list[TokenId] | None
 Token = str | dict[str, Any] | None
 
@@ -38,7 +38,7 @@ class GenerationDocument(Foreign):
     do_sample: bool | None = None
     temperature: float | None = Field(None, ge=0)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: Size | None = None
+    top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)
 
     @field_validator("temperature")

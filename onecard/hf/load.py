@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +26,9 @@ from onecard.hf.documents import far_more_refused, read_model_document, read_tok
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import Head, cast_output
-from onecard.nn.experts import weights_of
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
-from onecard.paging.weights import SLICE_ROWS, PagedBase, PagedEmbedding, PagedHead
+from onecard.paging.weights import PagedBase
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SUSPICIOUS_ZEROS = 1 << 16
@@ -215,8 +212,8 @@ def check_text(config: Any, where: str) -> None:
     """Raise UserError for a multimodal checkpoint that transformers has no causal language model for as a whole."""
     if config.get_text_config() is config:
         return
-    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
-    if not known or MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class is not type(config):
+    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    if known is None or known.config_class is not type(config):
         found = f"{config.model_type}, a checkpoint of text and other parts"
         do = "use a checkpoint of the text model alone, such as the family's text-only release"
         raise UserError("the checkpoint must be a causal language model's", found, do, where)
@@ -340,40 +337,6 @@ def pick_compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return product_dtype(torch.bfloat16, device.type)
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over a loaded base as it computes, paged or not: codes, scales and the tensors beside them."""
-    digest = hashlib.sha256()
-    for name, module in model.named_modules():
-        for key, tensor in held_tensors(module):
-            digest.update(f"{name}.{key}".encode())
-            digest.update(as_bytes(tensor))
-    return digest.hexdigest()
-
-
-def held_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """A module's own tensors, brought in where they are paged; an embedding in pieces."""
-    stored = dict(weights_of(module))
-    for name, weight in stored.items():
-        packed, state = weight.stored()
-        named = [(name, packed), ("absmax", state.absmax), ("nested_absmax", state.nested_absmax),
-                 ("nested_offset", state.nested_offset)]  # fmt: skip
-        yield from ((key, tensor) for key, tensor in named if tensor is not None)
-    if isinstance(module, PagedEmbedding):
-        yield from (("weight", piece) for piece in module.slices())
-    elif isinstance(module, PagedHead):
-        yield "weight", module.weight
-    for key, parameter in module.named_parameters(recurse=False):
-        if key in stored:
-            continue
-        pieces = parameter.split(SLICE_ROWS) if isinstance(module, torch.nn.Embedding) else [parameter]
-        yield from ((key, piece) for piece in pieces)
-
-
-def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes without a copy where it lies in host memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def fix_date(tokenizer: Any, date: datetime.date) -> None:

@@ -192,7 +192,7 @@ def all_linear(model: Any, linears: list[str]) -> list[str]:
 
 def peft_takes(model: Any, name: str) -> bool:
     """Whether peft puts LoRA on a linear of this name in a model of this family."""
-    alone = nn.Module()
+    alone: Any = nn.Module()
     alone.add_module(name, nn.Linear(1, 1, device="meta"))
     alone.config = SimpleNamespace(model_type=model.config.model_type)
     try:

@@ -22,9 +22,9 @@ from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
 from onecard.errors import Stopped, UserError
 from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
+from onecard.hf.fingerprint import fingerprint
 from onecard.hf.load import (
     find_checkpoint,
-    fingerprint,
     fix_date,
     load_model,
     load_tokenizer,

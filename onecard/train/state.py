@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field
 from safetensors import SafetensorError
@@ -43,7 +43,7 @@ class Manifest(Own):
     """A checkpoint's manifest.json: it is whole where each file is what it says."""
 
     step: int = Field(ge=0)
-    files: dict[str, Written]
+    files: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")], Written]
 
 
 @dataclass

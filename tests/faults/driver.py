@@ -131,7 +131,7 @@ def cases(shim: Any, made: Cases, each: int) -> Iterator[tuple[str, int, int, bo
         made.run(name)
         total = shim.shim_count()
         shim.shim_arm(b"", 0, 0, 0)
-        assert total > 2, f"{name}: {total} calls, so the shim does not see them"
+        assert total > 1, f"{name}: {total} calls, so the shim does not see them"
         print(f"{name}: {total} calls", file=sys.stderr, flush=True)
         step = each if total > 12 else 1
         for call in range(1, total + 1, step):

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import onecard
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint, zeros_at_end
-from onecard.hf.load import fingerprint, load_tokenizer, read_config
+from onecard.hf.fingerprint import fingerprint
+from onecard.hf.load import load_tokenizer, read_config
 from tests.conftest import make_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -13,7 +13,7 @@ from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.merged import open_merged
 from onecard.export.quantized import quantize_checkpoint
-from onecard.hf.load import fingerprint
+from onecard.hf.fingerprint import fingerprint
 from onecard.nn.experts import Experts4bit, weights_of
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 from tests.paging.test_weights import least_budget, losses_and_gradients

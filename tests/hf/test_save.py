@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import onecard
 from onecard.config import LoraSettings
 from onecard.errors import UserError
-from onecard.hf.load import fingerprint
+from onecard.hf.fingerprint import fingerprint
 from onecard.nn.linear import Linear4bit
 from onecard.nn.lora import lora_config
 from tests.conftest import FAMILIES, make_checkpoint

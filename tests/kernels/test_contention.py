@@ -42,6 +42,7 @@ def run(program: str, **variables: str) -> list[str]:
 
 
 WATCHES = """
+time.sleep(0.5)  # until the thread has its name
 threads = [open(f"/proc/self/task/{id}/comm").read().strip() for id in os.listdir("/proc/self/task")]
 print(threads.count("onecard-watch"))
 """

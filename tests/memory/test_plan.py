@@ -106,7 +106,7 @@ def test_rows_are_filled_up_as_the_loader_does():
 
 def test_a_name_is_a_whole_one(tmp_path):
     """phi3 has a qkv_proj, which is no v_proj."""
-    with pytest.raises(UserError, match="names none"):
+    with pytest.raises(UserError, match="matches none"):
         plan(str(make_checkpoint(tmp_path, "phi3")), target_modules=["v_proj"])
 
 
@@ -287,5 +287,5 @@ def test_a_pattern_names_the_linears_that_peft_takes():
         for names in (r".*\.(q|v)_proj", ["q_proj", "v_proj"])
     )
     assert found == listed > 0
-    with pytest.raises(UserError, match="must name linears"):
+    with pytest.raises(UserError, match="must match a linear"):
         plan("llama-3.2-1b", target_modules=r"(q|v)_proj")  # no whole name

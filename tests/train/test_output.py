@@ -120,7 +120,7 @@ def test_samples_ask_as_training_does(checkpoint, tmp_path):
     prompts = [prompt for prompt, _, _ in result.report.samples]
     assert prompts == [row["prompt"] for row in rows[1:4]]  # the first is longer than max_seq_length
     generate, _, evaluate = map(shlex.split, result.report.next_commands)
-    assert generate[-1] == "--raw" and evaluate[-1] == str(data)
+    assert generate[-2] == "--prompt" and evaluate[-1] == str(data)  # asked as the adapter was trained
 
 
 def test_a_fence_is_longer_than_what_it_holds():

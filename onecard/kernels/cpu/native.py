@@ -67,12 +67,8 @@ class Linear(ctypes.Structure):
 
 _SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)  # packed, absmax, nested, maps, offset
 SIGNATURES: dict[str, tuple] = {
-    "onecard_isa": (c_char_p,),
-    "onecard_set_isa": (c_int, c_char_p),
-    "onecard_set_gomp": (None, c_void_p),
-    "onecard_watch_contention": (None,),
-    "onecard_set_contended": (None, c_int),
-    "onecard_contended": (c_int,),
+    "onecard_isa": (c_char_p,), "onecard_set_isa": (c_int, c_char_p), "onecard_set_gomp": (None, c_void_p),
+    "onecard_watch_contention": (None,), "onecard_set_contended": (None, c_int), "onecard_contended": (c_int,),
     "onecard_allow_gathering": (None, c_int),
     "onecard_quantize": (c_int, c_void_p, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "onecard_dequantize": (None, *_SCALES, c_int64, c_int64, c_void_p, c_int, c_int),
