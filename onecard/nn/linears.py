@@ -13,9 +13,11 @@ import inspect
 import operator
 import textwrap
 from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
@@ -40,9 +42,27 @@ def linears_of(model: Any, skip: list[str] | None = None) -> dict[str, Any]:
     return {name: m for name, m in named if is_plain(m) and should_convert_module(name, kept)}
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module computes what a linear does; routers may be linears by their class that return more."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+@torch.no_grad()
+def is_plain(module: Any) -> bool:
+    """Whether a module computes what a linear does; routers may be linears by their class that give more, and Falcon's
+    linears have a forward of their own: such a one is tried on a copy with a small weight."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, W, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in ((2, 5), (3, 5), (3,)))
+    bias = None if module.bias is None else bias
+    small = copy(module)
+    parameters = {"weight": W, "bias": bias}
+    small._parameters = {name: None if p is None else nn.Parameter(p) for name, p in parameters.items()}
+    small.in_features, small.out_features = 5, 3
+    try:
+        found: Any = small(x)
+    except Exception:  # it wants another weight
+        return False
+    expected = nn.functional.linear(x, W, bias)
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def kept_names(model: Any, skip: list[str] | None) -> list[str]:
