@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 SETUP = ("__init__", "_init_weights", "reset_parameters")  # which run before a model computes
@@ -66,8 +65,17 @@ def is_plain(module: Any) -> bool:
 
 
 def kept_names(model: Any, skip: list[str] | None) -> list[str]:
-    """Patterns of what stays as it is by the caller's word or the family's."""
-    return HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+    """Patterns of what stays as it is by the caller's word or the family's.
+
+    Not transformers' own list of keys: its last entry is another linear once head and embedding are one tensor.
+    """
+    if skip is None:
+        head = model.get_output_embeddings()
+        tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+        heads = {name for name, module in model.named_modules() if module is head}
+        last = {list(model.named_parameters())[-1][0]} if head is None else set()
+        skip = sorted(heads | {name.removesuffix(".weight") for name in tied | last})
+    return [*skip, *(model._keep_in_fp32_modules or ())]
 
 
 def read_directly(model: nn.Module) -> set[str]:
