@@ -84,12 +84,15 @@ def split(batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]
 
 
 def filled(batch: dict[str, Any], multiple_of: int) -> dict[str, Any]:
-    """A batch with a last document of nothing up to a multiple of tokens."""
+    """A batch with a last document of nothing up to a multiple of tokens: its last token again and again.
+
+    Not a padding token: its embedding may be zero, and the root of a mean square has no gradient there.
+    """
     total = batch["cu_seqlens"][-1]
     filler = -total % multiple_of
     if not filler:
         return batch
-    last = {"input_ids": torch.zeros(1, filler, dtype=torch.int64), "position_ids": torch.arange(filler)[None]}
+    last = {"input_ids": batch["input_ids"][:, -1:].repeat(1, filler), "position_ids": torch.arange(filler)[None]}
     last["labels"] = torch.full((1, filler), IGNORE)
     joined = {key: torch.cat([batch[key], tensor], 1) for key, tensor in last.items()}
     return {**joined, "cu_seqlens": [*batch["cu_seqlens"], total + filler]}

@@ -210,10 +210,8 @@ def read_config(folder: Path) -> Any:
 
 def check_text(config: Any, where: str) -> None:
     """Raise UserError for a multimodal checkpoint that transformers has no causal language model for as a whole."""
-    if config.get_text_config() is config:
-        return
-    known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else None
-    if known is None or known.config_class is not type(config):
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if config.get_text_config() is not config and getattr(kind, "config_class", None) is not type(config):
         found = f"{config.model_type}, a checkpoint of text and other parts"
         do = "use a checkpoint of the text model alone, such as the family's text-only release"
         raise UserError("the checkpoint must be a causal language model's", found, do, where)

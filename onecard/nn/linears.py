@@ -13,12 +13,13 @@ import inspect
 import operator
 import textwrap
 from collections.abc import Iterable, Iterator
+from copy import copy
 from functools import cache
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 SETUP = ("__init__", "_init_weights", "reset_parameters")  # which run before a model computes
@@ -40,14 +41,41 @@ def linears_of(model: Any, skip: list[str] | None = None) -> dict[str, Any]:
     return {name: m for name, m in named if is_plain(m) and should_convert_module(name, kept)}
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module computes what a linear does; routers may be linears by their class that return more."""
-    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+@torch.no_grad()
+def is_plain(module: Any) -> bool:
+    """Whether a module computes what a linear does; routers may be linears by their class that give more, and Falcon's
+    linears have a forward of their own: such a one is tried on a copy with a small weight."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    x, W, bias = (torch.randn(shape, generator=generator, device="cpu") for shape in ((2, 5), (3, 5), (3,)))
+    bias = None if module.bias is None else bias
+    small = copy(module)
+    parameters = {"weight": W, "bias": bias}
+    small._parameters = {name: None if p is None else nn.Parameter(p) for name, p in parameters.items()}
+    small.in_features, small.out_features = 5, 3
+    try:
+        found: Any = small(x)
+    except Exception:  # it wants another weight
+        return False
+    expected = nn.functional.linear(x, W, bias)
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def kept_names(model: Any, skip: list[str] | None) -> list[str]:
-    """Patterns of what stays as it is by the caller's word or the family's."""
-    return HfQuantizer.get_modules_to_not_convert(model, skip, model._keep_in_fp32_modules)
+    """Patterns of what stays as it is by the caller's word or the family's.
+
+    Not transformers' own list of keys: its last entry is another linear once head and embedding are one tensor.
+    """
+    if skip is None:
+        head = model.get_output_embeddings()
+        tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+        heads = {name for name, module in model.named_modules() if module is head}
+        last = {list(model.named_parameters())[-1][0]} if head is None else set()
+        skip = sorted(heads | {name.removesuffix(".weight") for name in tied | last})
+    return [*skip, *(model._keep_in_fp32_modules or ())]
 
 
 def read_directly(model: nn.Module) -> set[str]:

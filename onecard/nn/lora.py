@@ -63,16 +63,12 @@ class LoraLinear4bit(PeftLinear):
             return None
         return names[0]
 
-    def changes_base(self, *args: Any, **kwargs: Any) -> None:
-        do = "use the default, gaussian, orthogonal or eva, which leave the base as it is"
-        must, found = (
-            "an adapter's start must leave a 4-bit base as it is",
-            "an init_lora_weights that changes the base",
-        )
-        raise UserError(must, found, do, "init_lora_weights")
+    def rests_on_weight(self, *args: Any, **kwargs: Any) -> None:
+        must, found = "an adapter's start must leave a 4-bit base as it is", "one that is made from its 16-bit weights"
+        raise UserError(must, found, "use peft's default or gaussian", "init_lora_weights")
 
-    pissa_init = corda_init = olora_init = loftq_init = lora_ga_init = mica_init = changes_base  # peft's names
-    orthogonal_init = changes_base  # which gives the adapter the base's dtype
+    pissa_init = corda_init = olora_init = loftq_init = lora_ga_init = rests_on_weight  # peft's names
+    orthogonal_init = rests_on_weight  # it gives the adapter the weight's dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise not_into_4_bits()
