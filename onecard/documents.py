@@ -206,7 +206,9 @@ def read_object(
         content = parse_json(path.read_bytes(), infinities, max_bytes)
     except FileNotFoundError:
         raise UserError("this file must be there", "no such file", missing or do, str(path)) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError("the file must be readable", error.strerror or str(error), do, str(path)) from None
+    except ValueError as error:
         raise UserError("the file must be JSON", str(error), do, str(path)) from None
     if not isinstance(content, dict):
         raise UserError("the file must hold a JSON object", type(content).__name__, do, str(path))

@@ -36,7 +36,7 @@ class GenerationDocument(Foreign):
     bos_token_id: TokenIds = None
     pad_token_id: TokenIds = None
     do_sample: bool | None = None
-    temperature: float | None = Field(None, ge=0)
+    temperature: float | None = Field(None, ge=0, le=1e6)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
     repetition_penalty: float | None = Field(None, ge=1e-3, le=1e3)

@@ -6,6 +6,7 @@ sha256 comes last, and the folder is renamed. A kill at any instant leaves the c
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -182,7 +183,7 @@ def load_newest(root: Path) -> State | None:
         try:
             with about(folder):
                 paths = verified(folder)
-                tensors = {path.stem: load_file(path) for path in paths if path.suffix == ".safetensors"}
+                tensors = {path.stem: read_tensors(path) for path in paths if path.suffix == ".safetensors"}
                 documents = {path.stem: read_object(path) for path in paths if path.suffix == ".json"}
         except (OSError, ValueError, SafetensorError) as error:  # UserError is a ValueError
             if of_the_disk(error):
@@ -195,6 +196,15 @@ def load_newest(root: Path) -> State | None:
             "a checkpoint must be whole to resume", "; ".join(skipped), "start again in a new folder", str(root)
         )
     return None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """A checkpoint's tensors, by name. Raises OSError, SafetensorError."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:  # what safetensors calls every file that it cannot open; this one's hash was just read
+        path.open("rb").close()  # tells why
+        raise OSError(errno.EIO, "not readable just now", str(path)) from None
 
 
 def of_the_disk(error: Exception) -> bool:

@@ -314,6 +314,7 @@ def read_all(raw):
 
 def test_a_slow_reader_holds_up_nobody_and_gets_it_all(running, client, engine, endless):
     expected = client.completions.create(model="base", prompt=LONG, temperature=0, max_tokens=300).choices[0].text
+    ask(client, "base", QUESTIONS[1], max_tokens=4)  # a process's first chat waits for the template to be compiled
     slow = open_stream(running, 300)
     until(lambda: engine.active and engine.active[0].answer)
     work = engine.active[0]
