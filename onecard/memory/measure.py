@@ -98,9 +98,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far, or since `begin_peak`: by a GPU's allocator, graphs included; by a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    with suppress(
-        OSError, StopIteration
-    ):  # Linux, whose ru_maxrss begins at the size of the parent process
+    with suppress(OSError, StopIteration):  # Linux, whose ru_maxrss begins at the size of the parent process
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
