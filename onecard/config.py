@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from onecard.documents import first_mistake, parse_yaml
 from onecard.errors import UserError, did_you_mean
+from onecard.patterns import check_syntax
 
 QUANT_TYPES = ("nf4", "fp4", "int4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -91,10 +92,7 @@ class LoraSettings(Strict):
         pattern = value if isinstance(value, str) else "".join(value[:1])
         if not pattern or (isinstance(value, list) and len(value) > 1):
             raise ValueError('must be names like q_proj, one pattern, or "all-linear"')
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"must be a regular expression: {error}") from None
+        check_syntax([pattern])
         return pattern
 
     @model_validator(mode="after")

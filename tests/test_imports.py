@@ -10,6 +10,7 @@ ORDER = [
     "errors",
     "faults",
     "documents",
+    "patterns",
     "config",
     "quant",
     "kernels",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.hf.quantizer import check_finite
-from onecard.infer.adapters import WEIGHTS, read_config, stored_tensors
+from onecard.infer.adapters import WEIGHTS, modules_of, read_config, stored_tensors
 
 PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"  # by its name a difference, but it holds the rows themselves
@@ -56,7 +56,8 @@ def read_adapter(folder: Path) -> Adapter:
     Raises:
         UserError: a file is missing or damaged; values that are not finite; an adapter that is more than W + s B A.
     """
-    stored, config = stored_tensors(folder), read_config(folder)
+    stored = stored_tensors(folder)
+    config = read_config(folder, modules_of(stored))
     more = [f"{key} {config[key]}" for key in NOT_ADDED if config.get(key)]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or more:
         found = ", ".join([f"peft_type {config.get('peft_type')}", f"bias {config.get('bias')}", *more])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,11 +11,12 @@ import torch
 from pydantic import Field, model_validator
 from safetensors import safe_open
 
-from onecard.documents import Foreign, brief, hold, read_object
+from onecard.documents import Foreign, hold, read_object
 from onecard.errors import UserError
 from onecard.hf.checkpoint import TensorInfo, read_header
 from onecard.hf.load import first_line, resize_vocabulary
 from onecard.hf.quantizer import check_finite
+from onecard.patterns import check_syntax, check_time, is_plain
 
 WEIGHTS = "adapter_model.safetensors"
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # inits of peft that train over another base
@@ -56,14 +58,22 @@ class AdapterDocument(Foreign):
 
     @model_validator(mode="after")
     def _patterns(self) -> AdapterDocument:
-        names = (self.target_modules, self.exclude_modules, self.layers_pattern)
-        texts = [name for name in names if isinstance(name, str)]
-        for pattern in [*texts, *self.rank_pattern, *self.alpha_pattern]:
-            try:
-                re.compile(pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(f"must be a regular expression, not {brief(pattern)}: {error}") from None
+        check_syntax(self.expressions)
         return self
+
+    @property
+    def expressions(self) -> list[str]:
+        """The regular expressions that peft makes of what is no plain name."""
+        layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
+        whole = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
+        listed = self.target_modules if isinstance(self.target_modules, list) else ()
+        made = {
+            "%s": whole,
+            r"(.*\.)?(%s)$": [*self.rank_pattern, *self.alpha_pattern],
+            r"(?:^|.*?\.)%s\.(?P<idx>\d+)\.": layers,
+            r"(^|.*\.)%s($|\..*)": [*(self.modules_to_save or ()), *listed],
+        }
+        return [form.replace("%s", text) for form, texts in made.items() for text in texts if not is_plain(text)]
 
     def rank_of(self, module: str) -> int | None:
         """The rank of a module, by the first pattern that is its name's end, as peft has it."""
@@ -90,7 +100,7 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     check_origin(base, adapter)
     weights = Path(adapter) / WEIGHTS
     stored, config = stored_tensors(Path(adapter)), peft_config(Path(adapter))
-    check_ranks(Path(adapter), stored)
+    check_ranks(Path(adapter), stored, [name for name, _ in base.named_modules()])
     embeddings = [key for key in stored if re.search(r"embed_tokens(\.token_adapter\.base_layer)?\.weight$", key)]
     num_rows = max((stored[key].shape[0] for key in embeddings), default=0)
     if num_rows > base.get_input_embeddings().weight.shape[0]:  # tokens that training added
@@ -126,12 +136,13 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
     return read_header(path)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError for what is none, and for an adapter whose training changed the base."""
+def read_config(folder: Path, modules: Iterable[str] = ()) -> dict[str, Any]:
+    """adapter_config.json. Raises UserError for what is none, for patterns that take too long on modules of these
+    names, and for an adapter whose training changed the base."""
     path = folder / "adapter_config.json"
     do = "save it again with peft"
     found = read_object(path, do, missing="pass the run's adapter/ folder")
-    hold(AdapterDocument, found, str(path), do)
+    check_time(hold(AdapterDocument, found, str(path), do).expressions, modules, str(path))
     init = str(found.get("init_lora_weights")).lower()
     if init.startswith(CHANGES_BASE):
         raise UserError(
@@ -143,10 +154,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return found
 
 
-def check_ranks(folder: Path, stored: dict[str, TensorInfo]) -> None:
-    """Raise UserError unless the config's ranks are those of the tensors, before peft makes room for them."""
+def modules_of(stored: Iterable[str]) -> list[str]:
+    """The modules that an adapter's tensors are for."""
+    return sorted({key.removeprefix("base_model.model.").partition(".lora_")[0] for key in stored})
+
+
+def check_ranks(folder: Path, stored: dict[str, TensorInfo], modules: Iterable[str] = ()) -> None:
+    """Raise UserError unless the config's ranks are those of the tensors, before peft makes room for them.
+
+    Args:
+        modules: names of the model's.
+    """
     path = folder / "adapter_config.json"
-    config = AdapterDocument.model_validate(read_config(folder))
+    config = AdapterDocument.model_validate(read_config(folder, [*modules_of(stored), *modules]))
     for key, info in stored.items():
         module, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
         rank = config.rank_of(module) if found else None

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from onecard.config import LoraSettings
 from onecard.errors import UserError, did_you_mean
+from onecard.patterns import check_time
 
 
 def check_targets(modules: Any, lora: LoraSettings, has_experts: bool) -> None:
@@ -30,6 +31,7 @@ def check_targets(modules: Any, lora: LoraSettings, has_experts: bool) -> None:
     linears = sorted({name.rpartition(".")[2] for name, m in named.items() if isinstance(m, (nn.Linear, Conv1D))})
     known = f"name them as the model does: {', '.join(linears)}"
     patterns = [wanted] if isinstance(wanted, str) else names_of_modules(wanted, modules, has_experts)
+    check_time(patterns if isinstance(wanted, str) else [], named, "target_modules")
     for pattern in patterns:
         found = [name for name in named if name and matches(name, pattern, isinstance(wanted, str))]
         if not found:

@@ -1,0 +1,62 @@
+"""Regular expressions from settings and files: held to Python's syntax, and tried on a model's names in bounded time.
+
+Matching may take twice the time with each character of a name, as with `(a+)+b`, and nothing in a process can end it.
+So expressions are tried first in a process of their own, which ends with its time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+
+from onecard.errors import UserError, shortened
+
+PLAIN = re.compile(r"[\w.-]*")
+MAX_CHARACTERS = 20_000  # of all expressions: to compile a megabyte takes minutes
+MAX_SECONDS = 5
+TRY = """
+import json, re, sys
+expressions, names = json.load(sys.stdin)
+for expression in map(re.compile, expressions):
+    for name in names:
+        expression.match(name), expression.fullmatch(name)
+"""
+
+
+def is_plain(text: str) -> bool:
+    """Whether a text is a name, which matches in a time that grows with the other's length."""
+    return PLAIN.fullmatch(text) is not None
+
+
+def check_syntax(expressions: list[str]) -> None:
+    """Raise ValueError for what is no regular expression, or for longer ones than a model's names need."""
+    total = sum(map(len, expressions))
+    if total > MAX_CHARACTERS:
+        raise ValueError(f"regular expressions must have {MAX_CHARACTERS:,} characters at most, not {total:,}")
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"must be a regular expression, not {shortened(expression, 100)!r}: {error}") from None
+
+
+def check_time(expressions: list[str], names: Iterable[str], where: str) -> None:
+    """Raise UserError for expressions that are not matched with these names within MAX_SECONDS.
+
+    Args:
+        expressions: of Python's syntax (check_syntax).
+    """
+    if not expressions:
+        return
+    command = [sys.executable, "-I", "-S", "-c", TRY]
+    given = json.dumps([expressions, list(names)])
+    try:
+        subprocess.run(command, input=given, text=True, capture_output=True, timeout=MAX_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        must = f"regular expressions must match the model's names within {MAX_SECONDS} s"
+        why = error.strerror if isinstance(error, OSError) else "not done by then"
+        found = f"{', '.join(shortened(expression, 60) for expression in expressions[:4])}: {why}"
+        raise UserError(must, found, "write them without a repeat in a repeat, or list the names", where) from None
