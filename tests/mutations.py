@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -24,6 +25,13 @@ VALUES: list[Any] = [
     "2020-99-99", "{{ 1 }}", "{% raw %}",
     [], [None], [1, "a"], [[]], [-1], [2**70], [0.5], [""], [True], list(range(3000)), {}, {"": None}, {"a": {"b": []}},
     {"__float__": "Infinity"}, *RAW,
+]  # fmt: skip
+
+FRAGMENTS = [  # of a chat template
+    "{% for i in range(10**9) %}", "{{ 'a' * 10**10 }}", "{% endfor %}", "{{ x.y.z }}", "{{ raise_exception('no') }}",
+    "{%", "}}", "{{ ''.__class__ }}", "\U0001f600", "\x00", "\x1b[2J", "{% include 'x' %}", "{% generation %}",
+    "{{ messages[9] }}", "{{ messages[9].content }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{# ",
+    "{% set messages = [] %}", "{{ 1 / 0 }}", "{{ undefined() }}", "{{ raise_exception('\x1b[2J') }}",
 ]  # fmt: skip
 
 
@@ -51,7 +59,9 @@ def change(random: Random, document: Any) -> Any:
     elif kind < 0.7:
         del container[key]
     elif kind < 0.8 and isinstance(container[key], int | float) and not isinstance(container[key], bool):
-        container[key] = random.choice([-1, 2, 1000, 10**9, 0.5]) * container[key] + random.choice([-1, 0, 1])
+        factor, more = random.choice([-1, 2, 1000, 10**9, 0.5]), random.choice([-1, 0, 1])
+        with suppress(OverflowError):  # half of more than a float holds
+            container[key] = factor * container[key] + more
     elif isinstance(container, dict):
         name = random.choice(
             [str(v) for v in VALUES if isinstance(v, str)] + [k for c, k in found if isinstance(k, str)]
@@ -91,8 +101,18 @@ def scratch(random: Random, raw: bytes) -> bytes:
     return bytes(flipped)
 
 
+def changed_text(random: Random, text: str) -> bytes:
+    """A text with something put in, or with bytes that are others."""
+    if random.random() < 0.5:
+        return scratch(random, text.encode())
+    at = random.randrange(len(text) + 1)
+    return (text[:at] + random.choice(FRAGMENTS) + text[at:]).encode()
+
+
 def mutated(random: Random, document: Any) -> bytes:
-    """The bytes of a damaged document."""
+    """The bytes of a damaged document; of one that is text, not JSON, where it is a str."""
+    if isinstance(document, str):
+        return changed_text(random, document)
     document = copy.deepcopy(document)
     for _ in range(random.choice([0, 1, 1, 1, 2, 3])):
         document = change(random, document)

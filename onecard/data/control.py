@@ -19,6 +19,7 @@ from typing import Any
 from onecard.data.calls import strings_in
 from onecard.data.records import FIX, Record
 from onecard.errors import UserError
+from onecard.hf.load import tokenizing
 
 BREAK = "\ufdd0"  # a noncharacter of Unicode, never in text that is exchanged
 END_NAMES = (  # of tokens that end a turn, for templates whose special tokens do not tell it by their place
@@ -79,13 +80,15 @@ def encode_text(
     first ones must not, since the model never sees that token after a prompt.
 
     Raises:
-        UserError: a control token that nothing spells, such as one that the tokenizer's normalizer makes.
+        UserError: a text that the tokenizer fails at; a control token that nothing spells, such as one that its
+            normalizer makes.
     """
     specials, num_spelled = specials_of(tokenizer), 0
     ids: list[int] = []
     offsets: list[tuple[int, int]] = []
     for start, end in pieces(text, cuts):
-        coded, spans = encode_piece(text[start:end], start > 0, tokenizer)
+        with tokenizing("the tokenizer must turn the text into tokens", FIX, f"{where}:row"):
+            coded, spans = encode_piece(text[start:end], start > 0, tokenizer)
         ids += coded
         offsets += [(start + a, start + b) for a, b in spans]
         num_spelled += len(specials.pattern.findall(text, start, end))

@@ -6,6 +6,7 @@ an error of its own in the middle of a run, or in no end at all.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AllowInfNan, Field, field_validator, model_validator
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from onecard.documents import Foreign, brief, hold, read_object
-from onecard.errors import UserError
+from onecard.documents import Foreign, brief, children, hold, read_object
+from onecard.errors import UserError, printable
 
 MAX_COUNT = 100_000  # of layers or experts; classes make lists of so many before a tensor is asked for
 COUNTS = re.compile(r"layer|expert|blocks|depth|num_labels", re.IGNORECASE)
@@ -85,7 +86,23 @@ def counts_of(content: Any) -> Iterator[tuple[str, int | float]]:
             yield key, value
 
 
-class TokenizerDocument(Foreign):
+class TokenDocument(Foreign):
+    """A document of tokens. The tokenizers library prints the keys of a token that it does not know."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_that_may_be_printed(cls, content: Any) -> Any:
+        waiting = [content]
+        while waiting:
+            at = waiting.pop()
+            for key in at if isinstance(at, dict) else ():
+                if printable(key) != key:
+                    raise ValueError(f"a key must be of plain characters, not {brief(key)}")
+            waiting += children(at)
+        return content
+
+
+class TokenizerDocument(TokenDocument):
     """What we know of tokenizer_config.json; transformers reads it."""
 
     tokenizer_class: str | None = None
@@ -119,9 +136,22 @@ def read_generation_document(folder: Path) -> GenerationDocument:
 
 
 def read_tokenizer_document(folder: Path) -> TokenizerDocument:
-    """tokenizer_config.json, which may be missing. Raises UserError."""
-    path = folder / "tokenizer_config.json"
+    """tokenizer_config.json, which may be missing as may special_tokens_map.json beside it. Raises UserError."""
+    path, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
+    hold(TokenDocument, read_object(special) if special.is_file() else {}, str(special))
+    check_added_tokens(folder / "tokenizer.json")
     return hold(TokenizerDocument, read_object(path, infinities=True) if path.is_file() else {}, str(path))
+
+
+def check_added_tokens(path: Path) -> None:
+    """Raise UserError for added tokens with keys that must not be printed; the rest is the tokenizers library's."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # which the library tells, where it reads the file at all
+        return
+    added = content.get("added_tokens") if isinstance(content, dict) else None
+    if isinstance(added, list):
+        hold(TokenDocument, {"added_tokens": added}, str(path))
 
 
 @contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +254,7 @@ def bad_config(error: Exception, where: str) -> UserError:
     return UserError("config.json must describe a causal language model", found, do, where)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an exception of a library says, on one line."""
     return " ".join(str(error).split("\n\n")[0].split())[:300] or type(error).__name__
 
@@ -361,17 +363,28 @@ def tokenizer_folder(checkpoint: Path, adapter: str | Path | None) -> Path:
 
 
 def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
-    """The adapter's tokenizer, or else the checkpoint's. Raises UserError where there is none."""
+    """The adapter's tokenizer, or else the checkpoint's. Raises UserError where there is none that works."""
     folder = tokenizer_folder(find_checkpoint(model, weights=False), adapter)
     read_tokenizer_document(folder)
     if (folder / "config.json").is_file():  # which transformers may look into
         read_model_document(folder)
+    must, do = "the checkpoint folder must hold a tokenizer", "copy its tokenizer files there"
+    with tokenizing(must, do, str(folder)):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer("a")
+    return tokenizer
+
+
+@contextmanager
+def tokenizing(must: str, do: str, where: str) -> Iterator[None]:
+    """Inside, what a tokenizer cannot do raises UserError.
+
+    Its library is in Rust: what it does not expect of a tokenizer.json ends in a panic, which is no Exception, as the
+    file is read or later, as a text meets it.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(
-            "the checkpoint folder must hold a tokenizer",
-            first_line(error),
-            "copy its tokenizer files there",
-            str(folder),
-        ) from None
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(must, first_line(error), do, where) from None

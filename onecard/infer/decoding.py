@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from onecard.config import PREFILL_TOKENS, SamplingConfig
 from onecard.errors import UserError
 from onecard.hf.attention import cache_name
+from onecard.hf.load import tokenizing
 
 
 class Context:
@@ -178,10 +179,12 @@ class Text:
 
     def new_text(self) -> str:
         """Of the tokens not shown; decoded behind those before them, since a text's first token loses its space."""
-        before, whole = (
-            self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-            for tokens in (self.tokens[: self.num_shown], self.tokens)
-        )
+        name = str(self.tokenizer.name_or_path)
+        with tokenizing("the tokenizer must turn tokens into text", "fetch its tokenizer.json again", name):
+            before, whole = (
+                self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+                for tokens in (self.tokens[: self.num_shown], self.tokens)
+            )
         return whole[len(before) :]
 
     def release(self, text: str, last: bool) -> str:
