@@ -27,6 +27,14 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 CHECK = "check the disk or the mount"
+OTHER_KINDS = (
+    SafetensorError,
+    RuntimeError,
+)  # in which a fault may come, of torch by way of safetensors
+OTHER_WORDS = (
+    re.compile(r"(?:I/?o ?error: |serializing: )?([^:]*) \(os error (\d+)\)", re.IGNORECASE),
+    re.compile(r"unable to .*file <.*>.*: ([^:]*) \((\d+)\)"),
+)
 
 
 @contextmanager
@@ -39,7 +47,7 @@ def told(target: Path, kept: Callable[[], tuple[str, str]]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, *OTHER_KINDS) as error:
         if as_fault(error) is None:
             raise
         raise user_error(error, target, *kept()) from error
@@ -63,8 +71,8 @@ def user_error(error: Exception, target: Path, left: str, then: str) -> UserErro
 
 def as_fault(error: Exception) -> OSError | None:
     """The system's part of an error; None for a connection's and for those of other libraries' own kinds."""
-    if isinstance(error, SafetensorError):
-        found = re.search(r"(?:I/?o ?error: |serializing: )?([^:]*) \(os error (\d+)\)", str(error), re.IGNORECASE)
+    if isinstance(error, OTHER_KINDS):
+        found = next((found for words in OTHER_WORDS if (found := words.search(str(error)))), None)
         return OSError(int(found[2]), found[1]) if found else None
     own = isinstance(error, shutil.Error) or type(error).__module__ == "builtins"
     return error if own and isinstance(error, OSError) and not isinstance(error, ConnectionError) else None
@@ -88,14 +96,14 @@ def about(path: Path) -> Iterator[None]:
         if as_fault(error) is not None and error.filename is None:
             error.filename = str(path)
         raise
-    except SafetensorError as error:
+    except OTHER_KINDS as error:
         if as_fault(error) is None:
             raise
         raise of_file(error, path) from error
 
 
-def of_file(error: SafetensorError, path: Path) -> OSError:
-    """safetensors' error as the system's, of a file."""
+def of_file(error: Exception, path: Path) -> OSError:
+    """Another kind of error as the system's, of a file."""
     fault = as_fault(error)
     assert fault is not None
     fault.filename = str(path)

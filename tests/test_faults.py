@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from onecard.errors import UserError
 from onecard.faults import about, told
@@ -45,6 +46,29 @@ def test_a_connection_s_error_and_a_bug_s_stay_what_they_are(tmp_path):
         with pytest.raises(type(error)) as found, told(tmp_path, lambda: ("", "")):
             raise error
         assert found.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to open file </x/a.safetensors> in read-only mode: Disk quota exceeded (122)"),
+        RuntimeError("unable to mmap 1024 bytes from file </x/a.safetensors>: Disk quota exceeded (122)"),
+        SafetensorError("Error while serializing: I/O error: Disk quota exceeded (os error 122)"),
+    ],
+)
+def test_a_fault_in_another_library_s_words_is_one(error, tmp_path):
+    """torch opens a file that safetensors reads, and says so in a RuntimeError."""
+    kept = told(tmp_path, lambda: ("nothing is kept", "start again"))
+    with pytest.raises(UserError, match="Disk quota exceeded; nothing is kept") as found, kept, about(tmp_path / "a"):
+        raise error
+    assert found.value.where == str(tmp_path / "a") and found.value.do.startswith("make room")
+
+
+def test_another_error_of_torch_is_no_fault(tmp_path):
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied (2)")
+    with pytest.raises(RuntimeError) as found, told(tmp_path, lambda: ("", "")), about(tmp_path):
+        raise error
+    assert found.value is error
 
 
 def test_a_fault_names_its_file_and_whether_it_was_written(tmp_path):

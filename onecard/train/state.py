@@ -201,7 +201,8 @@ def load_newest(root: Path) -> State | None:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """A checkpoint's tensors, by name. Raises OSError, SafetensorError."""
     try:
-        return load_file(path)
+        with about(path):
+            return load_file(path)
     except FileNotFoundError:  # what safetensors calls every file that it cannot open; this one's hash was just read
         path.open("rb").close()  # tells why
         raise OSError(errno.EIO, "not readable just now", str(path)) from None
