@@ -114,9 +114,20 @@ class Case:
     @cached_property
     def num_shapes(self) -> tuple[int, int]:
         """Shapes of products, of the forward and of the backward, that each number of rows has (process.py)."""
-        linears = {name: (m.in_features, m.out_features) for name, m in self.model.linears.items()}
-        adapted = {shape for name, shape in linears.items() if name in self.adapted}
-        ins, outs, all_shapes = {K for K, _ in adapted}, {N for _, N in adapted}, set(linears.values())
+        return self.shapes_of({name: (m.in_features, m.out_features) for name, m in self.model.linears.items()})
+
+    @cached_property
+    def num_expert_shapes(self) -> tuple[int, int]:
+        """The same of an expert's products."""
+        stacks = self.model.stacks.items()
+        return self.shapes_of(
+            {name: (m.in_features // m.num_experts, m.out_features // m.num_experts) for name, m in stacks}
+        )
+
+    def shapes_of(self, matrices: dict[str, tuple[int, int]]) -> tuple[int, int]:
+        """num_shapes of matrices, (K, N) by their weight's name."""
+        adapted = {shape for name, shape in matrices.items() if name in self.adapted}
+        ins, outs, all_shapes = {K for K, _ in adapted}, {N for _, N in adapted}, set(matrices.values())
         return len(all_shapes) + len(ins) + len(outs), len(all_shapes) + 2 * len(ins) + 2 * len(outs)
 
     @cached_property

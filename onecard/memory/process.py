@@ -7,14 +7,17 @@ A product in 16 bits goes through oneDNN, which prepares it for its shapes. torc
     backward  M N r,  r M K,  N M r,  M r K,  M N K added
 
 and a head M d V and M V d. Linears of the same K and N share them. So the number follows from the numbers of rows
-(workload.py). Products on tiles (AMX) and in float32 are not prepared so.
+(workload.py). An expert gets what its router sends it: any number of rows up to all, filled up (nn/experts.py); the
+fewest go through a product of our own in the forward. Products on tiles (AMX) and in float32 are not prepared so.
 """
 
 from __future__ import annotations
 
 import torch
 
+from onecard.kernels.cpu.native import LARGEST_M
 from onecard.memory.case import Case, Term
+from onecard.nn.experts import filled_rows
 
 # All three measured on an AVX-512 CPU with torch 2.13 and transformers 5.23 (docs/plan.md tells how).
 PRODUCT_BYTES = 650 << 10  # two descriptors of 252 KiB each, oneDNN's and torch's, and the code made for the shapes
@@ -40,8 +43,19 @@ def num_products(case: Case, learns: bool) -> int:
         return 0
     load, (forward, backward) = case.workload, case.num_shapes
     if not learns:
-        return len(load.prompts) * forward
-    return len(load.forward) * forward + len(load.trained) * backward + 2 * len(load.heads)
+        return len(load.prompts) * forward + expert_products(case, load.prompts, frozenset())
+    number = len(load.forward) * forward + len(load.trained) * backward + 2 * len(load.heads)
+    return number + expert_products(case, load.forward, load.trained)
+
+
+def expert_products(case: Case, run: frozenset[int], trained: frozenset[int]) -> int:
+    """The same of experts, where so many tokens run through the model, or train it."""
+    forward, backward = case.num_expert_shapes
+
+    def sizes(tokens: frozenset[int], least: int) -> int:
+        return len({filled_rows(M) for M in range(least, max(tokens, default=0) + 1)})
+
+    return sizes(run, LARGEST_M.get(case.dtype, 0) + 1) * forward + sizes(trained, 1) * backward
 
 
 def goes_to_onednn(dtype: torch.dtype) -> bool:

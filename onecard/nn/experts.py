@@ -298,11 +298,16 @@ def by_expert(index_TJ: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
 
 
 def filled(x_M: Tensor) -> Tensor:
-    """x with zero rows, up to one of few numbers of rows: as in config.ROW_MULTIPLE, each new one costs a product its
-    preparation. In the backward these rows have routing weight 0, so that nothing of them is learned."""
+    """x with zero rows, up to one of few numbers of rows. In the backward these rows have routing weight 0, so that
+    nothing of them is learned."""
     M = x_M.shape[0]
+    return nn.functional.pad(x_M, (0, 0) * (x_M.ndim - 1) + (0, filled_rows(M) - M))
+
+
+def filled_rows(M: int) -> int:
+    """What M rows are filled up to: as with config.ROW_MULTIPLE, each new number costs a product its preparation."""
     multiple = 1 if M <= FEW_ROWS else FILL_ROWS if M <= 8 * FILL_ROWS else ROW_MULTIPLE
-    return nn.functional.pad(x_M, (0, 0) * (x_M.ndim - 1) + (0, -M % multiple))
+    return -(-M // multiple) * multiple
 
 
 def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:

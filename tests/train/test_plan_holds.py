@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from benchmarks.plan import ALLOWED, ALLOWED_BYTES
 from onecard.memory.measure import begin_peak, peak_memory_bytes
+from onecard.memory.process import PRODUCT_BYTES
 from onecard.memory.workload import Answers, Workload, pieces_of
 
 ROOT = Path(__file__).parents[2]
@@ -20,11 +22,14 @@ def test_the_demo_takes_what_its_plan_says(name, tmp_path):
     if not resets_its_peak():
         pytest.skip("this system does not reset a process's peak")
     command = [sys.executable, "-m", "benchmarks.plan", "--child", name, "--folder", str(tmp_path)]
-    threads = {"OMP_NUM_THREADS": "2"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | threads, capture_output=True, text=True, timeout=600)
+    settings = {"OMP_NUM_THREADS": "2", "ONEDNN_VERBOSE": "2"}  # which tells each product that oneDNN prepares
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert abs(found["plan"] - found["measured"]) <= max(ALLOWED * found["measured"], ALLOWED_BYTES), found
+    planned = found["terms"].get("prepared products", 0) // PRODUCT_BYTES
+    prepared = len(re.findall("create:cache_miss,cpu,matmul,.*bf16", done.stdout))
+    assert 0.8 * planned <= prepared <= planned, (planned, prepared)
 
 
 def resets_its_peak():

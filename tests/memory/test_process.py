@@ -1,0 +1,64 @@
+"""Exact: what a CPU process is planned to grow by beside its tensors, counted by hand."""
+
+import pytest
+import torch
+
+from onecard.config import TrainConfig, make_config
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.kernels.cpu import native
+from onecard.memory import process
+from onecard.memory.case import Case
+from onecard.memory.model import read_model
+from onecard.memory.workload import PROBE, Workload
+from onecard.nn.experts import filled
+from tests.conftest import make_checkpoint
+
+ROWS = frozenset({512})
+
+
+@pytest.fixture
+def on_onednn(monkeypatch):
+    monkeypatch.setattr(process, "goes_to_onednn", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr(native, "has_tiles", lambda: False)
+
+
+def case_of(folder, dtype=torch.bfloat16, **fields):
+    settings = {"model": "-", "data": "-", "output": "-", "device": "cpu", "r": 2, **fields}
+    load = Workload(ROWS, ROWS, prompts=frozenset({30}))
+    return Case(read_model(inspect_checkpoint(folder)), make_config(TrainConfig, settings), dtype, load)
+
+
+def test_the_terms_of_a_dense_model(tmp_path, on_onednn):
+    case = case_of(make_checkpoint(tmp_path))  # 64 hidden, 96 between, keys of 32
+    forward = 4 + 2 + 3  # (64, 64), (64, 32), (64, 96), (96, 64); inputs of 64 and 96; outputs of 64, 32 and 96
+    backward = 4 + 2 * 2 + 2 * 3
+    heads = 2 * len({64, 512})
+    number = len(PROBE | {512, 30}) * forward + backward + heads
+    found = {term.name: term.num_bytes for term in process.process_terms(case, True)}
+    adapted = 2 * 7
+    assert found == {
+        "prepared products": number * (650 << 10),
+        "Python's objects": (4 << 20) + adapted * (40 << 10),
+        "libraries' code": 19 << 20,
+    }
+    answers = process.process_terms(case, False)
+    assert answers[0].num_bytes == forward * (650 << 10)
+
+
+def test_float32_and_tiles_prepare_nothing(tmp_path, on_onednn, monkeypatch):
+    folder = make_checkpoint(tmp_path)
+    assert process.num_products(case_of(folder, torch.float32), True) == 0
+    monkeypatch.setattr(native, "has_tiles", lambda: True)
+    assert process.num_products(case_of(folder), True) == 0
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_an_expert_may_get_any_number_of_rows(adapted, tmp_path, on_onednn):
+    folder = make_checkpoint(tmp_path, "qwen3_moe")  # (64, 2 x 32) and (32, 64)
+    names = {"target_parameters": ["gate_up_proj", "down_proj"]} if adapted else {}
+    sizes = {len(filled(torch.zeros(M))) for M in range(1, 513)}
+    assert sizes == {*range(1, 9), *range(16, 129, 16), *range(192, 513, 64)}
+    few = {size for size in sizes if size <= native.LARGEST_M[torch.bfloat16]}
+    forward, backward = (2 + 2 + 1, 2 + 2 * 2 + 2 * 1) if adapted else (2, 2)
+    expected = len(sizes - few) * forward + len(sizes) * backward
+    assert process.expert_products(case_of(folder, **names), ROWS, ROWS) == expected
