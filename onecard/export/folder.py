@@ -25,6 +25,7 @@ from onecard.hf.origin import Form, form_beside
 from onecard.train.state import locked, sync, sync_folder
 
 DTYPES = {"F64": torch.float64, **TORCH_DTYPES}
+ALL_DTYPES = {**DTYPES, "U8": torch.uint8, "I64": torch.int64, "BOOL": torch.bool}  # that a checkpoint's tensors have
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",
@@ -136,8 +137,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
         stream.seek(info.begin)
         buffer = bytearray(info.nbytes)
         stream.readinto(buffer)
-    dtype = torch.uint8 if info.dtype == "U8" else DTYPES[info.dtype]
-    return torch.frombuffer(buffer, dtype=dtype).view(info.shape)
+    return torch.frombuffer(buffer, dtype=ALL_DTYPES[info.dtype]).view(info.shape)
 
 
 def write_others(

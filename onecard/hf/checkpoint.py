@@ -29,6 +29,7 @@ DTYPE_BITS = {
     "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
+COUNTED = ("I64", "BOOL")  # of positions, masks and tables that models hold beside their weights
 MAX_HEADER_BYTES = 32 << 20  # and of an index: some 300,000 tensors
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(.+)-(\d{5,9})-of-(\d{5,9})\.safetensors")
@@ -275,7 +276,10 @@ def check_index(mapping: dict[str, str], tensors: dict[str, TensorInfo], index: 
 
 
 def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None:
-    """Weights must be floats, or in bitsandbytes' 4-bit format where config.json says so."""
+    """Tensors must be floats, or in bitsandbytes' 4-bit format where config.json says so.
+
+    transformers would take the integers of a damaged or quantized tensor for its weights.
+    """
     quantization = config.get("quantization_config")
     if quantization is not None and not quantization.get("load_in_4bit"):
         raise UserError(
@@ -287,8 +291,10 @@ def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None
     if quantization is not None:
         hold(Quantization, quantization, "config.json: quantization_config")
     for name, info in tensors.items():
-        packed = quantization is not None and info.dtype == "U8" and f"{name}.absmax" in tensors
-        if name.endswith((".weight", ".bias")) and info.dtype not in FLOATS and not packed:
+        in_4bit = f"{name}.absmax" in tensors or name.endswith(".absmax") or ".quant_state." in name
+        packed = quantization is not None and info.dtype == "U8" and in_4bit
+        is_counted = info.dtype in COUNTED and not name.endswith((".weight", ".bias"))
+        if info.dtype not in FLOATS and not packed and not is_counted:
             raise UserError(
                 "weights must be float tensors", f"{info.dtype}", "use the original checkpoint", f"{info.file}: {name}"
             )

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from onecard.documents import Foreign, hold, read_object
 from onecard.errors import UserError
-from onecard.hf.checkpoint import TensorInfo, read_header
+from onecard.hf.checkpoint import FLOATS, TensorInfo, read_header
 from onecard.hf.load import first_line, resize_vocabulary
 from onecard.hf.quantizer import check_finite
 from onecard.patterns import check_syntax, check_time, is_plain
@@ -128,12 +128,17 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """What an adapter folder's header says. Raises UserError for a missing or damaged file."""
+    """What an adapter folder's header says. Raises UserError for a missing or damaged file, and for integers."""
     path = folder / WEIGHTS
     if not path.is_file():
         do = "pass the run's adapter/ folder"
         raise UserError(f"an adapter folder must hold {WEIGHTS}", "no such file", do, str(folder))
-    return read_header(path)
+    stored = read_header(path)
+    for key, info in stored.items():
+        if info.dtype not in FLOATS:
+            do = "use another copy of the adapter"
+            raise UserError("an adapter's tensors must be floats", info.dtype, do, f"{path}: {key}")
+    return stored
 
 
 def read_config(folder: Path, modules: Iterable[str] = ()) -> dict[str, Any]:

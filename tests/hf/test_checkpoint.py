@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import onecard
 from onecard.errors import UserError
-from onecard.hf.checkpoint import inspect_checkpoint, zeros_at_end
+from onecard.export.folder import read_tensor
+from onecard.hf.checkpoint import check_dtypes, inspect_checkpoint, read_header, zeros_at_end
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.load import load_tokenizer, read_config
 from tests.conftest import make_checkpoint
@@ -215,3 +216,25 @@ def test_the_fingerprint_sees_a_changed_weight(sound, tmp_path):
 def test_a_path_that_is_none(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         onecard.load_model(str(tmp_path / "absent"))
+
+
+def with_tensor(folder, name, tensor):
+    save_file({name: tensor}, folder / "model.safetensors")
+    return read_header(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int16", "uint8", "int8", "float8_e4m3fn", "uint32"])
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mixer.A_log", Q])
+def test_integers_are_no_weights_whatever_they_are_called(name, dtype, tmp_path):
+    tensors = with_tensor(tmp_path, name, torch.ones(4, 4).to(getattr(torch, dtype)))
+    with pytest.raises(UserError, match="float tensors") as error:
+        check_dtypes(tensors, {})
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.bfloat16, torch.float64])
+def test_positions_masks_and_floats_are_read_as_they_are(dtype, tmp_path):
+    made = torch.tensor([[0, 1], [1, 0]], dtype=dtype)
+    tensors = with_tensor(tmp_path, "model.position_ids", made)
+    check_dtypes(tensors, {})
+    assert torch.equal(read_tensor(tensors["model.position_ids"]), made)

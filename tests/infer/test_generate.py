@@ -65,6 +65,7 @@ DAMAGES = {
     "another model's modules": (edit_config(target_modules=["c_attn"]), "c_attn"),
     "missing tensor": (edit(lambda t: t.pop(NAME)), NAME),
     "extra tensor": (edit(lambda t: t.update(extra=torch.zeros(1))), "extra"),
+    "integers": (edit(lambda t: t.update({NAME: t[NAME].to(torch.int32)})), f"{NAME}: an adapter's tensors"),
     "NaN": (edit(lambda t: t[NAME].view(-1)[5].fill_(float("nan"))), f"{NAME}: every parameter"),
     "trained over a changed base": (edit_config(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
     "an init that reads 16-bit weights": (edit_config(init_lora_weights="mica"), "MiCA"),
