@@ -141,6 +141,18 @@ def test_a_flipped_bit_is_named(share, trained, base, tmp_path):
         assert path.name in str(error.value)
 
 
+def test_a_file_that_is_gone_is_named(trained, tmp_path):
+    names = sorted(path.name for path in trained.iterdir() if path.name not in (FILE, "README.md"))
+    assert "tokenizer_config.json" in names  # without which the base's would be taken
+    for name in names:
+        folder = tmp_path / name
+        shutil.copytree(trained, folder)
+        (folder / name).unlink()
+        with pytest.raises(UserError, match="no such file") as error:
+            read_origin(folder)
+        assert error.value.where == str(folder / name)
+
+
 def test_a_changed_adapter_loads_once_the_file_is_deleted(trained, base, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(trained, folder)
