@@ -82,7 +82,9 @@ def test_a_token_inside_a_turn_does_not_end_an_answer(tmp_path):
     """Harmony's <|end|> closes earlier answers, and thoughts before an answer: only <|return|> ends."""
     names = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
     tokenizer = make_tokenizer(HARMONY, names, eos_token="<|return|>")
-    turns = [{"role": "user", "content": "two mugs"}, {"role": "assistant", "content": "blue", "thinking": "the fox"}]
+    ask = {"role": "user", "content": "two mugs"}
+    turns = [ask, {"role": "assistant", "content": "red"}, ask]
+    turns += [{"role": "assistant", "content": "blue", "thinking": "the fox"}]
     form = form_of(dataset_of([{"messages": turns}] * 2, tokenizer, tmp_path), tokenizer, None)
     assert form.end_tokens == (tokenizer.eos_token_id,)
 
