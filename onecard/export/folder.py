@@ -24,6 +24,7 @@ from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
 from onecard.hf.origin import Form, form_beside
 from onecard.train.state import locked, sync, sync_folder
 
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # of tensors: dtype as safetensors spells it, shape
 DTYPES = {"F64": torch.float64, **TORCH_DTYPES}
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
