@@ -33,6 +33,7 @@ from onecard.hf.origin import Form, form_beside
 from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import context_length
 from onecard.infer.engine import Engine, Piece, Work
+from onecard.infer.graphs import make_context
 from onecard.infer.guard import Door, Guard, TimedProtocol
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
 
@@ -330,6 +331,7 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
             print(f"note     {name}: {told}")
         if form and form.prompt != "chat":
             print(f"note     {name}: trained on {NAMES[form.prompt]}: a chat request takes one message, written so")
+    make_context(model)  # a model that does not predict the next token is told before the first request
     host = f"[{config.host}]" if ":" in config.host else config.host
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
