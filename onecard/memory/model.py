@@ -68,14 +68,18 @@ class Model:
                 must = "target_parameters must name stacked weights of the model's experts"
                 raise UserError(must, found[:200], "correct it", "target_parameters")
 
-    def check_stored(self, checkpoint: Checkpoint) -> None:
-        """Raise UserError unless the checkpoint holds by itself all that 4 bits take: a weight as the model has it,
-        or experts' matrices. What transformers makes from other tensors has no place that an update could go to."""
+    def unmerged(self, checkpoint: Checkpoint) -> str | None:
+        """What 4 bits take that the checkpoint does not hold by itself, as a weight of the model or as experts'
+        matrices: transformers makes it from other tensors, so an update has no place to go to."""
         places = expert_places(self.modules, self.stacks, checkpoint.tensors) if self.stacks else {}
         there = {*self.stored, *(place.stack for place in places.values())}
-        missing = sorted(set(self.quantized) - there)
+        return next(iter(sorted(set(self.quantized) - there)), None)
+
+    def check_stored(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError unless an adapter of the model can be added to the checkpoint's tensors."""
+        missing = self.unmerged(checkpoint)
         if missing:
-            found = f"no {missing[0]}, which transformers may make from others as it loads"
+            found = f"no {missing}, which transformers may make from others as it loads"
             do = "train, generate and serve take it; save_pretrained of load_model's writes it in 4 bits"
             must = "the checkpoint must hold each weight that training has in 4 bits"
             raise UserError(must, found, do, str(checkpoint.folder))

@@ -21,7 +21,7 @@ from onecard.data.form import form_of, template_digest
 from onecard.data.loader import Loader
 from onecard.data.preview import render_preview
 from onecard.errors import Stopped, UserError
-from onecard.hf.checkpoint import Checkpoint, config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
+from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.load import (
     find_checkpoint,
@@ -37,7 +37,7 @@ from onecard.kernels.cpu_info import arithmetic
 from onecard.memory.case import Case, Fit
 from onecard.memory.fit import fit_within, total_bytes
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes, peak_memory_bytes, return_large_blocks
-from onecard.memory.model import Model, read_model
+from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.show import plan_table
 from onecard.memory.workload import Answers, known
@@ -84,7 +84,7 @@ class Prepared:
     form: Form
     date: str
     process_bytes: int  # what the process itself takes, beside which the plan counts
-    unmerged: str | None = None  # why merge and export will refuse the adapter
+    unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
 
 
 @dataclass
@@ -212,19 +212,10 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
     form = form_of(training, tokenizer, template)
-    unmerged = why_unmerged(model, checkpoint)
+    unmerged = model.unmerged(checkpoint)
     return Prepared(
         config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, form, date, process, unmerged
     )
-
-
-def why_unmerged(model: Model, checkpoint: Checkpoint) -> str | None:
-    """Why merge and export will refuse an adapter of this base; None if they take it."""
-    try:
-        model.check_stored(checkpoint)
-    except UserError as error:
-        return f"{error.must}; found {error.found}"
-    return None
 
 
 def choose_memory(case: Case, paged_from_file: bool) -> tuple[Fit, Plan, str]:
@@ -284,7 +275,8 @@ def show(prepared: Prepared, console: Console) -> None:
     console.print(plan_table(prepared.plan))
     console.print(prepared.why, highlight=False)
     if prepared.unmerged:
-        line = f"generate, chat and serve will take the adapter, but merge and export will not: {prepared.unmerged}"
+        line = f"merge and export will refuse this adapter: the checkpoint has no {prepared.unmerged} by itself"
+        line += "; generate, chat and serve take it"
         console.print(line, style="yellow", markup=False, highlight=False)
     console.rule("schedule", align="left")
     loader = make_loader(config, prepared.training)

@@ -1,12 +1,13 @@
 """No worse than plain: checkpoints whose tensors lie otherwise than the model's parameters, by name or turned."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import onecard
@@ -122,6 +123,18 @@ def test_an_adapter_that_plain_peft_trained_on_turned_weights(family, tmp_path):
         assert torch.equal(again(ids).logits, live)
 
 
+def test_a_checkpoint_without_the_models_prefix(family, tmp_path):
+    """As the first GPT-2 lies on the hub."""
+    base = tmp_path / "base"
+    shutil.copytree(family("gpt2"), base)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(base / "model.safetensors").items()}
+    save_file(tensors, base / "model.safetensors")
+    ids, before, live = make_adapter(tmp_path / "adapter", base)
+    merged = merge(str(base), str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    assert off_by(merged, ids, before, live) < 1e-4
+    assert load_file(merged / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
 def test_the_plan_reads_the_size_of_renamed_tensors(family):
     model = read_model(inspect_checkpoint(family("gemma3")))
     with safe_open(family("gemma3") / "model.safetensors", "pt") as file:
@@ -139,7 +152,7 @@ def test_a_merge_that_will_be_refused_is_told_before_the_training(tmp_path, chat
     console = Console(record=True, width=300, quiet=False)
     show(prepared, console)
     said = console.export_text()
-    assert "merge and export will not" in said and "no model.H_module.layers.0.mlp.gate_proj.weight" in said
+    assert "merge and export will refuse" in said and "no model.H_module.layers.0.mlp.gate_proj.weight" in said
     with pytest.raises(UserError, match="each weight that training has in 4 bits"):
         open_merged(str(base), None)
 
