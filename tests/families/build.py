@@ -90,9 +90,11 @@ MORE: dict[str, dict[str, Any]] = {
     "dots3_note.audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 2},
+    "moshi": {"sliding_window": 128},  # which transformers' cache has and the model's own forward has not
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     "roc_bert": {"shape_embed_dim": 16, "shape_vocab_size": 64, "pronunciation_embed_dim": 16,
