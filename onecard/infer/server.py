@@ -331,7 +331,6 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
             print(f"note     {name}: {told}")
         if form and form.prompt != "chat":
             print(f"note     {name}: trained on {NAMES[form.prompt]}: a chat request takes one message, written so")
-    make_context(model)  # a model that does not predict the next token is told before the first request
     host = f"[{config.host}]" if ":" in config.host else config.host
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     try:
@@ -339,6 +338,7 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
     except OSError as error:
         must, do = "the server's address must be this machine's and free", "choose another --port or --host"
         raise UserError(must, error.strerror or str(error), do, f"{host}:{config.port}") from None
+    make_context(model)  # a model that does not predict the next token is told before the first request
     port = door.getsockname()[1]
     print(f"serving  {', '.join(models)}\nbase_url http://{host}:{port}/v1  (Ctrl-C ends)", flush=True)
     make_server(model, models, config).run(sockets=[door])

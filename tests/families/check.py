@@ -38,7 +38,7 @@ from tests.families.build import make_family
 
 STEPS = 3
 WAYS = {Context: "cache", OneByOne: "cache, one token a pass", Uncached: "all tokens again"}
-EQUAL, MERGED = 1e-4, 1e-3  # relative, float32; a merged weight is rounded once more than the live sum
+EQUAL, MERGED = 1e-4, 1e-3  # relative, float32; a merged weight, and a scan that goes on, are rounded once more
 SETTINGS: dict[str, Any] = {
     "data": "rows", "device": "cpu", "compute_dtype": "float32", "max_seq_length": 64, "r": 4, "lora_alpha": 8,
     "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
@@ -220,7 +220,7 @@ def check_generation(outcome: Outcome, live: Any, ids: Tensor) -> None:
     outcome.generation = WAYS[type(context)]
     ends = (20, 25, 26, 27)  # a prompt, more of it, tokens one by one
     found = torch.cat([context.feed(tokens[start:end]) for start, end in zip((0, *ends), ends)])
-    compare(outcome, "generation", found, expected[[end - 1 for end in ends]])
+    compare(outcome, "generation", found, expected[[end - 1 for end in ends]], MERGED)
 
 
 def check_merged(outcome: Outcome, live: Any, plain: Any, base: Path, folder: Path, ids: Tensor) -> None:

@@ -19,7 +19,7 @@ HEAD = """# Families
 Every causal language model of transformers {transformers}, as a tiny checkpoint with norms, biases and multipliers that
 are not neutral (`python -m tests.families.table` writes this file, with peft {peft}). What trains is held to
 transformers + peft + AdamW on the same weights in float32: logits, three training losses and the evaluation loss to
-1e-4, the adapter read again and the merged checkpoint to 1e-3.
+1e-4, the adapter read again, the merged checkpoint and generation to 1e-3.
 
 - **fast path**: packed rows with attention of our own, the head on learned tokens only.
 - **plain path**: the model's own forward, one document at a time.
