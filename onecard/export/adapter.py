@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from onecard.infer.adapters import WEIGHTS, modules_of, read_config, stored_tens
 
 PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"  # by its name a difference, but it holds the rows themselves
-NOT_ADDED = ("fan_in_fan_out", "alora_invocation_tokens")  # of Conv1D, whose weights lie turned; for some tokens only
+NOT_ADDED = ("alora_invocation_tokens",)  # for some tokens only
 
 
 @dataclass
@@ -48,6 +48,14 @@ class Adapter:
     tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # trained rows of an embedding
     stays_tied: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # peft's
+
+    def renamed(self, names: dict[str, str]) -> Adapter:
+        """The adapter by other names for the model's weights, such as a checkpoint's."""
+        updates, saved, tokens = (
+            {names.get(name, name): value for name, value in found.items()}
+            for found in (self.updates, self.saved, self.tokens)
+        )
+        return replace(self, updates=updates, saved=saved, tokens=tokens)
 
 
 def read_adapter(folder: Path) -> Adapter:

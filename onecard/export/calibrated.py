@@ -13,8 +13,8 @@ from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
 from onecard.export.calibration import calibrate, meta_decoder
-from onecard.export.folder import DTYPES, check_room, new_folder, write_others
-from onecard.export.merged import Base, Merged, Shapes, num_bytes, open_merged, write_tensor
+from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, write_others
+from onecard.export.merged import Base, Merged, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
 from onecard.hf.writer import TensorFile
 

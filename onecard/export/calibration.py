@@ -96,7 +96,11 @@ def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
     config = AutoConfig.for_model(merged.config["model_type"], **fields)
     model = meta_model(config, "config.json").eval().requires_grad_(False)
     decoder: Any = model.get_decoder()
-    layers = list(decoder.layers)
+    layers = list(getattr(decoder, "layers", ()))
+    if not layers:
+        found = f"{config.model_type}, whose decoder keeps them elsewhere"
+        do = "export in another format"
+        raise UserError("a model to calibrate must have its decoder's layers in a list", found, do, "config.json")
     return model, {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
 
 

@@ -24,6 +24,7 @@ from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
 from onecard.hf.origin import Form, form_beside
 from onecard.train.state import locked, sync, sync_folder
 
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # of tensors: dtype as safetensors spells it, shape
 DTYPES = {"F64": torch.float64, **TORCH_DTYPES}
 ALL_DTYPES = {**DTYPES, "U8": torch.uint8, "I64": torch.int64, "BOOL": torch.bool}  # that a checkpoint's tensors have
 TOKENIZER_FILES = (

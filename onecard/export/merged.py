@@ -5,14 +5,15 @@
 W is by default what training saw, the dequantized 4-bit weight, in every linear that had one; "original" takes the
 checkpoint's own weights, which the adapter has never met. Sums are float32, rounded once to the checkpoint's dtype.
 4 bits again would undo most of the update, so the result is 16-bit. The output is written under a temporary name,
-file by file as the base has them, and renamed when whole. Experts are merged matrix by matrix (experts.py).
+file by file as the base has them, and renamed when whole. Experts are merged matrix by matrix (experts.py). Tensors go
+by the checkpoint's names, which transformers may change as it loads (hf/names.py); a Conv1D's matrix lies turned there.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -24,9 +25,10 @@ from transformers.pytorch_utils import Conv1D
 from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.adapter import Adapter, read_adapter
+from onecard.export.ends import Ends, saved_tensors
 from onecard.export.experts import Experts, matrix_info, matrix_key, part_in_4bit
-from onecard.export.folder import DTYPES, check_room, new_folder, read_tensor, write_others
-from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, TensorInfo, inspect_checkpoint
+from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, read_tensor, write_others
+from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.hf.writer import TensorFile
@@ -36,11 +38,9 @@ from onecard.quant.blockwise import state_absmax
 from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
-Shapes = dict[str, tuple[str, tuple[int, ...]]]
-HEAD = "lm_head.weight"
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
 SLAB_VALUES = 1 << 22
+SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Merged:
     """
 
     checkpoint: Checkpoint
+    model: Model
     adapter: Adapter
     quant: QuantConfig
     config: dict[str, Any]
@@ -60,6 +61,7 @@ class Merged:
     rounded: set[str]  # weights that stand in 4 bits first
     full: dict[str, Tensor]  # tensors that are not the base's
     linears: set[str]  # weights that training has in 4 bits
+    turned: set[str]  # weights that are (K, N) in the checkpoint, not (N, K)
     experts: Experts
 
     @property
@@ -77,12 +79,19 @@ class Merged:
         """One tensor of the result, whole."""
         return torch.cat(list(self.slabs(name))).view(self.shapes[name][1])
 
+    def matrix(self, name: str) -> Tensor:
+        """A linear's weight of the result, whole, (N, K)."""
+        W = self.read(name)
+        return W.T.contiguous() if name in self.turned else W
+
     def slabs(self, name: str) -> Iterator[Tensor]:
         """One tensor of the result, consecutive rows at a time."""
         if name in self.full:
             yield self.full[name].to(DTYPES[self.shapes[name][0]])
         elif self.as_stored(name):
             yield read_tensor(self.checkpoint.tensors[name])
+        elif name in self.turned:
+            yield torch.cat(list(self.matrix_slabs(name, None))).T
         else:
             for expert in range(self.shapes[name][1][0]) if self.experts.is_stack(name) else [None]:
                 yield from self.matrix_slabs(name, expert)
@@ -101,11 +110,10 @@ class Merged:
 
     def base_slabs(self, name: str, expert: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """A matrix of the base, (N, K), in float32: the first row's number, and some rows."""
-        N, K = self.shapes[name][1][-2:]
+        N, K = self.matrix_shape(name)
         rows = max(SLAB_VALUES // K, 1)
         if name not in self.rounded:
-            info = self.checkpoint.tensors[name]
-            W = read_tensor(info if expert is None else matrix_info(info, expert))
+            W = self.original(name, expert)
             yield from ((start, W[start : start + rows].float()) for start in range(0, N, rows))
             return
         packed, state, skip = self.in_4bit(name, expert)
@@ -113,6 +121,17 @@ class Merged:
         for start in range(0, N, rows):
             count = min(rows, N - start) * K
             yield start, dequantize_part(packed, absmax, state, skip + start * K, count).view(-1, K)
+
+    def matrix_shape(self, name: str) -> tuple[int, ...]:
+        """(N, K) of a weight, or of a stacked tensor's matrices."""
+        shape = self.shapes[name][1][-2:]
+        return shape[::-1] if name in self.turned else shape
+
+    def original(self, name: str, expert: int | None = None) -> Tensor:
+        """A matrix of a 16-bit base as it is there, (N, K)."""
+        info = self.checkpoint.tensors[name]
+        W = read_tensor(info if expert is None else matrix_info(info, expert))
+        return W.T.contiguous() if name in self.turned else W
 
     def in_4bit(self, name: str, expert: int | None = None) -> tuple[Tensor, QuantState, int]:
         """Codes and state of a matrix as training had it, and how many weights in them come before it."""
@@ -123,7 +142,7 @@ class Merged:
             return part_in_4bit(*self.experts.in_4bit(place.stack, how, read), place, expert)
         if info.dtype == "U8":
             return *read_4bit(self.checkpoint, name), 0
-        return *ops.quantize_4bit(read_tensor(info), *how, name), 0
+        return *ops.quantize_4bit(self.original(name), *how, name), 0
 
     def stack(self, name: str) -> Iterator[Tensor]:
         """The matrices of a stacked weight of the result, in its order."""
@@ -169,74 +188,63 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
     if checkpoint.is_4bit and base == "original":
         found = "a checkpoint in 4 bits"
         raise UserError("the original weights must be in the checkpoint", found, "use the dequantized ones", model)
-    tuned = read_adapter(Path(adapter)) if adapter is not None else Adapter()
-    checkpoint = with_true_ties(checkpoint)
-    shapes, known = stored_shapes(checkpoint), read_model(checkpoint)
-    check_linears(known, shapes, checkpoint.folder)
-    experts = Experts.of(checkpoint, known)
+    known = read_model(checkpoint)
+    known.check_stored(checkpoint)
+    tuned = read_adapter(Path(adapter)).renamed(known.stored) if adapter is not None else Adapter()
+    ends = Ends.of(known)
+    checkpoint = ends.with_true_ties(checkpoint)
+    turned = turned_weights(known)
+    shapes, experts = stored_shapes(checkpoint, turned), Experts.of(checkpoint, known)
     experts.spread(tuned)
-    check_belongs(tuned, shapes, checkpoint.folder)
+    check_belongs(tuned, shapes, turned, checkpoint.folder)
+    owners = {name: own for own, name in known.stored.items()}
     linears = {name for name in shapes if checkpoint.tensors[name].dtype == "U8"} - set(experts.places)
     if not checkpoint.is_4bit:
-        linears = set(known.linears)
-    quant = trained_over(checkpoint, linears, adapter, quant)
+        linears = {known.stored[own] for own in known.linears}
+    quant = trained_over(checkpoint, known, {owners.get(name, name) for name in linears}, adapter, quant)
     rounded = linears | set(experts.places) if base == "dequantized" else set()
-    full, config = saved_tensors(tuned, checkpoint, shapes)
+    full, config = saved_tensors(tuned, checkpoint, shapes, ends)
     for name, tensor in full.items():
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
         shapes[name] = (dtype, tuple(tensor.shape))
-    return Merged(checkpoint, tuned, quant, config, shapes, rounded, full, linears, experts)
+    return Merged(checkpoint, known, tuned, quant, config, shapes, rounded, full, linears, turned, experts)
 
 
-def with_true_ties(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint whose config ties its head, as its tensors have it.
-
-    transformers uses a head of the file that differs from the embedding, whatever the config says: the config is
-    corrected. A head that is the same is left out.
-    """
-    tensors, config = checkpoint.tensors, checkpoint.config
-    embedding = next((info for name, info in tensors.items() if name.endswith("embed_tokens.weight")), None)
-    if not config.get("tie_word_embeddings") or HEAD not in tensors or embedding is None:
-        return checkpoint
-    if same_bytes(tensors[HEAD], embedding):
-        return replace(checkpoint, tensors={name: info for name, info in tensors.items() if name != HEAD})
-    return replace(checkpoint, config={**config, "tie_word_embeddings": False})
-
-
-def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two stored tensors are the same, read piece by piece."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    with one.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(one.begin)
-        second.seek(other.begin)
-        pieces = [min(SLAB_VALUES, one.nbytes - at) for at in range(0, one.nbytes, SLAB_VALUES)]
-        return all(first.read(size) == second.read(size) for size in pieces)
+def turned_weights(known: Model) -> set[str]:
+    """The checkpoint's tensors that are a Conv1D's weight, whose rows are inputs."""
+    named = known.modules.named_modules()
+    own = [f"{name}.weight" for name, module in named if isinstance(module, Conv1D)]
+    return {known.stored[name] for name in own if name in known.stored}
 
 
 def trained_over(
-    checkpoint: Checkpoint, linears: set[str], adapter: str | None, quant: QuantConfig | None
+    checkpoint: Checkpoint, known: Model, linears: set[str], adapter: str | None, quant: QuantConfig | None
 ) -> QuantConfig:
-    """How the adapter met the base. Raises UserError if that, or the base, is not what its folder says."""
+    """How the adapter met the base, whose `linears` go by the model's names.
+
+    Raises:
+        UserError: that, or the base, is not what the adapter's folder says.
+    """
     fields = {} if quant is None else quant.model_dump()
     if checkpoint.is_4bit:
-        state = read_4bit(checkpoint, min(linears))[1]
+        state = read_4bit(checkpoint, known.stored[min(linears)])[1]
         fields |= {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
     found, origin = stored_as(adapter, fields), read_origin(adapter) if adapter is not None else None
     if origin is not None and adapter is not None:
-        sample = sample_base(checkpoint, linears, found.quant_type, found.blocksize)
+        sample = sample_base(checkpoint, known.modules, linears, found.quant_type, found.blocksize)
         check_sample(sample, origin, adapter, checkpoint.folder)
     return found
 
 
-def stored_shapes(checkpoint: Checkpoint) -> Shapes:
+def stored_shapes(checkpoint: Checkpoint, turned: set[str]) -> Shapes:
     """Dtype and shape of each tensor of a checkpoint, as it was before 4 bits."""
     shapes: Shapes = {}
     for name, info in checkpoint.tensors.items():
         if f"{name}.absmax" in checkpoint.tensors:
             states = {suffix: checkpoint.tensors.get(name + suffix) for suffix in SUFFIXES if STATE_KEY in suffix}
             facts = read_facts(name, {suffix: read_tensor(state) for suffix, state in states.items() if state})
-            shapes[name] = (NAMES[getattr(torch, facts.dtype)], tuple(facts.shape))
+            shape = tuple(facts.shape)[::-1] if name in turned else tuple(facts.shape)
+            shapes[name] = (NAMES[getattr(torch, facts.dtype)], shape)
         elif not (checkpoint.is_4bit and name.endswith(SUFFIXES)):
             shapes[name] = (info.dtype, info.shape)
     return shapes
@@ -287,22 +295,13 @@ def write_tensor(file: TensorFile, merged: Merged, name: str) -> None:
         file.append(name, slab)
 
 
-def check_linears(known: Model, shapes: Shapes, folder: Path) -> None:
-    """All that training has in 4 bits must be in the checkpoint by the model's names, its rows the outputs."""
-    turned = [f"{name}.weight" for name, module in known.modules.named_modules() if isinstance(module, Conv1D)]
-    missing = sorted(set(known.linears) - set(shapes))
-    if turned or missing:
-        found = f"no {missing[0]}" if missing else f"{turned[0]} of a Conv1D, whose rows are inputs"
-        do = "train, generate and serve take it; save_pretrained of load_model's writes it in 4 bits"
-        raise UserError("the checkpoint must hold a linear's weight for each of the model's", found, do, str(folder))
-
-
-def check_belongs(adapter: Adapter, shapes: Shapes, folder: Path) -> None:
+def check_belongs(adapter: Adapter, shapes: Shapes, turned: set[str], folder: Path) -> None:
     """Every update must find its weight, in shape."""
     for name, update in adapter.updates.items():
         shape = (update.B_NR.shape[0], update.A_RK.shape[1])
         dtype, found = shapes.get(name.partition("[")[0], (None, None))
         found = found and found[-2:]  # a stacked tensor's matrices
+        found = found[::-1] if found and name in turned else found
         if found != shape or dtype not in DTYPES:
             raise UserError(
                 f"the model must have the adapter's {name} of shape {list(shape)}",
@@ -310,48 +309,3 @@ def check_belongs(adapter: Adapter, shapes: Shapes, folder: Path) -> None:
                 "use the model that the adapter was trained on",
                 str(folder),
             )
-
-
-def saved_tensors(adapter: Adapter, checkpoint: Checkpoint, shapes: Shapes) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors that are not the base's, and config.json for the result.
-
-    A head or an embedding trained on its own unties the two; tokens added in training change the vocabulary's size.
-    """
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
-    saved = dict(adapter.saved)
-    embedding = next((n for n in shapes if n.endswith("embed_tokens.weight")), "")
-    for name, (rows, values) in adapter.tokens.items():
-        stored = checkpoint.tensors.get(name if name in shapes else embedding)
-        if stored is None or len(rows) != len(values):
-            found = f"{len(values)} rows for {len(rows)} tokens of {name}"
-            raise UserError("trained tokens must be an embedding's", found, "use their own model", str(adapter.folder))
-        W = saved[name].clone() if name in saved else read_tensor(stored)
-        W[rows] = values.to(W.dtype)
-        saved[name] = W
-    for name in set(saved) - set(shapes) - {HEAD}:
-        raise UserError("a module saved in full must be the model's", name, "use its own model", str(adapter.folder))
-    trained = {embedding, HEAD} & set(adapter.saved)
-    if trained and config.get("tie_word_embeddings") and HEAD not in shapes:
-        config["tie_word_embeddings"] = settle_ties(adapter, saved, embedding, checkpoint)
-    if trained:
-        found = {name: tensor.shape[0] for name, tensor in saved.items() if name in (embedding, HEAD)}
-        found = {name: shapes[name][1][0] for name in (embedding, HEAD) if name in shapes} | found
-        if len(set(found.values())) > 1:
-            do = "train both in full: modules_to_save embed_tokens and lm_head"
-            raise UserError("embedding and head must have the same tokens", str(found), do, str(adapter.folder))
-        config["vocab_size"] = min(found.values())
-    return saved, config
-
-
-def settle_ties(adapter: Adapter, saved: dict[str, Tensor], embedding: str, checkpoint: Checkpoint) -> bool:
-    """Give `saved` an embedding and a head where the base has one for both; whether they are still the same."""
-    base = read_tensor(checkpoint.tensors[embedding])
-    head = saved.pop(HEAD, None)
-    if adapter.stays_tied:
-        head = saved.get(embedding, head)
-        saved[embedding] = base if head is None else head
-    head = base if head is None else head
-    if torch.equal(head, saved.setdefault(embedding, base)):
-        return True
-    saved[HEAD] = head
-    return False

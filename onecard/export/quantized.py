@@ -23,13 +23,14 @@ from torch import Tensor
 from onecard.config import NESTED_BLOCKSIZE, QuantConfig
 from onecard.errors import UserError
 from onecard.export.experts import matrix_key, part_in_4bit
-from onecard.export.folder import check_room, new_folder, write_others
-from onecard.export.merged import Base, Merged, Shapes, dequantize_part, open_merged, write_tensor
+from onecard.export.folder import Shapes, check_room, new_folder, write_others
+from onecard.export.merged import Base, Merged, dequantize_part, open_merged, write_tensor
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.quantizer import BitsAndBytesConfig
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
+from onecard.nn.linears import skipped_names
 from onecard.quant.blockwise import state_absmax
 from onecard.quant.state import STATE_KEY, QuantState, to_bnb
 
@@ -139,7 +140,7 @@ def write_quantized(merged: Merged, folder: Path, quant: QuantConfig) -> Kept:
         bnb_4bit_quant_type=quant.quant_type,
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype="bfloat16" if quant.compute_dtype == "auto" else quant.compute_dtype,
-        llm_int8_skip_modules=before.get("llm_int8_skip_modules"),
+        llm_int8_skip_modules=before.get("llm_int8_skip_modules") or skipped_names(merged.model.modules),
     )
     config = {**merged.config, "quantization_config": stored.to_dict()}
     write_others(folder, merged.checkpoint, config, files, merged.adapter.folder)
@@ -150,8 +151,9 @@ def result_shapes(merged: Merged, name: str, quant: QuantConfig) -> Shapes:
     """Of the tensors that stand for a weight, in 4 bits if it is a linear's or a stack."""
     if name in merged.experts.stacks:
         return quantized_shapes(name, tuple(merged.experts.stacks[name].weight.shape), quant)
-    dtype, shape = merged.shapes[name]
-    return quantized_shapes(name, shape, quant) if name in merged.linears else {name: (dtype, shape)}
+    if name in merged.linears:
+        return quantized_shapes(name, merged.matrix_shape(name), quant)
+    return {name: merged.shapes[name]}
 
 
 def write_weight(file: TensorFile, merged: Merged, name: str, quant: QuantConfig, kept: Kept) -> None:
@@ -165,7 +167,7 @@ def write_weight(file: TensorFile, merged: Merged, name: str, quant: QuantConfig
                 for part in parts:
                     kept.add(merged, part, packed, state, number)
     elif name in merged.linears:
-        packed, state = ops.quantize_4bit(merged.read(name), *how, name)
+        packed, state = ops.quantize_4bit(merged.matrix(name), *how, name)
         append_4bit(file, name, packed, state)
         kept.add(merged, name, packed, state)
     else:

@@ -225,9 +225,10 @@ AttentionInterface.register(CACHED, cached_attention)
 
 
 def cache_name(model: Any) -> str:
-    """The argument by which a model's forward takes its cache: `cache` since transformers 5.24."""
+    """The argument by which a model's forward takes its cache: `cache` since transformers 5.24; mamba has its own."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside peft's
-    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    known = inspect.signature(base.forward).parameters
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
 
 
 def supports_packing(model: PreTrainedModel) -> bool:

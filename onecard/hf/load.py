@@ -217,6 +217,10 @@ def check_text(config: Any, where: str) -> None:
         found = f"{config.model_type}, a checkpoint of text and other parts"
         do = "use a checkpoint of the text model alone, such as the family's text-only release"
         raise UserError("the checkpoint must be a causal language model's", found, do, where)
+    if not hasattr(config.get_text_config(), "num_hidden_layers"):
+        found = f"{config.model_type}, whose config gives no num_hidden_layers"
+        do = "docs/families.md names the families that train"
+        raise UserError("the model must be one stack of layers, by which memory is planned", found, do, where)
 
 
 def check_generation_config(folder: Path) -> None:

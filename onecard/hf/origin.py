@@ -18,12 +18,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 from safetensors import safe_open
+from transformers.pytorch_utils import Conv1D
 
 from onecard.config import QuantConfig, QuantType, make_config
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
-from onecard.hf.load import find_checkpoint
+from onecard.hf.load import find_checkpoint, meta_model, read_config
+from onecard.hf.names import stored_names
 from onecard.kernels import ops
 from onecard.nn.linear import Linear4bit
 
@@ -85,7 +87,9 @@ def origin_of(model: Any, name: str) -> Origin:
     state = next(iter(linears.values())).loaded_state
     quant = {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
     checkpoint = inspect_checkpoint(find_checkpoint(model.name_or_path))
-    return Origin(model=name, **quant, sample=sample_base(checkpoint, linears, state.quant_type, state.blocksize))
+    modules = meta_model(read_config(checkpoint.folder), str(checkpoint.folder / "config.json"), checkpoint)
+    sample = sample_base(checkpoint, modules, linears, state.quant_type, state.blocksize)
+    return Origin(model=name, **quant, sample=sample)
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -185,16 +189,24 @@ def check_sample(found: str, expected: Origin, adapter: str | Path, folder: str 
         )
 
 
-def sample_base(checkpoint: Checkpoint, linears: Iterable[str], quant_type: str, blocksize: int) -> str:
-    """sha256 over the first codes of each linear's weight; a few KiB of each are read."""
+def sample_base(checkpoint: Checkpoint, modules: Any, linears: Iterable[str], quant_type: str, blocksize: int) -> str:
+    """sha256 over the first codes of each linear's weight; a few KiB of each are read.
+
+    Args:
+        modules: transformers' model of the checkpoint, without weights.
+        linears: their weights' names in it; what transformers makes from other tensors is left out.
+    """
     codes: dict[str, bytes] = {}
-    infos = {name: checkpoint.tensors[name] for name in linears if name in checkpoint.tensors}
+    stored = stored_names(modules, checkpoint.tensors)
+    infos = {name: checkpoint.tensors[stored[name]] for name in linears if name in stored}
     for file in checkpoint.files:
         with safe_open(file, "pt") as tensors:
             for name in (name for name, info in infos.items() if info.file == file):
-                stored = infos[name].dtype == "U8"
-                num_values, width = SAMPLE_VALUES // (2 if stored else 1), infos[name].shape[1]
-                head = tensors.get_slice(name)[: -(-num_values // width)].reshape(-1)[:num_values]
-                head = head if stored else ops.quantize_4bit(head, quant_type, blocksize, False, name)[0]
+                is_4bit = infos[name].dtype == "U8"
+                is_turned = not is_4bit and isinstance(modules.get_submodule(name.removesuffix(".weight")), Conv1D)
+                num_values, width = SAMPLE_VALUES // (2 if is_4bit else 1), infos[name].shape[0 if is_turned else 1]
+                piece, rows = tensors.get_slice(stored[name]), -(-num_values // width)
+                head = (piece[:, :rows].T if is_turned else piece[:rows]).reshape(-1)[:num_values]
+                head = head if is_4bit else ops.quantize_4bit(head, quant_type, blocksize, False, name)[0]
                 codes[name] = name.encode() + head.numpy().tobytes()
     return hashlib.sha256(b"".join(codes[name] for name in sorted(codes))).hexdigest()

@@ -28,7 +28,7 @@ from onecard.hf.fusion import fuse
 from onecard.nn.embedding import Head
 from onecard.nn.experts import Experts4bit, are_stacked_experts, weights_of
 from onecard.nn.linear import Linear4bit
-from onecard.nn.linears import kept_names, linears_of
+from onecard.nn.linears import beside_text, kept_names, linears_of, skipped_names
 from onecard.quant.state import BNB_KEYS, to_bnb
 
 METHOD = "onecard"
@@ -189,8 +189,10 @@ class OnecardQuantizer(HfQuantizer):
         self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
     ) -> PreTrainedModel:
         config: Any = self.quantization_config
+        if config.llm_int8_skip_modules is None:
+            config.llm_int8_skip_modules = skipped_names(model)
         linears = linears_of(model, config.llm_int8_skip_modules)
-        kept = kept_names(model, config.llm_int8_skip_modules)
+        kept = kept_names(model, config.llm_int8_skip_modules) + beside_text(model)
         for name, module in list(model.named_modules()):
             if are_stacked_experts(module) and should_convert_module(name, kept):
                 model.set_submodule(name, Experts4bit(module, config.bnb_4bit_compute_dtype).train(module.training))

@@ -67,6 +67,32 @@ class Context:
         return out.logits[:, -1].float()
 
 
+class OneByOne(Context):
+    """As Context for a model that goes on from its cache by one token only, as mamba does."""
+
+    def feed(self, ids: list[int]) -> torch.Tensor:
+        first = ids[:1] if self.tokens else ids
+        logits = super().feed(first)
+        for token in ids[len(first) :]:
+            logits = super().feed([token])
+        return logits
+
+
+class Uncached(Context):
+    """As Context for a model that does not go on from such a cache: each pass reads all tokens."""
+
+    def rewind(self, ids: list[int]) -> list[int]:
+        self.tokens = self.tokens[: common(self.tokens, ids[:-1])]
+        return ids[len(self.tokens) :]
+
+    @torch.no_grad()
+    def feed(self, ids: list[int]) -> torch.Tensor:
+        self.tokens += ids
+        device = self.model.get_input_embeddings().weight.device
+        out = self.model(input_ids=torch.tensor([self.tokens], device=device), use_cache=False)
+        return out.logits[:, -1].float()
+
+
 def common(held: list[int], wanted: list[int]) -> int:
     """How many tokens two lists begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(held, wanted)) if a != b), min(len(held), len(wanted)))

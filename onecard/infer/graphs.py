@@ -9,6 +9,7 @@ own cache; a model for which they differ, or which a graph cannot hold, goes on 
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,7 +21,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from onecard.hf.attention import cache_name, supports_packing, use_cached_attention
-from onecard.infer.decoding import Context, common
+from onecard.infer.check import AGREE, agree, context_of
+from onecard.infer.decoding import Context, Uncached, common
 from onecard.kernels.recording import beside, no_waiting
 from onecard.kernels.weight import scratch_buffers
 from onecard.nn.experts import has_experts
@@ -29,9 +31,8 @@ SHORTEST = 256  # tokens of the first buffers
 RECORD_AT = 3  # tokens fed one by one
 MOST = 4  # adapters' graphs
 PROBE = (list(range(1, 17)), [17], [18])  # tokens
-AGREE = 2**-4  # of the logits' norm: roundings of every layer add up; a wrong key or position changes all of it
 
-_suits: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # whether a model has graphs, once that is known
+_kinds: WeakKeyDictionary[Any, type[Context]] = WeakKeyDictionary()  # a model's, once it is known
 
 
 class FixedLayer(CacheLayerMixin):
@@ -114,7 +115,7 @@ class Buffers:
         if len(self.graphs) == MOST:
             del self.graphs[next(iter(self.graphs))]
         self.graphs[key] = graph, found, scratch_buffers()
-        return agree(found, expected)
+        return agree(found, expected, AGREE)
 
 
 class FixedContext(Context):
@@ -182,7 +183,7 @@ class FixedContext(Context):
             agrees = False
         if not agrees:
             buffers.graphs.clear()
-            self.records = _suits[self.model] = False
+            self.records, _kinds[self.model] = False, Context
         return agrees
 
 
@@ -192,15 +193,19 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def agree(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).norm() <= AGREE * expected.norm())
-
-
 def make_context(model: Any) -> Context:
-    """The cache that suits a model: a fixed one where its passes can be graphs."""
-    if model not in _suits:
-        _suits[model] = suits(model)
-    return FixedContext(model) if _suits[model] else Context(model)
+    """The cache that suits a model; a fixed one where its passes can be graphs.
+
+    Raises:
+        UserError: the first time, as context_of.
+    """
+    if model not in _kinds:
+        kind = context_of(model)
+        if kind is Uncached:
+            line = f"{model.config.model_type} does not go on from a cache: each token reads all before it again"
+            warnings.warn(line, stacklevel=2)
+        _kinds[model] = FixedContext if kind is Context and suits(model) else kind
+    return _kinds[model](model)
 
 
 def suits(model: Any) -> bool:
@@ -216,7 +221,7 @@ def gives_the_same(model: Any) -> bool:
     """Whether its logits over a fixed cache are those over its own."""
     fixed, own = FixedContext(model, records=False), Context(model)
     try:
-        return all([agree(fixed.feed(ids), own.feed(ids)) for ids in PROBE])
+        return all([agree(fixed.feed(ids), own.feed(ids), AGREE) for ids in PROBE])
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it wants something else of its cache

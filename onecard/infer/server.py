@@ -33,6 +33,7 @@ from onecard.hf.origin import Form, form_beside
 from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import context_length
 from onecard.infer.engine import Engine, Piece, Work
+from onecard.infer.graphs import make_context
 from onecard.infer.guard import Door, Guard, TimedProtocol
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
 
@@ -337,6 +338,7 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
     except OSError as error:
         must, do = "the server's address must be this machine's and free", "choose another --port or --host"
         raise UserError(must, error.strerror or str(error), do, f"{host}:{config.port}") from None
+    make_context(model)  # a model that does not predict the next token is told before the first request
     port = door.getsockname()[1]
     print(f"serving  {', '.join(models)}\nbase_url http://{host}:{port}/v1  (Ctrl-C ends)", flush=True)
     make_server(model, models, config).run(sockets=[door])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import resource
 import sys
 from collections.abc import Iterator
@@ -109,3 +110,13 @@ def format_bytes(num_bytes: float) -> str:
     """1,536 MiB style; GiB from ten of them on."""
     mib = num_bytes / 2**20
     return f"{mib / 1024:,.2f} GiB" if mib >= 10240 else f"{mib:,.1f} MiB" if mib < 100 else f"{mib:,.0f} MiB"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on whatever device."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM  # an anonymous mapping
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    reasons = ("DefaultCPUAllocator", "failed to allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(reason in str(error) for reason in reasons)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from onecard.config import LoraSettings
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
+from onecard.hf.experts import expert_places
 from onecard.hf.load import find_checkpoint, first_line, is_hub_id, meta_model, read_config
+from onecard.hf.names import stored_names
 from onecard.memory.shapes import KNOWN
 from onecard.memory.stacks import Stack, stacks_of
 from onecard.memory.targets import check_targets
@@ -27,6 +29,7 @@ class Model:
 
     modules: Any  # transformers' model on the meta device
     itemsize: dict[str, int]  # of a parameter as stored; 2 where it is not named
+    stored: dict[str, str] = field(default_factory=dict)  # the checkpoint's name of each parameter that it holds
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
@@ -65,6 +68,22 @@ class Model:
                 must = "target_parameters must name stacked weights of the model's experts"
                 raise UserError(must, found[:200], "correct it", "target_parameters")
 
+    def unmerged(self, checkpoint: Checkpoint) -> str | None:
+        """What 4 bits take that the checkpoint does not hold by itself, as a weight of the model or as experts'
+        matrices: transformers makes it from other tensors, so an update has no place to go to."""
+        places = expert_places(self.modules, self.stacks, checkpoint.tensors) if self.stacks else {}
+        there = {*self.stored, *(place.stack for place in places.values())}
+        return next(iter(sorted(set(self.quantized) - there)), None)
+
+    def check_stored(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError unless an adapter of the model can be added to the checkpoint's tensors."""
+        missing = self.unmerged(checkpoint)
+        if missing:
+            found = f"no {missing}, which transformers may make from others as it loads"
+            do = "train, generate and serve take it; save_pretrained of load_model's writes it in 4 bits"
+            must = "the checkpoint must hold each weight that training has in 4 bits"
+            raise UserError(must, found, do, str(checkpoint.folder))
+
     @cached_property
     def num_weights(self) -> int:
         return sum(p.numel() for p in self.modules.parameters())
@@ -98,7 +117,13 @@ def read_model(checkpoint: Checkpoint) -> Model:
     """A checkpoint's model from its config and headers."""
     sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
     where = str(checkpoint.folder / "config.json")
-    return Model(meta_model(read_config(checkpoint.folder), where, checkpoint), sizes)
+    return named(meta_model(read_config(checkpoint.folder), where, checkpoint), sizes)
+
+
+def named(modules: Any, sizes: dict[str, int]) -> Model:
+    """A model whose checkpoint holds values of these bytes, by tensor."""
+    stored = stored_names(modules, sizes)
+    return Model(modules, {own: sizes[name] for own, name in stored.items()}, stored)
 
 
 def find_model(model: str) -> Model:
@@ -124,7 +149,8 @@ def read_hub(repository: str) -> Model:
     config: Any = from_hub(lambda: AutoConfig.from_pretrained(repository, trust_remote_code=False), repository)
     headers: Any = from_hub(lambda: get_safetensors_metadata(repository), repository)
     tensors = [item for file in headers.files_metadata.values() for item in file.tensors.items()]
-    return Model(meta_model(config, repository), {name: DTYPE_BITS.get(info.dtype, 16) // 8 for name, info in tensors})
+    sizes = {name: DTYPE_BITS.get(info.dtype, 16) // 8 for name, info in tensors}
+    return named(meta_model(config, repository), sizes)
 
 
 def from_hub(fetch: Callable[[], Any], repository: str) -> Any:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from onecard.nn.experts import STACKS, are_stacked_experts
+from onecard.nn.linears import beside_text
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,11 @@ class Stack:
 
 def stacks_of(modules: Any) -> dict[str, Stack]:
     """The stacked weights that 4 bits take, by name, of transformers' model on the meta device."""
-    named = [(path, module) for path, module in modules.named_modules() if are_stacked_experts(module)]
+    named, beside = modules.named_modules(), beside_text(modules)
+    found = [(path, m) for path, m in named if are_stacked_experts(m) and should_convert_module(path, beside)]
     return {
         f"{path}.{name}": Stack(parameter, module.is_transposed)
-        for path, module in named
+        for path, module in found
         for name, parameter in module.named_parameters(recurse=False)
         if name in STACKS
     }

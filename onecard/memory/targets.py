@@ -79,4 +79,6 @@ def check_target(modules: Any, name: str, module: nn.Module, known: str) -> None
 
 def tied(modules: Any) -> bool:
     """Whether head and embedding are one weight, as the config says."""
-    return bool(getattr(modules.config.get_text_config(), "tie_word_embeddings", False))
+    head = modules.get_output_embeddings()
+    name = next((f"{name}.weight" for name, module in modules.named_modules() if module is head), "")
+    return name in modules.all_tied_weights_keys

@@ -1,9 +1,10 @@
 """Which of a model's linears 4 bits take.
 
-Not the head, not what the family keeps in float32, and not a linear whose weight the model's code reads itself: such
-code (the fused kernels of state-space layers, transformers' `self.dt_proj.weight @ x`) would meet codes where it wants
-a matrix, and would pass an adapter by. Those are found in the source of each module's class, so that paths which run
-on other devices only count as well; branches that the module's own settings rule out do not.
+Not the head, not what the family keeps in float32, not what text does not go through (the towers of other inputs), and
+not a linear whose weight the model's code reads itself: such code (the fused kernels of state-space layers,
+transformers' `self.dt_proj.weight @ x`) would meet codes where it wants a matrix, and would pass an adapter by. Those
+are found in the source of each module's class, so that paths which run on other devices only count as well; branches
+that the module's own settings rule out do not.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -36,9 +38,53 @@ def linears_of(model: Any, skip: list[str] | None = None) -> dict[str, Any]:
     Args:
         skip: names of modules that stay as they are; None: the head.
     """
-    kept = kept_names(model, skip) + sorted(read_directly(model))
+    kept = [*kept_names(model, skip), *beside_text(model), *sorted(read_directly(model))]
     named = model.named_modules()
     return {name: m for name, m in named if is_plain(m) and should_convert_module(name, kept)}
+
+
+def skipped_names(model: Any) -> list[str] | None:
+    """What config.json of a checkpoint in 4 bits must say stays in 16; None: the head alone, as all readers have it."""
+    beside = beside_text(model)
+    return [*kept_names(model, None), *beside] if beside else None
+
+
+def beside_text(model: Any) -> list[str]:
+    """Names of the modules of a model of several inputs that text does not go through: they stay as they are.
+
+    All beside its decoder and head; inside the decoder the models of other inputs, with what is around them up to the
+    next model.
+    """
+    if set(inputs_of(model)) == {"text"}:
+        return []
+    named = dict(model.named_modules())
+    ends = (model.get_decoder(), model.get_output_embeddings())
+    kept = [name for name, module in named.items() if any(module is end for end in ends)]
+
+    def leads(name: str) -> bool:  # to decoder or head, or is in one of them
+        return any(is_inside(path, name) or is_inside(name, path) for path in kept)
+
+    found = {name for name in named if not leads(name) and leads(parent_of(name))}
+    for name, module in named.items():
+        if isinstance(module, PreTrainedModel) and "text" not in inputs_of(module):
+            while not isinstance(named[parent_of(name)], PreTrainedModel):
+                name = parent_of(name)
+            found.add(name)
+    return sorted(found)
+
+
+def parent_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def is_inside(name: str, path: str) -> bool:
+    return not path or f"{name}.".startswith(f"{path}.")
+
+
+def inputs_of(model: Any) -> tuple[str, ...]:
+    """What a model of transformers' reads, as its class says."""
+    found = model.input_modalities
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from onecard.errors import UserError
 from onecard.kernels import ops
 from onecard.nn.experts import Experts4bit, Factors
 from onecard.nn.linear import Linear4bit
-from onecard.nn.linears import read_directly
+from onecard.nn.linears import beside_text, read_directly
 
 
 class LoraLinear4bit(PeftLinear):
@@ -154,17 +154,19 @@ def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
     Raises:
         UserError: target_modules name a linear whose weight the model's code reads itself.
     """
-    target_modules = settings.target_modules
+    target_modules, exclude_modules = settings.target_modules, None
     if model is not None:
         if target_modules == "all-linear":
             target_modules = all_linear(model, [n for n, m in model.named_modules() if isinstance(m, Linear4bit)])
         else:
             check_called(model, target_modules)
+            exclude_modules = without_text(model, target_modules)
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
         target_modules=target_modules,
+        exclude_modules=exclude_modules,
         target_parameters=settings.target_parameters,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
@@ -201,12 +203,24 @@ def peft_takes(model: Any, name: str) -> bool:
 def check_called(model: Any, target_modules: list[str] | str) -> None:
     """Raise UserError if a target's weight is read by the model's code, which would pass an adapter by."""
     for name in sorted(read_directly(model)):
-        ends = [target_modules] if isinstance(target_modules, str) else target_modules
-        named = f".{name}".endswith(tuple(f".{end}" for end in ends))
-        if re.fullmatch(target_modules, name) if isinstance(target_modules, str) else named:
+        if is_target(name, target_modules):
             must = "target_modules must be linears that the model calls"
             found = f"{name}, whose weight its code reads itself: an adapter there would not take part"
             raise UserError(must, found, "leave it out", "target_modules")
+
+
+def without_text(model: Any, target_modules: list[str] | str) -> str | None:
+    """A pattern of the targets that text does not go through, and so learn nothing; None where there are none."""
+    beside = "|".join(rf"{re.escape(name)}(\..+)?" for name in beside_text(model))
+    found = (name for name, _ in model.named_modules() if beside and re.fullmatch(beside, name))
+    return beside if any(is_target(name, target_modules) for name in found) else None
+
+
+def is_target(name: str, target_modules: list[str] | str) -> bool:
+    """Whether a pattern, or one of a list of ends, names a module, as peft has it."""
+    if isinstance(target_modules, str):
+        return re.fullmatch(target_modules, name) is not None
+    return f".{name}".endswith(tuple(f".{end}" for end in target_modules))
 
 
 def register_fused(config: Any) -> Any:

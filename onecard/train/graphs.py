@@ -1,10 +1,11 @@
 """The decoder's forward and backward as CUDA graphs: a launch each in place of thousands, between which a fast GPU
 waits for Python longer than it computes.
 
-A graph's shapes are fixed, so a row is filled up to a size that others share: its last document goes on for as many
-tokens as are missing, which no position before them sees and of which none is supervised, and documents of nothing make
-their number a power of two. A size is captured when it comes for the second time, into memory that all graphs share,
-since one runs at a time; and taken only if it then gives what the layers give by themselves.
+A graph's shapes are fixed, so a row is filled up to a size that others share: its last token comes again for as many
+as are missing (a padding token's embedding may be zero: data/packing.py), which no position before them sees and of
+which none is supervised, and documents of nothing make their number a power of two. A size is captured when it comes
+for the second time, into memory that all graphs share, since one runs at a time; and taken only if it then gives what
+the layers give by themselves.
 
 Not for what a graph cannot hold: recomputed layers and pages, and experts, whose tokens are counted on the host.
 """
@@ -69,7 +70,8 @@ class Graph:
         tokens = batch["input_ids"].shape[1]
         for key in ("input_ids", "position_ids"):
             self.row[key][:, :tokens].copy_(batch[key])
-            self.row[key][:, tokens:].zero_()
+        self.row["input_ids"][:, tokens:].copy_(batch["input_ids"][:, -1:])
+        self.row["position_ids"][:, tokens:].zero_()
         if isinstance(self.row["cu_seqlens"], Tensor):
             ends = torch.tensor(boundaries(batch, self.tokens, self.documents), dtype=torch.int32)
             self.row["cu_seqlens"].copy_(ends.pin_memory(), non_blocking=True)
@@ -141,8 +143,9 @@ class DecoderGraphs:
     def filled(self, batch: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         """The row as a graph takes it, so that the layers by themselves give the same bits."""
         missing = size[0] - batch["input_ids"].shape[1]
-        rows = {k: torch.nn.functional.pad(batch[k], (0, missing)) for k in ("input_ids", "position_ids")}
-        return {**rows, "cu_seqlens": boundaries(batch, *size)}
+        ids, positions = batch["input_ids"], torch.nn.functional.pad(batch["position_ids"], (0, missing))
+        ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)
+        return {"input_ids": ids, "position_ids": positions, "cu_seqlens": boundaries(batch, *size)}
 
     def has_room(self) -> bool:
         """Whether the device holds what a row makes twice: the graphs' memory, and the layers' for other sizes."""

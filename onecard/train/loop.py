@@ -26,10 +26,10 @@ from onecard.documents import Own, hold
 from onecard.errors import UserError
 from onecard.hf.attention import NotPacked, supports_packing, use_packed_attention
 from onecard.hf.fused import unfuse, unfused
+from onecard.infer.check import check_computes
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.kernels.cpu_info import arithmetic
 from onecard.train import signals
-from onecard.train.check import check_computes
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
 from onecard.train.metrics import Metrics
 from onecard.train.state import State, save_state

@@ -84,6 +84,7 @@ class Prepared:
     form: Form
     date: str
     process_bytes: int  # what the process itself takes, beside which the plan counts
+    unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
 
 
 @dataclass
@@ -211,8 +212,9 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
     form = form_of(training, tokenizer, template)
+    unmerged = model.unmerged(checkpoint)
     return Prepared(
-        config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, form, date, process
+        config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, form, date, process, unmerged
     )
 
 
@@ -272,6 +274,10 @@ def show(prepared: Prepared, console: Console) -> None:
     console.rule("memory plan", align="left")
     console.print(plan_table(prepared.plan))
     console.print(prepared.why, highlight=False)
+    if prepared.unmerged:
+        line = f"merge and export will refuse this adapter: the checkpoint has no {prepared.unmerged} by itself"
+        line += "; generate, chat and serve take it"
+        console.print(line, style="yellow", markup=False, highlight=False)
     console.rule("schedule", align="left")
     loader = make_loader(config, prepared.training)
     steps = count_steps(loader, config)

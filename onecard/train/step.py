@@ -11,7 +11,6 @@ ever smaller; only when there is nothing left to move or to split is it an error
 
 from __future__ import annotations
 
-import errno
 import gc
 import math
 import time
@@ -34,7 +33,7 @@ from onecard.errors import UserError
 from onecard.kernels.cpu import blocks
 from onecard.kernels.weight import kept_weights
 from onecard.memory.case import Fit
-from onecard.memory.measure import peak_memory_bytes
+from onecard.memory.measure import is_out_of_memory, peak_memory_bytes
 from onecard.nn.experts import has_experts
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
@@ -300,16 +299,6 @@ def with_room(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | Non
             reason = (str(error).splitlines() or ["MemoryError"])[0]
         make_room(run, window or [], reason, again)  # here, where the error no longer holds the step's tensors
         again = True
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM  # an anonymous mapping
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    reasons = ("DefaultCPUAllocator", "failed to allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return any(reason in str(error) for reason in reasons)
 
 
 def make_room(run: Run, window: list[dict[str, Any]], reason: str, again: bool) -> None:

@@ -79,16 +79,22 @@ QWEN4 = {
     "indexer_head_dim": 16,
 }  # fmt: skip
 MORE: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
     "blt": {"encoder_hash_byte_group_vocab": 256},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE}},
     "dbrx.attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 0.5},
     "dbrx.ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     "dots3_note_text": {"per_layer_config": {}, "head_dim": 24},
     "dots3_note.text_config": {"per_layer_config": {}, "head_dim": 24},
+    "dots3_note.vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+    "dots3_note.audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     "falcon_h1": {"mamba_d_ssm": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "longcat_flash": {"zero_expert_num": 2},
+    "moshi": {"sliding_window": 128},  # which transformers' cache has and the model's own forward has not
     "mamba2": {"num_heads": 8, "head_dim": 16, "n_groups": 1},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 16]},
     "roc_bert": {"shape_embed_dim": 16, "shape_vocab_size": 64, "pronunciation_embed_dim": 16,
@@ -96,6 +102,7 @@ MORE: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": QWEN4,
     "qwen4_exp.text_config": QWEN4,
     "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 

@@ -26,6 +26,8 @@ from onecard.export.merged import merge
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.origin import origin_of
 from onecard.infer.adapters import with_adapter
+from onecard.infer.decoding import Context, OneByOne, Uncached
+from onecard.infer.graphs import make_context
 from onecard.nn.experts import weights_of
 from onecard.nn.lora import lora_config
 from onecard.train.loop import choose_loss, evaluate
@@ -35,7 +37,8 @@ from onecard.train.step import Run, update
 from tests.families.build import make_family
 
 STEPS = 3
-EQUAL, MERGED = 1e-4, 1e-3  # relative, float32; a merged weight is rounded once more than the live sum
+WAYS = {Context: "cache", OneByOne: "cache, one token a pass", Uncached: "all tokens again"}
+EQUAL, MERGED = 1e-4, 1e-3  # relative, float32; a merged weight, and a scan that goes on, are rounded once more
 SETTINGS: dict[str, Any] = {
     "data": "rows", "device": "cpu", "compute_dtype": "float32", "max_seq_length": 64, "r": 4, "lora_alpha": 8,
     "gradient_accumulation_steps": 1, "max_steps": STEPS, "learning_rate": 1e-2, "lr_scheduler_type": "constant",
@@ -53,6 +56,7 @@ class Outcome:
         gaps: relative differences by what was compared.
         unmerged: why `onecard merge` refuses it.
         misread: whether peft renames some of the adapter's own keys when it loads them, and so does not find them.
+        generation: how it goes on after a prompt.
     """
 
     family: str
@@ -61,6 +65,7 @@ class Outcome:
     gaps: dict[str, float] = field(default_factory=dict)
     unmerged: str = ""
     misread: bool = False
+    generation: str = "-"
 
 
 def rows() -> Dataset:
@@ -73,8 +78,11 @@ def rows() -> Dataset:
     return Dataset(examples, [], "text", SETTINGS["max_seq_length"])
 
 
-def check(family: str, folder: Path) -> Outcome:
+def check(family: str, folder: Path, **settings: Any) -> Outcome:
     """Build a family's checkpoint in a folder and hold it to what plain libraries compute.
+
+    Args:
+        settings: of the training, beside SETTINGS.
 
     Raises:
         AssertionError: a difference.
@@ -86,15 +94,15 @@ def check(family: str, folder: Path) -> Outcome:
         outcome.path, outcome.why = "unbuilt", " ".join(str(error).split())[:120]
         return outcome
     try:
-        hold(outcome, base, folder)
+        hold(outcome, base, folder, settings)
     except UserError as error:
         outcome.path, outcome.why = "refused", f"{error.must}: {error.found}"[:200]
     return outcome
 
 
-def hold(outcome: Outcome, base: Path, folder: Path) -> None:
+def hold(outcome: Outcome, base: Path, folder: Path, settings: dict[str, Any]) -> None:
     """The whole way of one family, each part compared."""
-    config = TrainConfig(model=str(base), output=str(folder / "run"), **SETTINGS)
+    config = TrainConfig(model=str(base), output=str(folder / "run"), **SETTINGS, **settings)
     ours = onecard.load_model(str(base), compute_dtype=torch.float32, device="cpu")
     dataset = rows()
     torch.manual_seed(config.seed)
@@ -109,6 +117,7 @@ def hold(outcome: Outcome, base: Path, folder: Path) -> None:
     found, expected = train_ours(run, dataset), train_plain(plain, config, dataset)
     compare(outcome, "losses", torch.tensor(found), torch.tensor(expected))
     assert onecard.plan(str(base), max_seq_length=64, r=4).total_bytes > 0
+    check_generation(outcome, live, ids)
     save_adapter(live, folder / "adapter", origin_of(ours, str(base)))
     check_merged(outcome, live, plain, base, folder, ids)
 
@@ -141,7 +150,11 @@ def plain_peft(live: Any, twin: Any) -> Any:
     """peft's own adapter on the twin, from the same start."""
     settings = live.peft_config["default"]
     config = LoraConfig(
-        r=settings.r, lora_alpha=settings.lora_alpha, target_modules=settings.target_modules, task_type="CAUSAL_LM"
+        r=settings.r,
+        lora_alpha=settings.lora_alpha,
+        target_modules=settings.target_modules,
+        target_parameters=settings.target_parameters,
+        task_type="CAUSAL_LM",
     )
     plain = get_peft_model(twin, config)
     start = {name: p for name, p in live.named_parameters() if p.requires_grad}
@@ -198,6 +211,16 @@ def document_losses(model: Any, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
         total = total + nn.functional.cross_entropy(z, labels[0, 1:], ignore_index=IGNORE, reduction="sum")
         count += int((labels[0, 1:] != IGNORE).sum())
     return total / count
+
+
+def check_generation(outcome: Outcome, live: Any, ids: Tensor) -> None:
+    """What generate, chat and serve compute, piece by piece, is the model's own forward."""
+    expected, tokens = logits(live, ids)[0], ids[0].tolist()
+    context = make_context(live)
+    outcome.generation = WAYS[type(context)]
+    ends = (20, 25, 26, 27)  # a prompt, more of it, tokens one by one
+    found = torch.cat([context.feed(tokens[start:end]) for start, end in zip((0, *ends), ends)])
+    compare(outcome, "generation", found, expected[[end - 1 for end in ends]], MERGED)
 
 
 def check_merged(outcome: Outcome, live: Any, plain: Any, base: Path, folder: Path, ids: Tensor) -> None:

@@ -19,17 +19,19 @@ HEAD = """# Families
 Every causal language model of transformers {transformers}, as a tiny checkpoint with norms, biases and multipliers that
 are not neutral (`python -m tests.families.table` writes this file, with peft {peft}). What trains is held to
 transformers + peft + AdamW on the same weights in float32: logits, three training losses and the evaluation loss to
-1e-4, the adapter read again and the merged checkpoint to 1e-3.
+1e-4, the adapter read again, the merged checkpoint and generation to 1e-3.
 
 - **fast path**: packed rows with attention of our own, the head on learned tokens only.
 - **plain path**: the model's own forward, one document at a time.
 - **refused**: a `UserError` with the reason, before training.
+- **generate** is how `generate`, `chat` and `serve` go on after a prompt, whose logits are held to the same: from a
+  cache, by one token a pass where the model takes no more, or with all tokens again for each new one.
 - **not built**: the family cannot be built from a config of this size, or needs another library.
 
 {counts}
 
-| family | class | path | why | merge |
-|---|---|---|---|---|
+| family | class | path | why | merge | generate |
+|---|---|---|---|---|---|
 """
 
 
@@ -48,7 +50,7 @@ def line(outcome: Outcome) -> str:
     if outcome.misread:
         merge += "; plain peft misreads the adapter's names"
     why = outcome.why.partition(" (")[0][:150].strip().replace("|", "/")
-    return f"| {outcome.family} | {kind} | {NAMES[outcome.path]} | {why} | {merge} |"
+    return f"| {outcome.family} | {kind} | {NAMES[outcome.path]} | {why} | {merge} | {outcome.generation} |"
 
 
 def render(outcomes: list[Outcome]) -> str:

@@ -31,6 +31,13 @@ def test_a_family_is_as_plain_or_refused(family, tmp_path):
     assert line(outcome) == WRITTEN[family], "python -m tests.families.table"
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", pytest.param("gpt_oss", marks=pytest.mark.slow)])
+def test_adapters_on_experts_are_as_plain_peft_s(family, tmp_path):
+    outcome = check(family, tmp_path, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    assert outcome.path == "fast" and not outcome.unmerged
+    assert outcome.gaps.keys() >= {"losses", "plain peft", "read again", "merged"}
+
+
 def test_a_linear_whose_weight_is_read_stays_whole_and_takes_no_adapter(tmp_path):
     folder = make_family(tmp_path, "mamba")
     model = onecard.load_model(str(folder), compute_dtype="float32", device="cpu")
@@ -81,7 +88,7 @@ def test_a_decoder_stored_as_an_encoder_is_refused(tmp_path):
     config = transformers.BertConfig(**{**shrunk(transformers.BertConfig(), "bert"), "is_decoder": False})
     transformers.BertLMHeadModel(config).save_pretrained(tmp_path)
     model = onecard.load_model(str(tmp_path), compute_dtype="float32", device="cpu")
-    with pytest.raises(UserError, match="bert, whose earlier positions see later tokens"):
+    with pytest.raises(UserError, match="bert, whose earlier positions change with what follows"):
         choose_loss(model, rows())
 
 
