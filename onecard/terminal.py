@@ -119,6 +119,12 @@ def quiet_libraries() -> None:
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(str(message))}\n"
 
 
+def tell(dataset: Any) -> None:
+    """What the user should know of how a data file was read, beside the result, not in it."""
+    for notice in dataset.notices:
+        print(f"note: {one_line(notice)}", file=sys.stderr)
+
+
 def finish(result: Any, console: Any) -> None:
     """Where everything lies."""
     folder = result.adapter.parent

@@ -93,13 +93,16 @@ def ways(messages: Messages, tools: Any, template: str) -> Iterator[tuple[Messag
 
 
 def rewritten(messages: Messages, template: str) -> list[Messages]:
-    """The messages; the developer's as the system's; with thoughts that stand in the content in their own field."""
+    """The messages, and those with thoughts that stand in the content in a field of their own.
+
+    The developer's are the system's on a template that does not name that role, as servers have it.
+    """
+    if "developer" not in template:
+        messages = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages]
     found = [messages]
-    if any(turn["role"] == "developer" for turn in messages):
-        found.append([{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages])
     inline = any(thought_and_answer(turn)[1] != turn["content"] for turn in messages)
     if inline and ("reasoning" in template or "thinking" in template):
-        found += [[with_split_thought(turn) for turn in written] for written in found]
+        found.append([with_split_thought(turn) for turn in messages])
     return found
 
 

@@ -53,6 +53,7 @@ IGNORE = -100
 LONGEST_TOKEN = 128  # characters, and to spare
 BREAKS = re.compile("object'? has no |can only concatenate|not iterable")  # jinja's words for a template's own faults
 OTHER_PROMPT = "the chat template asks for an answer with another prompt than it writes before the learned one"
+NO_NAMES = "the chat template leaves out the names of those who speak"
 NO_THOUGHTS = "the chat template leaves out the thoughts of turns before the last, and they are not learned"
 
 
@@ -215,6 +216,8 @@ def encode_shaped(record: Record, messages: list[dict[str, Any]], shape: Shape, 
     except Missing as missing:
         raise unwritten(record, missing, chat.template) from None
     notes = (OTHER_PROMPT,) * (not as_it_is_asked) + (NO_THOUGHTS,) * any(i in spans for i in cut_thoughts)
+    named = [turn["name"] for turn in messages if turn["role"] != "tool" and "name" in turn]
+    notes += (NO_NAMES,) * any(name not in text for name in named)
     stops = specials_of(tokenizer).names
     turns = [close_turn(text, start, end, stops, tokenizer) for start, end in spans.values()]
     unended = messages[-1]["role"] == "assistant" and bool(turns) and not turns[-1][2]
