@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging as standard
 import os
@@ -44,8 +45,13 @@ def make_console() -> Any:
     """The terminal; libraries' own bars and warnings are kept off it, and it obeys nothing that a file's texts hold."""
     from rich.console import Console
 
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1
+            self.quiet = True
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
+
     quiet_libraries()
-    console = Console()
+    console = Terminal()
     console.push_render_hook(EscapeTexts())  # type: ignore[arg-type]  # by rich's protocol, not by its class
     return console
 

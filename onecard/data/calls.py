@@ -121,10 +121,8 @@ def check_call(field: str, call: Any) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"{field}.function", "a call must have a function with a name", describe(call))
     check_text(f"{field}.function.name", function["name"])
-    arguments = function.get("arguments")
-    arguments = (
-        {} if is_absent(arguments) else parsed(f"{field}.function.arguments", arguments, "arguments must be JSON")
-    )
+    arguments = {} if is_absent(function.get("arguments")) else function["arguments"]
+    arguments = parsed(f"{field}.function.arguments", arguments, "arguments must be JSON")
     if not isinstance(arguments, dict):
         raise BadRow(f"{field}.function.arguments", "arguments must be an object", describe(arguments))
     check_strings(field, call)

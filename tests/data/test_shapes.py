@@ -89,7 +89,8 @@ MISTRAL_CALLS = (
 # Calls only of a message without a content, as DeepSeek-R1's distills.
 NO_CONTENT = (
     "{% for m in messages %}{% if m.role == 'assistant' and m['content'] is none %}A:"
-    "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}{{ eos_token }}{% elif m.role == 'assistant' %}A:{{ m.content }}"
+    "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}"
+    "{{ eos_token }}{% elif m.role == 'assistant' %}A:{{ m.content }}"
     "{{ eos_token }}{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}A:<think>\n{% endif %}"
 )
