@@ -36,7 +36,8 @@ def test_a_console_whose_pipe_nobody_reads_is_no_fault_of_the_output(tmp_path):
     read, write = os.pipe()
     os.close(read)
     code = (
-        "from pathlib import Path\nfrom onecard.faults import told\nfrom onecard.terminal import make_console, run_app\n"
+        "from pathlib import Path\nfrom onecard.faults import told\n"
+        "from onecard.terminal import make_console, run_app\n"
         "def run(*_, **__):\n    console = make_console()\n"
         f"    with told(Path({str(tmp_path)!r}), lambda: ('', '')):\n        console.print('x')\nrun_app(run)"
     )

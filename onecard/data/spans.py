@@ -29,6 +29,8 @@ def assistant_turns(record: Record, messages: list[dict[str, Any]], chat: Render
     """
     turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     marked = generation_spans(messages, chat)
+    if marked is not None and len(marked) > len(turns):
+        marked = joined(marked)
     if marked is not None and len(marked) != len(turns):
         raise unfound(record, turns[0], tokenizer)
     spans: list[tuple[int, int]] = []
@@ -74,13 +76,22 @@ def generation_spans(messages: list[dict[str, Any]], chat: Renderings) -> list[S
     for part in parts:
         if part == OPEN:
             open_at = at
-        elif part == CLOSE and open_at is not None and open_at < at:
-            goes_on = bool(spans) and spans[-1][1] == open_at  # a block of its own for the end of turn
-            spans.append((spans.pop()[0] if goes_on else open_at, at))
+        elif part == CLOSE and open_at is not None:
+            spans.append((open_at, at))
             open_at = None
         else:
             at += len(part)
     return spans if re.sub(f"{OPEN}|{CLOSE}", "", shown_edges) == chat.text(len(messages)) else []
+
+
+def joined(spans: list[Span]) -> list[Span]:
+    """Blocks of several parts of a turn as one: those that follow each other at once, without empty ones."""
+    found: list[Span] = []
+    for start, end in spans:
+        goes_on = bool(found) and found[-1][1] == start
+        if start < end:
+            found.append((found.pop()[0] if goes_on else start, end))
+    return found
 
 
 def write_edge(tag: re.Match[str]) -> str:

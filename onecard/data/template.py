@@ -177,8 +177,10 @@ def encode_chat(record: Record, tokenizer: Any, most: int) -> Encoded:
             if NO_THOUGHTS not in found[-1] or keeps_thoughts(messages, record.tools, shape, tokenizer, record.where):
                 return found
             if without_thoughts is None:
-                shape = replace(shape, last_thoughts=shape.thoughts == "content")  # nothing of theirs, no space either
-                without_thoughts = encode_shaped(record, messages, shape, tokenizer, most)
+                without_thoughts = found
+                if shape.thoughts == "content":  # as a chat that never had them: no space of theirs either
+                    shape = replace(shape, last_thoughts=True)
+                    without_thoughts = encode_shaped(record, messages, shape, tokenizer, most)
         except UserError as error:
             if not (error.where or "").startswith(f"{record.where}:"):
                 raise
@@ -192,7 +194,8 @@ def keeps_thoughts(messages: list[dict[str, Any]], tools: Any, shape: Shape, tok
     """Whether the template writes the last message that has thoughts with them, if it is the last of all."""
     last = max(i for i, turn in enumerate(messages) if thought_and_answer(turn)[0])
     chat = Renderings(messages[: last + 1], tokenizer, where, tools, shape=shape)
-    return find_words(chat.text(last + 1), thought_and_answer(messages[last])[0]) is not None
+    text = chat.replies[last + 1, False].get("text", "")
+    return find_words(text, thought_and_answer(messages[last])[0]) is not None
 
 
 def how_telling(error: UserError) -> int:
