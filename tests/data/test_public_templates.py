@@ -50,6 +50,13 @@ CHATS = {
 REFUSALS = re.compile("must write all|alternate|System role not supported|Only user and assistant roles")
 
 
+def tokenizer_of(file):
+    template = file.read_text(encoding="utf-8")
+    specials = tuple(sorted(set(SPECIALS.findall(template)) - {"<|im_start|>", "<|im_end|>"}))
+    eos = next((end for end in ENDS if end in template and "eos_token" not in template), "<|im_end|>")
+    return make_tokenizer(template, specials, eos_token=eos)
+
+
 def learned(example, tokenizer):
     return tokenizer.decode([label for label in example.labels if label != IGNORE])
 
@@ -59,10 +66,8 @@ def learned(example, tokenizer):
     "file", [pytest.param(each, id=each.stem, marks=() if each.stem in USUAL else pytest.mark.slow) for each in FILES]
 )
 def test_a_public_template_is_right_or_refused(file, chat):
-    template, (messages, tools) = file.read_text(encoding="utf-8"), CHATS[chat]
-    specials = tuple(sorted(set(SPECIALS.findall(template)) - {"<|im_start|>", "<|im_end|>"}))
-    eos = next((end for end in ENDS if end in template and "eos_token" not in template), "<|im_end|>")
-    tokenizer = make_tokenizer(template, specials, eos_token=eos)
+    messages, tools = CHATS[chat]
+    tokenizer = tokenizer_of(file)
     try:
         example = encode(Record("f", 1, messages=tuple(messages), tools=tools), tokenizer, 8192)
     except UserError as error:
@@ -80,3 +85,14 @@ def test_a_public_template_is_right_or_refused(file, chat):
     behind = example.input_ids[: len(prompt)] == prompt
     assert behind or OTHER_PROMPT in example.notes
     assert NO_THOUGHTS not in example.notes or chat in ("thoughts of two turns", "thoughts and calls")
+
+
+@pytest.mark.skipif(not FILES, reason="needs trl's templates")
+def test_an_answer_begins_behind_what_asks_for_it():
+    """gpt-oss drops the thoughts before a call once an answer follows: the row does not hold the last prompt."""
+    tokenizer = tokenizer_of(next(file for file in FILES if file.stem == "gptoss"))
+    messages, tools = CHATS["thoughts and calls"]
+    example = encode(Record("f", 1, messages=tuple(messages), tools=tools), tokenizer, 8192)
+    turns = learned(example, tokenizer).split("<|call|>")
+    assert OTHER_PROMPT in example.notes and turns[0].startswith(" to=functions.find_ship<|channel|>")
+    assert turns[1].startswith("<|channel|>analysis<|message|>Two and three.<|end|>")
