@@ -93,16 +93,17 @@ def ways(messages: Messages, tools: Any, template: str) -> Iterator[tuple[Messag
 
 
 def rewritten(messages: Messages, template: str) -> list[Messages]:
-    """The messages, and those with thoughts that stand in the content in a field of their own.
+    """The messages, the developer's as the system's, and thoughts that stand in the content in their own field.
 
-    The developer's are the system's on a template that does not name that role, as servers have it.
+    A developer's message is a system message at once on a template that does not name the role, as servers have it.
     """
-    if "developer" not in template:
-        messages = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages]
     found = [messages]
+    if any(turn["role"] == "developer" for turn in messages):
+        as_system = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages]
+        found = [messages, as_system] if "developer" in template else [as_system]
     inline = any(thought_and_answer(turn)[1] != turn["content"] for turn in messages)
     if inline and ("reasoning" in template or "thinking" in template):
-        found.append([with_split_thought(turn) for turn in messages])
+        found += [[with_split_thought(turn) for turn in written] for written in found]
     return found
 
 
