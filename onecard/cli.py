@@ -25,7 +25,7 @@ from onecard.config import (
     read_yaml,
 )
 from onecard.errors import Stopped, UserError, printable
-from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries, run_app, tell
+from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries, read_data, run_app, tell
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -267,14 +267,9 @@ def evaluate(
     """
     from math import exp
 
-    from onecard.data.dataset import load_dataset
-    from onecard.hf.load import load_tokenizer
     from onecard.train.loop import evaluate as run
 
-    config = make_config(DataConfig, given(fields), "command line")
-    quiet_libraries()
-    dataset = load_dataset(data, load_tokenizer(model, adapter), config)
-    tell(dataset)
+    dataset = read_data(data, model, adapter, make_config(DataConfig, given(fields), "command line"))
     loaded, _ = load(model, adapter, quant, device)
     loss = run(loaded, dataset)
     print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
@@ -315,12 +310,9 @@ def merge(
     small = None if requantize is None else config.model_copy(update={"quant_type": requantize})
     left, kept = None, base or "dequantized"
     if verify is not None:
-        from onecard.data.dataset import load_dataset
         from onecard.export.verify import bases_of, merge_verified, rows_line
-        from onecard.hf.load import load_tokenizer
 
-        dataset = load_dataset(verify, load_tokenizer(model, adapter), make_config(DataConfig, {}, "merge"))
-        tell(dataset)
+        dataset = read_data(verify, model, adapter, make_config(DataConfig, {}, "merge"))
         bases: list[Any] = [base] if base is not None else bases_of(model, small)
         print(rows_line(dataset), flush=True)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)

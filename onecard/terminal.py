@@ -125,6 +125,17 @@ def quiet_libraries() -> None:
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(str(message))}\n"
 
 
+def read_data(path: str, model: str, adapter: str | None, config: Any) -> Any:
+    """A data file's dataset, with the adapter's tokenizer; what the user should know of it is told."""
+    quiet_libraries()
+    from onecard.data.dataset import load_dataset
+    from onecard.hf.load import load_tokenizer
+
+    dataset = load_dataset(path, load_tokenizer(model, adapter), config)
+    tell(dataset)
+    return dataset
+
+
 def tell(dataset: Any) -> None:
     """What the user should know of how a data file was read, beside the result, not in it."""
     for notice in dataset.notices:
