@@ -25,7 +25,7 @@ from onecard.config import (
     read_yaml,
 )
 from onecard.errors import Stopped, UserError, printable
-from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries, run_app
+from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries, read_data, run_app, tell
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -108,6 +108,7 @@ def plan(
 
     from onecard.memory.plan import plan as run
 
+    quiet_libraries()
     limit = None if device_memory is None else parse_bytes(device_memory)
     found = run(model, method, limit, **given(fields))
     if plot:
@@ -134,6 +135,7 @@ def figures(output: str = "figures", model: str | None = None) -> None:
     """
     from onecard.memory.figures import draw_figures
 
+    quiet_libraries()
     print("\n".join(draw_figures(output, model)))
 
 
@@ -265,12 +267,9 @@ def evaluate(
     """
     from math import exp
 
-    from onecard.data.dataset import load_dataset
-    from onecard.hf.load import load_tokenizer
     from onecard.train.loop import evaluate as run
 
-    config = make_config(DataConfig, given(fields), "command line")
-    dataset = load_dataset(data, load_tokenizer(model, adapter), config)
+    dataset = read_data(data, model, adapter, make_config(DataConfig, given(fields), "command line"))
     loaded, _ = load(model, adapter, quant, device)
     loss = run(loaded, dataset)
     print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
@@ -311,14 +310,13 @@ def merge(
     small = None if requantize is None else config.model_copy(update={"quant_type": requantize})
     left, kept = None, base or "dequantized"
     if verify is not None:
-        from onecard.data.dataset import load_dataset
-        from onecard.export.verify import bases_of, merge_verified
-        from onecard.hf.load import load_tokenizer
+        from onecard.export.verify import bases_of, merge_verified, rows_line
 
-        dataset = load_dataset(verify, load_tokenizer(model, adapter), make_config(DataConfig, {}, "merge"))
+        dataset = read_data(verify, model, adapter, make_config(DataConfig, {}, "merge"))
         bases: list[Any] = [base] if base is not None else bases_of(model, small)
+        print(rows_line(dataset), flush=True)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
-        print("\n".join([*found.table(), found.measured_on]))
+        print("\n".join(found.table()))
         kept, left = found.kept, found.in_weights
     elif small is not None:
         from onecard.export.quantized import requantize as run
@@ -376,7 +374,7 @@ def export(*, fields: ExportFields = None) -> None:
         from onecard.export.calibrated import export_calibrated, lines
 
         where = (config.model, config.adapter, str(config.data), config.output)
-        said = lines(config.format, *export_calibrated(config.format, *where, config, config.base, quant))
+        said = lines(config.format, *export_calibrated(config.format, *where, config, config.base, quant, tell))
     print("\n".join(said))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging as standard
 import os
@@ -44,8 +45,13 @@ def make_console() -> Any:
     """The terminal; libraries' own bars and warnings are kept off it, and it obeys nothing that a file's texts hold."""
     from rich.console import Console
 
+    class Terminal(Console):
+        def on_broken_pipe(self) -> None:  # rich would exit with 1
+            self.quiet = True
+            raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
+
     quiet_libraries()
-    console = Console()
+    console = Terminal()
     console.push_render_hook(EscapeTexts())  # type: ignore[arg-type]  # by rich's protocol, not by its class
     return console
 
@@ -117,6 +123,23 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module=r"onecard\.")
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(str(message))}\n"
+
+
+def read_data(path: str, model: str, adapter: str | None, config: Any) -> Any:
+    """A data file's dataset, with the adapter's tokenizer; what the user should know of it is told."""
+    quiet_libraries()
+    from onecard.data.dataset import load_dataset
+    from onecard.hf.load import load_tokenizer
+
+    dataset = load_dataset(path, load_tokenizer(model, adapter), config)
+    tell(dataset)
+    return dataset
+
+
+def tell(dataset: Any) -> None:
+    """What the user should know of how a data file was read, beside the result, not in it."""
+    for notice in dataset.notices:
+        print(f"note: {one_line(notice)}", file=sys.stderr)
 
 
 def finish(result: Any, console: Any) -> None:

@@ -1,4 +1,4 @@
-"""Behaviour: the commands as a user types them."""
+"""Behaviour: the commands as a user types them; no library says anything on stderr."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ def trained(checkpoint, chats, tmp_path_factory):
     code, out, err = onecard(
         "train", "--model", checkpoint, "--data", chats, "--output", output, "--max-steps", 3, "--device", "cpu"
     )
-    assert code == 0, err
+    assert code == 0 and not err, err
     return output, out
 
 
@@ -40,14 +40,15 @@ def test_train_says_what_it_will_do_and_where_it_lies(trained):
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_generate_and_eval_with_the_adapter(trained, checkpoint, chats):
+def test_generate_and_eval_with_the_adapter(trained, checkpoint, tmp_path):
     adapter = trained[0] / "adapter"
     code, out, err = onecard(
         "generate", "--model", checkpoint, "--adapter", adapter, "--prompt", "how many?", "--max-new-tokens", 8
     )
-    assert code == 0 and out.strip(), err
-    code, out, err = onecard("eval", "--model", checkpoint, "--adapter", adapter, "--data", chats)
-    assert code == 0 and "perplexity" in out, err
+    assert code == 0 and out.strip() and not err, err
+    data = write_rows(tmp_path / "d.jsonl", [{**row, "source": "web"} for row in chat_rows(2)])
+    code, out, err = onecard("eval", "--model", checkpoint, "--adapter", adapter, "--data", data)
+    assert code == 0 and "perplexity" in out and err == 'note: "source" is not used: 2 rows\n'
 
 
 def test_the_adapter_s_own_tokenizer_is_taken(trained, checkpoint, chats, tmp_path):
@@ -67,18 +68,19 @@ def test_export_says_how_to_use_what_it_wrote(trained, checkpoint, chats, tmp_pa
         "--output", tmp_path / "o", "--num-rows", 2, "--max-seq-length", 64, "--device", "cpu",
     )  # fmt: skip
     assert code == 0 and f"vllm serve {tmp_path / 'o'}" in out, err
+    assert all(line.startswith("note: ") for line in err.splitlines()), err
     assert (tmp_path / "o" / "quantize_config.json").is_file()
 
 
 def test_merge_verifies_and_tells_what_4_bits_leave(trained, checkpoint, chats, tmp_path):
     where = ("--model", checkpoint, "--adapter", trained[0] / "adapter")
     code, out, err = onecard("merge", *where, "--output", tmp_path / "m", "--verify", chats)
-    assert code == 0, err
+    assert code == 0 and not err and out.startswith("verifying on "), err
     for said in ("live adapter", "dequantized", "original", "kept", "merged   "):
         assert said in out, said
     assert (tmp_path / "m" / "model.safetensors").is_file()
     code, out, err = onecard("merge", *where, "--output", tmp_path / "q", "--requantize", "nf4")
-    assert code == 0 and "of the update in the weights" in out, err
+    assert code == 0 and "of the update in the weights" in out and not err, err
     code, _, err = onecard("merge", *where, "--output", tmp_path / "x", "--quant-type", "fp4")
     assert code == 2 and "quant_type nf4" in err and not (tmp_path / "x").exists()
 
@@ -90,7 +92,7 @@ def test_chat_answers_and_ends(checkpoint):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0 and done.stdout.count("you") >= 3, done.stderr
+    assert done.returncode == 0 and done.stdout.count("you") >= 3 and not done.stderr, done.stderr
 
 
 def test_mistakes_exit_with_2_and_no_traceback(checkpoint, tmp_path):

@@ -113,11 +113,16 @@ def check_tool_calls(field: str, calls: Any, role: str) -> list[dict[str, Any]]:
 
 
 def check_call(field: str, call: Any) -> dict[str, Any]:
+    """A call in OpenAI's form; one of a name and arguments alone is taken for its function."""
+    if isinstance(call, dict) and "function" not in call and "name" in call:
+        function = {key: value for key, value in call.items() if key in ("name", "arguments")}
+        call = {key: value for key, value in call.items() if key not in function} | {"function": function}
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(f"{field}.function", "a call must have a function with a name", describe(call))
     check_text(f"{field}.function.name", function["name"])
-    arguments = parsed(f"{field}.function.arguments", function.get("arguments"), "arguments must be JSON")
+    arguments = {} if is_absent(function.get("arguments")) else function["arguments"]
+    arguments = parsed(f"{field}.function.arguments", arguments, "arguments must be JSON")
     if not isinstance(arguments, dict):
         raise BadRow(f"{field}.function.arguments", "arguments must be an object", describe(arguments))
     check_strings(field, call)

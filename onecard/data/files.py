@@ -75,7 +75,7 @@ def read_rows(path: Path) -> Rows:
         raise UserError("the data file must have rows", "an empty file", "check the file", str(path))
     try:
         if suffix not in ARROW:
-            refuse_binary(path)
+            refuse_others(path)
         yield from readers[suffix](path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError("the data file must be readable", str(error), "check the file", str(path)) from None
@@ -101,11 +101,16 @@ def opened(path: Path) -> IO[bytes]:
     return {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(suffix, open)(path, "rb")
 
 
-def refuse_binary(path: Path) -> None:
-    """Raise UserError for a compressed or binary file under a text file's name."""
+def refuse_others(path: Path) -> None:
+    """Raise UserError for a compressed or binary file, or what a download left, under a text file's name."""
     with opened(path) as file:
         head = file.read(HEAD_BYTES)
     kind = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
+    if head.startswith(b"version https://git-lfs"):
+        do = "fetch the file itself, such as: git lfs pull"
+        raise UserError("the data file must have rows", "a pointer of Git LFS", do, str(path))
+    if head[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError("the data file must have rows", "a web page", "download the file itself", str(path))
     if kind is None and head.count(0) > len(head) // 20:
         kind = "binary"
     if kind is not None:

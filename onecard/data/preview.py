@@ -63,10 +63,15 @@ def render_counts(dataset: Dataset, packing: bool) -> Table:
     return table
 
 
+def render_notices(dataset: Dataset) -> list[RenderableType]:
+    """What the user should know of how the rows were read."""
+    return [Text(f"note: {shown(notice)}", style="yellow") for notice in dataset.notices]
+
+
 def render_preview(dataset: Dataset, tokenizer: Any, packing: bool, num_examples: int, colour: bool) -> RenderableType:
     """Counts, what was noticed, some examples, and the bad rows that were skipped."""
     parts: list[RenderableType] = [render_counts(dataset, packing)]
-    parts += [Text(f"note: {shown(notice)}", style="yellow") for notice in dataset.notices]
+    parts += render_notices(dataset)
     for example in dataset.examples[:num_examples]:
         parts += [Text(f"\n{example.where}", style="underline"), render_example(example, tokenizer, colour)]
     for error in dataset.bad[:SHOWN_BAD]:

@@ -35,10 +35,10 @@ KEYS = {  # of each format; several where tools name them otherwise
     "text": (("text",),),
 }
 USED = {  # columns beside a format's own keys
-    "messages": ("tools", "functions"),
-    "sharegpt": ("tools", "functions", "system"),
-    "alpaca": ("input", "context", "system", "history"),
-    "prompt_completion": ("tools", "functions", "system"),
+    "messages": ("tools", "functions", "system", "system_prompt"),
+    "sharegpt": ("tools", "functions", "system", "system_prompt"),
+    "alpaca": ("input", "context", "system", "system_prompt", "history"),
+    "prompt_completion": ("tools", "functions", "system", "system_prompt"),
     "text": (),
 }
 VERDICTS = ("label", "kto_tag")  # of KTO: whether the answer is a good one
@@ -237,19 +237,28 @@ def text_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
 
 
 def chat_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat]:
-    """messages, or conversations with the row's own system message before them."""
+    """messages or conversations, with the row's own system message before them."""
     chat = read_chat(keys[0], row[keys[0]])
     record = Record(file, line, messages=chat.messages, unlearned=chat.unlearned, tools=check_tools(row))
     fields = () if keys == ("messages",) and all(name.endswith(".content") for name in chat.fields) else chat.fields
-    system = None if keys == ("messages",) or is_absent(row.get("system")) else row["system"]
-    if system is None:
+    key, system = system_of(row)
+    told = [turn["content"] for turn in chat.messages if turn["role"] in ("system", "developer")]
+    if not system or told == [system]:
         return replace(record, fields=fields), chat
-    system = check_text("system", system)
-    if any(turn["role"] in ("system", "developer") for turn in chat.messages):
-        raise BadRow("system", "a row must have one system message", f"a column and one in {keys[0]}")
+    if told:
+        raise BadRow(key, "a row must have one system message", f"a column and one in {keys[0]}")
     messages = ({"role": "system", "content": system}, *chat.messages)
+    fields = (key, *(fields or (f"messages[{i}].content" for i in range(len(chat.messages)))))
     unlearned = tuple(i + 1 for i in chat.unlearned)
-    return replace(record, messages=messages, fields=("system", *fields), unlearned=unlearned), chat
+    return replace(record, messages=messages, fields=fields, unlearned=unlearned), chat
+
+
+def system_of(row: dict[str, Any]) -> tuple[str, str]:
+    """The column of a row's own system message, and the message; empty where there is none."""
+    found = [key for key in ("system", "system_prompt") if not is_absent(row.get(key))]
+    if len(found) == 2:
+        raise BadRow(found[1], "a row must have one system message", " and ".join(found))
+    return (found[0], check_text(found[0], row[found[0]])) if found else ("", "")
 
 
 def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
@@ -263,8 +272,8 @@ def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
         return Record(file, line, prompt=prompt, completion=completion), None
     if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion):
         raise BadRow("completion", "a completion must have an assistant message", describe(completion))
-    if "system" in told:
-        raise BadRow("system", "a prompt of messages must hold its system message", "a column system")
+    if key := system_of(row)[0]:
+        raise BadRow(key, "a prompt of messages must hold its system message", f"a column {key}")
     names = [f"prompt[{i}]" for i in range(len(prompt))]
     names += [f"completion[{i}]" for i in range(len(completion))]
     chat = read_chat("prompt", prompt + completion, names)
@@ -277,10 +286,16 @@ def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
 def alpaca_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, None]:
     """One question and answer; before them the row's system message and the earlier questions and answers."""
     asking, answering = keys
-    asked, answer = check_text(asking, row[asking]), check_text(answering, row[answering])
+    more = ["" if row.get(key) is None else check_text(key, row[key], empty=True) for key in ("input", "context")]
+    more = [text for text in more if text.strip()]
+    if len(more) == 2:
+        raise BadRow("context", "a row must have input or context", "both")
+    asked = check_text(asking, row[asking], empty=bool(more))
+    answer = check_text(answering, row[answering])
     turns, fields = [], []
-    if not is_absent(row.get("system")):
-        turns, fields = [{"role": "system", "content": check_text("system", row["system"])}], ["system"]
+    key, system = system_of(row)
+    if system:
+        turns, fields = [{"role": "system", "content": system}], [key]
     history = [] if is_absent(row.get("history")) else row["history"]
     if not isinstance(history, list):
         raise BadRow("history", "history must be a list of [question, answer]", describe(history))
@@ -290,10 +305,7 @@ def alpaca_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: i
         for k, role in enumerate(("user", "assistant")):
             turns.append({"role": role, "content": check_text(f"history[{i}][{k}]", pair[k])})
             fields.append(f"history[{i}][{k}]")
-    more = ["" if row.get(key) is None else check_text(key, row[key], empty=True) for key in ("input", "context")]
-    if all(text.strip() for text in more):
-        raise BadRow("context", "a row must have input or context", "both")
-    user = "\n\n".join([asked, *(text for text in more if text.strip())])
+    user = "\n\n".join([asked, *more] if asked.strip() else more)
     turns += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     return Record(file, line, messages=tuple(turns), alpaca=True, fields=(*fields, asking, answering)), None
 

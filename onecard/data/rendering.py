@@ -114,7 +114,10 @@ class Renderings:
             )
         self.tokenizer, self.where, self.tools, self.shape = tokenizer, where, tools, shape
         self.template = f"the chat template of {tokenizer.name_or_path or 'the tokenizer'}"
-        turns = [{key: value for key, value in turn.items() if value is not None} for turn in shape.messages(messages)]
+        turns = [
+            {key: value for key, value in turn.items() if value is not None or key == "content"}
+            for turn in shape.messages(messages)
+        ]
         tools = shape.tools(tools)
         keys = list(dict.fromkeys([(len(messages), False), *wanted]))
         each = [{"conversations": [turns[:count]], "add_generation_prompt": prompted} for count, prompted in keys]

@@ -16,6 +16,7 @@ from typing import Any
 SPACES = re.compile(r"\s+")
 TWO_THOUGHTS = re.compile(r"<think>\s*</think>\s*<think>")  # an empty one that the template writes, and the row's
 THOUGHT = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*", re.DOTALL)
+NO_CONTENT = re.compile(r"content\W{0,3} is (not )?none")  # a template that asks whether a message has content
 
 Messages = list[dict[str, Any]]
 
@@ -36,19 +37,25 @@ class Shape:
         parts: content as a list of parts: of "all" messages, of the "system" message, or "none".
         text_arguments: arguments of calls as JSON text.
         thoughts: thoughts under this key; "content": in front of the answer, between <think> and </think>.
+        last_thoughts: no thoughts but the last message's.
         bare_tools: tools without the `function` around them.
+        no_content: null for the content of a message that only calls tools.
     """
 
     parts: str = "none"
     text_arguments: bool = False
     thoughts: str = "reasoning_content"
+    last_thoughts: bool = False
     bare_tools: bool = False
+    no_content: bool = False
 
     def messages(self, messages: Messages) -> Messages:
-        return [self.message(turn) for turn in messages]
+        return [self.message(turn, i == len(messages) - 1) for i, turn in enumerate(messages)]
 
-    def message(self, turn: dict[str, Any]) -> dict[str, Any]:
+    def message(self, turn: dict[str, Any], last: bool = True) -> dict[str, Any]:
         made = dict(turn)
+        if self.last_thoughts and not last:
+            made.pop("reasoning_content", None)
         if "reasoning_content" in made and self.thoughts != "reasoning_content":
             thought = made.pop("reasoning_content")
             if self.thoughts == "content":
@@ -57,7 +64,9 @@ class Shape:
                 made[self.thoughts] = thought
         if self.text_arguments and made.get("tool_calls"):
             made["tool_calls"] = [with_text_arguments(call) for call in made["tool_calls"]]
-        if self.parts == "all" or self.parts == made["role"]:
+        if self.no_content and made.get("tool_calls") and not made["content"]:
+            made["content"] = None
+        elif self.parts == "all" or self.parts == made["role"]:
             made["content"] = [{"type": "text", "text": made["content"]}]
         return made
 
@@ -77,6 +86,32 @@ def with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
 
+def ways(messages: Messages, tools: Any, template: str) -> Iterator[tuple[Messages, Shape]]:
+    """Messages and shape to try: as they are in the usual shape, then what the template's own text gives reason to."""
+    for written in rewritten(messages, template):
+        yield from ((written, shape) for shape in shapes(written, tools, template))
+
+
+def rewritten(messages: Messages, template: str) -> list[Messages]:
+    """The messages, the developer's as the system's, and thoughts that stand in the content in their own field.
+
+    A developer's message is a system message at once on a template that does not name the role, as servers have it.
+    """
+    found = [messages]
+    if any(turn["role"] == "developer" for turn in messages):
+        as_system = [{**turn, "role": "system"} if turn["role"] == "developer" else turn for turn in messages]
+        found = [messages, as_system] if "developer" in template else [as_system]
+    inline = any(thought_and_answer(turn)[1] != turn["content"] for turn in messages)
+    if inline and ("reasoning" in template or "thinking" in template):
+        found += [[with_split_thought(turn) for turn in written] for written in found]
+    return found
+
+
+def with_split_thought(turn: dict[str, Any]) -> dict[str, Any]:
+    thought, said = thought_and_answer(turn)
+    return {**turn, "content": said, "reasoning_content": thought} if thought else turn
+
+
 def shapes(messages: Messages, tools: Any, template: str) -> Iterator[Shape]:
     """The usual shape, then those that the template's own text gives reason to try."""
     yield USUAL
@@ -89,6 +124,8 @@ def shapes(messages: Messages, tools: Any, template: str) -> Iterator[Shape]:
     found = [replace(USUAL, thoughts=key) for key in thoughts]
     if has_calls:
         found += [replace(shape, text_arguments=True) for shape in [USUAL, *found]]
+    if has_calls and NO_CONTENT.search(template):
+        found += [replace(shape, no_content=True) for shape in [USUAL, *found]]
     if tools:
         found.append(replace(USUAL, bare_tools=True))
     if re.search(r"\btext\b", template):
@@ -115,7 +152,7 @@ def check_words(text: str, messages: Messages, tools: Any, spans: dict[int, tupl
         after = find_words(part, said)
         if after is None:
             raise Missing(i, "content", said)
-        if thought and (find_words(part, thought) is None or TWO_THOUGHTS.search(part)):
+        if thought and (find_words(part, thought) is None or TWO_THOUGHTS.search(text, at, end)):
             if i == len(messages) - 1:
                 raise Missing(i, "thoughts", thought)
             without_thoughts.append(i)

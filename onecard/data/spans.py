@@ -10,6 +10,7 @@ from typing import Any
 from onecard.data.control import END_NAMES, specials_of
 from onecard.data.records import Record
 from onecard.data.rendering import Renderings
+from onecard.data.shapes import Missing
 from onecard.errors import UserError
 
 Span = tuple[int, int]  # characters: start, end
@@ -20,9 +21,16 @@ OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
 
 
 def assistant_turns(record: Record, messages: list[dict[str, Any]], chat: Renderings, tokenizer: Any) -> list[Span]:
-    """Character spans of the rendered chat that the learned assistant messages take; UserError where not certain."""
+    """Character spans of the rendered chat that the learned assistant messages take.
+
+    Raises:
+        UserError: where they are not certain.
+        Missing: a call that the template leaves out.
+    """
     turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     marked = generation_spans(messages, chat)
+    if marked is not None and len(marked) > len(turns):
+        marked = joined(marked)
     if marked is not None and len(marked) != len(turns):
         raise unfound(record, turns[0], tokenizer)
     spans: list[tuple[int, int]] = []
@@ -76,6 +84,16 @@ def generation_spans(messages: list[dict[str, Any]], chat: Renderings) -> list[S
     return spans if re.sub(f"{OPEN}|{CLOSE}", "", shown_edges) == chat.text(len(messages)) else []
 
 
+def joined(spans: list[Span]) -> list[Span]:
+    """Blocks of several parts of a turn as one: those that follow each other at once, without empty ones."""
+    found: list[Span] = []
+    for start, end in spans:
+        goes_on = bool(found) and found[-1][1] == start
+        if start < end:
+            found.append((found.pop()[0] if goes_on else start, end))
+    return found
+
+
 def write_edge(tag: re.Match[str]) -> str:
     """An edge of a generation block as a block that writes a mark; white space is trimmed as at the tag."""
     left, end, right = tag.groups()
@@ -88,44 +106,94 @@ def turn_span(messages: list[dict[str, Any]], i: int, chat: Renderings) -> Span 
     prompted = given is not None and text.startswith(given) and given != chat.text(i)
     if given and prompted and text.startswith(through) and len(through) > len(given):
         return len(given), len(through)
-    if messages[i].get("tool_calls") and not prompted:
-        return None  # nothing tells the turn's header from the call
-    span = content_span(messages, i, text, chat)
+    find = calls_span if messages[i].get("tool_calls") else content_span
+    span = find(messages, i, text, chat, not prompted)
     if span is None or not prompted or given is None:
         return span
     return (len(given), span[1]) if len(given) <= span[1] else None
 
 
-def content_span(messages: list[dict[str, Any]], i: int, text: str, chat: Renderings) -> Span | None:
+def content_span(messages: list[dict[str, Any]], i: int, text: str, chat: Renderings, headed: bool) -> Span | None:
     """Message i's content in `text` and what the template writes after it, found by a mark in its place.
 
-    Where the message calls tools, the span is from the last call's name on.
+    Args:
+        headed: thoughts before the content belong to it, from where an answer begins.
     """
-    mark, calls = MARK.format(i), messages[i].get("tool_calls")
-    marked = [with_mark(turn, mark) if k == i else turn for k, turn in enumerate(messages)]
+    mark = MARK.format(i)
+    marked = [{**turn, "content": mark} if k == i else turn for k, turn in enumerate(messages)]
     again = chat.again(marked, [(i + 1, False)])
     before, found, after = again.text(len(marked)).partition(mark)
     end = len(text) - len(after)
     if not found or mark in text or mark in after or len(before) > end:
         return None
-    if not text.endswith(after) or not (calls or text.startswith(before)):
+    if not text.endswith(after) or not text.startswith(before):
         return None
-    tail = again.text(i + 1).partition(mark)[2]
+    own_before, _, tail = again.text(i + 1).partition(mark)
+    lead = behind_header(own_before, messages, i, chat) if headed and messages[i].get("reasoning_content") else None
+    start = len(before) - len(lead) if lead is not None and before.endswith(lead) else len(before)
     whole = text.startswith(tail, end)
-    if not calls:  # some templates write the next turn's header after every turn
-        ends = [tail.find(name) + len(name) for name in turn_ends(chat.tokenizer) if name in tail]
-        tail = tail[: min(ends, default=len(tail))]
-    if calls and not whole:
-        return None  # the call's arguments come after the mark: their end must be known
-    return len(before), end + (len(tail) if whole else 0)
+    return start, end + (len(to_turn_end(tail, chat)) if whole else 0)
 
 
-def with_mark(turn: dict[str, Any], mark: str) -> dict[str, Any]:
-    """The message with a mark for its content, or for its last tool call's name."""
-    if not turn.get("tool_calls"):
-        return {**turn, "content": mark}
-    *calls, last = turn["tool_calls"]
-    return {**turn, "tool_calls": [*calls, {**last, "function": {**last["function"], "name": mark}}]}
+def calls_span(messages: list[dict[str, Any]], i: int, text: str, chat: Renderings, headed: bool) -> Span | None:
+    """Message i, which calls tools, to the end of its last call, found by a mark for that call's name.
+
+    Args:
+        headed: from where an answer begins; else from the last call's name.
+    """
+    mark, own = MARK.format(i), chat.text(i + 1)
+    *calls, last = messages[i]["tool_calls"]
+    named = {**messages[i], "tool_calls": [*calls, {**last, "function": {**last["function"], "name": mark}}]}
+    again = chat.again([*messages[:i], named, *messages[i + 1 :]], [(i + 1, False)])
+    before, found, _ = again.text(len(messages)).partition(mark)
+    own_before = again.text(i + 1).partition(mark)[0]
+    if not found:
+        raise Missing(i, "tool_calls", last["function"]["name"])
+    if mark in text or not text.startswith(before) or not own.startswith(own_before):
+        return None
+    call = own[len(own_before) :]
+    if not text.startswith(call, len(before)):
+        call = to_turn_end(call, chat)
+    lead = behind_header(own_before, messages, i, chat) if headed else ""
+    if lead is None or not before.endswith(lead) or not text.startswith(call, len(before)):
+        return None
+    return len(before) - len(lead), len(before) + len(call)
+
+
+def behind_header(own: str, messages: list[dict[str, Any]], i: int, chat: Renderings) -> str | None:
+    """What a rendering of messages[:i + 1] holds of message i, behind the header that any answer has; None if unsure.
+
+    It begins behind the generation prompt; where there is none, or one that opens another thought, where `own` parts
+    from a rendering with a plain answer in its place.
+    """
+    mark, words = MARK.format(i), messages[i - 1]["content"].strip() if i else ""
+    try:
+        plain = chat.again([*messages[:i], {"role": messages[i]["role"], "content": mark}]).text(i + 1)
+    except UserError:
+        return None
+    header, found, _ = plain.partition(mark)
+    before, given = (chat.replies[i, prompted].get("text", "") for prompted in (False, True))
+    start = len(outside_tags(os.path.commonprefix([own, header])))  # noqa: RUF071 (of characters)
+    asking = given[len(before) :] if given.startswith(before) else ""
+    if asking and asking in header[:start]:
+        start = header.rfind(asking, 0, start) + len(asking)
+    if words and words in header:
+        known = header.rfind(words) + len(words)
+    else:
+        known = len(before) if before and header.startswith(before) else start + 1
+    return own[start:] if found and known <= start else None
+
+
+def outside_tags(text: str) -> str:
+    """A text without a control token's spelling that its end cuts."""
+    opened = max(text.rfind("<"), text.rfind("["))
+    return text[:opened] if opened > max(text.rfind(">"), text.rfind("]")) else text
+
+
+def to_turn_end(tail: str, chat: Renderings) -> str:
+    """What follows an answer, to its end of turn: some templates write the next turn's header after every turn."""
+    ends = [tail.find(name) + len(name) for name in turn_ends(chat.tokenizer) if name in tail]
+    return tail[: min(ends, default=len(tail))]
 
 
 def as_asked(

@@ -26,8 +26,9 @@ fills a row up with a document of its own, all masked), so no pad token takes an
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onecard.data.control import (
@@ -41,7 +42,7 @@ from onecard.data.control import (
 from onecard.data.files import describe
 from onecard.data.records import FIX, Record
 from onecard.data.rendering import Renderings
-from onecard.data.shapes import Missing, Shape, check_words, shapes
+from onecard.data.shapes import Missing, Shape, check_words, find_words, thought_and_answer, ways
 from onecard.data.spans import as_asked, assistant_turns, close_turn, learned_turns
 from onecard.errors import UserError
 
@@ -50,7 +51,9 @@ Encoded = tuple[
 ]  # ids, labels, whether what is missing behind is learned, notes
 IGNORE = -100
 LONGEST_TOKEN = 128  # characters, and to spare
+BREAKS = re.compile("object'? has no |can only concatenate|not iterable")  # jinja's words for a template's own faults
 OTHER_PROMPT = "the chat template asks for an answer with another prompt than it writes before the learned one"
+NO_NAMES = "the chat template leaves out the names of those who speak"
 NO_THOUGHTS = "the chat template leaves out the thoughts of turns before the last, and they are not learned"
 
 
@@ -161,18 +164,45 @@ def eos(tokenizer: Any) -> list[int]:
 
 
 def encode_chat(record: Record, tokenizer: Any, most: int) -> Encoded:
-    """A chat in the first shape in which the template keeps all of its words."""
-    messages = messages_as_text(list(record.messages or ()), tokenizer)
-    first = None
-    for shape in shapes(messages, record.tools, str(tokenizer.chat_template)):
+    """A chat in the first way in which the template keeps all of its words.
+
+    The thoughts of earlier turns may go, if the template has those of a last turn; else if no way keeps them.
+    """
+    spoken = messages_as_text(list(record.messages or ()), tokenizer)
+    refused: list[UserError] = []
+    without_thoughts: Encoded | None = None
+    for messages, shape in ways(spoken, record.tools, str(tokenizer.chat_template)):
         try:
-            return encode_shaped(record, messages, shape, tokenizer, most)
+            found = encode_shaped(record, messages, shape, tokenizer, most)
+            if NO_THOUGHTS not in found[-1] or keeps_thoughts(messages, record.tools, shape, tokenizer, record.where):
+                return found
+            if without_thoughts is None:
+                without_thoughts = found
+                if shape.thoughts == "content":  # as a chat that never had them: no space of theirs either
+                    shape = replace(shape, last_thoughts=True)
+                    without_thoughts = encode_shaped(record, messages, shape, tokenizer, most)
         except UserError as error:
             if not (error.where or "").startswith(f"{record.where}:"):
                 raise
-            first = first or error
-    assert first is not None  # there is always one shape
-    raise first
+            refused.append(error)
+    if without_thoughts is None:
+        raise min(refused, key=how_telling)
+    return without_thoughts
+
+
+def keeps_thoughts(messages: list[dict[str, Any]], tools: Any, shape: Shape, tokenizer: Any, where: str) -> bool:
+    """Whether the template writes the last message that has thoughts with them, if it is the last of all."""
+    last = max(i for i, turn in enumerate(messages) if thought_and_answer(turn)[0])
+    chat = Renderings(messages[: last + 1], tokenizer, where, tools, shape=shape)
+    text = chat.replies[last + 1, False].get("text", "")
+    return find_words(text, thought_and_answer(messages[last])[0]) is not None
+
+
+def how_telling(error: UserError) -> int:
+    """Less for an error that says more of a row: what the template leaves out, what it refuses, where it breaks."""
+    if (error.where or "").endswith((".thoughts", ".tool_calls", ":tools")):
+        return 0
+    return 2 if BREAKS.search(error.found) else 1
 
 
 def encode_shaped(record: Record, messages: list[dict[str, Any]], shape: Shape, tokenizer: Any, most: int) -> Encoded:
@@ -182,13 +212,15 @@ def encode_shaped(record: Record, messages: list[dict[str, Any]], shape: Shape, 
     wanted = [(k, prompted) for i in indices for k, prompted in ((i, False), (i, True), (i + 1, False))]
     chat = Renderings(messages, tokenizer, record.where, record.tools, wanted, shape=shape)
     text = chat.text(len(messages))
-    spans = dict(zip(indices, assistant_turns(record, messages, chat, tokenizer)))
-    text, spans, as_it_is_asked = as_asked(messages, chat, text, spans)
     try:
+        spans = dict(zip(indices, assistant_turns(record, messages, chat, tokenizer)))
+        text, spans, as_it_is_asked = as_asked(messages, chat, text, spans)
         cut_thoughts = check_words(text, messages, record.tools, spans)
     except Missing as missing:
         raise unwritten(record, missing, chat.template) from None
     notes = (OTHER_PROMPT,) * (not as_it_is_asked) + (NO_THOUGHTS,) * any(i in spans for i in cut_thoughts)
+    named = [turn["name"] for turn in messages if turn["role"] != "tool" and "name" in turn]
+    notes += (NO_NAMES,) * any(name not in text for name in named)
     stops = specials_of(tokenizer).names
     turns = [close_turn(text, start, end, stops, tokenizer) for start, end in spans.values()]
     unended = messages[-1]["role"] == "assistant" and bool(turns) and not turns[-1][2]
@@ -262,14 +294,16 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[
 
 
 def prompt_text(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
-    """What asks for the next message, in the shape that training finds; in the usual one where none keeps all words."""
-    asked, usual = (len(messages), True), None
-    for shape in shapes(messages, tools, str(tokenizer.chat_template)):
-        chat = Renderings(messages, tokenizer, "prompt", tools, [asked], shape=shape)
+    """What asks for the next message, in the way that training finds; in the usual one where none keeps all words."""
+    asked, usual, without_thoughts = (len(messages), True), None, None
+    for written, shape in ways(messages, tools, str(tokenizer.chat_template)):
+        chat = Renderings(written, tokenizer, "prompt", tools, [asked], shape=shape)
         usual = usual or chat
         if (text := chat.prompt(len(messages))) is not None:
             with suppress(Missing):
-                check_words(text, [*messages, {"role": "assistant", "content": ""}], tools, {})
-                return text
-    assert usual is not None  # there is always one shape
-    return usual.text(*asked)
+                cut = check_words(text, [*written, {"role": "assistant", "content": ""}], tools, {})
+                if not cut or keeps_thoughts(written, tools, shape, tokenizer, "prompt"):
+                    return text
+                without_thoughts = without_thoughts or text
+    assert usual is not None  # there is always one way
+    return without_thoughts or usual.text(*asked)

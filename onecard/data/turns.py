@@ -29,7 +29,7 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
     "function_response": "tool",
 }
-WEIGHTS = ("weight", "loss_weight", "train", "training")  # OpenAI and ShareGPT; LLaMA-Factory; axolotl
+WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")  # OpenAI, ShareGPT; LLaMA-Factory; axolotl; swift
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 NAMES = ("name", "tool_call_id")  # handed to the chat template as they are
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
@@ -121,10 +121,12 @@ def read_calls(name: str, turn: dict[str, Any], role: str, said: Any, content_na
     if not found:
         return None
     field = f"{name}.{found[0]}"
+    calls = parsed(field, turn[found[0]], f"{field} must be JSON")
+    if is_absent(calls):
+        return None
     if role != "assistant":
         raise BadRow(field, "only the assistant may call tools", f"role {role}")
-    calls = turn["tool_calls"] if found[0] == "tool_calls" else bare_calls(field, turn["function_call"])
-    return check_tool_calls(field, calls, role)
+    return check_tool_calls(field, calls if found[0] == "tool_calls" else bare_calls(field, calls), role)
 
 
 def check_part(field: str, part: Any) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from onecard.config import CalibrationConfig, DataConfig, QuantConfig, make_config
-from onecard.data.dataset import load_dataset
+from onecard.data.dataset import Dataset, load_dataset
 from onecard.errors import UserError
 from onecard.export import awq, gptq
 from onecard.export.calibration import calibrate, meta_decoder
@@ -32,12 +33,14 @@ def export_calibrated(
     config: CalibrationConfig,
     base: Base | None = None,
     quant: QuantConfig | None = None,
+    on_data: Callable[[Dataset], None] | None = None,
 ) -> tuple[Path, list[str]]:
     """Write a 4-bit checkpoint in GPTQ's or AWQ's format.
 
     Args:
         data: the file whose examples the layers are run on.
         base, quant: as open_merged's.
+        on_data: called with the data once it is read.
 
     Returns:
         its folder; the linears of decoder layers that stay in 16 bits, for they fit no group.
@@ -63,6 +66,8 @@ def export_calibrated(
     reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
     tokenizer = load_tokenizer(str(merged.checkpoint.folder), merged.adapter.folder)
     dataset = load_dataset(data, tokenizer, reading)
+    if on_data:
+        on_data(dataset)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)

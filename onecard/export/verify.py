@@ -43,6 +43,7 @@ from onecard.train.loop import choose_loss
 from onecard.train.loss import packed_loss, supervised
 
 NOTHING = 1e-12  # of ||z||^2: an effect below it is rounding
+NUM_EXAMPLES, NUM_TOKENS = 32, 8192  # at most, of the data that the result is compared on
 
 
 @dataclass
@@ -75,7 +76,6 @@ class Verified:
     live: Agreement
     tried: list[Agreement]
     in_weights: Kept | None = None  # what is left of the update after 4 bits; None if it was not rounded to them
-    measured_on: str = ""  # a line: how many rows and tokens, and why not more
 
     def table(self) -> list[str]:
         """Lines for the terminal."""
@@ -131,8 +131,8 @@ def merge_verified(
     quant: QuantConfig | None = None,
     requantized: QuantConfig | None = None,
     device: str = "cpu",
-    num_examples: int = 32,
-    num_tokens: int = 8192,
+    num_examples: int = NUM_EXAMPLES,
+    num_tokens: int = NUM_TOKENS,
 ) -> Verified:
     """Merge into each of `bases`, compare with the live adapter, keep the better one.
 
@@ -156,7 +156,6 @@ def merge_verified(
     check_room(target, sum(m.nbytes for m in merged.values()))
     with new_folder(target) as folder, tempfile.TemporaryFile(dir=folder) as file:
         rows = first_rows(dataset, num_examples, num_tokens)
-        measured_on = rows_line(rows, dataset, num_examples, num_tokens)
         live = run_live(model, adapter, merged[bases[0]].quant, dataset, rows, device, file)
         tried = []
         for base, found in merged.items():
@@ -172,7 +171,7 @@ def merge_verified(
         for path in (folder / kept).iterdir():
             os.rename(path, folder / path.name)
         (folder / kept).rmdir()
-    return Verified(target, kept, live.agreement, tried, in_weights, measured_on)
+    return Verified(target, kept, live.agreement, tried, in_weights)
 
 
 def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> list[Example]:
@@ -191,12 +190,13 @@ def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> list[Exa
     return rows
 
 
-def rows_line(rows: list[Example], dataset: Dataset, num_examples: int, num_tokens: int) -> str:
-    """What is compared, and why not more."""
+def rows_line(dataset: Dataset) -> str:
+    """What merge_verified compares, and why not more."""
+    rows = first_rows(dataset, NUM_EXAMPLES, NUM_TOKENS)
     tokens, total = sum(len(row.input_ids) for row in rows), len(dataset.examples)
-    line = f"verified on {len(rows)} of {total:,} rows, {tokens:,} tokens"
+    line = f"verifying on {len(rows)} of {total:,} rows, {tokens:,} tokens"
     whole = len(rows) == total and tokens == dataset.num_tokens
-    return line if whole else f"{line}: the first, at most {num_examples} rows and {num_tokens:,} tokens, to bound time"
+    return line if whole else f"{line}: the first, at most {NUM_EXAMPLES} rows and {NUM_TOKENS:,} tokens, to bound time"
 
 
 def bases_of(model: str, requantized: QuantConfig | None) -> list[Base]:

@@ -19,7 +19,7 @@ from onecard.config import TrainConfig, parse_bytes
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.form import form_of, template_digest
 from onecard.data.loader import Loader
-from onecard.data.preview import render_preview
+from onecard.data.preview import render_notices, render_preview
 from onecard.errors import Stopped, UserError
 from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.fingerprint import fingerprint
@@ -271,6 +271,8 @@ def show(prepared: Prepared, console: Console) -> None:
     console.print(render_preview(prepared.training, prepared.tokenizer, config.packing, 1, colour))
     if prepared.validation:
         console.print(f"validation: {len(prepared.validation.examples):,} examples")
+        for notice in render_notices(prepared.validation) if config.eval_data is not None else ():
+            console.print(notice)
     console.rule("memory plan", align="left")
     console.print(plan_table(prepared.plan))
     console.print(prepared.why, highlight=False)

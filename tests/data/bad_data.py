@@ -164,6 +164,13 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
         "d.jsonl:1:context",
         "both",
     ),
+    "a pointer of Git LFS": (
+        "d.jsonl",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "d.jsonl",
+        "git lfs pull",
+    ),
+    "a web page": ("d.csv", b"\n<!DOCTYPE html>\n<html></html>\n", "d.csv", "a web page"),
     "CSV, column twice": ("d.csv", b"text,text\na,b\n", "d.csv:1", '"text" twice'),
     "CSV, byte-order mark only": ("d.csv", b"\xef\xbb\xbf", "d.csv:1", "an empty line"),
     "CSV, empty completion": ("d.csv", b"prompt,completion\na,\n", "d.csv:2:completion", "empty"),

@@ -59,6 +59,22 @@ ROWS = {
         {"instruction": "Who?", "context": "Bo.", "response": "Five."},
         [{"role": "user", "content": "Who?\n\nBo."}, ANSWER],
     ),
+    "system_prompt of a question": (
+        {"question": "2+3?", "response": "Five.", "system_prompt": "Be brief."},
+        [SYSTEM, USER, ANSWER],
+    ),
+    "system beside messages": ({"messages": [USER, ANSWER], "system": "Be brief."}, [SYSTEM, USER, ANSWER]),
+    "system beside the same": ({"messages": [SYSTEM, USER, ANSWER], "system": "Be brief."}, [SYSTEM, USER, ANSWER]),
+    "a call without function": (
+        {"messages": [USER, {**CALL, "tool_calls": [{"id": "c1", **FUNCTION}]}]},
+        [USER, {**CALL, "tool_calls": [{"type": "function", "id": "c1", "function": FUNCTION}]}],
+    ),
+    "a call without arguments": (
+        {"messages": [USER, {**CALL, "tool_calls": [{"function": {"name": "f", "arguments": ""}}]}]},
+        [USER, {**CALL, "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}],
+    ),
+    "no calls as text": ({"messages": [{**USER, "tool_calls": "[]"}, {**ANSWER, "tool_calls": "[]"}]}, [USER, ANSWER]),
+    "the question as input": ({"instruction": "", "input": "2+3?", "output": "Five."}, [USER, ANSWER]),
     "good answer of KTO": ({"messages": [USER, ANSWER], "label": True}, [USER, ANSWER]),
 }
 
@@ -70,7 +86,7 @@ def test_a_row_is_read_as_meant(name, tmp_path):
     assert list(record.messages) == messages
 
 
-@pytest.mark.parametrize("key", ["weight", "loss_weight", "train"])
+@pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "loss"])
 @pytest.mark.parametrize("turns", [[USER, ANSWER], [ASKED, SAID]])
 def test_a_turn_that_must_not_be_learned(key, turns, tmp_path):
     row = {"messages": [turns[0], {**turns[1], key: 0}, turns[0], {**turns[1], key: True}]}
@@ -94,6 +110,17 @@ def test_what_is_not_used_is_named_once(tmp_path):
     rows = [{"question": "a", "answer": "b"}]
     notices = read_records(write_rows(tmp_path / "d.jsonl", rows)).notices
     assert notices == ["read question and answer as instruction and output"]
+
+
+def test_two_system_messages_are_refused(tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": [SYSTEM, USER, ANSWER], "system_prompt": "Be long."}])
+    with pytest.raises(UserError, match=r"d\.jsonl:1:system_prompt: a row must have one system message"):
+        read_records(path)
+
+
+def test_names_that_the_template_leaves_out_are_told(tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": [{**USER, "name": "Bo"}, ANSWER]}])
+    assert "names of those who speak: 1 row" in load_dataset(str(path), make_tokenizer(), DataConfig()).notices[0]
 
 
 def parquet(path, **arguments):

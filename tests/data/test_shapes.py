@@ -78,7 +78,39 @@ NAME_ONLY = (
     "[{{ c.function.name }}]{% endfor %}<|im_end|>\n{% endfor %}" + PROMPT
 )
 
+# No generation prompt; tools before the last user's message, calls in place of the answer, as Mistral 7B v0.3.
+MISTRAL_CALLS = (
+    "{% set users = messages | selectattr('role', 'equalto', 'user') | list %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% if tools and m == users[-1] %}[TOOLS]{{ tools | tojson }}[/TOOLS]{% endif %}"
+    "[INST] {{ m.content }}[/INST]{% elif m.role == 'tool' %}[RESULT]{{ m.content }}[/RESULT]{% elif m.tool_calls %}"
+    "[CALLS][{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]{{ eos_token }}{% else %}"
+    " {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+# Calls only of a message without a content, as DeepSeek-R1's distills.
+NO_CONTENT = (
+    "{% for m in messages %}{% if m.role == 'assistant' and m['content'] is none %}A:"
+    "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}"
+    "{{ eos_token }}{% elif m.role == 'assistant' %}A:{{ m.content }}"
+    "{{ eos_token }}{% else %}<|im_start|>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A:<think>\n{% endif %}"
+)
+# A prompt that closes an empty thought, as Qwen3.5's without thinking.
+CLOSED = OPENS.replace("<think>\n{% endif %}", "<think>\n\n</think>\n\n{% endif %}")
+# Raises on roles that it does not know.
+THREE_ROLES = CHATML.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('role') }}"
+    "{% endif %}",
+)
+# The end of the last turn in a block of its own, as trl writes Phi-3's.
+TWO_BLOCKS = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}\n<|im_start|>assistant\n{% endif %}{% endfor %}"
+    "{% if messages[-1].role == 'assistant' %}{% generation %}{{ eos_token }}{% endgeneration %}{% endif %}"
+)
+
 USER, ANSWER = {"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "Five."}
+ASKED_MORE = {"role": "user", "content": "And then?"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 FUNCTION = {"name": "find_ship", "arguments": {"port": "Kiel", "deep": {"all": [1, True, "é"]}}}
 CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": FUNCTION}]}
@@ -86,6 +118,7 @@ TOOL = {"type": "function", "function": {"name": "find_ship", "parameters": {"ty
 THOUGHT = {"role": "assistant", "content": "Five.", "reasoning_content": "Two and three."}
 INLINE = {"role": "assistant", "content": "<think>\nTwo and three.\n</think>\n\nFive."}
 RETURNED = {"role": "tool", "content": 'a "b"'}
+CALLED = '{"name": "find_ship", "arguments": {"port": "Kiel", "deep": {"all": [1, true, "é"]}}}'
 JSON = '{"port": "Kiel", "deep": {"all": [1, true, "é"]}}'
 END = "<|im_end|>"
 
@@ -111,6 +144,28 @@ WRITTEN = {
         f"Five.{END}",
         '\\"b',
     ),
+    "calls without a generation prompt": (
+        MISTRAL_CALLS,
+        [USER, CALL],
+        [TOOL],
+        f"[CALLS][{CALLED}]{END}",
+        "[TOOLS]",
+    ),
+    "thoughts of the content behind a prompt that opens one": (
+        OPENS,
+        [USER, INLINE],
+        None,
+        f"Two and three.\n</think>\n\nFive.{END}",
+        "<think>\nTwo",
+    ),
+    "developer": (
+        THREE_ROLES,
+        [{**SYSTEM, "role": "developer"}, USER, ANSWER],
+        None,
+        f"Five.{END}",
+        "system\nBe brief.",
+    ),
+    "a block for the end of turn": (TWO_BLOCKS, [USER, ANSWER], None, f"Five.{END}", ""),
     "assistant first": (CHATML, [ANSWER, USER, {**ANSWER, "content": "5"}], None, f"Five.{END}5{END}", ""),
     "later system message": (CHATML, [USER, SYSTEM, ANSWER], None, f"Five.{END}", "system\nBe brief."),
 }
@@ -165,6 +220,36 @@ def test_what_differs_is_told_with_its_count(tmp_path):
     assert dataset.notices == [f"{NO_THOUGHTS}: 1 row"]
     learned = tokenizer.decode([label for label in dataset.examples[0].labels if label != IGNORE])
     assert learned == f"Five.{END}<think>Two and three.</think>Five.{END}"
+
+
+@pytest.mark.parametrize("thought", [THOUGHT, INLINE])
+def test_a_prompt_that_closes_an_empty_thought_is_told(thought, tmp_path):
+    """The thoughts do not go behind the empty one."""
+    dataset, tokenizer = load(tmp_path, CLOSED, [USER, thought], None)
+    learned = tokenizer.decode([label for label in dataset.examples[0].labels if label != IGNORE])
+    assert learned == f"Two and three.\n</think>\n\nFive.{END}" and dataset.notices == [f"{OTHER_PROMPT}: 1 row"]
+    assert tokenizer.decode(dataset.examples[0].input_ids).count("<think>") == 1
+
+
+def test_a_call_behind_a_prompt_that_opens_a_thought_is_told(tmp_path):
+    dataset, tokenizer = load(tmp_path, NO_CONTENT, [USER, CALL], None)
+    learned = tokenizer.decode([label for label in dataset.examples[0].labels if label != IGNORE])
+    assert learned == f"find_ship{JSON}{END}" and dataset.notices == [f"{OTHER_PROMPT}: 1 row"]
+
+
+def test_calls_of_earlier_turns_without_a_generation_prompt(tmp_path):
+    """The tools stand elsewhere by then."""
+    dataset, tokenizer = load(tmp_path, MISTRAL_CALLS, [USER, CALL, RETURNED, ANSWER, ASKED_MORE, ANSWER], [TOOL])
+    learned = tokenizer.decode([label for label in dataset.examples[0].labels if label != IGNORE])
+    assert learned == f"[CALLS][{CALLED}]{END}Five.{END}Five.{END}"
+
+
+def test_earlier_thoughts_are_as_in_the_prompt(tmp_path):
+    """Cut from the content they would leave the space behind them, which no chat without them has."""
+    messages = [USER, THOUGHT, USER, THOUGHT]
+    dataset, tokenizer = load(tmp_path, R1, messages, None)
+    prompt = prompt_ids(messages[:-1], tokenizer)
+    assert dataset.examples[0].input_ids[: len(prompt)] == prompt and dataset.notices == [f"{NO_THOUGHTS}: 1 row"]
 
 
 def test_the_check_is_what_refuses(tmp_path, monkeypatch):

@@ -114,8 +114,9 @@ def test_tool_calls_are_learned(content):
 
 
 def test_tool_calls_whose_place_is_not_certain_are_refused():
+    """The last turn first: where the call ends is known, not what asks for it."""
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
-    template = "{% for m in messages %}{{ m.content }}{{ m.tool_calls | string }}{{ eos_token }}{% endfor %}"
+    template = "{% for m in messages | reverse %}{{ m.content }}{{ m.tool_calls | string }}{{ eos_token }}{% endfor %}"
     with pytest.raises(UserError, match="not there for certain"):
         encode(chat("how?", call), make_tokenizer(template), 512)
 
