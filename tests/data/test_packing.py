@@ -49,9 +49,9 @@ def test_pack_keeps_its_invariants(seed):
 def test_pack_is_fast():
     rng = random.Random(0)
     lengths = [rng.randint(1, 600) for _ in range(100_000)]
-    start = time.perf_counter()
+    start = time.process_time()
     pack(lengths, 4096)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_no_document_predicts_the_next_ones_first_token():
