@@ -83,9 +83,16 @@ def parse_yaml(raw: bytes) -> Any:
     """What plain YAML says, without references and named tags. Raises ValueError, whose text says what is wrong."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        def fetch_flow_collection_start(self, kind: Any) -> None:
+            """PyYAML's time for open brackets grows with their square: stop where check_nodes would refuse them."""
+            if self.flow_level > MAX_DEPTH:
+                raise too_deep()
+            super().fetch_flow_collection_start(kind)
+
     check_size(len(raw), MAX_YAML_BYTES)
     try:
-        loader = yaml.SafeLoader(raw.decode("utf-8"))
+        loader = Loader(raw.decode("utf-8"))
         root = loader.get_single_node()
         check_nodes(root)
         content = None if root is None else loader.construct_document(root)

@@ -2,17 +2,11 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from tests.conftest import chat_rows, make_tokenizer, write_rows
-
-
-def onecard(*args):
-    done = subprocess.run([sys.executable, "-m", "onecard.cli", *map(str, args)], capture_output=True, text=True)
-    return done.returncode, done.stdout, done.stderr
+from tests.forks import onecard
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +80,9 @@ def test_merge_verifies_and_tells_what_4_bits_leave(trained, checkpoint, chats, 
 
 
 def test_chat_answers_and_ends(checkpoint):
-    done = subprocess.run(
-        [sys.executable, "-m", "onecard.cli", "chat", "--model", str(checkpoint), "--max-new-tokens", "4"],
-        input="hello\n/reset\nagain\n/quit\n",
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and done.stdout.count("you") >= 3 and not done.stderr, done.stderr
+    talk = "hello\n/reset\nagain\n/quit\n"
+    code, out, err = onecard("chat", "--model", checkpoint, "--max-new-tokens", 4, stdin=talk)
+    assert code == 0 and out.count("you") >= 3 and not err, err
 
 
 def test_mistakes_exit_with_2_and_no_traceback(checkpoint, tmp_path):

@@ -286,6 +286,12 @@ def test_what_is_wrong_is_said(name, documents):
         documents.kinds()[kind][1](raw)
 
 
+def test_brackets_that_stay_open_are_refused_at_once(documents):
+    """PyYAML alone takes a second, as it looks for a key behind each of them at each of them."""
+    with at_most(0.5), pytest.raises(UserError, match="levels"):
+        documents.kinds()["yaml"][1](b"[" * 200_000)
+
+
 @pytest.mark.parametrize("count", [10**4, 10**5, 10**12])
 def test_far_more_layers_than_there_are_tensors_are_refused_soon(count, documents):
     config = json.loads((documents.base / "config.json").read_text()) | {"num_hidden_layers": count}

@@ -5,7 +5,7 @@ import hashlib
 import os
 import signal
 import subprocess
-import sys
+import time
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ import onecard
 from onecard.config import DataConfig, QuantConfig, TrainConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
+from onecard.export import merged
 from onecard.export.folder import new_file, new_folder
 from onecard.export.merged import merge
 from onecard.export.quantized import quantize_checkpoint, requantize
@@ -24,18 +25,26 @@ from onecard.hf.load import load_tokenizer
 from onecard.train.session import run_training
 from tests.conftest import make_checkpoint
 from tests.export.test_merged import make_adapter
+from tests.forks import Forked
 
-CHILD = """
-import os, signal, sys, time
-from onecard.export import merged
 
-def stop(*args):
-    print("writing", flush=True)
-    {ending}
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
 
-merged.write_others = stop
-merged.merge(*sys.argv[1:])
-"""
+
+def waits():
+    time.sleep(60)
+
+
+def merge_that(ending, *args):
+    """A merge that does `ending` when all but its last files are written."""
+
+    def stop(*_):
+        print("writing", flush=True)
+        ending()
+
+    merged.write_others = stop
+    merge(*args)
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +56,9 @@ def tuned(tmp_path_factory):
 
 
 def start(ending, *args):
-    """A merge in a process of its own that does `ending` when all but its last files are written."""
-    code = CHILD.format(ending=ending)
-    child = subprocess.Popen([sys.executable, "-c", code, *args], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None and child.stdout.readline() == "writing\n"
+    """A merge in a process of its own, as far as `ending`."""
+    child = Forked(merge_that, ending, *args)
+    child.until(lambda: child.out == "writing\n")
     return child
 
 
@@ -59,17 +67,17 @@ def hidden(folder):
 
 
 def test_what_a_kill_leaves_is_removed_by_the_next(tuned, tmp_path):
-    child = start("os.kill(os.getpid(), signal.SIGKILL)", *tuned, str(tmp_path / "merged"))
-    assert child.wait() == -signal.SIGKILL
+    child = start(killed, *tuned, str(tmp_path / "merged"))
+    assert child.wait().code == -signal.SIGKILL
     assert len(hidden(tmp_path)) == 1 and not (tmp_path / "merged").exists()
     merge(*tuned, str(tmp_path / "merged"))
     assert not hidden(tmp_path) and (tmp_path / "merged" / "config.json").is_file()
 
 
 def test_ctrl_c_leaves_nothing(tuned, tmp_path):
-    child = start("time.sleep(60)", *tuned, str(tmp_path / "merged"))
-    child.send_signal(signal.SIGINT)
-    assert child.wait() != 0
+    child = start(waits, *tuned, str(tmp_path / "merged"))
+    child.send(signal.SIGINT)
+    assert child.wait().code != 0
     assert not list(tmp_path.iterdir())
 
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from random import Random
 
 import gguf
@@ -29,6 +27,7 @@ from onecard.export.merged import merge, open_merged, read_adapter
 from onecard.export.modelfile import find_chat, modelfile
 from tests.conftest import CHATML, FAMILIES, TEXT, make_checkpoint, make_tokenizer
 from tests.export.test_merged import make_adapter
+from tests.forks import onecard
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -492,11 +491,10 @@ def test_nothing_is_overwritten_and_room_is_checked(tmp_path, monkeypatch):
 
 def test_the_command_says_where_it_is_and_how_to_use_it(tmp_path):
     model = make_checkpoint(tmp_path / "model", "mistral", sliding_window=64)
-    command = [sys.executable, "-m", "onecard.cli", "export", "--format", "gguf", "--model", str(model)]
-    done = subprocess.run([*command, "--output", tmp_path / "m.gguf"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, out, err = onecard("export", "--format", "gguf", "--model", model, "--output", tmp_path / "m.gguf")
+    assert code == 0, err
     for said in ("m.gguf  (", "last 64 tokens", "llama-cli -m", "ollama create m -f", "lms import"):
-        assert said in done.stdout, said
+        assert said in out, said
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3"])

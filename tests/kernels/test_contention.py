@@ -16,10 +16,16 @@ pytestmark = pytest.mark.skipif(
 )
 START = """
 import os, resource, sys, time
+from pathlib import Path
 import torch
 from onecard.kernels.cpu import native
 
+def tasks():
+    return [Path(f"/proc/self/task/{id}/comm").read_text().strip() for id in os.listdir("/proc/self/task")]
+
+before = len(tasks())
 native.library()
+started = len(tasks()) - before
 torch.set_num_threads(2)
 W = torch.randn(512, 512)
 
@@ -42,9 +48,10 @@ def run(program: str, **variables: str) -> list[str]:
 
 
 WATCHES = """
-time.sleep(0.5)  # until the thread has its name
-threads = [open(f"/proc/self/task/{id}/comm").read().strip() for id in os.listdir("/proc/self/task")]
-print(threads.count("onecard-watch"))
+end = time.monotonic() + 60
+while started and "onecard-watch" not in tasks() and time.monotonic() < end:  # until the thread has its name
+    time.sleep(0.01)
+print(tasks().count("onecard-watch"))
 """
 
 

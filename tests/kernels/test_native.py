@@ -3,8 +3,10 @@ the product straight from the codes."""
 
 import os
 import platform
+import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.cpu import native
 from onecard.quant.blockwise import make_state
+from tests.forks import Forked, onecard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1,), (3,), (33,), (7, 65), (64, 192), (100, 300), (4097,)]
@@ -135,9 +138,8 @@ def test_environment_forces_a_path(checkpoint, tmp_path):
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == "scalar", done.stderr
     wanted = "avx512" if ARM else "neon"  # not this CPU's
-    command = [sys.executable, "-m", "onecard.cli", "quantize", "--model", checkpoint, "--output", tmp_path / "q"]
-    done = subprocess.run(command, env={**os.environ, "ONECARD_ISA": wanted}, capture_output=True, text=True)
-    assert done.returncode == 2 and f"found: {wanted}" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    code, _, err = onecard("quantize", "--model", checkpoint, "--output", tmp_path / "q", ONECARD_ISA=wanted)
+    assert code == 2 and f"found: {wanted}" in err and "Traceback" not in err, err
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])
@@ -184,36 +186,32 @@ def test_no_threads_beside_torchs(tmp_path):
     assert found == "0"
 
 
-NO_MEMORY = """
-import resource, sys
-import torch
-from onecard.kernels.cpu import native
-
-native.library().onecard_set_isa(sys.argv[1].encode())
-torch.set_num_threads(int(sys.argv[2]))
-torch.randn(500, 500) @ torch.randn(500, 500)  # the threads
-T, D, K = 1 << 17, 128, 1 << 20
-q = torch.zeros(2, T, D, dtype=torch.bfloat16)
-out, lse = torch.empty(T, 2, D, dtype=torch.bfloat16), torch.empty(2, T)
-x = torch.zeros(32, K, dtype=torch.bfloat16)
-weight = torch.zeros(16 * K, 1, dtype=torch.uint8), torch.ones(K // 2), None, None, "nf4", 64
-calls = [lambda: native.attention(q, q, q, [0, T], 1.0, 0, out, lse), lambda: native.multiply(x[:16], *weight, 32)]
-if native.has_tiles():
-    calls.append(lambda: native.linear(x, weight, 32, None, None))
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
-for call in calls:
-    try:
-        call()
-    except MemoryError as error:
-        print(error)
-"""
+def no_memory(isa, count):
+    """Prints what is said where there is next to no memory left."""
+    native.library().onecard_set_isa(isa.encode())
+    torch.set_num_threads(count)
+    torch.randn(500, 500) @ torch.randn(500, 500)  # the threads
+    T, D, K = 1 << 17, 128, 1 << 20
+    q = torch.zeros(2, T, D, dtype=torch.bfloat16)
+    out, lse = torch.empty(T, 2, D, dtype=torch.bfloat16), torch.empty(2, T)
+    x = torch.zeros(32, K, dtype=torch.bfloat16)
+    weight = torch.zeros(16 * K, 1, dtype=torch.uint8), torch.ones(K // 2), None, None, "nf4", 64
+    calls = [lambda: native.attention(q, q, q, [0, T], 1.0, 0, out, lse), lambda: native.multiply(x[:16], *weight, 32)]
+    if native.has_tiles():
+        calls.append(lambda: native.linear(x, weight, 32, None, None))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
+    for call in calls:
+        try:
+            call()
+        except MemoryError as error:
+            print(error)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="limits a process as Linux does")
-@pytest.mark.parametrize("count", ["1", "2"])
+@pytest.mark.parametrize("count", [1, 2])
 def test_no_memory_is_an_error_that_can_be_caught(isa, count):
-    done = subprocess.run([sys.executable, "-c", NO_MEMORY, isa, count], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    code, out, err = Forked(no_memory, isa, count).wait()
+    assert code == 0, err
     names = ["attention", "product", "linear"] if isa == "amx" else ["attention", "product"]
-    assert done.stdout.splitlines() == [f"onecard_{name} found no memory to work in" for name in names]
+    assert out.splitlines() == [f"onecard_{name} found no memory to work in" for name in names]

@@ -20,10 +20,15 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 PLAIN = (torch.float32, torch.float64)
 OUTPUTS = [torch.float32, torch.bfloat16, torch.float16] if ON_GPU else [torch.float32]
 pytestmark = pytest.mark.gpu if ON_GPU else []
+DTYPES = {"nf4": torch.float32, "fp4": torch.bfloat16, "int4": torch.float16}
+SLOW = [] if ON_GPU else pytest.mark.slow  # the interpreter takes three seconds each
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize(
+    "quant_type, dtype",
+    [pytest.param(q, d, marks=[] if DTYPES[q] == d else SLOW) for q in DTYPES for d in DTYPES.values()],
+    ids=str,
+)
 def test_quantize_is_bit_equal(quant_type, dtype):
     for W in weights(dtype):
         if dtype == torch.bfloat16 and not ON_GPU and 0 < W.abs().max() < 1e-38:

@@ -1,12 +1,13 @@
 """Exact: what a control group leaves, from folders made as the system has them."""
 
-import subprocess
+import resource
 import sys
 
 import pytest
 import torch
 
-from onecard.memory.measure import begin_peak, group_limits, peak_memory_bytes
+from onecard.memory.measure import available_bytes, begin_peak, group_limits, peak_memory_bytes
+from tests.forks import Forked
 
 
 def group(folder, limit, used, cached):
@@ -50,25 +51,25 @@ def test_groups_of_version_1_count_alone_and_beside_version_2(tmp_path):
     assert sorted(group_limits(root, own)) == [750, 4000]
 
 
-LIMITED = """
-import resource, sys, torch
-from onecard.memory.measure import available_bytes
-limit, cpu = getattr(resource, sys.argv[1]), torch.device("cpu")
-before = available_bytes(cpu)
-resource.setrlimit(limit, (1 << 36, resource.RLIM_INFINITY))  # 64 GiB
-resource.setrlimit(limit, (6 << 30, resource.RLIM_INFINITY))
-first = available_bytes(cpu)
-held = torch.ones(1 << 28)  # 1 GiB
-print(before, first, available_bytes(cpu))
-"""
+def limited(name):
+    """Prints the free bytes before and under a limit, and with a GiB less."""
+    limit, cpu = getattr(resource, name), torch.device("cpu")
+    before = available_bytes(cpu)
+    resource.setrlimit(limit, (1 << 36, resource.RLIM_INFINITY))  # 64 GiB
+    resource.setrlimit(limit, (6 << 30, resource.RLIM_INFINITY))
+    first = available_bytes(cpu)
+    held = torch.ones(1 << 28)
+    print(before, first, available_bytes(cpu), flush=True)
+    del held
 
 
 @pytest.mark.parametrize("limit", ["RLIMIT_AS", "RLIMIT_DATA"])
 def test_a_limit_of_the_process_counts(limit):
     if sys.platform != "linux":
         pytest.skip("read from /proc")
-    done = subprocess.run([sys.executable, "-c", LIMITED, limit], capture_output=True, text=True, check=True)
-    before, first, second = map(int, done.stdout.split())
+    code, out, err = Forked(limited, limit).wait()
+    assert code == 0, err
+    before, first, second = map(int, out.split())
     assert 0 < second < first < min(before, 6 << 30)
     assert 0.9 * 2**30 < first - second < 1.5 * 2**30 or first > before - 2**30
 

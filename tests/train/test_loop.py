@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -26,6 +24,7 @@ from onecard.train.loop import frozen_objects
 from onecard.train.session import run_training
 from onecard.train.state import load_newest, save_state
 from tests.conftest import chat_rows, make_checkpoint, write_rows
+from tests.forks import Forked, command_line
 
 
 def quiet():
@@ -108,16 +107,21 @@ def test_any_split_of_the_window_is_the_same_update(packing, checkpoint, tmp_pat
 
 
 SAVED = {"modules_to_save": ["embed_tokens", "lm_head"], "compute_dtype": "bfloat16"}
+KINDS = ({"gradient_checkpointing": True}, {"use_dora": True}, SAVED)
 
 
-@pytest.mark.parametrize("more", [{}, {"gradient_checkpointing": True}, {"use_dora": True}, SAVED], ids=str)
-def test_straight_is_stop_and_resume(more, checkpoint, chats, tmp_path):
+@pytest.mark.parametrize(
+    "more, everywhere",
+    [({}, True), *((more, False) for more in KINDS), *(pytest.param(m, True, marks=pytest.mark.slow) for m in KINDS)],
+    ids=str,
+)
+def test_straight_is_stop_and_resume(more, everywhere, checkpoint, chats, tmp_path):
     more = {"num_train_epochs": 2, **more}
     straight = tmp_path / "straight"
     result = run(checkpoint, chats, straight, **more)
     steps = result.report.num_steps
     assert steps > 6
-    for k in (1, steps // 2, steps // 2 + 1, steps - 1, steps):
+    for k in (1, steps // 2, steps // 2 + 1, steps - 1, steps) if everywhere else (steps // 2,):
         output = tmp_path / f"resumed-{k}"
         shutil.copytree(straight, output)
         shutil.rmtree(output / "adapter")
@@ -245,9 +249,14 @@ def test_broken_newer_checkpoints_do_not_push_out_those_of_a_resumed_run(tmp_pat
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-60"]
 
 
-def command(config_path, *more):
-    code = "import torch; torch.set_num_threads(1); from onecard.cli import main; main()"
-    return [sys.executable, "-c", code, "train", "--config", str(config_path), *more]
+def on_one_thread(*words):
+    torch.set_num_threads(1)
+    command_line(*words)
+
+
+def train(config_path, *more):
+    """`onecard train` in a process of its own."""
+    return Forked(on_one_thread, "train", "--config", config_path, *more)
 
 
 def kill_and_resume(checkpoint, chats, tmp_path, times, rng, **more):
@@ -257,19 +266,18 @@ def kill_and_resume(checkpoint, chats, tmp_path, times, rng, **more):
     path.write_text(json.dumps(fields(checkpoint, chats, output, num_train_epochs=4, save_total_limit=2, **more)))
     kills = 0
     while True:
-        process = subprocess.Popen(command(path, "--resume"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        process = train(path, "--resume")
         if kills < times:
             # Let it come as far as the loop, then strike anywhere in it.
-            metrics, before, end = output / "metrics.jsonl", count_lines(output), time.time() + 120
-            while process.poll() is None and count_lines(output) <= before and time.time() < end:
-                time.sleep(0.02)
+            before = count_lines(output)
+            process.until(lambda before=before: count_lines(output) > before)
             time.sleep(rng.random() * 0.4)
-            process.send_signal(signal.SIGKILL)
-            kills += metrics.exists()
-        stderr = process.communicate()[1]
-        if process.returncode == 0:
+            process.send(signal.SIGKILL)
+            kills += (output / "metrics.jsonl").exists()
+        code, _, err = process.wait()
+        if code == 0:
             return adapter_bytes(output), kills
-        assert process.returncode == -signal.SIGKILL, stderr.decode()
+        assert code == -signal.SIGKILL, err
 
 
 def count_lines(output):
@@ -280,7 +288,8 @@ def count_lines(output):
 def straight_bytes(checkpoint, chats, tmp_path):
     output, path = tmp_path / "straight", tmp_path / "straight.yaml"
     path.write_text(json.dumps(fields(checkpoint, chats, output, num_train_epochs=4, save_total_limit=2)))
-    subprocess.run(command(path), check=True, stdout=subprocess.DEVNULL)
+    code, _, err = train(path).wait()
+    assert code == 0, err
     return adapter_bytes(output)
 
 

@@ -273,9 +273,9 @@ SPIKED = {
 
 
 @pytest.mark.parametrize(
-    "kind", ["paged", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("resident", "8bit"))]
+    "kind, each", [("paged", 3), *(pytest.param(kind, 1, marks=pytest.mark.slow) for kind in SPIKED)]
 )
-def test_a_spike_at_every_allocation_of_a_step_changes_no_bit(kind, checkpoint, chats, tmp_path):
+def test_a_spike_at_every_allocation_of_a_step_changes_no_bit(kind, each, checkpoint, chats, tmp_path):
     """In the loader, forward, backward, clipping, AdamW and paging: the update is made, once, and is the same."""
     settings, fit = SPIKED[kind]
     made, _, _ = make_run(checkpoint, chats, tmp_path, fit=fit, gradient_accumulation_steps=1, **settings)
@@ -288,7 +288,7 @@ def test_a_spike_at_every_allocation_of_a_step_changes_no_bit(kind, checkpoint, 
         expected = saved(made)
         assert counter.count > 200 and not equal(start, expected)
         gc.freeze()  # so that each collection, one a spike, is quick
-        for at in range(counter.count):
+        for at in range(0, counter.count, each):
             put_back(made, start)
             with Spike(at):
                 found = step_module.update(made)
@@ -324,12 +324,13 @@ def equal(a, b):
     return same and a[1:3] == b[1:3] and torch.equal(a[3], b[3])
 
 
-def test_allocations_that_go_on_failing_split_the_batch(deep, chats, tmp_path):
+@pytest.mark.parametrize("each", [183, pytest.param(61, marks=pytest.mark.slow)])
+def test_allocations_that_go_on_failing_split_the_batch(each, deep, chats, tmp_path):
     made, window, num_tokens = make_run(deep, chats, tmp_path, lora_dropout=0.0)
     expected = fresh_gradients(made, window, num_tokens)
     counter = Spike()
     assert fresh_gradients(made, window, num_tokens, counter)[0] == expected[0]
-    for at in range(0, counter.count, 61):
+    for at in range(0, counter.count, each):
         made.part_tokens = None
         found = fresh_gradients(made, window, num_tokens, Spike(at, at + 1 + at // 2))  # in the repetition too
         for name, gradient in expected[1].items():
@@ -371,8 +372,15 @@ def steps_with_spikes(made, count, spikes):
 
 
 @pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("optim", ["paged_adamw_32bit", "paged_adamw_8bit"])
-@pytest.mark.parametrize("crowded", [False, True])
+@pytest.mark.parametrize(
+    "optim, crowded",
+    [
+        ("paged_adamw_32bit", False),
+        ("paged_adamw_8bit", True),
+        pytest.param("paged_adamw_32bit", True, marks=pytest.mark.slow),
+        pytest.param("paged_adamw_8bit", False, marks=pytest.mark.slow),
+    ],
+)
 def test_paged_states_are_the_unpaged_ones_bit_for_bit(optim, crowded, count, deep, chats, tmp_path):
     unpaged = optim.removeprefix("paged_").removesuffix("_32bit")
     plain, _, _ = make_run(deep, chats, tmp_path / "a", optim=unpaged, max_steps=count)

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from io import StringIO
 
@@ -13,33 +11,28 @@ from rich.console import Console
 from onecard.config import TrainConfig, make_config
 from onecard.train import session, signals
 from onecard.train.state import load_newest
-from tests.train.test_loop import count_lines, fields, run
+from tests.forks import Forked
+from tests.train.test_loop import count_lines, fields, on_one_thread, run
 
 SLOW = pytest.mark.slow
-PROGRAM = """
-import signal, sys, torch
-torch.set_num_threads(1)
-{before}
-from onecard.cli import main
-main()
-"""
-LOADING = """
-from onecard.train import session
-whole = session.load_model
-def load_model(*args):
-    print("loading", flush=True)
-    import time
-    time.sleep(60)
-session.load_model = load_model
-"""
 
 
-def start(checkpoint, chats, tmp_path, before="", **more):
+def slow_to_load(*words):
+    """The command, whose model takes a minute."""
+
+    def load_model(*args):
+        print("loading", flush=True)
+        time.sleep(60)
+
+    session.load_model = load_model
+    on_one_thread(*words)
+
+
+def start(checkpoint, chats, tmp_path, command=on_one_thread, **more):
     """`onecard train` in a process of its own."""
     path = tmp_path / "run.yaml"
     path.write_text(json.dumps(fields(checkpoint, chats, tmp_path / "o", **more)))
-    command = [sys.executable, "-c", PROGRAM.format(before=before), "train", "--config", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Forked(command, "train", "--config", path)
 
 
 @pytest.mark.parametrize(
@@ -48,15 +41,10 @@ def start(checkpoint, chats, tmp_path, before="", **more):
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(name, status, checkpoint, chats, tmp_path):
     output = tmp_path / "o"
     process = start(checkpoint, chats, tmp_path, max_steps=100_000, save_steps=100_000)
-    try:
-        end = time.monotonic() + 120
-        while count_lines(output) < 2 and process.poll() is None and time.monotonic() < end:
-            time.sleep(0.05)
-        process.send_signal(getattr(signal, name))
-        _, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == status and "Traceback" not in err, err
+    process.until(lambda: count_lines(output) >= 2)
+    process.send(getattr(signal, name))
+    code, _, err = process.wait()
+    assert code == status and "Traceback" not in err, err
     state = load_newest(output / "checkpoints")
     assert state is not None and state.step == count_lines(output) >= 2
     assert f"step {state.step} of 100000 is saved" in err and "--resume" in err
@@ -64,15 +52,11 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(name, status, checkp
 
 @pytest.mark.parametrize("name, status", [pytest.param("SIGTERM", 143, marks=SLOW), ("SIGINT", 130)])
 def test_a_signal_before_the_first_step_says_that_nothing_is_kept(name, status, checkpoint, chats, tmp_path):
-    process = start(checkpoint, chats, tmp_path, LOADING)
-    try:
-        while "loading" not in (line := process.stdout.readline()):
-            assert line, process.stderr.read()
-        process.send_signal(getattr(signal, name))
-        _, err = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == status and "nothing is kept" in err and "Traceback" not in err, err
+    process = start(checkpoint, chats, tmp_path, slow_to_load)
+    process.until(lambda: "loading" in process.out)
+    process.send(getattr(signal, name))
+    code, _, err = process.wait()
+    assert code == status and "nothing is kept" in err and "Traceback" not in err, err
     assert not (tmp_path / "o").exists()
 
 
