@@ -25,7 +25,7 @@ from onecard.config import (
     read_yaml,
 )
 from onecard.errors import Stopped, UserError, printable
-from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries, read_data, run_app, tell
+from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries, read_data, run_app
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -360,22 +360,9 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
 def export(*, fields: ExportFields = None) -> None:
     """Write a model, merged with an adapter if there is one, in another tool's format, streaming."""
     config = make_config(ExportConfig, given(fields), "command line")
-    quiet_libraries()
-    from onecard.export.folder import need_package
-    from onecard.hf.origin import STORED, stored_as
+    from onecard.api import export as run
 
-    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
-    if config.format == "gguf":
-        need_package("gguf", "gguf")
-        from onecard.export.gguf import export_gguf
-
-        said = export_gguf(config.model, config.adapter, config.output, config, config.base, quant).lines()
-    else:
-        from onecard.export.calibrated import export_calibrated, lines
-
-        where = (config.model, config.adapter, str(config.data), config.output)
-        said = lines(config.format, *export_calibrated(config.format, *where, config, config.base, quant, tell))
-    print("\n".join(said))
+    print("\n".join(run(config, quiet=False).lines))
 
 
 def main() -> None:

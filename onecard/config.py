@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from pathlib import Path
-from typing import Any, Literal, Optional, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Optional, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 
@@ -32,7 +32,7 @@ Optim = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
-T = TypeVar("T", bound=BaseModel)
+T = TypeVar("T", bound="Strict")
 
 
 def logits_chunk_bytes(device: str) -> int:
@@ -42,17 +42,43 @@ def logits_chunk_bytes(device: str) -> int:
 
 
 class Strict(BaseModel):
+    """Settings. A wrong one is a UserError, from Python as from a file or the command line."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
     )
+
+    if not TYPE_CHECKING:  # an editor then still completes the fields
+
+        def __init__(self, /, **fields: Any):
+            check_keys(type(self), fields)
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                must, found = first_mistake(error)
+                if not error.errors()[0]["loc"]:
+                    must, found = f"config: {must}", "a combination that contradicts itself"
+                raise UserError(must, found, "correct the value", type(self).__name__) from None
+
+
+def check_keys(kind: type[BaseModel], fields: dict[str, Any]) -> None:
+    """Raise UserError, with a did-you-mean, for a key that is no field of `kind`."""
+    for key in fields:
+        if key not in kind.model_fields:
+            raise UserError(
+                "every key must be a field of the config",
+                f'"{key}"{did_you_mean(key, kind.model_fields)}',
+                "`onecard train --help` lists the fields",
+                kind.__name__,
+            )
 
 
 class StoredConfig(Strict):
     """How the frozen base is stored (QLoRA, arXiv 2305.14314, section 3)."""
 
-    quant_type: QuantType = "nf4"
-    blocksize: int = 64
-    double_quant: bool = True
+    quant_type: QuantType = Field(default="nf4", description="the 16 levels that weights are rounded to")
+    blocksize: int = Field(default=64, description="weights that share a scale: 32, 64, 128, ... 4096")
+    double_quant: bool = Field(default=True, description="store the scales in 8 bits")
 
     @field_validator("blocksize")
     @classmethod
@@ -65,22 +91,28 @@ class StoredConfig(Strict):
 class QuantConfig(StoredConfig):
     """How the frozen base is stored and computed with."""
 
-    compute_dtype: ComputeDtype = "auto"
+    compute_dtype: ComputeDtype = Field(default="auto", description="dtype of the products; auto: what is fast there")
 
 
 class LoraSettings(Strict):
-    """LoRA as peft names it; what is set here goes into peft's LoraConfig unchanged."""
+    """LoRA. The fields are those of peft's LoraConfig."""
 
-    r: int = Field(16, ge=1, description="rank of the update")
-    lora_alpha: float = Field(32, gt=0, description="scale: lora_alpha/r, or lora_alpha/sqrt(r) with use_rslora")
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: list[str] | str = Field("all-linear", description='names of linears, a pattern, or "all-linear"')
-    target_parameters: list[str] | None = Field(
-        None, description="stacked weights of experts, such as gate_up_proj and down_proj"
+    r: int = Field(default=16, ge=1, description="rank of the update")
+    lora_alpha: float = Field(
+        default=32, gt=0, description="scale: lora_alpha/r, or lora_alpha/sqrt(r) with use_rslora"
     )
-    use_rslora: bool = False
-    use_dora: bool = False
-    modules_to_save: list[str] | None = Field(None, description="modules trained in full and saved with the adapter")
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1, description="share of the inputs of LoRA that are set to 0")
+    target_modules: list[str] | str = Field(
+        default="all-linear", description='names of linears, a pattern, or "all-linear"'
+    )
+    target_parameters: list[str] | None = Field(
+        default=None, description="stacked weights of experts, such as gate_up_proj and down_proj"
+    )
+    use_rslora: bool = Field(default=False, description="scale by lora_alpha/sqrt(r) (arXiv 2312.03732)")
+    use_dora: bool = Field(default=False, description="learn magnitude and direction apart (arXiv 2402.09353)")
+    modules_to_save: list[str] | None = Field(
+        default=None, description="modules trained in full and saved with the adapter"
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -105,37 +137,41 @@ class LoraSettings(Strict):
 class RowConfig(Strict):
     """Rows of tokens."""
 
-    max_seq_length: int = Field(1024, ge=8, description="tokens; longer examples are cut, and counted")
-    packing: bool = Field(True, description="several examples a row; they never attend to each other")
+    max_seq_length: int = Field(default=1024, ge=8, description="tokens; longer examples are cut, and counted")
+    packing: bool = Field(default=True, description="several examples a row; they never attend to each other")
 
 
 class DataConfig(RowConfig):
     """How a data file becomes tokens and labels."""
 
-    format: DataFormat = Field("auto", description="format of the data file's rows; auto recognises it")
-    on_bad_rows: Literal["error", "skip"] = "error"
-    on_long_rows: Literal["cut", "drop", "error"] = Field("cut", description="rows longer than max_seq_length")
+    format: DataFormat = Field(default="auto", description="format of the data file's rows; auto recognises it")
+    on_bad_rows: Literal["error", "skip"] = Field(default="error", description="rows that cannot be read")
+    on_long_rows: Literal["cut", "drop", "error"] = Field(default="cut", description="rows longer than max_seq_length")
 
 
 class CalibrationConfig(Strict):
     """How GPTQ and AWQ are run on the user's own data."""
 
-    num_rows: int = Field(128, ge=1, description="gptq, awq: packed rows of examples that are run")
-    max_seq_length: int = Field(1024, ge=8, description="gptq, awq: tokens a row")
+    num_rows: int = Field(default=128, ge=1, description="gptq, awq: packed rows of examples that are run")
+    max_seq_length: int = Field(default=1024, ge=8, description="gptq, awq: tokens a row")
     group_size: Literal[128, 64, 32] = Field(
-        128, description="gptq, awq: weights that share a scale; less where a width is not a multiple of it"
+        default=128, description="gptq, awq: weights that share a scale; less where a width is not a multiple of it"
     )
-    sym: bool = Field(True, description="gptq: levels on both sides of zero alike, as most kernels need")
-    desc_act: bool = Field(False, description="gptq: inputs of large activations first; slower to read")
-    damp_percent: float = Field(0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it")
-    device: str = Field("auto", description="gptq, awq: where a decoder layer is run: auto, cpu, cuda or cuda:N")
+    sym: bool = Field(default=True, description="gptq: levels on both sides of zero alike, as most kernels need")
+    desc_act: bool = Field(default=False, description="gptq: inputs of large activations first; slower to read")
+    damp_percent: float = Field(
+        default=0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it"
+    )
+    device: str = Field(
+        default="auto", description="gptq, awq: where a decoder layer is run: auto, cpu, cuda or cuda:N"
+    )
 
 
 class GgufConfig(Strict):
     """What a GGUF file holds."""
 
-    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field("bf16", description="gguf: how matrices are stored")
-    adapter_only: bool = Field(False, description="gguf: the adapter as a LoRA file of its own, in float32")
+    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field(default="bf16", description="gguf: how matrices are stored")
+    adapter_only: bool = Field(default=False, description="gguf: the adapter as a LoRA file of its own, in float32")
 
     @model_validator(mode="after")
     def _an_adapter_is_float32(self) -> GgufConfig:
@@ -145,18 +181,21 @@ class GgufConfig(Strict):
 
 
 class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
-    """A model with or without an adapter in another tool's format. quant_type etc. say what training used."""
+    """A model, with or without an adapter, in another tool's format."""
 
     format: Literal["gguf", "gptq", "awq"] = Field(
         description="gguf: llama.cpp, Ollama, LM Studio; gptq, awq: vLLM and transformers"
     )
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
-    adapter: str | None = Field(None, description="folder of a trained adapter")
+    adapter: str | None = Field(default=None, description="folder of a trained adapter")
     output: str = Field(description="new folder; gguf: a name that ends in .gguf is a new file")
     base: Literal["dequantized", "original"] | None = Field(
-        None, description="what the adapter is merged into: what training saw (by itself), or the original weights"
+        default=None,
+        description="what the adapter is merged into: what training saw (default), or the original weights",
     )
-    data: str | None = Field(None, description="gptq, awq: data file to calibrate on, best that of the training")
+    data: str | None = Field(
+        default=None, description="gptq, awq: data file to calibrate on, best that of the training"
+    )
 
     @model_validator(mode="after")
     def _calibrated_on_data(self) -> ExportConfig:
@@ -177,24 +216,28 @@ class SamplingConfig(Strict):
 
 
 class MemorySettings(Strict):
-    """What a run's memory depends on, beside its model, adapter and rows."""
+    """Device, batch size and memory."""
 
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     weights_budget: str | None = Field(
-        None,
-        description="most of the base that is in memory, like 2GiB; the rest is paged; by itself as the plan needs",
+        default=None,
+        description="memory for the base, such as 2GiB; the rest is paged; default: the plan decides",
     )
-    per_device_train_batch_size: int = Field(1, ge=1, description="rows a micro-batch")
-    gradient_accumulation_steps: int = Field(8, ge=1, description="micro-batches an update")
+    per_device_train_batch_size: int = Field(default=1, ge=1, description="rows a micro-batch")
+    gradient_accumulation_steps: int = Field(default=8, ge=1, description="micro-batches an update")
     optim: Optim = Field(
-        "adamw", description="8bit: states of 2 bytes a weight; paged: states leave when memory is short"
+        default="adamw",
+        description="8bit: states of 2 bytes a weight; paged: states are offloaded when memory is short",
     )
     gradient_checkpointing: bool | None = Field(
-        None, description="recompute activations: less memory, more time; by itself only where the plan needs it"
+        default=None,
+        description="recompute activations: less memory, more time; default: the plan decides",
     )
-    eval_data: str | None = Field(None, description="file for the validation loss")
-    validation_split: float = Field(0.0, ge=0, lt=1, description="share of --data held out for the validation loss")
-    save_total_limit: int = Field(2, ge=1, description="checkpoints kept")
+    eval_data: str | None = Field(default=None, description="file for the validation loss")
+    validation_split: float = Field(
+        default=0.0, ge=0, lt=1, description="share of --data held out for the validation loss"
+    )
+    save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
 
     @field_validator("weights_budget", "device_memory", check_fields=False)  # the latter is a subclass's
     @classmethod
@@ -211,17 +254,21 @@ class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings):
 class ServeConfig(Strict):
     """A server of OpenAI's API."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; any but this machine's own needs an api_key")
-    port: int = Field(8000, ge=0, le=65535)
-    api_key: str | None = Field(None, pattern="^[!-~]+$", description="token that requests must carry")
-    allowed_hosts: list[str] = Field(
-        default_factory=list, description="names in the Host header besides this machine's own, for a proxy before it"
+    host: str = Field(
+        default="127.0.0.1", description="address to listen on; any but this machine's own needs an api_key"
     )
-    max_model_len: int | None = Field(None, ge=2, description="tokens of prompt and answer; default: the model's")
-    max_num_seqs: int = Field(8, ge=1, description="requests answered at a time, a token each in turn")
-    max_queued: int = Field(64, ge=1, description="requests that wait; more are turned away")
-    max_body_bytes: int = Field(1 << 20, ge=1024)
-    client_timeout_seconds: float = Field(60, gt=0, description="for a client that neither sends nor reads")
+    port: int = Field(default=8000, ge=0, le=65535, description="TCP port")
+    api_key: str | None = Field(default=None, pattern="^[!-~]+$", description="token that requests must carry")
+    allowed_hosts: list[str] = Field(
+        default_factory=list, description="names in the Host header, besides this machine's own, that a proxy sends"
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="tokens of prompt and answer; default: the model's"
+    )
+    max_num_seqs: int = Field(default=8, ge=1, description="requests answered at a time, a token each in turn")
+    max_queued: int = Field(default=64, ge=1, description="requests that wait; more are refused")
+    max_body_bytes: int = Field(default=1 << 20, ge=1024, description="bytes of the largest request")
+    client_timeout_seconds: float = Field(default=60, gt=0, description="for a client that neither sends nor reads")
 
     @model_validator(mode="after")
     def _open_only_with_a_token(self) -> ServeConfig:
@@ -236,27 +283,35 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
     data: str = Field(description="JSONL, JSON, CSV or Parquet file")
     output: str = Field(description="folder for the adapter, checkpoints, metrics and report")
-    device_memory: str | None = Field(None, description="most that the run may take, like 6GiB; default: what is free")
+    device_memory: str | None = Field(
+        default=None, description="memory for the whole run, such as 6GiB; default: most of what is free"
+    )
 
-    cuda_graphs: bool = Field(True, description="record and replay a CUDA GPU's work where memory allows")
-    num_train_epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1, description="updates; overrides num_train_epochs")
-    seed: int = Field(42, ge=0, lt=2**63)
+    cuda_graphs: bool = Field(default=True, description="record and replay a CUDA GPU's work where memory allows")
+    num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(default=None, ge=1, description="updates; overrides num_train_epochs")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="of the start of LoRA, the order of rows and dropout")
 
-    learning_rate: float = Field(2e-4, gt=0)
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: float = Field(0.03, ge=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.999, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0, description="largest global gradient norm; above it, gradients are scaled")
+    learning_rate: float = Field(default=2e-4, gt=0, description="the largest of the schedule")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="course of the learning rate after the warm-up"
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="share of the updates in which the rate rises")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled from the gradient, as AdamW has it")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the mean of squared gradients")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="added to the root in the denominator")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="largest global gradient norm; above it, gradients are scaled"
+    )
 
-    eval_steps: int | None = Field(None, ge=1, description="updates between validation losses; default: at the end")
-    save_steps: int | None = Field(None, ge=1, description="updates between checkpoints; default: ten a run")
-    logging_steps: int = Field(1, ge=1)
-    loggers: list[Logger] = Field(default_factory=list, description="beside metrics.jsonl and metrics.csv")
-    sample_prompts: list[str] | None = Field(None, description="answered before and after, for the report")
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="updates between validation losses; default: at the end"
+    )
+    save_steps: int | None = Field(default=None, ge=1, description="updates between checkpoints; default: ten a run")
+    logging_steps: int = Field(default=1, ge=1, description="updates between rows of the metrics")
+    loggers: list[Logger] = Field(default_factory=list, description="besides metrics.jsonl and metrics.csv")
+    sample_prompts: list[str] | None = Field(default=None, description="answered before and after, for the report")
 
     @model_validator(mode="after")
     def _whole_modules_stay(self) -> TrainConfig:
@@ -316,23 +371,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def make_config(kind: type[T], fields: dict[str, Any], source: str = "config") -> T:
-    """Validate `fields` as a `kind`; the first mistake becomes a UserError with a did-you-mean."""
-    known = kind.model_fields
-    for key in fields:
-        if key not in known:
-            raise UserError(
-                "every key must be a field of the config",
-                f'"{key}"{did_you_mean(key, known)}',
-                "`onecard train --help` lists the fields",
-                source,
-            )
+    """A `kind` of `fields`. A UserError for the first mistake names `source`."""
     try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        must, found = first_mistake(error)
-        if not error.errors()[0]["loc"]:
-            must, found = f"config: {must}", "a combination that contradicts itself"
-        raise UserError(must, found, "correct the value", source) from None
+        return kind(**fields)
+    except UserError as error:
+        raise UserError(error.must, error.found, error.do, source) from None
 
 
 def parse_bytes(text: str) -> int:

@@ -41,8 +41,12 @@ def load_base(model: str, adapter: str | None, quant: Any, device: str) -> Any:
     return load_model(model, **config.model_dump(), device=device)
 
 
-def make_console() -> Any:
-    """The terminal; libraries' own bars and warnings are kept off it, and it obeys nothing that a file's texts hold."""
+def make_console(quiet: bool = False) -> Any:
+    """The terminal; libraries' own bars and warnings are kept off it, and it obeys nothing that a file's texts hold.
+
+    Args:
+        quiet: show nothing.
+    """
     from rich.console import Console
 
     class Terminal(Console):
@@ -51,7 +55,7 @@ def make_console() -> Any:
             raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
 
     quiet_libraries()
-    console = Terminal()
+    console = Terminal(quiet=quiet)
     console.push_render_hook(EscapeTexts())  # type: ignore[arg-type]  # by rich's protocol, not by its class
     return console
 
@@ -144,8 +148,7 @@ def tell(dataset: Any) -> None:
 
 def finish(result: Any, console: Any) -> None:
     """Where everything lies."""
-    folder = result.adapter.parent
-    where = f"adapter  {result.adapter}\nreport   {folder / 'report.html'}"
+    where = f"adapter  {result.adapter}\nreport   {result.report_path}"
     console.print(where, highlight=False, markup=False, soft_wrap=True)
     console.print("next", style="dim")
     for line in result.report.next_commands:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "onecard"
 ORDER = [
+    "callable",
     "errors",
     "faults",
     "documents",
@@ -25,6 +26,7 @@ ORDER = [
     "export",
     "demo",
     "terminal",
+    "api",
     "cli",
 ]
 

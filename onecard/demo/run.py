@@ -17,7 +17,8 @@ from onecard.hf.load import load_tokenizer
 from onecard.infer.decoding import end_tokens
 from onecard.memory.workload import Answers
 from onecard.train.report import format_bytes
-from onecard.train.session import Result, run_training
+from onecard.train.result import Result
+from onecard.train.session import run_training
 
 FOLDER = Path(__file__).parent
 BATCH_SIZE, ANSWER_TOKENS = 64, 96  # prompts answered at a time, and tokens of an answer

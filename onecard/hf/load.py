@@ -52,22 +52,22 @@ def load_model(
     """Load a causal language model with its linears in 4 bits.
 
     Args:
-        model: checkpoint folder, or a hub id where a network is; its linears in 16 or 32 bits, or in bitsandbytes'
-            4-bit format.
-        quant_type, blocksize, double_quant: as in quantize_4bit; a 4-bit checkpoint keeps its own.
-        compute_dtype: what weights are dequantized to; "auto": bfloat16 where the device multiplies it natively,
-            else float16 on GPUs and float32 on CPUs.
+        model: checkpoint folder, or a hub id where a network is. Its linears are in 16 or 32 bits, or in
+            bitsandbytes' 4-bit format.
+        quant_type, blocksize, double_quant: as in quantize_4bit. A 4-bit checkpoint keeps its own.
+        compute_dtype: dtype that weights are dequantized to. "auto" is bfloat16 where the device multiplies it
+            natively, else float16 on GPUs and float32 on CPUs.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        weights_budget: bytes of the base that may be on the device at a time (paging/weights.py); None: all of it.
-        page_folder: where a 16-bit checkpoint's codes then go, in a file that vanishes with the process; None: the
-            user's cache.
+        weights_budget: bytes of the base that may be on the device at a time. None: all of it.
+        page_folder: folder for a 16-bit checkpoint's codes where weights_budget is given, in a file that vanishes
+            with the process. None: the user's cache.
 
     Returns:
-        transformers' own model, frozen, in eval mode; embeddings and head keep the narrower of the checkpoint's
-        dtype and the compute dtype.
+        transformers' own model, frozen, in eval mode. Codes are uint8. Embeddings and head have the narrower of the
+        checkpoint's dtype and the compute dtype.
 
     Raises:
-        UserError: damaged, incomplete or pickle-only checkpoint, naming file and tensor.
+        UserError: damaged, incomplete or pickle-only checkpoint, with the file and the tensor.
     """
     fields = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
     checked = make_config(QuantConfig, fields, "load_model")

@@ -43,7 +43,22 @@ def quantize_4bit(
     double_quant: bool = True,
     name: str = "tensor",
 ) -> tuple[Tensor, QuantState]:
-    """As quant.blockwise.quantize_4bit, on the fastest backend."""
+    """Quantize a tensor of any shape to 4 bits a weight (quant/blockwise.py), on the fastest backend.
+
+    Args:
+        W: float32, bfloat16 or float16, any shape with at least one element, every element finite.
+        quant_type: "nf4", "fp4" or "int4".
+        blocksize: weights that share a scale: a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits.
+        name: the tensor's name in an error.
+
+    Returns:
+        The codes, uint8 (ceil(numel/2), 1), and the QuantState that dequantize_4bit needs. Scales are computed in
+        float32.
+
+    Raises:
+        UserError: an unknown quant_type or blocksize, another dtype, an empty tensor, NaN or Inf (with its index).
+    """
     check_quantizable(W, quant_type, blocksize, name)
     packed, absmax = backend(W.device).quantize_blocks(W, quant_type, blocksize, name)
     return packed, make_state(absmax, W.shape, W.dtype, quant_type, blocksize, double_quant)
@@ -77,7 +92,16 @@ def quantize_stack(
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None = None) -> Tensor:
-    """As quant.blockwise.dequantize_4bit, on the fastest backend; `dtype` overrides the state's."""
+    """Return a weight from its 4-bit codes, on the fastest backend.
+
+    Args:
+        packed: the codes, uint8 (ceil(numel/2), 1), as quantize_4bit returns them.
+        state: their QuantState.
+        dtype: dtype of the result. None takes the state's.
+
+    Returns:
+        The weight, of state.shape. Each product of level and scale is in float32 and is rounded once.
+    """
     return _dequantize_4bit(
         packed,
         state.absmax,

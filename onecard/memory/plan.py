@@ -77,17 +77,20 @@ class Plan:
 
 
 def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None = None, **fields: Any) -> Plan:
-    """The memory that training a model takes, in seconds and without its weights.
+    """Count the memory that training a model takes, without its weights.
 
     Args:
-        model: checkpoint folder, hub id (its config and headers are fetched), or a name of memory/shapes.py such as
+        model: checkpoint folder, hub id (its config and headers are fetched), or the name of a public model, such as
             "llama-2-7b".
         method: "qlora"; "generate" with its KV cache; or, to compare, "lora" on a 16-bit base and "full" in 16 bits
             with float32 masters.
-        device_memory_bytes: what there is; QLoRA's plan is then for what `onecard train` would choose, and says the
-            largest context and batch that fit.
-        fields: any field of TrainConfig: r, max_seq_length, per_device_train_batch_size, ...; without a limit
-            nothing is given up but what they say: activations are kept unless gradient_checkpointing=True.
+        device_memory_bytes: the memory of the device, in bytes. QLoRA's plan is then for what `onecard train` would
+            choose, and has the largest context and batch that fit. None plans for everything resident and kept.
+        fields: any field of TrainConfig, such as r, max_seq_length or per_device_train_batch_size.
+
+    Returns:
+        A Plan: `terms` (name, bytes and formula of each), `total_bytes`, `fits`, `choice` in words, `time` as a
+        multiple, `largest_length` in tokens, `largest_batch` in rows.
 
     Raises:
         UserError: unknown model, method or field; a context beyond the model's; no memory at all.

@@ -42,7 +42,7 @@ class Progress:
         self.planned_bytes, self.process_bytes = planned_bytes, process_bytes
         self.start = self.shown = time.perf_counter()
         self.bar: bars.Progress | None = None
-        if console.is_terminal:
+        if console.is_terminal and not console.quiet:
             text = bars.TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
             left = bars.TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=TIME_WIDTH - 1))
             bar_width = (BAR_WIDTH if console.width >= 60 else SMALL_BAR_WIDTH) - 1

@@ -60,6 +60,7 @@ from onecard.train.metrics import Metrics, import_logger
 from onecard.train.output import claimed
 from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
+from onecard.train.result import Result
 from onecard.train.samples import Sample, answer_samples, make_samples
 from onecard.train.state import State, load_newest
 from onecard.train.step import Run, make_graphs
@@ -85,16 +86,6 @@ class Prepared:
     date: str
     process_bytes: int  # what the process itself takes, beside which the plan counts
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
-
-
-@dataclass
-class Result:
-    """What a run ends with."""
-
-    model: Any
-    tokenizer: Any
-    report: Report
-    adapter: Path
 
 
 def run_training(

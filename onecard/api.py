@@ -1,0 +1,136 @@
+"""The calls for a whole job from Python: the same code as the command line, which prints nothing unless asked."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from onecard.config import ExportConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from onecard.train.result import Result
+
+
+def train(config: TrainConfig, *, resume: bool = False, quiet: bool = True) -> Result:
+    """Train a LoRA adapter over a frozen 4-bit base, as `onecard train` does.
+
+    Args:
+        config: all settings of the run. `config.output` must be a new or empty folder, unless `resume` is true.
+        resume: continue from the newest complete checkpoint in `config.output`. The result has the same bits as a run
+            without an interruption.
+        quiet: print nothing. False prints what `onecard train` prints: the data, the memory plan and the progress.
+
+    Returns:
+        A Result. `adapter` is the folder of the adapter in peft's format (float32 tensors: lora_A (r, in), lora_B
+        (out, r)). `metrics` has one dict for each logged update: step, loss in nats for each supervised token,
+        learning_rate, grad_norm, memory in bytes. `report_path` is the HTML report. `model` is the tuned peft model
+        in memory, in eval mode, and `tokenizer` is its tokenizer.
+
+    Raises:
+        UserError: a wrong setting, data file or checkpoint, no memory or no disk space. Most are raised before the
+            weights load.
+        Stopped: a UserError. Ctrl-C, SIGTERM or SIGHUP stopped the run. A run that was in its training loop has a
+            checkpoint of its last update.
+    """
+    from onecard.terminal import make_console
+    from onecard.train.session import run_training
+
+    with quiet_process():
+        return run_training(config, resume, make_console(quiet))
+
+
+def merge(model: str, adapter: str, output: str, *, base: Literal["dequantized", "original"] | None = None) -> Path:
+    """Merge an adapter into a 16-bit checkpoint, as `onecard merge` does without --verify. Memory for about one tensor.
+
+    Args:
+        model: the checkpoint that the adapter was trained on: a folder, or a hub id where a network is.
+        adapter: the folder of the trained adapter. Its onecard.json says how training stored the base.
+        output: a new folder.
+        base: "dequantized", the default, adds the update to the weights that training saw. "original" adds it to the
+            checkpoint's own weights.
+
+    Returns:
+        The output folder. Each tensor has the dtype of the checkpoint. Sums are in float32.
+
+    Raises:
+        UserError: an adapter that does not belong to the model, a damaged checkpoint, an output folder that is not
+            new, no disk space.
+    """
+    from onecard.export.merged import merge as run
+
+    with quiet_process():
+        return run(model, adapter, output, base)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        path: the GGUF file, or the folder of the GPTQ or AWQ checkpoint.
+        lines: the text that `onecard export` prints: the result, notes, and the commands that use it.
+    """
+
+    path: Path
+    lines: list[str]
+
+
+def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
+    """Write a model, merged with an adapter if there is one, in another tool's format, as `onecard export` does.
+
+    Args:
+        config: the format (gguf, gptq or awq), the model, the adapter, the new output, and the format's settings.
+        quiet: print nothing. False prints on stderr how the data file of gptq and awq was read.
+
+    Returns:
+        An Exported: the path, and the text that `onecard export` prints.
+
+    Raises:
+        UserError: an adapter that does not belong to the model, a model that the format cannot hold, an output that
+            exists, no disk space, a package that is not installed.
+    """
+    from onecard.export.folder import need_package
+    from onecard.hf.origin import STORED, stored_as
+    from onecard.terminal import tell
+
+    quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
+    with quiet_process():
+        if config.format == "gguf":
+            need_package("gguf", "gguf")
+            from onecard.export.gguf import export_gguf
+
+            written = export_gguf(config.model, config.adapter, config.output, config, config.base, quant)
+            return Exported(written.file, written.lines())
+        from onecard.export.calibrated import export_calibrated, lines
+
+        where = (config.model, config.adapter, str(config.data), config.output)
+        folder, left_out = export_calibrated(config.format, *where, config, config.base, quant, None if quiet else tell)
+        return Exported(folder, lines(config.format, folder, left_out))
+
+
+@contextmanager
+def quiet_process() -> Iterator[None]:
+    """Inside, the libraries print nothing. After it, their settings are those of before."""
+    from transformers.utils import logging as hf
+
+    from onecard.terminal import quiet_libraries
+
+    names = ("torch", "bitsandbytes")
+    levels = [logging.getLogger(name).level for name in names]
+    verbosity, bars, line = hf.get_verbosity(), hf.is_progress_bar_enabled(), warnings.formatwarning
+    try:
+        with warnings.catch_warnings():
+            quiet_libraries()
+            yield
+    finally:
+        warnings.formatwarning = line
+        hf.set_verbosity(verbosity)
+        if bars:
+            hf.enable_progress_bar()
+        for name, level in zip(names, levels):
+            logging.getLogger(name).setLevel(level)
