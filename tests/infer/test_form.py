@@ -9,16 +9,18 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import onecard
-from onecard.config import DataConfig, TrainConfig, make_config
+from onecard.config import DataConfig, GgufConfig, TrainConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.data.form import ask, form_ids, form_of, template_digest
 from onecard.data.template import prompt_ids, text_ids
 from onecard.errors import UserError
+from onecard.export.gguf import export_gguf
 from onecard.export.merged import merge
 from onecard.export.modelfile import modelfile
 from onecard.hf.load import load_tokenizer
 from onecard.hf.origin import FILE, Form, form_beside, read_origin
 from onecard.infer.adapters import with_adapter
+from onecard.infer.chat import Talk
 from onecard.infer.decoding import end_tokens
 from onecard.train.adapter import save_adapter
 from onecard.train.session import run_training
@@ -68,6 +70,28 @@ def test_the_token_that_closed_the_turns_is_kept_and_used(trained, base, tmp_pat
     merged = merge(str(base), str(trained), str(tmp_path / "merged"))
     assert GenerationConfig.from_pretrained(merged).eos_token_id == [eos, end]
     assert AutoModelForCausalLM.from_pretrained(merged).generation_config.eos_token_id == [eos, end]
+
+
+def test_a_gguf_file_s_modelfile_stops_there(trained, base, tmp_path):
+    pytest.importorskip("gguf")
+    export_gguf(str(base), str(trained), str(tmp_path / "a.gguf"), GgufConfig(adapter_only=True))
+    assert 'PARAMETER stop "<|im_end|>"' in (tmp_path / "a.Modelfile").read_text()
+
+
+def test_a_talk_ends_there(trained, base, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def answer(*_, ends):
+        raise Asked(ends)
+
+    monkeypatch.setattr("onecard.infer.chat.Answer", answer)
+    form = form_beside(trained)
+    talk = Talk(onecard.load_model(str(base), device="cpu"), load_tokenizer(str(base)), Console(), 8, 0.0, form)
+    talk.messages.append({"role": "user", "content": "two mugs"})
+    with pytest.raises(Asked) as asked:
+        talk.answer()
+    assert asked.value.args == (form.end_tokens,) and form.end_tokens
 
 
 def test_a_turn_that_was_cut_tells_no_end(tmp_path):
@@ -144,9 +168,7 @@ def test_a_flipped_bit_is_named(share, trained, base, tmp_path):
 
 
 def test_a_file_that_is_gone_is_named(trained, tmp_path):
-    names = sorted(path.name for path in trained.iterdir() if path.name not in (FILE, "README.md"))
-    assert "tokenizer_config.json" in names  # without which the base's would be taken
-    for name in names:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
         folder = tmp_path / name
         shutil.copytree(trained, folder)
         (folder / name).unlink()
