@@ -24,9 +24,10 @@ transformers + peft + AdamW on the same weights in float32: logits, three traini
 - **fast path**: packed rows with attention of our own, the head on learned tokens only.
 - **plain path**: the model's own forward, one document at a time.
 - **refused**: a `UserError` with the reason, before training.
-- **generate** is how `generate`, `chat` and `serve` go on after a prompt, whose logits are held to the same: from a
-  cache, by one token a pass where the model takes no more, or with all tokens again for each new one.
 - **not built**: the family cannot be built from a config of this size, or needs another library.
+
+The last columns: whether `merge` takes the adapter, and how `generate`, `chat` and `serve` go on after a prompt: from a
+cache, by one token a pass where the model takes no more, or with all tokens again for each new one.
 
 {counts}
 
