@@ -27,10 +27,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 CHECK = "check the disk or the mount"
-OTHER_KINDS = (
-    SafetensorError,
-    RuntimeError,
-)  # in which a fault may come, of torch by way of safetensors
+OTHER_KINDS = (SafetensorError, RuntimeError)  # in which a fault may come, of torch by way of safetensors
 OTHER_WORDS = (
     re.compile(r"(?:I/?o ?error: |serializing: )?([^:]*) \(os error (\d+)\)", re.IGNORECASE),
     re.compile(r"unable to .*file <.*>.*: ([^:]*) \((\d+)\)"),
