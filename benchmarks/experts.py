@@ -39,11 +39,11 @@ def train_onecard(base: Any, args: argparse.Namespace) -> list[float]:
     """Seconds of each step through onecard's own loop."""
     from peft import get_peft_model
 
+    from onecard.adapter.layers import lora_config
     from onecard.config import TrainConfig, make_config
+    from onecard.data.chat.mask import Example
     from onecard.data.loader import Loader
-    from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
-    from onecard.nn.lora import lora_config
     from onecard.train.step import Run, update
 
     fields = {

@@ -23,15 +23,15 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 from benchmarks.measure import table, write_result
+from onecard.adapter.load import with_adapter
 from onecard.config import CalibrationConfig, DataConfig
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.demo.run import SETTINGS, exact_match, read_rows, run_demo
-from onecard.export.calibrated import export_calibrated
-from onecard.export.grouped import round_to_nearest
-from onecard.export.merged import merge
-from onecard.export.verify import logits
+from onecard.export.calibrated.grouped import round_to_nearest
+from onecard.export.calibrated.writer import export_calibrated
+from onecard.export.merge.merged import merge
+from onecard.export.merge.verify import logits
 from onecard.hf.load import load_model, load_tokenizer
-from onecard.infer.adapters import with_adapter
 from onecard.train.loss import supervised
 
 BASE, TRAIN, HELDOUT = (str(SETTINGS[key]) for key in ("model", "data", "eval_data"))

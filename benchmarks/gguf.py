@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 
 from benchmarks.measure import table, write_result
+from onecard.adapter.load import with_adapter
 from onecard.config import GgufConfig
-from onecard.data.template import prompt_ids
+from onecard.data.chat.mask import prompt_ids
 from onecard.demo.run import SETTINGS, read_rows, run_demo
-from onecard.export.gguf import export_gguf
+from onecard.export.gguf.writer import export_gguf
 from onecard.hf.load import load_model, load_tokenizer
-from onecard.infer.adapters import with_adapter
 
 BASE, HELDOUT = str(SETTINGS["model"]), Path(SETTINGS["eval_data"])
 MAX_NEW_TOKENS = 96

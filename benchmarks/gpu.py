@@ -83,7 +83,7 @@ def wait(device: torch.device) -> None:
 @torch.no_grad()
 def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
     """Each kernel's time, the bytes it must move or the operations it must do, and its share of that floor."""
-    from onecard.kernels import ops, rows
+    from onecard.kernels import elementwise, ops
     from onecard.kernels.reference import Rates
     from onecard.quant.dynamic import zeros_8bit
 
@@ -107,9 +107,9 @@ def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
         ("quantize", lambda: ops.quantize_4bit(W), W.nbytes + stored),
         ("dequantize, reused buffer", lambda: backend.dequantize_into(*weight, copy), stored + W.nbytes),
         ("cross-entropy 512 x 32000", lambda: ops.cross_entropy_(logits, target), 3 * logits.nbytes),
-        ("RMSNorm, 512 rows", lambda: rows.rms_norm(x, norm, 1e-5), 2 * x.nbytes),
-        ("SwiGLU, 512 rows", lambda: rows.swiglu(gate, up), 3 * gate.nbytes),
-        ("rotary positions, 512 x 32 heads", lambda: rows.rope(heads, angles, angles), 2 * heads.nbytes),
+        ("RMSNorm, 512 rows", lambda: elementwise.rms_norm(x, norm, 1e-5), 2 * x.nbytes),
+        ("SwiGLU, 512 rows", lambda: elementwise.swiglu(gate, up), 3 * gate.nbytes),
+        ("rotary positions, 512 x 32 heads", lambda: elementwise.rope(heads, angles, angles), 2 * heads.nbytes),
         ("AdamW, 8-bit states", lambda: ops.adamw_8bit_([(w, g, *states)], rates), 3 * w.nbytes + w.numel() * 4),
     ]
     for M in (1, 4, 16):
@@ -177,8 +177,8 @@ def random_model(shape: str, contender: str, device: torch.device, share: bool =
     model.requires_grad_(False)
     lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     if contender == "onecard":
+        from onecard.adapter.layers import register_fused
         from onecard.hf.fusion import fuse
-        from onecard.nn.lora import register_fused
 
         fuse(model)
         register_fused(lora)

@@ -5,7 +5,7 @@
 Every merge is a process of its own. Peak counts anonymous memory above the process's base. peft merges into the 16-bit
 model and saves it; onecard streams, into the dequantized base or the original weights. The adapter is random, of rank
 16 on all linears, its update `strength` of each weight's norm. Distance is that of float32 logits on random tokens
-(onecard/export/verify.py), as a share of the adapter's effect; requantized is the merge rounded to NF4 again.
+(onecard/export/merge/verify.py), as a share of the adapter's effect; requantized is the merge rounded to NF4 again.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def make_adapter(base: Path, folder: Path, strength: float) -> None:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from onecard.adapter.layers import lora_config
     from onecard.config import LoraSettings
-    from onecard.nn.lora import lora_config
 
     torch.manual_seed(1)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -62,11 +62,11 @@ def merge(name: str, base: str, adapter: str, output: str) -> dict[str, Any]:
         return {}
     if name == "requantized":
         from onecard.config import QuantConfig
-        from onecard.export.quantized import requantize
+        from onecard.export.merge.quantized import requantize
 
         left = requantize(base, adapter, output, QuantConfig())[1]
         return {"share": left.share, "noise": left.noise}
-    from onecard.export import merged
+    from onecard.export.merge import merged
 
     merged.merge(base, adapter, output, name)  # type: ignore[arg-type]
     return {}
@@ -75,7 +75,7 @@ def merge(name: str, base: str, adapter: str, output: str) -> dict[str, Any]:
 def child(name: str, base: str, adapter: str, output: str) -> None:
     import peft  # noqa: F401  both pay for the same imports before the clock starts
 
-    import onecard.export.quantized  # noqa: F401
+    import onecard.export.merge.quantized  # noqa: F401
 
     before = status_bytes("RssAnon")
     with anonymous_peak() as peak:
@@ -88,9 +88,9 @@ def child(name: str, base: str, adapter: str, output: str) -> None:
 def measure(base: str, adapter: str, folders: dict[str, str], num_tokens: int) -> None:
     """Each merge's distance to the live adapter on one row of random tokens."""
     from onecard.config import QuantConfig
+    from onecard.data.chat.mask import Example
     from onecard.data.dataset import Dataset
-    from onecard.data.template import Example
-    from onecard.export.verify import compare, run_live
+    from onecard.export.merge.verify import compare, run_live
     from onecard.hf.checkpoint import inspect_checkpoint
     from onecard.memory.model import read_model
 

@@ -42,7 +42,7 @@ def make_4bit_checkpoint(shape: str) -> Path:
     from transformers import LlamaConfig
 
     from onecard.config import QuantConfig
-    from onecard.export.quantized import quantized_shapes
+    from onecard.export.merge.quantized import quantized_shapes
     from onecard.hf.load import load_tokenizer
     from onecard.hf.writer import TensorFile
 
@@ -98,7 +98,7 @@ def make_4bit_checkpoint(shape: str) -> Path:
 
 def write_random_weight(file: Any, name: str, size: tuple[int, int], codes: torch.Tensor) -> None:
     """Random codes; scales between 0.04 and 0.06 of 1 / sqrt(K) times 50, so that activations stay of order one."""
-    from onecard.export.quantized import STATE_BYTES
+    from onecard.export.merge.quantized import STATE_BYTES
     from onecard.quant.codebook import dynamic_map, quant_map
 
     N, K = size
@@ -122,16 +122,16 @@ def child(args: argparse.Namespace) -> None:
     from peft import get_peft_model
 
     import onecard
+    from onecard.adapter.layers import lora_config
     from onecard.config import TrainConfig, make_config, parse_bytes
+    from onecard.data.chat.mask import Example
     from onecard.data.loader import Loader
-    from onecard.data.template import Example
     from onecard.hf.attention import use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
-    from onecard.memory.case import Case
-    from onecard.memory.fit import describe, fit_within, total_bytes
+    from onecard.memory.inputs import Case
     from onecard.memory.measure import return_large_blocks
     from onecard.memory.model import read_model
-    from onecard.nn.lora import lora_config
+    from onecard.memory.strategy import describe, fit_within, total_bytes
     from onecard.train.step import Run, recompute_layers, update
 
     folder = make_4bit_checkpoint(args.shape)

@@ -132,18 +132,18 @@ def child(name: str, folder: str) -> None:
     from peft import get_peft_model
 
     import onecard
+    from onecard.adapter.layers import lora_config
     from onecard.config import TrainConfig, make_config, parse_bytes
+    from onecard.data.chat.mask import Example
     from onecard.data.loader import Loader
-    from onecard.data.template import Example
     from onecard.hf.attention import supports_packing, use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
     from onecard.hf.load import pick_compute_dtype
-    from onecard.memory.case import Case, Fit
+    from onecard.memory.inputs import Case, Fit
     from onecard.memory.measure import begin_peak, peak_memory_bytes, return_large_blocks
     from onecard.memory.model import read_model
     from onecard.memory.terms import plan_terms
     from onecard.memory.workload import known
-    from onecard.nn.lora import lora_config
     from onecard.train.loss import packed_loss, plain_loss
     from onecard.train.step import Run, recompute_layers, update
 

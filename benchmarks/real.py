@@ -159,8 +159,8 @@ def our_gradients(base: Any, loader: Any) -> tuple[float, dict[str, torch.Tensor
     """Loss and LoRA gradients of the first step through onecard, by the parameters' names."""
     from peft import get_peft_model
 
+    from onecard.adapter.layers import lora_config
     from onecard.hf.attention import use_packed_attention
-    from onecard.nn.lora import lora_config
     from onecard.train.loss import packed_loss
     from onecard.train.step import to_device
 

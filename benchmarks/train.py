@@ -66,8 +66,8 @@ def load_onecard(args: argparse.Namespace, folder: Path) -> Any:
 
 def random_loader(args: argparse.Namespace) -> Any:
     """The random rows as onecard's loader, in the order of the peers."""
+    from onecard.data.chat.mask import Example
     from onecard.data.loader import Loader
-    from onecard.data.template import Example
 
     data = [Example(row, row, "random") for row in rows(args.shape, args.length, args.steps).tolist()]
     loader = Loader(data, args.length, False, 1, 0)
@@ -79,11 +79,11 @@ def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any
     """Steps through onecard's own loop: seconds and loss of each."""
     from peft import get_peft_model
 
+    from onecard.adapter.layers import lora_config
     from onecard.config import TrainConfig, make_config
     from onecard.hf.attention import use_packed_attention
     from onecard.kernels.cpu.contention import sharing_cores
-    from onecard.memory.case import Fit
-    from onecard.nn.lora import lora_config
+    from onecard.memory.inputs import Fit
     from onecard.train.loop import frozen_objects
     from onecard.train.step import Run, recompute_layers, update
 
@@ -111,12 +111,12 @@ def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any
 def keep_16_bits(model: Any) -> None:
     """Dequantize every weight once and for all: what is left of the step is LoRA on a 16-bit base, by whichever product
     is the fastest there: torch's, or (on AMX) our own."""
-    from onecard.kernels import ops, weight
+    from onecard.kernels import dequantize, ops
     from onecard.kernels.cpu import native
     from onecard.nn.linear import Linear4bit
 
     kept = {m.weight.data_ptr(): m.dequantize() for m in model.modules() if isinstance(m, Linear4bit)}
-    for module in (ops, weight):
+    for module in (ops, dequantize):
         module.dequantize_to_scratch = lambda packed, *rest: kept[packed.data_ptr()]
     for name in ("linear", "linear_backward"):
         on_dense(native, name, kept)

@@ -61,7 +61,7 @@ def merge(model: str, adapter: str, output: str, *, base: Literal["dequantized",
         UserError: an adapter that does not belong to the model, a damaged checkpoint, an output folder that is not
             new, no disk space.
     """
-    from onecard.export.merged import merge as run
+    from onecard.export.merge.merged import merge as run
 
     with quiet_process():
         return run(model, adapter, output, base)
@@ -94,19 +94,19 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
         UserError: an adapter that does not belong to the model, a model that the format cannot hold, an output that
             exists, no disk space, a package that is not installed.
     """
+    from onecard.adapter.origin import STORED, stored_as
     from onecard.export.folder import need_package
-    from onecard.hf.origin import STORED, stored_as
     from onecard.terminal import tell
 
     quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
     with quiet_process():
         if config.format == "gguf":
             need_package("gguf", "gguf")
-            from onecard.export.gguf import export_gguf
+            from onecard.export.gguf.writer import export_gguf
 
             written = export_gguf(config.model, config.adapter, config.output, config, config.base, quant)
             return Exported(written.file, written.lines())
-        from onecard.export.calibrated import export_calibrated, lines
+        from onecard.export.calibrated.writer import export_calibrated, lines
 
         where = (config.model, config.adapter, str(config.data), config.output)
         folder, left_out = export_calibrated(config.format, *where, config, config.base, quant, None if quiet else tell)

@@ -182,8 +182,8 @@ def generate(
         temperature: 0 takes the likeliest token each time.
         raw: Go on from the prompt as it is; --no-raw: with the chat template. Default: as the adapter was trained.
     """
-    from onecard.data.form import ask
-    from onecard.hf.origin import form_beside
+    from onecard.adapter.form import ask
+    from onecard.adapter.origin import form_beside
     from onecard.infer.generate import generate as run
 
     shown = printable if sys.stdout.isatty() else str  # a file gets the text as it is
@@ -213,7 +213,7 @@ def chat(
         model: Checkpoint folder or hub id.
         adapter: Folder of a trained adapter.
     """
-    from onecard.hf.origin import form_beside
+    from onecard.adapter.origin import form_beside
     from onecard.infer.chat import chat as run
 
     loaded, tokenizer = load(model, adapter, quant, device)
@@ -300,7 +300,7 @@ def merge(
         requantize: Store the result in 4 bits again, which takes off part of the update; how much is left is told.
         device: Where --verify computes.
     """
-    from onecard.hf.origin import read_origin, stored_as
+    from onecard.adapter.origin import read_origin, stored_as
 
     quiet_libraries()
     config = stored_as(adapter, given(quant))
@@ -310,7 +310,7 @@ def merge(
     small = None if requantize is None else config.model_copy(update={"quant_type": requantize})
     left, kept = None, base or "dequantized"
     if verify is not None:
-        from onecard.export.verify import bases_of, merge_verified, rows_line
+        from onecard.export.merge.verify import bases_of, merge_verified, rows_line
 
         dataset = read_data(verify, model, adapter, make_config(DataConfig, {}, "merge"))
         bases: list[Any] = [base] if base is not None else bases_of(model, small)
@@ -319,11 +319,11 @@ def merge(
         print("\n".join(found.table()))
         kept, left = found.kept, found.in_weights
     elif small is not None:
-        from onecard.export.quantized import requantize as run
+        from onecard.export.merge.quantized import requantize as run
 
         _, left = run(model, adapter, output, small, kept, config)
     else:
-        from onecard.export.merged import merge as run
+        from onecard.export.merge.merged import merge as run
 
         run(model, adapter, output, kept, config)
     print(f"merged   {output}  ({requantize or '16-bit'}, {kept} base)")
@@ -345,7 +345,7 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
         model: Checkpoint folder or hub id, in 16 or 32 bits.
         output: New folder.
     """
-    from onecard.export.quantized import quantize_checkpoint
+    from onecard.export.merge.quantized import quantize_checkpoint
 
     quiet_libraries()
     config = make_config(QuantConfig, given(quant), "command line")

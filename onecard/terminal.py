@@ -20,7 +20,7 @@ def given(flags: Any) -> dict[str, Any]:
 
 def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
     """A 4-bit model with its adapter, and the tokenizer."""
-    from onecard.infer.adapters import with_adapter
+    from onecard.adapter.load import with_adapter
 
     base = load_base(model, adapter, quant, device)
     from onecard.hf.load import load_tokenizer
@@ -30,12 +30,12 @@ def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any,
 
 def load_base(model: str, adapter: str | None, quant: Any, device: str) -> Any:
     """A 4-bit model, stored as the adapter's run had it."""
-    from onecard.data.rendering import sandbox
+    from onecard.data.chat.rendering import sandbox
 
     sandbox.start()  # takes the second that the libraries take
     quiet_libraries()
+    from onecard.adapter.origin import stored_as
     from onecard.hf.load import load_model
-    from onecard.hf.origin import stored_as
 
     config = stored_as(adapter, given(quant))
     return load_model(model, **config.model_dump(), device=device)

@@ -60,8 +60,8 @@ def tables(folder: Path) -> dict[str, list[str]]:
     """heading -> the rows of its table."""
     from peft import get_peft_model
 
-    from onecard.infer.adapters import with_adapter
-    from onecard.nn.lora import lora_config
+    from onecard.adapter.layers import lora_config
+    from onecard.adapter.load import with_adapter
 
     def load(path: str) -> object:
         return onecard.load_model(path, device="cpu")

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.conftest", "onecard.cli", "onecard.train.session", "onecard.infer.adapters"])
+FORKS.set_forkserver_preload(["tests.conftest", "onecard.cli", "onecard.train.session", "onecard.adapter.load"])
 
 
 class Done(NamedTuple):

@@ -23,18 +23,18 @@ from peft import get_peft_model
 from transformers import GenerationConfig
 
 import onecard
+from onecard.adapter.layers import lora_config
+from onecard.adapter.load import check_ranks, peft_config, stored_tensors
+from onecard.adapter.origin import Origin, read_origin, write_origin
+from onecard.adapter.update import read_adapter
 from onecard.config import LoraSettings, SamplingConfig, TrainConfig, make_config, read_yaml
 from onecard.errors import UserError, printable
-from onecard.export.adapter import read_adapter
 from onecard.hf.checkpoint import inspect_checkpoint, read_header, read_index
 from onecard.hf.load import check_generation_config, load_tokenizer, meta_model, read_config
-from onecard.hf.origin import Origin, read_origin, write_origin
-from onecard.infer.adapters import check_ranks, peft_config, stored_tensors
 from onecard.infer.decoding import Sampler, end_tokens
-from onecard.nn.lora import lora_config
 from onecard.quant.state import STATE_KEY, from_bnb, to_bnb
+from onecard.train.checkpoint import load_newest, numbered, save_state
 from onecard.train.metrics import Metrics
-from onecard.train.state import load_newest, numbered, save_state
 from tests.conftest import make_checkpoint
 from tests.mutations import mutated
 

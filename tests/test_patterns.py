@@ -8,13 +8,13 @@ import torch
 from peft import get_peft_model
 
 import onecard
+from onecard.adapter.layers import lora_config
+from onecard.adapter.load import with_adapter
+from onecard.adapter.update import read_adapter
 from onecard.config import LoraSettings, make_config
 from onecard.errors import UserError
-from onecard.export.adapter import read_adapter
 from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.infer.adapters import with_adapter
 from onecard.memory.model import read_model
-from onecard.nn.lora import lora_config
 from onecard.patterns import MAX_CHARACTERS, MAX_SECONDS, check_syntax, check_time
 from tests.conftest import make_checkpoint
 

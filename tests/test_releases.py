@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import onecard
-from onecard.export.merged import merge
+from onecard.export.merge.merged import merge
 from onecard.infer.decoding import Context
 from tests.conftest import make_checkpoint
 from tests.hf.test_load import dequantized_twin

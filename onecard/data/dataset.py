@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from onecard.config import DataConfig
+from onecard.data.chat.mask import Example, encode
 from onecard.data.files import BadRow
 from onecard.data.records import Record, Records, counted, line_of, raise_bad_rows, read_records, row_error
-from onecard.data.template import Example, encode
 from onecard.errors import UserError
 
 

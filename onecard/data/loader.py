@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from onecard.config import ROW_MULTIPLE
+from onecard.data.chat.mask import Example
 from onecard.data.packing import collate, pack
-from onecard.data.template import Example
 
 
 class Loader:

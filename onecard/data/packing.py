@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from onecard.config import ROW_MULTIPLE
-from onecard.data.template import IGNORE, Example
+from onecard.data.chat.mask import IGNORE, Example
 
 
 def pack(lengths: Sequence[int], max_seq_length: int) -> list[list[int]]:

@@ -8,10 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from onecard.data.chat.mask import IGNORE, Example
 from onecard.data.dataset import Dataset
 from onecard.data.files import shown
 from onecard.data.packing import pack
-from onecard.data.template import IGNORE, Example
 
 SHOWN_TOKENS = 400
 SHOWN_BAD = 10

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from onecard.config import TrainConfig, make_config
-from onecard.data.template import prompt_ids
+from onecard.data.chat.mask import prompt_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.infer.decoding import end_tokens

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onecard.adapter.targets import tied
+from onecard.adapter.update import Adapter
 from onecard.errors import UserError
-from onecard.export.adapter import Adapter
 from onecard.export.folder import Shapes, read_tensor
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
 from onecard.memory.model import Model
-from onecard.memory.targets import tied
 
 HEAD = "lm_head.weight"
 TIE = "tie_word_embeddings"

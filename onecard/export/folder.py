@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onecard.adapter.origin import Form, form_beside
 from onecard.documents import read_object
 from onecard.errors import UserError
 from onecard.faults import about, told
+from onecard.files import locked, sync, sync_folder
 from onecard.hf.checkpoint import INDEX, Checkpoint, TensorInfo
 from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
-from onecard.hf.origin import Form, form_beside
-from onecard.train.state import locked, sync, sync_folder
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # of tensors: dtype as safetensors spells it, shape
 DTYPES = {"F64": torch.float64, **TORCH_DTYPES}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from onecard.kernels import rows
+from onecard.kernels import elementwise
 
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -45,24 +45,26 @@ class FusedRMSNorm(Fused):
     """y = weight * (x / sqrt(mean(x^2) + eps)), the mean in float32; a weight that learns takes the own code."""
 
     def takes(self: Any, x: Tensor) -> bool:
-        return Fused.enabled and not self.weight.requires_grad and rows.supports_norm(x, self.weight)
+        return Fused.enabled and not self.weight.requires_grad and elementwise.supports_norm(x, self.weight)
 
     def ready(self, *args: Any, **kwargs: Any) -> tuple | None:
         return args if len(args) == 1 and not kwargs and self.takes(*args) else None
 
     def fused(self: Any, x: Tensor) -> Tensor:
-        return rows.rms_norm(x, self.weight, self.variance_epsilon)[0]
+        return elementwise.rms_norm(x, self.weight, self.variance_epsilon)[0]
 
 
 class FusedGatedMLP(Fused):
     """y = down(silu(gate(x)) * up(x))."""
 
     def ready(self, *args: Any, **kwargs: Any) -> tuple | None:
-        return args if len(args) == 1 and not kwargs and rows.supports(*args) else None
+        return args if len(args) == 1 and not kwargs and elementwise.supports(*args) else None
 
     def fused(self: Any, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(rows.swiglu(gate, up) if rows.supports(gate, up) else self.act_fn(gate) * up)
+        return self.down_proj(
+            elementwise.swiglu(gate, up) if elementwise.supports(gate, up) else self.act_fn(gate) * up
+        )
 
 
 class FusedAttention(Fused):
@@ -82,8 +84,8 @@ class FusedAttention(Fused):
         if cache is not None and self.cache_kwargs is None:
             return None
         cos, sin = angles
-        whole = cos.shape[-1] == self.head_dim and rows.has_rope(x.device)
-        return (x, cos, sin, mask, cache, attend, given) if whole and rows.supports(x, cos, sin) else None
+        whole = cos.shape[-1] == self.head_dim and elementwise.has_rope(x.device)
+        return (x, cos, sin, mask, cache, attend, given) if whole and elementwise.supports(x, cos, sin) else None
 
     def fused(
         self: Any,
@@ -99,7 +101,7 @@ class FusedAttention(Fused):
         q, k, v = (project(x).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (rows.rope(heads.transpose(1, 2), cos, sin) for heads in (q, k))
+        q, k = (elementwise.rope(heads.transpose(1, 2), cos, sin) for heads in (q, k))
         v = v.transpose(1, 2)
         if cache is not None:
             more = {"kwargs": kwargs} if self.cache_kwargs else {}
@@ -126,9 +128,9 @@ class FusedLayer(Fused):
 
     def fused(self: Any, x: Tensor, kwargs: dict[str, Any]) -> Tensor:
         first, second = self.input_layernorm, self.post_attention_layernorm
-        x, y = rows.residual_norm(x, None, first.weight, first.variance_epsilon)
+        x, y = elementwise.residual_norm(x, None, first.weight, first.variance_epsilon)
         y, _ = self.self_attn(hidden_states=y, **kwargs)
-        x, y = rows.residual_norm(x, y, second.weight, second.variance_epsilon)
+        x, y = elementwise.residual_norm(x, y, second.weight, second.variance_epsilon)
         y = self.mlp(y)
         return y.add_(x) if isinstance(self.mlp, FusedGatedMLP) else x + y  # in place: a product's result, kept by none
 

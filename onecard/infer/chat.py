@@ -18,11 +18,11 @@ from typing import Any
 
 from rich.console import Console
 
+from onecard.adapter.form import NAMES, difference, form_ids
+from onecard.adapter.load import use_adapter
+from onecard.adapter.origin import Form
 from onecard.config import SamplingConfig, make_config
-from onecard.data.form import NAMES, difference, form_ids
 from onecard.errors import UserError, printable
-from onecard.hf.origin import Form
-from onecard.infer.adapters import use_adapter
 from onecard.infer.decoding import Answer, context_length, room_for
 from onecard.infer.graphs import make_context
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
+from onecard.adapter.load import use_adapter
 from onecard.config import SamplingConfig
-from onecard.infer.adapters import use_adapter
 from onecard.infer.decoding import Answer
 from onecard.infer.graphs import make_context
 from onecard.kernels.cpu.contention import sharing_cores

@@ -23,8 +23,8 @@ from transformers.cache_utils import CacheLayerMixin
 from onecard.hf.attention import cache_name, supports_packing, use_cached_attention
 from onecard.infer.check import AGREE, agree, context_of
 from onecard.infer.decoding import Context, Uncached, common
-from onecard.kernels.recording import beside, no_waiting
-from onecard.kernels.weight import scratch_buffers
+from onecard.kernels.cuda_graph import beside, no_waiting
+from onecard.kernels.dequantize import scratch_buffers
 from onecard.nn.experts import has_experts
 
 SHORTEST = 256  # tokens of the first buffers

@@ -24,13 +24,13 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from onecard.adapter.form import NAMES, difference, form_ids
+from onecard.adapter.load import with_adapter
+from onecard.adapter.origin import Form, form_beside
 from onecard.config import ServeConfig
-from onecard.data.form import NAMES, difference, form_ids
-from onecard.data.template import LONGEST_TOKEN, text_ids
+from onecard.data.chat.mask import LONGEST_TOKEN, text_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
-from onecard.hf.origin import Form, form_beside
-from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import context_length
 from onecard.infer.engine import Engine, Piece, Work
 from onecard.infer.graphs import make_context

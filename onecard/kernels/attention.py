@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onecard.kernels.cpu import blocks, native
+from onecard.kernels.cpu import allocator, native
 from onecard.kernels.operator import Operator
 
 
@@ -54,7 +54,7 @@ def _compute_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float, window: int
 ) -> tuple[Tensor, Tensor]:
     _, H, T, D = q.shape
-    out = blocks.empty((1, T, H, D), q.dtype)
+    out = allocator.empty((1, T, H, D), q.dtype)
     lse_HT = native.new(torch.float32, H, T)
     native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT)
     return out, lse_HT
@@ -81,9 +81,9 @@ def _compute_attention_backward(
     window: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _, H, T, D = q.shape
-    grad_q = blocks.empty((1, T, H, D), q.dtype)
-    parts_k, parts_v = blocks.empty((2, H, T, D), torch.float32)
-    grad_k, grad_v = blocks.empty_like(k), blocks.empty_like(v)
+    grad_q = allocator.empty((1, T, H, D), q.dtype)
+    parts_k, parts_v = allocator.empty((2, H, T, D), torch.float32)
+    grad_k, grad_v = allocator.empty_like(k), allocator.empty_like(v)
     grads = (grad_out.contiguous(), grad_q, parts_k, parts_v, grad_k, grad_v)
     native.attention(heads(q), heads(k), heads(v), cu_seqlens, scale, window, out, lse_HT, grads)
     return grad_q.transpose(1, 2), grad_k, grad_v

@@ -24,14 +24,14 @@ from torch import Tensor
 from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.cpu_info import product_dtype
-from onecard.kernels.operator import Operator
-from onecard.kernels.weight import (
+from onecard.kernels.dequantize import (
     backend,
     dequantize_anew,
     dequantize_to_scratch,
     forward_weight,
     take_kept,
 )
+from onecard.kernels.operator import Operator
 from onecard.quant.blockwise import check_quantizable, make_state
 from onecard.quant.state import QuantState
 

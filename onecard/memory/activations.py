@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from onecard.hf.fused import FusedGatedMLP, FusedRMSNorm, counterpart
-from onecard.kernels.rows import widest_norm
-from onecard.memory.stacks import stacks_of
+from onecard.hf.stacks import stacks_of
+from onecard.kernels.elementwise import widest_norm
 
 INNER = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "wo", "w2")
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from onecard.kernels.cpu import blocks
+from onecard.kernels.cpu import allocator
 
 STATM = Path("/proc/self/statm")  # pages: all that is mapped, ..., data and stack
 V1 = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")  # a group's files, and of its memory.stat a count
@@ -26,12 +26,12 @@ def return_large_blocks() -> None:
 
     By itself it keeps blocks of up to 32 MiB in its heap, where a tensor that stays splits the hole that others left: a
     step grows by 5 %, one that recomputes by such a hole a layer, on an 8B shape 1 GB in all. What is made over and
-    over does not come from malloc (kernels/cpu/blocks.py), so the new pages cost little.
+    over does not come from malloc (kernels/cpu/allocator.py), so the new pages cost little.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
-            mallopt(M_MMAP_THRESHOLD, blocks.SMALLEST)
+            mallopt(M_MMAP_THRESHOLD, allocator.SMALLEST)
 
 
 def available_bytes(device: torch.device) -> int:

@@ -11,15 +11,15 @@ from torch.nn import Linear
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from onecard.adapter.targets import check_targets
 from onecard.config import LoraSettings
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.experts import expert_places
 from onecard.hf.load import find_checkpoint, first_line, is_hub_id, meta_model, read_config
 from onecard.hf.names import stored_names
+from onecard.hf.stacks import Stack, stacks_of
 from onecard.memory.shapes import KNOWN
-from onecard.memory.stacks import Stack, stacks_of
-from onecard.memory.targets import check_targets
 from onecard.nn.linears import linears_of
 
 

@@ -14,10 +14,10 @@ import torch
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import pick_compute_dtype
-from onecard.memory.case import Case, Fit, Term
-from onecard.memory.fit import choose_fit, describe, fit_within, most_offloaded, price, total_bytes
+from onecard.memory.inputs import Case, Fit, Term
 from onecard.memory.model import find_model
 from onecard.memory.shapes import KNOWN
+from onecard.memory.strategy import choose_fit, describe, fit_within, most_offloaded, price, total_bytes
 from onecard.memory.terms import CUDA_CONTEXT, Method, disk_terms, plan_terms
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "generate")

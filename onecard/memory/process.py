@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from onecard.kernels.cpu.native import LARGEST_M
-from onecard.memory.case import Case, Term
+from onecard.memory.inputs import Case, Term
 from onecard.nn.experts import filled_rows
 
 # All three measured on an AVX-512 CPU with torch 2.13 and transformers 5.23 (docs/plan.md tells how).

@@ -22,9 +22,9 @@ from typing import Literal
 
 from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
 from onecard.hf.attention import supports_packing
-from onecard.kernels.cpu import blocks
+from onecard.kernels.cpu import allocator
 from onecard.memory.activations import heads_of
-from onecard.memory.case import Case, Fit, Term
+from onecard.memory.inputs import Case, Fit, Term
 from onecard.memory.process import process_terms
 from onecard.paging.activations import AHEAD
 from onecard.quant.dynamic import STATE_BLOCKSIZE
@@ -117,7 +117,7 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
 def heap_term(case: Case, tokens: int, activations: int) -> Term:
     """What malloc keeps of a step that is over: all results that are too small for blocks of their own."""
     widest = case.c * tokens * max(case.model.text.hidden_size, case.intermediate)
-    kept = activations if case.device == "cpu" and widest < blocks.SMALLEST else 0
+    kept = activations if case.device == "cpu" and widest < allocator.SMALLEST else 0
     return Term("malloc's heap", kept, "a step's activations, where each is under 1 MiB")
 
 

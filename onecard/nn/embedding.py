@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from onecard.kernels import rows
+from onecard.kernels import elementwise
 
 SLICE_ROWS = 4096
 
@@ -20,17 +20,17 @@ class Head(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         learning = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        few = x.numel() <= rows.FEW_ROWS * self.in_features
-        if few and not learning and x.device.type == "cpu" and rows.supports(x, self.weight):
-            y = rows.dense_product(x, self.weight)
+        few = x.numel() <= elementwise.FEW_ROWS * self.in_features
+        if few and not learning and x.device.type == "cpu" and elementwise.supports(x, self.weight):
+            y = elementwise.dense_product(x, self.weight)
             return y if self.bias is None else y + self.bias.to(x.dtype)
         return project(x, self.weight, self.bias)
 
 
 def project(x: Tensor, W_NK: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias in x's dtype; a W of another dtype is cast `SLICE_ROWS` rows at a time."""
-    if rows.has_tiles(x, W_NK):
-        return rows.tiled_product(x, W_NK, bias)
+    if elementwise.has_tiles(x, W_NK):
+        return elementwise.tiled_product(x, W_NK, bias)
     if W_NK.dtype == x.dtype:
         return nn.functional.linear(x, W_NK, None if bias is None else bias.to(x.dtype))
     y = torch.cat([x @ part.to(x.dtype).T for part in W_NK.split(SLICE_ROWS)], dim=-1)
@@ -39,8 +39,8 @@ def project(x: Tensor, W_NK: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def project_back(g: Tensor, W_NK: Tensor) -> Tensor:
     """g W in g's dtype, the gradient of `project` with respect to x."""
-    if rows.has_tiles(g, W_NK):
-        return rows.tiled_product_back(g, W_NK)
+    if elementwise.has_tiles(g, W_NK):
+        return elementwise.tiled_product_back(g, W_NK)
     if W_NK.dtype == g.dtype:
         return g @ W_NK
     pairs = zip(g.split(SLICE_ROWS, dim=-1), W_NK.split(SLICE_ROWS))

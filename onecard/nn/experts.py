@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from onecard.config import ROW_MULTIPLE
 from onecard.kernels import ops
 from onecard.kernels.cpu_info import product_dtype
-from onecard.kernels.weight import weights_saved
+from onecard.kernels.dequantize import weights_saved
 from onecard.nn.linear import Linear4bit
 from onecard.quant.state import QuantState, part_of
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onecard.errors import UserError
-from onecard.kernels.cpu import blocks
+from onecard.kernels.cpu import allocator
 
 ALIGNMENT = 64  # bytes; of each part in its page
 
@@ -62,7 +62,7 @@ def read_page(segments: list[Segment], pinned: bool = False) -> Tensor:
     if pinned:
         page = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
     else:
-        page = blocks.empty((num_bytes,), torch.uint8)
+        page = allocator.empty((num_bytes,), torch.uint8)
     for segment, place in zip(segments, places):
         read_into(segment, page[place])
     return page

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from onecard.errors import UserError
-from onecard.kernels.cpu import blocks
+from onecard.kernels.cpu import allocator
 
 AHEAD = 3  # pages on their way at a time
 
@@ -154,7 +154,7 @@ class Pager:
             for page in given:
                 self.forget(page)
             if any(page.num_bytes != num_bytes for page in given):
-                blocks.release()  # of no use to the page that comes, they would wait beside it
+                allocator.release()  # of no use to the page that comes, they would wait beside it
         return excess <= 0
 
     def forget(self, page: Page) -> None:
@@ -250,4 +250,4 @@ class Pager:
         for page in [page for page in self.pages if page.tensor is not None]:
             self.forget(page)
         self.current = None
-        blocks.release()
+        allocator.release()

@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onecard.hf.attention import has_windows
-from onecard.kernels.recording import beside, no_waiting
-from onecard.kernels.weight import scratch_buffers
+from onecard.kernels.cuda_graph import beside, no_waiting
+from onecard.kernels.dequantize import scratch_buffers
 from onecard.train.loss import decode
 
 MOST = 16  # graphs

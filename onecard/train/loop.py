@@ -30,9 +30,9 @@ from onecard.infer.check import check_computes
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.kernels.cpu_info import arithmetic
 from onecard.train import signals
+from onecard.train.checkpoint import State, save_state
 from onecard.train.loss import IGNORE, packed_loss, plain_loss
 from onecard.train.metrics import Metrics
-from onecard.train.state import State, save_state
 from onecard.train.step import (
     LossFunction,
     Run,

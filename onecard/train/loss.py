@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
 from onecard.kernels import ops
-from onecard.kernels.cpu import blocks
+from onecard.kernels.cpu import allocator
 from onecard.nn.embedding import project, project_back
 
 IGNORE = -100
@@ -145,12 +145,12 @@ def decode(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
 def head_loss(model: PreTrainedModel, hidden: Tensor, batch: dict[str, Any], num_tokens: int) -> Tensor:
     """The loss of a row's hidden states, (1, T, H); what stands after the row's own T is not looked at."""
-    blocks.release()  # logits are of other sizes than the layers' results
+    allocator.release()  # logits are of other sizes than the layers' results
     position, target = batch["supervised"]
     head: Any = model.get_output_embeddings()
     rows = hidden[0].index_select(0, position)
     loss = chunked_cross_entropy(rows, head, target, LogitTransform.of(model.config), num_tokens)
-    blocks.release()  # and would wait through the whole backward
+    allocator.release()  # and would wait through the whole backward
     return loss
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from onecard.errors import Stopped, UserError
 from onecard.faults import told
+from onecard.files import locked
 from onecard.train import signals
-from onecard.train.state import locked, numbered
+from onecard.train.checkpoint import numbered
 
 
 @contextmanager

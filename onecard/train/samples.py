@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from onecard.config import NUM_SAMPLES, SAMPLE_TOKENS
+from onecard.data.chat.mask import alpaca_text, prompt_ids, text_ids
+from onecard.data.chat.spans import learned_turns
 from onecard.data.dataset import Dataset
 from onecard.data.records import Record
-from onecard.data.spans import learned_turns
-from onecard.data.template import alpaca_text, prompt_ids, text_ids
 from onecard.infer.generate import generate
 
 SHOWN_TEXT = 80  # characters of a plain text that stand for its prompt

@@ -15,9 +15,12 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 
+from onecard.adapter.form import form_of, template_digest
+from onecard.adapter.layers import lora_config
+from onecard.adapter.origin import Form, origin_of
+from onecard.adapter.save import save_adapter
 from onecard.config import TrainConfig, parse_bytes
 from onecard.data.dataset import Dataset, load_dataset
-from onecard.data.form import form_of, template_digest
 from onecard.data.loader import Loader
 from onecard.data.preview import render_notices, render_preview
 from onecard.errors import Stopped, UserError
@@ -32,19 +35,17 @@ from onecard.hf.load import (
     pick_device,
     read_config,
 )
-from onecard.hf.origin import Form, origin_of
 from onecard.kernels.cpu_info import arithmetic
-from onecard.memory.case import Case, Fit
-from onecard.memory.fit import fit_within, total_bytes
+from onecard.memory.inputs import Case, Fit
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes, peak_memory_bytes, return_large_blocks
 from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.show import plan_table
+from onecard.memory.strategy import fit_within, total_bytes
 from onecard.memory.workload import Answers, known
-from onecard.nn.lora import lora_config
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Statistics
-from onecard.train.adapter import save_adapter
+from onecard.train.checkpoint import State, load_newest
 from onecard.train.loop import (
     Interrupted,
     check_unchanged,
@@ -62,7 +63,6 @@ from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
 from onecard.train.result import Result
 from onecard.train.samples import Sample, answer_samples, make_samples
-from onecard.train.state import State, load_newest
 from onecard.train.step import Run, make_graphs
 
 SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take

@@ -30,9 +30,9 @@ from onecard.config import TrainConfig
 from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
-from onecard.kernels.cpu import blocks
-from onecard.kernels.weight import kept_weights
-from onecard.memory.case import Fit
+from onecard.kernels.cpu import allocator
+from onecard.kernels.dequantize import kept_weights
+from onecard.memory.inputs import Fit
 from onecard.memory.measure import is_out_of_memory, peak_memory_bytes
 from onecard.nn.experts import has_experts
 from onecard.optim.adamw import AdamW
@@ -308,7 +308,7 @@ def make_room(run: Run, window: list[dict[str, Any]], reason: str, again: bool) 
         UserError: neither can be.
     """
     gc.collect()
-    blocks.release()
+    allocator.release()
     gave = run.graphs is not None and run.graphs.release()
     if run.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from onecard.config import DataConfig
-from onecard.data import template
+from onecard.data.chat import mask
+from onecard.data.chat.mask import encode
 from onecard.data.dataset import load_dataset, prepare
 from onecard.data.records import read_records
-from onecard.data.template import encode
 from onecard.errors import UserError
 from tests.conftest import make_tokenizer, write_rows
 from tests.data.bad_data import ASKED, CHAT_LINES, FILES, GOOD, SAID, chat_file
@@ -130,13 +130,13 @@ def test_a_huge_row_is_cut_to_the_tokens_of_the_whole(long, tmp_path):
 def test_a_huge_row_is_not_tokenized_whole(tmp_path, monkeypatch):
     record = read_records(write_rows(tmp_path / "d.jsonl", [{"text": "a b " * 10**6}])).records[0]
     longest = 0
-    whole = template.encode_text
+    whole = mask.encode_text
 
     def measured(text, *args):
         nonlocal longest
         longest = max(longest, len(text))
         return whole(text, *args)
 
-    monkeypatch.setattr(template, "encode_text", measured)
+    monkeypatch.setattr(mask, "encode_text", measured)
     encode(record, TOKENIZER, 64)
-    assert longest <= 65 * template.LONGEST_TOKEN
+    assert longest <= 65 * mask.LONGEST_TOKEN

@@ -4,9 +4,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from onecard.data.control import specials_of
+from onecard.data.chat.control import specials_of
+from onecard.data.chat.mask import IGNORE, encode, prompt_ids
 from onecard.data.records import Record
-from onecard.data.template import IGNORE, encode, prompt_ids
 from onecard.errors import UserError
 from tests.conftest import TEXT, make_tokenizer
 

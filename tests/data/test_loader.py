@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from onecard.config import DataConfig
+from onecard.data.chat.mask import Example
 from onecard.data.dataset import load_dataset
 from onecard.data.loader import Loader
 from onecard.data.packing import collate, pack
 from onecard.data.preview import render_preview
-from onecard.data.template import Example
 from tests.conftest import make_tokenizer
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from onecard.data.chat.mask import IGNORE, NO_THOUGHTS, OTHER_PROMPT, encode, prompt_ids
 from onecard.data.records import Record
-from onecard.data.template import IGNORE, NO_THOUGHTS, OTHER_PROMPT, encode, prompt_ids
 from onecard.errors import UserError
 from tests.conftest import make_tokenizer
 

@@ -3,10 +3,10 @@
 import pytest
 
 from onecard.config import DataConfig
-from onecard.data import rendering
+from onecard.data.chat import rendering
+from onecard.data.chat.mask import prompt_ids
+from onecard.data.chat.rendering import Renderings, Sandbox
 from onecard.data.dataset import load_dataset
-from onecard.data.rendering import Renderings, Sandbox
-from onecard.data.template import prompt_ids
 from onecard.errors import UserError
 from tests.conftest import chat_rows, make_tokenizer, write_rows
 from tests.data.test_template import TEMPLATES

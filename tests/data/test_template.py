@@ -6,9 +6,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from onecard.config import DataConfig
+from onecard.data.chat.mask import IGNORE, encode, prompt_ids
 from onecard.data.dataset import load_dataset
 from onecard.data.records import Record
-from onecard.data.template import IGNORE, encode, prompt_ids
 from onecard.errors import UserError
 from tests.conftest import CHATML, make_tokenizer, write_rows
 

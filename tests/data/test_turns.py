@@ -6,9 +6,9 @@ import pytest
 from tokenizers import processors
 
 from onecard.config import DataConfig
+from onecard.data.chat.mask import encode, prompt_ids
 from onecard.data.dataset import load_dataset
 from onecard.data.records import Record, read_records
-from onecard.data.template import encode, prompt_ids
 from onecard.errors import UserError
 from tests.conftest import CHATML, make_tokenizer, write_rows
 from tests.data.test_template import GEMMA, LLAMA3, MARKED, MISTRAL, NO_END, learned

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from onecard.config import DataConfig, TrainConfig, make_config
+from onecard.data.chat.mask import prompt_ids
 from onecard.data.dataset import load_dataset
-from onecard.data.template import prompt_ids
 from onecard.demo.run import FOLDER, SETTINGS, read_rows
 from onecard.hf.load import load_tokenizer
 

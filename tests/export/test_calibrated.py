@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 from onecard.config import CalibrationConfig, DataConfig
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
-from onecard.export import awq, calibrated, gptq
-from onecard.export.calibrated import export_calibrated, pick_group_size
-from onecard.export.calibration import batches, calibrate, meta_decoder
-from onecard.export.grouped import Grouped, round_to_nearest
-from onecard.export.merged import merge, open_merged
+from onecard.export.calibrated import awq, gptq, writer
+from onecard.export.calibrated.calibration import batches, calibrate, meta_decoder
+from onecard.export.calibrated.grouped import Grouped, round_to_nearest
+from onecard.export.calibrated.writer import export_calibrated, pick_group_size
+from onecard.export.merge.merged import merge, open_merged
 from onecard.hf.load import load_tokenizer
 from tests.conftest import FAMILIES, make_checkpoint
 from tests.export.test_merged import make_adapter
@@ -278,10 +278,8 @@ def test_the_adapter_s_tokenizer_goes_along(tmp_path, chats, monkeypatch):
     tokenizer, read = load_tokenizer(str(base)), []
     tokenizer.chat_template += "{# the adapter's #}"
     tokenizer.save_pretrained(tmp_path / "adapter")
-    real = calibrated.load_dataset
-    monkeypatch.setattr(
-        calibrated, "load_dataset", lambda path, own, config: read.append(own) or real(path, own, config)
-    )
+    real = writer.load_dataset
+    monkeypatch.setattr(writer, "load_dataset", lambda path, own, config: read.append(own) or real(path, own, config))
     out, _ = export_calibrated("gptq", str(base), str(tmp_path / "adapter"), str(chats), str(tmp_path / "out"), CONFIG)
     assert [own.chat_template for own in read] == [tokenizer.chat_template]
     assert load_tokenizer(str(out)).chat_template == tokenizer.chat_template

@@ -16,11 +16,11 @@ import onecard
 from onecard.config import DataConfig, QuantConfig, TrainConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
-from onecard.export import merged
 from onecard.export.folder import new_file, new_folder
-from onecard.export.merged import merge
-from onecard.export.quantized import quantize_checkpoint, requantize
-from onecard.export.verify import merge_verified
+from onecard.export.merge import merged
+from onecard.export.merge.merged import merge
+from onecard.export.merge.quantized import quantize_checkpoint, requantize
+from onecard.export.merge.verify import merge_verified
 from onecard.hf.load import load_tokenizer
 from onecard.train.session import run_training
 from tests.conftest import make_checkpoint
@@ -143,7 +143,9 @@ def test_a_real_disk_that_fills_up(tuned, tmp_path, monkeypatch):
     try:
         with pytest.raises(UserError, match="must have room"):
             merge(*tuned, str(small / "merged"))
-        monkeypatch.setattr("onecard.export.merged.check_room", lambda *args: None)  # as if it had been there before
+        monkeypatch.setattr(
+            "onecard.export.merge.merged.check_room", lambda *args: None
+        )  # as if it had been there before
         with pytest.raises(UserError, match="No space left"):
             merge(*tuned, str(small / "merged"))
         assert not list(small.iterdir())

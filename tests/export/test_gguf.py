@@ -21,10 +21,10 @@ from transformers.tokenization_utils_base import generate_merges
 
 from onecard.config import GgufConfig
 from onecard.errors import UserError
-from onecard.export import vocabulary
-from onecard.export.gguf import export_gguf
-from onecard.export.merged import merge, open_merged, read_adapter
-from onecard.export.modelfile import find_chat, modelfile
+from onecard.export.gguf import vocabulary
+from onecard.export.gguf.modelfile import find_chat, modelfile
+from onecard.export.gguf.writer import export_gguf
+from onecard.export.merge.merged import merge, open_merged, read_adapter
 from tests.conftest import CHATML, FAMILIES, TEXT, make_checkpoint, make_tokenizer
 from tests.export.test_merged import make_adapter
 from tests.forks import onecard

@@ -11,13 +11,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import onecard
+from onecard.adapter.layers import register_fused
+from onecard.adapter.load import with_adapter
 from onecard.config import QuantConfig
 from onecard.errors import UserError
-from onecard.export.merged import merge, open_merged
-from onecard.export.quantized import quantize_checkpoint, requantize
-from onecard.infer.adapters import with_adapter
+from onecard.export.merge.merged import merge, open_merged
+from onecard.export.merge.quantized import quantize_checkpoint, requantize
 from onecard.nn.experts import weights_of
-from onecard.nn.lora import register_fused
 from onecard.terminal import load
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 from tests.infer.test_generate import DAMAGES, edit_config

@@ -11,16 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 import onecard
+from onecard.adapter.layers import lora_config
+from onecard.adapter.load import with_adapter
+from onecard.adapter.origin import origin_of
 from onecard.config import LoraSettings, QuantConfig, TrainConfig, make_config
 from onecard.errors import UserError
-from onecard.export.merged import merge, open_merged
-from onecard.export.quantized import quantize_checkpoint
+from onecard.export.merge.merged import merge, open_merged
+from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.hf.origin import origin_of
-from onecard.infer.adapters import with_adapter
 from onecard.memory.model import read_model
 from onecard.nn.linear import Linear4bit
-from onecard.nn.lora import lora_config
 from onecard.train.session import prepare, show
 from tests.conftest import make_tokenizer
 from tests.export.test_merged import make_adapter, off_by

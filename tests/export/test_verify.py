@@ -9,9 +9,9 @@ import onecard
 from onecard.config import DataConfig, QuantConfig
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
-from onecard.export.merged import merge
-from onecard.export.quantized import requantize
-from onecard.export.verify import Agreement, bases_of, better, load_written, merge_verified
+from onecard.export.merge.merged import merge
+from onecard.export.merge.quantized import requantize
+from onecard.export.merge.verify import Agreement, bases_of, better, load_written, merge_verified
 from onecard.hf.load import load_tokenizer
 from onecard.nn.linear import Linear4bit
 from tests.conftest import FAMILIES, make_checkpoint

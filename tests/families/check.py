@@ -17,19 +17,19 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import onecard
+from onecard.adapter.layers import lora_config
+from onecard.adapter.load import with_adapter
+from onecard.adapter.origin import origin_of
 from onecard.config import TrainConfig
+from onecard.data.chat.mask import Example
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
-from onecard.data.template import Example
 from onecard.errors import UserError
-from onecard.export.merged import merge
+from onecard.export.merge.merged import merge
 from onecard.hf.attention import use_packed_attention
-from onecard.hf.origin import origin_of
-from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import Context, OneByOne, Uncached
 from onecard.infer.graphs import make_context
 from onecard.nn.experts import weights_of
-from onecard.nn.lora import lora_config
 from onecard.train.loop import choose_loss, evaluate
 from onecard.train.loss import IGNORE, packed_loss
 from onecard.train.session import save_adapter

@@ -7,10 +7,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageTextToText
 
 import onecard
+from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.hf.load import find_checkpoint, read_config
-from onecard.nn.lora import lora_config
 from tests.conftest import make_checkpoint
 from tests.families.build import families, make_family, shrunk
 from tests.families.check import check

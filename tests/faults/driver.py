@@ -21,14 +21,14 @@ from rich.console import Console
 
 from onecard.config import GgufConfig, QuantConfig, TrainConfig, make_config
 from onecard.errors import UserError
-from onecard.export.gguf import export_gguf
-from onecard.export.merged import merge
-from onecard.export.quantized import quantize_checkpoint
+from onecard.export.gguf.writer import export_gguf
+from onecard.export.merge.merged import merge
+from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.infer.chat import append_line
 from onecard.memory.figures import plot_plan
 from onecard.memory.plan import plan
+from onecard.train.checkpoint import load_newest
 from onecard.train.session import run_training
-from onecard.train.state import load_newest
 from tests.conftest import chat_rows, make_checkpoint, write_rows
 
 ERRNOS = [getattr(errno, name) for name in "EIO ESTALE EMFILE ENOMEM ENOSPC EROFS EDQUOT EACCES".split()]

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 import onecard
 from onecard.hf.fused import FusedAttention, FusedGatedMLP, FusedLayer, FusedRMSNorm, unfuse, unfused
 from onecard.hf.fusion import fuse
-from onecard.kernels import rows
+from onecard.kernels import elementwise
 from onecard.memory.activations import fused_kinds
 from tests.conftest import make_checkpoint
 
@@ -37,8 +37,8 @@ def test_on_a_gpu_only_a_norm_can_be_too_wide():
     pytest.importorskip("triton", reason="Triton is not installed")
     with FakeTensorMode():
         wide, narrow = (torch.empty(size, device="cuda") for size in (28672, 16384))
-        assert rows.supports(wide, wide)
-        assert rows.supports_norm(narrow, narrow) and not rows.supports_norm(wide, wide)
+        assert elementwise.supports(wide, wide)
+        assert elementwise.supports_norm(narrow, narrow) and not elementwise.supports_norm(wide, wide)
     for hidden, norm in ((64, True), (28672, False)):
         config = LlamaConfig(hidden_size=hidden, intermediate_size=28672, num_hidden_layers=1, vocab_size=8)
         with torch.device("meta"):

@@ -9,11 +9,11 @@ from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_pe
 from transformers import AutoModelForCausalLM
 
 import onecard
+from onecard.adapter.layers import LoraLinear4bit, lora_config
 from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.nn.linear import Linear4bit
-from onecard.nn.lora import LoraLinear4bit, lora_config
 from tests.conftest import FAMILIES, make_checkpoint
 
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 import onecard
 from onecard.config import QuantConfig
 from onecard.errors import UserError
-from onecard.export.merged import open_merged
-from onecard.export.quantized import quantize_checkpoint
+from onecard.export.merge.merged import open_merged
+from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.hf.fingerprint import fingerprint
 from onecard.nn.experts import Experts4bit, weights_of
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint

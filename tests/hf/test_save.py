@@ -9,11 +9,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import onecard
+from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.hf.fingerprint import fingerprint
 from onecard.nn.linear import Linear4bit
-from onecard.nn.lora import lora_config
 from tests.conftest import FAMILIES, make_checkpoint
 
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "dtype": torch.bfloat16}

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import onecard
+from onecard.adapter.load import with_adapter
 from onecard.errors import UserError
-from onecard.export.merged import open_merged
+from onecard.export.merge.merged import open_merged
 from onecard.hf.checkpoint import INDEX, inspect_checkpoint
-from onecard.infer.adapters import with_adapter
 from tests.conftest import make_checkpoint, make_tokenizer
 
 

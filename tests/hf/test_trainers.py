@@ -6,7 +6,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import onecard
-from onecard.nn.lora import LoraLinear4bit, register_fused
+from onecard.adapter.layers import LoraLinear4bit, register_fused
 from tests.conftest import chat_rows
 
 COMMON = {

@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from onecard.data.template import prompt_ids
+from onecard.data.chat.mask import prompt_ids
 from onecard.hf.load import load_model
 from onecard.infer.chat import Talk
 from onecard.infer.decoding import Context

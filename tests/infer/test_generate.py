@@ -10,14 +10,14 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import onecard
+from onecard.adapter.layers import lora_config
+from onecard.adapter.load import with_adapter
 from onecard.config import LoraSettings, SamplingConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.infer import decoding
-from onecard.infer.adapters import with_adapter
 from onecard.infer.chat import Talk
 from onecard.infer.generate import generate
-from onecard.nn.lora import lora_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -5,10 +5,10 @@ import torch
 from peft import get_peft_model
 
 import onecard
+from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings, SamplingConfig
 from onecard.infer.decoding import Answer, Context
 from onecard.infer.graphs import FixedContext, make_context
-from onecard.nn.lora import lora_config
 from tests.conftest import make_checkpoint, make_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -18,17 +18,17 @@ import torch
 from peft import get_peft_model
 from uvicorn import Server
 
+from onecard.adapter.layers import lora_config
+from onecard.adapter.load import with_adapter
 from onecard.config import LoraSettings, SamplingConfig, ServeConfig, make_config
-from onecard.data.template import prompt_ids
+from onecard.data.chat.mask import prompt_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_model, load_tokenizer
 from onecard.infer import decoding
-from onecard.infer.adapters import with_adapter
 from onecard.infer.decoding import Answer
 from onecard.infer.guard import Door, Guard
 from onecard.infer.protocol import ApiError, ChatRequest, Message
 from onecard.infer.server import Served, Service, make_server, name_models, serve
-from onecard.nn.lora import lora_config
 
 BASE = str(Path(__file__).parents[2] / "onecard" / "demo" / "base")
 KEY = "a-secret"

@@ -18,8 +18,7 @@ from onecard.kernels.reference import Rates
 from onecard.kernels.triton.adamw import adamw_8bit_kernel
 from onecard.kernels.triton.blockwise import WEIGHTS_A_PROGRAM, dequantize_kernel, quantize_kernel
 from onecard.kernels.triton.cross_entropy import BLOCK, NUM_WARPS, cross_entropy_kernel
-from onecard.kernels.triton.product import LARGEST_M, ONE_ROW, ROWS, row_kernel, rows_kernel
-from onecard.kernels.triton.rows import (
+from onecard.kernels.triton.elementwise import (
     rms_norm_backward_kernel,
     rms_norm_kernel,
     rope_kernel,
@@ -28,6 +27,7 @@ from onecard.kernels.triton.rows import (
     swiglu_backward_kernel,
     swiglu_kernel,
 )
+from onecard.kernels.triton.product import LARGEST_M, ONE_ROW, ROWS, row_kernel, rows_kernel
 
 TARGETS = (80, 86, 89, 90, 100)
 LARGEST_SHARED = 99 << 10  # bytes of a program on the smallest of them, 86 and 89

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onecard.kernels import attention, ops, rows
+from onecard.kernels import attention, elementwise, ops
 
 N, K, R = 96, 160, 8
 
@@ -118,8 +118,8 @@ def everything_on_the_cpu():
     q = x.view(1, 33, 4, 16).transpose(1, 2)
     return [
         packed, y, *torch.autograd.grad(y, given, g), ops.qlora_linear(x[:1], packed, state),
-        ops.cross_entropy_(x.clone(), packed.view(-1)[:33].long() % 64), *rows.rms_norm(x, x[0].clone(), 1e-5),
-        rows.dense_product(x[:1], W), attention.attention(q, q, q, [0, 33], 0.25, None),
+        ops.cross_entropy_(x.clone(), packed.view(-1)[:33].long() % 64), *elementwise.rms_norm(x, x[0].clone(), 1e-5),
+        elementwise.dense_product(x[:1], W), attention.attention(q, q, q, [0, 33], 0.25, None),
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ maths: outputs and gradients against float64."""
 import pytest
 import torch
 
-from onecard.kernels import ops, rows
+from onecard.kernels import elementwise, ops
 from onecard.kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(
@@ -115,9 +115,11 @@ def test_the_operator_takes_it():
 @pytest.mark.parametrize("N", [352, 48032], ids=["small", "a head's, whose gradient is not copied whole"])
 def test_a_dense_weight(N):
     W, x, g = random(N, 96), random(3, 30, 96, seed=2), random(3, 30, N, seed=3)
-    assert rows.has_tiles(x, W) and not rows.has_tiles(x.float(), W) and not rows.has_tiles(x, W[:31])
+    assert (
+        elementwise.has_tiles(x, W) and not elementwise.has_tiles(x.float(), W) and not elementwise.has_tiles(x, W[:31])
+    )
     bias = random(N, seed=4)
-    y, grad_x = rows.tiled_product(x, W, bias), rows.tiled_product_back(g, W)
+    y, grad_x = elementwise.tiled_product(x, W, bias), elementwise.tiled_product_back(g, W)
     for found, true in ((y, x.double() @ W.double().T + bias.double()), (grad_x, g.double() @ W.double())):
         assert found.shape == true.shape
         assert (found.double() - true).norm() <= 2**-8 * true.norm()

@@ -11,6 +11,7 @@ from peft import get_peft_model
 from transformers import AutoConfig
 
 import onecard
+from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import meta_model
@@ -19,7 +20,6 @@ from onecard.memory.model import Model, known_config
 from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
 from onecard.nn.experts import weights_of
-from onecard.nn.lora import lora_config
 from onecard.optim.adamw import AdamW
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 

@@ -7,7 +7,7 @@ from onecard.config import TrainConfig, make_config
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.kernels.cpu import native
 from onecard.memory import process
-from onecard.memory.case import Case
+from onecard.memory.inputs import Case
 from onecard.memory.model import read_model
 from onecard.memory.workload import PROBE, Workload
 from onecard.nn.experts import filled

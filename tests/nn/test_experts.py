@@ -6,13 +6,13 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import onecard
+from onecard.adapter.layers import LoraLinear4bit, ParamWrapper, lora_config, register_fused
 from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.errors import UserError
+from onecard.kernels import dequantize as weight_module
 from onecard.kernels import ops
-from onecard.kernels import weight as weight_module
 from onecard.kernels.cpu import native
 from onecard.nn.experts import Experts4bit, Factors, by_expert, weights_of
-from onecard.nn.lora import LoraLinear4bit, ParamWrapper, lora_config, register_fused
 from onecard.quant.state import part_of
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
 

@@ -10,13 +10,13 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 import onecard
+from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings, QuantConfig
 from onecard.errors import UserError
-from onecard.export.quantized import quantize_checkpoint
+from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.hf.fingerprint import fingerprint
-from onecard.kernels.cpu import blocks
+from onecard.kernels.cpu import allocator
 from onecard.nn.linear import Linear4bit
-from onecard.nn.lora import lora_config
 from onecard.paging.files import Segment, read_page
 from onecard.paging.pager import Page, Pager
 from onecard.train.step import recompute_layers
@@ -288,7 +288,7 @@ class TestPager:
         assert counted.hits >= counted.touches - 1
 
     def test_pages_come_into_the_memory_of_those_let_go(self, tmp_path):
-        size = blocks.SMALLEST
+        size = allocator.SMALLEST
         (tmp_path / "f").write_bytes(bytes(size))
         with (tmp_path / "f").open("rb") as file:
             segments = [Segment(file.fileno(), 0, size)]
@@ -300,9 +300,9 @@ class TestPager:
                 places = {pager.touch(page).data_ptr() for page in [*pages, *reversed(pages)]}
             assert len(places) <= 4, "three in the budget, and the one in use when another one is read"
             pager.touch(larger)
-            assert not any(blocks._free.values()), "the others' memory waits beside it"
+            assert not any(allocator._free.values()), "the others' memory waits beside it"
             pager.release()
-            assert not any(blocks._free.values())
+            assert not any(allocator._free.values())
 
 
 def test_training_and_generating_in_turn(tmp_path):

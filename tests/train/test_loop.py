@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.memory.case import Case
-from onecard.memory.fit import choose_fit, total_bytes
+from onecard.memory.inputs import Case
 from onecard.memory.model import read_model
-from onecard.train import state as state_module
+from onecard.memory.strategy import choose_fit, total_bytes
+from onecard.train import checkpoint as state_module
+from onecard.train.checkpoint import load_newest, save_state
 from onecard.train.loop import frozen_objects
 from onecard.train.session import run_training
-from onecard.train.state import load_newest, save_state
 from tests.conftest import chat_rows, make_checkpoint, write_rows
 from tests.forks import Forked, command_line
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import onecard
+from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.data.dataset import load_dataset
 from onecard.data.packing import collate
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.load import load_tokenizer
-from onecard.memory.case import Case
+from onecard.memory.inputs import Case
 from onecard.memory.model import find_model
 from onecard.memory.terms import logits_term
-from onecard.nn.lora import lora_config
 from onecard.train import loss as loss_module
 from onecard.train.graphs import DecoderGraphs, size_of
 from onecard.train.loop import choose_loss, evaluate

@@ -24,10 +24,10 @@ from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.kernels import ops
 from onecard.kernels.cpu import native
-from onecard.kernels.weight import kept_weights
-from onecard.memory.case import Case, Fit
-from onecard.memory.fit import candidates, choose_fit, price, total_bytes
+from onecard.kernels.dequantize import kept_weights
+from onecard.memory.inputs import Case, Fit
 from onecard.memory.model import read_model
+from onecard.memory.strategy import candidates, choose_fit, price, total_bytes
 from onecard.paging.activations import Offload
 from onecard.train import step as step_module
 from onecard.train.loss import IGNORE

@@ -8,12 +8,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import onecard
+from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings
+from onecard.data.chat.mask import Example
 from onecard.data.packing import collate
-from onecard.data.template import Example
 from onecard.hf.attention import use_packed_attention
-from onecard.kernels import attention, rows
-from onecard.nn.lora import lora_config
+from onecard.kernels import attention, elementwise
 from onecard.optim.adamw import AdamW
 from onecard.train.loss import packed_loss
 from onecard.train.step import recompute_layers, to_device
@@ -51,7 +51,7 @@ def test_the_guard_sees_what_would_wait():
 def test_a_step_reads_no_values(tmp_path, monkeypatch, state_bits, num_recomputed):
     """By the way that a GPU takes: torch's own attention, and no kernel of the CPU's outside the operators."""
     monkeypatch.setattr(attention, "supports", lambda *tensors: False)
-    monkeypatch.setattr(rows, "supports", lambda *tensors: False)
+    monkeypatch.setattr(elementwise, "supports", lambda *tensors: False)
     from peft import get_peft_model
 
     base = onecard.load_model(str(make_checkpoint(tmp_path, hidden_size=256)), compute_dtype="float32", device="cpu")

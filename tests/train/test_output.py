@@ -10,8 +10,8 @@ import pytest
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
+from onecard.train import checkpoint as state_module
 from onecard.train import session
-from onecard.train import state as state_module
 from onecard.train.output import claimed
 from onecard.train.report import fence
 from tests.conftest import chat_rows, make_checkpoint, make_tokenizer, write_rows

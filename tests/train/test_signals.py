@@ -10,7 +10,7 @@ from rich.console import Console
 
 from onecard.config import TrainConfig, make_config
 from onecard.train import session, signals
-from onecard.train.state import load_newest
+from onecard.train.checkpoint import load_newest
 from tests.forks import Forked
 from tests.train.test_loop import count_lines, fields, on_one_thread, run
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.kernels import reference
-from onecard.kernels.cpu import blocks
+from onecard.kernels.cpu import allocator
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 from onecard.quant.dynamic import midpoints
@@ -261,7 +261,7 @@ def linear(
     """
     M, K = x_MK.shape
     x_MK, bias = x_MK.contiguous(), None if bias is None else bias.float().contiguous()
-    y_MN = blocks.empty((M, num_outputs), x_MK.dtype)
+    y_MN = allocator.empty((M, num_outputs), x_MK.dtype)
     seen, A, B, scaling = lora or (None, None, None, 1.0)
     seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
     xA_MR = x_MK.new_empty(0) if A is None else x_MK.new_empty(M, len(A))
@@ -292,8 +292,8 @@ def linear_backward(
     grad_y_MN = grad_y_MN.contiguous()
     seen, xA_MR, A, B, scaling = lora or (None, None, None, None, 1.0)
     seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
-    grad_x = blocks.empty((M, K), grad_y_MN.dtype) if needs[0] else None
-    grad_x_lora = blocks.empty((M, K), grad_y_MN.dtype) if separate and A is not None else None
+    grad_x = allocator.empty((M, K), grad_y_MN.dtype) if needs[0] else None
+    grad_x_lora = allocator.empty((M, K), grad_y_MN.dtype) if separate and A is not None else None
     grad_A = new(torch.float32, *A.shape) if A is not None and needs[2] else None
     grad_B = new(torch.float32, *B.shape) if B is not None and needs[3] else None
     struct = Linear(
@@ -328,33 +328,33 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta, or x itself; y like it, contiguous; and r float32 (rows,)."""
-    y, rstd = blocks.empty_like(x), new(torch.float32, x.numel() // x.shape[-1])
-    total = x if delta is None else blocks.empty_like(x)
+    y, rstd = allocator.empty_like(x), new(torch.float32, x.numel() // x.shape[-1])
+    total = x if delta is None else allocator.empty_like(x)
     call("onecard_rms_norm", x, delta, w, total, y, rstd, DTYPES[x.dtype], rstd.numel(), x.shape[-1], eps)
     return total, y, rstd
 
 
 def rms_norm_backward(grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor, grad_total: Tensor | None) -> Tensor:
-    grad_x, sizes = blocks.empty_like(x), (DTYPES[x.dtype], rstd.numel(), x.shape[-1])
+    grad_x, sizes = allocator.empty_like(x), (DTYPES[x.dtype], rstd.numel(), x.shape[-1])
     call("onecard_rms_norm_backward", grad_y, x, w, rstd, grad_total, grad_x, *sizes)
     return grad_x
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    y = blocks.empty_like(gate)
+    y = allocator.empty_like(gate)
     call("onecard_swiglu", gate, up, y, DTYPES[y.dtype], y.numel())
     return y
 
 
 def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_gate, grad_up = blocks.empty_like(gate), blocks.empty_like(up)
+    grad_gate, grad_up = allocator.empty_like(gate), allocator.empty_like(up)
     call("onecard_swiglu_backward", grad_y, gate, up, grad_gate, grad_up, DTYPES[gate.dtype], gate.numel())
     return grad_gate, grad_up
 
 
 def rope(x_THD: Tensor, cos_PD: Tensor, sin_PD: Tensor, back: bool) -> Tensor:
     """Each token's heads turned by its angles, those of row t modulo P; or `back`."""
-    y_THD = blocks.empty_like(x_THD)
+    y_THD = allocator.empty_like(x_THD)
     sizes = (DTYPES[x_THD.dtype], *x_THD.shape, len(cos_PD), back)
     call("onecard_rope", x_THD, cos_PD, sin_PD, y_THD, *sizes)
     return y_THD

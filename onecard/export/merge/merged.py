@@ -22,15 +22,15 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from onecard.adapter.origin import check_sample, read_origin, sample_base, stored_as
+from onecard.adapter.update import Adapter, read_adapter
 from onecard.config import QuantConfig
 from onecard.errors import UserError
-from onecard.export.adapter import Adapter, read_adapter
 from onecard.export.ends import Ends, saved_tensors
-from onecard.export.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, read_tensor, write_others
+from onecard.export.merge.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
-from onecard.hf.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.memory.model import Model, read_model

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE, QuantConfig
 from onecard.errors import UserError
-from onecard.export.experts import matrix_key, part_in_4bit
 from onecard.export.folder import Shapes, check_room, new_folder, write_others
-from onecard.export.merged import Base, Merged, dequantize_part, open_merged, write_tensor
+from onecard.export.merge.experts import matrix_key, part_in_4bit
+from onecard.export.merge.merged import Base, Merged, dequantize_part, open_merged, write_tensor
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.quantizer import BitsAndBytesConfig

@@ -94,7 +94,7 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
         return model
     from peft import PeftModel, get_peft_model_state_dict
 
-    from onecard.hf.origin import check_origin
+    from onecard.adapter.origin import check_origin
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     check_origin(base, adapter)
@@ -184,7 +184,7 @@ def peft_config(folder: Path) -> Any:
     """peft's config of an adapter folder. Raises UserError for what is none."""
     from peft import PeftConfig
 
-    from onecard.nn.lora import register_fused
+    from onecard.adapter.layers import register_fused
 
     read_config(folder)
     try:

@@ -9,20 +9,20 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import onecard
+from onecard.adapter.form import ask, form_ids, form_of, template_digest
+from onecard.adapter.load import with_adapter
+from onecard.adapter.origin import FILE, Form, form_beside, read_origin
+from onecard.adapter.save import save_adapter
 from onecard.config import DataConfig, GgufConfig, TrainConfig, make_config
+from onecard.data.chat.mask import prompt_ids, text_ids
 from onecard.data.dataset import load_dataset
-from onecard.data.form import ask, form_ids, form_of, template_digest
-from onecard.data.template import prompt_ids, text_ids
 from onecard.errors import UserError
-from onecard.export.gguf import export_gguf
-from onecard.export.merged import merge
-from onecard.export.modelfile import modelfile
+from onecard.export.gguf.modelfile import modelfile
+from onecard.export.gguf.writer import export_gguf
+from onecard.export.merge.merged import merge
 from onecard.hf.load import load_tokenizer
-from onecard.hf.origin import FILE, Form, form_beside, read_origin
-from onecard.infer.adapters import with_adapter
 from onecard.infer.chat import Talk
 from onecard.infer.decoding import end_tokens
-from onecard.train.adapter import save_adapter
 from onecard.train.session import run_training
 from tests.conftest import chat_rows, make_checkpoint, make_tokenizer, write_rows
 
@@ -202,7 +202,7 @@ def test_an_older_adapter_stays_where_the_new_one_cannot_be_written(trained, bas
     def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr("onecard.train.adapter.write_origin", fail)
+    monkeypatch.setattr("onecard.adapter.save.write_origin", fail)
     with pytest.raises(OSError, match="no space"):
         save_adapter(model, folder, origin)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

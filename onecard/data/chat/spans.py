@@ -7,9 +7,9 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from onecard.data.control import END_NAMES, specials_of
+from onecard.data.chat.control import END_NAMES, specials_of
+from onecard.data.chat.rendering import Renderings
 from onecard.data.records import Record
-from onecard.data.rendering import Renderings
 from onecard.data.shapes import Missing
 from onecard.errors import UserError
 

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from onecard.data.control import specials_of
+from onecard.adapter.origin import Form
+from onecard.data.chat.control import specials_of
+from onecard.data.chat.mask import IGNORE, Example, alpaca_prompt, prompt_form, prompt_ids, text_ids
 from onecard.data.dataset import Dataset
-from onecard.data.template import IGNORE, Example, alpaca_prompt, prompt_form, prompt_ids, text_ids
 from onecard.errors import UserError
-from onecard.hf.origin import Form
 
 NAMES = {
     "chat": "the chat template",

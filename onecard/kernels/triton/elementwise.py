@@ -1,7 +1,7 @@
 """RMSNorm, SwiGLU and rotary positions with their gradients on a GPU: each reads its inputs once and writes its outputs
 once.
 
-The formulas are kernels/rows.py's; everything between the loads and the stores is float32.
+The formulas are kernels/elementwise.py's; everything between the loads and the stores is float32.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from onecard.adapter.load import WEIGHTS, modules_of, read_config, stored_tensors
 from onecard.errors import UserError
 from onecard.hf.quantizer import check_finite
-from onecard.infer.adapters import WEIGHTS, modules_of, read_config, stored_tensors
 
 PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"  # by its name a difference, but it holds the rows themselves

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from onecard.config import CalibrationConfig
 from onecard.errors import UserError
-from onecard.export.calibration import Layer
-from onecard.export.grouped import Grouped, choose_scales, encode, pack_int32
+from onecard.export.calibrated.calibration import Layer
+from onecard.export.calibrated.grouped import Grouped, choose_scales, encode, pack_int32
 
 FIRST_ZERO = 1  # the files hold zero - 1
 

@@ -36,7 +36,7 @@ def kernels(device: torch.device) -> ModuleType | None:
 @cache
 def _triton_rows() -> ModuleType | None:
     try:
-        return import_module("onecard.kernels.triton.rows")
+        return import_module("onecard.kernels.triton.elementwise")
     except ImportError:  # a torch without Triton
         return None
 

@@ -19,7 +19,7 @@ from typing import Any
 import gguf
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-from onecard.data.template import bos
+from onecard.data.chat.mask import bos
 from onecard.errors import UserError
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -7,13 +7,10 @@ sha256 comes last, and the folder is renamed. A kill at any instant leaves the c
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +23,7 @@ from torch import Tensor
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 from onecard.faults import about
+from onecard.files import sha256, sync, sync_folder, write_synced
 
 PREFIX = "checkpoint-"
 TEMPORARY = ".tmp-checkpoint-"
@@ -110,59 +108,6 @@ def remove(folder: Path) -> None:
     """Delete a checkpoint, its manifest first: half deleted, it no longer counts as one."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    with about(path), path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
-    """Whether a folder could be had for this process alone; None where the system has no such locks.
-
-    The lock ends with the block, or with the process, however that ends.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        yield None
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        held = True
-    except BlockingIOError:
-        held = False
-    try:
-        yield held
-    finally:
-        os.close(descriptor)
-
-
-def sync(path: Path) -> None:
-    """Have a written file on the disk."""
-    with about(path), path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    with about(path), path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder durable, where the system can."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    with about(folder):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def numbered(root: Path) -> list[Path]:

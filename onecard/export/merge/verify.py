@@ -27,17 +27,17 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from onecard.adapter.load import with_adapter
 from onecard.config import LOGITS_CHUNK_BYTES, QuantConfig
+from onecard.data.chat.mask import Example
 from onecard.data.dataset import Dataset
-from onecard.data.template import Example
 from onecard.errors import UserError
 from onecard.export.folder import check_room, new_folder
-from onecard.export.merged import Base, open_merged, write_merged
-from onecard.export.quantized import Kept, check_type, write_quantized
+from onecard.export.merge.merged import Base, open_merged, write_merged
+from onecard.export.merge.quantized import Kept, check_type, write_quantized
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, load_model, pick_device
-from onecard.infer.adapters import with_adapter
 from onecard.nn.embedding import Head, cast_output
 from onecard.train.loop import choose_loss
 from onecard.train.loss import packed_loss, supervised

@@ -9,12 +9,12 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import onecard
+from onecard.adapter.load import with_adapter
+from onecard.adapter.origin import FILE, read_origin, stored_as
 from onecard.config import QuantConfig, TrainConfig, make_config
 from onecard.errors import UserError
-from onecard.export.merged import open_merged
-from onecard.export.quantized import quantize_checkpoint
-from onecard.hf.origin import FILE, read_origin, stored_as
-from onecard.infer.adapters import with_adapter
+from onecard.export.merge.merged import open_merged
+from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.train.session import run_training
 
 STORED = {"quant_type": "fp4", "blocksize": 128, "double_quant": False}

@@ -1,8 +1,8 @@
 """A model, or an adapter alone, as one GGUF file for llama.cpp, Ollama and LM Studio, streamed tensor by tensor.
 
-The whole model is the merged checkpoint (`onecard.export.merged`) under llama.cpp's names. Matrices are BF16, F16,
-Q8_0 (32 weights and one scale) or Q4_0 (the same in 4 bits, with embeddings and head in Q8_0, since errors there are
-everyone's); vectors and norms are F32. A matrix whose rows are no multiple of 32 is F16, as llama.cpp's own converter
+The whole model is the merged checkpoint (`onecard.export.merge.merged`) under llama.cpp's names. Matrices are BF16,
+F16, Q8_0 (32 weights and one scale) or Q4_0 (the same in 4 bits, with embeddings and head in Q8_0, since errors there
+are everyone's); vectors and norms are F32. A matrix whose rows are no multiple of 32 is F16, as llama.cpp's converter
 has it. Memory holds one tensor as stored, some of its rows in float32, and what merging it takes.
 
 An adapter alone has for each weight A (r, K) and B (N, r) in F32. llama.cpp adds alpha / r * B A with one alpha for
@@ -23,17 +23,17 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
+from onecard.adapter.origin import form_beside
+from onecard.adapter.update import Adapter
 from onecard.config import GgufConfig, QuantConfig
 from onecard.errors import UserError
-from onecard.export.adapter import Adapter
-from onecard.export.architecture import Architecture
 from onecard.export.folder import check_room, new_file, new_folder
-from onecard.export.merged import Base, Merged, open_merged
-from onecard.export.modelfile import modelfile
-from onecard.export.vocabulary import add_vocabulary
+from onecard.export.gguf.architecture import Architecture
+from onecard.export.gguf.modelfile import modelfile
+from onecard.export.gguf.vocabulary import add_vocabulary
+from onecard.export.merge.merged import Base, Merged, open_merged
 from onecard.hf.documents import read_generation_document
 from onecard.hf.load import load_tokenizer
-from onecard.hf.origin import form_beside
 from onecard.infer.decoding import end_tokens
 
 KINDS = {"bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}

@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-from onecard.data.control import (
+from onecard.data.chat.control import (
     BREAK,
     as_text,
     encode_text,
@@ -39,11 +39,11 @@ from onecard.data.control import (
     refuse_control_tokens,
     specials_of,
 )
+from onecard.data.chat.rendering import Renderings
+from onecard.data.chat.spans import as_asked, assistant_turns, close_turn, learned_turns
 from onecard.data.files import describe
 from onecard.data.records import FIX, Record
-from onecard.data.rendering import Renderings
 from onecard.data.shapes import Missing, Shape, check_words, find_words, thought_and_answer, ways
-from onecard.data.spans import as_asked, assistant_turns, close_turn, learned_turns
 from onecard.errors import UserError
 
 Encoded = tuple[

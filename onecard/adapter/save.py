@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from onecard.hf.origin import Origin, write_origin
-from onecard.train.state import sync, sync_folder
+from onecard.adapter.origin import Origin, write_origin
+from onecard.files import sync, sync_folder
 
 
 def save_adapter(model: Any, folder: Path, origin: Origin) -> None:

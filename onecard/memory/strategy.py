@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from onecard.memory.activations import heads_of
-from onecard.memory.case import Case, Fit
+from onecard.memory.inputs import Case, Fit
 from onecard.memory.model import Model
 from onecard.memory.terms import plan_terms
 

@@ -24,7 +24,7 @@ from onecard.data.loader import Loader
 from onecard.data.packing import collate
 from onecard.errors import UserError
 from onecard.export.folder import DTYPES
-from onecard.export.merged import Merged, common_dtype
+from onecard.export.merge.merged import Merged, common_dtype
 from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.hf.load import meta_model
 from onecard.kernels.cpu_info import product_dtype

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from onecard.kernels import ops, reference, rows
+from onecard.kernels import elementwise, ops, reference
 from onecard.kernels.cpu import native
 from tests.kernels.test_native import isa  # noqa: F401
 
@@ -42,7 +42,7 @@ def check(ours, torchs, truth):
 def test_rms_norm(isa, dtype, shape):  # noqa: F811
     x, w = random(*shape).to(dtype), random(shape[-1], seed=1).to(dtype)
     check(
-        with_gradients(lambda x: rows.rms_norm(x, w, EPS)[0], [x]),
+        with_gradients(lambda x: elementwise.rms_norm(x, w, EPS)[0], [x]),
         with_gradients(lambda x: norm(x, w), [x]),
         with_gradients(lambda x: norm(x, w.double()), [x.double()]),
     )
@@ -57,7 +57,7 @@ def test_residual_norm(isa, dtype, shape, adds):  # noqa: F811
     w, g = random(shape[-1], seed=1).to(dtype), random(*shape, seed=4)
 
     def ours(x, delta):
-        return rows.residual_norm(x, delta if adds else None, w, EPS)
+        return elementwise.residual_norm(x, delta if adds else None, w, EPS)
 
     def plain(x, delta):
         total = x + delta if adds else x
@@ -85,7 +85,7 @@ def test_swiglu(isa, dtype, shape):  # noqa: F811
         return F.silu(gate) * up
 
     check(
-        with_gradients(rows.swiglu, [gate, up]),
+        with_gradients(elementwise.swiglu, [gate, up]),
         with_gradients(plain, [gate, up]),
         with_gradients(plain, [gate.double(), up.double()]),
     )
@@ -96,7 +96,7 @@ def test_swiglu_of_large_gates(isa, dtype):  # noqa: F811
     """Where exp leaves float32's range on either side: the dtype's rounding, float32's below it, and 0 for 2^-100."""
     gate = torch.tensor([-3e4, -1e3, -200, -178, -100, -90, -89, -88, -87, 87, 88, 89, 90, 200, 1e3, 3e4]).to(dtype)
     up = torch.full_like(gate, 0.75)
-    ours = with_gradients(rows.swiglu, [gate, up], up)
+    ours = with_gradients(elementwise.swiglu, [gate, up], up)
     truth = with_gradients(lambda a, b: F.silu(a) * b, [gate.double(), up.double()], up.double())
     for found, exact in zip(ours, truth):
         bound = (torch.finfo(dtype).eps / 2 + 8 * 2**-24) * exact.abs() + 2**-100
@@ -110,7 +110,7 @@ def test_nan_is_not_lost(isa, where):  # noqa: F811
     assert ops.cross_entropy_(logits, torch.tensor([3])).isnan().all() and logits.isnan().all()
     gate = random(19)
     gate[where] = float("nan")
-    assert rows.swiglu(gate, torch.ones(19)).isnan().nonzero().tolist() == [[where]]
+    assert elementwise.swiglu(gate, torch.ones(19)).isnan().nonzero().tolist() == [[where]]
 
 
 def turned(x, cos, sin):
@@ -126,7 +126,7 @@ def test_rope(isa, dtype, B, H, T, D, angles):  # noqa: F811
     x = random(B, T, H, D).to(dtype).transpose(1, 2)
     cos, sin = random(angles, T, D, seed=1).to(dtype), random(angles, T, D, seed=2).to(dtype)
     check(
-        with_gradients(lambda x: rows.rope(x, cos, sin), [x]),
+        with_gradients(lambda x: elementwise.rope(x, cos, sin), [x]),
         with_gradients(lambda x: turned(x, cos, sin), [x]),
         with_gradients(lambda x: turned(x, cos.double(), sin.double()), [x.double()]),
     )
@@ -167,4 +167,4 @@ def test_dense_product(isa, dtype, M, N, K):  # noqa: F811
     x, W = random(M, K).to(dtype), random(N, K, seed=1).to(dtype)
     exact = x.double() @ W.double().T
     bound = (K + 2) * 2**-24 * (x.double().abs() @ W.double().abs().T) + torch.finfo(dtype).eps / 2 * exact.abs()
-    assert ((rows.dense_product(x, W) - exact).abs() <= bound).all()
+    assert ((elementwise.dense_product(x, W) - exact).abs() <= bound).all()

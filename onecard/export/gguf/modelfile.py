@@ -15,11 +15,11 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from onecard.data.form import NAMES
-from onecard.data.rendering import Renderings
-from onecard.data.template import alpaca_prompt, bos
+from onecard.adapter.form import NAMES
+from onecard.adapter.origin import Form
+from onecard.data.chat.mask import alpaca_prompt, bos
+from onecard.data.chat.rendering import Renderings
 from onecard.errors import UserError
-from onecard.hf.origin import Form
 
 SYSTEM, USER, ASSISTANT = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")  # marks that stand for messages
 Message = dict[str, str]

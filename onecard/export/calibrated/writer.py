@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from onecard.config import CalibrationConfig, DataConfig, QuantConfig, make_config
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.errors import UserError
-from onecard.export import awq, gptq
-from onecard.export.calibration import calibrate, meta_decoder
+from onecard.export.calibrated import awq, gptq
+from onecard.export.calibrated.calibration import calibrate, meta_decoder
 from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, write_others
-from onecard.export.merged import Base, Merged, num_bytes, open_merged, write_tensor
+from onecard.export.merge.merged import Base, Merged, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
 from onecard.hf.writer import TensorFile
 

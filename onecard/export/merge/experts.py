@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onecard.adapter.update import Adapter, Update, scale_of
 from onecard.errors import UserError
-from onecard.export.adapter import Adapter, Update, scale_of
 from onecard.export.folder import read_tensor
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
 from onecard.hf.experts import Place, expert_places
+from onecard.hf.stacks import Stack
 from onecard.kernels import ops
-from onecard.memory.stacks import Stack
 from onecard.quant.state import QuantState, part_of
 
 LAYER_STACKS = 2  # stacked weights of a layer, whose matrices a checkpoint may have in turn

@@ -1,0 +1,1 @@
+"""Merged checkpoints: 16-bit or 4-bit base plus adapter, and their check."""
