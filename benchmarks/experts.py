@@ -44,7 +44,7 @@ def train_onecard(base: Any, args: argparse.Namespace) -> list[float]:
     from onecard.data.chat.mask import Example
     from onecard.data.loader import Loader
     from onecard.hf.attention import use_packed_attention
-    from onecard.train.step import Run, update
+    from onecard.train.step import Run, optimizer_step
 
     fields = {
         "model": "-", "data": "-", "output": "-", "r": RANK, "lora_alpha": 2 * RANK, "learning_rate": RATE,
@@ -58,7 +58,7 @@ def train_onecard(base: Any, args: argparse.Namespace) -> list[float]:
     run = Run(config, model, Loader(data, args.length, False, 1, 0), args.steps, {})
     model.train()
     with use_packed_attention(run.base):
-        return [update(run)["seconds"] for _ in range(args.steps)]
+        return [optimizer_step(run)["seconds"] for _ in range(args.steps)]
 
 
 def train_peer(base: Any, args: argparse.Namespace) -> list[float]:

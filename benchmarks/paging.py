@@ -128,11 +128,11 @@ def child(args: argparse.Namespace) -> None:
     from onecard.data.loader import Loader
     from onecard.hf.attention import use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
-    from onecard.memory.inputs import Case
+    from onecard.memory.inputs import PlanInputs
     from onecard.memory.measure import return_large_blocks
     from onecard.memory.model import read_model
-    from onecard.memory.strategy import describe, fit_within, total_bytes
-    from onecard.train.step import Run, recompute_layers, update
+    from onecard.memory.strategy import describe, strategy_within, total_bytes
+    from onecard.train.step import Run, optimizer_step, recompute_layers
 
     folder = make_4bit_checkpoint(args.shape)
     return_large_blocks()
@@ -145,27 +145,30 @@ def child(args: argparse.Namespace) -> None:
         "optim": args.optim,
     }  # fmt: skip
     config = make_config(TrainConfig, fields, "benchmark")
-    limit, case = parse_bytes(args.device_memory), Case(read_model(inspect_checkpoint(folder)), config, torch.bfloat16)
-    fit = fit_within(case, limit)
-    assert total_bytes(case, fit) <= limit, describe(fit, case.model)
+    limit, inputs = (
+        parse_bytes(args.device_memory),
+        PlanInputs(read_model(inspect_checkpoint(folder)), config, torch.bfloat16),
+    )
+    strategy = strategy_within(inputs, limit)
+    assert total_bytes(inputs, strategy) <= limit, describe(strategy, inputs.model)
     if args.child == "resident":  # all else being the same
-        fit = replace(fit, weights_budget=None, states_away=False, num_offloaded=0)
-    planned = total_bytes(case, fit)
+        strategy = replace(strategy, weights_budget=None, offload_optimizer_states=False, num_offloaded=0)
+    planned = total_bytes(inputs, strategy)
     with anonymous_peak() as peak, tempfile.TemporaryDirectory() as output:
         begin = time.perf_counter()
-        budget = fit.weights_budget
+        budget = strategy.weights_budget
         base = onecard.load_model(str(folder), compute_dtype=torch.bfloat16, device="cpu", weights_budget=budget)
         load = time.perf_counter() - begin
         torch.manual_seed(0)
         model: Any = get_peft_model(base, lora_config(config))
         loader = Loader([Example(row, row, "random") for row in rows], args.length, False, 1, 0)
-        run = Run(config.model_copy(update={"output": output}), model, loader, args.steps, {}, fit=fit)
+        run = Run(config.model_copy(update={"output": output}), model, loader, args.steps, {}, strategy=strategy)
         model.train()
-        recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded)
+        recompute_layers(run.base, strategy.num_recomputed, run.offload, strategy.num_offloaded)
         with use_packed_attention(run.base):
-            steps = [update(run) for _ in range(args.steps)]
+            steps = [optimizer_step(run) for _ in range(args.steps)]
     found: dict[str, Any] = {"seconds": [s["seconds"] for s in steps], "losses": [s["loss"] for s in steps]}
-    found |= {"load": load, "fit": describe(fit, case.model), "plan": planned, "pages": vars(run.paged)}
+    found |= {"load": load, "fit": describe(strategy, inputs.model), "plan": planned, "pages": vars(run.paged)}
     print(json.dumps({**found, "peak": peak[0] - before}))
 
 

@@ -43,7 +43,7 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         LARGE,
         {"gradient_checkpointing": True, "max_seq_length": 2048, "num_offloaded": 10},
     ),
-    "llama-split": ("llama", WIDE, {"per_device_train_batch_size": 4, "part_tokens": 1024}),
+    "llama-split": ("llama", WIDE, {"per_device_train_batch_size": 4, "max_forward_tokens": 1024}),
     "llama-generate": ("llama", LARGE, {"method": "generate", "max_seq_length": 2048}),
     "llama-large-8bit": ("llama", LARGE, {"r": 64, "optim": "paged_adamw_8bit", "gradient_checkpointing": True}),
     "llama-vocabulary": ("llama", VOCABULARY, {"gradient_checkpointing": True}),
@@ -139,18 +139,18 @@ def child(name: str, folder: str) -> None:
     from onecard.hf.attention import supports_packing, use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
     from onecard.hf.load import pick_compute_dtype
-    from onecard.memory.inputs import Case, Fit
+    from onecard.memory.inputs import MemoryStrategy, PlanInputs
     from onecard.memory.measure import begin_peak, peak_memory_bytes, return_large_blocks
     from onecard.memory.model import read_model
     from onecard.memory.terms import plan_terms
     from onecard.memory.workload import known
     from onecard.train.loss import packed_loss, plain_loss
-    from onecard.train.step import Run, recompute_layers, update
+    from onecard.train.step import Run, optimizer_step, recompute_layers
 
     device = torch.device("cpu")
     _, shape, settings = CONFIGURATIONS[name]
     settings = dict(settings)
-    method, given_up = settings.pop("method", "qlora"), {"num_offloaded", "part_tokens"} & settings.keys()
+    method, given_up = settings.pop("method", "qlora"), {"num_offloaded", "max_forward_tokens"} & settings.keys()
     given = {key: settings.pop(key) for key in given_up}
     fields = {"model": folder, "data": "-", "output": folder, "max_seq_length": 512, "packing": False,
               "gradient_accumulation_steps": 1, "gradient_checkpointing": False, **settings}  # fmt: skip
@@ -158,13 +158,13 @@ def child(name: str, folder: str) -> None:
     dtype = pick_compute_dtype(config.compute_dtype, device)
     model = read_model(inspect_checkpoint(Path(folder)))
     budget = parse_bytes(config.weights_budget) if config.weights_budget else None
-    fit = Fit(shape["num_hidden_layers"] if config.gradient_checkpointing else 0, budget, **given)
+    strategy = MemoryStrategy(shape["num_hidden_layers"] if config.gradient_checkpointing else 0, budget, **given)
     return_large_blocks()  # as train does
     length, batch = config.max_seq_length, config.per_device_train_batch_size
     rows = torch.randint(4, shape["vocab_size"], (2 * batch, length)).tolist()
     loader = Loader([Example(row, row, "random") for row in rows], length, False, batch, 0)
     load = known(loader, 1, None, [rows[0][:-4]] if method == "generate" else [])
-    terms = plan_terms(Case(model, config, dtype, load), method, fit)
+    terms = plan_terms(PlanInputs(model, config, dtype, load), method, strategy)
     before = begin_peak(device)
     base = onecard.load_model(folder, compute_dtype=dtype, device="cpu", weights_budget=budget)
     adapted: Any = get_peft_model(base, lora_config(config, base))
@@ -172,12 +172,12 @@ def child(name: str, folder: str) -> None:
         adapted.generate(torch.tensor([rows[0][:-4]]), max_new_tokens=4, do_sample=False, eos_token_id=[])
     else:
         packs = supports_packing(base)
-        run = Run(config, adapted, loader, 2, {}, packed_loss if packs else plain_loss, fit=fit)
+        run = Run(config, adapted, loader, 2, {}, packed_loss if packs else plain_loss, strategy=strategy)
         adapted.train()
-        recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded)
+        recompute_layers(run.base, strategy.num_recomputed, run.offload, strategy.num_offloaded)
         with use_packed_attention(run.base) if packs else nullcontext():
             for _ in range(2):
-                update(run)
+                optimizer_step(run)
     measured = peak_memory_bytes(device) - before
     found = {term.name: term.num_bytes for term in terms}
     print(json.dumps({"plan": sum(found.values()), "terms": found, "measured": measured}))

@@ -83,9 +83,9 @@ def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any
     from onecard.config import TrainConfig, make_config
     from onecard.hf.attention import use_packed_attention
     from onecard.kernels.cpu.contention import sharing_cores
-    from onecard.memory.inputs import Fit
+    from onecard.memory.inputs import MemoryStrategy
     from onecard.train.loop import frozen_objects
-    from onecard.train.step import Run, recompute_layers, update
+    from onecard.train.step import Run, optimizer_step, recompute_layers
 
     fields = {
         "model": str(folder), "data": "-", "output": "-", "r": RANK, "lora_alpha": 2 * RANK, "learning_rate": RATE,
@@ -98,13 +98,13 @@ def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any
     start_adapter(model)
     if args.child == "onecard16":
         keep_16_bits(model)
-    fit = Fit(base.config.num_hidden_layers if args.recompute else 0)
-    run = Run(config, model, loader, args.steps, {}, fit=fit)
+    strategy = MemoryStrategy(base.config.num_hidden_layers if args.recompute else 0)
+    run = Run(config, model, loader, args.steps, {}, strategy=strategy)
     model.train()
-    recompute_layers(run.base, fit.num_recomputed)
+    recompute_layers(run.base, strategy.num_recomputed)
     with use_packed_attention(run.base), frozen_objects(), sharing_cores():
         for _ in range(args.steps):
-            step = update(run)
+            step = optimizer_step(run)
             yield step["seconds"], step["loss"]
 
 

@@ -1,7 +1,7 @@
 """The system's faults while files are written and read: each becomes a UserError that names the file and what is left.
 
-Whatever writes does so inside `told`; so a full disk, a lost mount or too many open files are no traceback, wherever
-they strike. A write or a sync that fails does not know its file: `about` tells it.
+Everything that writes does so inside `as_user_error`: a full disk, a lost mount or too many open files never end in a
+traceback. An error of a write or a sync does not name its file; `about` adds the name.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OTHER_WORDS = (
 
 
 @contextmanager
-def told(target: Path, kept: Callable[[], tuple[str, str]]) -> Iterator[None]:
+def as_user_error(target: Path, kept: Callable[[], tuple[str, str]]) -> Iterator[None]:
     """Inside, a fault of the system raises UserError.
 
     Args:

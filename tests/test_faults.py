@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError
 
 from onecard.errors import UserError
-from onecard.faults import about, told
+from onecard.faults import about, as_user_error
 
 HERE = Path(__file__).parent
 
@@ -43,7 +43,7 @@ def test_a_connection_s_error_and_a_bug_s_stay_what_they_are(tmp_path):
         pass
 
     for error in (BrokenPipeError(32, "closed"), Remote("no route"), ValueError("x")):
-        with pytest.raises(type(error)) as found, told(tmp_path, lambda: ("", "")):
+        with pytest.raises(type(error)) as found, as_user_error(tmp_path, lambda: ("", "")):
             raise error
         assert found.value is error
 
@@ -58,7 +58,7 @@ def test_a_connection_s_error_and_a_bug_s_stay_what_they_are(tmp_path):
 )
 def test_a_fault_in_another_library_s_words_is_one(error, tmp_path):
     """torch opens a file that safetensors reads, and says so in a RuntimeError."""
-    kept = told(tmp_path, lambda: ("nothing is kept", "start again"))
+    kept = as_user_error(tmp_path, lambda: ("nothing is kept", "start again"))
     with pytest.raises(UserError, match="Disk quota exceeded; nothing is kept") as found, kept, about(tmp_path / "a"):
         raise error
     assert found.value.where == str(tmp_path / "a") and found.value.do.startswith("make room")
@@ -66,7 +66,7 @@ def test_a_fault_in_another_library_s_words_is_one(error, tmp_path):
 
 def test_another_error_of_torch_is_no_fault(tmp_path):
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied (2)")
-    with pytest.raises(RuntimeError) as found, told(tmp_path, lambda: ("", "")), about(tmp_path):
+    with pytest.raises(RuntimeError) as found, as_user_error(tmp_path, lambda: ("", "")), about(tmp_path):
         raise error
     assert found.value is error
 
@@ -78,7 +78,7 @@ def test_a_fault_names_its_file_and_whether_it_was_written(tmp_path):
         (tmp_path / ".out.0123abcd.tmp" / "a", "the result's files"),
         (tmp_path / "output" / "a", "that is needed must be read"),
     ):
-        kept = told(target, lambda: ("some is kept", "go on"))
+        kept = as_user_error(target, lambda: ("some is kept", "go on"))
         with pytest.raises(UserError, match=must) as found, kept, about(path):
             raise OSError(5, "Input/output error")
         assert found.value.where == str(path) and "some is kept" in found.value.found

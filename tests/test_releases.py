@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import onecard
 from onecard.export.merge.merged import merge
-from onecard.infer.decoding import Context
+from onecard.infer.decoding import CachedContext
 from tests.conftest import make_checkpoint
 from tests.hf.test_load import dequantized_twin
 from tests.train.test_loop import run
@@ -68,7 +68,7 @@ def test_generate(loaded, use_cache, padded):
 def test_context(loaded):
     """The cache that chat and server use: a prompt in two pieces, then single tokens, against one pass over all."""
     ids = random_ids(1, 24)
-    context, expected = Context(loaded.ours), loaded.theirs(ids).logits[0]
+    context, expected = CachedContext(loaded.ours), loaded.theirs(ids).logits[0]
     pieces = [ids[0, :9], ids[0, 9:17], *ids[0, 17:].split(1)]
     found = torch.cat([context.feed(piece.tolist()) for piece in pieces])
     ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0) - 1

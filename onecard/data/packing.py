@@ -57,7 +57,7 @@ def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]
         "position_ids": torch.tensor([positions]),
         "cu_seqlens": ends,
     }
-    return filled(batch, multiple_of)
+    return padded_batch(batch, multiple_of)
 
 
 def split(batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]:
@@ -79,11 +79,11 @@ def split(batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]
         if (labels != IGNORE).any():
             pieces = {key: batch[key][:, first:last] for key in ("input_ids", "position_ids")}
             inside = [end - first for end in batch["cu_seqlens"] if first <= end <= last]
-            parts.append(filled({**pieces, "labels": labels, "cu_seqlens": inside}, ROW_MULTIPLE))
+            parts.append(padded_batch({**pieces, "labels": labels, "cu_seqlens": inside}, ROW_MULTIPLE))
     return parts
 
 
-def filled(batch: dict[str, Any], multiple_of: int) -> dict[str, Any]:
+def padded_batch(batch: dict[str, Any], multiple_of: int) -> dict[str, Any]:
     """A batch with a last document of nothing up to a multiple of tokens: its last token again and again.
 
     Not a padding token: its embedding may be zero, and the root of a mean square has no gradient there.

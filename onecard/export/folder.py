@@ -19,7 +19,7 @@ from torch import Tensor
 from onecard.adapter.origin import Form, form_beside
 from onecard.documents import read_object
 from onecard.errors import UserError
-from onecard.faults import about, told
+from onecard.faults import about, as_user_error
 from onecard.files import locked, sync, sync_folder
 from onecard.hf.checkpoint import INDEX, Checkpoint, TensorInfo
 from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
     "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",
 )  # fmt: skip
 OTHER_FILES = (*TOKENIZER_FILES, "*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
-UNTRUE = ("*.index.json", "onecard.json")  # of other weights than the result's
+STALE_FILES = ("*.index.json", "onecard.json")  # of other weights than the result's
 
 
 @contextmanager
@@ -72,7 +72,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     It is locked while its process lives; what a killed one left behind is removed by the next that has this target.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    with told(target, lambda: what_is_kept(target)):
+    with as_user_error(target, lambda: what_is_kept(target)):
         if target.exists():
             raise exists(target)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -194,6 +194,6 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 def find_files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
     """The files and folders of these names, but for those that speak of other weights than the result's."""
     for path in sorted(folder.iterdir()):
-        wanted = any(path.match(p) for p in patterns) and not any(path.match(p) for p in UNTRUE)
+        wanted = any(path.match(p) for p in patterns) and not any(path.match(p) for p in STALE_FILES)
         if wanted and (path.is_file() or path.name == "additional_chat_templates"):
             yield path

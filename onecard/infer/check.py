@@ -9,12 +9,12 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.hf.load import first_line
-from onecard.infer.decoding import Context, OneByOne, Uncached
+from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.memory.measure import is_out_of_memory
 from onecard.nn.linear import Linear4bit
 
 SEEN = 0.01  # of the logits' norm: a change of earlier positions that rounding cannot make
-AGREE = 2**-4  # of the logits' norm: roundings of every layer add up; a lost context changes all of it
+MAX_RELATIVE_ERROR = 2**-4  # of the logits' norm: roundings of every layer add up; a lost context changes all of it
 FLOAT32 = 1e-3  # as much where all is computed in float32, its sums in another order
 PROBE = ([1, 2, 3, 4, 5, 6], [7, 8], [9])  # a prompt, more of it, and a token that was drawn
 DO = "docs/families.md names the families that train"
@@ -54,7 +54,7 @@ def check_computes(model: Any, ids: Tensor) -> None:
 
 
 @torch.no_grad()
-def context_of(model: Any) -> type[Context]:
+def context_of(model: Any) -> type[CachedContext]:
     """The first of three ways to go on after a prompt whose logits are those without a cache.
 
     Some families want a cache of another kind, and pass ours by without a word.
@@ -66,7 +66,7 @@ def context_of(model: Any) -> type[Context]:
     ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
     try:
         whole = model(input_ids=ids, use_cache=False).logits
-        for kind in (Context, OneByOne):
+        for kind in (CachedContext, OneByOne):
             if gives(kind(model), whole, bound_of(model)):
                 return kind
     except Exception as error:
@@ -76,7 +76,7 @@ def context_of(model: Any) -> type[Context]:
     return Uncached
 
 
-def gives(context: Context, whole: Tensor, bound: float) -> bool:
+def gives(context: CachedContext, whole: Tensor, bound: float) -> bool:
     """Whether a context's logits behind each piece of the probe are those of the whole, (1, T, V)."""
     end = 0
     try:
@@ -94,7 +94,7 @@ def gives(context: Context, whole: Tensor, bound: float) -> bool:
 def bound_of(model: Any) -> float:
     """By how much of their norm logits may differ where products had other shapes."""
     dtypes = {m.compute_dtype for m in model.modules() if isinstance(m, Linear4bit)} or {model.dtype}
-    return FLOAT32 if dtypes == {torch.float32} else AGREE
+    return FLOAT32 if dtypes == {torch.float32} else MAX_RELATIVE_ERROR
 
 
 def agree(found: Tensor, expected: Tensor, bound: float) -> bool:

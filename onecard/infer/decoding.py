@@ -29,7 +29,7 @@ from onecard.hf.attention import cache_name
 from onecard.hf.load import tokenizing
 
 
-class Context:
+class CachedContext:
     """A model's KV cache and the tokens whose keys and values it holds."""
 
     def __init__(self, model: Any):
@@ -42,7 +42,7 @@ class Context:
 
     def rewind(self, ids: list[int]) -> list[int]:
         """Keep what `ids` begin with, as far as the cache can be cut; what of them is left to feed, one at least."""
-        shared = common(self.tokens, ids[:-1])
+        shared = shared_prefix(self.tokens, ids[:-1])
         surplus = len(self.tokens) - shared
         if surplus and any(type(layer) is not DynamicLayer for layer in self.cache.layers):
             self.clear()  # a sliding window has let go of what would be needed
@@ -67,7 +67,7 @@ class Context:
         return out.logits[:, -1].float()
 
 
-class OneByOne(Context):
+class OneByOne(CachedContext):
     """As Context for a model that goes on from its cache by one token only, as mamba does."""
 
     def feed(self, ids: list[int]) -> torch.Tensor:
@@ -78,11 +78,11 @@ class OneByOne(Context):
         return logits
 
 
-class Uncached(Context):
+class Uncached(CachedContext):
     """As Context for a model that does not go on from such a cache: each pass reads all tokens."""
 
     def rewind(self, ids: list[int]) -> list[int]:
-        self.tokens = self.tokens[: common(self.tokens, ids[:-1])]
+        self.tokens = self.tokens[: shared_prefix(self.tokens, ids[:-1])]
         return ids[len(self.tokens) :]
 
     @torch.no_grad()
@@ -93,7 +93,7 @@ class Uncached(Context):
         return out.logits[:, -1].float()
 
 
-def common(held: list[int], wanted: list[int]) -> int:
+def shared_prefix(held: list[int], wanted: list[int]) -> int:
     """How many tokens two lists begin with alike."""
     return next((i for i, (a, b) in enumerate(zip(held, wanted)) if a != b), min(len(held), len(wanted)))
 
@@ -251,12 +251,12 @@ class Answer:
         input_ids: list[int],
         max_new_tokens: int,
         sampling: SamplingConfig,
-        context: Context | None = None,
+        context: CachedContext | None = None,
         goes_on: bool = False,
         ends: tuple[int, ...] = (),
     ):
         self.max_new_tokens = room_for(model, len(input_ids), max_new_tokens)
-        self.context = context or Context(model)
+        self.context = context or CachedContext(model)
         self.rest = self.context.rewind(input_ids)
         self.ends = end_tokens(model.generation_config.eos_token_id, tokenizer, ends)
         self.sampler = Sampler(model, sampling)

@@ -23,7 +23,7 @@ from onecard.kernels.cpu.contention import sharing_cores
 
 
 @dataclass(frozen=True)
-class Piece:
+class TextChunk:
     """What an answer grew by; the last one has a finish_reason or, if it failed, an error."""
 
     text: str
@@ -33,8 +33,8 @@ class Piece:
 
 
 @dataclass(eq=False)
-class Work:
-    """A request: `emit` is called in the engine's thread with each Piece; `cancelled` may be set in any thread.
+class GenerationRequest:
+    """A request: `emit` is called in the engine's thread with each TextChunk; `cancelled` may be set in any thread.
 
     Attributes:
         goes_on, ends: as Answer's.
@@ -45,7 +45,7 @@ class Work:
     sampling: SamplingConfig
     adapter: str | None
     tokenizer: Any
-    emit: Callable[[Piece], None]
+    emit: Callable[[TextChunk], None]
     goes_on: bool = False
     ends: tuple[int, ...] = ()
     cancelled: bool = False
@@ -59,11 +59,11 @@ class Work:
                 self.answer = Answer(model, self.tokenizer, *asked, self.ends)
             text = self.answer.advance()
             if text or self.answer.finish_reason:
-                self.emit(Piece(text, self.answer.num_tokens, self.answer.finish_reason))
+                self.emit(TextChunk(text, self.answer.num_tokens, self.answer.finish_reason))
             if self.answer.finish_reason is None:
                 return True
         except Exception as error:
-            self.emit(Piece("", 0, error=f"{type(error).__name__}: {error}"))
+            self.emit(TextChunk("", 0, error=f"{type(error).__name__}: {error}"))
         if self.answer is not None:
             self.answer.context.clear()  # its client may be reading for long
         return False
@@ -74,8 +74,8 @@ class Engine:
 
     def __init__(self, model: Any, max_active: int, max_queued: int):
         self.model, self.max_active, self.max_queued = model, max_active, max_queued
-        self.waiting: deque[Work] = deque()
-        self.active: list[Work] = []
+        self.waiting: deque[GenerationRequest] = deque()
+        self.active: list[GenerationRequest] = []
         self.changed = threading.Condition()
         self.closed = False
         self.adapter: str | None = None
@@ -83,7 +83,7 @@ class Engine:
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
-    def submit(self, work: Work) -> bool:
+    def submit(self, work: GenerationRequest) -> bool:
         """Queue a request, first come first served; False if too many wait, or the engine is closed."""
         with self.changed:
             self.waiting = deque(each for each in self.waiting if not each.cancelled)
@@ -118,7 +118,7 @@ class Engine:
                     return True
                 self.changed.wait()
         for work in (*self.active, *self.waiting):
-            work.emit(Piece("", 0, error="the server is shutting down"))
+            work.emit(TextChunk("", 0, error="the server is shutting down"))
         return False
 
     def close(self) -> None:

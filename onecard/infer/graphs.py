@@ -21,18 +21,18 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from onecard.hf.attention import cache_name, supports_packing, use_cached_attention
-from onecard.infer.check import AGREE, agree, context_of
-from onecard.infer.decoding import Context, Uncached, common
-from onecard.kernels.cuda_graph import beside, no_waiting
+from onecard.infer.check import MAX_RELATIVE_ERROR, agree, context_of
+from onecard.infer.decoding import CachedContext, Uncached, shared_prefix
+from onecard.kernels.cuda_graph import forbid_device_sync, on_side_stream
 from onecard.kernels.dequantize import scratch_buffers
 from onecard.nn.experts import has_experts
 
-SHORTEST = 256  # tokens of the first buffers
-RECORD_AT = 3  # tokens fed one by one
-MOST = 4  # adapters' graphs
+MIN_BUFFER_TOKENS = 256  # tokens of the first buffers
+TOKENS_BEFORE_CAPTURE = 3  # tokens fed one by one
+MAX_GRAPHS = 4  # adapters' graphs
 PROBE = (list(range(1, 17)), [17], [18])  # tokens
 
-_kinds: WeakKeyDictionary[Any, type[Context]] = WeakKeyDictionary()  # a model's, once it is known
+_kinds: WeakKeyDictionary[Any, type[CachedContext]] = WeakKeyDictionary()  # a model's, once it is known
 
 
 class FixedLayer(CacheLayerMixin):
@@ -106,19 +106,19 @@ class Buffers:
     def record(self, key: Any) -> bool:
         """Add the graph of ids and position as they are filled; whether it gives what the layers have given before."""
         side = side_stream(self.ids.device)
-        with beside(side), no_waiting():
+        with on_side_stream(side), forbid_device_sync():
             expected = self.logits(self.ids, self.position)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
             found = self.logits(self.ids, self.position)
         graph.replay()
-        if len(self.graphs) == MOST:
+        if len(self.graphs) == MAX_GRAPHS:
             del self.graphs[next(iter(self.graphs))]
         self.graphs[key] = graph, found, scratch_buffers()
-        return agree(found, expected, AGREE)
+        return agree(found, expected, MAX_RELATIVE_ERROR)
 
 
-class FixedContext(Context):
+class FixedContext(CachedContext):
     """As Context, with a graph for a token; `records` False: the same without one, on any device."""
 
     def __init__(self, model: Any, records: bool = True):
@@ -132,7 +132,7 @@ class FixedContext(Context):
         self.num_single, self.addresses = 0, 0
 
     def rewind(self, ids: list[int]) -> list[int]:
-        self.tokens = self.tokens[: common(self.tokens, ids[:-1])]
+        self.tokens = self.tokens[: shared_prefix(self.tokens, ids[:-1])]
         self.num_single = 0
         self.addresses = hash(tuple(p.data_ptr() for p in self.model.parameters()))
         return ids[len(self.tokens) :]
@@ -150,7 +150,7 @@ class FixedContext(Context):
         buffers.position.fill_(start)
         self.num_single += 1
         key = (self.addresses, self.adapter())
-        if key not in buffers.graphs and (self.num_single < RECORD_AT or not self.recorded(buffers, key)):
+        if key not in buffers.graphs and (self.num_single < TOKENS_BEFORE_CAPTURE or not self.recorded(buffers, key)):
             return buffers.logits(buffers.ids, buffers.position)
         graph, logits, _ = buffers.graphs[key]
         graph.replay()
@@ -159,7 +159,7 @@ class FixedContext(Context):
     def reserve(self, length: int, device: torch.device) -> Buffers:
         """Buffers for so many tokens, with what is held already."""
         if self.buffers is None or self.buffers.length < length:
-            longer = Buffers(self.model, max(SHORTEST, 1 << (length - 1).bit_length()), device)
+            longer = Buffers(self.model, max(MIN_BUFFER_TOKENS, 1 << (length - 1).bit_length()), device)
             if self.buffers is not None:
                 longer.take(self.buffers)
             self.buffers = longer
@@ -183,7 +183,7 @@ class FixedContext(Context):
             agrees = False
         if not agrees:
             buffers.graphs.clear()
-            self.records, _kinds[self.model] = False, Context
+            self.records, _kinds[self.model] = False, CachedContext
         return agrees
 
 
@@ -193,7 +193,7 @@ def side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def make_context(model: Any) -> Context:
+def make_context(model: Any) -> CachedContext:
     """The cache that suits a model; a fixed one where its passes can be graphs.
 
     Raises:
@@ -204,7 +204,7 @@ def make_context(model: Any) -> Context:
         if kind is Uncached:
             line = f"{model.config.model_type} does not go on from a cache: each token reads all before it again"
             warnings.warn(line, stacklevel=2)
-        _kinds[model] = FixedContext if kind is Context and suits(model) else kind
+        _kinds[model] = FixedContext if kind is CachedContext and suits(model) else kind
     return _kinds[model](model)
 
 
@@ -219,9 +219,9 @@ def suits(model: Any) -> bool:
 
 def gives_the_same(model: Any) -> bool:
     """Whether its logits over a fixed cache are those over its own."""
-    fixed, own = FixedContext(model, records=False), Context(model)
+    fixed, own = FixedContext(model, records=False), CachedContext(model)
     try:
-        return all([agree(fixed.feed(ids), own.feed(ids), AGREE) for ids in PROBE])
+        return all([agree(fixed.feed(ids), own.feed(ids), MAX_RELATIVE_ERROR) for ids in PROBE])
     except torch.OutOfMemoryError:
         raise
     except Exception:  # it wants something else of its cache

@@ -32,7 +32,7 @@ from onecard.data.chat.mask import LONGEST_TOKEN, text_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.infer.decoding import context_length
-from onecard.infer.engine import Engine, Piece, Work
+from onecard.infer.engine import Engine, GenerationRequest, TextChunk
 from onecard.infer.graphs import make_context
 from onecard.infer.guard import Door, Guard, TimedProtocol
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
@@ -126,7 +126,7 @@ class Service:
             raise self.too_long(request, f"{num_prompt_tokens} in the prompt and {max(1, most)} for the answer")
         return most
 
-    async def submit(self, request: Any) -> tuple[Work, asyncio.Queue[Piece], Reply]:
+    async def submit(self, request: Any) -> tuple[GenerationRequest, asyncio.Queue[TextChunk], Reply]:
         """The request queued, and where its pieces come. Raises ApiError."""
         if request.model not in self.models:
             names = ", ".join(self.models)
@@ -135,7 +135,7 @@ class Service:
         ids = await self.encoded(request)
         num_tokens = self.max_new_tokens(request, len(ids))
 
-        def emit(piece: Piece) -> None:
+        def emit(piece: TextChunk) -> None:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
@@ -143,7 +143,7 @@ class Service:
         chat = isinstance(request, ChatRequest)
         ends = served.form.end_tokens if served.form else ()
         how = (request.sampling(), served.adapter, served.tokenizer)
-        work = Work(ids, num_tokens, *how, emit, goes_on=not chat, ends=ends)
+        work = GenerationRequest(ids, num_tokens, *how, emit, goes_on=not chat, ends=ends)
         if not self.engine.submit(work):
             raise overloaded()
         usage = request.stream_options.include_usage
@@ -191,7 +191,7 @@ def overloaded() -> ApiError:
     return ApiError(503, "too many requests wait", code="overloaded")
 
 
-async def events(pieces: asyncio.Queue[Piece], reply: Reply) -> AsyncIterator[str]:
+async def events(pieces: asyncio.Queue[TextChunk], reply: Reply) -> AsyncIterator[str]:
     """The data of each server-sent event."""
     if reply.chat:
         yield json.dumps(reply.chunk("", first=True))
@@ -213,7 +213,7 @@ async def events(pieces: asyncio.Queue[Piece], reply: Reply) -> AsyncIterator[st
 class Events(Response):
     """Server-sent events; the work is cancelled when they end, however they end."""
 
-    def __init__(self, work: Work, data: AsyncIterator[str]):
+    def __init__(self, work: GenerationRequest, data: AsyncIterator[str]):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
         self.work, self.data = work, data

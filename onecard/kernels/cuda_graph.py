@@ -10,7 +10,7 @@ import torch
 
 
 @contextmanager
-def beside(stream: torch.cuda.Stream) -> Iterator[None]:
+def on_side_stream(stream: torch.cuda.Stream) -> Iterator[None]:
     """Work on another stream, after what the current one has to do and before what that is given next."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
@@ -22,7 +22,7 @@ def beside(stream: torch.cuda.Stream) -> Iterator[None]:
 
 
 @contextmanager
-def no_waiting(mode: str = "error") -> Iterator[None]:
+def forbid_device_sync(mode: str = "error") -> Iterator[None]:
     """Inside, what waits for the device raises RuntimeError; nothing does with mode "default"."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode(mode)

@@ -1,7 +1,7 @@
 """The dequantized weight: which backend makes it, where it lies, and how long.
 
 It lies in a scratch buffer that the next call reuses; where a layer is recomputed and memory allows, the one that the
-recompute makes is a tensor of its own, which stays for the layer's backward (`kept_weights`).
+recompute makes is a tensor of its own, which stays for the layer's backward (`saved_weights`).
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def scratch_buffers() -> list[Tensor]:
     return list(_buffers)
 
 
-def kept_weights() -> tuple[AbstractContextManager, AbstractContextManager]:
+def saved_weights() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Contexts for torch.utils.checkpoint's context_fn: W goes among what qlora_linear saves.
 
     Of the first forward checkpoint drops all that, so W may lie in the scratch buffer; of the recompute it holds it
@@ -89,7 +89,7 @@ def kept_weights() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 @contextmanager
 def weights_saved(in_scratch: bool | None) -> Iterator[None]:
-    """Inside, `forward_weight` leaves W for `take_kept`, in the scratch buffer or not; or None: it leaves none."""
+    """Here `forward_weight` keeps W for `pop_saved_weight`: in the scratch buffer or not. With None it keeps none."""
     before = getattr(_scratch, "saves", None)
     _scratch.saves = in_scratch
     try:
@@ -99,15 +99,15 @@ def weights_saved(in_scratch: bool | None) -> Iterator[None]:
 
 
 def forward_weight(weight: Parts, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """W for a product of the forward: in the scratch buffer, or in `kept_weights` as that wants it."""
+    """W for a product of the forward: in the scratch buffer, or in `saved_weights` as that wants it."""
     saves = getattr(_scratch, "saves", None)
     W = dequantize_anew(*weight, shape, dtype) if saves is False else dequantize_to_scratch(*weight, shape, dtype)
     _scratch.made = None if saves is None else W
     return W
 
 
-def take_kept() -> Tensor | None:
-    """The weight that the last `forward_weight` made in `kept_weights`, once; else None."""
+def pop_saved_weight() -> Tensor | None:
+    """The weight that the last `forward_weight` made in `saved_weights`, once; else None."""
     W, _scratch.made = getattr(_scratch, "made", None), None
     return W
 

@@ -8,7 +8,7 @@ is x_lora and x_lora A^T, never W. With g = dL/dy the backward is
     dx = g W        dx_lora = s (g B) A        dA = s (g B)^T x_lora        dB = s g^T (x_lora A^T)
 
 and nothing for W (arXiv 2305.14314, equation 5). Without LoRA dropout x_lora is x and the two dx are summed. Where a
-layer is recomputed and memory allows, the W that the recompute makes stays for the backward (`kept_weights`).
+layer is recomputed and memory allows, the W that the recompute makes stays for the backward (`saved_weights`).
 
 Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 """
@@ -29,7 +29,7 @@ from onecard.kernels.dequantize import (
     dequantize_anew,
     dequantize_to_scratch,
     forward_weight,
-    take_kept,
+    pop_saved_weight,
 )
 from onecard.kernels.operator import Operator
 from onecard.quant.blockwise import check_quantizable, make_state
@@ -193,15 +193,15 @@ def qlora_forward(
     x_lora: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """qlora_linear on a weight's parts, without a graph: y, and x_lora A^T (M, R) for the backward."""
-    take_kept()  # what a call without a graph has left
+    pop_saved_weight()  # what a call without a graph has left
     N, K = shape
     work = product_dtype(x.dtype, x.device.type)
     x_MK = x.reshape(-1, K).to(work)
     weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
     few = backend(x.device).can_multiply(x_MK, blocksize)
     if not few and backend(x.device).can_fuse(x_MK, N, lora_A_RK, lora_B_NR):
-        seen = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
-        terms = None if lora_A_RK is None else (seen, lora_A_RK, lora_B_NR, scaling)
+        lora_input = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
+        terms = None if lora_A_RK is None else (lora_input, lora_A_RK, lora_B_NR, scaling)
         y_MN, xA_MR = backend(x.device).linear(x_MK, weight, N, bias, terms)
         return y_MN.resize_(*x.shape[:-1], N), xA_MR  # not a view: some models add to it in place
     lora = None
@@ -243,32 +243,35 @@ def qlora_backward(
     lora_A_RK: Tensor | None,
     lora_B_NR: Tensor | None,
     scaling: float,
-    seen: Tensor | None,
+    lora_input: Tensor | None,
     xA_MR: Tensor,
-    separate: bool,
-    needs: list[bool],
+    has_own_lora_input: bool,
+    needed_grads: list[bool],
     W_NK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of qlora_forward, of x (M, K), x_lora (M, K), A and B; `needs` says which are wanted, an empty
-    tensor stands for others.
+    """The gradients of qlora_forward with respect to x (M, K), x_lora (M, K), A and B.
 
-    `seen` is what the adapter saw. If that is not `separate` from x, grad_x has the LoRA term's part. W_NK: the
-    dequantized weight, where the forward has kept it.
+    `needed_grads` says which are wanted. An empty tensor stands for each of the others.
+
+    `lora_input` is the adapter's input. Without `has_own_lora_input` it is x, and grad_x includes the LoRA term's part.
+    W_NK is the dequantized weight, if the forward has kept it.
     """
     N, K = shape
     work = product_dtype(grad_y.dtype, grad_y.device.type)
     g_MN = grad_y.reshape(-1, N).to(work)
     weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    seen_MK = None if seen is None else seen.reshape(-1, K).to(work)
+    seen_MK = None if lora_input is None else lora_input.reshape(-1, K).to(work)
     if backend(grad_y.device).can_fuse(g_MN, K, lora_A_RK, lora_B_NR):
         terms = None if lora_A_RK is None else (seen_MK, xA_MR, lora_A_RK, lora_B_NR, scaling)
-        grads = backend(grad_y.device).linear_backward(g_MN, weight, K, needs, terms, separate)
+        grads = backend(grad_y.device).linear_backward(g_MN, weight, K, needed_grads, terms, has_own_lora_input)
     else:
 
         def dequantized() -> Tensor:
             return dequantize_to_scratch(*weight, shape, g_MN.dtype) if W_NK is None else W_NK
 
-        grads = plain_backward(g_MN, dequantized, lora_A_RK, lora_B_NR, scaling, seen_MK, xA_MR, separate, needs)
+        grads = plain_backward(
+            g_MN, dequantized, lora_A_RK, lora_B_NR, scaling, seen_MK, xA_MR, has_own_lora_input, needed_grads
+        )
     grad_x, grad_x_lora, grad_A, grad_B = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
     lora_dtype = grad_y.dtype if lora_A_RK is None else lora_A_RK.dtype
     return grad_x.to(grad_y.dtype), grad_x_lora.to(grad_y.dtype), grad_A.to(lora_dtype), grad_B.to(lora_dtype)
@@ -282,25 +285,25 @@ def plain_backward(
     scaling: float,
     seen_MK: Tensor | None,
     xA_MR: Tensor,
-    separate: bool,
-    needs: list[bool],
+    has_own_lora_input: bool,
+    needed_grads: list[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients as torch's products, in g's dtype; `weight` gives the dequantized one, and is called if need be."""
-    needs_x, needs_x_lora, needs_A, needs_B = needs
+    needs_x, needs_x_lora, needs_A, needs_B = needed_grads
     grad_x = grad_x_lora = grad_A = grad_B = None
     if lora_A_RK is not None and lora_B_NR is not None and seen_MK is not None:
         gB_MR = g_MN.new_empty(len(g_MN), lora_B_NR.shape[1])
         gB_MR.addmm_(g_MN, lora_B_NR.to(g_MN.dtype), beta=0, alpha=scaling)
         grad_A = wide_product(gB_MR.T, seen_MK) if needs_A else None
         grad_B = wide_product(g_MN.T, xA_MR).mul_(scaling) if needs_B else None
-        if needs_x_lora if separate else needs_x:
+        if needs_x_lora if has_own_lora_input else needs_x:
             grad_x_lora = gB_MR @ lora_A_RK.to(g_MN.dtype)
     if needs_x:
-        if grad_x_lora is None or separate:
+        if grad_x_lora is None or has_own_lora_input:
             grad_x = g_MN @ weight()
         else:
             grad_x = grad_x_lora.addmm_(g_MN, weight())
-    return grad_x, grad_x_lora if separate else None, grad_A, grad_B
+    return grad_x, grad_x_lora if has_own_lora_input else None, grad_A, grad_B
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
@@ -313,10 +316,15 @@ _qlora_linear_backward = Operator("qlora_linear_backward", qlora_backward)
 
 
 @_qlora_linear_backward.register_fake
-def _(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, A, B, scaling, seen, xA,
-      separate, needs, W=None):  # fmt: skip
+def _(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, A, B, scaling, lora_input, xA,
+      has_own_lora_input, needed_grads, W=None):  # fmt: skip
     M, K = grad_y.numel() // shape[0], shape[1]
-    whole = [needs[0], separate and A is not None and needs[1], A is not None and needs[2], B is not None and needs[3]]
+    whole = [
+        needed_grads[0],
+        has_own_lora_input and A is not None and needed_grads[1],
+        A is not None and needed_grads[2],
+        B is not None and needed_grads[3],
+    ]
     made = [grad_y.new_empty(M, K), grad_y.new_empty(M, K), A, B]
     return tuple(torch.empty_like(x) if wanted else grad_y.new_empty(0) for wanted, x in zip(whole, made))
 
@@ -325,22 +333,22 @@ def _setup_context(ctx, inputs, output):
     (x, packed, absmax, nested_absmax, nested_offset, *rest) = inputs
     (quant_type, blocksize, shape, bias, lora_A_RK, lora_B_NR, scaling, x_lora) = rest
     ctx.weight = (quant_type, blocksize, shape)
-    ctx.scaling, ctx.x_shape, ctx.separate = scaling, x.shape, x_lora is not None
+    ctx.scaling, ctx.x_shape, ctx.has_own_lora_input = scaling, x.shape, x_lora is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
-    seen = None
+    lora_input = None
     if lora_A_RK is not None:
-        seen = x if x_lora is None else x_lora
+        lora_input = x if x_lora is None else x_lora
     ctx.mark_non_differentiable(output[1])
     weight = (packed, absmax, nested_absmax, nested_offset)
-    ctx.save_for_backward(*weight, lora_A_RK, lora_B_NR, seen, output[1], take_kept())
+    ctx.save_for_backward(*weight, lora_A_RK, lora_B_NR, lora_input, output[1], pop_saved_weight())
 
 
 def _backward(ctx, grad_y, _):
-    packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, seen, xA_MR, W_NK = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (0, 12, 9, 10)]
+    packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, lora_input, xA_MR, W_NK = ctx.saved_tensors
+    needed_grads = [ctx.needs_input_grad[i] for i in (0, 12, 9, 10)]
     grads = _qlora_linear_backward(
         grad_y, packed, absmax, nested_absmax, nested_offset, *ctx.weight,
-        lora_A_RK, lora_B_NR, ctx.scaling, seen, xA_MR, ctx.separate, needs, W_NK,
+        lora_A_RK, lora_B_NR, ctx.scaling, lora_input, xA_MR, ctx.has_own_lora_input, needed_grads, W_NK,
     )  # fmt: skip
     grad_x, grad_x_lora, grad_A, grad_B = (grad if grad.numel() else None for grad in grads)
     grad_x, grad_x_lora = (None if grad is None else grad.view(ctx.x_shape) for grad in (grad_x, grad_x_lora))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onecard.config import QUANT_TYPES
 from onecard.errors import UserError
-from onecard.faults import told
+from onecard.faults import as_user_error
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.kernels import ops
@@ -87,7 +87,7 @@ def plot_plan(path: str | Path, found: Plan, title: str) -> None:
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.spines[["top", "right"]].set_visible(False)
-    with told(Path(path), lambda: ("the plot is not whole", "ask for it again")):
+    with as_user_error(Path(path), lambda: ("the plot is not whole", "ask for it again")):
         try:
             figure.savefig(path, dpi=150)
         except ValueError as error:
@@ -154,7 +154,7 @@ def draw_figures(output: str, model: str | None) -> list[str]:
         model: checkpoint folder or hub id whose largest linear is taken; None: the demo's.
     """
     folder, base = Path(output), model or str(Path(__file__).parents[1] / "demo" / "base")
-    with told(folder, lambda: ("no figure is whole but those named above", "draw them again")):
+    with as_user_error(folder, lambda: ("no figure is whole but those named above", "draw them again")):
         folder.mkdir(parents=True, exist_ok=True)
         bill = memory_bill(folder / "memory_bill.png")
         errors = levels_and_density(folder / "nf4_int4.png", base)

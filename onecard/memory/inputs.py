@@ -35,29 +35,29 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryStrategy:
     """What can be traded for memory.
 
     Attributes:
         num_recomputed: decoder layers, the first ones, whose activations are made again in the backward.
         weights_budget: bytes of a paged base; None for a resident one.
-        states_away: whether the optimizer's states leave the device between updates.
+        offload_optimizer_states: whether the optimizer's states leave the device between updates.
         num_offloaded: of the recomputed layers, the first ones, whose inputs leave the device too.
-        part_tokens: most tokens that go through the model at a time; None for the whole micro-batch.
-        keeps_weights: whether a recomputed layer's dequantized weights stay for its backward.
+        max_forward_tokens: most tokens that go through the model at a time; None for the whole micro-batch.
+        keep_dequantized_weights: whether a recomputed layer's dequantized weights stay for its backward.
     """
 
     num_recomputed: int = 0
     weights_budget: int | None = None
-    states_away: bool = False
+    offload_optimizer_states: bool = False
     num_offloaded: int = 0
-    part_tokens: int | None = None
-    keeps_weights: bool = False
+    max_forward_tokens: int | None = None
+    keep_dequantized_weights: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """A model under settings: what the terms of every Fit are made from, worked out once."""
+class PlanInputs:
+    """A model under settings: what the terms of every MemoryStrategy are made from, worked out once."""
 
     model: Model
     config: TrainConfig
@@ -87,9 +87,9 @@ class Case:
         """Tokens of a micro-batch, filled up as the loader does."""
         return multiple(self.length * self.config.per_device_train_batch_size)
 
-    def tokens(self, fit: Fit) -> int:
+    def tokens(self, strategy: MemoryStrategy) -> int:
         """Tokens that go through the model at a time."""
-        return min(self.batch_tokens, multiple(fit.part_tokens or self.batch_tokens))
+        return min(self.batch_tokens, multiple(strategy.max_forward_tokens or self.batch_tokens))
 
     @cached_property
     def adapted(self) -> dict[str, Any]:

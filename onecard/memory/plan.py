@@ -14,10 +14,10 @@ import torch
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import pick_compute_dtype
-from onecard.memory.inputs import Case, Fit, Term
+from onecard.memory.inputs import MemoryStrategy, PlanInputs, Term
 from onecard.memory.model import find_model
 from onecard.memory.shapes import KNOWN
-from onecard.memory.strategy import choose_fit, describe, fit_within, most_offloaded, price, total_bytes
+from onecard.memory.strategy import choose_strategy, describe, most_offloaded, price, strategy_within, total_bytes
 from onecard.memory.terms import CUDA_CONTEXT, Method, disk_terms, plan_terms
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "generate")
@@ -109,8 +109,8 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
             "max_seq_length",
         )
     known.check_names(config)
-    case = Case(known, config, torch.bfloat16)
-    if method != "full" and not case.adapted:
+    inputs = PlanInputs(known, config, torch.bfloat16)
+    if method != "full" and not inputs.adapted:
         raise UserError(
             "target_modules must name linears of the model",
             f"{config.target_modules} names none",
@@ -118,56 +118,58 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
             "target_modules",
         )
     if model.lower() not in KNOWN or config.compute_dtype != "auto":
-        case = replace(case, dtype=pick_compute_dtype(config.compute_dtype, torch.device(case.device)))
+        inputs = replace(inputs, dtype=pick_compute_dtype(config.compute_dtype, torch.device(inputs.device)))
     if device_memory_bytes is None or method != "qlora":
-        found = Plan(plan_terms(case, method), device_memory_bytes)
-        return found if device_memory_bytes is None else with_largest(found, case, fits_as(method, device_memory_bytes))
-    fit = fit_within(case, device_memory_bytes)
-    found = with_largest(fitted(case, fit, device_memory_bytes), case, fits_as(method, device_memory_bytes))
-    return found if found.fits else replace(found, changes=changes(case, device_memory_bytes, found))
+        found = Plan(plan_terms(inputs, method), device_memory_bytes)
+        return (
+            found if device_memory_bytes is None else with_largest(found, inputs, fits_as(method, device_memory_bytes))
+        )
+    strategy = strategy_within(inputs, device_memory_bytes)
+    found = with_largest(fitted(inputs, strategy, device_memory_bytes), inputs, fits_as(method, device_memory_bytes))
+    return found if found.fits else replace(found, changes=changes(inputs, device_memory_bytes, found))
 
 
-def fitted(case: Case, fit: Fit, limit: int, paged_from_file: bool = True) -> Plan:
+def fitted(inputs: PlanInputs, strategy: MemoryStrategy, limit: int, paged_from_file: bool = True) -> Plan:
     """The plan of a fit."""
-    cost, disk = price(case, fit), disk_terms(case, fit, paged_from_file)
-    return Plan(plan_terms(case, "qlora", fit), limit, disk, describe(fit, case.model),
-                time_a_token(case, fit), cost.moved_bytes)  # fmt: skip
+    cost, disk = price(inputs, strategy), disk_terms(inputs, strategy, paged_from_file)
+    return Plan(plan_terms(inputs, "qlora", strategy), limit, disk, describe(strategy, inputs.model),
+                time_a_token(inputs, strategy), cost.moved_bytes)  # fmt: skip
 
 
-def time_a_token(case: Case, fit: Fit) -> float:
+def time_a_token(inputs: PlanInputs, strategy: MemoryStrategy) -> float:
     """As a multiple of what it takes with everything resident and kept."""
-    return price(case, fit).seconds / price(case, Fit()).seconds
+    return price(inputs, strategy).seconds / price(inputs, MemoryStrategy()).seconds
 
 
-Fits = Callable[[Case], bool]
+Fits = Callable[[PlanInputs], bool]
 
 
 def fits_as(method: Method, limit: int) -> Fits:
     """Whether a case fits when all is given up that may be, its micro-batches unsplit."""
 
-    def fits(case: Case) -> bool:
+    def fits(inputs: PlanInputs) -> bool:
         if method != "qlora":
-            return sum(term.num_bytes for term in plan_terms(case, method)) <= limit
-        return total_bytes(case, most_offloaded(case, limit, whole=True)) <= limit
+            return sum(term.num_bytes for term in plan_terms(inputs, method)) <= limit
+        return total_bytes(inputs, most_offloaded(inputs, limit, whole=True)) <= limit
 
     return fits
 
 
-def changed(case: Case, **fields: Any) -> Case:
-    return replace(case, config=case.config.model_copy(update=fields))
+def changed(inputs: PlanInputs, **fields: Any) -> PlanInputs:
+    return replace(inputs, config=inputs.config.model_copy(update=fields))
 
 
-def with_largest(found: Plan, case: Case, fits: Fits) -> Plan:
+def with_largest(found: Plan, inputs: PlanInputs, fits: Fits) -> Plan:
     """The plan with the largest context and batch that fit."""
-    length = largest_length(case, fits)
-    batch = largest(lambda n: fits(changed(case, per_device_train_batch_size=n)), MOST_ROWS)
+    length = largest_length(inputs, fits)
+    batch = largest(lambda n: fits(changed(inputs, per_device_train_batch_size=n)), MOST_ROWS)
     return replace(found, largest_length=length, largest_batch=batch)
 
 
-def largest_length(case: Case, fits: Fits) -> int:
+def largest_length(inputs: PlanInputs, fits: Fits) -> int:
     """The largest context, a multiple of LENGTH_STEP, that fits; 0 if there is none."""
-    steps = case.model.longest_context // LENGTH_STEP
-    return LENGTH_STEP * largest(lambda n: fits(changed(case, max_seq_length=LENGTH_STEP * n)), steps)
+    steps = inputs.model.longest_context // LENGTH_STEP
+    return LENGTH_STEP * largest(lambda n: fits(changed(inputs, max_seq_length=LENGTH_STEP * n)), steps)
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:
@@ -179,24 +181,24 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
     return low
 
 
-def changes(case: Case, limit: int, found: Plan) -> list[Change]:
+def changes(inputs: PlanInputs, limit: int, found: Plan) -> list[Change]:
     """What would make a run fit that does not, each by itself where that is enough."""
     tried: dict[str, dict[str, Any]] = {}
     free = {"gradient_checkpointing": None, "weights_budget": None}
-    if any(getattr(case.config, name) != value for name, value in free.items()):
+    if any(getattr(inputs.config, name) != value for name, value in free.items()):
         tried["gradient_checkpointing and weights_budget left to the plan"] = free
-    for r in (n for n in (32, 16, 8, 4) if n < case.config.r):
+    for r in (n for n in (32, 16, 8, 4) if n < inputs.config.r):
         tried[f"--r {r}"] = {"r": r}
-    if case.config.optim != "paged_adamw_8bit":
+    if inputs.config.optim != "paged_adamw_8bit":
         tried["--optim paged_adamw_8bit"] = {"optim": "paged_adamw_8bit"}
-    length = largest_length(case, lambda shorter: fits_as("qlora", limit)(changed(shorter, **free)))
+    length = largest_length(inputs, lambda shorter: fits_as("qlora", limit)(changed(shorter, **free)))
     if length:
         tried[f"--max-seq-length {length}"] = {"max_seq_length": length, **free}
     listed = []
     for setting, fields in tried.items():
-        other = changed(case, **fields)
-        fit = choose_fit(other, limit)
-        if total_bytes(other, fit) <= limit:
-            listed.append(Change(setting, time_a_token(other, fit)))
+        other = changed(inputs, **fields)
+        strategy = choose_strategy(other, limit)
+        if total_bytes(other, strategy) <= limit:
+            listed.append(Change(setting, time_a_token(other, strategy)))
     least = -(-found.total_bytes // 2**20)
-    return [*listed, Change(f"--device-memory {least}MiB", time_a_token(case, choose_fit(case, least << 20)))]
+    return [*listed, Change(f"--device-memory {least}MiB", time_a_token(inputs, choose_strategy(inputs, least << 20)))]

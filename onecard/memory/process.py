@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 
 from onecard.kernels.cpu.native import LARGEST_M
-from onecard.memory.inputs import Case, Term
+from onecard.memory.inputs import PlanInputs, Term
 from onecard.nn.experts import filled_rows
 
 # All three measured on an AVX-512 CPU with torch 2.13 and transformers 5.23 (docs/plan.md tells how).
@@ -27,35 +27,35 @@ MODEL_BYTES = 4 << 20  # and of the model: its family's code, the loader's
 CODE_BYTES = 19 << 20  # pages of torch's libraries that a step touches first
 
 
-def process_terms(case: Case, learns: bool) -> list[Term]:
+def process_terms(inputs: PlanInputs, learns: bool) -> list[Term]:
     """The terms of a CPU; `learns`: it trains, or else only answers."""
-    number = min(num_products(case, learns), MOST_PRODUCTS)
+    number = min(num_products(inputs, learns), MOST_PRODUCTS)
     return [
         *([Term("prepared products", number * PRODUCT_BYTES, f"{number} shapes x 650 KiB")] if number else []),
-        Term("Python's objects", MODEL_BYTES + len(case.adapted) * MODULE_BYTES, "4 MiB + adapted linears x 40 KiB"),
+        Term("Python's objects", MODEL_BYTES + len(inputs.adapted) * MODULE_BYTES, "4 MiB + adapted linears x 40 KiB"),
         Term("libraries' code", CODE_BYTES, "pages that a step touches first"),
     ]
 
 
-def num_products(case: Case, learns: bool) -> int:
+def num_products(inputs: PlanInputs, learns: bool) -> int:
     """Shapes of products that oneDNN prepares."""
-    if case.on_tiles or not goes_to_onednn(case.dtype):
+    if inputs.on_tiles or not goes_to_onednn(inputs.dtype):
         return 0
-    load, (forward, backward) = case.workload, case.num_shapes
+    load, (forward, backward) = inputs.workload, inputs.num_shapes
     if not learns:
-        return len(load.prompts) * forward + expert_products(case, load.prompts, frozenset())
+        return len(load.prompts) * forward + expert_products(inputs, load.prompts, frozenset())
     number = len(load.forward) * forward + len(load.trained) * backward + 2 * len(load.heads)
-    return number + expert_products(case, load.forward, load.trained)
+    return number + expert_products(inputs, load.forward, load.trained)
 
 
-def expert_products(case: Case, run: frozenset[int], trained: frozenset[int]) -> int:
+def expert_products(inputs: PlanInputs, run: frozenset[int], trained: frozenset[int]) -> int:
     """The same of experts, where so many tokens run through the model, or train it."""
-    forward, backward = case.num_expert_shapes
+    forward, backward = inputs.num_expert_shapes
 
     def sizes(tokens: frozenset[int], least: int) -> int:
         return len({filled_rows(M) for M in range(least, max(tokens, default=0) + 1)})
 
-    return sizes(run, LARGEST_M.get(case.dtype, 0) + 1) * forward + sizes(trained, 1) * backward
+    return sizes(run, LARGEST_M.get(inputs.dtype, 0) + 1) * forward + sizes(trained, 1) * backward
 
 
 def goes_to_onednn(dtype: torch.dtype) -> bool:

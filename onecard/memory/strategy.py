@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from onecard.memory.activations import heads_of
-from onecard.memory.inputs import Case, Fit
+from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.model import Model
 from onecard.memory.terms import plan_terms
 
@@ -44,34 +44,34 @@ class Price:
     moved_bytes: int
 
 
-def price(case: Case, fit: Fit) -> Price:
+def price(inputs: PlanInputs, strategy: MemoryStrategy) -> Price:
     """What a fit costs in time."""
-    rates, model, text = RATES[case.device], case.model, case.model.text
-    layers, again = model.num_layers, fit.num_recomputed / model.num_layers
-    P_q, (P_m, P_l), S = sum(case.sizes), case.num_met, case.length
+    rates, model, text = RATES[inputs.device], inputs.model, inputs.model.text
+    layers, again = model.num_layers, strategy.num_recomputed / model.num_layers
+    P_q, (P_m, P_l), S = sum(inputs.sizes), inputs.num_met, inputs.length
     heads, _, head = heads_of(text)
     a = heads * head
     forward = 2 * P_m + 2 * P_l + 2 * S * a * layers
     token = 4 * P_m + 4 * text.vocab_size * text.hidden_size + 6 * P_l + 7 * S * a * layers + again * forward
-    batches = case.config.gradient_accumulation_steps
-    parts = batches * -(-case.batch_tokens // case.tokens(fit))
-    times = 2 + (0 if fit.keeps_weights else again)
-    computing = batches * case.batch_tokens * token / rates.operations + parts * times * P_q / rates.dequantized
-    outside = 0 if fit.weights_budget is None else max(0, sum(case.pages) - fit.weights_budget)
-    inputs = batches * case.batch_tokens * fit.num_offloaded * case.layer.hidden
-    bytes_in = 2 * parts * outside + inputs
-    states = sum(case.state_sizes) if fit.states_away else 0
-    moving = bytes_in / rates.bytes_in + inputs / rates.bytes_out
+    batches = inputs.config.gradient_accumulation_steps
+    parts = batches * -(-inputs.batch_tokens // inputs.tokens(strategy))
+    times = 2 + (0 if strategy.keep_dequantized_weights else again)
+    computing = batches * inputs.batch_tokens * token / rates.operations + parts * times * P_q / rates.dequantized
+    outside = 0 if strategy.weights_budget is None else max(0, sum(inputs.pages) - strategy.weights_budget)
+    input_values = batches * inputs.batch_tokens * strategy.num_offloaded * inputs.layer.hidden
+    bytes_in = 2 * parts * outside + input_values
+    states = sum(inputs.state_sizes) if strategy.offload_optimizer_states else 0
+    moving = bytes_in / rates.bytes_in + input_values / rates.bytes_out
     waiting = states / rates.bytes_in + states / rates.bytes_out
-    both = computing + moving if case.device == "cpu" else max(computing, moving)
-    return Price(both + waiting, bytes_in + inputs + 2 * states)
+    both = computing + moving if inputs.device == "cpu" else max(computing, moving)
+    return Price(both + waiting, bytes_in + input_values + 2 * states)
 
 
-def total_bytes(case: Case, fit: Fit) -> int:
-    return sum(term.num_bytes for term in plan_terms(case, "qlora", fit))
+def total_bytes(inputs: PlanInputs, strategy: MemoryStrategy) -> int:
+    return sum(term.num_bytes for term in plan_terms(inputs, "qlora", strategy))
 
 
-def choose_fit(case: Case, limit: int, whole: bool = False) -> Fit:
+def choose_strategy(inputs: PlanInputs, limit: int, whole: bool = False) -> MemoryStrategy:
     """The quickest way to train within `limit` bytes, or the smallest there is if none fits.
 
     What the settings fix stays fixed; inputs are offloaded only where nothing else fits; of two that take as long, the
@@ -80,94 +80,98 @@ def choose_fit(case: Case, limit: int, whole: bool = False) -> Fit:
     Args:
         whole: a micro-batch is not to be split.
     """
-    found = [fit for fit in candidates(case, limit, whole) if total_bytes(case, fit) <= limit]
+    found = [strategy for strategy in candidates(inputs, limit, whole) if total_bytes(inputs, strategy) <= limit]
     if found:
-        return min(found, key=lambda fit: price(case, fit).seconds)  # min keeps the first of equals
-    return most_offloaded(case, limit, whole)
+        return min(found, key=lambda strategy: price(inputs, strategy).seconds)  # min keeps the first of equals
+    return most_offloaded(inputs, limit, whole)
 
 
-def fit_within(case: Case, memory_bytes: int) -> Fit:
-    """choose_fit with `MARGIN` of the memory left for what the plan may miss, or with less where only that fits."""
-    fit = choose_fit(case, int((1 - MARGIN) * memory_bytes))
-    return fit if total_bytes(case, fit) <= memory_bytes else choose_fit(case, memory_bytes)
+def strategy_within(inputs: PlanInputs, memory_bytes: int) -> MemoryStrategy:
+    """choose_strategy with `MARGIN` of the memory left for what the plan misses, or with less if nothing else fits."""
+    strategy = choose_strategy(inputs, int((1 - MARGIN) * memory_bytes))
+    return strategy if total_bytes(inputs, strategy) <= memory_bytes else choose_strategy(inputs, memory_bytes)
 
 
-def candidates(case: Case, limit: int, whole: bool) -> Iterator[Fit]:
+def candidates(inputs: PlanInputs, limit: int, whole: bool) -> Iterator[MemoryStrategy]:
     """Without offloading, what gives up less first: beside a resident base as few layers recomputed as fit; beside a
     paged one every number of them, with the memory that is left as its budget."""
-    for part_tokens in part_sizes(case, whole):
-        for away in away_choices(case):
-            fits = [Fit(number, None, away, 0, part_tokens) for number in recompute_counts(case)]
-            resident = first_that_fits(case, fits, limit) if case.config.weights_budget is None else None
+    for max_forward_tokens in part_sizes(inputs, whole):
+        for away in away_choices(inputs):
+            fits = [MemoryStrategy(number, None, away, 0, max_forward_tokens) for number in recompute_counts(inputs)]
+            resident = first_that_fits(inputs, fits, limit) if inputs.config.weights_budget is None else None
             if resident is not None:
-                yield from with_kept_weights(case, resident)
-            if (resident is None or resident.num_recomputed) and may_page(case):
-                yield from (with_budget(case, kept, limit) for fit in fits for kept in with_kept_weights(case, fit))
+                yield from with_kept_weights(inputs, resident)
+            if (resident is None or resident.num_recomputed) and may_page(inputs):
+                yield from (
+                    with_budget(inputs, kept, limit)
+                    for strategy in fits
+                    for kept in with_kept_weights(inputs, strategy)
+                )
 
 
-def with_kept_weights(case: Case, fit: Fit) -> list[Fit]:
+def with_kept_weights(inputs: PlanInputs, strategy: MemoryStrategy) -> list[MemoryStrategy]:
     """A fit, and where that saves something, the one whose recomputed layers keep their weights for the backward."""
-    useful = fit.num_recomputed and not case.on_tiles
-    return [fit, replace(fit, keeps_weights=True)] if useful else [fit]
+    useful = strategy.num_recomputed and not inputs.on_tiles
+    return [strategy, replace(strategy, keep_dequantized_weights=True)] if useful else [strategy]
 
 
-def most_offloaded(case: Case, limit: int, whole: bool) -> Fit:
+def most_offloaded(inputs: PlanInputs, limit: int, whole: bool) -> MemoryStrategy:
     """As few inputs offloaded as fit, with everything else given up; or all of them if nothing fits."""
-    number, parts, away = recompute_counts(case)[-1], part_sizes(case, whole)[-1], away_choices(case)[-1]
-    fits = [Fit(number, None, away, offloaded, parts) for offloaded in range(number + 1)]
-    paged = [with_budget(case, fit, limit) for fit in fits] if may_page(case) else fits[-1:]
-    resident = first_that_fits(case, fits, limit) if case.config.weights_budget is None else None
-    return resident or first_that_fits(case, paged, limit) or paged[-1]
+    number, parts, away = recompute_counts(inputs)[-1], part_sizes(inputs, whole)[-1], away_choices(inputs)[-1]
+    fits = [MemoryStrategy(number, None, away, offloaded, parts) for offloaded in range(number + 1)]
+    paged = [with_budget(inputs, strategy, limit) for strategy in fits] if may_page(inputs) else fits[-1:]
+    resident = first_that_fits(inputs, fits, limit) if inputs.config.weights_budget is None else None
+    return resident or first_that_fits(inputs, paged, limit) or paged[-1]
 
 
-def may_page(case: Case) -> bool:
+def may_page(inputs: PlanInputs) -> bool:
     """Whether the base may be paged: not where modules of it are trained in full."""
-    return not case.config.modules_to_save
+    return not inputs.config.modules_to_save
 
 
-def first_that_fits(case: Case, fits: list[Fit], limit: int) -> Fit | None:
-    return next((fit for fit in fits if total_bytes(case, fit) <= limit), None)
+def first_that_fits(inputs: PlanInputs, fits: list[MemoryStrategy], limit: int) -> MemoryStrategy | None:
+    return next((strategy for strategy in fits if total_bytes(inputs, strategy) <= limit), None)
 
 
-def with_budget(case: Case, fit: Fit, limit: int) -> Fit:
+def with_budget(inputs: PlanInputs, strategy: MemoryStrategy, limit: int) -> MemoryStrategy:
     """A fit with a paged base, in the budget that is given or left."""
-    if case.budget is not None:
-        return replace(fit, weights_budget=case.budget)
-    left = limit - total_bytes(case, replace(fit, weights_budget=0))
-    return replace(fit, weights_budget=min(max(left, case.smallest_budget), sum(case.pages)))
+    if inputs.budget is not None:
+        return replace(strategy, weights_budget=inputs.budget)
+    left = limit - total_bytes(inputs, replace(strategy, weights_budget=0))
+    return replace(strategy, weights_budget=min(max(left, inputs.smallest_budget), sum(inputs.pages)))
 
 
-def recompute_counts(case: Case) -> list[int]:
+def recompute_counts(inputs: PlanInputs) -> list[int]:
     """Layers that may be recomputed."""
-    layers, asked = case.model.num_layers, case.config.gradient_checkpointing
+    layers, asked = inputs.model.num_layers, inputs.config.gradient_checkpointing
     return list(range(layers + 1)) if asked is None else [layers] if asked else [0]
 
 
-def part_sizes(case: Case, whole: bool) -> list[int | None]:
+def part_sizes(inputs: PlanInputs, whole: bool) -> list[int | None]:
     """Tokens of the parts that a micro-batch may go in: whole, or ever fewer of its rows."""
     sizes: list[int | None] = [None]
-    rows = case.config.per_device_train_batch_size
+    rows = inputs.config.per_device_train_batch_size
     while rows > 1 and not whole:
         rows = -(-rows // 2)
-        sizes.append(rows * case.length)
+        sizes.append(rows * inputs.length)
     return sizes
 
 
-def away_choices(case: Case) -> list[bool]:
-    return [False, True] if case.config.optim.startswith("paged") else [False]
+def away_choices(inputs: PlanInputs) -> list[bool]:
+    return [False, True] if inputs.config.optim.startswith("paged") else [False]
 
 
-def describe(fit: Fit, model: Model) -> str:
+def describe(strategy: MemoryStrategy, model: Model) -> str:
     """A fit in words."""
-    parts = [f"{fit.num_recomputed or 'none'} of {model.num_layers} layers recomputed"]
-    if fit.keeps_weights:
+    parts = [f"{strategy.num_recomputed or 'none'} of {model.num_layers} layers recomputed"]
+    if strategy.keep_dequantized_weights:
         parts.append("their weights dequantized once for both")
-    if fit.num_offloaded:
-        parts.append(f"the inputs of {fit.num_offloaded} of them outside")
-    if fit.part_tokens is not None:
-        parts.append(f"micro-batches in parts of at most {fit.part_tokens:,} tokens")
-    if fit.weights_budget is not None:
-        parts.append(f"the base paged within {fit.weights_budget / 2**20:,.0f} MiB")
-    if fit.states_away:
+    if strategy.num_offloaded:
+        parts.append(f"the inputs of {strategy.num_offloaded} of them outside")
+    if strategy.max_forward_tokens is not None:
+        parts.append(f"micro-batches in parts of at most {strategy.max_forward_tokens:,} tokens")
+    if strategy.weights_budget is not None:
+        parts.append(f"the base paged within {strategy.weights_budget / 2**20:,.0f} MiB")
+    if strategy.offload_optimizer_states:
         parts.append("the optimizer's states outside between updates")
     return ", ".join(parts)

@@ -24,9 +24,9 @@ from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
 from onecard.hf.attention import supports_packing
 from onecard.kernels.cpu import allocator
 from onecard.memory.activations import heads_of
-from onecard.memory.inputs import Case, Fit, Term
+from onecard.memory.inputs import MemoryStrategy, PlanInputs, Term
 from onecard.memory.process import process_terms
-from onecard.paging.activations import AHEAD
+from onecard.paging.activations import ACTIVATIONS_AHEAD
 from onecard.quant.dynamic import STATE_BLOCKSIZE
 
 Method = Literal["full", "lora", "qlora", "generate"]
@@ -36,57 +36,59 @@ CUDA_RESERVE = 0.04  # of what a step allocates and frees: blocks rounded up, pi
 CUDA_CONTEXT = Term("CUDA context, libraries", 500 << 20, "an allowance")
 
 
-def plan_terms(case: Case, method: Method = "qlora", fit: Fit | None = None) -> list[Term]:
+def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStrategy | None = None) -> list[Term]:
     """The terms of a method; without a fit, as gradient_checkpointing says and with a resident base."""
-    fit = fit or Fit(case.model.num_layers if case.config.gradient_checkpointing else 0, case.budget)
-    P, P_l = case.model.num_weights, case.num_lora
-    base = base_terms(case, fit) if method in ("qlora", "generate") else [Term("weights, 16-bit", 2 * P, "2 P")]
+    strategy = strategy or MemoryStrategy(
+        inputs.model.num_layers if inputs.config.gradient_checkpointing else 0, inputs.budget
+    )
+    P, P_l = inputs.model.num_weights, inputs.num_lora
+    base = base_terms(inputs, strategy) if method in ("qlora", "generate") else [Term("weights, 16-bit", 2 * P, "2 P")]
     lora = Term("LoRA weights", 4 * P_l, "4 P_l")
     if method == "full":
         masters = Term("float32 masters", 4 * P, "4 P")
         own, step = (
             [masters, Term("AdamW states", 8 * P, "8 P")],
-            step_terms(case, fit, Term("gradients", 2 * P, "2 P")),
+            step_terms(inputs, strategy, Term("gradients", 2 * P, "2 P")),
         )
     elif method == "generate":
-        rows, tokens = case.config.per_device_train_batch_size, case.length
-        own, step = [lora], generate_terms(case, rows, tokens, case.batch_tokens)
+        rows, tokens = inputs.config.per_device_train_batch_size, inputs.length
+        own, step = [lora], generate_terms(inputs, rows, tokens, inputs.batch_tokens)
     else:
         saved, gradients = (
-            Term("modules saved", case.c * case.num_saved, "c P_s"),
+            Term("modules saved", inputs.c * inputs.num_saved, "c P_s"),
             Term("LoRA gradients", 4 * P_l, "4 P_l"),
         )
-        if case.num_saved:
+        if inputs.num_saved:
             gradients = Term("gradients", gradients.num_bytes + saved.num_bytes, "4 P_l + c P_s")
-        own = [lora, *([saved] if case.num_saved else []), state_term(case, fit)]
-        step = step_terms(case, fit, gradients)
-    return [*base, *own, *step, *device_terms(case, step, method != "generate")]
+        own = [lora, *([saved] if inputs.num_saved else []), state_term(inputs, strategy)]
+        step = step_terms(inputs, strategy, gradients)
+    return [*base, *own, *step, *device_terms(inputs, step, method != "generate")]
 
 
-def device_terms(case: Case, step: list[Term], learns: bool) -> list[Term]:
+def device_terms(inputs: PlanInputs, step: list[Term], learns: bool) -> list[Term]:
     """What the libraries hold beside the tensors."""
-    if case.device != "cuda":
-        return process_terms(case, learns)
-    moving = sum(term.num_bytes for term in (*step, case.scratch))
+    if inputs.device != "cuda":
+        return process_terms(inputs, learns)
+    moving = sum(term.num_bytes for term in (*step, inputs.scratch))
     return [Term("allocator", int(CUDA_RESERVE * moving), f"{CUDA_RESERVE} of a step's tensors, an allowance"),
             CUDA_CONTEXT]  # fmt: skip
 
 
-def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
+def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) -> list[Term]:
     """Activations, gradients and logits at the fullest of a step's moments."""
-    layers, tokens, length, layer = case.model.num_layers, case.tokens(fit), case.length, case.layer
+    layers, tokens, length, layer = inputs.model.num_layers, inputs.tokens(strategy), inputs.length, inputs.layer
     kept = tokens * (layer.kept + length * layer.pair)
-    whole = kept + tokens * (layer.working + length * layer.pair_working) + case.expert_factors
+    whole = kept + tokens * (layer.working + length * layer.pair_working) + inputs.expert_factors
     ends = END_TENSORS * tokens * layer.hidden  # the last norm's, the loss's gradient
-    again, stay = fit.num_recomputed, layers - fit.num_recomputed
-    waiting = again - max(0, fit.num_offloaded - AHEAD)  # inputs here: the others are outside
-    inputs = f"{waiting} d" if waiting else ""
+    again, stay = strategy.num_recomputed, layers - strategy.num_recomputed
+    waiting = again - max(0, strategy.num_offloaded - ACTIVATIONS_AHEAD)  # inputs here: the others are outside
+    input_formula = f"{waiting} d" if waiting else ""
 
     def activations(num_bytes: float, *parts: str) -> Term:
         return Term("activations", int(num_bytes), f"c T ({' + '.join(part for part in parts if part)})")
 
     def so_far(share: float) -> Term:
-        if case.config.gradient_accumulation_steps > 1 or tokens < case.batch_tokens or share == 1:
+        if inputs.config.gradient_accumulation_steps > 1 or tokens < inputs.batch_tokens or share == 1:
             return gradients
         return Term(gradients.name, int(share * gradients.num_bytes), f"those so far of {gradients.formula}")
 
@@ -94,106 +96,112 @@ def step_terms(case: Case, fit: Fit, gradients: Term) -> list[Term]:
     moments = [[so_far(1), first]]
     loss = activations(
         stay * kept + tokens * waiting * layer.hidden + ends,
-        inputs,
+        input_formula,
         f"{stay} x ({layer.formula})" if stay else "",
         f"{END_TENSORS} d",
     )
-    moments.append([so_far(0), loss, logits_term(case, tokens)])
+    moments.append([so_far(0), loss, logits_term(inputs, tokens)])
     if again:
         num_bytes = tokens * waiting * layer.hidden + whole + ends
-        last = activations(num_bytes, inputs, f"{layer.formula} + 2 f + {2 + END_TENSORS} d")
-        weights = case.c * sum(linear.weight.numel() for linear in case.model.linears.values()) // layers
-        kept_weights = [Term("a layer's weights", weights, "c P_q / L")] if fit.keeps_weights else []
-        moments.append([so_far(stay / layers), last, *kept_weights])
-    if case.num_saved and case.c < 4:
-        moments.append([gradients, Term("a gradient in float32", 4 * max(case.saved_sizes), "4 x the largest of P_s")])
-    load = case.workload
+        last = activations(num_bytes, input_formula, f"{layer.formula} + 2 f + {2 + END_TENSORS} d")
+        weights = inputs.c * sum(linear.weight.numel() for linear in inputs.model.linears.values()) // layers
+        saved_weights = [Term("a layer's weights", weights, "c P_q / L")] if strategy.keep_dequantized_weights else []
+        moments.append([so_far(stay / layers), last, *saved_weights])
+    if inputs.num_saved and inputs.c < 4:
+        moments.append(
+            [gradients, Term("a gradient in float32", 4 * max(inputs.saved_sizes), "4 x the largest of P_s")]
+        )
+    load = inputs.workload
     if load.prompt_tokens:
-        answers = generate_terms(case, *load.answered, load.prompt_tokens)
-        moments.append([*answers, heap_term(case, tokens, max(moments[0][1].num_bytes, loss.num_bytes))])
+        answers = generate_terms(inputs, *load.answered, load.prompt_tokens)
+        moments.append([*answers, heap_term(inputs, tokens, max(moments[0][1].num_bytes, loss.num_bytes))])
     return [term for term in max(moments, key=lambda moment: sum(t.num_bytes for t in moment)) if term.num_bytes]
 
 
-def heap_term(case: Case, tokens: int, activations: int) -> Term:
+def heap_term(inputs: PlanInputs, tokens: int, activations: int) -> Term:
     """What malloc keeps of a step that is over: all results that are too small for blocks of their own."""
-    widest = case.c * tokens * max(case.model.text.hidden_size, case.intermediate)
-    kept = activations if case.device == "cpu" and widest < allocator.SMALLEST else 0
+    widest = inputs.c * tokens * max(inputs.model.text.hidden_size, inputs.intermediate)
+    kept = activations if inputs.device == "cpu" and widest < allocator.SMALLEST else 0
     return Term("malloc's heap", kept, "a step's activations, where each is under 1 MiB")
 
 
-def generate_terms(case: Case, rows: int, length: int, prompt_tokens: int) -> list[Term]:
+def generate_terms(inputs: PlanInputs, rows: int, length: int, prompt_tokens: int) -> list[Term]:
     """The cache of every layer's keys and values of rows of `length` tokens, and prompts going through one layer."""
-    text = case.model.text
+    text = inputs.model.text
     _, heads, head = heads_of(text)
     window = getattr(text, "sliding_window", None) or length
-    kinds = getattr(text, "layer_types", None) or ["full_attention"] * case.model.num_layers
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * inputs.model.num_layers
     lengths = [min(length, window) if "sliding" in kind else length for kind in kinds]
-    cached = 2 * case.c * heads * head * rows
-    working = case.c * prompt_tokens * (3 * case.intermediate + 2 * text.hidden_size)
+    cached = 2 * inputs.c * heads * head * rows
+    working = inputs.c * prompt_tokens * (3 * inputs.intermediate + 2 * text.hidden_size)
     return [
         Term("KV cache", cached * (sum(lengths) + max(lengths)), "2 c k T (L + 1), T at most the window's"),
         Term("prompt's activations", working, "c T (3 f + 2 d)"),
-        Term("last logits", (4 + case.c) * rows * text.vocab_size, "(4 + c) V a row"),
+        Term("last logits", (4 + inputs.c) * rows * text.vocab_size, "(4 + c) V a row"),
     ]
 
 
-def logits_term(case: Case, tokens: int) -> Term:
+def logits_term(inputs: PlanInputs, tokens: int) -> Term:
     """A chunk of the head's output, in float32 more than once where the family caps the logits or the head learns, a
     cast head's parts; or all of it, where documents go through the model's own forward (train/loss.py)."""
-    c, vocabulary = case.c, case.model.text.vocab_size
-    if not supports_packing(case.model.modules):
+    c, vocabulary = inputs.c, inputs.model.text.vocab_size
+    if not supports_packing(inputs.model.modules):
         return Term("logits", (c + 8) * tokens * vocabulary, "(c + 8) T V")
-    learns = any(name.endswith("lm_head") for name in case.config.modules_to_save or ())
-    capped = learns or getattr(case.model.text, "final_logit_softcapping", None) is not None
+    learns = any(name.endswith("lm_head") for name in inputs.config.modules_to_save or ())
+    capped = learns or getattr(inputs.model.text, "final_logit_softcapping", None) is not None
     size = 4 if capped else c
-    most = logits_chunk_bytes(case.device)
+    most = logits_chunk_bytes(inputs.device)
     rows = max(most // (size * vocabulary), ROW_MULTIPLE)
     chunk = size * vocabulary * min(rows, tokens)
     if capped:
         return Term("logits chunk", 4 * chunk, f"4 x min({most >> 20} MiB, 4 T V)")
-    if case.model.head_itemsize < c:
+    if inputs.model.head_itemsize < c:
         return Term("logits chunk", 2 * chunk, f"2 x min({most >> 20} MiB, c T V)")
     return Term("logits chunk", chunk, f"min({most >> 20} MiB, c T V)")
 
 
-def state_term(case: Case, fit: Fit) -> Term:
+def state_term(inputs: PlanInputs, strategy: MemoryStrategy) -> Term:
     """AdamW's two states of each LoRA weight."""
-    if fit.states_away:
-        return Term("AdamW states", max(case.state_sizes, default=0), "one tensor's at a time")
+    if strategy.offload_optimizer_states:
+        return Term("AdamW states", max(inputs.state_sizes, default=0), "one tensor's at a time")
     eight = f"(2 + 8 / {STATE_BLOCKSIZE}) P_l, small tensors 8 P_l"
-    formula = eight if case.config.optim.endswith("8bit") else "8 P_l"
-    saved = f" + {8 if case.c == 4 else 12} P_s" if case.num_saved else ""
-    return Term("AdamW states", sum(case.state_sizes), formula + saved)
+    formula = eight if inputs.config.optim.endswith("8bit") else "8 P_l"
+    saved = f" + {8 if inputs.c == 4 else 12} P_s" if inputs.num_saved else ""
+    return Term("AdamW states", sum(inputs.state_sizes), formula + saved)
 
 
-def base_terms(case: Case, fit: Fit) -> list[Term]:
+def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
     """The frozen base in 4 bits."""
-    if fit.weights_budget is None:
-        return case.resident
-    pages, is_cast = case.pages, case.model.head_itemsize > case.c
-    head = case.model.modules.get_output_embeddings()
+    if strategy.weights_budget is None:
+        return inputs.resident
+    pages, is_cast = inputs.pages, inputs.model.head_itemsize > inputs.c
+    head = inputs.model.modules.get_output_embeddings()
     return [
-        Term("base, pages", min(fit.weights_budget, sum(pages)), f"the budget; in all {len(pages)} pages"),
-        Term("norms, routers, scales of scales", case.unpaged_bytes, "not paged"),
-        *([Term("head, cast", case.c * head.weight.numel(), "c V d")] if is_cast else []),
-        case.scratch,
+        Term("base, pages", min(strategy.weights_budget, sum(pages)), f"the budget; in all {len(pages)} pages"),
+        Term("norms, routers, scales of scales", inputs.unpaged_bytes, "not paged"),
+        *([Term("head, cast", inputs.c * head.weight.numel(), "c V d")] if is_cast else []),
+        inputs.scratch,
     ]
 
 
-def disk_terms(case: Case, fit: Fit, paged_from_file: bool) -> list[Term]:
+def disk_terms(inputs: PlanInputs, strategy: MemoryStrategy, paged_from_file: bool) -> list[Term]:
     """What a run writes; `paged_from_file`: a paged base is read from the checkpoint's own 4-bit files."""
-    adapter = 4 * case.num_lora + case.c * case.num_saved
-    one = adapter + sum(case.state_sizes)
-    count = case.config.save_total_limit + 1  # the next one is whole before the oldest goes
-    learned = "4 P_l + c P_s" if case.num_saved else "4 P_l"
+    adapter = 4 * inputs.num_lora + inputs.c * inputs.num_saved
+    one = adapter + sum(inputs.state_sizes)
+    count = inputs.config.save_total_limit + 1  # the next one is whole before the oldest goes
+    learned = "4 P_l + c P_s" if inputs.num_saved else "4 P_l"
     terms = [Term("checkpoints", count * one, f"{count} x ({learned} + AdamW states)"),
              Term("adapter", adapter, learned)]  # fmt: skip
-    if fit.weights_budget is not None and not paged_from_file:
-        terms.append(Term("base's pages", sum(case.pages), "P_q / 2 + scales"))
-    if case.device == "cpu" and case.config.optim.startswith("paged"):
-        terms.append(Term("states paged out", sum(case.state_sizes), "AdamW states"))
-    if case.device == "cpu" and fit.num_offloaded:
+    if strategy.weights_budget is not None and not paged_from_file:
+        terms.append(Term("base's pages", sum(inputs.pages), "P_q / 2 + scales"))
+    if inputs.device == "cpu" and inputs.config.optim.startswith("paged"):
+        terms.append(Term("states paged out", sum(inputs.state_sizes), "AdamW states"))
+    if inputs.device == "cpu" and strategy.num_offloaded:
         terms.append(
-            Term("inputs paged out", fit.num_offloaded * case.tokens(fit) * case.layer.hidden, "c T d a layer")
+            Term(
+                "inputs paged out",
+                strategy.num_offloaded * inputs.tokens(strategy) * inputs.layer.hidden,
+                "c T d a layer",
+            )
         )
     return terms

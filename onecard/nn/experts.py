@@ -208,7 +208,7 @@ class Product:
         learns = learns and A_RK is not None
         if not needs_x and not learns:
             return g_MN.new_empty(0)
-        seen, needs = None if A_RK is None else x_MK, [needs_x, False, learns, learns]
+        lora_input, needed_grads = None if A_RK is None else x_MK, [needs_x, False, learns, learns]
         rest: dict[str, Any] = {
             "lora_A_RK": A_RK,
             "lora_B_NR": B_NR,
@@ -218,10 +218,14 @@ class Product:
         }
         found = self.parts(expert)
         if found is not None:
-            dx_MK, _, dA_RK, dB_NR = ops.qlora_backward(g_MN, *found, **rest, seen=seen, needs=needs)
+            dx_MK, _, dA_RK, dB_NR = ops.qlora_backward(
+                g_MN, *found, **rest, lora_input=lora_input, needed_grads=needed_grads
+            )
         else:
             weight = partial(self.weight, expert)
-            dx_MK, _, dA_RK, dB_NR = ops.plain_backward(g_MN, weight, **rest, seen_MK=seen, needs=needs)
+            dx_MK, _, dA_RK, dB_NR = ops.plain_backward(
+                g_MN, weight, **rest, seen_MK=lora_input, needed_grads=needed_grads
+            )
         if learns:
             for all_of_them, its_own in zip(self.grads, (dA_RK, dB_NR)):
                 all_of_them[expert] = its_own
@@ -241,7 +245,7 @@ class _Experts(torch.autograd.Function):
             tokens_M = pairs_S[part] // index_TJ.shape[1]
             M = len(tokens_M)
             with weights_saved(None):  # of experts there are too many
-                u_MN, xA_MR = up.forward(expert, x[filled(tokens_M)])
+                u_MN, xA_MR = up.forward(expert, x[padded_rows(tokens_M)])
                 y_MK, hA_MR = down.forward(expert, experts.activate(u_MN))
             u_SN[part] = u_MN[:M]
             for kept, made in ((xA_SR, xA_MR), (hA_SR, hA_MR)):
@@ -261,11 +265,11 @@ class _Experts(torch.autograd.Function):
         dw_S = torch.zeros(w_TJ.numel(), dtype=torch.float32, device=x.device)
         for expert, part in parts(ctx.counts):
             tokens_M = pairs_S[part] // w_TJ.shape[1]
-            M, rows = len(tokens_M), filled(tokens_M)
-            x_MK, g_MK, w_M = x[rows], g_TK[rows], filled(w_TJ.reshape(-1)[pairs_S[part]].float())
-            xA_MR, hA_MR = filled(xA_SR[part]), filled(hA_SR[part])
+            M, rows = len(tokens_M), padded_rows(tokens_M)
+            x_MK, g_MK, w_M = x[rows], g_TK[rows], padded_rows(w_TJ.reshape(-1)[pairs_S[part]].float())
+            xA_MR, hA_MR = padded_rows(xA_SR[part]), padded_rows(hA_SR[part])
             with torch.enable_grad():
-                u_MN = filled(u_SN[part]).detach().requires_grad_()
+                u_MN = padded_rows(u_SN[part]).detach().requires_grad_()
                 h_MN = ctx.experts.activate(u_MN)
             dh_MN = down.backward(expert, g_MK, h_MN.detach(), hA_MR, True, False)
             dw_M = (dh_MN.float() * h_MN.detach().float()).sum(-1)
@@ -297,7 +301,7 @@ def by_expert(index_TJ: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
     return flat.argsort(stable=True), counts_E.tolist()
 
 
-def filled(x_M: Tensor) -> Tensor:
+def padded_rows(x_M: Tensor) -> Tensor:
     """x with zero rows, up to one of few numbers of rows. In the backward these rows have routing weight 0, so that
     nothing of them is learned."""
     M = x_M.shape[0]

@@ -27,11 +27,13 @@ from torch.utils.checkpoint import checkpoint
 from onecard.paging.files import Segment, Spill, read_into
 from onecard.paging.pager import Statistics
 
-AHEAD = 2  # inputs on their way out at a time; and on the device for the backward, one in use and one coming
+ACTIVATIONS_AHEAD = (
+    2  # inputs on their way out at a time; and on the device for the backward, one in use and one coming
+)
 
 
 @dataclass(eq=False)
-class Away:
+class OffloadedActivation:
     """A layer's input that is outside, or on its way.
 
     Attributes:
@@ -43,7 +45,7 @@ class Away:
     shape: torch.Size
     dtype: torch.dtype
     left: Future[tuple[Spill, Segment]] | tuple[Tensor, torch.cuda.Event]
-    earlier: weakref.ref[Away] | None
+    earlier: weakref.ref[OffloadedActivation] | None
     coming: Future[Tensor] | tuple[Tensor, torch.cuda.Event] | None = None
 
 
@@ -55,9 +57,9 @@ class Offload:
         self.device, self.folder = device, folder
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.worker = ThreadPoolExecutor(1, "offload")
-        self.leaving: deque[tuple[Away, Tensor]] = deque()  # with the tensors, until they have left
+        self.leaving: deque[tuple[OffloadedActivation, Tensor]] = deque()  # with the tensors, until they have left
         self.begun: deque[Any] = deque()  # on a GPU: where it begins with each of those that came back
-        self.last: weakref.ref[Away] | None = None
+        self.last: weakref.ref[OffloadedActivation] | None = None
         self.statistics = Statistics()
 
     def checkpoint(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
@@ -71,32 +73,32 @@ class Offload:
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
         place, shape = entered.data_ptr(), entered.shape  # autograd keeps `pack` as long as the graph: not the tensor
 
-        def pack(tensor: Tensor) -> Tensor | Away:
+        def pack(tensor: Tensor) -> Tensor | OffloadedActivation:
             return self.send(tensor) if tensor.data_ptr() == place and tensor.shape == shape else tensor
 
-        def unpack(packed: Tensor | Away) -> Tensor:
+        def unpack(packed: Tensor | OffloadedActivation) -> Tensor:
             return packed if isinstance(packed, Tensor) else self.bring(packed)
 
         # The layer's own tensors go by checkpoint's inner hooks; only what checkpoint itself saves comes to these.
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
-    def send(self, tensor: Tensor) -> Away:
-        """Start a tensor on its way out; waits for an earlier one where `AHEAD` are on theirs."""
+    def send(self, tensor: Tensor) -> OffloadedActivation:
+        """Start a tensor on its way out; waits for an earlier one where `ACTIVATIONS_AHEAD` are on theirs."""
         tensor = tensor.detach()
-        while len(self.leaving) >= AHEAD:
+        while len(self.leaving) >= ACTIVATIONS_AHEAD:
             self.wait_for(self.leaving.popleft()[0])
         if self.stream is None:
             left: Any = self.worker.submit(self.write, tensor)
         else:
             left = self.copy_out(tensor, self.stream)
-        away = Away(tensor.shape, tensor.dtype, left, self.last)
+        away = OffloadedActivation(tensor.shape, tensor.dtype, left, self.last)
         self.leaving.append((away, tensor))
         self.last = weakref.ref(away)
         self.statistics.bytes_out += tensor.nbytes
         return away
 
-    def wait_for(self, away: Away) -> None:
+    def wait_for(self, away: OffloadedActivation) -> None:
         """Until it has left. Raises what kept it from leaving."""
         start = time.perf_counter()
         if isinstance(away.left, Future):
@@ -116,7 +118,7 @@ class Offload:
             host.copy_(tensor, non_blocking=True)
         return host, stream.record_event()
 
-    def bring(self, away: Away) -> Tensor:
+    def bring(self, away: OffloadedActivation) -> Tensor:
         """The tensor, waiting for it; the one that left before it starts on its way back."""
         start = time.perf_counter()
         self.statistics.touches += 1
@@ -127,7 +129,7 @@ class Offload:
         tensor = self.taken(away)
         if self.stream is not None:  # the host runs ahead, and would have more of them come than are used up
             self.begun.append(torch.cuda.current_stream(self.device).record_event())
-            if len(self.begun) > AHEAD:
+            if len(self.begun) > ACTIVATIONS_AHEAD:
                 self.begun.popleft().synchronize()
         earlier = away.earlier and away.earlier()
         if earlier is not None:
@@ -136,14 +138,14 @@ class Offload:
         self.statistics.stall_seconds += time.perf_counter() - start
         return tensor
 
-    def start(self, away: Away) -> None:
+    def start(self, away: OffloadedActivation) -> None:
         """Have a tensor come back, if it is not on its way."""
         if away.coming is None:
             away.coming = (
                 self.worker.submit(self.read, away) if self.stream is None else self.copy_in(away, self.stream)
             )
 
-    def taken(self, away: Away) -> Tensor:
+    def taken(self, away: OffloadedActivation) -> Tensor:
         """A tensor that has come back; a second backward has it come again."""
         self.start(away)
         coming, away.coming = away.coming, None
@@ -155,14 +157,14 @@ class Offload:
         coming[0].record_stream(current)
         return coming[0]
 
-    def read(self, away: Away) -> Tensor:
+    def read(self, away: OffloadedActivation) -> Tensor:
         assert isinstance(away.left, Future)
         _, segment = away.left.result()  # done: the worker takes one thing after another
         tensor = torch.empty(away.shape, dtype=away.dtype)
         read_into(segment, tensor.view(-1).view(torch.uint8))
         return tensor
 
-    def copy_in(self, away: Away, stream: torch.cuda.Stream) -> tuple[Tensor, Any]:
+    def copy_in(self, away: OffloadedActivation, stream: torch.cuda.Stream) -> tuple[Tensor, Any]:
         assert not isinstance(away.left, Future)
         with torch.cuda.stream(stream):  # after the copy out, which went before it on this stream
             tensor = away.left[0].to(self.device, non_blocking=True)

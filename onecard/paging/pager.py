@@ -25,7 +25,7 @@ from torch import Tensor
 from onecard.errors import UserError
 from onecard.kernels.cpu import allocator
 
-AHEAD = 3  # pages on their way at a time
+PAGES_AHEAD = 3  # pages on their way at a time
 
 
 @dataclass(eq=False)
@@ -212,7 +212,7 @@ class Pager:
     def read_ahead(self) -> None:
         """Start on the pages that come next, as far as there is room."""
         for step in range(1, len(self.order)):
-            if len(self.coming) >= AHEAD:
+            if len(self.coming) >= PAGES_AHEAD:
                 return
             page = self.order[(self.at + step) % len(self.order)]
             if page.tensor is not None or page in self.coming:

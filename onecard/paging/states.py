@@ -21,7 +21,7 @@ from onecard.paging.pager import Statistics
 
 
 @dataclass
-class Away:
+class OffloadedState:
     """A tensor that is not on the device: where it is, and how it looked."""
 
     place: Tensor | Segment
@@ -39,7 +39,7 @@ class PagedStates:
     def __init__(self, folder: Path, crowded: bool = False):
         self.folder, self.crowded = folder, crowded
         self.spill: Spill | None = None
-        self.away: dict[Any, dict[str, Away]] = {}  # those that are away
+        self.away: dict[Any, dict[str, OffloadedState]] = {}  # those that are away
         self.places: dict[tuple[Any, str], Tensor | Segment] = {}  # of all that ever were
         self.statistics = Statistics()
 
@@ -50,7 +50,7 @@ class PagedStates:
             if key == "step" or key in away:
                 continue
             here = tensor.new_empty(0)
-            away[key] = Away(self.put(p, key, tensor), tensor.dtype, tensor.shape)
+            away[key] = OffloadedState(self.put(p, key, tensor), tensor.dtype, tensor.shape)
             state[key] = here
             freed += tensor.nbytes
         self.statistics.bytes_out += freed
@@ -86,13 +86,13 @@ class PagedStates:
         away = self.away.get(p, {})
         return {key: self.mapped(away[key]) if key in away else tensor.cpu() for key, tensor in state.items()}
 
-    def mapped(self, away: Away) -> Tensor:
+    def mapped(self, away: OffloadedState) -> Tensor:
         if isinstance(away.place, Tensor):
             return away.place
         view = np.memmap(self.spill.file, np.uint8, "c", away.place.begin, (away.place.num_bytes,))  # type: ignore
         return torch.from_numpy(view).view(away.dtype).view(away.shape)
 
-    def read(self, away: Away) -> Tensor:
+    def read(self, away: OffloadedState) -> Tensor:
         if isinstance(away.place, Tensor):
             return away.place
         tensor = torch.empty(away.shape, dtype=away.dtype)

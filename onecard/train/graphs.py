@@ -21,15 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onecard.hf.attention import has_windows
-from onecard.kernels.cuda_graph import beside, no_waiting
+from onecard.kernels.cuda_graph import forbid_device_sync, on_side_stream
 from onecard.kernels.dequantize import scratch_buffers
 from onecard.train.loss import decode
 
-MOST = 16  # graphs
+MAX_GRAPHS = 16  # graphs
 STEPS = 5  # bits of a size that are kept: a row is filled up by a sixteenth at most
 SMALLEST_STEP = 64  # tokens
 ALIGN = 64  # elements: a gradient starts where a vector load may
-AGREE = 2**-6  # of the norm: a few roundings of bfloat16
+MAX_RELATIVE_ERROR = 2**-6  # of the norm: a few roundings of bfloat16
 
 
 def size_of(batch: dict[str, Any]) -> tuple[int, int]:
@@ -128,11 +128,11 @@ class DecoderGraphs:
         size = size_of(batch)
         if size not in self.graphs and self.refused is None:
             self.seen[size] += 1
-            if self.seen[size] > 1 and len(self.graphs) < MOST and self.has_room():
+            if self.seen[size] > 1 and len(self.graphs) < MAX_GRAPHS and self.has_room():
                 self.capture(batch, size)
         if size in self.graphs:
             return Replay.apply(self.anchor, self.graphs[size], batch)  # type: ignore[return-value]
-        return decode(self.model, self.filled(batch, size))
+        return decode(self.model, self.pad_to(batch, size))
 
     def release(self) -> bool:
         """Let go of all graphs for good; whether there were any."""
@@ -140,7 +140,7 @@ class DecoderGraphs:
         self.graphs.clear()
         return had
 
-    def filled(self, batch: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+    def pad_to(self, batch: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         """The row as a graph takes it, so that the layers by themselves give the same bits."""
         missing = size[0] - batch["input_ids"].shape[1]
         ids, positions = batch["input_ids"], torch.nn.functional.pad(batch["position_ids"], (0, missing))
@@ -174,12 +174,12 @@ class DecoderGraphs:
         """Capture; whether a replay gives what the layers have given before."""
         if self.stream is None:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-        with beside(self.stream):
+        with on_side_stream(self.stream):
             for mode in ("default", "error"):  # the first compiles kernels and makes their tables
                 torch.cuda.set_rng_state(random, self.device)
                 for parameter in self.trainable:
                     parameter.grad = None
-                with no_waiting(mode):
+                with forbid_device_sync(mode):
                     hidden = decode(self.model, graph.row)
                     torch.autograd.backward(hidden, hidden.detach().clone())
             expected = [hidden.detach(), *(p.grad for p in self.trainable)]
@@ -219,4 +219,4 @@ def agree(found: list[Tensor], expected: list[Any]) -> bool:
     pairs = [(a.float(), torch.zeros_like(a) if b is None else b.float()) for a, b in zip(found, expected)]
     difference = torch.stack([(a - b).norm() for a, b in pairs])
     norms = torch.stack([b.norm() for _, b in pairs])
-    return bool((difference <= AGREE * (norms + norms.norm() / len(pairs) ** 0.5)).all())
+    return bool((difference <= MAX_RELATIVE_ERROR * (norms + norms.norm() / len(pairs) ** 0.5)).all())

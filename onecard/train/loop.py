@@ -37,11 +37,11 @@ from onecard.train.step import (
     LossFunction,
     Run,
     count_batches,
+    optimizer_step,
     random_state,
     recompute_layers,
     restore_random,
     to_device,
-    update,
 )
 
 FREE_TO_CHANGE = {
@@ -146,12 +146,14 @@ def train(
     config = run.config
     save_steps = config.save_steps or max(1, math.ceil(run.num_steps / 10))
     run.model.train()
-    fit = run.fit
-    recompute_layers(run.base, fit.num_recomputed, run.offload, fit.num_offloaded, fit.keeps_weights)
+    strategy = run.strategy
+    recompute_layers(
+        run.base, strategy.num_recomputed, run.offload, strategy.num_offloaded, strategy.keep_dequantized_weights
+    )
     packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
     with packed, frozen_objects(), sharing_cores(), signals.noted() as interrupted:
         while run.step < run.num_steps:
-            row = update(run)
+            row = optimizer_step(run)
             last = run.step == run.num_steps
             if validation and (last or (config.eval_steps and run.step % config.eval_steps == 0)):
                 row["eval_loss"] = mean_loss(run.base, validation, run.loss)
@@ -232,7 +234,7 @@ class Position(Own):
     step: int = Field(ge=0)
     num_steps: int
     loss_scale: float = Field(gt=0)
-    part_tokens: int | None = None
+    max_forward_tokens: int | None = None
     num_threads: int | None = None
     arithmetic: str | None = None
     date: str = ""
@@ -270,7 +272,7 @@ def checkpoint(run: Run, root: Path) -> None:
         step=run.step,
         num_steps=run.num_steps,
         loss_scale=run.loss_scale,
-        part_tokens=run.part_tokens,
+        max_forward_tokens=run.max_forward_tokens,
         num_threads=torch.get_num_threads(),
         arithmetic=arithmetic(run.device),
         date=run.date,
@@ -291,9 +293,9 @@ def resume(run: Run, state: State) -> None:
         run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
     position = position_of(state)
     run.step, run.loss_scale = position.step, position.loss_scale
-    before = position.part_tokens
-    if run.part_tokens is None or (before is not None and before < run.part_tokens):
-        run.part_tokens = before  # as it was split, so that the bits are the same
+    before = position.max_forward_tokens
+    if run.max_forward_tokens is None or (before is not None and before < run.max_forward_tokens):
+        run.max_forward_tokens = before  # as it was split, so that the bits are the same
     run.loader.load_state_dict(position.loader.model_dump())
     restore_random(state.tensors["random"], run.device)
 

@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from onecard.errors import Stopped, UserError
-from onecard.faults import told
+from onecard.faults import as_user_error
 from onecard.files import locked
 from onecard.train import signals
 from onecard.train.checkpoint import numbered
 
 
 @contextmanager
-def claimed(output: Path, resuming: bool) -> Iterator[None]:
+def lock_output(output: Path, resuming: bool) -> Iterator[None]:
     """Inside, the folder exists and no other run may claim it; a new one that stays empty goes again.
 
     Raises:
@@ -24,7 +24,7 @@ def claimed(output: Path, resuming: bool) -> Iterator[None]:
             of the system.
         Stopped: Ctrl-C, SIGTERM or SIGHUP.
     """
-    with told(output, lambda: what_is_kept(output)), signals.raised(), ExitStack() as stack:
+    with as_user_error(output, lambda: what_is_kept(output)), signals.raised(), ExitStack() as stack:
         new = not output.exists()
         try:
             output.mkdir(parents=True, exist_ok=True)

@@ -36,12 +36,12 @@ from onecard.hf.load import (
     read_config,
 )
 from onecard.kernels.cpu_info import arithmetic
-from onecard.memory.inputs import Case, Fit
+from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes, peak_memory_bytes, return_large_blocks
 from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.show import plan_table
-from onecard.memory.strategy import fit_within, total_bytes
+from onecard.memory.strategy import strategy_within, total_bytes
 from onecard.memory.workload import Answers, known
 from onecard.optim.schedule import learning_rate
 from onecard.paging.pager import Statistics
@@ -58,14 +58,14 @@ from onecard.train.loop import (
     train,
 )
 from onecard.train.metrics import Metrics, import_logger
-from onecard.train.output import claimed
+from onecard.train.output import lock_output
 from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
 from onecard.train.result import Result
 from onecard.train.samples import Sample, answer_samples, make_samples
 from onecard.train.step import Run, make_graphs
 
-SHARE_OF_FREE = 0.8  # of the free memory, that a run may plan to take
+FREE_MEMORY_SHARE = 0.8  # of the free memory, that a run may plan to take
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Prepared:
     training: Dataset
     validation: Dataset | None
     plan: Plan
-    fit: Fit
+    strategy: MemoryStrategy
     why: str
     compute_dtype: torch.dtype
     identity: dict[str, str]
@@ -101,11 +101,11 @@ def run_training(
     Raises:
         UserError: anything wrong with the input, before training where it can be known.
     """
-    with claimed(Path(config.output), resuming):
-        return run_claimed(config, resuming, console, report_extra, answers)
+    with lock_output(Path(config.output), resuming):
+        return run_locked(config, resuming, console, report_extra, answers)
 
 
-def run_claimed(
+def run_locked(
     config: TrainConfig, resuming: bool, console: Console, report_extra: Any, answers: Answers | None
 ) -> Result:
     """run_training in an output folder that is this run's."""
@@ -120,7 +120,7 @@ def run_claimed(
     model = load_adapted(config, prepared, console)
     origin = origin_of(model.get_base_model(), config.model)  # now: what cannot be read is told before the training
     loader = make_loader(config, prepared.training)
-    run = Run(config, model, loader, count_steps(loader, config), prepared.identity, fit=prepared.fit)
+    run = Run(config, model, loader, count_steps(loader, config), prepared.identity, strategy=prepared.strategy)
     run.date = prepared.date
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
@@ -157,9 +157,9 @@ def resume_shown(run: Run, state: State, console: Console) -> None:
     if before is not None and before != now:
         line = f"saved on {before}, now {now}: equal to rounding, not to the bit"
         console.print(line, style="yellow", markup=False)
-    if run.part_tokens != position.part_tokens:
+    if run.max_forward_tokens != position.max_forward_tokens:
         same = "with other dropout masks" if run.config.lora_dropout else "equal to rounding, not to the bit"
-        line = f"micro-batches now go in parts of {run.part_tokens} tokens: {same}"
+        line = f"micro-batches now go in parts of {run.max_forward_tokens} tokens: {same}"
         console.print(line, style="yellow")
 
 
@@ -199,27 +199,40 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     loader = make_loader(config, training)
     load = known(loader, config.num_train_epochs, validation, [ids for _, ids in samples])
     load = load.with_answers(answers) if answers else load
-    fit, plan, why = choose_memory(Case(model, config, dtype, load), checkpoint.is_4bit)
+    strategy, plan, why = choose_memory(PlanInputs(model, config, dtype, load), checkpoint.is_4bit)
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
     form = form_of(training, tokenizer, template)
     unmerged = model.unmerged(checkpoint)
     return Prepared(
-        config, tokenizer, training, validation, plan, fit, why, dtype, identity, samples, form, date, process, unmerged
+        config,
+        tokenizer,
+        training,
+        validation,
+        plan,
+        strategy,
+        why,
+        dtype,
+        identity,
+        samples,
+        form,
+        date,
+        process,
+        unmerged,
     )
 
 
-def choose_memory(case: Case, paged_from_file: bool) -> tuple[Fit, Plan, str]:
+def choose_memory(inputs: PlanInputs, paged_from_file: bool) -> tuple[MemoryStrategy, Plan, str]:
     """What is kept, recomputed, offloaded and paged, its bill, and why.
 
     Raises:
         UserError: nothing fits in device_memory, or in all that is free.
     """
-    config = case.config
+    config = inputs.config
     free = available_bytes(pick_device(config.device))
-    limit = parse_bytes(config.device_memory) if config.device_memory else int(SHARE_OF_FREE * free)
-    fit = fit_within(case, limit)
-    plan = fitted(case, fit, limit, paged_from_file)
+    limit = parse_bytes(config.device_memory) if config.device_memory else int(FREE_MEMORY_SHARE * free)
+    strategy = strategy_within(inputs, limit)
+    plan = fitted(inputs, strategy, limit, paged_from_file)
     of = f"{format_bytes(limit)} given" if config.device_memory else f"{format_bytes(free)} free"
     if plan.total_bytes > (limit if config.device_memory else free):
         raise UserError(
@@ -229,8 +242,8 @@ def choose_memory(case: Case, paged_from_file: bool) -> tuple[Fit, Plan, str]:
             "--device-memory says what would fit",
             "device_memory",
         )
-    kept = f"resident and all kept it would be {format_bytes(total_bytes(case, Fit()))}, {of}"
-    return fit, plan, f"{plan.choice}; {kept}"
+    kept = f"resident and all kept it would be {format_bytes(total_bytes(inputs, MemoryStrategy()))}, {of}"
+    return strategy, plan, f"{plan.choice}; {kept}"
 
 
 def check_disk(plan: Plan, output: Path) -> None:
@@ -295,7 +308,7 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         config.double_quant,
         prepared.compute_dtype,
         config.device,
-        prepared.fit.weights_budget,
+        prepared.strategy.weights_budget,
         config.output,
     )
     prepared.identity["base"] = fingerprint(base)

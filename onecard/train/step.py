@@ -31,8 +31,8 @@ from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.kernels.cpu import allocator
-from onecard.kernels.dequantize import kept_weights
-from onecard.memory.inputs import Fit
+from onecard.kernels.dequantize import saved_weights
+from onecard.memory.inputs import MemoryStrategy
 from onecard.memory.measure import is_out_of_memory, peak_memory_bytes
 from onecard.nn.experts import has_experts
 from onecard.optim.adamw import AdamW
@@ -59,11 +59,11 @@ class Run:
     identity: dict[str, str]
     loss: LossFunction = packed_loss
     date: str = ""  # that chat templates were given
-    fit: Fit = field(default_factory=Fit)  # what is recomputed, offloaded and split
+    strategy: MemoryStrategy = field(default_factory=MemoryStrategy)  # what is recomputed, offloaded and split
     step: int = 0
     loss_scale: float = 1.0
     graphs: DecoderGraphs | None = None
-    part_tokens: int | None = field(init=False)  # most tokens that go through the model at a time
+    max_forward_tokens: int | None = field(init=False)  # most tokens that go through the model at a time
     offload: Offload | None = field(init=False, default=None)
     paged: Statistics = field(default_factory=Statistics)  # in all steps so far
     optimizer: AdamW = field(init=False)
@@ -73,9 +73,9 @@ class Run:
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.trainable, self.config)
         if self.optimizer.paged is not None:
-            self.optimizer.paged.crowded = self.fit.states_away
-        self.part_tokens = self.fit.part_tokens
-        if self.fit.num_offloaded:
+            self.optimizer.paged.crowded = self.strategy.offload_optimizer_states
+        self.max_forward_tokens = self.strategy.max_forward_tokens
+        if self.strategy.num_offloaded:
             self.offload = Offload(self.device, Path(self.config.output))
         if self.compute_dtype == torch.float16:
             self.loss_scale = LARGEST_SCALE
@@ -152,7 +152,7 @@ def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
     Args:
         limit: bytes of the device's memory that the run may take.
     """
-    held = run.fit == Fit() and run.loss is packed_loss and not has_experts(run.base)
+    held = run.strategy == MemoryStrategy() and run.loss is packed_loss and not has_experts(run.base)
     if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
         return None
     return DecoderGraphs(run.base, run.trainable.values(), limit)
@@ -175,17 +175,16 @@ def recompute_layers(
     number: int,
     offload: Offload | None = None,
     num_offloaded: int = 0,
-    keeps_weights: bool = False,
+    keep_dequantized_weights: bool = False,
 ) -> None:
-    """Let the first `number` decoder layers make their activations again in the backward, the others keep them; of the
-    first `num_offloaded` the input waits outside meanwhile. With keeps_weights, the weights that a layer dequantizes
-    to make its activations again stay for its backward.
+    """Recompute the activations of the first `number` decoder layers in the backward; the others keep theirs.
 
-    The first ones: by the time that they are made again, the others' are gone.
+    The inputs of the first `num_offloaded` of them are offloaded meanwhile. With keep_dequantized_weights, the weights
+    that a layer dequantizes for the recomputation stay for its backward.
     """
     if number == 0:
         return base.gradient_checkpointing_disable()
-    kept: dict[str, Any] = {"context_fn": kept_weights} if keeps_weights else {}
+    kept: dict[str, Any] = {"context_fn": saved_weights} if keep_dequantized_weights else {}
     base.gradient_checkpointing_enable({"use_reentrant": False, **kept})
     base.enable_input_require_grads()
     layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -196,15 +195,15 @@ def recompute_layers(
         layer.gradient_checkpointing = False
 
 
-def update(run: Run) -> dict[str, Any]:
+def optimizer_step(run: Run) -> dict[str, Any]:
     """One optimizer step over one accumulation window; the row of metrics that tells of it."""
     start, epoch = time.perf_counter(), run.epoch
-    window, num_tokens = with_room(run, lambda: next_window(run))
+    window, num_tokens = retry_on_oom(run, lambda: next_window(run))
     rate = learning_rate(run.step, run.num_steps, run.config)
     loss, norm = gradients(run, window, num_tokens)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
-    with_room(run, run.optimizer.step)
+    retry_on_oom(run, run.optimizer.step)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     seconds = time.perf_counter() - start
@@ -242,7 +241,7 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
     """
     generators = random_state(run.device)
     while True:
-        total, norm = with_room(run, lambda: try_gradients(run, window, num_tokens, generators), window)
+        total, norm = retry_on_oom(run, lambda: try_gradients(run, window, num_tokens, generators), window)
         if math.isfinite(total) and math.isfinite(norm):
             return total, norm
         if run.loss_scale <= 1.0 or not math.isfinite(total):
@@ -258,7 +257,7 @@ def try_gradients(
     if run.graphs is not None:
         run.graphs.attach_gradients()
     restore_random(generators, run.device)
-    losses = [micro_batch(run, part, num_tokens) for batch in window for part in split(batch, run.part_tokens)]
+    losses = [micro_batch(run, part, num_tokens) for batch in window for part in split(batch, run.max_forward_tokens)]
     for parameter in run.trainable.values():
         if parameter.grad is not None and run.loss_scale != 1.0:
             parameter.grad /= run.loss_scale
@@ -280,7 +279,7 @@ def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
     return loss.detach()
 
 
-def with_room(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | None = None) -> T:
+def retry_on_oom(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | None = None) -> T:
     """What act() gives; where an allocation fails in it, room is made and it is called again.
 
     Args:
@@ -297,11 +296,11 @@ def with_room(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | Non
             if not is_out_of_memory(error):
                 raise
             reason = (str(error).splitlines() or ["MemoryError"])[0]
-        make_room(run, window or [], reason, again)  # here, where the error no longer holds the step's tensors
+        free_memory(run, window or [], reason, again)  # here, where the error no longer holds the step's tensors
         again = True
 
 
-def make_room(run: Run, window: list[dict[str, Any]], reason: str, again: bool) -> None:
+def free_memory(run: Run, window: list[dict[str, Any]], reason: str, again: bool) -> None:
     """After an allocation has failed, the first time or `again`: let go of what can go, or else split micro-batches.
 
     Raises:
@@ -314,10 +313,10 @@ def make_room(run: Run, window: list[dict[str, Any]], reason: str, again: bool) 
         torch.cuda.empty_cache()
     if gave or run.optimizer.page_out() or not again:
         return
-    parts = [part for batch in window for part in split(batch, run.part_tokens)]
+    parts = [part for batch in window for part in split(batch, run.max_forward_tokens)]
     half = max((part["cu_seqlens"][-1] for part in parts), default=0) // 2
     if sum(len(split(batch, half)) for batch in window) > len(parts):
-        run.part_tokens = half
+        run.max_forward_tokens = half
         return
     raise UserError(
         "a step must fit in memory",

@@ -33,7 +33,7 @@ from onecard.nn.experts import weights_of
 from onecard.train.loop import choose_loss, evaluate
 from onecard.train.loss import IGNORE, packed_loss
 from onecard.train.session import save_adapter
-from onecard.train.step import Run, update
+from onecard.train.step import Run, optimizer_step
 from tests.families.build import make_family
 
 STEPS = 3
@@ -170,9 +170,9 @@ def train_ours(run: Run, dataset: Dataset) -> list[float]:
     run.model.train()
     if run.loss is packed_loss:
         with use_packed_attention(run.base):
-            losses = [update(run)["loss"] for _ in range(STEPS)]
+            losses = [optimizer_step(run)["loss"] for _ in range(STEPS)]
     else:
-        losses = [update(run)["loss"] for _ in range(STEPS)]
+        losses = [optimizer_step(run)["loss"] for _ in range(STEPS)]
     return [*losses, evaluate(run.model, dataset, run.loss)]
 
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from onecard.data.chat.mask import prompt_ids
 from onecard.hf.load import load_model
 from onecard.infer.chat import Talk
-from onecard.infer.decoding import Context
+from onecard.infer.decoding import CachedContext
 from onecard.infer.generate import generate
 from tests.conftest import make_checkpoint, make_tokenizer
 
@@ -150,8 +150,8 @@ def test_each_answer_is_that_of_the_whole_talk_afresh(small):
 
 def test_a_turn_feeds_only_what_is_new(small, monkeypatch):
     """The cache holds the earlier turns: no token is fed twice but those that the template writes otherwise."""
-    fed, feed = [], Context.feed
-    monkeypatch.setattr(Context, "feed", lambda self, ids: (fed.append(len(ids)), feed(self, ids))[1])
+    fed, feed = [], CachedContext.feed
+    monkeypatch.setattr(CachedContext, "feed", lambda self, ids: (fed.append(len(ids)), feed(self, ids))[1])
     talk, _ = make_talk(*small, max_new_tokens=4)
     talk.take("how many mugs do you want?")
     before = sum(fed)

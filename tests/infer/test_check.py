@@ -6,11 +6,11 @@ import torch
 import onecard
 from onecard.errors import UserError
 from onecard.infer.check import PROBE
-from onecard.infer.decoding import Context, OneByOne, Uncached
+from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.infer.graphs import make_context
 from tests.families.build import make_family
 
-WAYS = {"llama": Context, "mamba2": Context, "mamba": OneByOne, "openai-gpt": Uncached, "rwkv": Uncached}
+WAYS = {"llama": CachedContext, "mamba2": CachedContext, "mamba": OneByOne, "openai-gpt": Uncached, "rwkv": Uncached}
 FLOAT32 = 1e-4  # sums in another order, of logits
 
 
@@ -45,7 +45,7 @@ def test_a_lost_context_is_not_taken_for_a_cache(tmp_path):
     """mamba passes an argument that it does not know by without a word: each token would see none before it."""
     model = load(tmp_path, "openai-gpt")
     ids = [token for piece in PROBE for token in piece]
-    lost, context = Context(model), make_context(model)
+    lost, context = CachedContext(model), make_context(model)
     for piece in PROBE:
         without, found = lost.feed(piece), context.feed(piece)
     with torch.no_grad():

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard.config import SamplingConfig, ServeConfig
 from onecard.infer import decoding, graphs
-from onecard.infer.decoding import Answer, Context, Sampler, Text
-from onecard.infer.engine import Engine, Work
+from onecard.infer.decoding import Answer, CachedContext, Sampler, Text
+from onecard.infer.engine import Engine, GenerationRequest
 from onecard.infer.generate import generate
 from onecard.infer.graphs import FixedContext
 from onecard.infer.protocol import CompletionRequest, parse
@@ -87,7 +87,7 @@ def test_settings_of_the_checkpoint_hold_where_nothing_is_asked_for(loaded):
 def test_the_next_turn_goes_on_with_the_cache(loaded):
     """Same tokens as afresh. A window that has let go of what is needed begins anew; a full cache does not."""
     model, tokenizer = loaded
-    context = Context(model)
+    context = CachedContext(model)
     first, _ = tokens_of(Answer(model, tokenizer, PROMPT, 8, GREEDY, context))
     for turn in ([*first, 50, 51], [*first[:-3], 60, 61], first[:12]):
         again = Answer(model, tokenizer, turn, 8, GREEDY, context)
@@ -100,7 +100,7 @@ def test_a_cache_of_fixed_length_gives_the_same(loaded, monkeypatch):
     """The same tokens over prompts in one piece and in several, over turns and as it grows; logits to rounding."""
     model, tokenizer = loaded
     monkeypatch.setattr(graphs, "SHORTEST", 8)
-    fixed, own = FixedContext(model, records=False), Context(model)
+    fixed, own = FixedContext(model, records=False), CachedContext(model)
     ids = PROMPT
     for more in ([50, 51], [60], []):
         a, b = (context.feed(context.rewind(ids)) for context in (fixed, own))
@@ -242,7 +242,7 @@ class Gathered:
 
     def __init__(self, tokenizer, ids, count, sampling=GREEDY):
         self.pieces, self.ended = [], threading.Event()
-        self.work = Work(ids, count, sampling, None, tokenizer, self.emit)
+        self.work = GenerationRequest(ids, count, sampling, None, tokenizer, self.emit)
 
     def emit(self, piece):
         self.pieces.append(piece)

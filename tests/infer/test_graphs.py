@@ -7,7 +7,7 @@ from peft import get_peft_model
 import onecard
 from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings, SamplingConfig
-from onecard.infer.decoding import Answer, Context
+from onecard.infer.decoding import Answer, CachedContext
 from onecard.infer.graphs import FixedContext, make_context
 from tests.conftest import make_checkpoint, make_tokenizer
 
@@ -37,10 +37,10 @@ def test_graphs_give_the_tokens_of_the_layers(family, tmp_path):
 
     tuned = tokens(context)
     assert len(context.buffers.graphs) == 1
-    assert tuned == tokens(Context(model))
+    assert tuned == tokens(CachedContext(model))
     context.tokens = []  # whose keys were the adapter's
     with model.disable_adapter():
-        assert tokens(context) == tokens(Context(model)) != tuned
+        assert tokens(context) == tokens(CachedContext(model)) != tuned
     assert len(context.buffers.graphs) == 2
     context.tokens = []
     assert tokens(context) == tuned

@@ -7,7 +7,7 @@ from onecard.config import TrainConfig, make_config
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.kernels.cpu import native
 from onecard.memory import process
-from onecard.memory.inputs import Case
+from onecard.memory.inputs import PlanInputs
 from onecard.memory.model import read_model
 from onecard.memory.workload import PROBE, Workload
 from onecard.nn.experts import filled
@@ -25,23 +25,23 @@ def on_onednn(monkeypatch):
 def case_of(folder, dtype=torch.bfloat16, **fields):
     settings = {"model": "-", "data": "-", "output": "-", "device": "cpu", "r": 2, **fields}
     load = Workload(ROWS, ROWS, prompts=frozenset({30}))
-    return Case(read_model(inspect_checkpoint(folder)), make_config(TrainConfig, settings), dtype, load)
+    return PlanInputs(read_model(inspect_checkpoint(folder)), make_config(TrainConfig, settings), dtype, load)
 
 
 def test_the_terms_of_a_dense_model(tmp_path, on_onednn):
-    case = case_of(make_checkpoint(tmp_path))  # 64 hidden, 96 between, keys of 32
+    inputs = case_of(make_checkpoint(tmp_path))  # 64 hidden, 96 between, keys of 32
     forward = 4 + 2 + 3  # (64, 64), (64, 32), (64, 96), (96, 64); inputs of 64 and 96; outputs of 64, 32 and 96
     backward = 4 + 2 * 2 + 2 * 3
     heads = 2 * len({64, 512})
     number = len(PROBE | {512, 30}) * forward + backward + heads
-    found = {term.name: term.num_bytes for term in process.process_terms(case, True)}
+    found = {term.name: term.num_bytes for term in process.process_terms(inputs, True)}
     adapted = 2 * 7
     assert found == {
         "prepared products": number * (650 << 10),
         "Python's objects": (4 << 20) + adapted * (40 << 10),
         "libraries' code": 19 << 20,
     }
-    answers = process.process_terms(case, False)
+    answers = process.process_terms(inputs, False)
     assert answers[0].num_bytes == forward * (650 << 10)
 
 

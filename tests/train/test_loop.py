@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.memory.inputs import Case
+from onecard.memory.inputs import PlanInputs
 from onecard.memory.model import read_model
-from onecard.memory.strategy import choose_fit, total_bytes
+from onecard.memory.strategy import choose_strategy, total_bytes
 from onecard.train import checkpoint as state_module
 from onecard.train.checkpoint import load_newest, save_state
 from onecard.train.loop import frozen_objects
@@ -296,10 +296,14 @@ def straight_bytes(checkpoint, chats, tmp_path):
 def all_paged(checkpoint, chats, tmp_path):
     """Settings of a run in the least memory there can be: base and states paged, inputs outside."""
     config = make_config(TrainConfig, fields(checkpoint, chats, tmp_path / "o", optim="paged_adamw_32bit"))
-    case = Case(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
-    fit = choose_fit(case, 1)
-    assert fit.weights_budget and fit.states_away and fit.num_offloaded == fit.num_recomputed == 2
-    return {"optim": config.optim, "device_memory": str(total_bytes(case, fit))}
+    inputs = PlanInputs(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
+    strategy = choose_strategy(inputs, 1)
+    assert (
+        strategy.weights_budget
+        and strategy.offload_optimizer_states
+        and strategy.num_offloaded == strategy.num_recomputed == 2
+    )
+    return {"optim": config.optim, "device_memory": str(total_bytes(inputs, strategy))}
 
 
 @pytest.mark.parametrize("paged", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -344,8 +348,8 @@ def test_a_split_that_a_run_began_with_stays_when_it_is_resumed(checkpoint, chat
         {"per_device_train_batch_size": 4, "max_steps": 4, "gradient_checkpointing": False},
     )
     config = make_config(TrainConfig, fields(checkpoint, chats, output, weights_budget="1GB", **settings))
-    case = Case(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
-    least = str(total_bytes(case, choose_fit(case, 1)))
+    inputs = PlanInputs(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
+    least = str(total_bytes(inputs, choose_strategy(inputs, 1)))
     small = {"device_memory": least, "weights_budget": "1GB", "cuda_graphs": False, **settings}
     run(checkpoint, chats, tmp_path / "straight", **small)
     run(checkpoint, chats, output, **small)
@@ -355,5 +359,5 @@ def test_a_split_that_a_run_began_with_stays_when_it_is_resumed(checkpoint, chat
             shutil.rmtree(folder)
     run(checkpoint, chats, output, resuming=True, **settings)
     progress = json.loads((output / "checkpoints" / "checkpoint-4" / "progress.json").read_text())
-    assert progress["part_tokens"] == 96
+    assert progress["max_forward_tokens"] == 96
     assert adapter_bytes(output) == adapter_bytes(tmp_path / "straight")

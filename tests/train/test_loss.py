@@ -10,7 +10,7 @@ from onecard.data.dataset import load_dataset
 from onecard.data.packing import collate
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.load import load_tokenizer
-from onecard.memory.inputs import Case
+from onecard.memory.inputs import PlanInputs
 from onecard.memory.model import find_model
 from onecard.memory.terms import logits_term
 from onecard.train import loss as loss_module
@@ -71,8 +71,8 @@ def test_a_chunk_has_rows_for_its_device(device, rows):
     V, T = 128_256, 1 << 16
     assert loss_module.chunk_rows(T, V, 2, torch.device(device)) == rows
     fields = {"model": "llama-3-8b", "data": "-", "output": "-", "device": device}
-    case = Case(find_model("llama-3-8b"), make_config(TrainConfig, fields, "test"), torch.bfloat16)
-    planned = logits_term(case, T).num_bytes
+    inputs = PlanInputs(find_model("llama-3-8b"), make_config(TrainConfig, fields, "test"), torch.bfloat16)
+    planned = logits_term(inputs, T).num_bytes
     assert rows * V * 2 <= planned < (rows + 64) * V * 2
 
 

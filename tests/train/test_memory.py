@@ -24,10 +24,10 @@ from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.kernels import ops
 from onecard.kernels.cpu import native
-from onecard.kernels.dequantize import kept_weights
-from onecard.memory.inputs import Case, Fit
+from onecard.kernels.dequantize import saved_weights
+from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.model import read_model
-from onecard.memory.strategy import candidates, choose_fit, price, total_bytes
+from onecard.memory.strategy import candidates, choose_strategy, price, total_bytes
 from onecard.paging.activations import Offload
 from onecard.train import step as step_module
 from onecard.train.loss import IGNORE
@@ -68,49 +68,51 @@ def test_a_run_may_change_its_budget_when_it_is_resumed(deep, chats, tmp_path):
 def case_of(checkpoint, chats, tmp_path, **more):
     settings = {"max_seq_length": 256, **more}
     config = make_config(TrainConfig, fields(checkpoint, chats, tmp_path / "o", **settings))
-    return Case(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
+    return PlanInputs(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
 
 
 def test_memory_is_traded_for_time_no_further_than_it_must_be(deep, chats, tmp_path):
     """As the memory shrinks, a run takes ever longer, and gives up ever more: nothing that was not needed."""
-    case = case_of(deep, chats, tmp_path, optim="paged_adamw_32bit", per_device_train_batch_size=4)
+    inputs = case_of(deep, chats, tmp_path, optim="paged_adamw_32bit", per_device_train_batch_size=4)
     limit, seen = 1 << 40, []
-    while total_bytes(case, fit := choose_fit(case, limit)) <= limit:
-        seen.append(fit)
-        limit = min(total_bytes(case, fit) - 1, int(0.995 * limit))
-    assert seen[0] == Fit()
-    times = [price(case, fit).seconds for fit in seen]
+    while total_bytes(inputs, strategy := choose_strategy(inputs, limit)) <= limit:
+        seen.append(strategy)
+        limit = min(total_bytes(inputs, strategy) - 1, int(0.995 * limit))
+    assert seen[0] == MemoryStrategy()
+    times = [price(inputs, strategy).seconds for strategy in seen]
     assert times == sorted(times)
-    assert {fit.num_recomputed for fit in seen} >= {0, 6}
-    assert {fit.part_tokens for fit in seen} >= {None, 256}
-    assert any(fit.weights_budget for fit in seen) and any(fit.states_away for fit in seen)
-    first_offloaded = next(number for number, fit in enumerate(seen) if fit.num_offloaded)
-    assert all(fit.num_offloaded for fit in seen[first_offloaded:])
-    assert seen[-1].num_offloaded and seen[-1].num_recomputed == 6 and seen[-1].states_away
+    assert {strategy.num_recomputed for strategy in seen} >= {0, 6}
+    assert {strategy.max_forward_tokens for strategy in seen} >= {None, 256}
+    assert any(strategy.weights_budget for strategy in seen) and any(
+        strategy.offload_optimizer_states for strategy in seen
+    )
+    first_offloaded = next(number for number, strategy in enumerate(seen) if strategy.num_offloaded)
+    assert all(strategy.num_offloaded for strategy in seen[first_offloaded:])
+    assert seen[-1].num_offloaded and seen[-1].num_recomputed == 6 and seen[-1].offload_optimizer_states
     with pytest.raises(UserError, match="must fit in memory"):
         choose_memory(case_of(deep, chats, tmp_path, device_memory="100KB"), False)
 
 
 def test_the_choice_is_the_quickest_of_all_that_fits(deep, chats, tmp_path):
-    case = case_of(deep, chats, tmp_path, optim="paged_adamw_8bit", per_device_train_batch_size=4)
-    whole = total_bytes(case, Fit())
+    inputs = case_of(deep, chats, tmp_path, optim="paged_adamw_8bit", per_device_train_batch_size=4)
+    whole = total_bytes(inputs, MemoryStrategy())
     for share in (0.9, 0.7, 0.5, 0.4):
         limit = int(share * whole)
-        fit = choose_fit(case, limit)
-        assert total_bytes(case, fit) <= limit
-        others = [other for other in candidates(case, limit, False) if total_bytes(case, other) <= limit]
-        assert all(price(case, fit).seconds <= price(case, other).seconds for other in others)
+        strategy = choose_strategy(inputs, limit)
+        assert total_bytes(inputs, strategy) <= limit
+        others = [other for other in candidates(inputs, limit, False) if total_bytes(inputs, other) <= limit]
+        assert all(price(inputs, strategy).seconds <= price(inputs, other).seconds for other in others)
 
 
 def test_what_the_settings_fix_stays(deep, chats, tmp_path):
-    assert choose_fit(case_of(deep, chats, tmp_path, gradient_checkpointing=True), 1 << 40).num_recomputed == 6
-    assert choose_fit(case_of(deep, chats, tmp_path, gradient_checkpointing=False), 1).num_recomputed == 0
-    assert choose_fit(case_of(deep, chats, tmp_path, weights_budget="400KB"), 1 << 40).weights_budget == 400_000
+    assert choose_strategy(case_of(deep, chats, tmp_path, gradient_checkpointing=True), 1 << 40).num_recomputed == 6
+    assert choose_strategy(case_of(deep, chats, tmp_path, gradient_checkpointing=False), 1).num_recomputed == 0
+    assert choose_strategy(case_of(deep, chats, tmp_path, weights_budget="400KB"), 1 << 40).weights_budget == 400_000
 
 
-def smallest(case):
+def smallest(inputs):
     """The least that a run can take."""
-    return total_bytes(case, choose_fit(case, 1))
+    return total_bytes(inputs, choose_strategy(inputs, 1))
 
 
 def test_a_run_within_a_small_device_memory_ends_in_the_same_bytes(deep, chats, tmp_path):
@@ -130,7 +132,7 @@ def test_a_run_within_a_small_device_memory_ends_in_the_same_bytes(deep, chats, 
     assert adapter_bytes(tmp_path / "small") == adapter_bytes(tmp_path / "resident")
 
 
-def make_run(checkpoint, chats, tmp_path, fit=None, **more):
+def make_run(checkpoint, chats, tmp_path, strategy=None, **more):
     """A run before its first step, and its first window."""
     config = make_config(TrainConfig, fields(checkpoint, chats, tmp_path / "o", packing=True, **more))
     prepared = prepare(config)
@@ -139,7 +141,7 @@ def make_run(checkpoint, chats, tmp_path, fit=None, **more):
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
     loader = Loader(prepared.training.examples, config.max_seq_length, True, 2, 0)
-    made = Run(config, model, loader, 4, prepared.identity, fit=fit or Fit())
+    made = Run(config, model, loader, 4, prepared.identity, strategy=strategy or MemoryStrategy())
     model.train()
     window = [loader.next_batch() for _ in range(2)]
     return made, window, sum(int((batch["labels"] != IGNORE).sum()) for batch in window)
@@ -201,7 +203,7 @@ def test_no_call_saves_the_weight_of_another(monkeypatch):
     """A call without a graph leaves nothing for the next one's backward."""
     monkeypatch.setattr(native, "can_fuse", lambda *_: False)
     first, second = (ops.quantize_4bit(torch.randn(64, 64)) for _ in range(2))
-    forward, recompute = kept_weights()
+    forward, recompute = saved_weights()
     for context in (forward, recompute):
         with context:
             with torch.no_grad():
@@ -229,11 +231,11 @@ def test_inputs_that_wait_outside_are_not_here(deep, chats, tmp_path):
 def test_the_parts_of_a_batch_are_its_documents(deep, chats, tmp_path):
     made, window, num_tokens = make_run(deep, chats, tmp_path, lora_dropout=0.0)
     expected = fresh_gradients(made, window, num_tokens)
-    for part_tokens in (100, 60, 1):
-        parts = [part for batch in window for part in split(batch, part_tokens)]
+    for max_forward_tokens in (100, 60, 1):
+        parts = [part for batch in window for part in split(batch, max_forward_tokens)]
         assert len(parts) > 2
         assert sum(int((part["labels"] != IGNORE).sum()) for part in parts) == num_tokens
-        made.part_tokens = part_tokens
+        made.max_forward_tokens = max_forward_tokens
         found = fresh_gradients(made, window, num_tokens)
         # float32 sums in another order: the bound of the accumulation test, 1e-5 of the gradient.
         assert abs(found[0] - expected[0]) <= 1e-5 * abs(expected[0])
@@ -263,12 +265,12 @@ class Spike(TorchDispatchMode):
 
 
 SPIKED = {
-    "resident": ({"optim": "adamw"}, Fit(0)),
+    "resident": ({"optim": "adamw"}, MemoryStrategy(0)),
     "paged": (
         {"optim": "paged_adamw_32bit", "weights_budget": "95KB", "target_modules": ["q_proj", "down_proj"]},
-        Fit(2, None, False, 2),
+        MemoryStrategy(2, None, False, 2),
     ),
-    "8bit": ({"optim": "paged_adamw_8bit", "weights_budget": "95KB", "r": 64}, Fit(1, None, True, 1)),
+    "8bit": ({"optim": "paged_adamw_8bit", "weights_budget": "95KB", "r": 64}, MemoryStrategy(1, None, True, 1)),
 }
 
 
@@ -277,23 +279,27 @@ SPIKED = {
 )
 def test_a_spike_at_every_allocation_of_a_step_changes_no_bit(kind, each, checkpoint, chats, tmp_path):
     """In the loader, forward, backward, clipping, AdamW and paging: the update is made, once, and is the same."""
-    settings, fit = SPIKED[kind]
-    made, _, _ = make_run(checkpoint, chats, tmp_path, fit=fit, gradient_accumulation_steps=1, **settings)
-    recompute_layers(made.base, fit.num_recomputed, made.offload, fit.num_offloaded)
+    settings, strategy = SPIKED[kind]
+    made, _, _ = make_run(checkpoint, chats, tmp_path, strategy=strategy, gradient_accumulation_steps=1, **settings)
+    recompute_layers(made.base, strategy.num_recomputed, made.offload, strategy.num_offloaded)
     with use_packed_attention(made.base):
-        step_module.update(made)  # from here on there are states
+        step_module.optimizer_step(made)  # from here on there are states
         start, counter = saved(made), Spike()
         with counter:
-            row = step_module.update(made)
+            row = step_module.optimizer_step(made)
         expected = saved(made)
         assert counter.count > 200 and not equal(start, expected)
         gc.freeze()  # so that each collection, one a spike, is quick
         for at in range(0, counter.count, each):
             put_back(made, start)
             with Spike(at):
-                found = step_module.update(made)
+                found = step_module.optimizer_step(made)
             assert equal(saved(made), expected), at
-            assert (found["loss"], found["grad_norm"], made.part_tokens) == (row["loss"], row["grad_norm"], None), at
+            assert (found["loss"], found["grad_norm"], made.max_forward_tokens) == (
+                row["loss"],
+                row["grad_norm"],
+                None,
+            ), at
         gc.unfreeze()
 
 
@@ -331,11 +337,11 @@ def test_allocations_that_go_on_failing_split_the_batch(each, deep, chats, tmp_p
     counter = Spike()
     assert fresh_gradients(made, window, num_tokens, counter)[0] == expected[0]
     for at in range(0, counter.count, each):
-        made.part_tokens = None
+        made.max_forward_tokens = None
         found = fresh_gradients(made, window, num_tokens, Spike(at, at + 1 + at // 2))  # in the repetition too
         for name, gradient in expected[1].items():
             assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, (at, name)
-    assert made.part_tokens is not None and made.part_tokens < 2 * 96
+    assert made.max_forward_tokens is not None and made.max_forward_tokens < 2 * 96
 
 
 def test_a_file_that_cannot_be_written_or_read_is_told(deep, chats, tmp_path, monkeypatch):
@@ -367,7 +373,7 @@ def steps_with_spikes(made, count, spikes):
     with use_packed_attention(made.base):
         for number in range(count):
             with Spike(*spikes[number]):
-                step_module.update(made)
+                step_module.optimizer_step(made)
     return adapter_of(made)
 
 
@@ -392,7 +398,7 @@ def test_paged_states_are_the_unpaged_ones_bit_for_bit(optim, crowded, count, de
     spikes = [(at,) for at in torch.randint(0, 2500, (count,), generator=generator).tolist()]
     expected = steps_with_spikes(plain, count, [()] * count)
     found = steps_with_spikes(paged, count, spikes)
-    assert paged.part_tokens is None
+    assert paged.max_forward_tokens is None
     assert paged.paged.bytes_in > 0
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     for (_, a), (_, b) in zip(plain.trainable.items(), paged.trainable.items()):

@@ -12,7 +12,7 @@ from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.train import checkpoint as state_module
 from onecard.train import session
-from onecard.train.output import claimed
+from onecard.train.output import lock_output
 from onecard.train.report import fence
 from tests.conftest import chat_rows, make_checkpoint, make_tokenizer, write_rows
 from tests.train.test_loop import run
@@ -32,11 +32,11 @@ def test_an_output_that_is_no_folder(checkpoint, chats, tmp_path):
 
 
 def test_two_runs_cannot_write_to_one_folder(checkpoint, chats, tmp_path):
-    with claimed(tmp_path, False):
+    with lock_output(tmp_path, False):
         for resuming in (False, True):
-            with pytest.raises(UserError, match="one run at a time"), claimed(tmp_path, resuming):
+            with pytest.raises(UserError, match="one run at a time"), lock_output(tmp_path, resuming):
                 pass
-    with claimed(tmp_path, False):  # left, it is free again
+    with lock_output(tmp_path, False):  # left, it is free again
         pass
 
 

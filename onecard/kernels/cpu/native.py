@@ -277,32 +277,32 @@ def linear_backward(
     grad_y_MN: Tensor,
     weight: tuple,
     num_inputs: int,
-    needs: list[bool],
+    needed_grads: list[bool],
     lora: tuple[Tensor, Tensor, Tensor, Tensor, float] | None,
-    separate: bool,
+    has_own_lora_input: bool,
 ) -> tuple[Tensor | None, ...]:
     """Of grad_y (M, N): grad_x (M, K), grad_x_lora (M, K) if separate, grad_A (R, K) and grad_B (N, R) in float32.
 
     Args:
-        needs: which of the four are wanted; what is not is None.
+        needed_grads: which of the four are wanted; what is not is None.
         lora: x_lora (M, K), x_lora A^T (M, R), both bfloat16, A, B and s.
-        separate: whether x_lora is not x (dropout): its gradient is then an output of its own.
+        has_own_lora_input: whether x_lora is not x (dropout): its gradient is then an output of its own.
     """
     (M, N), K = grad_y_MN.shape, num_inputs
     grad_y_MN = grad_y_MN.contiguous()
     seen, xA_MR, A, B, scaling = lora or (None, None, None, None, 1.0)
     seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
-    grad_x = allocator.empty((M, K), grad_y_MN.dtype) if needs[0] else None
-    grad_x_lora = allocator.empty((M, K), grad_y_MN.dtype) if separate and A is not None else None
-    grad_A = new(torch.float32, *A.shape) if A is not None and needs[2] else None
-    grad_B = new(torch.float32, *B.shape) if B is not None and needs[3] else None
+    grad_x = allocator.empty((M, K), grad_y_MN.dtype) if needed_grads[0] else None
+    grad_x_lora = allocator.empty((M, K), grad_y_MN.dtype) if has_own_lora_input and A is not None else None
+    grad_A = new(torch.float32, *A.shape) if A is not None and needed_grads[2] else None
+    grad_B = new(torch.float32, *B.shape) if B is not None and needed_grads[3] else None
     struct = Linear(
         M, N, K, 0 if A is None else len(A), None, address(seen), None,
         0 if A is None else DTYPES[A.dtype], address(A), address(B), scaling, address(xA_MR), None,
         grad_y_MN.data_ptr(), *[address(x) for x in (grad_x, grad_x_lora, grad_A, grad_B)],
     )  # fmt: skip
     call("onecard_linear", *weight_arguments(weight), ctypes.byref(struct))
-    return grad_x, grad_x_lora if needs[1] else None, grad_A, grad_B
+    return grad_x, grad_x_lora if needed_grads[1] else None, grad_A, grad_B
 
 
 def weight_arguments(weight: tuple) -> tuple:
