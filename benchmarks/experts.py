@@ -44,7 +44,8 @@ def train_onecard(base: Any, args: argparse.Namespace) -> list[float]:
     from onecard.data.chat.mask import Example
     from onecard.data.loader import Loader
     from onecard.hf.attention import use_packed_attention
-    from onecard.train.step import Run, optimizer_step
+    from onecard.train.run import Run
+    from onecard.train.step import optimizer_step
 
     fields = {
         "model": "-", "data": "-", "output": "-", "r": RANK, "lora_alpha": 2 * RANK, "learning_rate": RATE,

@@ -220,7 +220,7 @@ def steps(shape: str, contender: str, length: int, device: torch.device, model: 
     from onecard.optim.adamw import AdamW
     from onecard.train.graphs import DecoderGraphs
     from onecard.train.loss import decode, head_loss
-    from onecard.train.step import recompute_layers
+    from onecard.train.recompute import recompute_layers
 
     ours, base = contender in OURS, model.get_base_model()
     recompute_layers(base, SHAPES[shape]["num_hidden_layers"] if recomputes(length) else 0)

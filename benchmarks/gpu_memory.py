@@ -50,7 +50,7 @@ def seconds_a_row(model: Any, length: int, window: int, device: torch.device) ->
     from onecard.hf.attention import use_packed_attention
     from onecard.optim.adamw import AdamW
     from onecard.train.loss import packed_loss
-    from onecard.train.step import recompute_layers
+    from onecard.train.recompute import recompute_layers
 
     base, pager = model.get_base_model(), getattr(model.get_base_model(), "pager", None)
     recompute_layers(base, base.config.num_hidden_layers)

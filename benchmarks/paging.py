@@ -132,7 +132,9 @@ def child(args: argparse.Namespace) -> None:
     from onecard.memory.measure import return_large_blocks
     from onecard.memory.model import read_model
     from onecard.memory.strategy import describe, strategy_within, total_bytes
-    from onecard.train.step import Run, optimizer_step, recompute_layers
+    from onecard.train.recompute import recompute_layers
+    from onecard.train.run import Run
+    from onecard.train.step import optimizer_step
 
     folder = make_4bit_checkpoint(args.shape)
     return_large_blocks()

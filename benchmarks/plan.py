@@ -145,7 +145,9 @@ def child(name: str, folder: str) -> None:
     from onecard.memory.terms import plan_terms
     from onecard.memory.workload import known
     from onecard.train.loss import packed_loss, plain_loss
-    from onecard.train.step import Run, optimizer_step, recompute_layers
+    from onecard.train.recompute import recompute_layers
+    from onecard.train.run import Run
+    from onecard.train.step import optimizer_step
 
     device = torch.device("cpu")
     _, shape, settings = CONFIGURATIONS[name]

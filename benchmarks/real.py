@@ -118,7 +118,7 @@ def plain_loss(model: Any, rows: list[Any]) -> float:
 
 def our_loss(model: Any, rows: list[Any]) -> float:
     from onecard.data.dataset import Dataset
-    from onecard.train.loop import evaluate
+    from onecard.train.evaluate import evaluate
 
     return evaluate(model, Dataset(rows, [], "messages", LENGTH))
 

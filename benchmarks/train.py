@@ -85,7 +85,9 @@ def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any
     from onecard.kernels.cpu.contention import sharing_cores
     from onecard.memory.inputs import MemoryStrategy
     from onecard.train.loop import frozen_objects
-    from onecard.train.step import Run, optimizer_step, recompute_layers
+    from onecard.train.recompute import recompute_layers
+    from onecard.train.run import Run
+    from onecard.train.step import optimizer_step
 
     fields = {
         "model": str(folder), "data": "-", "output": "-", "r": RANK, "lora_alpha": 2 * RANK, "learning_rate": RATE,

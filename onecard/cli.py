@@ -267,7 +267,7 @@ def evaluate(
     """
     from math import exp
 
-    from onecard.train.loop import evaluate as run
+    from onecard.train.evaluate import evaluate as run
 
     dataset = read_data(data, model, adapter, make_config(DataConfig, given(fields), "command line"))
     loaded, _ = load(model, adapter, quant, device)

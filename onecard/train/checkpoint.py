@@ -6,6 +6,7 @@ sha256 comes last, and the folder is renamed. A kill at any instant leaves the c
 
 from __future__ import annotations
 
+import datetime
 import errno
 import json
 import os
@@ -15,15 +16,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+import torch
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from onecard.config import TrainConfig
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 from onecard.faults import about
 from onecard.files import sha256, sync, sync_folder, write_synced
+from onecard.kernels.cpu_info import arithmetic
+from onecard.train.run import Run, random_state, restore_random
+
+FREE_TO_CHANGE = {
+    "model",  # wherever it lies: identity tells whether model and data are the same
+    "data",
+    "eval_data",
+    "gradient_checkpointing",  # the same bits either way
+    "device_memory",
+    "weights_budget",
+    "cuda_graphs",
+    "output",
+    "save_steps",
+    "save_total_limit",
+    "logging_steps",
+    "eval_steps",
+    "loggers",
+    "sample_prompts",
+}
 
 PREFIX = "checkpoint-"
 TEMPORARY = ".tmp-checkpoint-"
@@ -172,3 +194,105 @@ def verified(folder: Path) -> list[Path]:
         if sha256(folder / name) != entry.sha256:
             raise ValueError(f"{name} is not what the manifest says")
     return [folder / name for name in manifest.files]
+
+
+class LoaderPosition(Own):
+    """Where the loader stands."""
+
+    epoch: int = Field(ge=0)
+    batch: int = Field(ge=0)
+
+
+class Position(Own):
+    """Where a run stands: progress.json of its checkpoint."""
+
+    step: int = Field(ge=0)
+    num_steps: int
+    loss_scale: float = Field(gt=0)
+    max_forward_tokens: int | None = None
+    num_threads: int | None = None
+    arithmetic: str | None = None
+    date: str = ""
+    loader: LoaderPosition
+
+    @field_validator("date")
+    @classmethod
+    def _a_date(cls, value: str) -> str:
+        if value:
+            datetime.date.fromisoformat(value)
+        return value
+
+
+def position_of(state: State) -> Position:
+    """Where a checkpoint's run stood. Raises UserError for a checkpoint that does not tell."""
+    do = "start a new run in another folder"
+    missing = {"progress", "config", "identity"} - set(state.documents) | {"adapter", "random"} - set(state.tensors)
+    if missing:
+        raise UserError("a checkpoint must hold its run's state", f"no {min(missing)}", do, str(state.path))
+    return hold(Position, state.documents["progress"], str(state.path / "progress.json"), do)
+
+
+def checkpoint(run: Run, root: Path) -> None:
+    """Write all that the next update depends on."""
+    tensors = {
+        "adapter": {name: p.detach().cpu().contiguous() for name, p in run.trainable.items()},
+        "optimizer": {
+            f"{name}.{key}": value.contiguous()
+            for name, p in run.trainable.items()
+            for key, value in run.optimizer.state_tensors(p).items()
+        },
+        "random": random_state(run.device),
+    }
+    position = Position(
+        step=run.step,
+        num_steps=run.num_steps,
+        loss_scale=run.loss_scale,
+        max_forward_tokens=run.max_forward_tokens,
+        num_threads=torch.get_num_threads(),
+        arithmetic=arithmetic(run.device),
+        date=run.date,
+        loader=LoaderPosition(**run.loader.state_dict()),
+    )
+    config = run.config.model_dump()
+    documents = {"progress": position.model_dump(), "config": config, "identity": run.identity}
+    save_state(root, run.step, tensors, documents, run.config.save_total_limit)
+
+
+def resume(run: Run, state: State) -> None:
+    """Put a run where a checkpoint stands. Raises UserError as check_unchanged does."""
+    check_unchanged(run.config, run.identity, state)
+    for name, parameter in run.trainable.items():
+        parameter.data.copy_(state.tensors["adapter"][name])
+        found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
+        found = {key.rpartition(".")[2]: value.clone() for key, value in found.items()}  # not a part of the file's
+        run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
+    position = position_of(state)
+    run.step, run.loss_scale = position.step, position.loss_scale
+    before = position.max_forward_tokens
+    if run.max_forward_tokens is None or (before is not None and before < run.max_forward_tokens):
+        run.max_forward_tokens = before  # as it was split, so that the bits are the same
+    run.loader.load_state_dict(position.loader.model_dump())
+    restore_random(state.tensors["random"], run.device)
+
+
+def check_unchanged(config: TrainConfig, identity: dict[str, str], state: State) -> None:
+    """Raise UserError naming the first of the settings, or of what `identity` tells, that is not as it was."""
+    now = {k: v for k, v in config.model_dump().items() if k not in FREE_TO_CHANGE}
+    before = state.documents["config"]
+    changed = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
+    if changed:
+        key, old, new = changed[0]
+        raise UserError(
+            "a resumed run must have the settings it began with",
+            f"{key} is {new!r}, was {old!r}",
+            "give the old value, or start a new run in another folder",
+            str(state.path),
+        )
+    for what, digest in identity.items():
+        if state.documents["identity"].get(what) != digest:
+            raise UserError(
+                f"a resumed run must have the {what} it began with",
+                f"the {what} has changed",
+                "put the old one back, or start a new run in another folder",
+                str(state.path),
+            )

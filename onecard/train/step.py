@@ -1,161 +1,27 @@
-"""One update: micro-batches, gradients, clipping, AdamW; and what is done when memory runs out in it.
+"""One update: micro-batches, gradients, clipping, AdamW.
 
-    N = supervised tokens of the window; for each micro-batch: backward(loss / N)       loss.py
+With N supervised tokens in the window:
+
+    for each micro-batch: backward(loss / N)       loss.py
     stop on NaN or Inf, clip, AdamW on the float32 masters, schedule
-
-If an allocation fails, wherever it is, what can leave the device leaves it (the states of paged_adamw), and what
-failed is done again: the gradients of the window from its start with the same random numbers, AdamW from the parameter
-that it came to. That is the same update to the bit. If it fails again, micro-batches are split at documents' ends,
-ever smaller; only when there is nothing left to move or to split is it an error.
 """
 
 from __future__ import annotations
 
-import gc
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onecard.config import TrainConfig
-from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
-from onecard.kernels.cpu import allocator
-from onecard.kernels.dequantize import saved_weights
-from onecard.memory.inputs import MemoryStrategy
-from onecard.memory.measure import is_out_of_memory, peak_memory_bytes
-from onecard.nn.experts import has_experts
-from onecard.optim.adamw import AdamW
+from onecard.memory.measure import peak_memory_bytes
 from onecard.optim.schedule import learning_rate
-from onecard.paging.activations import Offload
-from onecard.paging.pager import Pager, Statistics
-from onecard.paging.states import PagedStates
-from onecard.train.graphs import DecoderGraphs
-from onecard.train.loss import IGNORE, head_loss, packed_loss, supervised
-
-LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
-LARGEST_SCALE = 2.0**16
-T = TypeVar("T")
-
-
-@dataclass
-class Run:
-    """A model in training and all that its next update depends on."""
-
-    config: TrainConfig
-    model: Any  # peft's model around transformers'
-    loader: Loader
-    num_steps: int
-    identity: dict[str, str]
-    loss: LossFunction = packed_loss
-    date: str = ""  # that chat templates were given
-    strategy: MemoryStrategy = field(default_factory=MemoryStrategy)  # what is recomputed, offloaded and split
-    step: int = 0
-    loss_scale: float = 1.0
-    graphs: DecoderGraphs | None = None
-    max_forward_tokens: int | None = field(init=False)  # most tokens that go through the model at a time
-    offload: Offload | None = field(init=False, default=None)
-    paged: Statistics = field(default_factory=Statistics)  # in all steps so far
-    optimizer: AdamW = field(init=False)
-    trainable: dict[str, torch.nn.Parameter] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.trainable, self.config)
-        if self.optimizer.paged is not None:
-            self.optimizer.paged.crowded = self.strategy.offload_optimizer_states
-        self.max_forward_tokens = self.strategy.max_forward_tokens
-        if self.strategy.num_offloaded:
-            self.offload = Offload(self.device, Path(self.config.output))
-        if self.compute_dtype == torch.float16:
-            self.loss_scale = LARGEST_SCALE
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """transformers' model, adapters inside it."""
-        return self.model.get_base_model()
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return self.base.config.quantization_config.bnb_4bit_compute_dtype
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.trainable.values())).device
-
-    @property
-    def pager(self) -> Pager | None:
-        return getattr(self.base, "pager", None)
-
-    def saved_as_pages(self) -> AbstractContextManager:
-        """Where the base is paged, autograd holds its pages by name only."""
-        return nullcontext() if self.pager is None else self.pager.saved_as_pages()
-
-    def take_statistics(self) -> dict[str, float]:
-        """What was paged since the last call, as a row of metrics tells it; nothing where nothing can be."""
-        users = [user for user in (self.pager, self.offload, self.optimizer.paged) if user is not None]
-        if not users:
-            return {}
-        found = Statistics()
-        for user in users:
-            found, user.statistics = found + user.statistics, Statistics()
-        self.paged += found
-        row = {"paged_in_bytes": found.bytes_in, "paged_out_bytes": found.bytes_out}
-        hit_rate = {"page_hit_rate": found.hits / found.touches} if found.touches else {}
-        return {**row, **hit_rate, "page_stall_seconds": found.stall_seconds}
-
-    @cached_property
-    def num_batches(self) -> int:
-        """Micro-batches in the whole run; the last window may be short."""
-        return count_batches(self.loader, self.config)
-
-    @property
-    def epoch(self) -> float:
-        return self.loader.epoch + self.loader.batch / self.loader.num_batches(self.loader.epoch)
-
-
-def count_batches(loader: Loader, config: TrainConfig) -> int:
-    """Micro-batches of max_steps full windows, or those of num_train_epochs and no more."""
-    if config.max_steps is not None:
-        return config.max_steps * config.gradient_accumulation_steps
-    whole, part = divmod(config.num_train_epochs, 1)
-    batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
-    return batches + (math.ceil(part * loader.num_batches(int(whole))) if part else 0)
-
-
-def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> AdamW:
-    """The optimizer that `optim` names, over the adapter's float32 masters."""
-    return AdamW(
-        trainable.values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        state_bits=8 if config.optim.endswith("8bit") else 32,
-        paged=PagedStates(Path(config.output)) if config.optim.startswith("paged") else None,
-    )
-
-
-def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
-    """Where graphs can hold what a micro-batch does: on a CUDA GPU, with nothing given up for memory and no experts.
-
-    Args:
-        limit: bytes of the device's memory that the run may take.
-    """
-    held = run.strategy == MemoryStrategy() and run.loss is packed_loss and not has_experts(run.base)
-    if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
-        return None
-    return DecoderGraphs(run.base, run.trainable.values(), limit)
+from onecard.train.loss import IGNORE, head_loss, supervised
+from onecard.train.recovery import retry_on_oom
+from onecard.train.run import Run, random_state, restore_random
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -168,31 +34,6 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def recompute_layers(
-    base: PreTrainedModel,
-    number: int,
-    offload: Offload | None = None,
-    num_offloaded: int = 0,
-    keep_dequantized_weights: bool = False,
-) -> None:
-    """Recompute the activations of the first `number` decoder layers in the backward; the others keep theirs.
-
-    The inputs of the first `num_offloaded` of them are offloaded meanwhile. With keep_dequantized_weights, the weights
-    that a layer dequantizes for the recomputation stay for its backward.
-    """
-    if number == 0:
-        return base.gradient_checkpointing_disable()
-    kept: dict[str, Any] = {"context_fn": saved_weights} if keep_dequantized_weights else {}
-    base.gradient_checkpointing_enable({"use_reentrant": False, **kept})
-    base.enable_input_require_grads()
-    layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers[:num_offloaded]:
-        assert offload is not None
-        layer._gradient_checkpointing_func = partial(offload.checkpoint, **kept)
-    for layer in layers[number:]:
-        layer.gradient_checkpointing = False
 
 
 def optimizer_step(run: Run) -> dict[str, Any]:
@@ -279,53 +120,6 @@ def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
     return loss.detach()
 
 
-def retry_on_oom(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | None = None) -> T:
-    """What act() gives; where an allocation fails in it, room is made and it is called again.
-
-    Args:
-        window: whose micro-batches may be split.
-
-    Raises:
-        UserError: it fails again, and there is nothing left to move or to split.
-    """
-    again = False
-    while True:
-        try:
-            return act()
-        except (RuntimeError, MemoryError, OSError) as error:
-            if not is_out_of_memory(error):
-                raise
-            reason = (str(error).splitlines() or ["MemoryError"])[0]
-        free_memory(run, window or [], reason, again)  # here, where the error no longer holds the step's tensors
-        again = True
-
-
-def free_memory(run: Run, window: list[dict[str, Any]], reason: str, again: bool) -> None:
-    """After an allocation has failed, the first time or `again`: let go of what can go, or else split micro-batches.
-
-    Raises:
-        UserError: neither can be.
-    """
-    gc.collect()
-    allocator.release()
-    gave = run.graphs is not None and run.graphs.release()
-    if run.device.type == "cuda":
-        torch.cuda.empty_cache()
-    if gave or run.optimizer.page_out() or not again:
-        return
-    parts = [part for batch in window for part in split(batch, run.max_forward_tokens)]
-    half = max((part["cu_seqlens"][-1] for part in parts), default=0) // 2
-    if sum(len(split(batch, half)) for batch in window) > len(parts):
-        run.max_forward_tokens = half
-        return
-    raise UserError(
-        "a step must fit in memory",
-        f"{reason}; the optimizer's states are not in the way and each document goes alone",
-        "--resume with --gradient-checkpointing, a smaller --weights-budget or --device-memory; or start again with a "
-        "lower max_seq_length or r, or --optim paged_adamw_8bit; `onecard plan` says what would fit",
-    )
-
-
 def not_finite(run: Run, loss: float, norm: float) -> UserError:
     found = f"loss {loss}, gradient norm {norm} at step {run.step + 1}; the update was not made"
     return UserError(
@@ -333,17 +127,3 @@ def not_finite(run: Run, loss: float, norm: float) -> UserError:
         found,
         "start again with a lower learning_rate, a larger warmup_ratio, or compute_dtype bfloat16 or float32",
     )
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that dropout draws from."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -21,7 +21,8 @@ from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.memory.model import read_model
 from onecard.nn.linear import Linear4bit
-from onecard.train.session import prepare, show
+from onecard.train.prepare import prepare
+from onecard.train.session import show
 from tests.conftest import make_tokenizer
 from tests.export.test_merged import make_adapter, off_by
 from tests.families.build import SIZES, make_family

@@ -30,10 +30,11 @@ from onecard.hf.attention import use_packed_attention
 from onecard.infer.decoding import Context, OneByOne, Uncached
 from onecard.infer.graphs import make_context
 from onecard.nn.experts import weights_of
-from onecard.train.loop import choose_loss, evaluate
+from onecard.train.evaluate import choose_loss, evaluate
 from onecard.train.loss import IGNORE, packed_loss
+from onecard.train.run import Run
 from onecard.train.session import save_adapter
-from onecard.train.step import Run, optimizer_step
+from onecard.train.step import optimizer_step
 from tests.families.build import make_family
 
 STEPS = 3

@@ -82,7 +82,7 @@ def test_a_start_of_pefts_works_or_is_refused(start, checkpoint):
 
 
 def test_a_decoder_stored_as_an_encoder_is_refused(tmp_path):
-    from onecard.train.loop import choose_loss
+    from onecard.train.evaluate import choose_loss
     from tests.families.check import rows
 
     config = transformers.BertConfig(**{**shrunk(transformers.BertConfig(), "bert"), "is_decoder": False})

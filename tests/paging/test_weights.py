@@ -19,7 +19,7 @@ from onecard.kernels.cpu import allocator
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment, read_page
 from onecard.paging.pager import Page, Pager
-from onecard.train.step import recompute_layers
+from onecard.train.recompute import recompute_layers
 from tests.conftest import FAMILIES, make_checkpoint
 
 IDS = torch.randint(5, 200, (1, 24), generator=torch.Generator().manual_seed(0))

@@ -9,8 +9,9 @@ from rich.console import Console
 from onecard.config import TrainConfig, make_config
 from onecard.hf.attention import packed_attention, use_packed_attention
 from onecard.train.graphs import size_of
+from onecard.train.run import make_graphs
 from onecard.train.session import run_training
-from onecard.train.step import make_graphs, micro_batch, to_device
+from onecard.train.step import micro_batch, to_device
 from tests.train.test_memory import make_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

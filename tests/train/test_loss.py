@@ -14,8 +14,8 @@ from onecard.memory.inputs import PlanInputs
 from onecard.memory.model import find_model
 from onecard.memory.terms import logits_term
 from onecard.train import loss as loss_module
+from onecard.train.evaluate import choose_loss, evaluate
 from onecard.train.graphs import DecoderGraphs, size_of
-from onecard.train.loop import choose_loss, evaluate
 from onecard.train.loss import LogitTransform, chunked_cross_entropy, decode, head_loss, packed_loss, plain_loss
 from onecard.train.step import to_device
 from tests.conftest import FAMILIES, make_checkpoint

@@ -31,8 +31,11 @@ from onecard.memory.strategy import candidates, choose_strategy, price, total_by
 from onecard.paging.activations import Offload
 from onecard.train import step as step_module
 from onecard.train.loss import IGNORE
-from onecard.train.session import choose_memory, load_adapted, prepare, run_training
-from onecard.train.step import Run, gradients, recompute_layers, to_device
+from onecard.train.prepare import choose_memory, prepare
+from onecard.train.recompute import recompute_layers
+from onecard.train.run import Run
+from onecard.train.session import load_adapted, run_training
+from onecard.train.step import gradients, to_device
 from tests.conftest import make_checkpoint
 from tests.train.test_loop import adapter_bytes, fields, quiet, run
 

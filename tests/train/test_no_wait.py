@@ -16,7 +16,8 @@ from onecard.hf.attention import use_packed_attention
 from onecard.kernels import attention, elementwise
 from onecard.optim.adamw import AdamW
 from onecard.train.loss import packed_loss
-from onecard.train.step import recompute_layers, to_device
+from onecard.train.recompute import recompute_layers
+from onecard.train.step import to_device
 from tests.conftest import make_checkpoint
 
 READS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "unique_consecutive"}

@@ -39,7 +39,7 @@ from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, load_model, pick_device
 from onecard.nn.embedding import Head, cast_output
-from onecard.train.loop import choose_loss
+from onecard.train.evaluate import choose_loss
 from onecard.train.loss import packed_loss, supervised
 
 NOTHING = 1e-12  # of ||z||^2: an effect below it is rounding

@@ -1,0 +1,116 @@
+"""The loss function that suits a model, and its mean over a dataset."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from onecard.data.dataset import Dataset
+from onecard.data.loader import Loader
+from onecard.data.packing import collate
+from onecard.hf.attention import NotPacked, supports_packing, use_packed_attention
+from onecard.hf.fused import unfuse, unfused
+from onecard.infer.check import check_computes
+from onecard.kernels.cpu.contention import sharing_cores
+from onecard.train.loss import IGNORE, packed_loss, plain_loss
+from onecard.train.run import LossFunction
+from onecard.train.step import to_device
+
+
+def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None]:
+    """The packed path if it reproduces the loss of the model's own modules on two short documents, else the plain one.
+
+    Fused modules that change the loss of the plain path get their own classes again.
+
+    Returns:
+        the function, and why it is the slow one (None for the fast one).
+    """
+    base = inner(model)
+    batch = to_device(probe_batch(examples), base.get_input_embeddings().weight.device)
+    check_computes(base, batch["input_ids"][:, : batch["cu_seqlens"][1]])
+    num_tokens = int((batch["labels"] != IGNORE).sum())
+    # The mean of some 46 losses, of logits that differ by a few roundings of the compute dtype, half an eps each.
+    eps = torch.finfo(base.config.quantization_config.bnb_4bit_compute_dtype).eps
+
+    def same(found: float, expected: float) -> bool:
+        return abs(found - expected) <= max(4 * eps, 1e-4) * max(1.0, abs(expected))
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            with unfused():
+                expected = plain_loss(base, batch, num_tokens).item()
+            why = f"{base.config.model_type} has attention of its own kind"
+            if supports_packing(base):
+                try:
+                    with use_packed_attention(base):
+                        found = packed_loss(base, batch, num_tokens).item()
+                    if same(found, expected):
+                        return packed_loss, None
+                    why = f"the packed loss differs from the model's own ({found:.5f}, {expected:.5f})"
+                except NotPacked:
+                    why = f"{base.config.model_type} does not hand the documents' ends on to its attention"
+            if not same(plain_loss(base, batch, num_tokens).item(), expected):
+                unfuse(base)
+            return plain_loss, why
+    finally:
+        model.train(training)
+
+
+def probe_batch(examples: Dataset) -> dict[str, Any]:
+    """Two short documents with every token learned."""
+    batch = collate([*examples.examples[:2], examples.examples[0]][:2])
+    spans = list(zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]))
+    ids = [batch["input_ids"][0, start : min(end, start + 24)] for start, end in spans]
+    labels = [torch.cat([torch.tensor([IGNORE]), piece[1:]]) for piece in ids]
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "labels": torch.cat(labels)[None],
+        "position_ids": torch.cat([torch.arange(len(piece)) for piece in ids])[None],
+        "cu_seqlens": [0, len(ids[0]), len(ids[0]) + len(ids[1])],
+    }
+
+
+def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> float:
+    """Mean cross-entropy a supervised token, in nats; attention must already be `loss`'s own."""
+    training = model.training
+    model.eval()
+    total, num_tokens = 0.0, 0
+    device = next(model.parameters()).device
+    loader = Loader(dataset.examples, dataset.max_seq_length, True, 1, 0)
+    with torch.no_grad():
+        for _ in range(loader.num_batches(0)):
+            batch = to_device(loader.next_batch(), device)
+            count = int((batch["labels"] != IGNORE).sum())
+            total += loss(model, batch, count).item() * count
+            num_tokens += count
+    model.train(training)
+    return total / num_tokens
+
+
+def inner(model: Any) -> Any:
+    """transformers' model, whether or not peft's is around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_size(config: Any) -> tuple[int | None, int | None]:
+    """A model's vocabulary and positions, as its config tells them."""
+    text = config.get_text_config()
+    return getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
+
+
+def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None) -> float:
+    """`mean_loss` of a model as loaded, adapter or not.
+
+    Args:
+        loss: what choose_loss has given for the model; None asks it, which takes two passes.
+    """
+    base = inner(model)
+    dataset.check_fits(*model_size(base.config))
+    loss = loss or choose_loss(model, dataset)[0]
+    with use_packed_attention(base) if loss is packed_loss else nullcontext(), sharing_cores():
+        return mean_loss(base, dataset, loss)

@@ -1,0 +1,162 @@
+"""Everything that is known before the weights load: checkpoint, data, settings and the memory plan."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onecard.adapter.form import form_of, template_digest
+from onecard.adapter.origin import Form
+from onecard.config import TrainConfig, parse_bytes
+from onecard.data.dataset import Dataset, load_dataset
+from onecard.data.loader import Loader
+from onecard.errors import UserError
+from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
+from onecard.hf.load import (
+    find_checkpoint,
+    fix_date,
+    load_tokenizer,
+    pick_compute_dtype,
+    pick_device,
+    read_config,
+)
+from onecard.memory.inputs import MemoryStrategy, PlanInputs
+from onecard.memory.measure import available_bytes, begin_peak, format_bytes
+from onecard.memory.model import read_model
+from onecard.memory.plan import Plan, fitted
+from onecard.memory.strategy import strategy_within, total_bytes
+from onecard.memory.workload import Answers, known
+from onecard.train.evaluate import model_size
+from onecard.train.metrics import import_logger
+from onecard.train.samples import Sample, make_samples
+
+FREE_MEMORY_SHARE = 0.8  # of the free memory, that a run may plan to take
+
+
+@dataclass
+class Prepared:
+    """What is known before the weights load."""
+
+    config: TrainConfig
+    tokenizer: Any
+    training: Dataset
+    validation: Dataset | None
+    plan: Plan
+    strategy: MemoryStrategy
+    why: str
+    compute_dtype: torch.dtype
+    identity: dict[str, str]
+    samples: list[Sample]
+    form: Form
+    date: str
+    process_bytes: int  # what the process itself takes, beside which the plan counts
+    unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
+
+
+def prepare(config: TrainConfig, date: str | None = None, answers: Answers | None = None) -> Prepared:
+    """Check checkpoint, data and settings; nothing large is loaded.
+
+    Args:
+        date: what chat templates are told is today, as YYYY-MM-DD; None for today.
+        answers: as run_training's.
+    """
+    for name in config.loggers:
+        import_logger(name)
+    date = date or datetime.date.today().isoformat()
+    folder = find_checkpoint(config.model)
+    checkpoint = inspect_checkpoint(folder)
+    dtype = pick_compute_dtype(config.compute_dtype, pick_device(config.device))
+    tokenizer = load_tokenizer(config.model)
+    template = template_digest(tokenizer)
+    fix_date(tokenizer, datetime.date.fromisoformat(date))
+    training, validation = load_dataset(config.data, tokenizer, config), None
+    if config.eval_data is not None:
+        validation = load_dataset(config.eval_data, tokenizer, config)
+    elif config.validation_split > 0:
+        training, validation = training.split(config.validation_split, config.seed)
+    size = model_size(read_config(folder))
+    for dataset in (training, validation):
+        if dataset is not None:
+            dataset.check_fits(*size)
+    samples = make_samples(config.sample_prompts, validation or training, tokenizer)
+    identity = {
+        "model config": config_fingerprint(checkpoint),
+        "tokenizer": tokenizer_fingerprint(folder),
+        "data": training.fingerprint(),
+    }
+    model = read_model(checkpoint)
+    model.check_names(config)
+    loader = make_loader(config, training)
+    load = known(loader, config.num_train_epochs, validation, [ids for _, ids in samples])
+    load = load.with_answers(answers) if answers else load
+    strategy, plan, why = choose_memory(PlanInputs(model, config, dtype, load), checkpoint.is_4bit)
+    check_disk(plan, Path(config.output))
+    process = begin_peak(pick_device(config.device))
+    form = form_of(training, tokenizer, template)
+    unmerged = model.unmerged(checkpoint)
+    return Prepared(
+        config,
+        tokenizer,
+        training,
+        validation,
+        plan,
+        strategy,
+        why,
+        dtype,
+        identity,
+        samples,
+        form,
+        date,
+        process,
+        unmerged,
+    )
+
+
+def choose_memory(inputs: PlanInputs, paged_from_file: bool) -> tuple[MemoryStrategy, Plan, str]:
+    """What is kept, recomputed, offloaded and paged, its bill, and why.
+
+    Raises:
+        UserError: nothing fits in device_memory, or in all that is free.
+    """
+    config = inputs.config
+    free = available_bytes(pick_device(config.device))
+    limit = parse_bytes(config.device_memory) if config.device_memory else int(FREE_MEMORY_SHARE * free)
+    strategy = strategy_within(inputs, limit)
+    plan = fitted(inputs, strategy, limit, paged_from_file)
+    of = f"{format_bytes(limit)} given" if config.device_memory else f"{format_bytes(free)} free"
+    if plan.total_bytes > (limit if config.device_memory else free):
+        raise UserError(
+            "the run must fit in memory",
+            f"{format_bytes(plan.total_bytes)} with {plan.choice}; {of}",
+            "lower max_seq_length or r, or pass --optim paged_adamw_8bit; `onecard plan` with the same settings and "
+            "--device-memory says what would fit",
+            "device_memory",
+        )
+    kept = f"resident and all kept it would be {format_bytes(total_bytes(inputs, MemoryStrategy()))}, {of}"
+    return strategy, plan, f"{plan.choice}; {kept}"
+
+
+def check_disk(plan: Plan, output: Path) -> None:
+    """Raise UserError if what the run writes does not fit where it goes."""
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
+    free, needed = shutil.disk_usage(there).free, sum(term.num_bytes for term in plan.disk)
+    free += sum(file.stat().st_size for file in output.glob("checkpoints/*/*"))  # a resumed run's, which make way
+    if needed > free:
+        parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in plan.disk)
+        raise UserError(
+            "what the run writes must fit on the disk",
+            f"{format_bytes(needed)} ({parts}); {format_bytes(free)} free",
+            "free some space, choose another --output, or lower --save-total-limit",
+            str(output),
+        )
+
+
+def make_loader(config: TrainConfig, training: Dataset) -> Loader:
+    """The training rows, from the first one on."""
+    batch = config.per_device_train_batch_size
+    return Loader(training.examples, config.max_seq_length, config.packing, batch, config.seed)

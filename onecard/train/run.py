@@ -1,0 +1,155 @@
+"""A run: the model in training and everything that its next update depends on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from onecard.config import TrainConfig
+from onecard.data.loader import Loader
+from onecard.memory.inputs import MemoryStrategy
+from onecard.nn.experts import has_experts
+from onecard.optim.adamw import AdamW
+from onecard.paging.activations import Offload
+from onecard.paging.pager import Pager, Statistics
+from onecard.paging.states import PagedStates
+from onecard.train.graphs import DecoderGraphs
+from onecard.train.loss import packed_loss
+
+LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
+
+
+LARGEST_SCALE = 2.0**16
+
+
+@dataclass
+class Run:
+    """A model in training and all that its next update depends on."""
+
+    config: TrainConfig
+    model: Any  # peft's model around transformers'
+    loader: Loader
+    num_steps: int
+    identity: dict[str, str]
+    loss: LossFunction = packed_loss
+    date: str = ""  # that chat templates were given
+    strategy: MemoryStrategy = field(default_factory=MemoryStrategy)  # what is recomputed, offloaded and split
+    step: int = 0
+    loss_scale: float = 1.0
+    graphs: DecoderGraphs | None = None
+    max_forward_tokens: int | None = field(init=False)  # most tokens that go through the model at a time
+    offload: Offload | None = field(init=False, default=None)
+    paged: Statistics = field(default_factory=Statistics)  # in all steps so far
+    optimizer: AdamW = field(init=False)
+    trainable: dict[str, torch.nn.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(self.trainable, self.config)
+        if self.optimizer.paged is not None:
+            self.optimizer.paged.crowded = self.strategy.offload_optimizer_states
+        self.max_forward_tokens = self.strategy.max_forward_tokens
+        if self.strategy.num_offloaded:
+            self.offload = Offload(self.device, Path(self.config.output))
+        if self.compute_dtype == torch.float16:
+            self.loss_scale = LARGEST_SCALE
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """transformers' model, adapters inside it."""
+        return self.model.get_base_model()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.base.config.quantization_config.bnb_4bit_compute_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.trainable.values())).device
+
+    @property
+    def pager(self) -> Pager | None:
+        return getattr(self.base, "pager", None)
+
+    def saved_as_pages(self) -> AbstractContextManager:
+        """Where the base is paged, autograd holds its pages by name only."""
+        return nullcontext() if self.pager is None else self.pager.saved_as_pages()
+
+    def take_statistics(self) -> dict[str, float]:
+        """What was paged since the last call, as a row of metrics tells it; nothing where nothing can be."""
+        users = [user for user in (self.pager, self.offload, self.optimizer.paged) if user is not None]
+        if not users:
+            return {}
+        found = Statistics()
+        for user in users:
+            found, user.statistics = found + user.statistics, Statistics()
+        self.paged += found
+        row = {"paged_in_bytes": found.bytes_in, "paged_out_bytes": found.bytes_out}
+        hit_rate = {"page_hit_rate": found.hits / found.touches} if found.touches else {}
+        return {**row, **hit_rate, "page_stall_seconds": found.stall_seconds}
+
+    @cached_property
+    def num_batches(self) -> int:
+        """Micro-batches in the whole run; the last window may be short."""
+        return count_batches(self.loader, self.config)
+
+    @property
+    def epoch(self) -> float:
+        return self.loader.epoch + self.loader.batch / self.loader.num_batches(self.loader.epoch)
+
+
+def count_batches(loader: Loader, config: TrainConfig) -> int:
+    """Micro-batches of max_steps full windows, or those of num_train_epochs and no more."""
+    if config.max_steps is not None:
+        return config.max_steps * config.gradient_accumulation_steps
+    whole, part = divmod(config.num_train_epochs, 1)
+    batches = sum(loader.num_batches(epoch) for epoch in range(int(whole)))
+    return batches + (math.ceil(part * loader.num_batches(int(whole))) if part else 0)
+
+
+def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> AdamW:
+    """The optimizer that `optim` names, over the adapter's float32 masters."""
+    return AdamW(
+        trainable.values(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        state_bits=8 if config.optim.endswith("8bit") else 32,
+        paged=PagedStates(Path(config.output)) if config.optim.startswith("paged") else None,
+    )
+
+
+def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
+    """Where graphs can hold what a micro-batch does: on a CUDA GPU, with nothing given up for memory and no experts.
+
+    Args:
+        limit: bytes of the device's memory that the run may take.
+    """
+    held = run.strategy == MemoryStrategy() and run.loss is packed_loss and not has_experts(run.base)
+    if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
+        return None
+    return DecoderGraphs(run.base, run.trainable.values(), limit)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that dropout draws from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore_random(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
