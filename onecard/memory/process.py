@@ -17,7 +17,7 @@ import torch
 
 from onecard.kernels.cpu.native import LARGEST_M
 from onecard.memory.inputs import PlanInputs, Term
-from onecard.nn.experts import filled_rows
+from onecard.nn.experts import num_filled_rows
 
 # All three measured on an AVX-512 CPU with torch 2.13 and transformers 5.23 (docs/plan.md tells how).
 PRODUCT_BYTES = 650 << 10  # two descriptors of 252 KiB each, oneDNN's and torch's, and the code made for the shapes
@@ -53,7 +53,7 @@ def expert_products(inputs: PlanInputs, run: frozenset[int], trained: frozenset[
     forward, backward = inputs.num_expert_shapes
 
     def sizes(tokens: frozenset[int], least: int) -> int:
-        return len({filled_rows(M) for M in range(least, max(tokens, default=0) + 1)})
+        return num_filled_rows(least, max(tokens, default=0))
 
     return sizes(run, LARGEST_M.get(inputs.dtype, 0) + 1) * forward + sizes(trained, 1) * backward
 

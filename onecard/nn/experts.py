@@ -314,6 +314,14 @@ def filled_rows(M: int) -> int:
     return -(-M // multiple) * multiple
 
 
+def num_filled_rows(least: int, most: int) -> int:
+    """How many different numbers of rows come out of filled_rows for `least` to `most` rows."""
+    count, M = 0, least
+    while M <= min(most, 8 * FILL_ROWS):
+        count, M = count + 1, filled_rows(M) + 1
+    return count + (max(0, -(-most // ROW_MULTIPLE) - -(-M // ROW_MULTIPLE) + 1) if most >= M else 0)
+
+
 def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
     """Each expert that has pairs, and which of the sorted ones."""
     end = 0
