@@ -32,14 +32,14 @@ def test_a_pipe_that_nobody_reads():
 
 
 def test_a_console_whose_pipe_nobody_reads_is_no_fault_of_the_output(tmp_path):
-    """As `onecard train ... | head -1`, whose lines are written inside `told`."""
+    """As `onecard train ... | head -1`, whose lines are written inside `as_user_error`."""
     read, write = os.pipe()
     os.close(read)
     code = (
-        "from pathlib import Path\nfrom onecard.faults import told\n"
+        "from pathlib import Path\nfrom onecard.faults import as_user_error\n"
         "from onecard.terminal import make_console, run_app\n"
         "def run(*_, **__):\n    console = make_console()\n"
-        f"    with told(Path({str(tmp_path)!r}), lambda: ('', '')):\n        console.print('x')\nrun_app(run)"
+        f"    with as_user_error(Path({str(tmp_path)!r}), lambda: ('', '')):\n        console.print('x')\nrun_app(run)"
     )
     done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, timeout=60)
     os.close(write)

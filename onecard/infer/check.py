@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onecard.config import CACHE_PROBE_TOKENS
 from onecard.errors import UserError
 from onecard.hf.load import first_line
 from onecard.infer.decoding import CachedContext, OneByOne, Uncached
@@ -16,7 +17,10 @@ from onecard.nn.linear import Linear4bit
 SEEN = 0.01  # of the logits' norm: a change of earlier positions that rounding cannot make
 MAX_RELATIVE_ERROR = 2**-4  # of the logits' norm: roundings of every layer add up; a lost context changes all of it
 FLOAT32 = 1e-3  # as much where all is computed in float32, its sums in another order
-PROBE = ([1, 2, 3, 4, 5, 6], [7, 8], [9])  # a prompt, more of it, and a token that was drawn
+PROBE = tuple(  # a prompt, more of it, and a token that was drawn
+    list(range(sum(CACHE_PROBE_TOKENS[:i]) + 1, sum(CACHE_PROBE_TOKENS[: i + 1]) + 1))
+    for i in range(len(CACHE_PROBE_TOKENS))
+)
 DO = "docs/families.md names the families that train"
 
 

@@ -43,7 +43,7 @@ def num_products(inputs: PlanInputs, learns: bool) -> int:
         return 0
     load, (forward, backward) = inputs.workload, inputs.num_shapes
     if not learns:
-        return len(load.prompts) * forward + expert_products(inputs, load.prompts, frozenset())
+        return len(load.prefilled) * forward + expert_products(inputs, load.prefilled, frozenset())
     number = len(load.forward) * forward + len(load.trained) * backward + 2 * len(load.heads)
     return number + expert_products(inputs, load.forward, load.trained)
 

@@ -214,7 +214,7 @@ class Product:
             "lora_B_NR": B_NR,
             "scaling": self.scaling,
             "xA_MR": xA_MR,
-            "separate": False,
+            "has_own_lora_input": False,
         }
         found = self.parts(expert)
         if found is not None:
@@ -317,7 +317,7 @@ def filled_rows(M: int) -> int:
 def num_filled_rows(least: int, most: int) -> int:
     """How many different numbers of rows come out of filled_rows for `least` to `most` rows."""
     count, M = 0, least
-    while M <= min(most, 8 * FILL_ROWS):
+    while min(most, 8 * FILL_ROWS) >= M:
         count, M = count + 1, filled_rows(M) + 1
     return count + (max(0, -(-most // ROW_MULTIPLE) - -(-M // ROW_MULTIPLE) + 1) if most >= M else 0)
 

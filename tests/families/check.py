@@ -27,7 +27,7 @@ from onecard.data.loader import Loader
 from onecard.errors import UserError
 from onecard.export.merge.merged import merge
 from onecard.hf.attention import use_packed_attention
-from onecard.infer.decoding import Context, OneByOne, Uncached
+from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.infer.graphs import make_context
 from onecard.nn.experts import weights_of
 from onecard.train.evaluate import choose_loss, evaluate
@@ -38,7 +38,7 @@ from onecard.train.step import optimizer_step
 from tests.families.build import make_family
 
 STEPS = 3
-WAYS = {Context: "cache", OneByOne: "cache, one token a pass", Uncached: "all tokens again"}
+WAYS = {CachedContext: "cache", OneByOne: "cache, one token a pass", Uncached: "all tokens again"}
 EQUAL, MERGED = 1e-4, 1e-3  # relative, float32; a merged weight, and a scan that goes on, are rounded once more
 SETTINGS: dict[str, Any] = {
     "data": "rows", "device": "cpu", "compute_dtype": "float32", "max_seq_length": 64, "r": 4, "lora_alpha": 8,

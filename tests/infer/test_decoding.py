@@ -99,7 +99,7 @@ def test_the_next_turn_goes_on_with_the_cache(loaded):
 def test_a_cache_of_fixed_length_gives_the_same(loaded, monkeypatch):
     """The same tokens over prompts in one piece and in several, over turns and as it grows; logits to rounding."""
     model, tokenizer = loaded
-    monkeypatch.setattr(graphs, "SHORTEST", 8)
+    monkeypatch.setattr(graphs, "MIN_BUFFER_TOKENS", 8)
     fixed, own = FixedContext(model, records=False), CachedContext(model)
     ids = PROMPT
     for more in ([50, 51], [60], []):

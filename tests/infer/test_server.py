@@ -313,14 +313,21 @@ def read_all(raw):
     return b"".join(parts)
 
 
-def test_a_slow_reader_holds_up_nobody_and_gets_it_all(running, client, engine, endless):
+def test_a_slow_reader_holds_up_nobody_and_gets_it_all(running, client, engine, endless, monkeypatch):
     expected = client.completions.create(model="base", prompt=LONG, temperature=0, max_tokens=500).choices[0].text
-    ask(client, "base", QUESTIONS[1], max_tokens=4)  # a process's first chat waits for the template to be compiled
-    slow = open_stream(running, 500)  # far more than a busy machine answers before the next request comes
+    advance, answered = decoding.Answer.advance, threading.Event()
+
+    def stay_unfinished(answer):
+        """The long answer waits near its end for the other one, however long that takes."""
+        return "" if answer.num_tokens >= 400 and not answered.is_set() else advance(answer)
+
+    monkeypatch.setattr(decoding.Answer, "advance", stay_unfinished)
+    slow = open_stream(running, 500)
     until(lambda: engine.active and engine.active[0].answer)
     work = engine.active[0]
     assert ask(client, "base", QUESTIONS[1], max_tokens=4).usage.completion_tokens == 4
     assert work.answer.finish_reason is None  # it was still being answered
+    answered.set()
     until(lambda: not engine.active)
     assert work.answer.finish_reason == "length"  # its place is free though nothing was read
     assert work.answer.context.cache.get_seq_length() == 0  # and so is its memory

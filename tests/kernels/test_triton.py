@@ -6,14 +6,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from tests.kernels.test_rows import norm, with_gradients
-
 from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.triton import backend, product
 from onecard.kernels.triton import elementwise as triton_rows
 from onecard.quant.blockwise import make_state
 from onecard.quant.dynamic import quantize_8bit
+from tests.kernels.test_elementwise import norm, with_gradients
 from tests.kernels.test_native import bits, weights
 
 ON_GPU = torch.cuda.is_available()  # else conftest.py has turned the interpreter on

@@ -10,7 +10,7 @@ from onecard.memory import process
 from onecard.memory.inputs import PlanInputs
 from onecard.memory.model import read_model
 from onecard.memory.workload import PROBE, Workload
-from onecard.nn.experts import filled
+from onecard.nn.experts import filled_rows, num_filled_rows
 from tests.conftest import make_checkpoint
 
 ROWS = frozenset({512})
@@ -33,7 +33,7 @@ def test_the_terms_of_a_dense_model(tmp_path, on_onednn):
     forward = 4 + 2 + 3  # (64, 64), (64, 32), (64, 96), (96, 64); inputs of 64 and 96; outputs of 64, 32 and 96
     backward = 4 + 2 * 2 + 2 * 3
     heads = 2 * len({64, 512})
-    number = len(PROBE | {512, 30}) * forward + backward + heads
+    number = len(PROBE | {512, 30, 9, 6}) * forward + backward + heads
     found = {term.name: term.num_bytes for term in process.process_terms(inputs, True)}
     adapted = 2 * 7
     assert found == {
@@ -42,7 +42,7 @@ def test_the_terms_of_a_dense_model(tmp_path, on_onednn):
         "libraries' code": 19 << 20,
     }
     answers = process.process_terms(inputs, False)
-    assert answers[0].num_bytes == forward * (650 << 10)
+    assert answers[0].num_bytes == 3 * forward * (650 << 10)  # 30 tokens, and 9 and 6 of the cache's probe
 
 
 def test_float32_and_tiles_prepare_nothing(tmp_path, on_onednn, monkeypatch):
@@ -56,8 +56,10 @@ def test_float32_and_tiles_prepare_nothing(tmp_path, on_onednn, monkeypatch):
 def test_an_expert_may_get_any_number_of_rows(adapted, tmp_path, on_onednn):
     folder = make_checkpoint(tmp_path, "qwen3_moe")  # (64, 2 x 32) and (32, 64)
     names = {"target_parameters": ["gate_up_proj", "down_proj"]} if adapted else {}
-    sizes = {len(filled(torch.zeros(M))) for M in range(1, 513)}
+    sizes = {filled_rows(M) for M in range(1, 513)}
     assert sizes == {*range(1, 9), *range(16, 129, 16), *range(192, 513, 64)}
+    for least, most in ((1, 0), (1, 7), (1, 8), (5, 128), (17, 129), (1, 512), (17, 2000)):
+        assert num_filled_rows(least, most) == len({filled_rows(M) for M in range(least, most + 1)}), (least, most)
     few = {size for size in sizes if size <= native.LARGEST_M[torch.bfloat16]}
     forward, backward = (2 + 2 + 1, 2 + 2 * 2 + 2 * 1) if adapted else (2, 2)
     expected = len(sizes - few) * forward + len(sizes) * backward

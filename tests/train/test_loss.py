@@ -135,7 +135,7 @@ def test_a_row_filled_up_for_a_graph_is_the_row(family, count, tuned, chats):
     base, num_tokens = model.get_base_model(), sum(example.num_supervised for example in examples)
     batch = to_device(collate(examples), torch.device("cpu"))
     graphs = DecoderGraphs(base, [p for p in model.parameters() if p.requires_grad], 0)
-    filled = graphs.filled(batch, size_of(batch))
+    filled = graphs.pad_to(batch, size_of(batch))
     assert filled["input_ids"].shape[1] > batch["input_ids"].shape[1]
     real = batch["input_ids"]  # a padding token's embedding may be zero, where gemma3n's gradient is NaN
     assert (filled["input_ids"][:, real.shape[1] :] == real[:, -1:]).all()

@@ -26,6 +26,7 @@ from onecard.kernels import ops
 from onecard.kernels.cpu import native
 from onecard.kernels.dequantize import saved_weights
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
+from onecard.memory.measure import is_out_of_memory
 from onecard.memory.model import read_model
 from onecard.memory.strategy import candidates, choose_strategy, price, total_bytes
 from onecard.paging.activations import Offload
@@ -432,9 +433,9 @@ FAILED = [
 
 
 def test_a_failed_allocation_is_known_by_what_libraries_say():
-    assert all(map(step_module.is_out_of_memory, FAILED))
+    assert all(map(is_out_of_memory, FAILED))
     others = OSError(errno.ENOSPC, "No space left"), RuntimeError("CUDA error: an illegal memory access")
-    assert not any(map(step_module.is_out_of_memory, others))
+    assert not any(map(is_out_of_memory, others))
 
 
 def test_when_nothing_can_be_split_the_error_says_so(deep, chats, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.train import checkpoint as state_module
-from onecard.train import session
+from onecard.train import prepare, session
 from onecard.train.output import lock_output
 from onecard.train.report import fence
 from tests.conftest import chat_rows, make_checkpoint, make_tokenizer, write_rows
@@ -107,9 +107,9 @@ def test_a_template_with_todays_date_resumes_tomorrow(chats, tmp_path, monkeypat
         def today(cls):
             return cls(2099, 1, 1)
 
-    monkeypatch.setattr(session.datetime, "date", Tomorrow)
+    monkeypatch.setattr(prepare.datetime, "date", Tomorrow)
     run(base, chats, tmp_path / "o", resuming=True, max_steps=2)
-    prepared = session.prepare(make_config(TrainConfig, {"model": str(base), "data": str(chats), "output": "-"}))
+    prepared = prepare.prepare(make_config(TrainConfig, {"model": str(base), "data": str(chats), "output": "-"}))
     assert "01 Jan 2099" in prepared.tokenizer.decode(prepared.training.examples[0].input_ids)
 
 

@@ -281,7 +281,7 @@ def linear_backward(
     lora: tuple[Tensor, Tensor, Tensor, Tensor, float] | None,
     has_own_lora_input: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Of grad_y (M, N): grad_x (M, K), grad_x_lora (M, K) if separate, grad_A (R, K) and grad_B (N, R) in float32.
+    """Of grad_y (M, N): grad_x (M, K), grad_x_lora (M, K) if has_own_lora_input, float32 grad_A (R, K), grad_B (N, R).
 
     Args:
         needed_grads: which of the four are wanted; what is not is None.
