@@ -60,7 +60,15 @@ def test_a_signal_before_the_first_step_says_that_nothing_is_kept(name, status, 
     assert not (tmp_path / "o").exists()
 
 
-def test_the_first_is_noted_and_the_second_raises():
+@pytest.fixture
+def not_ignored():
+    """As in a terminal, also where the suite itself was started to ignore a hangup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_the_first_is_noted_and_the_second_raises(not_ignored):
     before = {name: signal.getsignal(getattr(signal, name)) for name in signals.NAMES}
     with pytest.raises(KeyboardInterrupt), signals.noted() as seen:
         signal.raise_signal(signal.SIGHUP)
