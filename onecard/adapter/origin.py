@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from onecard.config import QuantConfig, QuantType, make_config
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
+from onecard.files import sha256
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, meta_model, read_config
 from onecard.hf.names import stored_names
@@ -94,7 +95,7 @@ def origin_of(model: Any, name: str) -> Origin:
 
 def write_origin(folder: Path, origin: Origin) -> None:
     """Write the file into an adapter's folder that is otherwise whole."""
-    files = {name: file_digest(folder / name) for name in sealed_files(folder)}
+    files = {name: sha256(folder / name) for name in sealed_files(folder)}
     found = origin.model_copy(update={"files": files})
     found = found.model_copy(update={"sha256": found.digest()})
     (folder / FILE).write_text(json.dumps(found.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
@@ -103,11 +104,6 @@ def write_origin(folder: Path, origin: Origin) -> None:
 def sealed_files(folder: Path) -> list[str]:
     """The files whose change would change what the adapter does; its model card is for people."""
     return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in (FILE, "README.md"))
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_origin(adapter: str | Path) -> Origin | None:
@@ -129,7 +125,7 @@ def read_origin(adapter: str | Path) -> Origin | None:
         file = folder / Path(name).name
         if not file.is_file():
             raise changed(file, "no such file")
-        if file_digest(file) != expected:
+        if sha256(file) != expected:
             raise changed(file, "other bytes than the sha256 in " + FILE)
     return origin
 
