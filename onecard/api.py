@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -37,7 +33,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = True) -> R
         Stopped: a UserError. Ctrl-C, SIGTERM or SIGHUP stopped the run. A run that was in its training loop has a
             checkpoint of its last update.
     """
-    from onecard.terminal import make_console
+    from onecard.terminal import make_console, quiet_process
     from onecard.train.session import run_training
 
     with quiet_process():
@@ -62,6 +58,7 @@ def merge(model: str, adapter: str, output: str, *, base: Literal["dequantized",
             new, no disk space.
     """
     from onecard.export.merge.merged import merge as run
+    from onecard.terminal import quiet_process
 
     with quiet_process():
         return run(model, adapter, output, base)
@@ -96,7 +93,7 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
     """
     from onecard.adapter.origin import STORED, stored_as
     from onecard.export.folder import need_package
-    from onecard.terminal import tell
+    from onecard.terminal import quiet_process, tell
 
     quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
     with quiet_process():
@@ -111,26 +108,3 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
         where = (config.model, config.adapter, str(config.data), config.output)
         folder, left_out = export_calibrated(config.format, *where, config, config.base, quant, None if quiet else tell)
         return Exported(folder, lines(config.format, folder, left_out))
-
-
-@contextmanager
-def quiet_process() -> Iterator[None]:
-    """Inside, the libraries print nothing. After it, their settings are those of before."""
-    from transformers.utils import logging as hf
-
-    from onecard.terminal import quiet_libraries
-
-    names = ("torch", "bitsandbytes")
-    levels = [logging.getLogger(name).level for name in names]
-    verbosity, bars, line = hf.get_verbosity(), hf.is_progress_bar_enabled(), warnings.formatwarning
-    try:
-        with warnings.catch_warnings():
-            quiet_libraries()
-            yield
-    finally:
-        warnings.formatwarning = line
-        hf.set_verbosity(verbosity)
-        if bars:
-            hf.enable_progress_bar()
-        for name, level in zip(names, levels):
-            logging.getLogger(name).setLevel(level)

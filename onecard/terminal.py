@@ -8,9 +8,12 @@ import logging as standard
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from onecard.errors import one_line, printable
+
+NOISY = [standard.getLogger(name) for name in ("torch", "bitsandbytes")]  # loggers that are silent but for errors
 
 
 def given(flags: Any) -> dict[str, Any]:
@@ -122,11 +125,33 @@ def quiet_libraries() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    standard.getLogger("torch").setLevel(standard.ERROR)
-    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)
+    for logger in NOISY:
+        logger.setLevel(standard.ERROR)
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module=r"onecard\.")
     warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {one_line(str(message))}\n"
+
+
+@contextmanager
+def quiet_process() -> Iterator[None]:
+    """Inside, `quiet_libraries` holds. After it, the libraries' settings are those of before."""
+    import warnings
+
+    from transformers.utils import logging
+
+    levels = [logger.level for logger in NOISY]
+    verbosity, bars, line = logging.get_verbosity(), logging.is_progress_bar_enabled(), warnings.formatwarning
+    try:
+        with warnings.catch_warnings():
+            quiet_libraries()
+            yield
+    finally:
+        warnings.formatwarning = line
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+        for logger, level in zip(NOISY, levels):
+            logger.setLevel(level)
 
 
 def read_data(path: str, model: str, adapter: str | None, config: Any) -> Any:
