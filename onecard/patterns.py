@@ -49,10 +49,11 @@ def check_time(expressions: list[str], names: Iterable[str], where: str) -> None
     Args:
         expressions: of Python's syntax (check_syntax).
     """
-    if not expressions:
+    names = list(names)
+    if not expressions or not names:
         return
     command = [sys.executable, "-I", "-S", "-c", TRY]
-    given = json.dumps([expressions, list(names)])
+    given = json.dumps([expressions, names])
     try:
         subprocess.run(command, input=given, text=True, capture_output=True, timeout=MAX_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError) as error:
