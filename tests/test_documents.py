@@ -130,7 +130,7 @@ class Documents:
         }
         return {
             "header": (header, lambda b: self.header(b, raw[8 + length :])),
-            "index": (index, lambda b: self.placed(self.root / "index.json", b, read_index)),
+            "index": (index, lambda b: placed(self.root / "index.json", b, read_index)),
             "config": (json.loads(config.read_text()), self.config),
             "quantization_config": (
                 json.loads(config.read_text()) | {"quantization_config": stored},
@@ -144,17 +144,8 @@ class Documents:
             "manifest": (json.loads(manifest.read_text()), self.manifest),
             "progress": ({"step": 7}, self.progress),
             "metrics": (rows, self.metrics),
-            "yaml": (settings, lambda b: self.placed(self.root / "run.yaml", b, self.run_settings)),
+            "yaml": (settings, lambda b: placed(self.root / "run.yaml", b, self.run_settings)),
         }
-
-    def placed(self, path: Path, raw: bytes, read: Callable[[Path], Any]) -> Any:
-        """What reads the file says of these bytes; the sound ones are put back."""
-        before = path.read_bytes() if path.exists() else None
-        path.write_bytes(raw)
-        try:
-            return read(path)
-        finally:
-            path.write_bytes(before) if before is not None else path.unlink()
 
     def header(self, raw: bytes, data: bytes) -> object:
         path = self.root / "m.safetensors"
@@ -165,7 +156,7 @@ class Documents:
         def read(path: Path) -> None:
             meta_model(read_config(path.parent), str(path), inspect_checkpoint(path.parent))
 
-        return self.placed(self.base / "config.json", raw, read)
+        return placed(self.base / "config.json", raw, read)
 
     def generation(self, raw: bytes) -> object:
         def read(path: Path) -> None:
@@ -177,14 +168,14 @@ class Documents:
                 Sampler(model, SamplingConfig(temperature=temperature)).pick([5, 6], torch.randn(1, 300))
             assert all(type(i) is int for i in end_tokens(found.eos_token_id, type("T", (), {"eos_token_id": 3})))
 
-        return self.placed(self.base / "generation_config.json", raw, read)
+        return placed(self.base / "generation_config.json", raw, read)
 
     def tokenizer(self, raw: bytes) -> object:
         def read(path: Path) -> None:
             tokenizer = load_tokenizer(str(path.parent))
             tokenizer("how many mugs do you want?")
 
-        return self.placed(self.base / "tokenizer_config.json", raw, read)
+        return placed(self.base / "tokenizer_config.json", raw, read)
 
     def quant_state(self, raw: bytes) -> object:
         parts = {**self.stored, self.state_key: torch.frombuffer(bytearray(raw or b" "), dtype=torch.uint8)}
@@ -195,15 +186,13 @@ class Documents:
             peft_config(path.parent)
             read_adapter(path.parent)
 
-        return self.placed(self.adapter / "adapter_config.json", raw, read)
+        return placed(self.adapter / "adapter_config.json", raw, read)
 
     def origin(self, raw: bytes) -> object:
-        return self.placed(self.adapter / "onecard.json", raw, lambda path: read_origin(path.parent))
+        return placed(self.adapter / "onecard.json", raw, lambda path: read_origin(path.parent))
 
     def manifest(self, raw: bytes) -> object:
-        return self.placed(
-            self.checkpoints / "checkpoint-7" / "manifest.json", raw, lambda _: load_newest(self.checkpoints)
-        )
+        return placed(self.checkpoints / "checkpoint-7" / "manifest.json", raw, lambda _: load_newest(self.checkpoints))
 
     def progress(self, raw: bytes) -> object:
         """A document of a checkpoint, whose hash holds."""
@@ -212,7 +201,7 @@ class Documents:
         found["files"]["progress.json"] = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
         text = json.dumps(found).encode()
         path = manifest.with_name("progress.json")
-        return self.placed(path, raw, lambda _: self.placed(manifest, text, lambda _: load_newest(self.checkpoints)))
+        return placed(path, raw, lambda _: placed(manifest, text, lambda _: load_newest(self.checkpoints)))
 
     def metrics(self, raw: bytes) -> object:
         folder = self.root / "metrics"
@@ -302,7 +291,7 @@ def test_far_more_layers_than_there_are_tensors_are_refused_soon(count, document
 def test_far_wider_layers_than_there_are_weights_are_refused_before_they_are_made(documents):
     config = json.loads((documents.base / "config.json").read_text()) | {"intermediate_size": 10**9}
     with pytest.raises(UserError, match="weights in 12 tensors"):
-        documents.placed(
+        placed(
             documents.base / "config.json",
             json.dumps(config).encode(),
             lambda path: onecard.load_model(str(path.parent), device="cpu"),
@@ -312,7 +301,7 @@ def test_far_wider_layers_than_there_are_weights_are_refused_before_they_are_mad
 def test_a_rank_far_above_that_of_the_tensors_is_refused_before_it_is_made(documents):
     config = json.loads((documents.adapter / "adapter_config.json").read_text()) | {"r": 1 << 16}
     with pytest.raises(UserError, match="rank must be that of the tensors, 4 in"):
-        documents.placed(
+        placed(
             documents.adapter / "adapter_config.json",
             json.dumps(config).encode(),
             lambda path: check_ranks(path.parent, stored_tensors(path.parent)),
@@ -325,6 +314,16 @@ def test_only_plain_digits_number_a_checkpoint(documents, tmp_path):
         (tmp_path / f"checkpoint-{digits}").mkdir()
     assert [path.name for path in numbered(tmp_path)] == ["checkpoint-7"]
     assert load_newest(tmp_path).step == 7
+
+
+def placed(path: Path, raw: bytes, read: Callable[[Path], Any]) -> Any:
+    """What reads the file says of these bytes; the sound ones are put back."""
+    before = path.read_bytes() if path.exists() else None
+    path.write_bytes(raw)
+    try:
+        return read(path)
+    finally:
+        path.write_bytes(before) if before is not None else path.unlink()
 
 
 def run_case(kind: str, number: int, sound: Any, read: Callable[[bytes], object]) -> str:

@@ -19,7 +19,7 @@ from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.infer.decoding import Text
 from tests.conftest import CHATML, make_tokenizer
-from tests.test_documents import CASES, SLOW_CASES, check
+from tests.test_documents import CASES, SLOW_CASES, check, placed
 
 SPLIT = {"type": "Split", "behavior": "Isolated", "invert": False}
 ENDLESS = {"Regex": "([a-z ]+)+!"}
@@ -74,16 +74,14 @@ class TokenizerFiles:
 
     def used(self, name: str, raw: bytes) -> str:
         """What training and an answer do with the tokenizer, with these bytes as that file."""
-        path = self.folder / name
-        before = path.read_bytes() if path.exists() else None
-        path.write_bytes(raw)
-        try:
-            tokenizer = load_tokenizer(str(self.folder))
+
+        def use(path: Path) -> str:
+            tokenizer = load_tokenizer(str(path.parent))
             found = prepare(Records([Record("d.jsonl", 1, TURNS)], "messages", file="d.jsonl"), tokenizer, DataConfig())
             text = Text(tokenizer)
             return "".join(map(text.push, found.examples[0].input_ids)) + text.finish()
-        finally:
-            path.write_bytes(before) if before is not None else path.unlink()
+
+        return placed(self.folder / name, raw, use)
 
 
 KINDS = ("tokenizer", "special_tokens_map", "chat_template")
