@@ -22,7 +22,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
 ROW_MULTIPLE = 64  # rows are filled up to a multiple of it: a product has few shapes, each prepared once
 LOGITS_CHUNK_BYTES = 32 << 20  # of logits that exist at a time, on a CPU
-CACHE_PROBE_TOKENS = (6, 2, 1)  # of the pieces on which a model's cache is tried (infer/check.py)
+CACHE_PROBE = ([1, 2, 3, 4, 5, 6], [7, 8], [9])  # a prompt, more of it, and a token that was drawn (infer/check.py)
 PREFILL_TOKENS = 256  # of a prompt in one pass: others wait no longer than that takes
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96  # prompts that the report answers, and tokens of an answer
 

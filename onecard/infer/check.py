@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onecard.config import CACHE_PROBE_TOKENS
+from onecard.config import CACHE_PROBE
 from onecard.errors import UserError
 from onecard.hf.load import first_line
 from onecard.infer.decoding import CachedContext, OneByOne, Uncached
@@ -17,10 +17,6 @@ from onecard.nn.linear import Linear4bit
 SEEN = 0.01  # of the logits' norm: a change of earlier positions that rounding cannot make
 MAX_RELATIVE_ERROR = 2**-4  # of the logits' norm: roundings of every layer add up; a lost context changes all of it
 FLOAT32 = 1e-3  # as much where all is computed in float32, its sums in another order
-PROBE = tuple(  # a prompt, more of it, and a token that was drawn
-    list(range(sum(CACHE_PROBE_TOKENS[:i]) + 1, sum(CACHE_PROBE_TOKENS[: i + 1]) + 1))
-    for i in range(len(CACHE_PROBE_TOKENS))
-)
 DO = "docs/families.md names the families that train"
 
 
@@ -66,7 +62,7 @@ def context_of(model: Any) -> type[CachedContext]:
     Raises:
         UserError: as check_computes.
     """
-    tokens = [token for piece in PROBE for token in piece]
+    tokens = [token for piece in CACHE_PROBE for token in piece]
     ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
     try:
         whole = model(input_ids=ids, use_cache=False).logits
@@ -84,7 +80,7 @@ def gives(context: CachedContext, whole: Tensor, bound: float) -> bool:
     """Whether a context's logits behind each piece of the probe are those of the whole, (1, T, V)."""
     end = 0
     try:
-        for piece in PROBE:
+        for piece in CACHE_PROBE:
             end += len(piece)
             if not agree(context.feed(piece), whole[:, end - 1], bound):
                 return False

@@ -68,7 +68,7 @@ class CachedContext:
 
 
 class OneByOne(CachedContext):
-    """As Context for a model that goes on from its cache by one token only, as mamba does."""
+    """As CachedContext for a model that goes on from its cache by one token only, as mamba does."""
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         first = ids[:1] if self.tokens else ids
@@ -79,7 +79,7 @@ class OneByOne(CachedContext):
 
 
 class Uncached(CachedContext):
-    """As Context for a model that does not go on from such a cache: each pass reads all tokens."""
+    """As CachedContext for a model that does not go on from such a cache: each pass reads all tokens."""
 
     def rewind(self, ids: list[int]) -> list[int]:
         self.tokens = self.tokens[: shared_prefix(self.tokens, ids[:-1])]

@@ -119,7 +119,7 @@ class Buffers:
 
 
 class FixedContext(CachedContext):
-    """As Context, with a graph for a token; `records` False: the same without one, on any device."""
+    """As CachedContext, with a graph for a token; `records` False: the same without one, on any device."""
 
     def __init__(self, model: Any, records: bool = True):
         self.records = records

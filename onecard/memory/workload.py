@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from onecard.config import CACHE_PROBE_TOKENS, NUM_SAMPLES, PREFILL_TOKENS, ROW_MULTIPLE, SAMPLE_TOKENS, TrainConfig
+from onecard.config import CACHE_PROBE, NUM_SAMPLES, PREFILL_TOKENS, ROW_MULTIPLE, SAMPLE_TOKENS, TrainConfig
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
 
@@ -52,7 +52,8 @@ class Workload:
     @property
     def prefilled(self) -> frozenset[int]:
         """Of the pieces of prompts, and of those on which the cache is tried before the first answer."""
-        tried = {sum(CACHE_PROBE_TOKENS), max(CACHE_PROBE_TOKENS)}  # the shorter ones go through products of our own
+        sizes = [len(piece) for piece in CACHE_PROBE]
+        tried = {sum(sizes), max(sizes)}  # the shorter ones go through products of our own
         return self.prompts | tried if self.prompts else self.prompts
 
     @property

@@ -319,7 +319,9 @@ def num_filled_rows(least: int, most: int) -> int:
     count, M = 0, least
     while min(most, 8 * FILL_ROWS) >= M:
         count, M = count + 1, filled_rows(M) + 1
-    return count + (max(0, -(-most // ROW_MULTIPLE) - -(-M // ROW_MULTIPLE) + 1) if most >= M else 0)
+    if most < M:
+        return count
+    return count + -(-most // ROW_MULTIPLE) - -(-M // ROW_MULTIPLE) + 1
 
 
 def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:

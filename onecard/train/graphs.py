@@ -25,7 +25,7 @@ from onecard.kernels.cuda_graph import forbid_device_sync, on_side_stream
 from onecard.kernels.dequantize import scratch_buffers
 from onecard.train.loss import decode
 
-MAX_GRAPHS = 16  # graphs
+MAX_GRAPHS = 16
 STEPS = 5  # bits of a size that are kept: a row is filled up by a sixteenth at most
 SMALLEST_STEP = 64  # tokens
 ALIGN = 64  # elements: a gradient starts where a vector load may

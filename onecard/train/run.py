@@ -26,8 +26,6 @@ from onecard.train.graphs import DecoderGraphs
 from onecard.train.loss import packed_loss
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
-
-
 LARGEST_SCALE = 2.0**16
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import onecard
+from onecard.config import CACHE_PROBE
 from onecard.errors import UserError
-from onecard.infer.check import PROBE
 from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.infer.graphs import make_context
 from tests.families.build import make_family
@@ -44,9 +44,9 @@ def test_pieces_give_the_logits_of_the_whole(family, tmp_path):
 def test_a_lost_context_is_not_taken_for_a_cache(tmp_path):
     """mamba passes an argument that it does not know by without a word: each token would see none before it."""
     model = load(tmp_path, "openai-gpt")
-    ids = [token for piece in PROBE for token in piece]
+    ids = [token for piece in CACHE_PROBE for token in piece]
     lost, context = CachedContext(model), make_context(model)
-    for piece in PROBE:
+    for piece in CACHE_PROBE:
         without, found = lost.feed(piece), context.feed(piece)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([ids])).logits[:, -1]

@@ -88,7 +88,8 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
     refuse_control_tokens(record, tokenizer)
     chat = prompt_form(record, tokenizer) == "chat"
     ids, labels, cut, notes = (encode_chat if chat else encode_text_record)(record, tokenizer, max_seq_length)
-    labels[:1] = [IGNORE] * len(labels[:1])  # nothing comes before it: the first token is never predicted
+    if labels:
+        labels[0] = IGNORE  # nothing comes before it: the first token is never predicted
     truncated = len(ids) > max_seq_length
     cut = truncated and (cut or any(label != IGNORE for label in labels[max_seq_length:]))
     return Example(ids[:max_seq_length], labels[:max_seq_length], record.where, truncated, cut, notes)
