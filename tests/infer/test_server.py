@@ -306,6 +306,18 @@ def open_stream(running, num_tokens, stream=True):
     return raw
 
 
+def first_unfinished(engine):
+    """The first request that is being answered; one whose answer is complete can still be in the engine's list."""
+    found = []
+
+    def look():
+        found.extend(work for work in engine.active if work.answer and work.answer.finish_reason is None)
+        return found
+
+    until(look)
+    return found[0]
+
+
 def read_all(raw):
     parts = []
     while part := raw.recv(65536):
@@ -323,8 +335,7 @@ def test_a_slow_reader_holds_up_nobody_and_gets_it_all(running, client, engine, 
 
     monkeypatch.setattr(decoding.Answer, "advance", stay_unfinished)
     slow = open_stream(running, 500)
-    until(lambda: engine.active and engine.active[0].answer)
-    work = engine.active[0]
+    work = first_unfinished(engine)
     assert ask(client, "base", QUESTIONS[1], max_tokens=4).usage.completion_tokens == 4
     assert work.answer.finish_reason is None  # it was still being answered
     answered.set()
@@ -341,8 +352,7 @@ def test_a_slow_reader_holds_up_nobody_and_gets_it_all(running, client, engine, 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_stops_its_answer(running, engine, endless, stream):
     raw = open_stream(running, 900, stream)
-    until(lambda: engine.active and engine.active[0].answer)
-    work = engine.active[0]
+    work = first_unfinished(engine)
     raw.close()
     until(lambda: not engine.active)
     assert work.cancelled and work.answer.finish_reason is None and work.answer.num_tokens < 900
