@@ -84,15 +84,17 @@ def wait(device: torch.device) -> None:
 def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
     """Each kernel's time, the bytes it must move or the operations it must do, and its share of that floor."""
     from onecard.kernels import elementwise, ops
+    from onecard.kernels.backend import backend
     from onecard.kernels.reference import Rates
     from onecard.quant.dynamic import zeros_8bit
+    from onecard.quant.state import PackedWeight
 
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
     W, copy = random(N, K), random(N, K)
     packed, state = ops.quantize_4bit(W)
-    weight = (packed, state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
+    weight = PackedWeight.of(packed, state)
     speed = 2 * W.nbytes / kernel_clock(lambda: copy.copy_(W), device)
     stored = packed.nbytes + state.nbytes
     logits, target = random(512, 32000), torch.randint(0, 32000, (512,), device=device)
@@ -102,10 +104,10 @@ def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
     w, g = random(N, K, dtype=torch.float32), random(N, K, dtype=torch.float32)
     states = (*zeros_8bit(w.numel(), device, True), *zeros_8bit(w.numel(), device, False))
     rates = Rates.of(9, 1e-4, (0.9, 0.999), 1e-8, 0.0)
-    backend = ops.backend(device)
+    codec = backend(device).codec
     found: list[tuple[str, Callable[[], object], int]] = [
         ("quantize", lambda: ops.quantize_4bit(W), W.nbytes + stored),
-        ("dequantize, reused buffer", lambda: backend.dequantize_into(*weight, copy), stored + W.nbytes),
+        ("dequantize, reused buffer", lambda: codec.dequantize_into(weight, copy), stored + W.nbytes),
         ("cross-entropy 512 x 32000", lambda: ops.cross_entropy_(logits, target), 3 * logits.nbytes),
         ("RMSNorm, 512 rows", lambda: elementwise.rms_norm(x, norm, 1e-5), 2 * x.nbytes),
         ("SwiGLU, 512 rows", lambda: elementwise.swiglu(gate, up), 3 * gate.nbytes),

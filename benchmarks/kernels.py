@@ -19,6 +19,7 @@ from bitsandbytes.nn import Params4bit
 from benchmarks.measure import table, write_result
 from onecard.kernels import ops
 from onecard.kernels.cpu import native
+from onecard.quant.state import PackedWeight
 
 SHAPES = [(5632, 2048), (14336, 4096)]
 
@@ -39,7 +40,7 @@ def measure(N: int, K: int, rounds: int) -> list[list[str]]:
     """Rows of the table for one shape; bfloat16, NF4 with double quantization."""
     W = torch.randn(N, K).bfloat16()
     packed, state = ops.quantize_4bit(W)
-    scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
+    weight = PackedWeight.of(packed, state)
     buffer = torch.empty_like(W)
     peer_packed, peer_state = bnb.quantize_4bit(W, quant_type="nf4", compress_statistics=True)
     layer = PeerLinear(K, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
@@ -79,7 +80,7 @@ def measure(N: int, K: int, rounds: int) -> list[list[str]]:
         add(
             "dequantize, reused buffer",
             {
-                "ours": lambda: native.dequantize_into(packed, *scales, buffer),
+                "ours": lambda: native.dequantize_into(weight, buffer),
                 "bitsandbytes": lambda: bnb.dequantize_4bit(peer_packed, peer_state),
             },
             rounds,

@@ -113,13 +113,12 @@ def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any
 def keep_16_bits(model: Any) -> None:
     """Dequantize every weight once and for all: what is left of the step is LoRA on a 16-bit base, by whichever product
     is the fastest there: torch's, or (on AMX) our own."""
-    from onecard.kernels import dequantize, ops
+    from onecard.kernels import dequantize
     from onecard.kernels.cpu import native
     from onecard.nn.linear import Linear4bit
 
     kept = {m.weight.data_ptr(): m.dequantize() for m in model.modules() if isinstance(m, Linear4bit)}
-    for module in (ops, dequantize):
-        module.dequantize_to_scratch = lambda packed, *rest: kept[packed.data_ptr()]
+    dequantize.dequantize_to_scratch = lambda weight, dtype: kept[weight.codes.data_ptr()]
     for name in ("linear", "linear_backward"):
         on_dense(native, name, kept)
 
@@ -128,7 +127,7 @@ def on_dense(native: Any, name: str, kept: dict[int, torch.Tensor]) -> None:
     compute = getattr(native, name)
 
     def call(x, weight, *rest):
-        return compute(x, weight if len(weight) == 1 else (kept[weight[0].data_ptr()],), *rest)
+        return compute(x, weight if isinstance(weight, torch.Tensor) else kept[weight.codes.data_ptr()], *rest)
 
     setattr(native, name, call)
 

@@ -84,7 +84,7 @@ class FusedAttention(Fused):
         if cache is not None and self.cache_kwargs is None:
             return None
         cos, sin = angles
-        whole = cos.shape[-1] == self.head_dim and elementwise.has_rope(x.device)
+        whole = cos.shape[-1] == self.head_dim
         return (x, cos, sin, mask, cache, attend, given) if whole and elementwise.supports(x, cos, sin) else None
 
     def fused(

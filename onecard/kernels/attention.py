@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onecard.kernels.backend import backend
 from onecard.kernels.cpu import allocator, native
 from onecard.kernels.operator import Operator
 
@@ -21,12 +22,11 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether `attention` takes these: (1, H, T, D) and (1, G, T, D) on the CPU, one dtype, D a multiple of 16."""
     D = q.shape[-1]
     return (
-        q.device.type == "cpu"
+        backend(q.device).attention is not None
         and q.dtype in native.DTYPES
         and q.dtype == k.dtype == v.dtype
         and D % 16 == 0
         and v.shape[-1] == D
-        and native.library() is not None
     )
 
 

@@ -12,33 +12,16 @@ Everything between the loads and the stores is float32; w is a constant.
 from __future__ import annotations
 
 import math
-from functools import cache
-from importlib import import_module
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from onecard.kernels.backend import Elementwise, FusedLinear, backend
 from onecard.kernels.cpu import native
 from onecard.kernels.operator import Operator
 
 LARGEST_ROW = 16384  # that the GPU's kernels hold in registers
-
-
-def kernels(device: torch.device) -> ModuleType | None:
-    """The module with the kernels for a device; None if there is none."""
-    if device.type == "cpu":
-        return native if native.library() is not None else None
-    return _triton_rows() if device.type == "cuda" else None
-
-
-@cache
-def _triton_rows() -> ModuleType | None:
-    try:
-        return import_module("onecard.kernels.triton.elementwise")
-    except ImportError:  # a torch without Triton
-        return None
 
 
 def supports(*tensors: Tensor) -> bool:
@@ -47,7 +30,7 @@ def supports(*tensors: Tensor) -> bool:
     return (
         all(x.device == first.device and x.dtype == first.dtype for x in tensors)
         and first.dtype in native.DTYPES
-        and kernels(first.device) is not None
+        and backend(first.device).elementwise is not None
     )
 
 
@@ -61,8 +44,8 @@ def widest_norm(device: str) -> float:
     return math.inf if device == "cpu" else LARGEST_ROW
 
 
-def kernels_of(x: Tensor) -> ModuleType:
-    found = kernels(x.device)
+def kernels_of(x: Tensor) -> Elementwise:
+    found = backend(x.device).elementwise
     assert found is not None, "supports() was not asked"
     return found
 
@@ -183,8 +166,8 @@ swiglu.register_autograd(_swiglu_backward, _swiglu_context)
 def _compute_rope(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     B, H, T, D = x.shape
     x_THD = x.transpose(1, 2).contiguous().view(-1, H, D)
-    angles = (part.reshape(-1, D).contiguous() for part in (cos, sin))
-    return kernels_of(x).rope(x_THD, *angles, back).view(B, T, H, D).transpose(1, 2)
+    cos_PD, sin_PD = (part.reshape(-1, D).contiguous() for part in (cos, sin))
+    return kernels_of(x).rope(x_THD, cos_PD, sin_PD, back).view(B, T, H, D).transpose(1, 2)
 
 
 _rope = Operator("rope", _compute_rope)
@@ -209,48 +192,56 @@ _rope.register_autograd(_rope_backward, _rope_context)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads (B, H, T, D) turned by cos and sin, (B or 1, T, D), constants of x's dtype; see `supports`, `has_rope`."""
+    """Heads (B, H, T, D) turned by cos and sin, (B or 1, T, D), constants of x's dtype; see `supports`."""
     return _rope(x, cos, sin, False)
-
-
-def has_rope(device: torch.device) -> bool:
-    return hasattr(kernels(device), "rope")
 
 
 FEW_ROWS = 4  # up to which dense_product beats torch's linear in bfloat16 (measured, benchmarks/generate.py)
 
 
+def has_dense_product(x: Tensor, W_NK: Tensor) -> bool:
+    """Whether `dense_product` takes x (..., K), and is worth it: few rows."""
+    few = x.numel() <= FEW_ROWS * W_NK.shape[1]
+    return few and x.dtype == W_NK.dtype and x.dtype in native.DTYPES and backend(x.device).dense_product is not None
+
+
 def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
     """x W^T for x (..., K), summed in float32, in x's dtype; no gradient."""
-    x = x.contiguous()
-    (N, K), M = W_NK.shape, x.numel() // x.shape[-1]
-    y_MN = native.new(torch.float32, M, N)
-    native.call("onecard_dense_product", W_NK, x, native.DTYPES[x.dtype], M, N, K, y_MN)
-    return y_MN.to(x.dtype).view(*x.shape[:-1], N)
+    kernels = backend(x.device).dense_product
+    assert kernels is not None, "has_dense_product() was not asked"
+    y_MN = kernels.dense_product(x.reshape(-1, x.shape[-1]).contiguous(), W_NK)
+    return y_MN.to(x.dtype).view(*x.shape[:-1], len(W_NK))
 
 
-def has_tiles(x: Tensor, W: Tensor) -> bool:
-    """Whether `tiled_product` and `tiled_product_back` take x and a dense W (N, K): bfloat16 on a CPU with AMX, where
-    they beat torch's product. They have no gradient of their own."""
+def has_tiles(x: Tensor, W_NK: Tensor) -> bool:
+    """Whether `tiled_product` and `tiled_product_back` take x and a dense W: bfloat16 on a CPU with AMX, where they
+    beat torch's product. They have no gradient of their own."""
+    fused = backend(x.device).fused_linear
     return (
-        x.device.type == "cpu"
-        and x.dtype == W.dtype
+        fused is not None
+        and x.dtype == W_NK.dtype
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and native.can_fuse(W, W.shape[0])
+        and fused.can_fuse(W_NK, len(W_NK))
     )
+
+
+def fused_linear(x: Tensor) -> FusedLinear:
+    found = backend(x.device).fused_linear
+    assert found is not None, "has_tiles() was not asked"
+    return found
 
 
 def tiled_product(x: Tensor, W_NK: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + bias for x (..., K), with one rounding."""
-    (N, K) = W_NK.shape
-    y_MN, _ = native.linear(x.reshape(-1, K), (W_NK,), N, bias, None)
+    N, K = W_NK.shape
+    y_MN, _ = fused_linear(x).linear(x.reshape(-1, K), W_NK, bias)
     return y_MN.view(*x.shape[:-1], N)
 
 
 def tiled_product_back(g: Tensor, W_NK: Tensor) -> Tensor:
     """g W for g (..., N)."""
-    (N, K) = W_NK.shape
-    grad_x, *_ = native.linear_backward(g.reshape(-1, N), (W_NK,), K, [True, False, False, False], None, False)
+    N, K = W_NK.shape
+    grad_x, *_ = fused_linear(g).linear_backward(g.reshape(-1, N), W_NK, [True, False, False, False])
     assert grad_x is not None
     return grad_x.view(*g.shape[:-1], K)

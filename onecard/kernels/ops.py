@@ -8,7 +8,7 @@ is x_lora and x_lora A^T, never W. With g = dL/dy the backward is
     dx = g W        dx_lora = s (g B) A        dA = s (g B)^T x_lora        dB = s g^T (x_lora A^T)
 
 and nothing for W (arXiv 2305.14314, equation 5). Without LoRA dropout x_lora is x and the two dx are summed. Where a
-layer is recomputed and memory allows, the W that the recompute makes stays for the backward (`saved_weights`).
+layer is recomputed and memory allows, the W that the recomputation makes is saved, too (`dequantize.weights_saved`).
 
 Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 """
@@ -22,18 +22,14 @@ import torch
 from torch import Tensor
 
 from onecard.errors import UserError
+from onecard.kernels import dequantize as weights
 from onecard.kernels import reference
+from onecard.kernels.backend import backend
 from onecard.kernels.cpu_info import product_dtype
-from onecard.kernels.dequantize import (
-    backend,
-    dequantize_anew,
-    dequantize_to_scratch,
-    forward_weight,
-    pop_saved_weight,
-)
 from onecard.kernels.operator import Operator
+from onecard.kernels.reference import Lora
 from onecard.quant.blockwise import check_quantizable, make_state
-from onecard.quant.state import QuantState
+from onecard.quant.state import PackedWeight, QuantState
 
 
 def quantize_4bit(
@@ -60,7 +56,7 @@ def quantize_4bit(
         UserError: an unknown quant_type or blocksize, another dtype, an empty tensor, NaN or Inf (with its index).
     """
     check_quantizable(W, quant_type, blocksize, name)
-    packed, absmax = backend(W.device).quantize_blocks(W, quant_type, blocksize, name)
+    packed, absmax = backend(W.device).codec.quantize_blocks(W, quant_type, blocksize, name)
     return packed, make_state(absmax, W.shape, W.dtype, quant_type, blocksize, double_quant)
 
 
@@ -102,16 +98,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     Returns:
         The weight, of state.shape. Each product of level and scale is in float32 and is rounded once.
     """
-    return _dequantize_4bit(
-        packed,
-        state.absmax,
-        state.nested_absmax,
-        state.nested_offset,
-        state.quant_type,
-        state.blocksize,
-        list(state.shape),
-        dtype or state.dtype,
-    )
+    return _dequantize_4bit(*PackedWeight.of(packed, state), dtype or state.dtype)
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
@@ -119,7 +106,7 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
 
     In place: z becomes its gradient, softmax(z) - onehot(target). Computed in float32.
     """
-    return backend(z_PV.device).cross_entropy_(z_PV, target_P)
+    return backend(z_PV.device).codec.cross_entropy_(z_PV, target_P)
 
 
 def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: reference.Rates) -> None:
@@ -127,7 +114,7 @@ def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: reference.Rates) -> None
     narrow = [part for part in parts if any(x.dtype != torch.float32 for x in part[:2])]
     wide = [part for part in parts if all(x.dtype == torch.float32 for x in part[:2])]
     if wide:
-        backend(wide[0][0].device).adamw_8bit_(wide, rates)
+        backend(wide[0][0].device).codec.adamw_8bit_(wide, rates)
     reference.adamw_8bit_(narrow, rates)
 
 
@@ -151,35 +138,149 @@ def qlora_linear(
         scaling: the LoRA term's factor.
         x_lora: (..., K), what the adapter sees where that is not x (dropout).
     """
-    y, _ = _qlora_linear(
-        x,
-        packed,
-        state.absmax,
-        state.nested_absmax,
-        state.nested_offset,
-        state.quant_type,
-        state.blocksize,
-        list(state.shape),
-        bias,
-        lora_A_RK,
-        lora_B_NR,
-        scaling,
-        x_lora,
-    )
+    weight = PackedWeight.of(packed, state)
+    y, _, _ = _qlora_linear(x, *weight, bias, lora_A_RK, lora_B_NR, scaling, x_lora, weights.saving())
     return y
 
 
-_dequantize_4bit = Operator("dequantize_4bit", dequantize_anew)
+def linear_forward(
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    lora: Lora | None,
+    x_lora: Tensor | None = None,
+    save: int = weights.SAVE_NOTHING,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qlora_linear without a graph.
+
+    Returns:
+        y; x_lora A^T (M, R) for the backward; and the dequantized W (N, K) that is to be saved for it, as `save` says
+        (dequantize.SAVE_...). An empty tensor stands for what is not made.
+    """
+    N, K = weight.shape
+    kernels, no_W = backend(x.device), x.new_empty(0)
+    few_rows, fused = kernels.code_product, kernels.fused_linear
+    work = product_dtype(x.dtype, x.device.type)
+    x_MK = x.reshape(-1, K).to(work)
+    x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
+    if few_rows is not None and not few_rows.can_multiply(x_MK, weight.blocksize):
+        few_rows = None
+    if few_rows is None and fused is not None and fused.can_fuse(x_MK, N, lora):
+        y_MN, xA_MR = fused.linear(x_MK, weight, bias, lora, x_lora_MK)
+        return y_MN.resize_(*x.shape[:-1], N), xA_MR, no_W  # not a view: some models add to it in place
+    xA_MR, W_NK = x.new_empty(0) if lora is None else x_lora_MK @ lora.A_RK.to(work).T, no_W
+    if few_rows is not None:
+        y_MN = few_rows.multiply(x_MK, weight, None if lora is None else (xA_MR, lora.B_NR, lora.scaling))
+    else:
+        make = weights.dequantize if save == weights.SAVE_COPY else weights.dequantize_to_scratch
+        W_NK = make(weight, work)
+        y_MN = x_MK @ W_NK.T
+        if lora is not None:
+            y_MN.addmm_(xA_MR, lora.B_NR.to(work).T, alpha=lora.scaling)
+    if bias is not None:
+        y_MN += bias.to(y_MN.dtype)
+    saved = no_W if save == weights.SAVE_NOTHING else W_NK
+    return y_MN.resize_(*x.shape[:-1], N).to(x.dtype), xA_MR, saved
+
+
+def linear_backward(
+    grad_y: Tensor,
+    weight: PackedWeight,
+    lora: Lora | None,
+    lora_input: Tensor | None,
+    xA_MR: Tensor,
+    needed_grads: list[bool],
+    has_own_lora_input: bool = False,
+    W_NK: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of linear_forward with respect to x (M, K), x_lora (M, K), A and B.
+
+    Args:
+        lora_input: the LoRA term's input. Without `has_own_lora_input` it is x, and grad_x includes the term's part.
+        needed_grads: which of the four are wanted. An empty tensor stands for each of the others.
+        W_NK: the dequantized weight, if the forward has saved it.
+    """
+    N, K = weight.shape
+    work = product_dtype(grad_y.dtype, grad_y.device.type)
+    g_MN = grad_y.reshape(-1, N).to(work)
+    fused = backend(grad_y.device).fused_linear
+    lora_input_MK = None if lora_input is None else lora_input.reshape(-1, K).to(work)
+    if fused is not None and fused.can_fuse(g_MN, K, lora):
+        grads = fused.linear_backward(g_MN, weight, needed_grads, lora, lora_input_MK, xA_MR, has_own_lora_input)
+    else:
+
+        def dequantized() -> Tensor:
+            return weights.dequantize_to_scratch(weight, g_MN.dtype) if W_NK is None else W_NK
+
+        grads = plain_backward(g_MN, dequantized, lora, lora_input_MK, xA_MR, needed_grads, has_own_lora_input)
+    grad_x, grad_x_lora, grad_A, grad_B = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
+    lora_dtype = grad_y.dtype if lora is None else lora.A_RK.dtype
+    return grad_x.to(grad_y.dtype), grad_x_lora.to(grad_y.dtype), grad_A.to(lora_dtype), grad_B.to(lora_dtype)
+
+
+def plain_backward(
+    g_MN: Tensor,
+    weight: Callable[[], Tensor],
+    lora: Lora | None,
+    lora_input_MK: Tensor | None,
+    xA_MR: Tensor,
+    needed_grads: list[bool],
+    has_own_lora_input: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """linear_backward by torch's products in g's dtype. `weight` gives the dequantized W, where that is needed."""
+    needs_x, needs_x_lora, needs_A, needs_B = needed_grads
+    grad_x = grad_x_lora = grad_A = grad_B = None
+    if lora is not None and lora_input_MK is not None:
+        gB_MR = g_MN.new_empty(len(g_MN), lora.B_NR.shape[1])
+        gB_MR.addmm_(g_MN, lora.B_NR.to(g_MN.dtype), beta=0, alpha=lora.scaling)
+        grad_A = wide_product(gB_MR.T, lora_input_MK) if needs_A else None
+        grad_B = wide_product(g_MN.T, xA_MR).mul_(lora.scaling) if needs_B else None
+        if needs_x_lora if has_own_lora_input else needs_x:
+            grad_x_lora = gB_MR @ lora.A_RK.to(g_MN.dtype)
+    if needs_x:
+        if grad_x_lora is None or has_own_lora_input:
+            grad_x = g_MN @ weight()
+        else:
+            grad_x = grad_x_lora.addmm_(g_MN, weight())
+    return grad_x, grad_x_lora if has_own_lora_input else None, grad_A, grad_B
+
+
+def lora_term(A_RK: Tensor | None, B_NR: Tensor | None, scaling: float) -> Lora | None:
+    return None if A_RK is None or B_NR is None else Lora(A_RK, B_NR, scaling)
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, in float32 as it is summed where the device gives it so."""
+    wide = a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16)
+    return torch.mm(a, b, out_dtype=torch.float32) if wide else a @ b
+
+
+def _compute_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    quant_type: str,
+    blocksize: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    weight = PackedWeight(codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape)
+    return weights.dequantize(weight, dtype)
+
+
+_dequantize_4bit = Operator("dequantize_4bit", _compute_dequantize)
 
 
 @_dequantize_4bit.register_fake
-def _(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, dtype):
-    return packed.new_empty(shape, dtype=dtype)
+def _(*arguments):
+    *weight, dtype = arguments
+    return weight[0].new_empty(PackedWeight(*weight).shape, dtype=dtype)
 
 
-def qlora_forward(
+def _compute_linear(
     x: Tensor,
-    packed: Tensor,
+    codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
@@ -191,49 +292,28 @@ def qlora_forward(
     lora_B_NR: Tensor | None,
     scaling: float,
     x_lora: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """qlora_linear on a weight's parts, without a graph: y, and x_lora A^T (M, R) for the backward."""
-    pop_saved_weight()  # what a call without a graph has left
-    N, K = shape
-    work = product_dtype(x.dtype, x.device.type)
-    x_MK = x.reshape(-1, K).to(work)
-    weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    few = backend(x.device).can_multiply(x_MK, blocksize)
-    if not few and backend(x.device).can_fuse(x_MK, N, lora_A_RK, lora_B_NR):
-        lora_input = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
-        terms = None if lora_A_RK is None else (lora_input, lora_A_RK, lora_B_NR, scaling)
-        y_MN, xA_MR = backend(x.device).linear(x_MK, weight, N, bias, terms)
-        return y_MN.resize_(*x.shape[:-1], N), xA_MR  # not a view: some models add to it in place
-    lora = None
-    if lora_A_RK is not None and lora_B_NR is not None:
-        x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
-        lora = (x_lora_MK @ lora_A_RK.to(work).T, lora_B_NR, scaling)
-    if few:
-        y_MN = backend(x.device).multiply(x_MK, *weight, N, lora)
-    else:
-        y_MN = x_MK @ forward_weight(weight, shape, work).T
-        if lora is not None:
-            y_MN.addmm_(lora[0], lora[1].to(work).T, alpha=scaling)
-    if bias is not None:
-        y_MN += bias.to(y_MN.dtype)
-    return y_MN.resize_(*x.shape[:-1], N).to(x.dtype), x.new_empty(0) if lora is None else lora[0]
+    save: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = PackedWeight(codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape)
+    return linear_forward(x, weight, bias, lora_term(lora_A_RK, lora_B_NR, scaling), x_lora, save)
 
 
-_qlora_linear = Operator("qlora_linear", qlora_forward)
+_qlora_linear = Operator("qlora_linear", _compute_linear)
 
 
 @_qlora_linear.register_fake
-def _(x, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, bias, A, B, scaling, x_lora):
-    y = x.new_empty(*x.shape[:-1], shape[0])
-    if A is None:
-        return y, x.new_empty(0)
+def _(x, *arguments):
+    *weight, _, A, _, _, _, save = arguments
+    N, K = PackedWeight(*weight).shape
     work = product_dtype(x.dtype, x.device.type)
-    return y, x.new_empty(x.numel() // shape[1], A.shape[0], dtype=work)
+    xA = x.new_empty(0) if A is None else x.new_empty(x.numel() // K, A.shape[0], dtype=work)
+    W = x.new_empty(0) if save == weights.SAVE_NOTHING else x.new_empty(N, K, dtype=work)
+    return x.new_empty(*x.shape[:-1], N), xA, W
 
 
-def qlora_backward(
+def _compute_linear_backward(
     grad_y: Tensor,
-    packed: Tensor,
+    codes: Tensor,
     absmax: Tensor,
     nested_absmax: Tensor | None,
     nested_offset: Tensor | None,
@@ -245,80 +325,23 @@ def qlora_backward(
     scaling: float,
     lora_input: Tensor | None,
     xA_MR: Tensor,
-    has_own_lora_input: bool,
     needed_grads: list[bool],
-    W_NK: Tensor | None = None,
+    has_own_lora_input: bool,
+    W_NK: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of qlora_forward with respect to x (M, K), x_lora (M, K), A and B.
-
-    `needed_grads` says which are wanted. An empty tensor stands for each of the others.
-
-    `lora_input` is the adapter's input. Without `has_own_lora_input` it is x, and grad_x includes the LoRA term's part.
-    W_NK is the dequantized weight, if the forward has kept it.
-    """
-    N, K = shape
-    work = product_dtype(grad_y.dtype, grad_y.device.type)
-    g_MN = grad_y.reshape(-1, N).to(work)
-    weight = (packed, absmax, nested_absmax, nested_offset, quant_type, blocksize)
-    seen_MK = None if lora_input is None else lora_input.reshape(-1, K).to(work)
-    if backend(grad_y.device).can_fuse(g_MN, K, lora_A_RK, lora_B_NR):
-        terms = None if lora_A_RK is None else (seen_MK, xA_MR, lora_A_RK, lora_B_NR, scaling)
-        grads = backend(grad_y.device).linear_backward(g_MN, weight, K, needed_grads, terms, has_own_lora_input)
-    else:
-
-        def dequantized() -> Tensor:
-            return dequantize_to_scratch(*weight, shape, g_MN.dtype) if W_NK is None else W_NK
-
-        grads = plain_backward(
-            g_MN, dequantized, lora_A_RK, lora_B_NR, scaling, seen_MK, xA_MR, has_own_lora_input, needed_grads
-        )
-    grad_x, grad_x_lora, grad_A, grad_B = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
-    lora_dtype = grad_y.dtype if lora_A_RK is None else lora_A_RK.dtype
-    return grad_x.to(grad_y.dtype), grad_x_lora.to(grad_y.dtype), grad_A.to(lora_dtype), grad_B.to(lora_dtype)
+    weight = PackedWeight(codes, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape)
+    lora = lora_term(lora_A_RK, lora_B_NR, scaling)
+    return linear_backward(grad_y, weight, lora, lora_input, xA_MR, needed_grads, has_own_lora_input, W_NK)
 
 
-def plain_backward(
-    g_MN: Tensor,
-    weight: Callable[[], Tensor],
-    lora_A_RK: Tensor | None,
-    lora_B_NR: Tensor | None,
-    scaling: float,
-    seen_MK: Tensor | None,
-    xA_MR: Tensor,
-    has_own_lora_input: bool,
-    needed_grads: list[bool],
-) -> tuple[Tensor | None, ...]:
-    """The gradients as torch's products, in g's dtype; `weight` gives the dequantized one, and is called if need be."""
-    needs_x, needs_x_lora, needs_A, needs_B = needed_grads
-    grad_x = grad_x_lora = grad_A = grad_B = None
-    if lora_A_RK is not None and lora_B_NR is not None and seen_MK is not None:
-        gB_MR = g_MN.new_empty(len(g_MN), lora_B_NR.shape[1])
-        gB_MR.addmm_(g_MN, lora_B_NR.to(g_MN.dtype), beta=0, alpha=scaling)
-        grad_A = wide_product(gB_MR.T, seen_MK) if needs_A else None
-        grad_B = wide_product(g_MN.T, xA_MR).mul_(scaling) if needs_B else None
-        if needs_x_lora if has_own_lora_input else needs_x:
-            grad_x_lora = gB_MR @ lora_A_RK.to(g_MN.dtype)
-    if needs_x:
-        if grad_x_lora is None or has_own_lora_input:
-            grad_x = g_MN @ weight()
-        else:
-            grad_x = grad_x_lora.addmm_(g_MN, weight())
-    return grad_x, grad_x_lora if has_own_lora_input else None, grad_A, grad_B
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, in float32 as it is summed where the device gives it so."""
-    wide = a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16)
-    return torch.mm(a, b, out_dtype=torch.float32) if wide else a @ b
-
-
-_qlora_linear_backward = Operator("qlora_linear_backward", qlora_backward)
+_qlora_linear_backward = Operator("qlora_linear_backward", _compute_linear_backward)
 
 
 @_qlora_linear_backward.register_fake
-def _(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, shape, A, B, scaling, lora_input, xA,
-      has_own_lora_input, needed_grads, W=None):  # fmt: skip
-    M, K = grad_y.numel() // shape[0], shape[1]
+def _(grad_y, *arguments):
+    *weight, A, B, _, _, _, needed_grads, has_own_lora_input, _ = arguments
+    N, K = PackedWeight(*weight).shape
+    M = grad_y.numel() // N
     whole = [
         needed_grads[0],
         has_own_lora_input and A is not None and needed_grads[1],
@@ -330,32 +353,31 @@ def _(grad_y, packed, absmax, nested_absmax, nested_offset, quant_type, blocksiz
 
 
 def _setup_context(ctx, inputs, output):
-    (x, packed, absmax, nested_absmax, nested_offset, *rest) = inputs
-    (quant_type, blocksize, shape, bias, lora_A_RK, lora_B_NR, scaling, x_lora) = rest
-    ctx.weight = (quant_type, blocksize, shape)
+    x, *weight, bias, lora_A_RK, lora_B_NR, scaling, x_lora, _ = inputs
+    weight, (_, xA_MR, W_NK) = PackedWeight(*weight), output
+    ctx.meaning = weight[4:]  # what of it is no tensor
     ctx.scaling, ctx.x_shape, ctx.has_own_lora_input = scaling, x.shape, x_lora is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
     lora_input = None
     if lora_A_RK is not None:
         lora_input = x if x_lora is None else x_lora
-    ctx.mark_non_differentiable(output[1])
-    weight = (packed, absmax, nested_absmax, nested_offset)
-    ctx.save_for_backward(*weight, lora_A_RK, lora_B_NR, lora_input, output[1], pop_saved_weight())
+    ctx.mark_non_differentiable(xA_MR, W_NK)
+    ctx.save_for_backward(*weight[:4], lora_A_RK, lora_B_NR, lora_input, xA_MR, W_NK)
 
 
-def _backward(ctx, grad_y, _):
-    packed, absmax, nested_absmax, nested_offset, lora_A_RK, lora_B_NR, lora_input, xA_MR, W_NK = ctx.saved_tensors
+def _backward(ctx, grad_y, *_):
+    *tensors, lora_A_RK, lora_B_NR, lora_input, xA_MR, W_NK = ctx.saved_tensors
+    weight = PackedWeight(*tensors, *ctx.meaning)
     needed_grads = [ctx.needs_input_grad[i] for i in (0, 12, 9, 10)]
-    grads = _qlora_linear_backward(
-        grad_y, packed, absmax, nested_absmax, nested_offset, *ctx.weight,
-        lora_A_RK, lora_B_NR, ctx.scaling, lora_input, xA_MR, ctx.has_own_lora_input, needed_grads, W_NK,
-    )  # fmt: skip
+    W_NK = W_NK if W_NK.numel() else None
+    rest = (lora_A_RK, lora_B_NR, ctx.scaling, lora_input, xA_MR, needed_grads, ctx.has_own_lora_input, W_NK)
+    grads = _qlora_linear_backward(grad_y, *weight, *rest)
     grad_x, grad_x_lora, grad_A, grad_B = (grad if grad.numel() else None for grad in grads)
     grad_x, grad_x_lora = (None if grad is None else grad.view(ctx.x_shape) for grad in (grad_x, grad_x_lora))
     grad_bias = None
     if ctx.needs_input_grad[8]:
-        grad_bias = grad_y.reshape(-1, ctx.weight[2][0]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-    return (grad_x, *[None] * 7, grad_bias, grad_A, grad_B, None, grad_x_lora)
+        grad_bias = grad_y.reshape(-1, weight.shape[0]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return (grad_x, *[None] * 7, grad_bias, grad_A, grad_B, None, grad_x_lora, None)
 
 
 _qlora_linear.register_autograd(_backward, _setup_context)

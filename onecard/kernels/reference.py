@@ -10,39 +10,25 @@ from torch import Tensor
 from onecard.quant.blockwise import dequantize_blocks, quantize_blocks
 from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit
 from onecard.quant.nested import dequantize_absmax
+from onecard.quant.state import PackedWeight
 
-__all__ = [
-    "adamw_8bit_", "can_fuse", "can_multiply", "cross_entropy_", "dequantize_into", "multiply", "quantize_blocks",
-]  # fmt: skip
-
-
-def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
-    """Never: here a product is dequantize_into and a matrix product of torch."""
-    return False
+__all__ = ["adamw_8bit_", "cross_entropy_", "dequantize_into", "quantize_blocks"]
 
 
-def multiply(x_MK: Tensor, *weight) -> Tensor:
-    raise NotImplementedError("can_multiply says no")
+class Lora(NamedTuple):
+    """A LoRA term s B A: A (R, K) and B (N, R), of one float dtype."""
+
+    A_RK: Tensor
+    B_NR: Tensor
+    scaling: float
 
 
-def can_fuse(x_MK: Tensor, num_outputs: int, *lora: Tensor | None) -> bool:
-    """Never, as can_multiply."""
-    return False
-
-
-def dequantize_into(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
     """Fill `out` (contiguous, any float dtype) with the weight that the codes and scales stand for."""
-    if nested_absmax is not None and nested_offset is not None:
-        absmax = dequantize_absmax(absmax, nested_absmax, nested_offset)
-    dequantize_blocks(packed, absmax, quant_type, blocksize, out)
+    absmax = weight.absmax
+    if weight.nested_absmax is not None and weight.nested_offset is not None:
+        absmax = dequantize_absmax(absmax, weight.nested_absmax, weight.nested_offset)
+    dequantize_blocks(weight.codes, absmax, weight.quant_type, weight.blocksize, out)
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:

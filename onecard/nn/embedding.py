@@ -20,8 +20,7 @@ class Head(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         learning = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        few = x.numel() <= elementwise.FEW_ROWS * self.in_features
-        if few and not learning and x.device.type == "cpu" and elementwise.supports(x, self.weight):
+        if not learning and elementwise.has_dense_product(x, self.weight):
             y = elementwise.dense_product(x, self.weight)
             return y if self.bias is None else y + self.bias.to(x.dtype)
         return project(x, self.weight, self.bias)

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from onecard.config import ROW_MULTIPLE
 from onecard.kernels import ops
 from onecard.kernels.cpu_info import product_dtype
-from onecard.kernels.dequantize import weights_saved
+from onecard.kernels.dequantize import dequantize_to_scratch
+from onecard.kernels.reference import Lora
 from onecard.nn.linear import Linear4bit
-from onecard.quant.state import QuantState, part_of
+from onecard.quant.state import PackedWeight, QuantState, part_of
 
 FEW_ROWS, FILL_ROWS = 8, 16
 Term = tuple[float, Tensor | None, Tensor | None]  # a LoRA term as autograd hands it on: scaling, A, B
@@ -163,69 +164,51 @@ class Product:
             return None, None
         return torch.zeros_like(self.A_ERK), torch.zeros_like(self.B_ENR)
 
-    def codes(self, expert: int) -> tuple[Any, int]:
-        """W_e as the operators take it, codes, scales and shape, and the weights before it that have come along."""
+    def part(self, expert: int) -> tuple[PackedWeight, int]:
+        """W_e, and how many weights before it have come along."""
         packed, state, skip = part_of(self.packed, self.state, expert)
-        scales = (state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
-        return (packed, *scales, list(state.shape)), skip
-
-    def parts(self, expert: int) -> Any:
-        """What `codes` gives, where it is that of a linear (N, K); else None."""
-        codes, skip = self.codes(expert)
-        return None if skip or self.transposed else codes
+        return PackedWeight.of(packed, state), skip
 
     def weight(self, expert: int) -> Tensor:
         """W_e (N, K) in the scratch buffer."""
-        codes, skip = self.codes(expert)
-        W = ops.dequantize_to_scratch(*codes, dtype=self.dtype).view(-1)[skip:].view(self.state.shape[1:])
+        part, skip = self.part(expert)
+        W = dequantize_to_scratch(part, self.dtype).view(-1)[skip:].view(self.state.shape[1:])
         return W.T if self.transposed else W
 
-    def lora(self, expert: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """A_e (R, K) and B_e (N, R)."""
-        return (None, None) if self.A_ERK is None or self.B_ENR is None else (self.A_ERK[expert], self.B_ENR[expert])
+    def lora(self, expert: int) -> Lora | None:
+        """The LoRA term of an expert."""
+        if self.A_ERK is None or self.B_ENR is None:
+            return None
+        return Lora(self.A_ERK[expert], self.B_ENR[expert], self.scaling)
 
     def forward(self, expert: int, x_MK: Tensor) -> tuple[Tensor, Tensor]:
         """y (M, N), and x A_e^T (M, R) for the backward."""
-        A_RK, B_NR = self.lora(expert)
+        lora = self.lora(expert)
         bias = None if self.bias_EN is None else self.bias_EN[expert]
-        found = self.parts(expert)
-        if found is not None:
-            return ops.qlora_forward(
-                x_MK, *found, bias=bias, lora_A_RK=A_RK, lora_B_NR=B_NR, scaling=self.scaling, x_lora=None
-            )
+        part, skip = self.part(expert)
+        if not skip and not self.transposed:
+            return ops.linear_forward(x_MK, part, bias, lora)[:2]
         y_MN = x_MK @ self.weight(expert).T
         if bias is not None:
             y_MN += bias
-        if A_RK is None or B_NR is None:
+        if lora is None:
             return y_MN, x_MK.new_empty(0)
-        xA_MR = x_MK @ A_RK.to(x_MK.dtype).T
-        return y_MN.addmm_(xA_MR, B_NR.to(x_MK.dtype).T, alpha=self.scaling), xA_MR
+        xA_MR = x_MK @ lora.A_RK.to(x_MK.dtype).T
+        return y_MN.addmm_(xA_MR, lora.B_NR.to(x_MK.dtype).T, alpha=lora.scaling), xA_MR
 
     def backward(self, expert: int, g_MN: Tensor, x_MK: Tensor, xA_MR: Tensor, needs_x: bool, learns: bool) -> Tensor:
         """The gradient with respect to x, (M, K), if it `needs_x`; if the expert `learns`, its factors' go into
         `grads`."""
-        A_RK, B_NR = self.lora(expert)
-        learns = learns and A_RK is not None
+        lora = self.lora(expert)
+        learns = learns and lora is not None
         if not needs_x and not learns:
             return g_MN.new_empty(0)
-        lora_input, needed_grads = None if A_RK is None else x_MK, [needs_x, False, learns, learns]
-        rest: dict[str, Any] = {
-            "lora_A_RK": A_RK,
-            "lora_B_NR": B_NR,
-            "scaling": self.scaling,
-            "xA_MR": xA_MR,
-            "has_own_lora_input": False,
-        }
-        found = self.parts(expert)
-        if found is not None:
-            dx_MK, _, dA_RK, dB_NR = ops.qlora_backward(
-                g_MN, *found, **rest, lora_input=lora_input, needed_grads=needed_grads
-            )
+        rest = (lora, None if lora is None else x_MK, xA_MR, [needs_x, False, learns, learns])
+        part, skip = self.part(expert)
+        if not skip and not self.transposed:
+            dx_MK, _, dA_RK, dB_NR = ops.linear_backward(g_MN, part, *rest)
         else:
-            weight = partial(self.weight, expert)
-            dx_MK, _, dA_RK, dB_NR = ops.plain_backward(
-                g_MN, weight, **rest, seen_MK=lora_input, needed_grads=needed_grads
-            )
+            dx_MK, _, dA_RK, dB_NR = ops.plain_backward(g_MN, partial(self.weight, expert), *rest)
         if learns:
             for all_of_them, its_own in zip(self.grads, (dA_RK, dB_NR)):
                 all_of_them[expert] = its_own
@@ -244,9 +227,8 @@ class _Experts(torch.autograd.Function):
         for expert, part in parts(counts):
             tokens_M = pairs_S[part] // index_TJ.shape[1]
             M = len(tokens_M)
-            with weights_saved(None):  # of experts there are too many
-                u_MN, xA_MR = up.forward(expert, x[padded_rows(tokens_M)])
-                y_MK, hA_MR = down.forward(expert, experts.activate(u_MN))
+            u_MN, xA_MR = up.forward(expert, x[padded_rows(tokens_M)])
+            y_MK, hA_MR = down.forward(expert, experts.activate(u_MN))
             u_SN[part] = u_MN[:M]
             for kept, made in ((xA_SR, xA_MR), (hA_SR, hA_MR)):
                 if kept.numel():

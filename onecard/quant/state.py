@@ -1,4 +1,5 @@
-"""QuantState: everything beside the packed codes that a 4-bit weight needs, as plain tensors; and its form in files.
+"""QuantState: everything beside the packed codes that a 4-bit weight needs, as plain tensors; both together as a
+PackedWeight; and their form in files.
 
 In a bitsandbytes checkpoint a weight NAME of shape (N, K) is NAME (the codes), NAME.absmax, NAME.quant_map, with
 double quantization NAME.nested_absmax and NAME.nested_quant_map, and NAME.quant_state.bitsandbytes__nf4 (or fp4): JSON
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -91,6 +92,30 @@ class QuantState:
             nested_absmax=None if self.nested_absmax is None else self.nested_absmax.to(device),
             nested_offset=None if self.nested_offset is None else self.nested_offset.to(device),
         )
+
+
+class PackedWeight(NamedTuple):
+    """A 4-bit weight as kernels read it. A torch operator takes these fields, one after another, in this order.
+
+    Attributes:
+        codes: uint8, two weights a byte, the first in the high nibble; at least (numel + 1) // 2 of them.
+        absmax, nested_absmax, nested_offset, quant_type, blocksize: as in QuantState.
+        shape: the weight's.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    quant_type: str
+    blocksize: int
+    shape: list[int]
+
+    @classmethod
+    def of(cls, packed: Tensor, state: QuantState) -> PackedWeight:
+        """The codes of a weight together with its state."""
+        scales = (state.absmax, state.nested_absmax, state.nested_offset)
+        return cls(packed, *scales, state.quant_type, state.blocksize, list(state.shape))
 
 
 def part_of(packed: Tensor, state: QuantState, index: int) -> tuple[Tensor, QuantState, int]:

@@ -43,6 +43,6 @@ def test_cpp_is_bit_equal(isa, threads):  # noqa: F811
 
 def test_triton_is_bit_equal():
     pytest.importorskip("triton", reason="Triton is not installed")
-    from onecard.kernels.triton import backend
+    from onecard.kernels.triton import codec
 
-    assert all(torch.equal(a, b) for a, b in zip(after(backend, DEVICE), after(reference)))
+    assert all(torch.equal(a, b) for a, b in zip(after(codec, DEVICE), after(reference)))

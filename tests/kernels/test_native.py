@@ -15,6 +15,7 @@ from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.cpu import native
 from onecard.quant.blockwise import make_state
+from onecard.quant.state import PackedWeight
 from tests.forks import Forked, onecard
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,8 +85,9 @@ def test_dequantize_is_bit_equal(isa, quant_type, dtype):
             nested = make_state(absmax, W.shape, W.dtype, quant_type, blocksize, True)
             for scales in ((absmax, None, None), (nested.absmax, nested.nested_absmax, nested.nested_offset)):
                 found, expected = torch.empty(W.shape, dtype=dtype), torch.empty(W.shape, dtype=dtype)
-                native.dequantize_into(packed, *scales, quant_type, blocksize, found)
-                reference.dequantize_into(packed, *scales, quant_type, blocksize, expected)
+                weight = PackedWeight(packed, *scales, quant_type, blocksize, list(W.shape))
+                native.dequantize_into(weight, found)
+                reference.dequantize_into(weight, expected)
                 assert torch.equal(bits(found), bits(expected))
 
 
@@ -94,15 +96,15 @@ def test_any_thread_count_gives_the_same_bits(isa, threads):
     packed, absmax = native.quantize_blocks(W, "nf4", 64, "W")
     expected_packed, expected_absmax = reference.quantize_blocks(W, "nf4", 64, "W")
     assert torch.equal(packed, expected_packed) and torch.equal(absmax, expected_absmax)
-    out = torch.empty_like(W)
-    native.dequantize_into(packed, absmax, None, None, "nf4", 64, out)
+    out, weight = torch.empty_like(W), PackedWeight(packed, absmax, None, None, "nf4", 64, [300, 1024])
+    native.dequantize_into(weight, out)
     x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(1))
-    y = native.multiply(x, packed, absmax, None, None, "nf4", 64, 300)
+    y = native.multiply(x, weight)
     torch.set_num_threads(1)
     alone = torch.empty_like(W)
-    native.dequantize_into(packed, absmax, None, None, "nf4", 64, alone)
+    native.dequantize_into(weight, alone)
     assert torch.equal(out, alone)
-    assert torch.equal(y, native.multiply(x, packed, absmax, None, None, "nf4", 64, 300))
+    assert torch.equal(y, native.multiply(x, weight))
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 16])
@@ -112,13 +114,13 @@ def test_product_is_within_its_rounding(isa, num_rows, K, blocksize):
     generator = torch.Generator().manual_seed(0)
     packed, absmax = reference.quantize_blocks(torch.randn(48, K, generator=generator), "nf4", blocksize, "W")
     state = make_state(absmax, torch.Size((48, K)), torch.float32, "nf4", blocksize, True)
-    weight = (packed, state.absmax, state.nested_absmax, state.nested_offset, "nf4", blocksize)
+    weight = PackedWeight.of(packed, state)
     W = torch.empty(48, K)
-    reference.dequantize_into(*weight, W)
+    reference.dequantize_into(weight, W)
     x = torch.randn(num_rows, K, generator=generator)
     exact = x.double() @ W.double().T
     bound = (K + 2) * 2**-24 * (x.double().abs() @ W.double().abs().T)
-    assert ((native.multiply(x, *weight, 48) - exact).abs() <= bound).all()
+    assert ((native.multiply(x, weight) - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -148,13 +150,13 @@ def test_product_of_bfloat16_is_within_its_rounding(isa, num_rows, K, blocksize)
     """A weight carries at most one rounding to bfloat16, 2^-9, beside the float32 sum's (K + 2) 2^-24."""
     generator = torch.Generator().manual_seed(0)
     packed, absmax = reference.quantize_blocks(torch.randn(48, K, generator=generator), "nf4", blocksize, "W")
-    weight = (packed, absmax, None, None, "nf4", blocksize)
+    weight = PackedWeight(packed, absmax, None, None, "nf4", blocksize, [48, K])
     W = torch.empty(48, K)
-    reference.dequantize_into(*weight, W)
+    reference.dequantize_into(weight, W)
     x = torch.randn(num_rows, K, generator=generator).bfloat16()
     exact = x.double() @ W.double().T
     bound = (2**-9 + (K + 2) * 2**-24) * (x.double().abs() @ W.double().abs().T)
-    assert ((native.multiply(x, *weight, 48) - exact).abs() <= bound).all()
+    assert ((native.multiply(x, weight) - exact).abs() <= bound).all()
 
 
 SECOND_RUNTIME = """
@@ -195,10 +197,10 @@ def no_memory(isa, count):
     q = torch.zeros(2, T, D, dtype=torch.bfloat16)
     out, lse = torch.empty(T, 2, D, dtype=torch.bfloat16), torch.empty(2, T)
     x = torch.zeros(32, K, dtype=torch.bfloat16)
-    weight = torch.zeros(16 * K, 1, dtype=torch.uint8), torch.ones(K // 2), None, None, "nf4", 64
-    calls = [lambda: native.attention(q, q, q, [0, T], 1.0, 0, out, lse), lambda: native.multiply(x[:16], *weight, 32)]
+    weight = PackedWeight(torch.zeros(16 * K, 1, dtype=torch.uint8), torch.ones(K // 2), None, None, "nf4", 64, [32, K])
+    calls = [lambda: native.attention(q, q, q, [0, T], 1.0, 0, out, lse), lambda: native.multiply(x[:16], weight)]
     if native.has_tiles():
-        calls.append(lambda: native.linear(x, weight, 32, None, None))
+        calls.append(lambda: native.linear(x, weight, None))
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), resource.RLIM_INFINITY))
     for call in calls:

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from onecard.kernels import attention, elementwise, ops
+from onecard.kernels.dequantize import SAVE_COPY, SAVE_NOTHING, dequantize_to_scratch
+from onecard.quant.state import PackedWeight
 
 N, K, R = 96, 160, 8
 
@@ -20,9 +22,8 @@ def make(dtype=torch.float32, bias=True, separate=False, seed=0):
     return x, packed, state, b, A, B, x_lora
 
 
-def flat(x, packed, state, b, A, B, x_lora):
-    scales = (state.absmax, state.nested_absmax, state.nested_offset)
-    return (x, packed, *scales, state.quant_type, state.blocksize, list(state.shape), b, A, B, 0.5, x_lora)
+def flat(x, packed, state, b, A, B, x_lora, save=SAVE_NOTHING):
+    return x, *PackedWeight.of(packed, state), b, A, B, 0.5, x_lora, save
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -32,13 +33,13 @@ def test_opcheck(bias, separate, lora):
     x, packed, state, b, A, B, x_lora = make(bias=bias, separate=separate)
     if not lora:
         A = B = x_lora = None
-    torch.library.opcheck(torch.ops.onecard.qlora_linear.default, flat(x, packed, state, b, A, B, x_lora))
+    for save in (SAVE_NOTHING, SAVE_COPY):
+        torch.library.opcheck(torch.ops.onecard.qlora_linear.default, flat(x, packed, state, b, A, B, x_lora, save))
 
 
 def test_opcheck_dequantize():
     _, packed, state, *_ = make()
-    scales = (state.absmax, state.nested_absmax, state.nested_offset)
-    args = (packed, *scales, state.quant_type, state.blocksize, list(state.shape), torch.bfloat16)
+    args = (*PackedWeight.of(packed, state), torch.bfloat16)
     torch.library.opcheck(torch.ops.onecard.dequantize_4bit.default, args)
 
 
@@ -100,9 +101,8 @@ def test_results_can_be_changed_in_place():
 
 def test_the_scratch_buffer_is_reused():
     _, packed, state, *_ = make()
-    scales = (state.absmax, state.nested_absmax, state.nested_offset)
-    args = (packed, *scales, state.quant_type, state.blocksize, list(state.shape), torch.float32)
-    assert ops.dequantize_to_scratch(*args).data_ptr() == ops.dequantize_to_scratch(*args).data_ptr()
+    first, second = (dequantize_to_scratch(PackedWeight.of(packed, state), torch.float32) for _ in range(2))
+    assert first.data_ptr() == second.data_ptr()
 
 
 def everything_on_the_cpu():

@@ -6,6 +6,8 @@ import torch
 
 from onecard.kernels import elementwise, ops
 from onecard.kernels.cpu import native
+from onecard.kernels.reference import Lora
+from onecard.quant.state import PackedWeight
 
 pytestmark = pytest.mark.skipif(
     native.library() is None or not native.call("onecard_has_linear"), reason="this CPU or build has no AMX"
@@ -13,11 +15,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def quantized(N, K, **options):
-    """The parts of a random 4-bit weight, and what it stands for, bfloat16 (N, K)."""
+    """The weight of a random 4-bit weight, and what it stands for, bfloat16 (N, K)."""
     W = torch.randn(N, K, generator=torch.Generator().manual_seed(0)) * 0.05
     packed, state = ops.quantize_4bit(W, **options)
-    parts = (packed, state.absmax, state.nested_absmax, state.nested_offset, state.quant_type, state.blocksize)
-    return parts, ops.dequantize_4bit(packed, state, torch.bfloat16)
+    return PackedWeight.of(packed, state), ops.dequantize_4bit(packed, state, torch.bfloat16)
 
 
 def random(*shape, seed=1, dtype=torch.bfloat16):
@@ -30,10 +31,10 @@ def random(*shape, seed=1, dtype=torch.bfloat16):
 ], ids=str)  # fmt: skip
 def test_the_weight_is_that_of_dequantize(N, K, options):
     """x the identity: every sum has one term that is not zero."""
-    parts, W = quantized(N, K, **options)
-    y, _ = native.linear(torch.eye(K, dtype=torch.bfloat16), parts, N, None, None)
+    weight, W = quantized(N, K, **options)
+    y, _ = native.linear(torch.eye(K, dtype=torch.bfloat16), weight, None)
     assert torch.equal(y, W.T)
-    grad_x, *rest = native.linear_backward(torch.eye(N).bfloat16(), parts, K, [True] * 4, None, False)
+    grad_x, *rest = native.linear_backward(torch.eye(N).bfloat16(), weight, [True] * 4)
     assert torch.equal(grad_x, W)
     assert rest == [None] * 3
 
@@ -43,12 +44,12 @@ def test_the_weight_is_that_of_dequantize(N, K, options):
 @pytest.mark.parametrize("separate", [False, True])
 def test_within_the_bound(M, N, K, R, dtype, separate):
     """One rounding of the result to bfloat16, those of A, B, x A^T and g B, and float32's along the depth."""
-    parts, W = quantized(N, K)
+    weight, W = quantized(N, K)
     x, g, bias, scaling = random(M, K), random(M, N, seed=2), random(N, seed=3), 1.7
     A, B = random(R, K, seed=4, dtype=dtype), random(N, R, seed=5, dtype=dtype)
     seen = random(M, K, seed=6) if separate else x
-    y, xA = native.linear(x, parts, N, bias, (seen, A, B, scaling))
-    grads = native.linear_backward(g, parts, K, [True] * 4, (seen, xA, A, B, scaling), separate)
+    y, xA = native.linear(x, weight, bias, Lora(A, B, scaling), seen)
+    grads = native.linear_backward(g, weight, [True] * 4, Lora(A, B, scaling), seen, xA, separate)
 
     def exact(size):
         """y, xA and the gradients in float64; with size the sums of absolute values instead."""
@@ -72,22 +73,22 @@ def test_within_the_bound(M, N, K, R, dtype, separate):
 
 
 def test_what_is_not_wanted_is_not_made():
-    parts, _ = quantized(64, 96)
+    weight, _ = quantized(64, 96)
     x, A, B = random(40, 96), random(8, 96), random(64, 8)
-    _, xA = native.linear(x, parts, 64, None, (x, A, B, 2.0))
+    _, xA = native.linear(x, weight, None, Lora(A, B, 2.0))
     for needs in ([True, False, False, False], [False, False, True, True], [True, True, False, True]):
-        grads = native.linear_backward(random(40, 64), parts, 96, needs, (x, xA, A, B, 2.0), needs[1])
+        grads = native.linear_backward(random(40, 64), weight, needs, Lora(A, B, 2.0), x, xA, needs[1])
         assert [grad is not None for grad in grads] == needs
 
 
 def test_any_thread_count_gives_the_same_bits():
-    parts, _ = quantized(288, 352)
+    weight, _ = quantized(288, 352)
     x, g, A, B = random(200, 352), random(200, 288), random(16, 352), random(288, 16)
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        y, xA = native.linear(x, parts, 288, None, (x, A, B, 2.0))
-        found.append((y, xA, *native.linear_backward(g, parts, 352, [True] * 4, (x, xA, A, B, 2.0), False)))
+        y, xA = native.linear(x, weight, None, Lora(A, B, 2.0))
+        found.append((y, xA, *native.linear_backward(g, weight, [True] * 4, Lora(A, B, 2.0), x, xA)))
     torch.set_num_threads(before)
     for other in found[1:]:
         assert all(a is b or torch.equal(a, b) for a, b in zip(found[0], other))
@@ -95,13 +96,13 @@ def test_any_thread_count_gives_the_same_bits():
 
 def test_the_operator_takes_it():
     """qlora_linear's own gradients agree with those of torch's products, and torch's products still work after it."""
-    parts, W = quantized(96, 128)
+    weight, W = quantized(96, 128)
     leaves = [random(5, 8, 128), random(4, 128, dtype=torch.float32), random(96, 4, dtype=torch.float32)]
     shape, results = [96, 128], []
     for compute in ("tiles", "plain"):
         x, A, B = (t.clone().requires_grad_() for t in leaves)
         if compute == "tiles":
-            y, _ = torch.ops.onecard.qlora_linear(x, *parts, shape, None, A, B, 2.0, None)
+            y, _ = torch.ops.onecard.qlora_linear(x, *weight, shape, None, A, B, 2.0, None)
         else:
             y = x @ W.T + 2 * (x @ A.bfloat16().T) @ B.bfloat16().T
         y.backward(torch.ones_like(y))

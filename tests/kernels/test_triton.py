@@ -8,10 +8,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from onecard.errors import UserError
 from onecard.kernels import reference
-from onecard.kernels.triton import backend, product
+from onecard.kernels.triton import codec, product
 from onecard.kernels.triton import elementwise as triton_rows
 from onecard.quant.blockwise import make_state
 from onecard.quant.dynamic import quantize_8bit
+from onecard.quant.state import PackedWeight
 from tests.kernels.test_elementwise import norm, with_gradients
 from tests.kernels.test_native import bits, weights
 
@@ -24,6 +25,10 @@ DTYPES = {"nf4": torch.float32, "fp4": torch.bfloat16, "int4": torch.float16}
 SLOW = [] if ON_GPU else pytest.mark.slow  # the interpreter takes three seconds each
 
 
+def on_device(weight):
+    return PackedWeight(*(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in weight))
+
+
 @pytest.mark.parametrize(
     "quant_type, dtype",
     [pytest.param(q, d, marks=[] if DTYPES[q] == d else SLOW) for q in DTYPES for d in DTYPES.values()],
@@ -34,7 +39,7 @@ def test_quantize_is_bit_equal(quant_type, dtype):
         if dtype == torch.bfloat16 and not ON_GPU and 0 < W.abs().max() < 1e-38:
             continue  # the interpreter takes denormal bfloat16 for zero
         for blocksize in (32, 64, 1024):
-            packed, absmax = backend.quantize_blocks(W.to(DEVICE), quant_type, blocksize, "W")
+            packed, absmax = codec.quantize_blocks(W.to(DEVICE), quant_type, blocksize, "W")
             expected_packed, expected_absmax = reference.quantize_blocks(W, quant_type, blocksize, "W")
             assert torch.equal(packed.cpu(), expected_packed)
             assert torch.equal(bits(absmax.cpu()), bits(expected_absmax))
@@ -49,10 +54,10 @@ def test_dequantize_is_bit_equal(quant_type, dtype):
             nested = make_state(absmax, W.shape, W.dtype, quant_type, blocksize, True)
             for scales in ((absmax, None, None), (nested.absmax, nested.nested_absmax, nested.nested_offset)):
                 expected = torch.empty(W.shape, dtype=dtype)
-                reference.dequantize_into(packed, *scales, quant_type, blocksize, expected)
-                moved = [None if t is None else t.to(DEVICE) for t in scales]
+                weight = PackedWeight(packed, *scales, quant_type, blocksize, list(W.shape))
+                reference.dequantize_into(weight, expected)
                 found = torch.empty(W.shape, dtype=dtype, device=DEVICE)
-                backend.dequantize_into(packed.to(DEVICE), *moved, quant_type, blocksize, found)
+                codec.dequantize_into(on_device(weight), found)
                 assert torch.equal(bits(found.cpu()), bits(expected))
 
 
@@ -66,14 +71,14 @@ def test_product_is_within_its_rounding(num_rows, N, K, blocksize, double_quant,
     generator = torch.Generator().manual_seed(0)
     packed, absmax = reference.quantize_blocks(torch.randn(N, K, generator=generator), "nf4", blocksize, "W")
     state = make_state(absmax, torch.Size((N, K)), torch.float32, "nf4", blocksize, double_quant).to(DEVICE)
-    weight = (packed.to(DEVICE), state.absmax, state.nested_absmax, state.nested_offset, "nf4", blocksize)
+    weight = PackedWeight.of(packed.to(DEVICE), state)
     W = torch.empty(N, K, device=DEVICE)
-    reference.dequantize_into(*weight, W)
+    reference.dequantize_into(weight, W)
     x = torch.randn(num_rows, K, generator=generator).to(DEVICE)
-    assert ON_GPU or backend.can_multiply(x, blocksize)
+    assert ON_GPU or product.can_multiply(x, blocksize)
     exact = x.double() @ W.double().T
     bound = (K + (4 if num_rows == 1 else 2)) * 2**-24 * (x.double().abs() @ W.double().abs().T)
-    assert ((backend.multiply(x, *weight, N) - exact).abs() <= bound).all()
+    assert ((product.multiply(x, weight) - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("R", [1, 16, 24, 130])
@@ -83,13 +88,13 @@ def test_product_with_a_lora_term_is_within_its_rounding(M, R):
     generator = torch.Generator().manual_seed(0)
     N, K, scaling = 37, 128, 1.7
     packed, absmax = reference.quantize_blocks(torch.randn(N, K, generator=generator), "nf4", 64, "W")
-    weight = (packed.to(DEVICE), absmax.to(DEVICE), None, None, "nf4", 64)
+    weight = on_device(PackedWeight(packed, absmax, None, None, "nf4", 64, [N, K]))
     W = torch.empty(N, K, device=DEVICE)
-    reference.dequantize_into(*weight, W)
+    reference.dequantize_into(weight, W)
     x, xA, B = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((M, K), (M, R), (N, R)))
     exact = x.double() @ W.double().T + scaling * xA.double() @ B.double().T
     sizes = x.double().abs() @ W.double().abs().T + scaling * xA.double().abs() @ B.double().abs().T
-    found = backend.multiply(x, *weight, N, (xA, B, scaling))
+    found = product.multiply(x, weight, (xA, B, scaling))
     assert ((found - exact).abs() <= (K + R + (6 if M == 1 else 4)) * 2**-24 * sizes).all()
 
 
@@ -134,9 +139,10 @@ def test_product_in_16_bits_is_within_its_rounding(dtype, M, odd):
     random = torch.randn(N, K, generator=torch.Generator().manual_seed(0))
     packed, absmax = reference.quantize_blocks(random, "nf4", 64, "W")
     W = torch.empty(N, K, dtype=torch.float32 if M == 1 else dtype)
-    reference.dequantize_into(packed, absmax, None, None, "nf4", 64, W)
+    weight = PackedWeight(packed, absmax, None, None, "nf4", 64, [N, K])
+    reference.dequantize_into(weight, W)
     x = torch.randn(M * K + odd, generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)[odd:].view(M, K)
-    found = backend.multiply(x, packed.to(DEVICE), absmax.to(DEVICE), None, None, "nf4", 64, N).cpu()
+    found = product.multiply(x, on_device(weight)).cpu()
     exact, sizes = x.cpu().double() @ W.double().T, x.cpu().double().abs() @ W.double().abs().T
     assert ((found - exact).abs() <= (K + 4) * 2**-24 * sizes).all()
 
@@ -162,7 +168,7 @@ def test_cross_entropy_in_place(vocab):
     logits = 5 * torch.randn(9, vocab, generator=torch.Generator().manual_seed(0))
     target = torch.arange(9) % vocab
     found, plain = logits.to(DEVICE), logits.clone()
-    losses = backend.cross_entropy_(found, target.to(DEVICE))
+    losses = codec.cross_entropy_(found, target.to(DEVICE))
     torchs = reference.cross_entropy_(plain, target)
     truth = torch.nn.functional.cross_entropy(logits.double(), target, reduction="none")
     gradient = logits.double().softmax(-1) - torch.nn.functional.one_hot(target, vocab)
@@ -176,7 +182,7 @@ def test_not_finite_is_an_error(bad, where):
     W = torch.randn(10, 13, device=DEVICE)
     W[where] = bad
     with pytest.raises(UserError, match=rf"\[{where[0]}, {where[1]}\]"):
-        backend.quantize_blocks(W, "nf4", 64, "some.weight")
+        codec.quantize_blocks(W, "nf4", 64, "some.weight")
 
 
 def test_every_launch_is_on_its_tensors_device(monkeypatch):
@@ -185,23 +191,24 @@ def test_every_launch_is_on_its_tensors_device(monkeypatch):
     seen = []
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x.device.type) or of(x))
     W = torch.ones(4, 64, device=DEVICE)
-    packed, absmax = backend.quantize_blocks(W, "nf4", 64, "W")
-    backend.dequantize_into(packed, absmax, None, None, "nf4", 64, torch.empty_like(W))
-    backend.multiply(W[:1], packed, absmax, None, None, "nf4", 64, 4)
-    backend.multiply(W[:2], packed, absmax, None, None, "nf4", 64, 4)
+    packed, absmax = codec.quantize_blocks(W, "nf4", 64, "W")
+    weight = PackedWeight(packed, absmax, None, None, "nf4", 64, [4, 64])
+    codec.dequantize_into(weight, torch.empty_like(W))
+    product.multiply(W[:1], weight)
+    product.multiply(W[:2], weight)
     triton_rows.rope(W.view(4, 1, 64), W, W, False)
-    backend.cross_entropy_(W.clone(), torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    codec.cross_entropy_(W.clone(), torch.zeros(4, dtype=torch.int64, device=DEVICE))
     _, y, rstd = triton_rows.rms_norm(W, None, W[0], 1e-5)
     triton_rows.rms_norm_backward(y, W, W[0], rstd, None)
     triton_rows.swiglu_backward(triton_rows.swiglu(W, W), W, W)
     states = [x.to(DEVICE) for signed in (True, False) for x in quantize_8bit(torch.ones(256), signed)]
-    backend.adamw_8bit_([(W, W.clone(), *states)], reference.Rates.of(1, 1e-2, (0.9, 0.999), 1e-8, 0.1))
+    codec.adamw_8bit_([(W, W.clone(), *states)], reference.Rates.of(1, 1e-2, (0.9, 0.999), 1e-8, 0.1))
     assert seen == [DEVICE] * 11
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_another_gpu_than_the_current_one():
     W = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    packed, absmax = backend.quantize_blocks(W.to("cuda:1"), "nf4", 64, "W")
+    packed, absmax = codec.quantize_blocks(W.to("cuda:1"), "nf4", 64, "W")
     expected = reference.quantize_blocks(W, "nf4", 64, "W")
     assert torch.equal(packed.cpu(), expected[0]) and torch.equal(absmax.cpu(), expected[1])

@@ -9,9 +9,10 @@ import onecard
 from onecard.adapter.layers import LoraLinear4bit, ParamWrapper, lora_config, register_fused
 from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.errors import UserError
-from onecard.kernels import dequantize as weight_module
+from onecard.kernels import dequantize as dequantize_module
 from onecard.kernels import ops
 from onecard.kernels.cpu import native
+from onecard.nn import experts as experts_module
 from onecard.nn.experts import Experts4bit, Factors, by_expert, weights_of
 from onecard.quant.state import part_of
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
@@ -153,13 +154,13 @@ def test_only_experts_with_tokens_are_dequantized_and_nothing_of_them_is_saved(t
     folder = make_checkpoint(tmp_path, "qwen3_moe", num_hidden_layers=1)
     experts = onecard.load_model(str(folder), device="cpu", compute_dtype="float32").model.layers[0].mlp.experts
     seen, saved = [], []
-    dequantize = weight_module.dequantize_to_scratch
+    dequantize = dequantize_module.dequantize_to_scratch
 
     def counted(*arguments, **more):
         seen.append(1)
         return dequantize(*arguments, **more)
 
-    for module in (ops, weight_module):
+    for module in (experts_module, dequantize_module):
         monkeypatch.setattr(module, "dequantize_to_scratch", counted)
     x = torch.randn(9, 64, requires_grad=True)
     index = torch.tensor([[1, 5]]).expand(9, 2)

@@ -33,9 +33,10 @@ from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
+from onecard.kernels.backend import backend
 from onecard.memory.model import Model, read_model
 from onecard.quant.blockwise import state_absmax
-from onecard.quant.state import BNB_KEYS, STATE_KEY, QuantState, from_bnb, read_facts
+from onecard.quant.state import BNB_KEYS, STATE_KEY, PackedWeight, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -164,8 +165,8 @@ def dequantize_part(packed: Tensor, absmax: Tensor, state: QuantState, first: in
     skip = first % state.blocksize
     block, out = first // state.blocksize, torch.empty(skip + count)
     codes = packed.view(-1)[(first - skip) // 2 : (first + count + 1) // 2]
-    weight = (codes, absmax[block:], None, None, state.quant_type, state.blocksize)
-    ops.backend(out.device).dequantize_into(*weight, out)
+    weight = PackedWeight(codes, absmax[block:], None, None, state.quant_type, state.blocksize, list(out.shape))
+    backend(out.device).codec.dequantize_into(weight, out)
     return out[skip:]
 
 

@@ -19,9 +19,11 @@ from torch import Tensor
 from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.cpu import allocator
+from onecard.kernels.reference import Lora
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 from onecard.quant.dynamic import midpoints
+from onecard.quant.state import PackedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Rows of x up to which the product straight from the codes beats dequantize-and-multiply (benchmarks/kernels.py).
@@ -177,27 +179,17 @@ def coding(quant_type: str) -> tuple[Tensor, Tensor]:
     return bounds.contiguous(), order.to(torch.uint8)
 
 
-def scales(
-    packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None, quant_type: str
-) -> tuple:
+def weight_tensors(weight: PackedWeight) -> tuple:
     """The arguments by which every kernel reads a weight."""
-    return packed, absmax, nested_absmax, dynamic_map("cpu"), nested_offset, quant_map(quant_type, "cpu")
+    maps = dynamic_map("cpu"), weight.nested_offset, quant_map(weight.quant_type, "cpu")
+    return weight.codes, weight.absmax, weight.nested_absmax, *maps
 
 
-def dequantize_into(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
     """As reference.dequantize_into."""
     if out.dtype not in DTYPES:
-        return reference.dequantize_into(packed, absmax, nested_absmax, nested_offset, quant_type, blocksize, out)
-    weight = scales(packed, absmax, nested_absmax, nested_offset, quant_type)
-    call("onecard_dequantize", *weight, out.numel(), blocksize, out, DTYPES[out.dtype])
+        return reference.dequantize_into(weight, out)
+    call("onecard_dequantize", *weight_tensors(weight), out.numel(), weight.blocksize, out, DTYPES[out.dtype])
 
 
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
@@ -206,25 +198,15 @@ def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
     return LARGEST_M.get(x_MK.dtype, 0) >= M and K % 64 == 0 and K % blocksize == 0
 
 
-def multiply(
-    x_MK: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    num_outputs: int,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-) -> Tensor:
+def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
     """x W^T straight from the codes, float32 (M, N): weights and sums in float32, nothing rounded to x's dtype.
 
     With lora = (x A^T, B, s) plus s (x A^T) B^T.
     """
-    M, K = x_MK.shape
-    y_MN = new(torch.float32, M, num_outputs)
-    weight = scales(packed, absmax, nested_absmax, nested_offset, quant_type)
-    call("onecard_product", *weight, num_outputs, K, blocksize, x_MK.contiguous(), DTYPES[x_MK.dtype], M, y_MN)
+    M, (N, K) = len(x_MK), weight.shape
+    y_MN = new(torch.float32, M, N)
+    sizes = (N, K, weight.blocksize)
+    call("onecard_product", *weight_tensors(weight), *sizes, x_MK.contiguous(), DTYPES[x_MK.dtype], M, y_MN)
     if lora is not None:
         y_MN.addmm_(lora[0].float(), lora[1].float().T, alpha=lora[2])
     return y_MN
@@ -238,35 +220,35 @@ def has_tiles() -> bool:
     return library() is not None and bool(call("onecard_has_linear"))
 
 
-def can_fuse(x_MK: Tensor, num_outputs: int, *lora: Tensor | None) -> bool:
+def can_fuse(x_MK: Tensor, num_outputs: int, lora: Lora | None = None) -> bool:
     """Whether `linear` and `linear_backward` take this x: bfloat16 on a CPU with tiles (AMX)."""
     whole = x_MK.shape[1] % 32 == 0 and num_outputs % 32 == 0
-    dtypes = {x.dtype for x in lora if x is not None}
+    dtypes = set() if lora is None else {lora.A_RK.dtype, lora.B_NR.dtype}
     known = len(dtypes) <= 1 and dtypes <= DTYPES.keys()
     return x_MK.dtype == torch.bfloat16 and whole and known and has_tiles()
 
 
 def linear(
     x_MK: Tensor,
-    weight: tuple,
-    num_outputs: int,
+    weight: PackedWeight | Tensor,
     bias: Tensor | None,
-    lora: tuple[Tensor, Tensor, Tensor, float] | None,
+    lora: Lora | None = None,
+    x_lora_MK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y = x W^T + bias + s (x_lora A^T) B^T with one rounding, bfloat16 (M, N); and x_lora A^T, bfloat16 (M, R).
 
     Args:
-        weight: packed, absmax, nested_absmax, nested_offset, quant_type, blocksize; or a single bfloat16 (N, K).
-        lora: x_lora (M, K) bfloat16, A (R, K), B (N, R) and s.
+        weight: (N, K), in 4 bits or in bfloat16.
+        x_lora_MK: bfloat16, what A takes; None: x.
     """
-    M, K = x_MK.shape
+    M, (N, K) = len(x_MK), weight.shape
     x_MK, bias = x_MK.contiguous(), None if bias is None else bias.float().contiguous()
-    y_MN = allocator.empty((M, num_outputs), x_MK.dtype)
-    seen, A, B, scaling = lora or (None, None, None, 1.0)
-    seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
+    y_MN = allocator.empty((M, N), x_MK.dtype)
+    A, B, scaling = contiguous(lora)
+    seen = None if lora is None else x_MK if x_lora_MK is None else x_lora_MK.contiguous()
     xA_MR = x_MK.new_empty(0) if A is None else x_MK.new_empty(M, len(A))
     struct = Linear(
-        M, num_outputs, K, 0 if A is None else len(A), x_MK.data_ptr(), address(seen), address(bias),
+        M, N, K, 0 if A is None else len(A), x_MK.data_ptr(), address(seen), address(bias),
         0 if A is None else DTYPES[A.dtype], address(A), address(B), scaling, xA_MR.data_ptr(), y_MN.data_ptr(),
     )  # fmt: skip
     call("onecard_linear", *weight_arguments(weight), ctypes.byref(struct))
@@ -275,29 +257,30 @@ def linear(
 
 def linear_backward(
     grad_y_MN: Tensor,
-    weight: tuple,
-    num_inputs: int,
+    weight: PackedWeight | Tensor,
     needed_grads: list[bool],
-    lora: tuple[Tensor, Tensor, Tensor, Tensor, float] | None,
-    has_own_lora_input: bool,
-) -> tuple[Tensor | None, ...]:
+    lora: Lora | None = None,
+    lora_input_MK: Tensor | None = None,
+    xA_MR: Tensor | None = None,
+    has_own_lora_input: bool = False,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Of grad_y (M, N): grad_x (M, K), grad_x_lora (M, K) if has_own_lora_input, float32 grad_A (R, K), grad_B (N, R).
 
     Args:
         needed_grads: which of the four are wanted; what is not is None.
-        lora: x_lora (M, K), x_lora A^T (M, R), both bfloat16, A, B and s.
+        lora_input_MK, xA_MR: what A has taken and has given, bfloat16.
         has_own_lora_input: whether x_lora is not x (dropout): its gradient is then an output of its own.
     """
-    (M, N), K = grad_y_MN.shape, num_inputs
+    M, (N, K) = len(grad_y_MN), weight.shape
     grad_y_MN = grad_y_MN.contiguous()
-    seen, xA_MR, A, B, scaling = lora or (None, None, None, None, 1.0)
-    seen, A, B = (x if x is None else x.contiguous() for x in (seen, A, B))
+    A, B, scaling = contiguous(lora)
+    lora_input_MK = None if lora_input_MK is None else lora_input_MK.contiguous()
     grad_x = allocator.empty((M, K), grad_y_MN.dtype) if needed_grads[0] else None
     grad_x_lora = allocator.empty((M, K), grad_y_MN.dtype) if has_own_lora_input and A is not None else None
     grad_A = new(torch.float32, *A.shape) if A is not None and needed_grads[2] else None
     grad_B = new(torch.float32, *B.shape) if B is not None and needed_grads[3] else None
     struct = Linear(
-        M, N, K, 0 if A is None else len(A), None, address(seen), None,
+        M, N, K, 0 if A is None else len(A), None, address(lora_input_MK), None,
         0 if A is None else DTYPES[A.dtype], address(A), address(B), scaling, address(xA_MR), None,
         grad_y_MN.data_ptr(), *[address(x) for x in (grad_x, grad_x_lora, grad_A, grad_B)],
     )  # fmt: skip
@@ -305,11 +288,24 @@ def linear_backward(
     return grad_x, grad_x_lora if needed_grads[1] else None, grad_A, grad_B
 
 
-def weight_arguments(weight: tuple) -> tuple:
-    """A 4-bit weight's parts and blocksize, or (W,), a weight in bfloat16."""
-    if len(weight) == 1:
-        return weight[0].contiguous(), None, None, None, None, None, 0
-    return *scales(*weight[:5]), weight[5]
+def contiguous(lora: Lora | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """A and B with dense rows, and s."""
+    return (None, None, 1.0) if lora is None else (lora.A_RK.contiguous(), lora.B_NR.contiguous(), lora.scaling)
+
+
+def weight_arguments(weight: PackedWeight | Tensor) -> tuple:
+    """A 4-bit weight's tensors and blocksize, or those of one in bfloat16."""
+    if isinstance(weight, Tensor):
+        return weight.contiguous(), None, None, None, None, None, 0
+    return *weight_tensors(weight), weight.blocksize
+
+
+def dense_product(x_MK: Tensor, W_NK: Tensor) -> Tensor:
+    """x W^T of a contiguous x, summed in float32: (M, N)."""
+    M, (N, K) = len(x_MK), W_NK.shape
+    y_MN = new(torch.float32, M, N)
+    call("onecard_dense_product", W_NK, x_MK, DTYPES[x_MK.dtype], M, N, K, y_MN)
+    return y_MN
 
 
 def address(x: Tensor | None) -> int | None:

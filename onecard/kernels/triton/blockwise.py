@@ -17,6 +17,7 @@ from onecard.config import NESTED_BLOCKSIZE
 from onecard.kernels.triton import launch
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
+from onecard.quant.state import PackedWeight
 
 WEIGHTS_A_PROGRAM = {"quantize": 1024, "dequantize": 4096}  # measured on an H200 (LOG.md)
 
@@ -118,32 +119,26 @@ def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tu
     return packed, absmax
 
 
-def dequantize_into(
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    out: Tensor,
-) -> None:
+def weight_tensors(weight: PackedWeight) -> tuple[Tensor, ...]:
+    """The arguments by which every kernel reads a weight; absmax stands in for what a weight has not."""
+    device = weight.codes.device
+    nested_absmax = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
+    offset = weight.absmax if weight.nested_offset is None else weight.nested_offset
+    return weight.codes, weight.absmax, nested_absmax, dynamic_map(device), offset, quant_map(weight.quant_type, device)
+
+
+def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
     """As reference.dequantize_into, one launch."""
-    nested = nested_absmax is not None
-    blocks = max(1, WEIGHTS_A_PROGRAM["dequantize"] // blocksize)
+    blocks = max(1, WEIGHTS_A_PROGRAM["dequantize"] // weight.blocksize)
     launch(
         dequantize_kernel,
-        triton.cdiv(out.numel(), blocks * blocksize),
-        packed,
-        absmax,
-        nested_absmax if nested else absmax,
-        dynamic_map(packed.device),
-        nested_offset if nested else absmax,
-        quant_map(quant_type, packed.device),
+        triton.cdiv(out.numel(), blocks * weight.blocksize),
+        *weight_tensors(weight),
         out,
         out.numel(),
-        packed.numel(),
-        BLOCKSIZE=blocksize,
-        NESTED=nested,
+        weight.codes.numel(),
+        BLOCKSIZE=weight.blocksize,
+        NESTED=weight.nested_absmax is not None,
         NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
         BLOCKS=blocks,
         enable_fp_fusion=False,

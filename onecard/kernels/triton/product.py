@@ -19,8 +19,8 @@ from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE
 from onecard.kernels.triton import launch
-from onecard.kernels.triton.blockwise import block_scale, look_up
-from onecard.quant.codebook import dynamic_map, quant_map
+from onecard.kernels.triton.blockwise import block_scale, look_up, weight_tensors
+from onecard.quant.state import PackedWeight
 
 LARGEST_M = 16  # rows of a tensor core's tile: fewer are padded up to it
 LARGEST_RANK = 128  # of a LoRA term whose B fits in registers beside the sums
@@ -121,39 +121,24 @@ def has_fast_memory(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
-def multiply(
-    x_MK: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    nested_absmax: Tensor | None,
-    nested_offset: Tensor | None,
-    quant_type: str,
-    blocksize: int,
-    num_outputs: int,
-    lora: tuple[Tensor, Tensor, float] | None = None,
-) -> Tensor:
+def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
     """x W^T, float32 (M, N); with lora = (x A^T, B, s) plus s (x A^T) B^T, in the same launch up to LARGEST_RANK."""
-    M, K = x_MK.shape
+    M, (N, K) = len(x_MK), weight.shape
     R = 0 if lora is None else lora[0].shape[1]
     xA_MR, lora_B_NR, scaling = lora if lora is not None and R <= LARGEST_RANK else (x_MK, x_MK, 0.0)
     fused_rank = max(16, triton.next_power_of_2(R)) if 0 < R <= LARGEST_RANK else 0
-    y_MN = torch.empty(M, num_outputs, dtype=torch.float32, device=x_MK.device)
-    nested = nested_absmax is not None
+    y_MN = torch.empty(M, N, dtype=torch.float32, device=x_MK.device)
     x_MK = x_MK.contiguous()
     if x_MK.data_ptr() % 4:  # a pair of 16-bit elements is loaded at once
         x_MK = x_MK.clone()
-    weight = (
-        packed, absmax, nested_absmax if nested else absmax, dynamic_map(packed.device),
-        nested_offset if nested else absmax, quant_map(quant_type, packed.device),
-    )  # fmt: skip
     kernel, sizes, rows = row_kernel, ONE_ROW, ()
     if M > 1:
         kernel, sizes, rows = rows_kernel, {**ROWS[x_MK.dtype.itemsize], "LARGEST_M": LARGEST_M}, (M,)
     launch(
-        kernel, triton.cdiv(num_outputs, sizes["BLOCK_N"]),
-        x_MK, *weight, xA_MR.contiguous(), lora_B_NR.contiguous(), scaling, y_MN, *rows, num_outputs, R, K=K,
-        RANK=fused_rank, BLOCKSIZE=blocksize, NESTED=nested, NESTED_BLOCKSIZE=NESTED_BLOCKSIZE, **sizes,
-        enable_fp_fusion=False,
+        kernel, triton.cdiv(N, sizes["BLOCK_N"]),
+        x_MK, *weight_tensors(weight), xA_MR.contiguous(), lora_B_NR.contiguous(), scaling, y_MN, *rows, N, R, K=K,
+        RANK=fused_rank, BLOCKSIZE=weight.blocksize, NESTED=weight.nested_absmax is not None,
+        NESTED_BLOCKSIZE=NESTED_BLOCKSIZE, **sizes, enable_fp_fusion=False,
     )  # fmt: skip
     if lora is not None and R > LARGEST_RANK:
         y_MN.addmm_(lora[0].float(), lora[1].float().T, alpha=lora[2])
