@@ -3,6 +3,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -116,6 +117,18 @@ EXPORT int onecard_set_isa(const char* name) {
         if (kernels == widest) break;
     }
     return 0;
+}
+
+// What native.py shares with this library, by name: a structure's size, or a constant; -1 for another name.
+EXPORT int64_t onecard_constant(const char* name) {
+    const std::pair<const char*, int64_t> known[] = {
+        {"sizeof Attention", sizeof(Attention)}, {"sizeof AdamW8bit", sizeof(AdamW8bit)}, {"sizeof Linear", sizeof(Linear)},
+        {"nested block", kNestedBlock}, {"state block", kStateBlock}, {"tiled rows", kTiledRows},
+    };
+    for (auto [own, value] : known) {
+        if (std::strcmp(own, name) == 0) return value;
+    }
+    return -1;
 }
 
 EXPORT void onecard_set_gomp(void* gomp_parallel) { set_gomp_parallel(gomp_parallel); }

@@ -1,14 +1,19 @@
-// The kernels of one instruction set, as a table of functions. Every set gives the same bits.
+// The kernels of one instruction set, as a table of functions. Codes, scales, dequantized weights and the states of
+// AdamW in 8 bits are the same bits in every set; sums differ by their order, within the bounds that tests/kernels/ state.
 #pragma once
 
 #include <cstdint>
 
 namespace onecard {
 
+constexpr int64_t kNestedBlock = 256;  // scales that share a scale of double quantization
+constexpr int64_t kStateBlock = 256;   // codes of AdamW's states that share a scale
+constexpr int64_t kTiledRows = 512;    // rows of x that `linear_forward` and `linear_backward` copy at a time
+
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A 4-bit weight: codes two a byte (the first in the high nibble) and a scale a block. The scale of block b is
-// absmax[b], or, nested, dynamic_map[codes8[b]] * nested_absmax[b / 256] + offset with the product rounded first
+// absmax[b], or, nested, dynamic_map[codes8[b]] * nested_absmax[b / kNestedBlock] + offset with the product rounded first
 // (everything here is compiled without contraction to fused multiply-adds).
 struct Weight {
     const uint8_t* packed;
@@ -28,7 +33,7 @@ struct Weight {
             return;
         }
         for (int64_t i = 0; i < count; ++i) {
-            out[i] = dynamic_map[codes8[block + i]] * nested_absmax[static_cast<uint64_t>(block + i) / 256] + offset;
+            out[i] = dynamic_map[codes8[block + i]] * nested_absmax[static_cast<uint64_t>(block + i) / kNestedBlock] + offset;
         }
     }
 };
@@ -59,8 +64,6 @@ struct Attention {
     float *grad_k, *grad_v;
     void *sum_k, *sum_v;
 };
-
-constexpr int64_t kStateBlock = 256;
 
 // One parameter's update with states in 8 bits: a scale a block of kStateBlock codes. A map has 256 levels, its bounds
 // are the 255 midpoints between them. The numbers are Rates of onecard/kernels/reference.py.

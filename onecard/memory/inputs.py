@@ -263,8 +263,9 @@ class PlanInputs:
         if not self.on_tiles:
             return Term("scratch", weight, "c x the largest matrix")
         widest = max((n for m in self.model.linears.values() for n in m.weight.shape), default=0)
-        rows = self.c * min(self.batch_tokens, native.TILED_ROWS) * widest
-        return Term("scratch", rows + weight, f"c min(T, {native.TILED_ROWS}) x the widest matrix")
+        tiled_rows = native.tiled_rows()
+        rows = self.c * min(self.batch_tokens, tiled_rows) * widest
+        return Term("scratch", rows + weight, f"c min(T, {tiled_rows}) x the widest matrix")
 
     @cached_property
     def unpaged_bytes(self) -> int:

@@ -144,6 +144,18 @@ def test_environment_forces_a_path(checkpoint, tmp_path):
     assert code == 2 and f"found: {wanted}" in err and "Traceback" not in err, err
 
 
+@pytest.mark.skipif(native.library() is None, reason="built without a compiler")
+@pytest.mark.parametrize("name, table, entry", [
+    ("CONSTANTS", native.CONSTANTS, {"sizeof Linear": 8}),
+    ("SIGNATURES", native.SIGNATURES, {"onecard_of_another_version": (None,)}),
+])  # fmt: skip
+def test_a_library_of_another_version_is_refused(name, table, entry, monkeypatch):
+    """Its structures would be read in other places, without a word."""
+    monkeypatch.setattr(native, name, {**table, **entry})
+    with pytest.raises(UserError, match=r"(?s)_native.*of this version.*install onecard again"):
+        native.library.__wrapped__()
+
+
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("K, blocksize", [(64, 32), (192, 64), (576, 64), (2048, 128)])
 def test_product_of_bfloat16_is_within_its_rounding(isa, num_rows, K, blocksize):

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from onecard.config import NESTED_BLOCKSIZE
 from onecard.errors import UserError
 from onecard.kernels import reference
 from onecard.kernels.cpu import allocator
 from onecard.kernels.reference import Lora
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
-from onecard.quant.dynamic import midpoints
+from onecard.quant.dynamic import STATE_BLOCKSIZE, midpoints
 from onecard.quant.state import PackedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -67,8 +68,17 @@ class Linear(ctypes.Structure):
     )  # fmt: skip
 
 
+# What csrc/kernels.h must say, too.
+CONSTANTS = {
+    "sizeof Attention": ctypes.sizeof(Attention),
+    "sizeof AdamW8bit": ctypes.sizeof(AdamW8bit),
+    "sizeof Linear": ctypes.sizeof(Linear),
+    "nested block": NESTED_BLOCKSIZE,
+    "state block": STATE_BLOCKSIZE,
+}
 _SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)  # packed, absmax, nested, maps, offset
 SIGNATURES: dict[str, tuple] = {
+    "onecard_constant": (c_int64, c_char_p),
     "onecard_isa": (c_char_p,), "onecard_set_isa": (c_int, c_char_p), "onecard_set_gomp": (None, c_void_p),
     "onecard_watch_contention": (None,), "onecard_set_contended": (None, c_int), "onecard_contended": (c_int,),
     "onecard_allow_gathering": (None, c_int),
@@ -92,9 +102,8 @@ SIGNATURES: dict[str, tuple] = {
 
 
 def built_library() -> Path | None:
-    """_native.so (Windows: .dll); else a library of an older build, whose name carried a Python's version."""
-    found = [path for path in Path(__file__).parent.glob("_native.*") if path.suffix in (".so", ".dll", ".pyd")]
-    return min(found, key=lambda path: len(path.name), default=None)
+    """The library's file; None if it was not built."""
+    return next((path for path in Path(__file__).parent.glob("_native.*") if path.suffix in (".so", ".dll")), None)
 
 
 @cache
@@ -104,7 +113,7 @@ def library() -> ctypes.CDLL | None:
     ONECARD_ISA forces a path: amx, avx512_bf16, avx512, avx2, neon or scalar.
 
     Raises:
-        UserError: this CPU or this build does not have it.
+        UserError: this CPU or this build does not have it; the library is of another version than this file.
     """
     found = built_library()
     if found is None:
@@ -112,8 +121,14 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(str(found))
     for name, (result, *arguments) in SIGNATURES.items():
-        function = getattr(loaded, name)
+        try:
+            function = getattr(loaded, name)
+        except AttributeError:
+            raise stale(found, f"no function {name}") from None
         function.restype, function.argtypes = result, arguments
+    for name, expected in CONSTANTS.items():
+        if (value := loaded.onecard_constant(name.encode())) != expected:
+            raise stale(found, f"{name} is {value}, not {expected}")
     gomp_parallel = torch_gomp_parallel()
     loaded.onecard_set_gomp(gomp_parallel)
     if gomp_parallel and not any(name in os.environ for name in WAITING):
@@ -124,6 +139,11 @@ def library() -> ctypes.CDLL | None:
         do = f"unset it ({loaded.onecard_isa().decode()} is the widest), or name a narrower one"
         raise UserError(must, wanted, do, "ONECARD_ISA")
     return loaded
+
+
+def stale(path: Path, found: str) -> UserError:
+    must = "the C++ kernels must be of this version of onecard"
+    return UserError(must, found, "install onecard again; in a clone: python setup.py build_ext --inplace", str(path))
 
 
 def torch_gomp_parallel() -> int | None:
@@ -212,7 +232,11 @@ def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, flo
     return y_MN
 
 
-TILED_ROWS = 512  # that `linear` copies at a time
+def tiled_rows() -> int:
+    """Rows of x that `linear` copies at a time."""
+    native = library()
+    assert native is not None
+    return native.onecard_constant(b"tiled rows")
 
 
 def has_tiles() -> bool:
