@@ -1,8 +1,8 @@
-// AVX-512 with BF16 and AMX: avx512.cpp once more, with products in bfloat16 on tiles.
+// AVX-512 with BF16 and AMX: avx512.inl, with products in bfloat16 on tiles.
 #include "kernels.h"
 
 #if defined(ONECARD_HAS_AMX)
 #define ONECARD_AVX512_BF16
 #define ONECARD_AMX
-#include "avx512.cpp"
+#include "avx512.inl"
 #endif

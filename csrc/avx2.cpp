@@ -20,6 +20,8 @@
 namespace onecard {
 namespace {
 
+#include "exp.inl"
+
 struct Isa {
     using X = float;
     static constexpr int kRows = 2;
@@ -43,21 +45,14 @@ struct Isa {
         store(lanes, v);
         return *std::max_element(lanes, lanes + 8);
     }
-    // As in avx512.cpp; what would be below the smallest normal number is 0, and from 2^128 on infinite.
+    // As in avx512.inl; what would be below the smallest normal number is 0, and from 2^128 on infinite.
     static V exp(V x) {
         V t = mul(x, set1(1.44269504f)), small = _mm256_cmp_ps(t, set1(-126.0f), _CMP_LT_OQ);
         t = _mm256_min_ps(set1(128.0f), max(set1(-126.0f), t));  // NaN is their second operand
         V n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-        V result = mul(power_of_two(_mm256_sub_ps(t, n)), _mm256_castsi256_ps(exponent));
+        V result = mul(power_of_two<Isa>(_mm256_sub_ps(t, n)), _mm256_castsi256_ps(exponent));
         return _mm256_andnot_ps(small, result);
-    }
-    static V power_of_two(V f) {
-        V p = set1(1.54035304e-4f);
-        for (float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) {
-            p = fmadd(p, f, set1(c));
-        }
-        return p;
     }
 
     static __m256 load(const float* x) { return _mm256_loadu_ps(x); }

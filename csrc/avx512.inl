@@ -1,6 +1,5 @@
-// AVX-512 (F, BW, VL, DQ): sixteen floats a register, and a look-up in sixteen entries is one instruction.
-// avx512_bf16.cpp compiles this file again with the BF16 instructions for products and attention in bfloat16, and
-// amx.cpp with those and AMX.
+// AVX-512: sixteen floats a register, and a look-up in sixteen entries is one instruction. avx512.cpp, avx512_bf16.cpp
+// and amx.cpp compile this file, each for its instruction set.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
@@ -40,6 +39,8 @@
 namespace onecard {
 namespace {
 
+#include "exp.inl"
+
 struct Isa {
     using X = float;
     static constexpr int kRows = 4;
@@ -55,21 +56,13 @@ struct Isa {
     static V fmadd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
     static float reduce_add(V v) { return _mm512_reduce_add_ps(v); }
     static float reduce_max(V v) { return _mm512_reduce_max_ps(v); }
-    // 2^n 2^f with n the nearest integer to x log2(e) and f by Horner's rule, its error below 2^-23 on [-0.5, 0.5].
-    // Below 2^-126 it is 0: a denormal result costs a hundred cycles.
+    // 2^n 2^f with n the nearest integer to x log2(e). Below 2^-126 it is 0: a denormal result costs a hundred cycles.
     static V exp(V x) {
         V t = mul(x, set1(1.44269504f));
         __mmask16 normal = _mm512_cmp_ps_mask(t, set1(-126.0f), _CMP_NLT_UQ);
         t = max(set1(-126.0f), t);  // NaN is its second operand
         V n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        return _mm512_maskz_scalef_ps(normal, power_of_two(_mm512_sub_ps(t, n)), n);
-    }
-    static V power_of_two(V f) {
-        V p = set1(1.54035304e-4f);
-        for (float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) {
-            p = fmadd(p, f, set1(c));
-        }
-        return p;
+        return _mm512_maskz_scalef_ps(normal, power_of_two<Isa>(_mm512_sub_ps(t, n)), n);
     }
 
     static __m512 load(const float* x) { return _mm512_loadu_ps(x); }

@@ -79,7 +79,9 @@ using Word = uint32_t;
 
 #if defined(ONECARD_AMX)
 constexpr int64_t kRowTile = 16;  // rows of C that a product makes at once
-#include "amx.inl"
+#include "amx_tiles.inl"
+#include "amx_packing.inl"
+#include "amx_linear.inl"
 #else
 constexpr int64_t kRowTile = 4;
 

@@ -14,6 +14,8 @@
 namespace onecard {
 namespace {
 
+#include "exp.inl"
+
 struct Isa {
     using X = float;
     static constexpr int kRows = 2;
@@ -29,22 +31,15 @@ struct Isa {
     static V fmadd(V a, V b, V c) { return vfmaq_f32(c, a, b); }
     static float reduce_add(V v) { return vaddvq_f32(v); }
     static float reduce_max(V v) { return vmaxvq_f32(v); }
-    // As in avx512.cpp; what would be below the smallest normal number is 0, and from 2^128 on infinite.
+    // As in avx512.inl; what would be below the smallest normal number is 0, and from 2^128 on infinite.
     static V exp(V x) {
         V t = mul(x, set1(1.44269504f));
         uint32x4_t small = vcltq_f32(t, set1(-126.0f));
         t = vminq_f32(max(t, set1(-126.0f)), set1(128.0f));
         V n = vrndnq_f32(t);
         int32x4_t exponent = vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23);
-        V result = mul(power_of_two(vsubq_f32(t, n)), vreinterpretq_f32_s32(exponent));
+        V result = mul(power_of_two<Isa>(vsubq_f32(t, n)), vreinterpretq_f32_s32(exponent));
         return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(result), small));
-    }
-    static V power_of_two(V f) {
-        V p = set1(1.54035304e-4f);
-        for (float c : {1.33335581e-3f, 9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f}) {
-            p = fmadd(p, f, set1(c));
-        }
-        return p;
     }
 
     static V load(const float* x) { return vld1q_f32(x); }
