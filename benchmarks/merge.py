@@ -92,7 +92,7 @@ def measure(base: str, adapter: str, folders: dict[str, str], num_tokens: int) -
     from onecard.data.dataset import Dataset
     from onecard.export.merge.verify import compare, run_live
     from onecard.hf.checkpoint import inspect_checkpoint
-    from onecard.memory.model import read_model
+    from onecard.hf.skeleton import read_model
 
     vocab_size = read_model(inspect_checkpoint(Path(base))).text.vocab_size
     ids = torch.randint(5, vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()

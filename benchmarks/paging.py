@@ -128,9 +128,9 @@ def child(args: argparse.Namespace) -> None:
     from onecard.data.loader import Loader
     from onecard.hf.attention import use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
+    from onecard.hf.skeleton import read_model
     from onecard.memory.inputs import PlanInputs
     from onecard.memory.measure import return_large_blocks
-    from onecard.memory.model import read_model
     from onecard.memory.strategy import describe, strategy_within, total_bytes
     from onecard.train.recompute import recompute_layers
     from onecard.train.run import Run

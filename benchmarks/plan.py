@@ -139,9 +139,9 @@ def child(name: str, folder: str) -> None:
     from onecard.hf.attention import supports_packing, use_packed_attention
     from onecard.hf.checkpoint import inspect_checkpoint
     from onecard.hf.load import pick_compute_dtype
+    from onecard.hf.skeleton import read_model
     from onecard.memory.inputs import MemoryStrategy, PlanInputs
     from onecard.memory.measure import begin_peak, peak_memory_bytes, return_large_blocks
-    from onecard.memory.model import read_model
     from onecard.memory.terms import plan_terms
     from onecard.memory.workload import known
     from onecard.train.loss import packed_loss, plain_loss

@@ -69,3 +69,8 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' (did you mean "blocksize"?)' or an empty string."""
     close = get_close_matches(word[:MOST_CHARACTERS], list(known), n=1, cutoff=0.6)
     return f' (did you mean "{close[0]}"?)' if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, on one line."""
+    return " ".join(str(error).split("\n\n")[0].split())[:300] or type(error).__name__

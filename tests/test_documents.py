@@ -30,7 +30,8 @@ from onecard.adapter.update import read_adapter
 from onecard.config import LoraSettings, SamplingConfig, TrainConfig, make_config, read_yaml
 from onecard.errors import UserError, printable
 from onecard.hf.checkpoint import inspect_checkpoint, read_header, read_index
-from onecard.hf.load import check_generation_config, load_tokenizer, meta_model, read_config
+from onecard.hf.load import check_generation_config, load_tokenizer
+from onecard.hf.skeleton import meta_model, read_config
 from onecard.infer.decoding import Sampler, end_tokens
 from onecard.quant.state import STATE_KEY, from_bnb, to_bnb
 from onecard.train.checkpoint import load_newest, numbered, save_state

@@ -10,11 +10,12 @@ from peft import get_peft_model
 import onecard
 from onecard.adapter.layers import lora_config
 from onecard.adapter.load import with_adapter
+from onecard.adapter.targets import check_names
 from onecard.adapter.update import read_adapter
 from onecard.config import LoraSettings, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.memory.model import read_model
+from onecard.hf.skeleton import read_model
 from onecard.patterns import MAX_CHARACTERS, MAX_SECONDS, check_syntax, check_time
 from tests.conftest import make_checkpoint
 
@@ -63,9 +64,9 @@ def test_an_adapter_s_pattern_without_end_is_refused_soon(field, base, adapter, 
 
 def test_a_run_s_pattern_without_end_is_refused_and_a_sound_one_is_not(base):
     model = read_model(inspect_checkpoint(base))
-    model.check_names(make_config(LoraSettings, {"target_modules": NAMED}))
+    check_names(model, make_config(LoraSettings, {"target_modules": NAMED}))
     with pytest.raises(UserError, match=f"within {MAX_SECONDS} s"):
-        model.check_names(make_config(LoraSettings, {"target_modules": ENDLESS}))
+        check_names(model, make_config(LoraSettings, {"target_modules": ENDLESS}))
 
 
 def test_an_adapter_with_sound_patterns_is_read(base, adapter, tmp_path):

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from safetensors import safe_open
 
 from onecard.documents import Foreign, hold, read_object
-from onecard.errors import UserError
+from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import FLOATS, TensorInfo, read_header
-from onecard.hf.load import first_line, resize_vocabulary
+from onecard.hf.load import resize_vocabulary
 from onecard.hf.quantizer import check_finite
 from onecard.patterns import check_syntax, check_time, is_plain
 

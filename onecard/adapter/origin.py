@@ -25,8 +25,9 @@ from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 from onecard.files import sha256
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
-from onecard.hf.load import find_checkpoint, meta_model, read_config
+from onecard.hf.load import find_checkpoint
 from onecard.hf.names import stored_names
+from onecard.hf.skeleton import meta_model, read_config
 from onecard.kernels import ops
 from onecard.nn.linear import Linear4bit
 

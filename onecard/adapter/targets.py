@@ -12,7 +12,29 @@ from transformers.pytorch_utils import Conv1D
 
 from onecard.config import LoraSettings
 from onecard.errors import UserError, did_you_mean
+from onecard.hf.skeleton import Model
 from onecard.patterns import check_time
+
+
+def check_names(model: Model, lora: LoraSettings) -> None:
+    """Raise UserError unless target_modules are linears, modules_to_save modules without 4 bits, and
+    target_parameters experts' weights."""
+    check_targets(model.modules, lora, bool(model.stacks))
+    for name in lora.modules_to_save or ():
+        paths = [path for path, _ in model.modules.named_modules() if f".{path}".endswith(f".{name}")]
+        if not paths:
+            found = f'none is called "{name}"'
+            must = "modules_to_save must name modules of the model"
+            raise UserError(must, found, "correct it", "modules_to_save")
+        if any(f"{weight}.".startswith(f"{path}.") for path in paths for weight in model.quantized):
+            found = f'"{name}" is in 4 bits'
+            must = "modules_to_save must name modules that are not in 4 bits, like embed_tokens and lm_head"
+            raise UserError(must, found, "name it in target_modules instead", "modules_to_save")
+    for name in lora.target_parameters or ():
+        if not any(f".{path}".endswith(f".{name}") for path in model.stacks):
+            found = f'none is called "{name}"; there are {", ".join(sorted(model.stacks)) or "no experts"}'
+            must = "target_parameters must name stacked weights of the model's experts"
+            raise UserError(must, found[:200], "correct it", "target_parameters")
 
 
 def check_targets(modules: Any, lora: LoraSettings, has_experts: bool) -> None:

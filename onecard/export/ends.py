@@ -13,7 +13,7 @@ from onecard.adapter.update import Adapter
 from onecard.errors import UserError
 from onecard.export.folder import Shapes, read_tensor
 from onecard.hf.checkpoint import Checkpoint, TensorInfo
-from onecard.memory.model import Model
+from onecard.hf.skeleton import Model
 
 HEAD = "lm_head.weight"
 TIE = "tie_word_embeddings"

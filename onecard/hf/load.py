@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -21,11 +19,12 @@ from transformers import (
 )
 
 from onecard.config import QuantConfig, make_config
-from onecard.errors import UserError
+from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint, as_indexed, inspect_checkpoint, zeros_at_end
 from onecard.hf.convert import paging, release_file_pages
-from onecard.hf.documents import far_more_refused, read_model_document, read_tokenizer_document
+from onecard.hf.documents import read_model_document, read_tokenizer_document
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
+from onecard.hf.skeleton import bad_config, meta_model, read_config
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import Head, cast_output
 from onecard.nn.linear import Linear4bit
@@ -198,31 +197,6 @@ def stored_dtype(folder: Path) -> torch.dtype:
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
-def read_config(folder: Path) -> Any:
-    """transformers' config of a checkpoint; a model that needs code of its own is refused, not asked about."""
-    read_model_document(folder)
-    where = str(folder / "config.json")
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        raise bad_config(error, where) from None
-    check_text(config, where)
-    return config
-
-
-def check_text(config: Any, where: str) -> None:
-    """Raise UserError for a multimodal checkpoint that transformers has no causal language model for as a whole."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if config.get_text_config() is not config and getattr(kind, "config_class", None) is not type(config):
-        found = f"{config.model_type}, a checkpoint of text and other parts"
-        do = "use a checkpoint of the text model alone, such as the family's text-only release"
-        raise UserError("the checkpoint must be a causal language model's", found, do, where)
-    if not hasattr(config.get_text_config(), "num_hidden_layers"):
-        found = f"{config.model_type}, whose config gives no num_hidden_layers"
-        do = "docs/families.md names the families that train"
-        raise UserError("the model must be one stack of layers, by which memory is planned", found, do, where)
-
-
 def check_generation_config(folder: Path) -> None:
     """Raise UserError for a generation_config.json that transformers would leave out, or break off the load for."""
     path = folder / "generation_config.json"
@@ -231,36 +205,6 @@ def check_generation_config(folder: Path) -> None:
     except Exception as error:
         found = f"{type(error).__name__}: {first_line(error)}"
         raise UserError("the file must be a generation config", found, "correct or remove it", str(path)) from None
-
-
-def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None) -> Any:
-    """transformers' model of a config without weights.
-
-    Args:
-        checkpoint: whose config it is.
-
-    Raises:
-        UserError: the config contradicts itself, or describes far more than the checkpoint holds.
-    """
-    known = (checkpoint.num_weights, len(checkpoint.tensors)) if checkpoint else None
-    try:
-        with torch.device("meta"), far_more_refused(known, where):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except UserError:
-        raise
-    except Exception as error:
-        raise bad_config(error, where) from None
-
-
-def bad_config(error: Exception, where: str) -> UserError:
-    found = f"{type(error).__name__}: {first_line(error)}"
-    do = "correct it, or use a checkpoint that transformers knows; code in a checkpoint is never run"
-    return UserError("config.json must describe a causal language model", found, do, where)
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of a library says, on one line."""
-    return " ".join(str(error).split("\n\n")[0].split())[:300] or type(error).__name__
 
 
 def warn_of_zeros(checkpoint: Checkpoint) -> None:

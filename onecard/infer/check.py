@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from onecard.config import CACHE_PROBE
-from onecard.errors import UserError
-from onecard.hf.load import first_line
+from onecard.errors import UserError, first_line
 from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.memory.measure import is_out_of_memory
 from onecard.nn.linear import Linear4bit

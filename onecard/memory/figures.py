@@ -14,8 +14,8 @@ from onecard.errors import UserError
 from onecard.faults import as_user_error
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
+from onecard.hf.skeleton import read_model
 from onecard.kernels import ops
-from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, plan
 from onecard.memory.terms import Method
 from onecard.quant.codebook import quant_map

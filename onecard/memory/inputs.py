@@ -15,9 +15,9 @@ import torch
 from onecard.config import NESTED_BLOCKSIZE, TrainConfig, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import pick_device
+from onecard.hf.skeleton import Model
 from onecard.kernels.cpu import native
 from onecard.memory.activations import Activations, intermediate, layer_activations
-from onecard.memory.model import Model
 from onecard.memory.workload import Workload, assumed, multiple
 from onecard.optim.adamw import SMALL
 from onecard.paging.files import ALIGNMENT

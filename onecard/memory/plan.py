@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from onecard.adapter.targets import check_names
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import pick_compute_dtype
@@ -108,7 +109,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
             f"give at most --max-seq-length {known.longest_context}",
             "max_seq_length",
         )
-    known.check_names(config)
+    check_names(known, config)
     inputs = PlanInputs(known, config, torch.bfloat16)
     if method != "full" and not inputs.adapted:
         raise UserError(

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from onecard.hf.skeleton import Model
 from onecard.memory.activations import heads_of
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
-from onecard.memory.model import Model
 from onecard.memory.terms import plan_terms
 
 

@@ -12,6 +12,7 @@ import torch
 
 from onecard.adapter.form import form_of, template_digest
 from onecard.adapter.origin import Form
+from onecard.adapter.targets import check_names
 from onecard.config import TrainConfig, parse_bytes
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.loader import Loader
@@ -23,11 +24,10 @@ from onecard.hf.load import (
     load_tokenizer,
     pick_compute_dtype,
     pick_device,
-    read_config,
 )
+from onecard.hf.skeleton import read_config, read_model
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes
-from onecard.memory.model import read_model
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.strategy import strategy_within, total_bytes
 from onecard.memory.workload import Answers, known
@@ -90,7 +90,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         "data": training.fingerprint(),
     }
     model = read_model(checkpoint)
-    model.check_names(config)
+    check_names(model, config)
     loader = make_loader(config, training)
     load = known(loader, config.num_train_epochs, validation, [ids for _, ids in samples])
     load = load.with_answers(answers) if answers else load

@@ -2,15 +2,16 @@
 
 import pytest
 
+from onecard.adapter.targets import check_names
 from onecard.config import LoraSettings, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.memory.model import read_model
+from onecard.hf.skeleton import read_model
 from tests.conftest import make_checkpoint
 
 
 def check(folder, targets):
-    read_model(inspect_checkpoint(folder)).check_names(make_config(LoraSettings, {"target_modules": targets}))
+    check_names(read_model(inspect_checkpoint(folder)), make_config(LoraSettings, {"target_modules": targets}))
 
 
 def test_fused_names(tmp_path):

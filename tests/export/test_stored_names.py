@@ -19,7 +19,7 @@ from onecard.errors import UserError
 from onecard.export.merge.merged import merge, open_merged
 from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.hf.checkpoint import inspect_checkpoint
-from onecard.memory.model import read_model
+from onecard.hf.skeleton import read_model
 from onecard.nn.linear import Linear4bit
 from onecard.train.prepare import prepare
 from onecard.train.session import show

@@ -10,7 +10,8 @@ import onecard
 from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings
 from onecard.errors import UserError
-from onecard.hf.load import find_checkpoint, read_config
+from onecard.hf.load import find_checkpoint
+from onecard.hf.skeleton import read_config
 from tests.conftest import make_checkpoint
 from tests.families.build import families, make_family, shrunk
 from tests.families.check import check

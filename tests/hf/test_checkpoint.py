@@ -13,7 +13,8 @@ from onecard.errors import UserError
 from onecard.export.folder import read_tensor
 from onecard.hf.checkpoint import check_dtypes, inspect_checkpoint, read_header, zeros_at_end
 from onecard.hf.fingerprint import fingerprint
-from onecard.hf.load import load_tokenizer, read_config
+from onecard.hf.load import load_tokenizer
+from onecard.hf.skeleton import read_config
 from tests.conftest import make_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj.weight"

@@ -14,9 +14,9 @@ import onecard
 from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings, parse_bytes
 from onecard.errors import UserError
-from onecard.hf.load import meta_model
+from onecard.hf.skeleton import Model, meta_model
 from onecard.kernels.cpu import native
-from onecard.memory.model import Model, known_config
+from onecard.memory.model import known_config
 from onecard.memory.plan import plan
 from onecard.memory.shapes import KNOWN
 from onecard.nn.experts import weights_of

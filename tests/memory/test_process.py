@@ -5,10 +5,10 @@ import torch
 
 from onecard.config import TrainConfig, make_config
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.skeleton import read_model
 from onecard.kernels.cpu import native
 from onecard.memory import process
 from onecard.memory.inputs import PlanInputs
-from onecard.memory.model import read_model
 from onecard.memory.workload import PROBE, Workload
 from onecard.nn.experts import filled_rows, num_filled_rows
 from tests.conftest import make_checkpoint

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.skeleton import read_model
 from onecard.memory.inputs import PlanInputs
-from onecard.memory.model import read_model
 from onecard.memory.strategy import choose_strategy, total_bytes
 from onecard.train import checkpoint as state_module
 from onecard.train.checkpoint import load_newest, save_state

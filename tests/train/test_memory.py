@@ -22,12 +22,12 @@ from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.skeleton import read_model
 from onecard.kernels import ops
 from onecard.kernels.cpu import native
 from onecard.kernels.dequantize import saved_weights
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import is_out_of_memory
-from onecard.memory.model import read_model
 from onecard.memory.strategy import candidates, choose_strategy, price, total_bytes
 from onecard.paging.activations import Offload
 from onecard.train import step as step_module

@@ -26,7 +26,7 @@ from onecard.errors import UserError
 from onecard.export.folder import DTYPES
 from onecard.export.merge.merged import Merged, common_dtype
 from onecard.hf.attention import supports_packing, use_packed_attention
-from onecard.hf.load import meta_model
+from onecard.hf.skeleton import meta_model
 from onecard.kernels.cpu_info import product_dtype
 
 SEED = 0  # of the order in which examples are taken

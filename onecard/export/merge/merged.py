@@ -31,10 +31,10 @@ from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, read_t
 from onecard.export.merge.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
+from onecard.hf.skeleton import Model, read_model
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.kernels.backend import backend
-from onecard.memory.model import Model, read_model
 from onecard.quant.blockwise import state_absmax
 from onecard.quant.state import BNB_KEYS, STATE_KEY, PackedWeight, QuantState, from_bnb, read_facts
 

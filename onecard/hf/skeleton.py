@@ -1,0 +1,149 @@
+"""A model without weights: its modules on the meta device, and how a checkpoint stores each of its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Linear
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from onecard.errors import UserError, first_line
+from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint
+from onecard.hf.documents import far_more_refused, read_model_document
+from onecard.hf.experts import expert_places
+from onecard.hf.names import stored_names
+from onecard.hf.stacks import Stack, stacks_of
+from onecard.nn.linears import linears_of
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A model's modules, and the bytes of each stored value."""
+
+    modules: Any  # transformers' model on the meta device
+    itemsize: dict[str, int]  # of a parameter as stored; 2 where it is not named
+    stored: dict[str, str] = field(default_factory=dict)  # the checkpoint's name of each parameter that it holds
+
+    @cached_property
+    def linears(self) -> dict[str, Linear]:
+        """The linears that 4 bits take, by their weight's name."""
+        found = linears_of(self.modules)
+        turned = {name: Linear(m.nx, m.nf, device="meta") for name, m in found.items() if isinstance(m, Conv1D)}
+        return {f"{name}.weight": module for name, module in (found | turned).items()}
+
+    @cached_property
+    def stacks(self) -> dict[str, Stack]:
+        """Experts' stacked weights, by name."""
+        return stacks_of(self.modules)
+
+    @cached_property
+    def quantized(self) -> dict[str, Any]:
+        """All that 4 bits take."""
+        return {**self.linears, **self.stacks}
+
+    def unmerged(self, checkpoint: Checkpoint) -> str | None:
+        """What 4 bits take that the checkpoint does not hold by itself, as a weight of the model or as experts'
+        matrices: transformers makes it from other tensors, so an update has no place to go to."""
+        places = expert_places(self.modules, self.stacks, checkpoint.tensors) if self.stacks else {}
+        there = {*self.stored, *(place.stack for place in places.values())}
+        return next(iter(sorted(set(self.quantized) - there)), None)
+
+    def check_stored(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError unless an adapter of the model can be added to the checkpoint's tensors."""
+        missing = self.unmerged(checkpoint)
+        if missing:
+            found = f"no {missing}, which transformers may make from others as it loads"
+            do = "train, generate and serve take it; save_pretrained of load_model's writes it in 4 bits"
+            must = "the checkpoint must hold each weight that training has in 4 bits"
+            raise UserError(must, found, do, str(checkpoint.folder))
+
+    @cached_property
+    def num_weights(self) -> int:
+        return sum(p.numel() for p in self.modules.parameters())
+
+    @cached_property
+    def head_itemsize(self) -> int:
+        head = self.modules.get_output_embeddings()
+        name = next((n for n, p in self.modules.named_parameters() if head is not None and p is head.weight), "")
+        return self.itemsize.get(name, 2)
+
+    @cached_property
+    def text(self) -> Any:
+        return self.modules.config.get_text_config()
+
+    @cached_property
+    def num_layers(self) -> int:
+        return self.text.num_hidden_layers
+
+    @cached_property
+    def longest_context(self) -> int:
+        return getattr(self.text, "max_position_embeddings", None) or 1 << 30
+
+
+def read_model(checkpoint: Checkpoint) -> Model:
+    """A checkpoint's model from its config and headers."""
+    sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
+    where = str(checkpoint.folder / "config.json")
+    return named(meta_model(read_config(checkpoint.folder), where, checkpoint), sizes)
+
+
+def named(modules: Any, sizes: dict[str, int]) -> Model:
+    """A model whose checkpoint holds values of these bytes, by tensor."""
+    stored = stored_names(modules, sizes)
+    return Model(modules, {own: sizes[name] for own, name in stored.items()}, stored)
+
+
+def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None) -> Any:
+    """transformers' model of a config without weights.
+
+    Args:
+        checkpoint: whose config it is.
+
+    Raises:
+        UserError: the config contradicts itself, or describes far more than the checkpoint holds.
+    """
+    known = (checkpoint.num_weights, len(checkpoint.tensors)) if checkpoint else None
+    try:
+        with torch.device("meta"), far_more_refused(known, where):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except UserError:
+        raise
+    except Exception as error:
+        raise bad_config(error, where) from None
+
+
+def read_config(folder: Path) -> Any:
+    """transformers' config of a checkpoint; a model that needs code of its own is refused, not asked about."""
+    read_model_document(folder)
+    where = str(folder / "config.json")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise bad_config(error, where) from None
+    check_text(config, where)
+    return config
+
+
+def check_text(config: Any, where: str) -> None:
+    """Raise UserError for a multimodal checkpoint that transformers has no causal language model for as a whole."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if config.get_text_config() is not config and getattr(kind, "config_class", None) is not type(config):
+        found = f"{config.model_type}, a checkpoint of text and other parts"
+        do = "use a checkpoint of the text model alone, such as the family's text-only release"
+        raise UserError("the checkpoint must be a causal language model's", found, do, where)
+    if not hasattr(config.get_text_config(), "num_hidden_layers"):
+        found = f"{config.model_type}, whose config gives no num_hidden_layers"
+        do = "docs/families.md names the families that train"
+        raise UserError("the model must be one stack of layers, by which memory is planned", found, do, where)
+
+
+def bad_config(error: Exception, where: str) -> UserError:
+    found = f"{type(error).__name__}: {first_line(error)}"
+    do = "correct it, or use a checkpoint that transformers knows; code in a checkpoint is never run"
+    return UserError("config.json must describe a causal language model", found, do, where)
