@@ -19,6 +19,7 @@ from bitsandbytes.nn import Params4bit
 from benchmarks.measure import table, write_result
 from onecard.kernels import ops
 from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import library
 from onecard.quant.state import PackedWeight
 
 SHAPES = [(5632, 2048), (14336, 4096)]
@@ -103,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for N, K in SHAPES for row in measure(N, K, args.rounds)]
     header = ["", "ours, ms", "bitsandbytes, ms", "ratio", "torch on 16 bits, ms"]
-    native_library = native.library()
+    native_library = library()
     isa = native_library.onecard_isa().decode() if native_library else "reference"
     note = f"Medians, the contenders called in turn in one process; our path: {isa}, {torch.get_num_threads()} threads."
     print(write_result("kernels_cpu", "CPU kernels, side by side", f"{note}\n\n{table(header, rows)}"))

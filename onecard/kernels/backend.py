@@ -17,6 +17,7 @@ from torch import Tensor
 
 from onecard.kernels import reference
 from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import library
 from onecard.kernels.reference import Lora, Rates
 from onecard.quant.state import PackedWeight
 
@@ -156,7 +157,7 @@ NATIVE = Backend(native, native, native, native, native, native)
 
 def backend(device: torch.device) -> Backend:
     """The kernels for tensors on `device`."""
-    if device.type == "cpu" and native.library() is not None:
+    if device.type == "cpu" and library() is not None:
         return NATIVE
     return _triton() if device.type == "cuda" else REFERENCE
 

@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import library
 
 NATIVE_FLAGS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "sve_bf16", "bf16"),
@@ -28,6 +28,6 @@ def arithmetic(device: torch.device) -> str:
     """The instruction sets of a CPU that our kernels and torch's take, or a GPU's name: on another, bits may differ."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    library = native.library()
-    own = "no kernels" if library is None else library.onecard_isa().decode()
+    kernels = library()
+    own = "no kernels" if kernels is None else kernels.onecard_isa().decode()
     return f"{own}, torch {torch.backends.cpu.get_cpu_capability()}"

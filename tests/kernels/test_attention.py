@@ -6,10 +6,10 @@ import torch
 
 from onecard.hf import attention as plain
 from onecard.kernels import attention as kernel
-from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import library
 from tests.kernels.test_native import isa  # noqa: F401
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="built without a compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="built without a compiler")
 CASES = [
     (4, 2, 16, [0, 5], None),
     (3, 1, 64, [0, 64, 70, 200], None),

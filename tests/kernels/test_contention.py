@@ -8,10 +8,12 @@ import sys
 import pytest
 import torch
 
+from onecard.kernels import reference
 from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import WAITING, library, torch_gomp_parallel
 
 pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux") or native.library() is None or native.torch_gomp_parallel() is None,
+    not sys.platform.startswith("linux") or library() is None or torch_gomp_parallel() is None,
     reason="needs Linux, the C++ kernels and a torch with libgomp",
 )
 START = """
@@ -19,12 +21,13 @@ import os, resource, sys, time
 from pathlib import Path
 import torch
 from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import library
 
 def tasks():
     return [Path(f"/proc/self/task/{id}/comm").read_text().strip() for id in os.listdir("/proc/self/task")]
 
 before = len(tasks())
-native.library()
+library()
 started = len(tasks()) - before
 torch.set_num_threads(2)
 W = torch.randn(512, 512)
@@ -38,9 +41,7 @@ ANY_VALUE = {"GOMP_SPINCOUNT": "300000"}  # libgomp's own, and no watch beside t
 
 
 def run(program: str, **variables: str) -> list[str]:
-    environment = {
-        name: value for name, value in os.environ.items() if name not in (*native.WAITING, "OMP_NUM_THREADS")
-    }
+    environment = {name: value for name, value in os.environ.items() if name not in (*WAITING, "OMP_NUM_THREADS")}
     command = [sys.executable, "-c", START + program]
     done = subprocess.run(command, env={**environment, **variables}, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -72,10 +73,10 @@ def sleeps():
 
 regions(10)
 spinning, (codes, absmax) = sleeps()
-native.library().onecard_set_contended(1)
+library().onecard_set_contended(1)
 regions(10)
 sleeping, (same_codes, same_absmax) = sleeps()
-native.library().onecard_set_contended(0)
+library().onecard_set_contended(0)
 regions(10)
 again, _ = sleeps()
 print(spinning, sleeping, again, torch.equal(codes, same_codes) and torch.equal(absmax, same_absmax))
@@ -99,12 +100,12 @@ seen = set()
 with sharing_cores():
     loops = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(2 * len(cores))]
     end = time.monotonic() + 60
-    while time.monotonic() < end and not (native.library().onecard_contended() and len(seen) == min(2, len(cores))):
+    while time.monotonic() < end and not (library().onecard_contended() and len(seen) == min(2, len(cores))):
         regions(20)
         seen.add(len(os.sched_getaffinity(0)))
-        if len(cores) != 2 and native.library().onecard_contended():
+        if len(cores) != 2 and library().onecard_contended():
             break
-    found = native.library().onecard_contended()
+    found = library().onecard_contended()
     for each in loops:
         each.kill()
         each.wait()
@@ -125,7 +126,7 @@ def test_loops_are_noticed_and_cores_come_back():
 def test_parts_cover_everything_once(size, threads):
     # Each part of a call rounds its own blocks: a gap or a second visit would show in codes that were filled before.
     W = torch.randn(size * 64, generator=torch.Generator().manual_seed(0))
-    expected = native.reference.quantize_blocks(W, "nf4", 64, "W")
+    expected = reference.quantize_blocks(W, "nf4", 64, "W")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from onecard.kernels import elementwise, ops, reference
-from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import library
 from tests.kernels.test_native import isa  # noqa: F401
 
-pytestmark = pytest.mark.skipif(native.library() is None, reason="built without a compiler")
+pytestmark = pytest.mark.skipif(library() is None, reason="built without a compiler")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = 1e-5
 

@@ -13,7 +13,9 @@ import torch
 
 from onecard.errors import UserError
 from onecard.kernels import reference
+from onecard.kernels.cpu import library as library_module
 from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import library
 from onecard.quant.blockwise import make_state
 from onecard.quant.state import PackedWeight
 from tests.forks import Forked, onecard
@@ -29,14 +31,14 @@ PATHS = ["scalar", "neon"] if ARM else ["scalar", "avx2", "avx512", "avx512_bf16
 @pytest.fixture(params=PATHS)
 def isa(request):
     """Each path that this CPU has, forced."""
-    library = native.library()
-    if library is None:
+    kernels = library()
+    if kernels is None:
         pytest.skip("built without a compiler")
-    before = library.onecard_isa()
-    if not library.onecard_set_isa(request.param.encode()):
+    before = kernels.onecard_isa()
+    if not kernels.onecard_set_isa(request.param.encode()):
         pytest.skip(f"this CPU has no {request.param}")
     yield request.param
-    library.onecard_set_isa(before)
+    kernels.onecard_set_isa(before)
 
 
 @pytest.fixture(params=[1, 2, 3])
@@ -133,8 +135,8 @@ def test_not_finite_is_an_error(isa, bad, where):
 
 
 def test_environment_forces_a_path(checkpoint, tmp_path):
-    program = "from onecard.kernels.cpu import native; print(native.library().onecard_isa().decode())"
-    if native.library() is None:
+    program = "from onecard.kernels.cpu.library import library; print(library().onecard_isa().decode())"
+    if library() is None:
         pytest.skip("built without a compiler")
     environment = {**os.environ, "ONECARD_ISA": "scalar"}
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
@@ -144,16 +146,16 @@ def test_environment_forces_a_path(checkpoint, tmp_path):
     assert code == 2 and f"found: {wanted}" in err and "Traceback" not in err, err
 
 
-@pytest.mark.skipif(native.library() is None, reason="built without a compiler")
+@pytest.mark.skipif(library() is None, reason="built without a compiler")
 @pytest.mark.parametrize("name, table, entry", [
-    ("CONSTANTS", native.CONSTANTS, {"sizeof Linear": 8}),
-    ("SIGNATURES", native.SIGNATURES, {"onecard_of_another_version": (None,)}),
+    ("CONSTANTS", library_module.CONSTANTS, {"sizeof Linear": 8}),
+    ("SIGNATURES", library_module.SIGNATURES, {"onecard_of_another_version": (None,)}),
 ])  # fmt: skip
 def test_a_library_of_another_version_is_refused(name, table, entry, monkeypatch):
     """Its structures would be read in other places, without a word."""
-    monkeypatch.setattr(native, name, {**table, **entry})
+    monkeypatch.setattr(library_module, name, {**table, **entry})
     with pytest.raises(UserError, match=r"(?s)_native.*of this version.*install onecard again"):
-        native.library.__wrapped__()
+        library_module.library.__wrapped__()
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 5, 8])
@@ -202,7 +204,7 @@ def test_no_threads_beside_torchs(tmp_path):
 
 def no_memory(isa, count):
     """Prints what is said where there is next to no memory left."""
-    native.library().onecard_set_isa(isa.encode())
+    library().onecard_set_isa(isa.encode())
     torch.set_num_threads(count)
     torch.randn(500, 500) @ torch.randn(500, 500)  # the threads
     T, D, K = 1 << 17, 128, 1 << 20

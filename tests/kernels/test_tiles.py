@@ -6,11 +6,12 @@ import torch
 
 from onecard.kernels import elementwise, ops
 from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import call, library
 from onecard.kernels.reference import Lora
 from onecard.quant.state import PackedWeight
 
 pytestmark = pytest.mark.skipif(
-    native.library() is None or not native.call("onecard_has_linear"), reason="this CPU or build has no AMX"
+    library() is None or not call("onecard_has_linear"), reason="this CPU or build has no AMX"
 )
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import library
 
 
 @contextmanager
 def sharing_cores() -> Iterator[None]:
     """Around work that starts no other process: beside a busy one, threads may gather on fewer cores."""
-    library = native.library()
-    if library is None:
+    kernels = library()
+    if kernels is None:
         yield
         return
-    library.onecard_allow_gathering(1)
+    kernels.onecard_allow_gathering(1)
     try:
         yield
     finally:
-        library.onecard_allow_gathering(-1)
+        kernels.onecard_allow_gathering(-1)
