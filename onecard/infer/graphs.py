@@ -23,8 +23,7 @@ from transformers.cache_utils import CacheLayerMixin
 from onecard.hf.attention import cache_name, supports_packing, use_cached_attention
 from onecard.infer.check import MAX_RELATIVE_ERROR, agree, context_of
 from onecard.infer.decoding import CachedContext, Uncached, shared_prefix
-from onecard.kernels.cuda_graph import forbid_device_sync, on_side_stream
-from onecard.kernels.dequantize import scratch_buffers
+from onecard.kernels.cuda_graph import Recording, forbid_device_sync, on_side_stream, record_graph
 from onecard.nn.experts import has_experts
 
 MIN_BUFFER_TOKENS = 256  # tokens of the first buffers
@@ -76,7 +75,7 @@ class Buffers:
         self.takes_cache: Any = {cache_name(model): Cache(layers=list(self.layers))}
         self.ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.graphs: dict[Any, tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor]]] = {}
+        self.graphs: dict[Any, Recording] = {}
 
     def take(self, shorter: Buffers) -> None:
         """What shorter ones hold."""
@@ -108,14 +107,12 @@ class Buffers:
         side = side_stream(self.ids.device)
         with on_side_stream(side), forbid_device_sync():
             expected = self.logits(self.ids, self.position)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
-            found = self.logits(self.ids, self.position)
-        graph.replay()
+        recording = record_graph(lambda: self.logits(self.ids, self.position), side)
+        recording.replay()
         if len(self.graphs) == MAX_GRAPHS:
             del self.graphs[next(iter(self.graphs))]
-        self.graphs[key] = graph, found, scratch_buffers()
-        return agree(found, expected, MAX_RELATIVE_ERROR)
+        self.graphs[key] = recording
+        return agree(recording.result, expected, MAX_RELATIVE_ERROR)
 
 
 class FixedContext(CachedContext):
@@ -152,9 +149,9 @@ class FixedContext(CachedContext):
         key = (self.addresses, self.adapter())
         if key not in buffers.graphs and (self.num_single < TOKENS_BEFORE_CAPTURE or not self.recorded(buffers, key)):
             return buffers.logits(buffers.ids, buffers.position)
-        graph, logits, _ = buffers.graphs[key]
-        graph.replay()
-        return logits.clone()
+        recording = buffers.graphs[key]
+        recording.replay()
+        return recording.result.clone()
 
     def reserve(self, length: int, device: torch.device) -> Buffers:
         """Buffers for so many tokens, with what is held already."""

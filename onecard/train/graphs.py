@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from onecard.hf.attention import has_windows
-from onecard.kernels.cuda_graph import forbid_device_sync, on_side_stream
-from onecard.kernels.dequantize import scratch_buffers
+from onecard.kernels.cuda_graph import Recording, forbid_device_sync, on_side_stream, record_graph
 from onecard.train.loss import decode
 
 MAX_GRAPHS = 16
@@ -50,8 +50,8 @@ class Graph:
 
     Attributes:
         row: what they read: input_ids, position_ids and cu_seqlens.
+        forward, backward: the recordings, set by DecoderGraphs.
         hidden, grad_hidden: what the one writes and the other reads, (1, T, H).
-        buffers: the scratch of dequantized weights, which must not move.
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int, documents: int, device: torch.device):
@@ -60,10 +60,10 @@ class Graph:
         self.row: dict[str, Any] = {"input_ids": ids, "position_ids": positions, "cu_seqlens": [0, tokens]}
         if documents > 1 or has_windows(model):
             self.row["cu_seqlens"] = torch.zeros(documents + 1, dtype=torch.int32, device=device)
-        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        self.forward: Recording
+        self.backward: Recording
         self.hidden: Tensor = ids
         self.grad_hidden: Tensor = ids
-        self.buffers: list[Tensor] = []
 
     def fill(self, batch: dict[str, Any]) -> None:
         """Take a row in."""
@@ -186,12 +186,12 @@ class DecoderGraphs:
             del hidden
         graph.grad_hidden = torch.empty_like(expected[0])
         self.attach()
-        place = {"pool": self.pool, "stream": self.stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph.forward, **place):
-            hidden = decode(self.model, graph.row)
-        with torch.cuda.graph(graph.backward, **place):
-            torch.autograd.backward(hidden, graph.grad_hidden)
-        graph.hidden, graph.buffers = hidden.detach(), scratch_buffers()
+        graph.forward = record_graph(lambda: decode(self.model, graph.row), self.stream, self.pool)
+        hidden, graph.forward.result = graph.forward.result, None  # its autograd graph goes with the recording
+        graph.backward = record_graph(
+            lambda: torch.autograd.backward(hidden, graph.grad_hidden), self.stream, self.pool
+        )
+        graph.hidden = hidden.detach()
         for buffer in self.flat:
             buffer.zero_()
         torch.cuda.set_rng_state(random, self.device)
