@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from onecard.hf.experts import expert_places
 from onecard.hf.names import stored_names
 from onecard.hf.stacks import Stack, stacks_of
 from onecard.nn.linears import linears_of
+from onecard.quant.state import BNB_KEYS
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,9 +96,12 @@ def read_model(checkpoint: Checkpoint) -> Model:
 
 
 def named(modules: Any, sizes: dict[str, int]) -> Model:
-    """A model whose checkpoint holds values of these bytes, by tensor."""
+    """A model whose checkpoint holds values of these bytes, by tensor; what it makes of several has the usual size."""
     stored = stored_names(modules, sizes)
-    return Model(modules, {own: sizes[name] for own, name in stored.items()}, stored)
+    plain = [size for name, size in sizes.items() if size > 1 and name.rpartition(".")[2] not in BNB_KEYS]
+    usual = Counter(plain).most_common(1)
+    itemsize = {name: usual[0][0] for name, _ in modules.named_parameters()} if usual else {}
+    return Model(modules, itemsize | {own: sizes[name] for own, name in stored.items()}, stored)
 
 
 def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None) -> Any:

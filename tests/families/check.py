@@ -117,7 +117,7 @@ def hold(outcome: Outcome, base: Path, folder: Path, settings: dict[str, Any]) -
     plain = plain_peft(live, twin)
     found, expected = train_ours(run, dataset), train_plain(plain, config, dataset)
     compare(outcome, "losses", torch.tensor(found), torch.tensor(expected))
-    assert onecard.plan(str(base), max_seq_length=64, r=4).total_bytes > 0
+    check_plan(ours, base)
     check_generation(outcome, live, ids)
     save_adapter(live, folder / "adapter", origin_of(ours, str(base)))
     check_merged(outcome, live, plain, base, folder, ids)
@@ -128,6 +128,17 @@ def compare(outcome: Outcome, what: str, found: Tensor, expected: Tensor, bound:
     gap = float((found - expected).abs().max() / expected.abs().max())
     outcome.gaps[what] = gap
     assert gap < bound, f"{outcome.family}: {what} differ by {gap:.1e}, {outcome.path or 'loaded'}"
+
+
+def check_plan(ours: Any, base: Path) -> None:
+    """The plan counts the bytes that the loaded base holds."""
+    planned = {term.name: term.num_bytes for term in onecard.plan(str(base), compute_dtype="float32", r=4).terms}
+    weights = [weight for module in ours.modules() for _, weight in weights_of(module)]
+    codes = {id(weight.weight): weight.weight.nbytes for weight in weights}
+    others = [p.nbytes for name, p in ours.named_parameters() if id(p) not in codes and "lora_" not in name]
+    assert sum(size for name, size in planned.items() if name.endswith("4-bit codes")) == sum(codes.values())
+    assert planned["base, scales"] == sum(weight.loaded_state.nbytes for weight in weights)
+    assert planned["embeddings, norms, head"] == sum(others)
 
 
 @torch.no_grad()

@@ -96,7 +96,9 @@ def test_results_can_be_changed_in_place():
     y = ops.qlora_linear(x, packed, state)
     y += 1
     y.sum().backward()
-    assert torch.allclose(x.grad, ops.dequantize_4bit(packed, state).sum(0).expand_as(x), atol=1e-4)
+    W = ops.dequantize_4bit(packed, state).double()
+    bound = 512 * 2**-24 * W.abs().sum(0)  # a float32 sum of 512 terms
+    assert ((x.grad.double() - W.sum(0)).abs() <= bound).all()
 
 
 def test_the_scratch_buffer_is_reused():

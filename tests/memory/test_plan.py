@@ -28,7 +28,9 @@ BILLIONS = {
     "llama-3.1-405b": 405.85, "llama-3.2-1b": 1.24, "llama-3.2-3b": 3.21, "mistral-7b": 7.24,
     "mistral-large-123b": 122.61, "qwen2.5-0.5b": 0.49, "qwen2.5-7b": 7.62, "qwen2.5-72b": 72.71,
     "qwen3-0.6b": 0.60, "qwen3-8b": 8.19, "qwen3-32b": 32.76, "mixtral-8x7b": 46.70, "qwen3-30b-a3b": 30.53,
-    "qwen3-235b-a22b": 235.09, "gpt-oss-20b": 20.91, "gpt-oss-120b": 116.83,
+    "qwen3-235b-a22b": 235.09, "gpt-oss-20b": 20.91, "gpt-oss-120b": 116.83, "llama-33b": 32.53, "llama-65b": 65.29,
+    "llama-3.1-8b": 8.03, "llama-3.1-70b": 70.55, "qwen2.5-1.5b": 1.54, "qwen2.5-3b": 3.09, "qwen2.5-14b": 14.77,
+    "qwen2.5-32b": 32.76, "qwen3-1.7b": 1.72, "qwen3-4b": 4.02, "qwen3-14b": 14.77,
 }  # fmt: skip
 
 
@@ -38,8 +40,17 @@ def test_public_models_have_their_published_size(name):
     assert round(count / 1e9, 2) == pytest.approx(BILLIONS[name], abs=0.0101)
 
 
-def test_every_known_name_gives_a_plan():
-    assert all(plan(name).total_bytes > 0 for name in KNOWN)
+@pytest.mark.parametrize("name", BILLIONS)
+def test_a_plan_counts_every_weight_of_a_public_model(name):
+    """Half a byte for each in 4 bits, two for each other: together the published size, to the two digits that it has."""
+    terms = {term.name: term.num_bytes for term in plan(name, compute_dtype="bfloat16").terms}
+    in_4_bits = 2 * sum(size for term, size in terms.items() if term.endswith("4-bit codes"))
+    others = terms["embeddings, norms, head"] / 2
+    assert round((in_4_bits + others) / 1e9, 2) == pytest.approx(BILLIONS[name], abs=0.0101)
+
+
+def test_every_known_name_has_its_published_size():
+    assert KNOWN.keys() == BILLIONS.keys()
 
 
 def test_the_terms_of_a_loaded_model(checkpoint):
@@ -179,7 +190,7 @@ def test_less_memory_never_takes_less_time(device):
     assert all(found.fits for found in plans)
     assert plans[0].time == 1 and plans[0].moved_bytes == 0
     times = [found.time for found in plans]
-    assert times == sorted(times) and plans[-1].moved_bytes > 0
+    assert times == sorted(times) and plans[-1].moved_bytes > 0  # the last one pages: 4 GB for 3.4 GB of base and more
 
 
 def test_generating_holds_the_cache_of_every_layer(checkpoint):

@@ -5,6 +5,7 @@ import re
 from io import StringIO
 
 import pytest
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from onecard.train.progress import Progress, fitted
@@ -77,11 +78,21 @@ def test_a_spike_does_not_flatten_the_rest():
     assert all(low < high for low, high in (limits([1.0], []), limits([0.0, 0.0], [0.0])))
 
 
-def test_the_curve_is_drawn(tmp_path):
+def test_the_curve_is_drawn(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: figures.append(figure))
     for count in (1, 2, 90):
-        rows = [{"step": n + 1, "loss": 1 + 12 / (n + 1), "learning_rate": 1e-3} for n in range(count)]
+        rows = [{"step": n + 1, "loss": 1 + 12 / (n + 1), "learning_rate": 1e-3 / (n + 1)} for n in range(count)]
+        rows.append({"step": count, "eval_loss": 1.1})
         draw_curve(tmp_path / "curve.png", rows)
-        assert (tmp_path / "curve.png").stat().st_size > 5_000
+        top, bottom = figures.pop().axes
+        lines = {line.get_label(): line.get_xydata().tolist() for line in top.lines}
+        losses = [row["loss"] for row in rows if "loss" in row]
+        steps = list(range(1, count + 1))
+        assert lines["loss a step"] == [list(pair) for pair in zip(steps, losses)]
+        assert lines["smoothed"] == [list(pair) for pair in zip(steps, smooth(losses))]
+        assert lines["validation"] == [[count, 1.1]]
+        assert bottom.lines[0].get_ydata().tolist() == [row["learning_rate"] for row in rows if "loss" in row]
 
 
 def test_json_may_be_broken_between_its_tokens_only():
