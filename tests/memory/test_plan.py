@@ -42,7 +42,7 @@ def test_public_models_have_their_published_size(name):
 
 @pytest.mark.parametrize("name", BILLIONS)
 def test_a_plan_counts_every_weight_of_a_public_model(name):
-    """Half a byte for each in 4 bits, two for each other: together the published size, to the two digits that it has."""
+    """Half a byte for each weight in 4 bits and two for each other one: together the published size."""
     terms = {term.name: term.num_bytes for term in plan(name, compute_dtype="bfloat16").terms}
     in_4_bits = 2 * sum(size for term, size in terms.items() if term.endswith("4-bit codes"))
     others = terms["embeddings, norms, head"] / 2
