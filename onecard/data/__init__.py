@@ -1,1 +1,1 @@
-"""From a data file to packed rows of tokens and labels; knows nothing of models."""
+"""Convert a data file to packed rows of tokens and labels. This package needs a tokenizer but no model."""

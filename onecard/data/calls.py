@@ -1,9 +1,9 @@
-"""Tools and the assistant's calls of them, in the form that chat templates read: OpenAI's, with arguments as objects.
+"""Convert tools and tool calls to the form that chat templates read: OpenAI's, with arguments as objects.
 
-Read are: `tool_calls`; OpenAI's older `functions` and `function_call`; ShareGPT's `function_call` turns, whose value is
-the JSON of a call; tools without the `function` around them. Arrow (Parquet, save_to_disk) gives every object of a
-column the same fields and null where a row had none. So nulls in tools and calls of such files are taken as absent,
-but for an argument that the called tool requires.
+The inputs are `tool_calls`; OpenAI's older `functions` and `function_call`; ShareGPT's `function_call` turns, whose
+value is the JSON of a call; and tools without the enclosing `function`. Arrow (Parquet, save_to_disk) stores the same
+fields in every object of a column, with null where a row had none. So null fields inside the columns of such files
+count as absent, except an argument that the called tool requires.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def check_text(field: str, value: Any, empty: bool = False) -> str:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether a field that a row may leave out has what Arrow and SDKs write where there is nothing."""
+    """Whether an optional field is empty: null, [], {} or blank text, as Arrow and SDKs write for an absent value."""
     return value is None or value == [] or value == {} or (isinstance(value, str) and not value.strip())
 
 
 def parsed(field: str, value: Any, must: str) -> Any:
-    """A value, or what its JSON text holds."""
+    """Return the value; a string is parsed as JSON. Raises BadRow with `must` if it is not JSON."""
     if not isinstance(value, str):
         return value
     try:
@@ -43,9 +43,9 @@ def parsed(field: str, value: Any, must: str) -> Any:
 
 
 def without_united_nulls(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """A row of an Arrow file less the nulls inside its columns, and how many arguments of calls went with them.
+    """Remove the null fields inside the columns of an Arrow row. Also return the number of removed arguments of calls.
 
-    What is text in the row, such as arguments in JSON, is as it was.
+    Text in the row, such as arguments as JSON, does not change.
     """
     required, taken = required_arguments(row), 0
 
@@ -66,10 +66,10 @@ def without_united_nulls(row: dict[str, Any]) -> tuple[dict[str, Any], int]:
 
 
 def required_arguments(row: dict[str, Any]) -> dict[Any, Any]:
-    """name -> the arguments that the row's tool of that name requires."""
+    """Map the name of each of the row's tools to the arguments that the tool requires."""
     try:
         tools = check_tools(row) or []
-    except BadRow:  # told when the row is read
+    except BadRow:  # reported when the row is read
         return {}
     found = {}
     for function in (tool.get("function") for tool in tools):
@@ -80,7 +80,7 @@ def required_arguments(row: dict[str, Any]) -> dict[Any, Any]:
 
 
 def check_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """A row's tools, from `tools` or `functions`: a list of objects, or the JSON text of one."""
+    """Return a row's tools from `tools` or `functions`: a list of objects, or its JSON text. None if there are none."""
     given = [key for key in ("tools", "functions") if not is_absent(row.get(key))]
     if len(given) == 2:
         raise BadRow("functions", "a row must have tools or functions", "both")
@@ -97,13 +97,13 @@ def check_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def as_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's form of a tool that is given as its function alone."""
+    """Convert a tool that is only its function to OpenAI's form. Other tools do not change."""
     bare = isinstance(tool.get("name"), str) and "function" not in tool and tool.get("type") in (None, "function")
     return {"type": "function", "function": {k: v for k, v in tool.items() if k != "type"}} if bare else tool
 
 
 def check_tool_calls(field: str, calls: Any, role: str) -> list[dict[str, Any]]:
-    """An assistant's calls; arguments become objects, for templates write a string as a quoted string."""
+    """Check an assistant's calls. Arguments become objects, because templates write a string with quotes."""
     if role != "assistant":
         raise BadRow(field, "only the assistant may call tools", f"role {role}")
     calls = parsed(field, calls, f"{field} must be a list of calls, or the JSON of one")
@@ -113,7 +113,7 @@ def check_tool_calls(field: str, calls: Any, role: str) -> list[dict[str, Any]]:
 
 
 def check_call(field: str, call: Any) -> dict[str, Any]:
-    """A call in OpenAI's form; one of a name and arguments alone is taken for its function."""
+    """Check a call and convert it to OpenAI's form. The name and arguments of a bare call become its function."""
     if isinstance(call, dict) and "function" not in call and "name" in call:
         function = {key: value for key, value in call.items() if key in ("name", "arguments")}
         call = {key: value for key, value in call.items() if key not in function} | {"function": function}
@@ -131,7 +131,7 @@ def check_call(field: str, call: Any) -> dict[str, Any]:
 
 
 def bare_calls(field: str, value: Any) -> list[dict[str, Any]]:
-    """Calls given as functions alone, one or a list, or the JSON text of that: {"name": ..., "arguments": ...}."""
+    """Convert one function {"name": ..., "arguments": ...}, a list of functions, or their JSON text to calls."""
     value = parsed(field, value, "a function call must be the JSON of its name and arguments")
     functions = value if isinstance(value, list) else [value]
     if not functions:
@@ -143,15 +143,15 @@ def bare_calls(field: str, value: Any) -> list[dict[str, Any]]:
 
 
 def check_strings(field: str, value: Any) -> None:
-    """Every string and key of a JSON value must be text."""
+    """Raise BadRow if a string or key of a JSON value is not valid text."""
     for name, text in strings_in(field, value):
         check_text(name, text, empty=True)
 
 
 def strings_in(field: str, value: Any) -> Iterator[tuple[str, str]]:
-    """(field, text) of every string and key in a JSON value."""
+    """Yield (field, text) of every string and key in a JSON value."""
     rest = [(field, value)]
-    while rest:  # not recursion: arguments may be nested deep
+    while rest:  # no recursion: arguments may be nested too deep for it
         field, value = rest.pop()
         if isinstance(value, str):
             yield field, value

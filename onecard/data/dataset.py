@@ -1,4 +1,4 @@
-"""A data file tokenized: examples and the counts that tell whether it is what the user meant."""
+"""Tokenize a data file to examples, with counts that show whether the data is what the user meant."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Dataset:
 
     @property
     def num_records(self) -> int:
-        """Rows read: those kept, those dropped as too long or with nothing to learn and the bad ones."""
+        """Number of rows read: kept, dropped as too long, without a supervised token, and bad."""
         return len(self.examples) + self.num_unsupervised + self.num_dropped + self.num_skipped
 
     @property
@@ -49,7 +49,7 @@ class Dataset:
         return sum(example.num_supervised for example in self.examples)
 
     def summary(self) -> dict[str, int | str]:
-        """The counts, for screen and report."""
+        """Return the counts for the screen and the report."""
         return {
             "format": self.format,
             "examples": len(self.examples),
@@ -63,7 +63,7 @@ class Dataset:
         }
 
     def fingerprint(self) -> str:
-        """sha256 over all tokens and labels: tells whether a resumed run sees the same data."""
+        """Return the sha256 of all tokens and labels, which shows whether a resumed run has the same data."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(array("q", [len(example.input_ids)]).tobytes())
@@ -71,18 +71,18 @@ class Dataset:
         return digest.hexdigest()
 
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
-        """(rest, share) of the examples, drawn by seed; each side has at least one."""
+        """Split the examples at random, by seed, into (rest, share). Each side has at least one."""
         order = torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(seed)).tolist()
         if len(order) < 2:
             raise UserError("a validation split needs two examples", f"{len(order)}", "leave it out")
         num_held = min(len(order) - 1, max(1, round(share * len(order))))
         held = replace(
             self.take(sorted(order[:num_held])), num_unsupervised=0, num_dropped=0, bad=[]
-        )  # those count once
+        )  # only the rest keeps these
         return self.take(sorted(order[num_held:])), held
 
     def check_fits(self, vocab_size: int | None, max_positions: int | None) -> None:
-        """Raise UserError if a model of that size would stumble over a token or a length."""
+        """Raise UserError if a token is outside the vocabulary or an example has more tokens than max_positions."""
         top, at = max((max(example.input_ids), example.where) for example in self.examples)
         if vocab_size is not None and top >= vocab_size:
             raise UserError(
@@ -107,7 +107,7 @@ class Dataset:
 
 
 def load_dataset(path: str, tokenizer: Any, config: DataConfig) -> Dataset:
-    """Read, check and tokenize a data file. Raises UserError as read_records and prepare do."""
+    """Read, check and tokenize a data file. Raises UserError, same as read_records and prepare."""
     return prepare(read_records(path, config.format, "skip"), tokenizer, config)
 
 
@@ -115,8 +115,8 @@ def prepare(read: Records, tokenizer: Any, config: DataConfig) -> Dataset:
     """Tokenize records.
 
     Raises:
-        UserError: the bad rows of reading and of tokenizing in one list, unless they are skipped or nothing
-            else is left; no example has anything to learn.
+        UserError: bad rows, from reading and tokenizing in one list, unless they are skipped and other rows remain;
+            no example has a supervised token.
     """
     dataset = Dataset([], [], read.format, config.max_seq_length, bad=list(read.bad))
     notes: Counter[str] = Counter()
@@ -165,7 +165,7 @@ def long_row(max_seq_length: int) -> BadRow:
 
 
 def told_lengths(dataset: Dataset) -> list[str]:
-    """What became of rows longer than max_seq_length."""
+    """Return the notices about rows longer than max_seq_length."""
     lines, most = [], f"{dataset.max_seq_length:,} tokens"
     cut = sum(example.answer_cut for example in dataset.examples) + dataset.num_unsupervised
     if cut and dataset.num_truncated:

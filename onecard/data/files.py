@@ -1,8 +1,8 @@
-"""From bytes to rows: JSONL, JSON, CSV (compressed or not), Parquet, Arrow; what is no row is a BadRow.
+"""Read rows from JSONL, JSON, CSV (compressed or not), Parquet and Arrow. An unusable row becomes a BadRow.
 
-A bad row must not hide the ones after it, so every reader goes on where its format allows: JSON lines always,
-a JSON array and CSV up to their first error of syntax. Numbers are lines of the file, 1-based; rows in a
-JSON array, in Parquet and in Arrow.
+A bad row must not hide the rows after it. So every reader continues where its format allows: JSON lines always, a JSON
+array and CSV up to their first syntax error. A row's number is its line in the file, 1-based. In a JSON array, Parquet
+and Arrow it is the count of the row.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ Rows = Iterator[tuple[int, dict[str, Any] | BadRow]]
 
 
 def read_rows(path: Path) -> Rows:
-    """(number, row) of a file or of a folder that datasets' save_to_disk wrote; a row that cannot be parsed comes as a
-    BadRow.
+    """Yield (number, row) of a file, or of a folder that datasets' save_to_disk wrote. A row that cannot be parsed
+    becomes a BadRow.
 
     Raises:
         UserError: no such file, another folder, an unknown suffix, an empty, binary or unreadable file.
@@ -82,17 +82,17 @@ def read_rows(path: Path) -> Rows:
 
 
 def kind_of(path: Path) -> str:
-    """The suffix that tells the format, in front of one that tells the compression."""
+    """Return the suffix of the format, which is before any suffix of the compression."""
     return Path(path.stem if path.suffix.lower() in PACKED else path.name).suffix.lower()
 
 
 def is_arrow(path: Path) -> bool:
-    """Whether the rows come from Arrow, which gives all objects of a column the same fields."""
+    """Whether the rows come from Arrow, which stores the same fields in all objects of a column."""
     return path.is_dir() or kind_of(path) in ARROW
 
 
 def opened(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked."""
+    """Open the file to read its decompressed bytes."""
     suffix = path.suffix.lower()
     if suffix == ".zst":
         import pyarrow
@@ -102,7 +102,7 @@ def opened(path: Path) -> IO[bytes]:
 
 
 def refuse_others(path: Path) -> None:
-    """Raise UserError for a compressed or binary file, or what a download left, under a text file's name."""
+    """Raise UserError if a text file's name is on a compressed or binary file, a Git LFS pointer or a web page."""
     with opened(path) as file:
         head = file.read(HEAD_BYTES)
     kind = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
@@ -128,7 +128,7 @@ def jsonl(path: Path) -> Rows:
 
 
 def parse_row(raw: bytes) -> dict[str, Any] | BadRow:
-    """A JSON object from one line of bytes."""
+    """Parse one line of bytes as a JSON object."""
     repeated: list[str] = []
     try:
         row = json.loads(raw.decode("utf-8"), object_pairs_hook=partial(to_object, repeated))
@@ -145,7 +145,7 @@ def parse_row(raw: bytes) -> dict[str, Any] | BadRow:
 
 
 def to_object(repeated: list[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object's dict; a key that occurs twice is noted, for json would take the last without a word."""
+    """Make an object's dict and note a repeated key, of which json would silently keep the last value."""
     made = dict(pairs)
     if len(made) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -162,7 +162,7 @@ def checked_row(row: Any, repeated: list[str]) -> dict[str, Any] | BadRow:
 
 
 def json_file(path: Path) -> Rows:
-    """An array of objects, numbered from 1; or JSON lines under the wrong name."""
+    """Read an array of objects, numbered from 1, or JSON lines with the wrong suffix."""
     with opened(path) as file:
         raw = file.read().removeprefix(BOM)
     if raw.lstrip().startswith(b"["):
@@ -175,7 +175,7 @@ def json_file(path: Path) -> Rows:
 
 
 def json_array(raw: bytes, path: Path) -> Rows:
-    """The array's objects one by one, so that a bad one is told by its number."""
+    """Parse the array's objects one by one, so that an error names the number of the bad one."""
     number, repeated = 1, []
     decoder = json.JSONDecoder(object_pairs_hook=partial(to_object, repeated))
     try:
@@ -201,12 +201,12 @@ def json_array(raw: bytes, path: Path) -> Rows:
 
 def skip_blank(text: str, at: int) -> int:
     match = BLANK.match(text, at)
-    assert match is not None  # the pattern matches nothing too
+    assert match is not None  # the pattern also matches an empty string
     return match.end()
 
 
 def csv_file(path: Path) -> Rows:
-    """Rows under a header; quoted cells may hold line breaks, and a row's line is that of its first cell."""
+    """Read rows under a header. Quoted cells may contain line breaks. A row's line is that of its first cell."""
     csv.field_size_limit(1 << 30)
     line = 0
     with io.TextIOWrapper(opened(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -239,7 +239,7 @@ def check_header(header: list[str], path: Path) -> None:
 
 
 def refuse_other_separators(header: list[str], path: Path) -> None:
-    """Raise UserError for a header of one column that holds what separates columns elsewhere."""
+    """Raise UserError if the header's only column contains another separator: semicolon, tab or bar."""
     names = {";": "semicolons", "\t": "tabs", "|": "bars"}
     other = next((mark for mark in names if len(header) == 1 and mark in header[0]), None)
     if other is not None and kind_of(path) == ".csv":
@@ -249,7 +249,7 @@ def refuse_other_separators(header: list[str], path: Path) -> None:
 
 
 def byte_found(byte: int) -> str:
-    """A byte that is not UTF-8, and the letter that it is on most Windows machines."""
+    """Describe a byte that is not UTF-8, with its letter on most Windows machines."""
     letter = bytes([byte]).decode("cp1252", "ignore")
     return f"byte 0x{byte:02x}" + (f', which is "{letter}" in Windows-1252' if letter.isprintable() and letter else "")
 
@@ -265,7 +265,7 @@ def csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | BadRow:
 
 
 def undecoded(text: str) -> int:
-    """The first byte that was not UTF-8 (surrogateescape keeps it as U+DC80 and above), or 0."""
+    """Return the first byte that was not UTF-8 (surrogateescape keeps it as U+DC80 and above), or 0."""
     return next((ord(letter) & 0xFF for letter in text if "\udc80" <= letter <= "\udcff"), 0)
 
 
@@ -289,7 +289,7 @@ def parquet(path: Path) -> Rows:
 
 
 def arrow_file(path: Path) -> Rows:
-    """An Arrow file, of a stream or with an index, as datasets' cache and save_to_disk hold."""
+    """Read an Arrow file, a stream or with an index, as from datasets' cache and save_to_disk."""
     import pyarrow
 
     number = 0
@@ -311,7 +311,7 @@ def arrow_file(path: Path) -> Rows:
 
 
 def saved_folder(folder: Path) -> Rows:
-    """The files of a dataset that datasets' save_to_disk wrote; rows count through all of them."""
+    """Read the files of a dataset that datasets' save_to_disk wrote. One count numbers the rows of all files."""
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(each.name for each in folder.iterdir() if each.is_dir())
         found = f"a folder of the splits {', '.join(map(shown, splits)) or 'none'}"
@@ -334,12 +334,12 @@ def saved_folder(folder: Path) -> Rows:
 
 
 def shown(text: str) -> str:
-    """Text made safe to print: control characters and halves of surrogate pairs are escaped."""
+    """Make text safe to print: escape control characters and halves of surrogate pairs."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def describe(value: Any) -> str:
-    """What was found, briefly."""
+    """Describe a value briefly, for an error."""
     if value is None:
         return "null"
     try:

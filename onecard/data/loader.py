@@ -15,10 +15,10 @@ from onecard.data.packing import collate, pack
 
 
 class Loader:
-    """Micro-batches, epoch after epoch; the order of an epoch follows from (seed, epoch) alone.
+    """Micro-batches of one epoch after another. The order of an epoch depends only on (seed, epoch).
 
-    A micro-batch is `batch_size` packed rows (or, without packing, examples) side by side in one row. Where it
-    stands is two integers, so a resumed run sees what an undisturbed one would.
+    A micro-batch is `batch_size` packed rows (without packing: examples), concatenated into one row. The position is
+    two integers, so a resumed run reads the same micro-batches as an uninterrupted run.
     """
 
     def __init__(self, examples: list[Example], max_seq_length: int, packing: bool, batch_size: int, seed: int):
@@ -29,7 +29,7 @@ class Loader:
         self.batches = lru_cache(maxsize=2)(self._batches)
 
     def _batches(self, epoch: int) -> list[list[int]]:
-        """The epoch's micro-batches as lists of example indices."""
+        """Return the epoch's micro-batches as lists of example indices."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
         order = torch.randperm(len(self.examples), generator=generator).tolist()
         rows = [[index] for index in order]
@@ -43,12 +43,12 @@ class Loader:
         return len(self.batches(epoch))
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Micro-batches for ever, from where the loader stands."""
+        """Yield micro-batches without end, from the current position."""
         while True:
             yield self.next_batch()
 
     def next_batch(self) -> dict[str, Any]:
-        """The next micro-batch, as `collate` makes it."""
+        """Return the next micro-batch, in the form of `collate`."""
         if self.batch >= self.num_batches(self.epoch):
             self.epoch, self.batch = self.epoch + 1, 0
         indices = self.batches(self.epoch)[self.batch]

@@ -1,4 +1,4 @@
-"""First-fit packing of documents into rows, and rows into tensors."""
+"""Pack documents into rows by first fit, and convert rows to tensors."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from onecard.data.chat.mask import IGNORE, Example
 
 
 def pack(lengths: Sequence[int], max_seq_length: int) -> list[list[int]]:
-    """First fit: each document into the first row with room, in the order given.
+    """Put each document, in the given order, into the first row with room (first fit).
 
     A tree over the rows' free tokens finds that row in O(log n), so 100,000 documents take about a second.
 
     Returns:
-        for each row the indices of its documents, in order of arrival.
+        for each row the indices of its documents, in the given order.
     """
     size = 1 << max(0, len(lengths) - 1).bit_length()
-    free = [max_seq_length] * (2 * size)  # a node holds the most free tokens below it
+    free = [max_seq_length] * (2 * size)  # a node is the maximum of the free tokens below it
     rows: list[list[int]] = []
     for index, length in enumerate(lengths):
         assert 0 < length <= max_seq_length, (index, length)
@@ -39,7 +39,7 @@ def pack(lengths: Sequence[int], max_seq_length: int) -> list[list[int]]:
 
 
 def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]:
-    """Documents side by side in one row; a last document of nothing fills it up to `multiple_of` tokens.
+    """Concatenate documents into one row. A last masked document fills it to a multiple of `multiple_of` tokens.
 
     Returns:
         input_ids, labels, position_ids: int64 (1, T), positions starting at 0 in each document;
@@ -48,7 +48,7 @@ def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]
     input_ids, labels, positions, ends = [], [], [], [0]
     for example in examples:
         input_ids += example.input_ids
-        labels += [IGNORE, *example.labels[1:]]  # never predicted: what comes before is another document
+        labels += [IGNORE, *example.labels[1:]]  # never predicted: the token before it is of another document
         positions += range(len(example.input_ids))
         ends.append(len(input_ids))
     batch = {
@@ -61,10 +61,10 @@ def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]
 
 
 def split(batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]:
-    """A batch cut at documents' ends into parts of at most max_tokens tokens, or of one document where that is more.
+    """Cut a batch at document ends into parts of at most max_tokens tokens. A longer document is a part by itself.
 
-    Parts with nothing to learn are left out, the others filled up as the loader fills rows. Documents never attend to
-    each other, so the sum of the parts' losses is the whole's.
+    Parts without a supervised token are dropped. The others are filled in the same way as the loader's rows. Documents
+    never attend to each other, so the sum of the parts' losses is the loss of the whole batch.
     """
     total = batch["cu_seqlens"][-1]
     if max_tokens is None or total <= max_tokens:
@@ -84,9 +84,9 @@ def split(batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]
 
 
 def padded_batch(batch: dict[str, Any], multiple_of: int) -> dict[str, Any]:
-    """A batch with a last document of nothing up to a multiple of tokens: its last token again and again.
+    """Fill a batch to a multiple of tokens with a last masked document, which repeats the batch's last token.
 
-    Not a padding token: its embedding may be zero, and the root of a mean square has no gradient there.
+    It is not a padding token: its embedding may be zero, where the root of a mean square has no gradient.
     """
     total = batch["cu_seqlens"][-1]
     filler = -total % multiple_of

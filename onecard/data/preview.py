@@ -1,4 +1,4 @@
-"""What will be learned, seen before anything is trained: tokens coloured by trained or masked."""
+"""Show before training what will be learned: supervised and masked tokens in different colours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_BAD = 10
 
 
 def render_example(example: Example, tokenizer: Any, colour: bool) -> Text:
-    """An example's tokens: learned ones bold green, or in double brackets without colour; masked ones dim."""
+    """Render an example's tokens: supervised ones bold green, or in double brackets without colour; masked ones dim."""
     text = Text()
     for start, end, learned in runs(example.labels[:SHOWN_TOKENS]):
         piece = tokenizer.decode(example.input_ids[start:end], skip_special_tokens=False)
@@ -34,7 +34,7 @@ def render_example(example: Example, tokenizer: Any, colour: bool) -> Text:
 
 
 def runs(labels: list[int]) -> list[tuple[int, int, bool]]:
-    """(start, end, learned) of the stretches of labels that are all learned or all masked."""
+    """Return (start, end, learned) of each run of labels that are all supervised or all masked."""
     found: list[tuple[int, int, bool]] = []
     for i, label in enumerate(labels):
         learned = label != IGNORE
@@ -46,7 +46,7 @@ def runs(labels: list[int]) -> list[tuple[int, int, bool]]:
 
 
 def render_counts(dataset: Dataset, packing: bool) -> Table:
-    """The dataset's counts and shares."""
+    """Render the dataset's counts and shares."""
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -64,12 +64,12 @@ def render_counts(dataset: Dataset, packing: bool) -> Table:
 
 
 def render_notices(dataset: Dataset) -> list[RenderableType]:
-    """What the user should know of how the rows were read."""
+    """Render the notices about how the rows were read."""
     return [Text(f"note: {shown(notice)}", style="yellow") for notice in dataset.notices]
 
 
 def render_preview(dataset: Dataset, tokenizer: Any, packing: bool, num_examples: int, colour: bool) -> RenderableType:
-    """Counts, what was noticed, some examples, and the bad rows that were skipped."""
+    """Render the counts, the notices, some examples, and the skipped bad rows."""
     parts: list[RenderableType] = [render_counts(dataset, packing)]
     parts += render_notices(dataset)
     for example in dataset.examples[:num_examples]:

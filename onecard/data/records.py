@@ -1,11 +1,11 @@
-"""A data file's rows as records, each with its file and line; every bad row told as file:line:field.
+"""Convert a data file's rows to records, each with its file and line. An error names a bad row as file:line:field.
 
-Formats, recognised by the rows' keys: chat `messages` (OpenAI), `prompt`/`completion`, alpaca (`instruction`,
-`input`, `output`, and question/answer pairs under other names), ShareGPT `conversations`, plain `text`. `files.py`
-reads the files themselves, `turns.py` the turns of a chat.
+The keys of the rows show the format: chat `messages` (OpenAI), `prompt`/`completion`, alpaca (`instruction`, `input`,
+`output`, and question/answer pairs with other names), ShareGPT `conversations`, plain `text`. `files.py` reads the
+files, and `turns.py` reads the turns of a chat.
 
-Nothing in a row is dropped without a word: a column or a turn's key is read, or refused where it changes what the row
-means, or named in `notices` with its count.
+Nothing in a row is silently dropped. A column or a turn's key is read, or refused if it changes the meaning of the row,
+or named in `notices` with its count.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onecard.data.files import FIX, BadRow, describe, is_arrow, read_rows, shown
 from onecard.data.turns import MEDIA, Chat, read_chat
 from onecard.errors import UserError
 
-KEYS = {  # of each format; several where tools name them otherwise
+KEYS = {  # keys of each format; several sets where tools use other names
     "messages": (("messages",),),
     "prompt_completion": (("prompt", "completion"),),
     "alpaca": (
@@ -34,14 +34,14 @@ KEYS = {  # of each format; several where tools name them otherwise
     "sharegpt": (("conversations",), ("conversation",)),
     "text": (("text",),),
 }
-USED = {  # columns beside a format's own keys
+USED = {  # columns that are read in addition to a format's own keys
     "messages": ("tools", "functions", "system", "system_prompt"),
     "sharegpt": ("tools", "functions", "system", "system_prompt"),
     "alpaca": ("input", "context", "system", "system_prompt", "history"),
     "prompt_completion": ("tools", "functions", "system", "system_prompt"),
     "text": (),
 }
-VERDICTS = ("label", "kto_tag")  # of KTO: whether the answer is a good one
+VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is good
 SHOWN_ERRORS = 20
 
 
@@ -50,11 +50,11 @@ class Record:
     """One example before tokenization: `messages` for a chat, else `prompt` and `completion`, or `text`.
 
     Attributes:
-        line: 1-based line of the file; the row's number in Parquet and JSON arrays.
-        num_prompt_messages: messages at the head that are never learned: a prompt of messages, as trl has it.
-        unlearned: messages of weight 0: read, not learned.
-        tools: what the assistant may call, handed to the chat template.
-        fields: what the file calls each message's content, for errors; empty where it is messages[i].content.
+        line: 1-based line of the file; the row's number in Parquet, Arrow and JSON arrays.
+        num_prompt_messages: number of first messages that are never learned: a prompt of messages, as in trl.
+        unlearned: indices of the assistant's messages with weight 0, which are read but not learned.
+        tools: tools that the assistant may call, for the chat template.
+        fields: the file's name of each message's content, for errors; empty if it is messages[i].content.
     """
 
     file: str
@@ -71,13 +71,13 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """chat, completion or text."""
+        """Return "chat", "completion" or "text"."""
         if self.messages is not None:
             return "chat"
         return "text" if self.text is not None else "completion"
 
     def field_of(self, i: int) -> str:
-        """What the file calls message i's content."""
+        """Return the file's name of message i's content."""
         return self.fields[i] if self.fields else f"messages[{i}].content"
 
     @property
@@ -87,7 +87,7 @@ class Record:
 
 @dataclass
 class Records:
-    """The good rows of a file, its format's name, the errors of the bad ones and what else to tell of the rows."""
+    """The good rows of a file, its format's name, the errors of the bad rows, and notices about how rows were read."""
 
     records: list[Record]
     format: str
@@ -144,12 +144,12 @@ def row_error(path: str | Path, line: int, error: BadRow) -> UserError:
 
 
 def line_of(error: UserError, file: str) -> int:
-    """The line of a bad row's error."""
+    """Return the line that a bad row's error names."""
     return int((error.where or "").removeprefix(f"{file}:").split(":")[0])
 
 
 def raise_bad_rows(bad: list[UserError]) -> None:
-    """One UserError for all bad rows, the first of them listed; nothing if there are none."""
+    """Raise one UserError for all bad rows, with a list of the first ones. Do nothing if there are none."""
     if not bad:
         return
     if len(bad) == 1:
@@ -162,7 +162,7 @@ def raise_bad_rows(bad: list[UserError]) -> None:
 
 
 def recognise(rows: list[tuple[int, dict[str, Any]]], path: str | Path) -> str:
-    """The format whose keys most of the first hundred rows have."""
+    """Return the format whose keys occur in the largest number of the first hundred rows."""
     first = [row for _, row in rows[:100]]
     counts = {name: count_with(first, keys_of(name, rows)) for name in KEYS}
     best = max(counts, key=lambda name: counts[name])
@@ -179,7 +179,7 @@ def recognise(rows: list[tuple[int, dict[str, Any]]], path: str | Path) -> str:
 
 
 def keys_of(format: str, rows: list[tuple[int, dict[str, Any]]]) -> tuple[str, ...]:
-    """Which of the format's sets of keys most of the first hundred rows have."""
+    """Return the format's set of keys that occurs in the largest number of the first hundred rows."""
     first = [row for _, row in rows[:100]]
     return max(KEYS.get(format, ((),)), key=lambda keys: count_with(first, keys))
 
@@ -189,7 +189,7 @@ def count_with(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> int:
 
 
 def tell(format: str, keys: tuple[str, ...], records: list[Record], unused: Counter[str], num_nulls: int) -> list[str]:
-    """What the user should know of how the rows were read, a line each."""
+    """Return the notices about how the rows were read, one line each."""
     lines = []
     if keys not in (KEYS[format][0], ()):
         lines.append(f"read {' and '.join(keys)} as {' and '.join(KEYS[format][0])}")
@@ -208,7 +208,7 @@ def counted(count: int) -> str:
 def to_record(
     format: str, keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
 ) -> tuple[Record, Counter[str]]:
-    """Check one row and make it a Record; with it the names of what it holds beside that. Raises BadRow."""
+    """Check one row and convert it to a Record. Also return its unused columns and keys. Raises BadRow."""
     for key in keys:
         if key not in row:
             found = f"keys {', '.join(list(row)[:12]) or 'none'}"
@@ -222,7 +222,7 @@ def to_record(
 
 
 def refuse_changed_meaning(row: dict[str, Any], format: str) -> None:
-    """Raise BadRow for a column without which the row says something else."""
+    """Raise BadRow for a column that changes the meaning of the row: media, or a verdict that the answer is bad."""
     for key in MEDIA:
         if not is_absent(row.get(key)) and format != "text":
             raise BadRow(key, "rows must be text: images, videos and audio are not learned", f"a column {key}")
@@ -237,7 +237,7 @@ def text_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
 
 
 def chat_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat]:
-    """messages or conversations, with the row's own system message before them."""
+    """Read messages or conversations, with the system message of the row's own column before them."""
     chat = read_chat(keys[0], row[keys[0]])
     record = Record(file, line, messages=chat.messages, unlearned=chat.unlearned, tools=check_tools(row))
     fields = () if keys == ("messages",) and all(name.endswith(".content") for name in chat.fields) else chat.fields
@@ -254,7 +254,7 @@ def chat_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
 
 
 def system_of(row: dict[str, Any]) -> tuple[str, str]:
-    """The column of a row's own system message, and the message; empty where there is none."""
+    """Return the column with the row's system message, and the message; empty strings if there is none."""
     found = [key for key in ("system", "system_prompt") if not is_absent(row.get(key))]
     if len(found) == 2:
         raise BadRow(found[1], "a row must have one system message", " and ".join(found))
@@ -262,7 +262,7 @@ def system_of(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
-    """prompt and completion: two strings, or two lists of messages of which the completion's are learned."""
+    """Read prompt and completion: two strings, or two lists of messages. Only the completion is learned."""
     prompt, completion = row["prompt"], row["completion"]
     told = [key for key in USED["prompt_completion"] if not is_absent(row.get(key))]
     if not (isinstance(prompt, list) and isinstance(completion, list)):
@@ -284,7 +284,7 @@ def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
 
 
 def alpaca_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, None]:
-    """One question and answer; before them the row's system message and the earlier questions and answers."""
+    """Read one question and answer, with the row's system message and the earlier questions and answers before them."""
     asking, answering = keys
     more = ["" if row.get(key) is None else check_text(key, row[key], empty=True) for key in ("input", "context")]
     more = [text for text in more if text.strip()]

@@ -1,8 +1,8 @@
-"""The shapes in which chat templates read messages, and the check that a rendering holds every word.
+"""The shapes of messages that chat templates read, and the check that a rendering contains every word.
 
-A template takes what it knows and leaves out the rest without an error: a field of another name, a call on a template
-that knows none, the content where it expects a list of parts. So what was rendered is searched for every word of the
-messages; where one is missing, the messages are rendered in the next shape, and refused if none keeps them.
+A template silently leaves out what it does not know: a field with another name, a call on a template without calls, the
+content if it expects a list of parts. So the rendering is searched for every word of the messages. If a word is
+missing, the messages are rendered in the next shape. If no shape keeps all words, the row is refused.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 SPACES = re.compile(r"\s+")
-TWO_THOUGHTS = re.compile(r"<think>\s*</think>\s*<think>")  # an empty one that the template writes, and the row's
+TWO_THOUGHTS = re.compile(r"<think>\s*</think>\s*<think>")  # the template's empty thought, then the row's own
 THOUGHT = re.compile(r"\s*<think>\s*(.*?)\s*</think>\s*", re.DOTALL)
-NO_CONTENT = re.compile(r"content\W{0,3} is (not )?none")  # a template that asks whether a message has content
+NO_CONTENT = re.compile(r"content\W{0,3} is (not )?none")  # the template checks whether a message has content
 
 Messages = list[dict[str, Any]]
 
 
 class Missing(Exception):
-    """What of the messages a rendering does not hold: the field and the words."""
+    """A rendering does not contain words of message i. The exception has the field and the words."""
 
     def __init__(self, i: int, field: str, words: str):
         self.i, self.field, self.words = i, field, words
@@ -31,15 +31,15 @@ class Missing(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """How messages are handed to the template.
+    """The form in which the template receives messages.
 
     Attributes:
-        parts: content as a list of parts: of "all" messages, of the "system" message, or "none".
-        text_arguments: arguments of calls as JSON text.
-        thoughts: thoughts under this key; "content": in front of the answer, between <think> and </think>.
-        last_thoughts: no thoughts but the last message's.
-        bare_tools: tools without the `function` around them.
-        no_content: null for the content of a message that only calls tools.
+        parts: messages whose content is a list of parts: "all", "system" or "none".
+        text_arguments: arguments of calls are JSON text.
+        thoughts: the key of thoughts; "content" puts them before the answer, between <think> and </think>.
+        last_thoughts: only the last message keeps its thoughts.
+        bare_tools: tools have no enclosing `function`.
+        no_content: the content of a message that only calls tools is null.
     """
 
     parts: str = "none"
@@ -87,15 +87,15 @@ def with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def ways(messages: Messages, tools: Any, template: str) -> Iterator[tuple[Messages, Shape]]:
-    """Messages and shape to try: as they are in the usual shape, then what the template's own text gives reason to."""
+    """Yield messages and shapes to try: first the usual shape, then the variants that the template's text suggests."""
     for written in rewritten(messages, template):
         yield from ((written, shape) for shape in shapes(written, tools, template))
 
 
 def rewritten(messages: Messages, template: str) -> list[Messages]:
-    """The messages, the developer's as the system's, and thoughts that stand in the content in their own field.
+    """Return variants of the messages: unchanged, developer as system role, inline thoughts in their own field.
 
-    A developer's message is a system message at once on a template that does not name the role, as servers have it.
+    If the template does not name the developer role, the unchanged variant is left out, as servers do.
     """
     found = [messages]
     if any(turn["role"] == "developer" for turn in messages):
@@ -113,7 +113,7 @@ def with_split_thought(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def shapes(messages: Messages, tools: Any, template: str) -> Iterator[Shape]:
-    """The usual shape, then those that the template's own text gives reason to try."""
+    """Yield the usual shape, then the shapes that the template's text suggests."""
     yield USUAL
     has_calls = any(turn.get("tool_calls") for turn in messages)
     has_thoughts = any(turn.get("reasoning_content") for turn in messages)
@@ -134,13 +134,13 @@ def shapes(messages: Messages, tools: Any, template: str) -> Iterator[Shape]:
 
 
 def check_words(text: str, messages: Messages, tools: Any, spans: dict[int, tuple[int, int]]) -> list[int]:
-    """Find every word of the messages in a rendering; those of a learned message inside its span.
+    """Find every word of the messages in a rendering. The words of a learned message must be inside its span.
 
     Returns:
-        the messages before the last one whose thoughts the template left out, as many do with those of earlier turns.
+        indices of the messages before the last whose thoughts the template left out, as many templates do.
 
     Raises:
-        Missing: a word that is not there.
+        Missing: the rendering does not contain a word.
     """
     at, without_thoughts = 0, []
     for i, turn in enumerate(messages):
@@ -168,7 +168,7 @@ def check_words(text: str, messages: Messages, tools: Any, spans: dict[int, tupl
 
 
 def thought_and_answer(turn: dict[str, Any]) -> tuple[str, str]:
-    """A message's thoughts, of their own field or between <think> and </think> before the answer, and its answer."""
+    """Return a message's thoughts, from their field or from <think>...</think> before the answer, and its answer."""
     if turn["role"] != "assistant":
         return "", turn["content"]
     if turn.get("reasoning_content"):
@@ -178,7 +178,7 @@ def thought_and_answer(turn: dict[str, Any]) -> tuple[str, str]:
 
 
 def find_words(text: str, words: str) -> int | None:
-    """Where words end in a text, however white space is trimmed or they are escaped as JSON; None if they are not."""
+    """Return where words end in a text, or None. White space may differ, and words may be escaped as JSON."""
     words = words.strip()
     if (at := text.find(words)) >= 0:
         return at + len(words)
@@ -191,7 +191,7 @@ def find_words(text: str, words: str) -> int | None:
 
 
 def check_call_words(i: int, text: str, function: dict[str, Any]) -> None:
-    """Find a call's name, and its arguments' keys and values."""
+    """Raise Missing if the text lacks a call's name, keys or values, or has its arguments as Python instead of JSON."""
     if function["name"] not in text:
         raise Missing(i, "tool_calls", function["name"])
     arguments = function["arguments"]
@@ -205,7 +205,7 @@ def check_call_words(i: int, text: str, function: dict[str, Any]) -> None:
 
 
 def leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of every key whose value is no object or list, and of every item of a list under its key."""
+    """Yield (key, value) for every value that is not an object or a list. The items of a list have the list's key."""
     rest = list(value.items())
     while rest:
         key, each = rest.pop()

@@ -1,6 +1,6 @@
-"""A row's turns as messages of one form: OpenAI's role/content and ShareGPT's from/value, under any of their keys.
+"""Convert a row's turns to messages of one form, from the keys of OpenAI (role/content) and ShareGPT (from/value).
 
-Every key of a turn is read, or refused, or counted in `unused`.
+Every key of a turn is read, refused, or counted in `unused`.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SHAREGPT_ROLES = {
 }
 WEIGHTS = ("weight", "loss_weight", "train", "training", "loss")  # OpenAI, ShareGPT; LLaMA-Factory; axolotl; swift
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-NAMES = ("name", "tool_call_id")  # handed to the chat template as they are
+NAMES = ("name", "tool_call_id")  # passed to the chat template unchanged
 MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 USED = {"role", "from", "content", "value", "tool_calls", "function_call", *WEIGHTS, *THOUGHTS, *NAMES, *MEDIA}
 
 
 @dataclass
 class Chat:
-    """Messages, which of them are never learned, what the file calls each one's content, and the keys not used."""
+    """Messages, the indices of those never learned, the file's name of each content, and the unused keys."""
 
     messages: tuple[dict[str, Any], ...]
     unlearned: tuple[int, ...] = ()
@@ -47,10 +47,10 @@ class Chat:
 
 
 def read_chat(field: str, turns: Any, names: Sequence[str] | None = None) -> Chat:
-    """Check a list of turns, or the JSON text of one.
+    """Check a list of turns, or its JSON text, and convert it to messages.
 
     Args:
-        names: what the file calls each turn; default field[i].
+        names: the file's name of each turn; default field[i].
     """
     turns = parsed(field, turns, f"{field} must be a list of messages")
     if not isinstance(turns, list) or not turns:
@@ -112,7 +112,7 @@ def read_role(name: str, turn: dict[str, Any]) -> str:
 
 
 def read_calls(name: str, turn: dict[str, Any], role: str, said: Any, content_name: str) -> list[dict[str, Any]] | None:
-    """A turn's calls, from the one field that holds them."""
+    """Return a turn's calls, from the one field that contains them; None if it has none."""
     found = [key for key in ("tool_calls", "function_call") if not is_absent(turn.get(key))]
     if len(found) + (said is not None) > 1:
         raise BadRow(f"{name}.{found[-1]}", "a message must have its calls in one field", " and ".join(found))
@@ -136,7 +136,7 @@ def check_part(field: str, part: Any) -> str:
 
 
 def unlearned_turns(field: str, turns: list[Any], made: list[dict[str, Any]], names: Sequence[str]) -> tuple[int, ...]:
-    """The assistant's messages with a weight of 0; at least one of theirs must be learned."""
+    """Return the indices of the assistant's messages with weight 0. At least one of its messages must be learned."""
     unlearned = set()
     for i, (turn, name) in enumerate(zip(turns, names)):
         for key in WEIGHTS:

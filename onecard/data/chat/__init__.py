@@ -1,1 +1,1 @@
-"""Chat templates: rendering in a sandbox, and the mask of learned tokens."""
+"""Render chat templates in a sandbox, and find the supervised tokens."""

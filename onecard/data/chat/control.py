@@ -1,11 +1,11 @@
-"""Control tokens: the chat template's become tokens, a person's words that spell one stay text.
+"""Keep control tokens in messages as text: only those of the chat template become tokens.
 
-"<|im_end|>" in a user's message must not end the turn. `as_text` puts BREAK, which no text holds, behind the
-spelling's first character before the template is rendered; `encode_text` tokenizes what stands around it apart and
-leaves it out. So the message keeps its characters, and the tokens are those of "<" and "|im_end|>".
+"<|im_end|>" in a user's message must not end the turn. Before the template is rendered, `as_text` inserts BREAK, which
+no text contains, after the first character of the spelling. `encode_text` tokenizes the text before and after BREAK
+separately and drops BREAK. So the message keeps its characters, and the tokens are those of "<" and "|im_end|>".
 
-Control tokens are the tokenizer's special ones and those of END_NAMES that it has. Other added tokens, such as
-"<think>" or runs of spaces, are words that a message may hold.
+Control tokens are the tokenizer's special tokens and those of END_NAMES that it has. Other added tokens, such as
+"<think>" or runs of spaces, are words that a message may contain.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from onecard.data.records import FIX, Record
 from onecard.errors import UserError
 from onecard.hf.load import tokenizing
 
-BREAK = "\ufdd0"  # a noncharacter of Unicode, never in text that is exchanged
-END_NAMES = (  # of tokens that end a turn, for templates whose special tokens do not tell it by their place
+BREAK = "\ufdd0"  # a Unicode noncharacter, which text for exchange does not contain
+END_NAMES = (  # tokens that end a turn, for templates where the position of a special token does not show it
     "<|im_end|>",
     "<|eot_id|>",
     "<end_of_turn>",
@@ -36,7 +36,7 @@ END_NAMES = (  # of tokens that end a turn, for templates whose special tokens d
 
 @dataclass(frozen=True)
 class Specials:
-    """A tokenizer's control tokens: their names, a pattern that finds one, and their ids less the unknown token's."""
+    """A tokenizer's control tokens: names, a pattern that matches one, and ids without the unknown token's id."""
 
     names: frozenset[str]
     pattern: re.Pattern[str]
@@ -49,7 +49,7 @@ def specials_of(tokenizer: Any) -> Specials:
 
 @lru_cache(maxsize=4)
 def cached_specials(tokenizer: Any, size: int, named: tuple[str, ...]) -> Specials:
-    """specials_of; `size` and `named` tell a tokenizer that was changed from the one that is cached."""
+    """Compute `specials_of`. `size` and `named` are cache keys: they show that the tokenizer has changed."""
     added = tokenizer.added_tokens_decoder.values()
     names = {str(token) for token in added if token.special or str(token) in END_NAMES} | set(named) - {""}
     longest_first = sorted(names, key=len, reverse=True)
@@ -59,7 +59,7 @@ def cached_specials(tokenizer: Any, size: int, named: tuple[str, ...]) -> Specia
 
 
 def as_text(text: str, tokenizer: Any) -> str:
-    """The text with every control token's spelling broken, for a template's rendering and encode_text."""
+    """Insert BREAK into every spelling of a control token, so that `encode_text` keeps it as text."""
     pattern = specials_of(tokenizer).pattern
     return pattern.sub(lambda found: found.group()[0] + BREAK + found.group()[1:], text.replace(BREAK, ""))
 
@@ -74,13 +74,13 @@ def messages_as_text(messages: list[dict[str, Any]], tokenizer: Any) -> list[dic
 def encode_text(
     text: str, tokenizer: Any, where: str, cuts: tuple[int, ...] = ()
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens and their character spans (none of a tokenizer that knows no offsets), no token across a cut or BREAK.
+    """Return tokens and their character spans ([] if the tokenizer has no offsets). No token crosses a cut or BREAK.
 
-    The cuts are where generation begins: a tokenizer that would join the prompt's last characters with the answer's
-    first ones must not, since the model never sees that token after a prompt.
+    A cut is where generation begins. There the tokenizer must not join the prompt's last characters with the answer's
+    first ones, because the model never sees the joined token after a prompt.
 
     Raises:
-        UserError: a text that the tokenizer fails at; a control token that nothing spells, such as one that its
+        UserError: the tokenizer fails on the text; a control token that the text does not spell, such as one that the
             normalizer makes.
     """
     specials, num_spelled = specials_of(tokenizer), 0
@@ -99,7 +99,7 @@ def encode_text(
 
 
 def pieces(text: str, cuts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    """(start, end) of what is tokenized apart."""
+    """Yield (start, end) of each piece that is tokenized separately."""
     start = 0
     for edge in sorted({*cuts, *(found.start() for found in re.finditer(BREAK, text)), len(text)}):
         if edge > start:
@@ -108,10 +108,10 @@ def pieces(text: str, cuts: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 
 def encode_piece(piece: str, goes_on: bool, tokenizer: Any) -> tuple[list[int], list[tuple[int, int]]]:
-    """Tokens and spans of a text, or of one that goes on.
+    """Return the tokens and spans of a piece. `goes_on`: the piece is not the beginning of its text.
 
-    That one is tokenized behind a line break, which is taken off again: SentencePiece tokenizers begin every text
-    with a space. Where the break joins the piece's first token, the piece is tokenized as it is.
+    Such a piece is tokenized after a line break, which is then removed, because SentencePiece tokenizers begin every
+    text with a space. If the break joins the piece's first token, the piece is tokenized without the break.
     """
     if goes_on:
         head, _ = encode_piece("\n", False, tokenizer)
@@ -123,9 +123,9 @@ def encode_piece(piece: str, goes_on: bool, tokenizer: Any) -> tuple[list[int], 
 
 
 def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
-    """Raise UserError if what is learned, or a row of raw text, spells a control token.
+    """Raise UserError if learned text, or a row of raw text, spells a control token.
 
-    The model would learn to write the token in letters; mostly the row has been through a chat template already.
+    The model would learn to write the token as letters. Usually a chat template was already applied to the row.
     """
     pattern = specials_of(tokenizer).pattern
     for field, text in learned_texts(record):
@@ -140,7 +140,7 @@ def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
 
 
 def learned_texts(record: Record) -> Iterator[tuple[str, str]]:
-    """(field, text) of a record but for what others say to the assistant; tool calls' names and arguments too."""
+    """Yield (field, text) of a record, with tool calls and tools, but without the messages to the assistant."""
     for field in ("text", "prompt", "completion"):
         if getattr(record, field) is not None:
             yield field, getattr(record, field)

@@ -1,27 +1,26 @@
-"""A record's tokens and labels: the tokenizer's own chat template, loss only on what the assistant writes.
+"""Tokenize a record and set its labels: the tokenizer's own chat template, and loss only on the assistant's text.
 
-The whole chat is rendered once and tokenized once; which of its characters the assistant writes is found so:
+The whole chat is rendered once and tokenized once. The assistant's characters in it are found in this order:
 
-1. The template marks them with {% generation %}: taken as marked.
-2. Else turn i is what lies between the rendering of messages[:i] with the generation prompt, which is what
-   the model is given, and that of messages[:i+1], where both are prefixes of the whole.
-3. Else (the template knows no generation prompt, or writes earlier turns otherwise than the last, as those
-   do that cut old thoughts) the message's content is replaced by a mark in a second rendering; what stands
-   around the mark must stand around the content in the whole.
-4. Else the row is refused: never train on tokens that are only likely to be the assistant's.
+1. The template marks them with {% generation %}. The marks are used.
+2. Else turn i is the text between two renderings: messages[:i] with the generation prompt, which is the model's
+   input, and messages[:i+1]. Both must be prefixes of the whole rendering.
+3. Else a mark replaces the message's content in a second rendering. The text around the mark must equal the text
+   around the content in the whole. This is for templates without a generation prompt, and for templates that write
+   earlier turns differently from the last turn, such as those that cut old thoughts.
+4. Else the row is refused: never train on tokens that are only probably the assistant's.
 
-The last turn is what the model is given when it is asked, the answer, and the end of turn. Where the template writes
-another prompt before an answer that it knows than before one that it asks for, the prompt of the latter is taken
-(`as_asked`); where that cannot be, the row gets a note. Every word of a row must be in what is learned or read
-(`shapes.py`).
+The last turn follows the prompt that generation uses. If the template writes a different prompt before a known answer,
+the generation prompt replaces it (`as_asked`). If that is not possible, the row gets a note. Every word of a row must
+be in the rendering (`shapes.py`).
 
-A turn is learned up to and with its end-of-turn token, not the line break after it. Where the template ends
-the last answer with no such token, the text is cut there and EOS appended, so that the model learns to stop.
+A turn is learned up to and including its end-of-turn token, without the line break after it. If the template ends the
+last answer without such a token, the text is cut there and EOS is appended, so that the model learns to stop.
 
-Every token that the chat spells itself stays text (`control.py`); templates run with limits (`rendering.py`).
+Control tokens that a message spells stay text (`control.py`). Templates run with limits (`rendering.py`).
 
-Exactly one BOS: the template's if it writes one, else the tokenizer's. Examples are never padded (packing
-fills a row up with a document of its own, all masked), so no pad token takes an end token's place in labels.
+There is exactly one BOS: the template's if it writes one, else the tokenizer's. Examples are never padded: packing
+fills a row with a separate masked document. So no pad token replaces an end token in the labels.
 """
 
 from __future__ import annotations
@@ -48,9 +47,9 @@ from onecard.errors import UserError
 
 Encoded = tuple[
     list[int], list[int], bool, tuple[str, ...]
-]  # ids, labels, whether what is missing behind is learned, notes
+]  # ids, labels, whether the missing end of the text is learned, notes
 IGNORE = -100
-LONGEST_TOKEN = 128  # characters, and to spare
+LONGEST_TOKEN = 128  # characters, a generous bound
 BREAKS = re.compile("object'? has no |can only concatenate|not iterable")  # jinja's words for a template's own faults
 OTHER_PROMPT = "the chat template asks for an answer with another prompt than it writes before the learned one"
 NO_NAMES = "the chat template leaves out the names of those who speak"
@@ -59,11 +58,11 @@ NO_THOUGHTS = "the chat template leaves out the thoughts of turns before the las
 
 @dataclass(frozen=True)
 class Example:
-    """One document: int tokens and labels of one length; labels[0] is always masked.
+    """One document: int tokens and labels of equal length; labels[0] is always masked.
 
     Attributes:
-        truncated, answer_cut: whether it was cut to max_seq_length, and something to learn with it.
-        notes: what the user should know of it.
+        truncated, answer_cut: whether it was cut to max_seq_length, and whether that removed supervised tokens.
+        notes: what the user should know about it.
     """
 
     input_ids: list[int]
@@ -89,22 +88,22 @@ def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
     chat = prompt_form(record, tokenizer) == "chat"
     ids, labels, cut, notes = (encode_chat if chat else encode_text_record)(record, tokenizer, max_seq_length)
     if labels:
-        labels[0] = IGNORE  # nothing comes before it: the first token is never predicted
+        labels[0] = IGNORE  # the first token is never predicted: no token precedes it
     truncated = len(ids) > max_seq_length
     cut = truncated and (cut or any(label != IGNORE for label in labels[max_seq_length:]))
     return Example(ids[:max_seq_length], labels[:max_seq_length], record.where, truncated, cut, notes)
 
 
 def prompt_form(record: Record, tokenizer: Any) -> str:
-    """How a record's prompt is written: "chat" by the chat template, "alpaca" under headings; "completion" and "text"
-    as it is."""
+    """Return how a record's prompt is written: "chat" (by the chat template), "alpaca" (under headings),
+    "completion" or "text" (unchanged)."""
     if record.messages is None:
         return record.kind
     return "alpaca" if record.alpaca and not tokenizer.chat_template else "chat"
 
 
 def encode_text_record(record: Record, tokenizer: Any, most: int) -> Encoded:
-    """A record that no chat template writes."""
+    """Encode a record without a chat template."""
     if record.messages is not None:
         prompt, answer = alpaca_text(record)
     else:
@@ -114,7 +113,7 @@ def encode_text_record(record: Record, tokenizer: Any, most: int) -> Encoded:
 
 
 def alpaca_text(record: Record) -> tuple[str, str]:
-    """Prompt and answer for a tokenizer without a chat template: plain headings."""
+    """Return prompt and answer of a record for a tokenizer without a chat template. The prompt has plain headings."""
     *before, user, assistant = [turn["content"] for turn in record.messages or ()]
     if len(before) > 1:
         must = "a row with history needs a tokenizer with a chat template"
@@ -125,14 +124,14 @@ def alpaca_text(record: Record) -> tuple[str, str]:
 
 
 def alpaca_prompt(user: str, system: str = "") -> str:
-    """A question under alpaca's headings, as training without a chat template writes it."""
+    """Write a question under alpaca's headings, same as in training without a chat template."""
     return f"{system}\n\n" * bool(system) + f"### Instruction:\n{user}\n\n### Response:\n"
 
 
 def encode_pair(prompt: str, completion: str, tokenizer: Any, where: str, most: int) -> tuple[list[int], list[int]]:
-    """BOS prompt completion EOS, each tokenized apart so that the boundary is exact; the prompt is masked.
+    """Encode BOS prompt completion EOS, with the prompt masked. Each is tokenized separately for an exact boundary.
 
-    Of more than `most` tokens those behind may be missing.
+    Tokens after the first `most` may be missing.
     """
     before = text_ids(head(prompt, most, tokenizer, where), tokenizer, where)
     learned = encode_text(head(completion, most, tokenizer, where), tokenizer, where)[0] + eos(tokenizer)
@@ -140,19 +139,19 @@ def encode_pair(prompt: str, completion: str, tokenizer: Any, where: str, most: 
 
 
 def text_ids(text: str, tokenizer: Any, where: str = "prompt") -> list[int]:
-    """Tokens of a text that no template wraps, with the BOS that the tokenizer writes; all of it stays text."""
+    """Tokenize a text without a template, after the BOS that the tokenizer writes. Control tokens in it stay text."""
     return bos(tokenizer) + encode_text(as_text(text, tokenizer), tokenizer, where)[0]
 
 
 def head(text: str, most: int, tokenizer: Any, where: str) -> str:
-    """A text, or so much of its beginning that it has more than `most` tokens: a line of 100 MB is not tokenized whole
-    to be cut at once."""
+    """Return the text, or a beginning of it that has more than `most` tokens. So a line of 100 MB that will be cut
+    is not tokenized as a whole."""
     start = text[: LONGEST_TOKEN * (most + 1)]
     return start if start != text and len(encode_text(start, tokenizer, where)[0]) > most else text
 
 
 def bos(tokenizer: Any) -> list[int]:
-    """The BOS that the tokenizer itself would write, as a list of one or none."""
+    """Return the BOS that the tokenizer itself writes, as a list of one or none."""
     written = tokenizer("a")["input_ids"]
     return written[:1] if written and written[0] == tokenizer.bos_token_id else []
 
@@ -165,9 +164,9 @@ def eos(tokenizer: Any) -> list[int]:
 
 
 def encode_chat(record: Record, tokenizer: Any, most: int) -> Encoded:
-    """A chat in the first way in which the template keeps all of its words.
+    """Encode a chat in the first of the `ways` in which the template keeps all of its words.
 
-    The thoughts of earlier turns may go, if the template has those of a last turn; else if no way keeps them.
+    The template may drop the thoughts of earlier turns if it writes those of a last turn, or if no way keeps them.
     """
     spoken = messages_as_text(list(record.messages or ()), tokenizer)
     refused: list[UserError] = []
@@ -179,7 +178,7 @@ def encode_chat(record: Record, tokenizer: Any, most: int) -> Encoded:
                 return found
             if without_thoughts is None:
                 without_thoughts = found
-                if shape.thoughts == "content":  # as a chat that never had them: no space of theirs either
+                if shape.thoughts == "content":  # render without them: this removes their white space too
                     shape = replace(shape, last_thoughts=True)
                     without_thoughts = encode_shaped(record, messages, shape, tokenizer, most)
         except UserError as error:
@@ -192,7 +191,7 @@ def encode_chat(record: Record, tokenizer: Any, most: int) -> Encoded:
 
 
 def keeps_thoughts(messages: list[dict[str, Any]], tools: Any, shape: Shape, tokenizer: Any, where: str) -> bool:
-    """Whether the template writes the last message that has thoughts with them, if it is the last of all."""
+    """Whether the template writes the thoughts of the last message that has thoughts, if the chat ends with it."""
     last = max(i for i, turn in enumerate(messages) if thought_and_answer(turn)[0])
     chat = Renderings(messages[: last + 1], tokenizer, where, tools, shape=shape)
     text = chat.replies[last + 1, False].get("text", "")
@@ -200,15 +199,15 @@ def keeps_thoughts(messages: list[dict[str, Any]], tools: Any, shape: Shape, tok
 
 
 def how_telling(error: UserError) -> int:
-    """Less for an error that says more of a row: what the template leaves out, what it refuses, where it breaks."""
+    """Rank an error; lower is more useful: what the template leaves out (0), other errors (1), its own faults (2)."""
     if (error.where or "").endswith((".thoughts", ".tool_calls", ":tools")):
         return 0
     return 2 if BREAKS.search(error.found) else 1
 
 
 def encode_shaped(record: Record, messages: list[dict[str, Any]], shape: Shape, tokenizer: Any, most: int) -> Encoded:
-    """Tokens of the rendered chat, labels on the assistant's turns up to and with their end-of-turn token; of more
-    than `most` tokens those behind may be missing."""
+    """Encode the rendered chat, with labels on the assistant's turns up to and including their end-of-turn token.
+    Tokens after the first `most` may be missing."""
     indices = learned_turns(record)
     wanted = [(k, prompted) for i in indices for k, prompted in ((i, False), (i, True), (i + 1, False))]
     chat = Renderings(messages, tokenizer, record.where, record.tools, wanted, shape=shape)
@@ -249,7 +248,7 @@ def encode_shaped(record: Record, messages: list[dict[str, Any]], shape: Shape, 
 
 
 def unwritten(record: Record, missing: Missing, template: str) -> UserError:
-    """The error of a row whose words the template leaves out."""
+    """Make the error for a row whose words the template leaves out."""
     what = {"thoughts": "thoughts", "tool_calls": "tool calls", "tools": "tools"}.get(missing.field, "words")
     do = {
         "thoughts": "use a model whose chat template writes thoughts, or leave them out of the rows",
@@ -263,25 +262,25 @@ def unwritten(record: Record, missing: Missing, template: str) -> UserError:
 
 
 def tokens_within(offsets: list[tuple[int, int]], start: int, end: int) -> range:
-    """The run of tokens that spell text[start:end].
+    """Return the run of tokens that spell text[start:end].
 
-    A run: tokenizers that trim offsets give tokens of nothing but spaces no width; those inside belong to it.
+    Tokens of only spaces have no width in tokenizers that trim offsets. Inside the run, they belong to it.
     """
     inside = [i for i, (a, b) in enumerate(offsets) if b > start and (a < end or a == b == end)]
     return range(inside[0], inside[-1] + 1) if inside and start < end else range(0)
 
 
 def missing_bos(text: str, tokenizer: Any) -> list[int]:
-    """The BOS that the tokenizer would write, unless the rendered text begins with one."""
+    """Return the BOS that the tokenizer writes, or [] if the rendered text begins with one."""
     if tokenizer.bos_token and text.lstrip().startswith(tokenizer.bos_token):
         return []
     return bos(tokenizer)
 
 
 def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> list[int]:
-    """Tokens that ask for the assistant's next message, with exactly one BOS.
+    """Tokenize the prompt for the assistant's next message, with exactly one BOS.
 
-    A tokenizer without a chat template gets the last message's text as it is.
+    If the tokenizer has no chat template, the prompt is the last message's text, unchanged.
     """
     try:
         if not tokenizer.chat_template:
@@ -295,7 +294,7 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[
 
 
 def prompt_text(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[str, Any]] | None) -> str:
-    """What asks for the next message, in the way that training finds; in the usual one where none keeps all words."""
+    """Render the prompt for the next message in the way that training finds; the usual way if none keeps all words."""
     asked, usual, without_thoughts = (len(messages), True), None, None
     for written, shape in ways(messages, tools, str(tokenizer.chat_template)):
         chat = Renderings(written, tokenizer, "prompt", tools, [asked], shape=shape)

@@ -1,4 +1,4 @@
-"""A chat template's text, rendered in a process of its own with limits (`sandbox.py`)."""
+"""Render chat templates in a separate process with limits (`sandbox.py`)."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ MAX_BYTES = 512 << 20
 
 
 class Sandbox:
-    """The process: started when it is first needed, and again after it was stopped."""
+    """The process for templates. It starts at the first request, and again after a stop."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, request: dict[str, Any]) -> list[dict[str, str]]:
-        """sandbox.answers()' reply; "stopped" for each chat if the process did not live to give one."""
+        """Return the reply of sandbox.answers(), or "stopped" for each chat if the process ended before its reply."""
         line = json.dumps(request, default=str)
         with self.lock:
             self.start()
@@ -39,7 +39,7 @@ class Sandbox:
                 process.stdin.write(line + "\n")
                 process.stdin.flush()
                 reply = process.stdout.readline()
-            except BaseException as error:  # Ctrl-C too: a reply that nobody took must not answer the next request
+            except BaseException as error:  # also Ctrl-C: an unread reply must not answer the next request
                 self.stop()
                 if not isinstance(error, BrokenPipeError):
                     raise
@@ -49,9 +49,9 @@ class Sandbox:
             return [{"stopped": how_it_ended(self.stop())}] * len(request["each"])
 
     def start(self) -> None:
-        """Takes a second until it answers; whoever has other work for that long may call this before.
+        """Start the process if it does not run. It answers after about a second, so callers may start it early.
 
-        -P: the folder of the file is not searched for imports. A session of its own: Ctrl-C is not for it.
+        -P: Python does not search the file's folder for imports. A new session: Ctrl-C does not reach the process.
         """
         if self.process is not None and self.process.poll() is None:
             return
@@ -62,7 +62,7 @@ class Sandbox:
         )
 
     def stop(self) -> int:
-        """End the process; its exit status."""
+        """End the process and return its exit status."""
         process, self.process = self.process, None
         if process is None:
             return 0
@@ -82,17 +82,17 @@ atexit.register(sandbox.stop)
 
 
 class Renderings:
-    """What the tokenizer's chat template makes of a chat and of its beginnings, all asked for at once.
+    """Renderings of a chat and of its first messages by the tokenizer's chat template, from one request.
 
-    As the tokenizer's apply_chat_template, which would compile the template in this process.
+    Same as the tokenizer's apply_chat_template, which would compile the template in this process.
 
     Args:
-        wanted: (messages, generation prompt or not) of each rendering; the whole chat without one is always there.
-        chat_template: taken in place of the tokenizer's own.
-        shape: how the messages are handed to the template.
+        wanted: (number of messages, whether with generation prompt) of each; the whole chat without it is always made.
+        chat_template: used instead of the tokenizer's own.
+        shape: the form in which the template receives the messages.
 
     Raises:
-        UserError: no template, or one that runs too long or takes too much.
+        UserError: no template, or one that exceeds the limits of time, memory or output.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Renderings:
             raise UserError(must, stopped, "use a template that you trust", self.template)
 
     def text(self, count: int, prompted: bool = False) -> str:
-        """The first `count` messages rendered; a template's refusal is a UserError of the row."""
+        """Return the text of the first `count` messages. Raises a UserError of the row if the template refuses them."""
         reply = self.replies[count, prompted]
         if "refused" in reply:
             must = f"{self.template} must accept the messages"
@@ -142,11 +142,11 @@ class Renderings:
         return reply["text"]
 
     def prompt(self, count: int) -> str | None:
-        """What asks for the next message after the first `count`; None where the template takes no such beginning."""
+        """Return the prompt for the message after the first `count`; None if the template refuses those messages."""
         return None if "refused" in self.replies[count, True] else self.text(count, prompted=True)
 
     def again(
         self, messages: list[dict[str, Any]], wanted: Iterable[tuple[int, bool]] = (), template: str | None = None
     ) -> Renderings:
-        """Other messages, or another template, rendered alike."""
+        """Render other messages, or with another template, with the same settings."""
         return Renderings(messages, self.tokenizer, self.where, self.tools, wanted, template, self.shape)

@@ -1,12 +1,12 @@
-"""The process in which chat templates run, with limits that the operating system keeps.
+"""Run chat templates in a separate process, with limits that the operating system enforces.
 
-A checkpoint's template is a stranger's program. jinja2's sandbox keeps it from files and from Python's inside, not
-from looping for ever or from building gigabytes, and one `'a' * 10**10` or `9 ** 9 ** 9` cannot be interrupted
-from within. So it runs here: RLIMIT_CPU for each chat, RLIMIT_AS above what the process takes at its start,
-and a bound on what comes out. Systems without these limits (Windows) keep the last one only.
+A checkpoint's template is an untrusted program. jinja2's sandbox blocks files and Python's internals, but not endless
+loops or gigabytes of data. Python cannot interrupt one `'a' * 10**10` or `9 ** 9 ** 9` from inside. So templates run
+here under three limits: RLIMIT_CPU for each chat, RLIMIT_AS above the memory of the process at its start, and a
+maximum length of the output. Systems without the first two limits (Windows) have only the last one.
 
-Run as a file, without onecard: a line of JSON in for several renderings of a chat, a line of JSON out, until the
-input ends. `rendering.py` is the other end.
+This file runs as a script, without onecard. Each line of input is JSON that asks for several renderings of a chat, and
+each line of output is the JSON reply, until the input ends. `rendering.py` is the client.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ STATM = Path("/proc/self/statm")
 
 
 def limit_memory(num_bytes: int) -> None:
-    """No more than `num_bytes` above what the process has now; no core file when it is stopped."""
+    """Limit the process to `num_bytes` more memory than it has now, and write no core file at a stop."""
     if resource is None:
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -36,14 +36,14 @@ def limit_memory(num_bytes: int) -> None:
 
 
 def allow_seconds(seconds: int) -> None:
-    """That much more of CPU time from now on; then the kernel ends the process with SIGXCPU."""
+    """Allow that much more CPU time from now on. After that, the kernel ends the process with SIGXCPU."""
     if resource is not None:
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 1 + seconds, hard))
 
 
 def answers(line: str, render: Any) -> list[dict[str, str]]:
-    """For each chat {"text"}, {"refused": why} for these messages, or {"stopped": why} for a template out of bounds."""
+    """Return for each chat {"text"}, {"refused": why} for its messages, or {"stopped": why} for an exceeded limit."""
     request = json.loads(line)
     most = (1 << 20) + 16 * len(line)
     return [answer({**request["all"], **each}, most, render) for each in request["each"]]
@@ -54,7 +54,7 @@ def answer(fields: dict[str, Any], most: int, render: Any) -> dict[str, str]:
         text = render(**fields)[0][0]
     except MemoryError:
         return {"stopped": "it takes too much memory"}
-    except OverflowError as error:  # the sandbox's own bound on range()
+    except OverflowError as error:  # jinja2's own limit on range()
         return {"stopped": str(error)}
     except Exception as error:
         return {"refused": (str(error).splitlines() or [type(error).__name__])[0]}

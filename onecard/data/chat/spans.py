@@ -1,4 +1,4 @@
-"""Where in a rendered chat the assistant's turns stand, and the last one behind the prompt that asks for it."""
+"""Find the assistant's turns in a rendered chat, and put the last one after the prompt that generation uses."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from onecard.errors import UserError
 
 Span = tuple[int, int]  # characters: start, end
 Turn = tuple[int, int, bool]  # start, end, and whether an end-of-turn token closes it
-MARK = "\u2042{}\u2042"  # around a number; a chat that holds it is refused where marks are needed
+MARK = "\u2042{}\u2042"  # around a number. A chat that contains it is refused where marks are needed
 GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 OPEN, CLOSE = "\u2042<\u2042", "\u2042>\u2042"
 
 
 def assistant_turns(record: Record, messages: list[dict[str, Any]], chat: Renderings, tokenizer: Any) -> list[Span]:
-    """Character spans of the rendered chat that the learned assistant messages take.
+    """Return the character spans of the learned assistant messages in the rendered chat.
 
     Raises:
-        UserError: where they are not certain.
-        Missing: a call that the template leaves out.
+        UserError: a span is not certain.
+        Missing: the template leaves out a call.
     """
     turns = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
     marked = generation_spans(messages, chat)
@@ -44,7 +44,7 @@ def assistant_turns(record: Record, messages: list[dict[str, Any]], chat: Render
 
 
 def learned_turns(record: Record) -> list[int]:
-    """Indices of the assistant's messages that are neither part of the prompt nor of weight 0."""
+    """Return the indices of the assistant's messages that are not in the prompt and do not have weight 0."""
     turns = [i for i, turn in enumerate(record.messages or ()) if turn["role"] == "assistant"]
     return [i for i in turns if i >= record.num_prompt_messages and i not in record.unlearned]
 
@@ -60,11 +60,10 @@ def unfound(record: Record, i: int, tokenizer: Any) -> UserError:
 
 
 def generation_spans(messages: list[dict[str, Any]], chat: Renderings) -> list[Span] | None:
-    """Spans of the template's {% generation %} blocks; None if it has no such block, [] if they are unsure.
+    """Return the spans of the template's {% generation %} blocks; None if it has no such block, [] if not certain.
 
-    The blocks' edges are written out as characters in a second rendering. transformers' own
-    return_assistant_tokens_mask goes over token offsets: where an edge falls on a space whose offset the
-    tokenizer trims, its mask breaks off.
+    A second rendering writes the blocks' edges as characters. transformers' own return_assistant_tokens_mask uses
+    token offsets. Its mask ends early where an edge is on a space whose offset the tokenizer trims.
     """
     template = chat.tokenizer.get_chat_template()
     if not GENERATION.search(template):
@@ -85,7 +84,7 @@ def generation_spans(messages: list[dict[str, Any]], chat: Renderings) -> list[S
 
 
 def joined(spans: list[Span]) -> list[Span]:
-    """Blocks of several parts of a turn as one: those that follow each other at once, without empty ones."""
+    """Join adjacent blocks, which are parts of one turn, and drop empty blocks."""
     found: list[Span] = []
     for start, end in spans:
         goes_on = bool(found) and found[-1][1] == start
@@ -95,13 +94,13 @@ def joined(spans: list[Span]) -> list[Span]:
 
 
 def write_edge(tag: re.Match[str]) -> str:
-    """An edge of a generation block as a block that writes a mark; white space is trimmed as at the tag."""
+    """Replace a generation block's tag by a block that writes a mark and trims white space in the same way."""
     left, end, right = tag.groups()
     return f"{{%{left} if true %}}{{{{ '{CLOSE if end else OPEN}' }}}}{{% endif {right}%}}"
 
 
 def turn_span(messages: list[dict[str, Any]], i: int, chat: Renderings) -> Span | None:
-    """Characters of the rendered chat that message i takes, its end of turn included; None if unsure."""
+    """Return the span of message i in the rendered chat, with its end of turn; None if not certain."""
     text, given, through = chat.text(len(messages)), chat.prompt(i), chat.text(i + 1)
     prompted = given is not None and text.startswith(given) and given != chat.text(i)
     if given and prompted and text.startswith(through) and len(through) > len(given):
@@ -114,10 +113,10 @@ def turn_span(messages: list[dict[str, Any]], i: int, chat: Renderings) -> Span 
 
 
 def content_span(messages: list[dict[str, Any]], i: int, text: str, chat: Renderings, headed: bool) -> Span | None:
-    """Message i's content in `text` and what the template writes after it, found by a mark in its place.
+    """Return the span of message i's content and its end of turn in `text`, found by a mark in place of the content.
 
     Args:
-        headed: thoughts before the content belong to it, from where an answer begins.
+        headed: the span begins where an answer begins, so it includes thoughts before the content.
     """
     mark = MARK.format(i)
     marked = [{**turn, "content": mark} if k == i else turn for k, turn in enumerate(messages)]
@@ -136,10 +135,10 @@ def content_span(messages: list[dict[str, Any]], i: int, text: str, chat: Render
 
 
 def calls_span(messages: list[dict[str, Any]], i: int, text: str, chat: Renderings, headed: bool) -> Span | None:
-    """Message i, which calls tools, to the end of its last call, found by a mark for that call's name.
+    """Return the span of message i, which calls tools, with its end of turn, found by a mark for its last call's name.
 
     Args:
-        headed: from where an answer begins; else from the last call's name.
+        headed: the span begins where an answer begins; else at the last call's name.
     """
     mark, own = MARK.format(i), chat.text(i + 1)
     *calls, last = messages[i]["tool_calls"]
@@ -161,10 +160,10 @@ def calls_span(messages: list[dict[str, Any]], i: int, text: str, chat: Renderin
 
 
 def behind_header(own: str, messages: list[dict[str, Any]], i: int, chat: Renderings) -> str | None:
-    """What a rendering of messages[:i + 1] holds of message i, behind the header that any answer has; None if unsure.
+    """Return the part of `own`, text of messages[:i + 1], that belongs to message i, after the header of any answer.
 
-    It begins behind the generation prompt; where there is none, or one that opens another thought, where `own` parts
-    from a rendering with a plain answer in its place.
+    It begins after the generation prompt. Without one, or if that opens another thought, it begins where `own` differs
+    from a rendering with a plain answer instead of message i. None if not certain.
     """
     mark, words = MARK.format(i), messages[i - 1]["content"].strip() if i else ""
     try:
@@ -173,7 +172,7 @@ def behind_header(own: str, messages: list[dict[str, Any]], i: int, chat: Render
         return None
     header, found, _ = plain.partition(mark)
     before, given = (chat.replies[i, prompted].get("text", "") for prompted in (False, True))
-    start = len(outside_tags(os.path.commonprefix([own, header])))  # noqa: RUF071 (of characters)
+    start = len(outside_tags(os.path.commonprefix([own, header])))  # noqa: RUF071 (characters, not paths)
     asking = given[len(before) :] if given.startswith(before) else ""
     if asking and asking in header[:start]:
         start = header.rfind(asking, 0, start) + len(asking)
@@ -185,13 +184,13 @@ def behind_header(own: str, messages: list[dict[str, Any]], i: int, chat: Render
 
 
 def outside_tags(text: str) -> str:
-    """A text without a control token's spelling that its end cuts."""
+    """Remove an incomplete spelling of a control token from the end of a text."""
     opened = max(text.rfind("<"), text.rfind("["))
     return text[:opened] if opened > max(text.rfind(">"), text.rfind("]")) else text
 
 
 def to_turn_end(tail: str, chat: Renderings) -> str:
-    """What follows an answer, to its end of turn: some templates write the next turn's header after every turn."""
+    """Cut the text after an answer at its end of turn: some templates write the next header after every turn."""
     ends = [tail.find(name) + len(name) for name in turn_ends(chat.tokenizer) if name in tail]
     return tail[: min(ends, default=len(tail))]
 
@@ -199,7 +198,7 @@ def to_turn_end(tail: str, chat: Renderings) -> str:
 def as_asked(
     messages: list[dict[str, Any]], chat: Renderings, text: str, spans: dict[int, Span]
 ) -> tuple[str, dict[int, Span], bool]:
-    """The chat with the prompt that generation has before its last message, if that is learned; whether it has it.
+    """Put the generation prompt before the last message, if that is learned. Also return whether the two agree.
 
     A template may write the system message or the tools only before a last user's message, or open a thought in its
     generation prompt. Then the text is that prompt, the answer, and what the template writes after an answer.
@@ -209,7 +208,7 @@ def as_asked(
     if given is None or text.startswith(given):
         return text, spans, True
     answer = None if messages[i].get("tool_calls") else answer_after(messages, chat, given)
-    common = len(os.path.commonprefix([given, text]))  # noqa: RUF071 (of characters)
+    common = len(os.path.commonprefix([given, text]))  # noqa: RUF071 (characters, not paths)
     if answer is None or any(end > common for k, (_, end) in spans.items() if k < i):
         return text, spans, False
     made = given + answer
@@ -217,7 +216,7 @@ def as_asked(
 
 
 def answer_after(messages: list[dict[str, Any]], chat: Renderings, given: str) -> str | None:
-    """The last message as it goes on from a prompt, with its end; None where the two do not fit."""
+    """Return the last message as the continuation of a prompt, with its end; None if the two do not fit."""
     *before, last = messages
     mark, asked = MARK.format(len(before)), before[-1]["content"].strip() if before else ""
     head, found, tail = (
@@ -236,7 +235,7 @@ def answer_after(messages: list[dict[str, Any]], chat: Renderings, given: str) -
 
 
 def close_turn(text: str, start: int, end: int, stops: frozenset[str], tokenizer: Any) -> Turn:
-    """(start, end, ended): the turn with its end-of-turn token and without the white space after it."""
+    """Return (start, end, ended) of the turn with its end-of-turn token and without the white space after it."""
     turn = text[start:end].rstrip()
     if any(turn.endswith(stop) for stop in stops):
         return start, start + len(turn), True
@@ -248,5 +247,5 @@ def close_turn(text: str, start: int, end: int, stops: frozenset[str], tokenizer
 
 
 def turn_ends(tokenizer: Any) -> list[str]:
-    """The tokenizer's tokens that are known to end a turn."""
+    """Return the tokenizer's tokens that are known to end a turn."""
     return [name for name in (tokenizer.eos_token, *END_NAMES) if name in specials_of(tokenizer).names]
