@@ -1,4 +1,4 @@
-"""The embedded default: a small base model, a data set, and the run that shows the whole way.
+"""The embedded demo: a small base model, a data set, and a run that shows every step.
 
-Model and data are made by examples/make_demo_base.py.
+examples/make_demo_base.py makes the model and the data.
 """

@@ -1,4 +1,4 @@
-"""`onecard demo`: the whole way on the embedded model and data, through the same code as `onecard train`."""
+"""`onecard demo`: train and evaluate the embedded model on the embedded data, with the code of `onecard train`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from onecard.train.result import Result
 from onecard.train.session import run_training
 
 FOLDER = Path(__file__).parent
-BATCH_SIZE, ANSWER_TOKENS = 64, 96  # prompts answered at a time, and tokens of an answer
+BATCH_SIZE, ANSWER_TOKENS = 64, 96  # prompts that are answered at a time, and the most tokens of an answer
 SETTINGS: dict[str, Any] = {
     "model": str(FOLDER / "base"),
     "data": str(FOLDER / "data" / "train.jsonl"),
@@ -37,10 +37,10 @@ SETTINGS: dict[str, Any] = {
 
 
 def run_demo(output: str, console: Console) -> Result:
-    """Train on the embedded data, then say how many held-out messages came out exactly right, before and after.
+    """Train on the embedded data, then print the share of exactly right held-out answers before and after.
 
     Raises:
-        UserError: not more after than before.
+        UserError: the share after training is not larger than before.
     """
     config = make_config(TrainConfig, {**SETTINGS, "output": output}, "demo")
     tokenizer = load_tokenizer(config.model)
@@ -76,7 +76,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def exact_match(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
-    """Share of rows whose greedy answer is the reference, character for character."""
+    """Return the share of rows whose greedy answer equals the reference in every character."""
     hits = 0
     for batch in in_batches(ordered_prompts(rows, tokenizer)):
         answers = generate_batch(model, tokenizer, [ids for ids, _ in batch])
@@ -85,7 +85,7 @@ def exact_match(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float
 
 
 def ordered_prompts(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[list[int], str]]:
-    """The rows' prompts, as tokens, the shortest first, and what should be answered."""
+    """Return the rows' (prompt tokens, expected answer), the shortest prompt first."""
     pairs = [(prompt_ids(row["messages"][:-1], tokenizer), row["messages"][-1]["content"]) for row in rows]
     return sorted(pairs, key=lambda pair: len(pair[0]))
 
@@ -95,7 +95,7 @@ def in_batches(prompts: list[tuple[list[int], str]]) -> list[list[tuple[list[int
 
 
 def generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
-    """Greedy answers to several prompts at once, padded on the left."""
+    """Generate greedy answers to several prompts at once, with padding on the left."""
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
