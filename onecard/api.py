@@ -1,4 +1,4 @@
-"""The calls for a whole job from Python: the same code as the command line, which prints nothing unless asked."""
+"""Functions for whole jobs from Python. They run the same code as the command line and print nothing by default."""
 
 from __future__ import annotations
 

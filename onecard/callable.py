@@ -1,8 +1,8 @@
-"""A package that is also a function: `onecard.train(config)` beside `onecard.train.loop`.
+"""Make a package callable: `onecard.train(config)` works in addition to `onecard.train.loop`.
 
-Python puts an imported submodule into its parent under its own name. So a function `train` in onecard/__init__.py would
-be replaced by the package onecard/train on its first import. A module may have a class of its own instead (the
-language reference, "Customizing module attribute access"), and a class may have `__call__`.
+Python binds an imported submodule to its name in the parent package. So the first import of the package onecard/train
+would replace a function `train` in onecard/__init__.py. But a module's class can be changed (the language reference,
+"Customizing module attribute access") to one that has `__call__`.
 """
 
 from __future__ import annotations
@@ -30,5 +30,5 @@ def function(package: ModuleType) -> Any:
 
 
 def make_callable(name: str) -> None:
-    """Let the package `name` be called."""
+    """Make the package `name` callable."""
     sys.modules[name].__class__ = CallablePackage

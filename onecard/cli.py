@@ -1,4 +1,4 @@
-"""The command line: parse, make a config, one call. Heavy imports happen inside the commands that need them."""
+"""The command line. A command parses, makes a config and calls one function. Heavy imports are inside commands."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def generate(
     from onecard.adapter.origin import form_beside
     from onecard.infer.generate import generate as run
 
-    shown = printable if sys.stdout.isatty() else str  # a file gets the text as it is
+    shown = printable if sys.stdout.isatty() else str  # a file gets the text unchanged
     loaded, tokenizer = load(model, adapter, quant, device)
     form = form_beside(adapter)
     ids, goes_on, told = ask(prompt, tokenizer, form, raw)
@@ -366,11 +366,11 @@ def export(*, fields: ExportFields = None) -> None:
 
 
 def main() -> None:
-    """The entry point: a user's mistake prints its three parts and exits with 2."""
+    """Run the command line. A user's mistake prints its three parts and exits with 2."""
     try:
         run_app(app)
     except (UserError, CycloptsError) as error:
-        with suppress(OSError):  # a terminal that is gone
+        with suppress(OSError):  # the terminal may be closed
             print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, UserError) else 2)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
-"""Every setting, its default and its check. Nothing else in the package holds a default of its own.
+"""Every setting, its default and its check. No other module has its own default for a setting.
 
-The field names are those of transformers, peft and bitsandbytes, so a setting means what it means there.
-A YAML file and the command line's flags fill the same fields; an unknown key is an error.
+The field names are those of transformers, peft and bitsandbytes, with the same meaning.
+A YAML file and the command line's flags set the same fields; an unknown key is an error.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from onecard.patterns import check_syntax
 QUANT_TYPES = ("nf4", "fp4", "int4")
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCKSIZE = 256
-ROW_MULTIPLE = 64  # rows are filled up to a multiple of it: a product has few shapes, each prepared once
-LOGITS_CHUNK_BYTES = 32 << 20  # of logits that exist at a time, on a CPU
-CACHE_PROBE = ([1, 2, 3, 4, 5, 6], [7, 8], [9])  # a prompt, more of it, and a token that was drawn (infer/check.py)
-PREFILL_TOKENS = 256  # of a prompt in one pass: others wait no longer than that takes
-NUM_SAMPLES, SAMPLE_TOKENS = 3, 96  # prompts that the report answers, and tokens of an answer
+ROW_MULTIPLE = 64  # rows are filled to a multiple of it: products have few shapes, and each is prepared once
+LOGITS_CHUNK_BYTES = 32 << 20  # bytes of logits that exist at a time, on a CPU
+CACHE_PROBE = ([1, 2, 3, 4, 5, 6], [7, 8], [9])  # a prompt, its continuation, and a sampled token (infer/check.py)
+PREFILL_TOKENS = 256  # of a prompt in one pass: other requests wait for at most one pass
+NUM_SAMPLES, SAMPLE_TOKENS = 3, 96  # prompts that are answered in the report, and tokens of an answer
 
 QuantType = Literal["nf4", "fp4", "int4"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -37,19 +37,19 @@ T = TypeVar("T", bound="Strict")
 
 
 def logits_chunk_bytes(device: str) -> int:
-    """Of logits that exist at a time on a kind of device. A GPU reads the head once a chunk, which takes as long as to
-    multiply it with some 300 rows: room for 512 in 16 bits with a vocabulary of 128,000."""
+    """Return the bytes of logits that exist at a time on a kind of device. A GPU reads the head once a chunk. That
+    takes as long as its product with about 300 rows: a chunk has room for 512 rows of 128,000 logits in 16 bits."""
     return LOGITS_CHUNK_BYTES if device == "cpu" else 4 * LOGITS_CHUNK_BYTES
 
 
 class Strict(BaseModel):
-    """Settings. A wrong one is a UserError, from Python as from a file or the command line."""
+    """Base class of settings. A wrong value raises UserError, from Python, a file or the command line."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, protected_namespaces=()
     )
 
-    if not TYPE_CHECKING:  # an editor then still completes the fields
+    if not TYPE_CHECKING:  # so that editors still complete the fields
 
         def __init__(self, /, **fields: Any):
             check_keys(type(self), fields)
@@ -63,7 +63,7 @@ class Strict(BaseModel):
 
 
 def check_keys(kind: type[BaseModel], fields: dict[str, Any]) -> None:
-    """Raise UserError, with a did-you-mean, for a key that is no field of `kind`."""
+    """Raise UserError, with a similar name, for a key that is not a field of `kind`."""
     for key in fields:
         if key not in kind.model_fields:
             raise UserError(
@@ -118,7 +118,7 @@ class LoraSettings(Strict):
     @field_validator("target_modules")
     @classmethod
     def _names_or_pattern(cls, value: list[str] | str) -> list[str] | str:
-        # peft matches a list against the ends of names and a string as a pattern against whole ones.
+        # peft matches a list against the ends of names, and a string, as a pattern, against whole names.
         words = [word for part in ([value] if isinstance(value, str) else value) for word in part.split(",")]
         if words and all(re.fullmatch(r"[\w.]+", word) for word in words):
             return words
@@ -206,7 +206,7 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
 
 
 class SamplingConfig(Strict):
-    """How the next token is drawn."""
+    """How the next token is sampled."""
 
     temperature: float | None = Field(
         default=0.0, ge=0, le=2, description="0 takes the likeliest token; none: as the checkpoint's generation config"
@@ -240,7 +240,7 @@ class MemorySettings(Strict):
     )
     save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
 
-    @field_validator("weights_budget", "device_memory", check_fields=False)  # the latter is a subclass's
+    @field_validator("weights_budget", "device_memory", check_fields=False)  # a subclass has the latter
     @classmethod
     def _a_size(cls, value: str | None) -> str | None:
         if value is not None:
@@ -249,7 +249,7 @@ class MemorySettings(Strict):
 
 
 class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings):
-    """What `onecard plan` counts for: the settings of train that its memory depends on."""
+    """Settings of `onecard plan`: those settings of train that determine its memory."""
 
 
 class ServeConfig(Strict):
@@ -328,7 +328,7 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
 
 
 def is_loopback(host: str) -> bool:
-    """Whether nobody but this machine reaches the address."""
+    """Whether only this machine can reach the address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -336,7 +336,7 @@ def is_loopback(host: str) -> bool:
 
 
 def partial(kind: type[BaseModel]) -> type[BaseModel]:
-    """The same fields with nothing required and None for what is not given: what flags fill before a merge."""
+    """Make a model of the same fields, all optional with default None. Flags set it before the merge with a file."""
     fields: dict[str, Any] = {}
     required_first = sorted(kind.model_fields.items(), key=lambda item: not item[1].is_required())
     for name, info in required_first:
@@ -345,14 +345,14 @@ def partial(kind: type[BaseModel]) -> type[BaseModel]:
         if info.default_factory is not None:
             default = "default: none"
         help = "; ".join(part for part in (info.description, default) if part)
-        kinds = get_args(info.annotation)  # a flag that may be a list is one: it can be given again
+        kinds = get_args(info.annotation)  # if a flag may be a list, it is one, so that it can be repeated
         annotation = next((kind for kind in kinds if get_origin(kind) is list), info.annotation)
         fields[name] = (Optional[annotation], Field(None, description=help))  # noqa: UP045
     return create_model(f"{kind.__name__}Flags", __config__=ConfigDict(protected_namespaces=()), **fields)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping of fields. Raises UserError for anything else."""
+    """Read a YAML mapping of fields. Raises UserError for anything else."""
     try:
         fields = parse_yaml(Path(path).read_bytes())
     except (OSError, ValueError) as error:
@@ -372,7 +372,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def make_config(kind: type[T], fields: dict[str, Any], source: str = "config") -> T:
-    """A `kind` of `fields`. A UserError for the first mistake names `source`."""
+    """Make a `kind` from `fields`. Raises UserError that names `source` for the first mistake."""
     try:
         return kind(**fields)
     except UserError as error:
@@ -380,7 +380,7 @@ def make_config(kind: type[T], fields: dict[str, Any], source: str = "config") -
 
 
 def parse_bytes(text: str) -> int:
-    """ "24GiB", "6 GB" or "1500MB" in bytes; the letters' case does not matter. Raises UserError for anything else."""
+    """Convert "24GiB", "6 GB" or "1500MB" to bytes, in any letter case. Raises UserError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
     if match is None:
         raise UserError("a size must be a number and a unit", repr(text), "write it like 24GiB or 6GB", "size")

@@ -1,9 +1,9 @@
-"""Documents from files, read strictly: JSON and YAML of bounded size, depth and numbers, with each key once.
+"""Read documents from files strictly: JSON and YAML with limits on size, depth and numbers, and with each key once.
 
-What other people have written may be damaged or meant to harm, and Python's readers take much of it: a key twice, NaN,
-an integer of thousands of digits that cannot be printed, levels that no recursion ends, references that grow
-exponentially. Here each is a ValueError in one line. What is left is then held to the document's own pydantic model,
-which lies beside its reader: `Foreign` for other tools' formats, which may hold more than we read, `Own` for ours.
+Other people's files may be damaged or malicious, and Python's readers accept much of this: a repeated key, NaN, an
+integer of thousands of digits that cannot be printed, too many levels for a recursion, references that expand
+exponentially. Here each of them is a ValueError of one line. Then the document's pydantic model, in the module that
+reads it, checks the rest: `Foreign` for other tools' formats, which may have more fields than we read, `Own` for ours.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from onecard.errors import UserError
 
 MAX_BYTES = 4 << 20
-MAX_YAML_BYTES = 256 << 10  # PyYAML reads some 100 KB a second
+MAX_YAML_BYTES = 256 << 10  # PyYAML reads about 100 KB a second
 MAX_DEPTH = 64
-MAX_DIGITS = 40  # tokenizer_config.json has an integer of 31
+MAX_DIGITS = 40  # tokenizer_config.json has an integer of 31 digits
 YAML_TAG = "tag:yaml.org,2002:"
 YAML_KINDS = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")
 AGAIN = "fetch the file again"
@@ -31,22 +31,22 @@ BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother, BRIEF.maxlong = 3, 100, 100, MA
 
 
 class Foreign(BaseModel):
-    """What we read of another tool's document: no type is taken for another, no number is NaN or infinite."""
+    """The fields that we read from another tool's document. No type is converted. No number is NaN or infinite."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Own(Foreign):
-    """A document of ours, which holds nothing else."""
+    """A document of ours. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 def parse_json(raw: bytes, infinities: bool = False, max_bytes: int = MAX_BYTES) -> Any:
-    """What JSON says. Raises ValueError, whose text says what is wrong.
+    """Parse JSON. Raises ValueError, whose text says what is wrong.
 
     Args:
-        infinities: take NaN and Infinity, as Python writes them; a model of the document may still refuse them.
+        infinities: accept NaN and Infinity, as Python writes them. The document's model may still refuse them.
     """
     check_size(len(raw), max_bytes)
 
@@ -71,7 +71,7 @@ def parse_json(raw: bytes, infinities: bool = False, max_bytes: int = MAX_BYTES)
     except RecursionError:
         raise too_deep() from None
     check_depth(content)
-    if b"\\u" in raw:  # may be half of a surrogate pair, which no file can hold
+    if b"\\u" in raw:  # may be half of a surrogate pair, which UTF-8 cannot encode
         try:
             json.dumps(content, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -80,12 +80,12 @@ def parse_json(raw: bytes, infinities: bool = False, max_bytes: int = MAX_BYTES)
 
 
 def parse_yaml(raw: bytes) -> Any:
-    """What plain YAML says, without references and named tags. Raises ValueError, whose text says what is wrong."""
+    """Parse plain YAML, without references and named tags. Raises ValueError, whose text says what is wrong."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def fetch_flow_collection_start(self, kind: Any) -> None:
-            """PyYAML's time for open brackets grows with their square: stop where check_nodes would refuse them."""
+            """Stop where check_nodes would refuse: PyYAML's time grows with the square of the open brackets."""
             if self.flow_level > MAX_DEPTH:
                 raise too_deep()
             super().fetch_flow_collection_start(kind)
@@ -103,7 +103,7 @@ def parse_yaml(raw: bytes) -> Any:
     except RecursionError:
         raise too_deep() from None
     except (yaml.YAMLError, UnicodeDecodeError, OverflowError, TypeError, LookupError) as error:
-        raise ValueError(" ".join(str(error).split())) from None  # of dates, tags and keys that are no text, too
+        raise ValueError(" ".join(str(error).split())) from None  # also of dates, tags and keys that are not text
     check_depth(content)
     for value in leaves(content):
         if isinstance(value, int):
@@ -115,7 +115,7 @@ def parse_yaml(raw: bytes) -> Any:
 
 
 def check_nodes(root: Any) -> None:
-    """Raise ValueError for what a run's settings need not, before values are made of it."""
+    """Raise ValueError for references, tags, repeated keys and too many levels, before values are made of the nodes."""
     seen, level = set(), [] if root is None else [root]
     for _ in range(MAX_DEPTH + 1):
         below = []
@@ -141,7 +141,7 @@ def check_size(num_bytes: int, most: int) -> None:
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; json.loads would take the last of two values of a key without a word."""
+    """Make an object. Raises ValueError for a repeated key, of which json.loads would silently keep the last value."""
     made = dict(pairs)
     if len(made) < len(pairs):
         seen: set[str] = set()
@@ -163,7 +163,7 @@ def finite(value: float, text: str) -> float:
 
 
 def check_depth(content: Any) -> None:
-    """Raise ValueError for more levels than any document needs; others could then exhaust a recursion."""
+    """Raise ValueError for more levels than any document needs, because later recursions could fail on them."""
     level = [content]
     for _ in range(MAX_DEPTH + 1):
         level = [child for value in level for child in children(value)]
@@ -173,13 +173,13 @@ def check_depth(content: Any) -> None:
 
 
 def children(value: Any) -> list[Any]:
-    """The objects and lists in an object or list."""
+    """Return the objects and lists directly inside an object or list."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
     return [child for child in inside if isinstance(child, dict | list | tuple | set)]
 
 
 def leaves(content: Any) -> list[Any]:
-    """All values and keys that are neither object nor list."""
+    """Return all values and keys that are neither object nor list."""
     found, waiting = [], [content]
     while waiting:
         value = waiting.pop()
@@ -199,14 +199,14 @@ def too_deep() -> ValueError:
 def read_object(
     path: Path, do: str = AGAIN, missing: str | None = None, infinities: bool = False, max_bytes: int = MAX_BYTES
 ) -> dict[str, Any]:
-    """A JSON object of a file.
+    """Read a JSON object from a file.
 
     Args:
-        do: what the user is told to do.
-        missing: the same where there is no such file; None: `do`.
+        do: what the user should do about an error.
+        missing: the same if there is no such file; None: `do`.
 
     Raises:
-        UserError: no such file, or none that can be read; not a JSON object.
+        UserError: the file does not exist or is not readable, or is not a JSON object.
     """
     try:
         check_size(path.stat().st_size, max_bytes)
@@ -223,7 +223,7 @@ def read_object(
 
 
 def hold(kind: type[T], content: Any, where: str, do: str = AGAIN) -> T:
-    """What a document says as a `kind`. Raises UserError for the first thing that does not fit."""
+    """Validate a document as a `kind`. Raises UserError for the first field that does not fit."""
     try:
         return kind.model_validate(content)
     except ValidationError as error:
@@ -232,7 +232,7 @@ def hold(kind: type[T], content: Any, where: str, do: str = AGAIN) -> T:
 
 
 def first_mistake(error: ValidationError) -> tuple[str, str]:
-    """What must hold, with the field's name, and what was found."""
+    """Return, for the first mistake, what must hold, with the field's name, and what was found."""
     first = error.errors(include_url=False)[0]
     name = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
@@ -241,7 +241,7 @@ def first_mistake(error: ValidationError) -> tuple[str, str]:
 
 
 def brief(value: Any) -> str:
-    """A value of a document, cut."""
+    """Return a shortened repr of a document's value."""
     try:
         return BRIEF.repr(value)
     except ValueError:  # an integer of thousands of digits

@@ -1,7 +1,7 @@
-"""The one exception for the user's mistakes: what must hold, what was found, what to do.
+"""The exception for the user's mistakes: what must hold, what was found, what to do.
 
-Names, keys and values come from files of other people. A terminal obeys some of their characters and a long one hides
-the rest of the message: `printable` escapes the first and `shortened` cuts the second. An error does both by itself.
+Names, keys and values come from files of other people. Some of their characters control a terminal, and a long value
+hides the rest of the message. `printable` escapes the first, `shortened` cuts the second, and a UserError does both.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-# Control characters but for tab and newline, ends of lines of Unicode, what turns the direction of text, halves of
-# surrogate pairs.
+# Control characters except tab and newline, Unicode line ends, characters that change the text direction, halves of
+# surrogate pairs, and the byte order mark.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
-MOST_CHARACTERS = 400  # of a line of an error
-MOST_LINES = 24  # of what was found
+MOST_CHARACTERS = 400  # in a line of an error
+MOST_LINES = 24  # in what was found, after its first line
 
 
 class UserError(ValueError):
@@ -43,22 +43,22 @@ class UserError(ValueError):
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: characters that it would obey, as their escapes; tabs and newlines stay."""
+    """Escape the characters that control a terminal. Tabs and newlines stay."""
     return OBEYED.sub(lambda found: found.group().encode("unicode_escape", "surrogatepass").decode(), text)
 
 
 def shortened(text: str, most: int = MOST_CHARACTERS) -> str:
-    """A long text without its middle."""
+    """Cut the middle out of a text that is longer than `most` characters."""
     return text if len(text) <= most else f"{text[: most * 2 // 3]} … {text[-most // 3 :]}"
 
 
 def one_line(text: str) -> str:
-    """A text from a file as a part of a line."""
+    """Shorten and escape a text from a file, so that it fits in a line."""
     return shortened(printable(shortened(text)).replace("\n", "\\n").replace("\t", "\\t"))
 
 
 class Stopped(UserError):
-    """A signal ended the run; the command line exits with 128 and the signal's number, as a shell counts it."""
+    """A signal ended the run. The command line exits with 128 plus the signal's number, same as a shell."""
 
     def __init__(self, number: int, found: str, do: str, where: str | None = None):
         super().__init__("the run was stopped before its end", found, do, where)
@@ -66,11 +66,11 @@ class Stopped(UserError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' (did you mean "blocksize"?)' or an empty string."""
+    """Return ' (did you mean "blocksize"?)', or an empty string if no known word is similar."""
     close = get_close_matches(word[:MOST_CHARACTERS], list(known), n=1, cutoff=0.6)
     return f' (did you mean "{close[0]}"?)' if close else ""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of a library says, on one line."""
+    """Return the first paragraph of an exception's message on one line."""
     return " ".join(str(error).split("\n\n")[0].split())[:300] or type(error).__name__

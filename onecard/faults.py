@@ -1,7 +1,7 @@
-"""The system's faults while files are written and read: each becomes a UserError that names the file and what is left.
+"""Convert system errors on file access to a UserError that names the file and what is left.
 
-Everything that writes does so inside `as_user_error`: a full disk, a lost mount or too many open files never end in a
-traceback. An error of a write or a sync does not name its file; `about` adds the name.
+All code that writes files does so inside `as_user_error`. So a full disk, a lost mount or too many open files never
+cause a traceback. An error of a write or a sync does not name its file; `about` adds the name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 CHECK = "check the disk or the mount"
-OTHER_KINDS = (SafetensorError, RuntimeError)  # in which a fault may come, of torch by way of safetensors
+OTHER_KINDS = (SafetensorError, RuntimeError)  # they may contain a system error; torch raises the second in safetensors
 OTHER_WORDS = (
     re.compile(r"(?:I/?o ?error: |serializing: )?([^:]*) \(os error (\d+)\)", re.IGNORECASE),
     re.compile(r"unable to .*file <.*>.*: ([^:]*) \((\d+)\)"),
@@ -36,11 +36,11 @@ OTHER_WORDS = (
 
 @contextmanager
 def as_user_error(target: Path, kept: Callable[[], tuple[str, str]]) -> Iterator[None]:
-    """Inside, a fault of the system raises UserError.
+    """Convert a system error inside the block to a UserError.
 
     Args:
-        target: the file or folder that is being written; what is made of it first may lie beside it, as .NAME.*.
-        kept: what of it is there after the fault, and what to do with that.
+        target: the file or folder that is written. Its temporary files have names .NAME.* in the same folder.
+        kept: returns what is left of it after the error, and what to do with that.
     """
     try:
         yield
@@ -51,7 +51,7 @@ def as_user_error(target: Path, kept: Callable[[], tuple[str, str]]) -> Iterator
 
 
 def user_error(error: Exception, target: Path, left: str, then: str) -> UserError:
-    """What a fault is told as."""
+    """Make the UserError for a system error."""
     fault = as_fault(error)
     assert fault is not None
     path, must = target, "files must be written and read"
@@ -67,7 +67,7 @@ def user_error(error: Exception, target: Path, left: str, then: str) -> UserErro
 
 
 def as_fault(error: Exception) -> OSError | None:
-    """The system's part of an error; None for a connection's and for those of other libraries' own kinds."""
+    """Return the system error in an error; None for a connection error or for other libraries' own exceptions."""
     if isinstance(error, OTHER_KINDS):
         found = next((found for words in OTHER_WORDS if (found := words.search(str(error)))), None)
         return OSError(int(found[2]), found[1]) if found else None
@@ -76,7 +76,7 @@ def as_fault(error: Exception) -> OSError | None:
 
 
 def is_of(path: Path, target: Path) -> bool:
-    """Whether a path is the target, in it, or what becomes it."""
+    """Whether a path is the target, inside it, a temporary file of it, or its parent folder."""
     path, target = (Path(os.path.abspath(each)) for each in (path, target))
     if not path.is_relative_to(target.parent):
         return False
@@ -86,7 +86,7 @@ def is_of(path: Path, target: Path) -> bool:
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Inside, an error of the system that names no file is one of this file."""
+    """Add this file's name to a system error inside the block that names no file."""
     try:
         yield
     except OSError as error:
@@ -100,7 +100,7 @@ def about(path: Path) -> Iterator[None]:
 
 
 def of_file(error: Exception, path: Path) -> OSError:
-    """Another kind of error as the system's, of a file."""
+    """Convert another kind of error to the system error in it, with the file's name."""
     fault = as_fault(error)
     assert fault is not None
     fault.filename = str(path)

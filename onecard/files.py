@@ -18,9 +18,9 @@ def sha256(path: Path) -> str:
 
 @contextmanager
 def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
-    """Whether a folder could be had for this process alone; None where the system has no such locks.
+    """Lock a folder for this process. Yields whether it succeeded, or None if the system has no such locks.
 
-    The lock ends with the block, or with the process, however that ends.
+    The lock ends with the block, or at any end of the process.
     """
     try:
         import fcntl
@@ -40,7 +40,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
 
 
 def sync(path: Path) -> None:
-    """Have a written file on the disk."""
+    """Force a written file to the disk."""
     with about(path), path.open("rb+") as file:
         os.fsync(file.fileno())
 
@@ -53,7 +53,7 @@ def write_synced(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder durable, where the system can."""
+    """Make renames and new names in a folder durable, if the system can."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     with about(folder):

@@ -1,7 +1,7 @@
-"""Regular expressions from settings and files: held to Python's syntax, and tried on a model's names in bounded time.
+"""Check regular expressions from settings and files: their syntax, and their time on a model's names.
 
-Matching may take twice the time with each character of a name, as with `(a+)+b`, and nothing in a process can end it.
-So expressions are tried first in a process of their own, which ends with its time.
+The time of a match may double with each character of a name, as with `(a+)+b`, and nothing in the process can stop it.
+So a separate process with a time limit tries the expressions first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from onecard.errors import UserError, shortened
 
 PLAIN = re.compile(r"[\w.-]*")
-MAX_CHARACTERS = 20_000  # of all expressions: to compile a megabyte takes minutes
+MAX_CHARACTERS = 20_000  # of all expressions together: a megabyte takes minutes to compile
 MAX_SECONDS = 5
 TRY = """
 import json, re, sys
@@ -27,12 +27,12 @@ for expression in map(re.compile, expressions):
 
 
 def is_plain(text: str) -> bool:
-    """Whether a text is a name, which matches in a time that grows with the other's length."""
+    """Whether a text is a plain name. The time of its match grows only linearly with the length of the other text."""
     return PLAIN.fullmatch(text) is not None
 
 
 def check_syntax(expressions: list[str]) -> None:
-    """Raise ValueError for what is no regular expression, or for longer ones than a model's names need."""
+    """Raise ValueError for an invalid regular expression, or if all together have more than MAX_CHARACTERS."""
     total = sum(map(len, expressions))
     if total > MAX_CHARACTERS:
         raise ValueError(f"regular expressions must have {MAX_CHARACTERS:,} characters at most, not {total:,}")
@@ -44,10 +44,10 @@ def check_syntax(expressions: list[str]) -> None:
 
 
 def check_time(expressions: list[str], names: Iterable[str], where: str) -> None:
-    """Raise UserError for expressions that are not matched with these names within MAX_SECONDS.
+    """Raise UserError if matching the expressions with these names takes more than MAX_SECONDS.
 
     Args:
-        expressions: of Python's syntax (check_syntax).
+        expressions: with Python's syntax (check_syntax).
     """
     names = list(names)
     if not expressions or not names:

@@ -1,4 +1,4 @@
-"""What the commands share: flags that were given, a terminal without libraries' noise, a loaded model."""
+"""Code that the commands share: given flags, a terminal without messages from libraries, a loaded model."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any
 
 from onecard.errors import one_line, printable
 
-NOISY = [standard.getLogger(name) for name in ("torch", "bitsandbytes")]  # loggers that are silent but for errors
+NOISY = [standard.getLogger(name) for name in ("torch", "bitsandbytes")]  # loggers that may show only errors
 
 
 def given(flags: Any) -> dict[str, Any]:
-    """The fields that were named on the command line."""
+    """Return the fields that the command line sets."""
     return {} if flags is None else {k: v for k, v in flags.model_dump().items() if v is not None}
 
 
 def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
-    """A 4-bit model with its adapter, and the tokenizer."""
+    """Load a 4-bit model with its adapter, and the tokenizer."""
     from onecard.adapter.load import with_adapter
 
     base = load_base(model, adapter, quant, device)
@@ -32,10 +32,10 @@ def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any,
 
 
 def load_base(model: str, adapter: str | None, quant: Any, device: str) -> Any:
-    """A 4-bit model, stored as the adapter's run had it."""
+    """Load a 4-bit model, quantized in the same way as in the adapter's run."""
     from onecard.data.chat.rendering import sandbox
 
-    sandbox.start()  # takes the second that the libraries take
+    sandbox.start()  # starts while the libraries load, which also takes a second
     quiet_libraries()
     from onecard.adapter.origin import stored_as
     from onecard.hf.load import load_model
@@ -45,7 +45,7 @@ def load_base(model: str, adapter: str | None, quant: Any, device: str) -> Any:
 
 
 def make_console(quiet: bool = False) -> Any:
-    """The terminal; libraries' own bars and warnings are kept off it, and it obeys nothing that a file's texts hold.
+    """Make the terminal's console, without libraries' bars and warnings. It escapes control characters from files.
 
     Args:
         quiet: show nothing.
@@ -59,19 +59,19 @@ def make_console(quiet: bool = False) -> Any:
 
     quiet_libraries()
     console = Terminal(quiet=quiet)
-    console.push_render_hook(EscapeTexts())  # type: ignore[arg-type]  # by rich's protocol, not by its class
+    console.push_render_hook(EscapeTexts())  # type: ignore[arg-type]  # follows rich's protocol, not its class
     return console
 
 
 class EscapeTexts:
-    """A hook of rich for all that a console prints."""
+    """A hook of rich that escapes all that a console prints."""
 
     def process_renderables(self, renderables: list[Any]) -> list[Any]:
         return [Escaped(renderable) for renderable in renderables]
 
 
 class Escaped:
-    """What rich prints, with the characters that a terminal would obey as their escapes; rich's own codes stay."""
+    """A rich renderable in which characters that control a terminal are escaped. rich's own codes stay."""
 
     def __init__(self, inside: Any):
         self.inside = inside
@@ -82,7 +82,7 @@ class Escaped:
 
 
 def run_app(app: Any) -> None:
-    """A cyclopts app with the command line's words."""
+    """Run a cyclopts app with the arguments of the command line."""
     ready_streams()
     try:
         app(joined_flags(sys.argv[1:]), exit_on_error=False, print_error=False)
@@ -92,8 +92,8 @@ def run_app(app: Any) -> None:
 
 
 def ready_streams() -> None:
-    """Characters that the terminal's or log file's encoding lacks become question marks, not tracebacks; libraries
-    that log while they are imported stay silent."""
+    """Write characters that the output's encoding lacks as question marks, instead of a traceback. Silence libraries
+    that log on import."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -101,14 +101,14 @@ def ready_streams() -> None:
 
 
 def reader_gone() -> None:
-    """Leave quietly where the output is a pipe that nobody reads any more, as programs do that SIGPIPE ends."""
+    """Exit silently if the output is a pipe without a reader, with the status of a program that SIGPIPE ended."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes it once more at its end
+    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes it once more at exit
     sys.exit(128 + 13)
 
 
 def joined_flags(words: list[str]) -> list[str]:
-    """`--use-dora true` as `--use-dora=true`, which the parser takes for flags as for values."""
+    """Join `--use-dora true` to `--use-dora=true`, which the parser accepts for flags and values."""
     joined: list[str] = []
     for word in words:
         if word.lower() in ("true", "false") and joined and joined[-1].startswith("--") and "=" not in joined[-1]:
@@ -134,7 +134,7 @@ def quiet_libraries() -> None:
 
 @contextmanager
 def quiet_process() -> Iterator[None]:
-    """Inside, `quiet_libraries` holds. After it, the libraries' settings are those of before."""
+    """Apply `quiet_libraries` inside the block. After it, restore the libraries' settings."""
     import warnings
 
     from transformers.utils import logging
@@ -155,7 +155,7 @@ def quiet_process() -> Iterator[None]:
 
 
 def read_data(path: str, model: str, adapter: str | None, config: Any) -> Any:
-    """A data file's dataset, with the adapter's tokenizer; what the user should know of it is told."""
+    """Load a data file's dataset with the adapter's tokenizer, and print its notices."""
     quiet_libraries()
     from onecard.data.dataset import load_dataset
     from onecard.hf.load import load_tokenizer
@@ -166,13 +166,13 @@ def read_data(path: str, model: str, adapter: str | None, config: Any) -> Any:
 
 
 def tell(dataset: Any) -> None:
-    """What the user should know of how a data file was read, beside the result, not in it."""
+    """Print the notices about how a data file was read, on stderr and not in the result."""
     for notice in dataset.notices:
         print(f"note: {one_line(notice)}", file=sys.stderr)
 
 
 def finish(result: Any, console: Any) -> None:
-    """Where everything lies."""
+    """Print where the adapter and the report are, and the next commands."""
     where = f"adapter  {result.adapter}\nreport   {result.report_path}"
     console.print(where, highlight=False, markup=False, soft_wrap=True)
     console.print("next", style="dim")
