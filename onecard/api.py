@@ -44,7 +44,7 @@ def merge(model: str, adapter: str, output: str, *, base: Literal["dequantized",
     """Merge an adapter into a 16-bit checkpoint, as `onecard merge` does without --verify. Memory for about one tensor.
 
     Args:
-        model: the checkpoint that the adapter was trained on: a folder, or a hub id where a network is.
+        model: the checkpoint that the adapter was trained on: a folder, or a hub id if there is a network.
         adapter: the folder of the trained adapter. Its onecard.json says how training stored the base.
         output: a new folder.
         base: "dequantized", the default, adds the update to the weights that training saw. "original" adds it to the

@@ -18,14 +18,14 @@ MOST_LINES = 24  # in what was found, after its first line
 
 
 class UserError(ValueError):
-    """A mistake in the input, told in three parts; the command line prints them and exits with 2.
+    """A mistake in the input, in three parts. The command line prints them and exits with 2.
 
     Attributes:
         must: what must hold.
         found: what was found instead.
         do: what to do about it.
-        where: file, file:line:field, tensor or key; None where the message names it already.
-        exit_code: of the command line.
+        where: file, file:line:field, tensor or key; None if the message already names it.
+        exit_code: exit status of the command line.
     """
 
     exit_code = 2
