@@ -1,1 +1,1 @@
-"""Adapters, peft's side: layers, what an adapter was trained on, reading, and what merging adds."""
+"""peft adapters: LoRA layers, the origin of an adapter, loading and saving, and the updates that a merge adds."""

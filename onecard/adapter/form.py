@@ -1,4 +1,4 @@
-"""The form of a run's prompts: found in its rows, and used again to ask the adapter."""
+"""The form of a run's prompts: found in its training rows, and applied to the prompts of inference."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ NAMES = {
 
 
 def form_of(dataset: Dataset, tokenizer: Any, template: str | None) -> Form:
-    """The form that most rows have, and the tokens that end their learned turns.
+    """Return the form that most rows have, and the tokens that end their supervised turns.
 
-    A token that also stands inside a learned turn does not end an answer: an answer would break off there.
+    A token that also occurs inside a supervised turn is not an end token: it would stop an answer too early.
 
     Args:
-        template: `template_digest` of the tokenizer that inference will load.
+        template: `template_digest` of the tokenizer that inference loads.
     """
     kinds = Counter(prompt_form(record, tokenizer) for record in dataset.records)
     prompt: Any = kinds.most_common(1)[0][0]
@@ -43,7 +43,7 @@ def form_of(dataset: Dataset, tokenizer: Any, template: str | None) -> Form:
 
 
 def learned_runs(example: Example) -> Iterator[tuple[list[int], bool]]:
-    """The runs of learned tokens, and whether each has its end; the last one of a row that was cut has not."""
+    """Yield each run of supervised tokens and whether it is complete. The last run of a truncated row is not."""
     run: list[int] = []
     for label in example.labels:
         if label != IGNORE:
@@ -56,7 +56,7 @@ def learned_runs(example: Example) -> Iterator[tuple[list[int], bool]]:
 
 
 def template_digest(tokenizer: Any) -> str | None:
-    """sha256 of a tokenizer's chat template; None where it has none."""
+    """Return the sha256 of a tokenizer's chat template; None if it has none."""
     if not tokenizer.chat_template:
         return None
     template = tokenizer.chat_template
@@ -65,10 +65,10 @@ def template_digest(tokenizer: Any) -> str | None:
 
 
 def form_ids(messages: list[dict[str, Any]], tokenizer: Any, form: Form | None) -> list[int]:
-    """Tokens that ask for the next message, as the adapter's rows asked.
+    """Return the prompt's tokens for the next message, in the form of the adapter's training rows.
 
     Raises:
-        UserError: more than one message for an adapter of single prompts; as prompt_ids.
+        UserError: more than one message for an adapter that was trained on single prompts; same as `prompt_ids`.
     """
     if form is None or form.prompt == "chat":
         return prompt_ids(messages, tokenizer)
@@ -83,10 +83,10 @@ def form_ids(messages: list[dict[str, Any]], tokenizer: Any, form: Form | None) 
 
 
 def ask(prompt: str, tokenizer: Any, form: Form | None, raw: bool | None) -> tuple[list[int], bool, str | None]:
-    """A prompt's tokens, whether the answer goes on from its text, and `difference`.
+    """Return a prompt's tokens, whether the answer continues its text, and the line of `difference`.
 
     Args:
-        raw: as difference's.
+        raw: same as in `difference`.
     """
     asked, told = [{"role": "user", "content": prompt}], difference(form, tokenizer, raw)
     if raw is None:
@@ -95,10 +95,10 @@ def ask(prompt: str, tokenizer: Any, form: Form | None, raw: bool | None) -> tup
 
 
 def difference(form: Form | None, tokenizer: Any, raw: bool | None = None) -> str | None:
-    """One line where a prompt will not be written as the adapter's rows were; None where it will.
+    """Return one line if the prompt's form differs from the adapter's training rows; None if it does not.
 
     Args:
-        raw: whether the user asks for the prompt as it is, or for the chat template; None: neither.
+        raw: True: the user asks for the prompt without a template; False: for the chat template; None: for neither.
     """
     if form is None:
         return None

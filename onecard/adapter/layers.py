@@ -1,8 +1,8 @@
 """The LoRA layers that peft puts around a Linear4bit and around an Experts4bit's stacked weights.
 
-Registered through LoraConfig's custom modules (see `lora_config`). For a linear plain LoRA goes through one fused
-operator; DoRA and the other variants, several active adapters and mixed batches take peft's own forward around
-Linear4bit. What is saved is peft's own format in both cases.
+`lora_config` registers them as LoraConfig's custom modules. Plain LoRA on a linear runs as one fused operator. DoRA and
+the other variants, several active adapters and mixed batches use peft's own forward around Linear4bit. Adapters are
+saved in peft's own format in both cases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onecard.nn.linears import beside_text, read_directly
 
 
 class LoraLinear4bit(PeftLinear):
-    """y = W x + s B A dropout(x) over a frozen 4-bit W; A and B are float32 masters, cast for the products."""
+    """y = W x + s B A dropout(x) over a frozen 4-bit W; A and B are float32, cast for the products."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.plain_adapter()
@@ -55,7 +55,7 @@ class LoraLinear4bit(PeftLinear):
         return y.to(x.dtype)
 
     def plain_adapter(self) -> str | None:
-        """The one active plain LoRA adapter, or None where peft's own forward is needed."""
+        """Return the name of the one active plain LoRA adapter; None if peft's own forward is needed."""
         if self.disable_adapters or self.merged:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
@@ -68,17 +68,17 @@ class LoraLinear4bit(PeftLinear):
         raise UserError(must, found, "use peft's default or gaussian", "init_lora_weights")
 
     pissa_init = corda_init = olora_init = loftq_init = lora_ga_init = rests_on_weight  # peft's names
-    orthogonal_init = rests_on_weight  # it gives the adapter the weight's dtype
+    orthogonal_init = rests_on_weight  # it casts the adapter to the weight's dtype
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise not_into_4_bits()
 
 
 class ParamWrapper(PeftParamWrapper):
-    """LoRA on one stacked weight, peft's target_parameters; peft tells such a layer by this name of its class.
+    """LoRA on one stacked weight (peft's target_parameters). peft recognizes such a layer by this class name.
 
-    lora_A is (E R, K) and lora_B (N, R E). peft's own would add B A to all experts' 16-bit weights; here the factors
-    go to the Experts4bit, which multiplies each expert's tokens with them.
+    lora_A is (E R, K) and lora_B (N, R E). peft's class adds B A to all experts' 16-bit weights. This class passes the
+    factors to the Experts4bit, which multiplies each expert's tokens by them.
     """
 
     def __init__(self, base_layer: Any, adapter_name: str, parameter_name: str | None = None, **kwargs: Any):
@@ -119,7 +119,7 @@ class ParamWrapper(PeftParamWrapper):
             factors.pop(self.parameter_name, None)
 
     def factors(self, names: list[str]) -> Factors:
-        """The adapters' factors; those of several one beside the other, scaled."""
+        """Return the adapters' factors; those of several are concatenated along the rank, with the scaling in B."""
         found = []
         for name in names:
             adapter_A: Any = self.lora_A[name]
@@ -146,13 +146,13 @@ def not_into_4_bits() -> UserError:
 
 
 def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
-    """peft's LoraConfig for these settings, with 4-bit modules going to the layers above.
+    """Return peft's LoraConfig for these settings, with the layers above registered for 4-bit modules.
 
     Args:
-        model: transformers' model, to name the linears that "all-linear" stands for.
+        model: transformers' model, in which "all-linear" is resolved to names of linears.
 
     Raises:
-        UserError: target_modules name a linear whose weight the model's code reads itself.
+        UserError: target_modules name a linear whose weight the model's code reads directly.
     """
     target_modules, exclude_modules = settings.target_modules, None
     if model is not None:
@@ -177,8 +177,8 @@ def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
 
 
 def all_linear(model: Any, linears: list[str]) -> list[str]:
-    """What "all-linear" stands for: the last names of a model's 4-bit linears, or whole ones where the last is also
-    another module's; without those that peft refuses in this family or takes for its experts' weights."""
+    """Return the targets of "all-linear": the last part of each 4-bit linear's name, or the full name if a module that
+    is no target has the same last part; without names that peft refuses or converts to experts' weights."""
     known = set(linears)
     others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in known}
     short = {name: name.rpartition(".")[2] for name in linears}
@@ -189,7 +189,7 @@ def all_linear(model: Any, linears: list[str]) -> list[str]:
 
 
 def peft_takes(model: Any, name: str) -> bool:
-    """Whether peft puts LoRA on a linear of this name in a model of this family."""
+    """Whether peft accepts LoRA on a linear of this name in a model of this family."""
     alone: Any = nn.Module()
     alone.add_module(name, nn.Linear(1, 1, device="meta"))
     alone.config = SimpleNamespace(model_type=model.config.model_type)
@@ -201,7 +201,7 @@ def peft_takes(model: Any, name: str) -> bool:
 
 
 def check_called(model: Any, target_modules: list[str] | str) -> None:
-    """Raise UserError if a target's weight is read by the model's code, which would pass an adapter by."""
+    """Raise UserError if the model's code reads a target's weight directly: an adapter there would have no effect."""
     for name in sorted(read_directly(model)):
         if is_target(name, target_modules):
             must = "target_modules must be linears that the model calls"
@@ -210,21 +210,21 @@ def check_called(model: Any, target_modules: list[str] | str) -> None:
 
 
 def without_text(model: Any, target_modules: list[str] | str) -> str | None:
-    """A pattern of the targets that text does not go through, and so learn nothing; None where there are none."""
+    """Return a pattern of the modules that text does not pass through, to exclude; None if none is a target."""
     beside = "|".join(rf"{re.escape(name)}(\..+)?" for name in beside_text(model))
     found = (name for name, _ in model.named_modules() if beside and re.fullmatch(beside, name))
     return beside if any(is_target(name, target_modules) for name in found) else None
 
 
 def is_target(name: str, target_modules: list[str] | str) -> bool:
-    """Whether a pattern, or one of a list of ends, names a module, as peft has it."""
+    """Whether a pattern matches a module's whole name, or an item of a list its end: peft's rule."""
     if isinstance(target_modules, str):
         return re.fullmatch(target_modules, name) is not None
     return f".{name}".endswith(tuple(f".{end}" for end in target_modules))
 
 
 def register_fused(config: Any) -> Any:
-    """Let a peft config put our layers around 4-bit modules; the mapping is not stored with an adapter."""
+    """Register our layers for 4-bit modules in a peft config. The mapping is not saved with an adapter."""
     if isinstance(config, LoraConfig):
         config._register_custom_module({Linear4bit: LoraLinear4bit, Experts4bit: ParamWrapper})
     return config

@@ -1,4 +1,4 @@
-"""Adapters on a model: loaded and checked, and switched between."""
+"""Adapters on a model: load and check them, and switch between them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from onecard.hf.quantizer import check_finite
 from onecard.patterns import check_syntax, check_time, is_plain
 
 WEIGHTS = "adapter_model.safetensors"
-CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # inits of peft that train over another base
+CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # peft's initializations that change the base
 
-Rank = Annotated[int, Field(ge=1, le=1 << 16)]  # a module that the file has no tensors for gets so many rows
+Rank = Annotated[int, Field(ge=1, le=1 << 16)]  # peft allocates it even for a module without tensors
 Index = Annotated[int, Field(ge=0)]
 
 
 class AdapterDocument(Foreign):
-    """What we read of adapter_config.json; peft reads the rest."""
+    """The fields of adapter_config.json that onecard reads; peft reads the rest."""
 
     peft_type: str
     base_model_name_or_path: str | None = None
@@ -63,7 +63,7 @@ class AdapterDocument(Foreign):
 
     @property
     def expressions(self) -> list[str]:
-        """The regular expressions that peft makes of what is no plain name."""
+        """Return the regular expressions that peft builds from values that are not plain names."""
         layers = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
         whole = [text for text in (self.target_modules, self.exclude_modules) if isinstance(text, str)]
         listed = self.target_modules if isinstance(self.target_modules, list) else ()
@@ -76,19 +76,19 @@ class AdapterDocument(Foreign):
         return [form.replace("%s", text) for form, texts in made.items() for text in texts if not is_plain(text)]
 
     def rank_of(self, module: str) -> int | None:
-        """The rank of a module, by the first pattern that is its name's end, as peft has it."""
+        """Return a module's rank: by the first pattern that matches the end of its name, as in peft, else r."""
         return next((rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", module)), self.r)
 
 
 def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
-    """The model with a peft adapter folder on it, beside those that it has.
+    """Return the model with a peft adapter folder loaded, in addition to the adapters that it has.
 
     Args:
-        name: peft's for the adapter, without dots.
+        name: peft's name for the adapter, without dots.
 
     Raises:
-        UserError: a file is missing or damaged; a tensor is missing, unknown, of another shape or not finite; a base
-            other than the one that the adapter was trained on, as far as its folder tells.
+        UserError: a file is missing or damaged; a tensor is missing, unknown, of another shape or not finite; the base
+            is not the one that the adapter's onecard.json records.
     """
     if adapter is None:
         return model
@@ -122,13 +122,13 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
         raise UserError("the adapter's tensors must be the model's", found, do, str(weights))
     with torch.no_grad(), safe_open(weights, "pt") as file:
         for key, tensor in loaded.items():
-            tensor.copy_(file.get_tensor(key))  # peft renames keys of some families, and then reads past them
+            tensor.copy_(file.get_tensor(key))  # peft renames keys of some families, and then skips them
             check_finite(f"{weights}: {key}", tensor)
     return tuned.eval()
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
-    """What an adapter folder's header says. Raises UserError for a missing or damaged file, and for integers."""
+    """Read an adapter folder's header. Raises UserError for a damaged or missing file and for integers."""
     path = folder / WEIGHTS
     if not path.is_file():
         do = "pass the run's adapter/ folder"
@@ -142,8 +142,8 @@ def stored_tensors(folder: Path) -> dict[str, TensorInfo]:
 
 
 def read_config(folder: Path, modules: Iterable[str] = ()) -> dict[str, Any]:
-    """adapter_config.json. Raises UserError for what is none, for patterns that take too long on modules of these
-    names, and for an adapter whose training changed the base."""
+    """Read adapter_config.json. Raises UserError for an invalid file, for patterns that take too long on these module
+    names, and for an adapter whose initialization changed the base."""
     path = folder / "adapter_config.json"
     do = "save it again with peft"
     found = read_object(path, do, missing="pass the run's adapter/ folder")
@@ -160,28 +160,28 @@ def read_config(folder: Path, modules: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def modules_of(stored: Iterable[str]) -> list[str]:
-    """The modules that an adapter's tensors are for."""
+    """Return the names of the modules that an adapter's tensors belong to."""
     return sorted({key.removeprefix("base_model.model.").partition(".lora_")[0] for key in stored})
 
 
 def check_ranks(folder: Path, stored: dict[str, TensorInfo], modules: Iterable[str] = ()) -> None:
-    """Raise UserError unless the config's ranks are those of the tensors, before peft makes room for them.
+    """Raise UserError unless the config's ranks are those of the tensors, before peft allocates memory for them.
 
     Args:
-        modules: names of the model's.
+        modules: names of the model's modules.
     """
     path = folder / "adapter_config.json"
     config = AdapterDocument.model_validate(read_config(folder, [*modules_of(stored), *modules]))
     for key, info in stored.items():
         module, found, _ = key.removeprefix("base_model.model.").partition(".lora_A.")
         rank = config.rank_of(module) if found else None
-        if rank is not None and info.shape[0] % rank:  # experts' lie one below the other
+        if rank is not None and info.shape[0] % rank:  # lora_A of E experts has E r rows
             must = f"the config's rank must be that of the tensors, {info.shape[0]} in {key}"
             raise UserError(must, str(rank), "use the config that was saved with them", str(path))
 
 
 def peft_config(folder: Path) -> Any:
-    """peft's config of an adapter folder. Raises UserError for what is none."""
+    """Return peft's config of an adapter folder. Raises UserError for an invalid one."""
     from peft import PeftConfig
 
     from onecard.adapter.layers import register_fused
@@ -189,13 +189,13 @@ def peft_config(folder: Path) -> Any:
     read_config(folder)
     try:
         return register_fused(PeftConfig.from_pretrained(str(folder)))
-    except Exception as error:  # of peft's many, for settings that we do not read
+    except Exception as error:  # peft raises many kinds, for settings that we do not read
         found, where = f"{type(error).__name__}: {first_line(error)}", str(folder / "adapter_config.json")
         raise UserError("the file must be an adapter's config of peft", found, "save it again", where) from None
 
 
 def use_adapter(model: Any, name: str | None) -> None:
-    """Make the model compute with that adapter; with None, as its base does."""
+    """Make the model compute with that adapter; with None, without any adapter."""
     if name is not None:
         model.base_model.enable_adapter_layers()
         model.set_adapter(name, inference_mode=True)

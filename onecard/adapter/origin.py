@@ -1,11 +1,11 @@
-"""What an adapter was trained on, in a small JSON of our own beside it: how the base was stored, and which base it was.
+"""What an adapter was trained on: onecard.json in its folder says which base it was and how the base was quantized.
 
-peft's files tell neither. An adapter trained over fp4 would meet an nf4 base without a word, and one of another model
-of the same shape would load as well. The base is known again by a sample: the 4-bit codes of the first values of each
-linear, which are the same whether its checkpoint is in 16 bits or in 4.
+peft's files hold neither. Without it, an adapter trained over fp4 would load on an nf4 base without an error, and so
+would an adapter of another model of the same shape. A sample identifies the base: the 4-bit codes of the first values
+of each linear. They are the same whether its checkpoint is in 16 bits or in 4.
 
-The JSON also holds the form of the training prompts, and the sha256 of each file of the folder: one that has changed
-is an error wherever the adapter is read.
+The JSON also holds the form of the training prompts, and the sha256 of each file of the folder. A changed file is an
+error wherever the adapter is read.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from onecard.kernels import ops
 from onecard.nn.linear import Linear4bit
 
 FILE = "onecard.json"
-SAMPLE_VALUES = 4096  # of each linear: a whole block of any size
+SAMPLE_VALUES = 4096  # values of each linear: a multiple of every blocksize
 STORED = ("quant_type", "blocksize", "double_quant")
 
 
 class Form(Own):
-    """How training wrote a row, which is how the adapter must be asked.
+    """The form of the training prompts, which inference must use again.
 
     Attributes:
-        prompt: what wrote most rows' prompts: the tokenizer's chat template; nothing, for prompt/completion; alpaca's
-            headings; nothing at all, for rows of text.
+        prompt: how most rows' prompts were written: "chat" by the chat template; "completion" without a template;
+            "alpaca" under alpaca's headings; "text" for rows of text, which have no prompt.
         template: sha256 of the chat template.
-        end_tokens: ids that ended the learned turns, the most frequent first.
+        end_tokens: ids that ended the supervised turns, the most frequent first.
     """
 
     prompt: Literal["chat", "completion", "alpaca", "text"]
@@ -55,12 +55,12 @@ class Origin(Own):
     """The base of a training run, as onecard.json holds it.
 
     Attributes:
-        model: its name, as it was given.
-        quant_type, blocksize, double_quant: how its linears stood in memory.
-        sample: `sample_base` of it.
+        model: its name, as the user wrote it.
+        quant_type, blocksize, double_quant: how its linears were quantized in memory.
+        sample: its `sample_base`.
         form: None in a file of an older release.
-        files: sha256 of each file beside this one, by name.
-        sha256: of all other fields.
+        files: sha256 of each other file of the folder, by name.
+        sha256: digest of all other fields.
     """
 
     model: str
@@ -77,14 +77,14 @@ class Origin(Own):
         return {key: getattr(self, key) for key in STORED}
 
     def digest(self) -> str:
-        """sha256 over all fields but its own."""
+        """Return the sha256 of all fields except `sha256`."""
         content = self.model_dump(mode="json", exclude={"sha256"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def origin_of(model: Any, name: str) -> Origin:
-    """The origin of adapters on this loaded 4-bit model."""
-    named = model.named_modules()  # under an adapter, with its wrappers
+    """Return the origin of adapters that are trained on this loaded 4-bit model."""
+    named = model.named_modules()  # names have peft's wrappers if an adapter is loaded
     linears = {f"{n.replace('.base_layer', '')}.weight": m for n, m in named if isinstance(m, Linear4bit)}
     state = next(iter(linears.values())).loaded_state
     quant = {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
@@ -95,7 +95,7 @@ def origin_of(model: Any, name: str) -> Origin:
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
-    """Write the file into an adapter's folder that is otherwise whole."""
+    """Write onecard.json into an adapter folder whose other files are complete."""
     files = {name: sha256(folder / name) for name in sealed_files(folder)}
     found = origin.model_copy(update={"files": files})
     found = found.model_copy(update={"sha256": found.digest()})
@@ -103,15 +103,15 @@ def write_origin(folder: Path, origin: Origin) -> None:
 
 
 def sealed_files(folder: Path) -> list[str]:
-    """The files whose change would change what the adapter does; its model card is for people."""
+    """Return the names of the files that determine what the adapter computes: all but the model card and FILE."""
     return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name not in (FILE, "README.md"))
 
 
 def read_origin(adapter: str | Path) -> Origin | None:
-    """What stands beside an adapter; None for one that onecard did not train.
+    """Read an adapter folder's onecard.json; None if onecard did not train the adapter.
 
     Raises:
-        UserError: a file of the folder, or the JSON itself, is not as training wrote it.
+        UserError: a file of the folder, or the JSON itself, has changed since training wrote it.
     """
     folder = Path(adapter)
     path = folder / FILE
@@ -132,7 +132,7 @@ def read_origin(adapter: str | Path) -> Origin | None:
 
 
 def form_beside(adapter: str | Path | None) -> Form | None:
-    """The form of an adapter's prompts; None where nothing tells it."""
+    """Return the form of an adapter's prompts; None if its folder does not record one."""
     origin = read_origin(adapter) if adapter is not None else None
     return origin.form if origin is not None else None
 
@@ -147,10 +147,13 @@ def changed(path: Path, found: str) -> UserError:
 
 
 def stored_as(adapter: str | Path | None, fields: dict[str, Any]) -> QuantConfig:
-    """How to store a base: as the adapter's run did; where no run says it, as `fields` (flags that were given) say.
+    """Return how to quantize a base: as the adapter's run did; if its folder does not record it, by `fields`.
+
+    Args:
+        fields: the flags that the user set.
 
     Raises:
-        UserError: a field that contradicts the run's.
+        UserError: a field contradicts the run's.
     """
     origin = read_origin(adapter) if adapter is not None else None
     if origin is None:
@@ -167,7 +170,7 @@ def stored_as(adapter: str | Path | None, fields: dict[str, Any]) -> QuantConfig
 
 
 def check_origin(model: Any, adapter: str) -> None:
-    """Raise UserError unless a loaded model is what the adapter was trained on, as far as its folder tells."""
+    """Raise UserError if a loaded model is not the base that the adapter's onecard.json records."""
     expected = read_origin(adapter)
     if expected is None:
         return
@@ -187,11 +190,11 @@ def check_sample(found: str, expected: Origin, adapter: str | Path, folder: str 
 
 
 def sample_base(checkpoint: Checkpoint, modules: Any, linears: Iterable[str], quant_type: str, blocksize: int) -> str:
-    """sha256 over the first codes of each linear's weight; a few KiB of each are read.
+    """Return the sha256 of the first codes of each linear's weight. It reads a few KiB of each.
 
     Args:
         modules: transformers' model of the checkpoint, without weights.
-        linears: their weights' names in it; what transformers makes from other tensors is left out.
+        linears: names of their weights in it; a weight that transformers builds from other tensors is left out.
     """
     codes: dict[str, bytes] = {}
     stored = stored_names(modules, checkpoint.tensors)

@@ -1,4 +1,4 @@
-"""A trained adapter's folder: written whole, then put in the place of an older one."""
+"""Save a trained adapter's folder: write it completely, then replace an older one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from onecard.files import sync, sync_folder
 
 
 def save_adapter(model: Any, folder: Path, origin: Origin) -> None:
-    """Write peft's adapter folder under a temporary name and sync it; it then takes the place of an older one.
+    """Write peft's adapter folder under a temporary name, sync it, then replace an older folder by renaming.
 
-    The older one keeps another name until the new one has its own: at each moment one of them is whole on the disk.
+    The older folder is removed after the new one has its name: at each moment the disk holds a complete one.
     """
     temporary, older = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)

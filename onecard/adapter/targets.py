@@ -1,4 +1,4 @@
-"""What LoRA's target_modules name in a model, checked before its weights load."""
+"""Check the modules that LoRA's settings name in a model, before its weights load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onecard.patterns import check_time
 
 
 def check_names(model: Model, lora: LoraSettings) -> None:
-    """Raise UserError unless target_modules are linears, modules_to_save modules without 4 bits, and
+    """Raise UserError unless target_modules are linears, modules_to_save modules without 4-bit weights, and
     target_parameters experts' weights."""
     check_targets(model.modules, lora, bool(model.stacks))
     for name in lora.modules_to_save or ():
@@ -38,13 +38,13 @@ def check_names(model: Model, lora: LoraSettings) -> None:
 
 
 def check_targets(modules: Any, lora: LoraSettings, has_experts: bool) -> None:
-    """Raise UserError unless every name of target_modules is that of linears that LoRA can learn, and merge can hold.
+    """Raise UserError unless every name of target_modules matches linears that LoRA can train and merge can store.
 
-    peft takes a list of which some name matches nothing without a word.
+    peft accepts a list in which some name matches nothing, without an error.
 
     Args:
-        modules: transformers' model, its weights may be on the meta device.
-        has_experts: whether it has stacked experts, for whose weights peft takes some names.
+        modules: transformers' model; its weights may be on the meta device.
+        has_experts: whether it has stacked experts, to whose weights peft converts some names.
     """
     wanted = lora.target_modules
     if wanted == "all-linear":
@@ -65,7 +65,7 @@ def check_targets(modules: Any, lora: LoraSettings, has_experts: bool) -> None:
 
 
 def names_of_modules(names: list[str], modules: Any, has_experts: bool) -> list[str]:
-    """The names less those that peft takes for experts' weights."""
+    """Return the names without those that peft converts to experts' weights."""
     if not has_experts:
         return names
     config = LoraConfig(target_modules=names)
@@ -74,14 +74,14 @@ def names_of_modules(names: list[str], modules: Any, has_experts: bool) -> list[
 
 
 def matches(name: str, pattern: str, is_pattern: bool) -> bool:
-    """As peft matches a pattern, or a name of a list."""
+    """Whether a pattern, or a name of a list, matches a module's name: peft's rule."""
     if is_pattern:
         return re.fullmatch(pattern, name) is not None
     return name == pattern or name.endswith(f".{pattern}")
 
 
 def check_target(modules: Any, name: str, module: nn.Module, known: str) -> None:
-    """Raise UserError for a module that LoRA has no linear in, or that shares its weight with another."""
+    """Raise UserError for a module that is no linear, and for a head that shares its weight with the embedding."""
     embedding, head = modules.get_input_embeddings(), modules.get_output_embeddings()
     if module is embedding or isinstance(module, nn.Embedding):
         do = f'put "{name.rpartition(".")[2]}" into modules_to_save: it then learns in full, and merges'
@@ -100,7 +100,7 @@ def check_target(modules: Any, name: str, module: nn.Module, known: str) -> None
 
 
 def tied(modules: Any) -> bool:
-    """Whether head and embedding are one weight, as the config says."""
+    """Whether the config ties the head to the embedding."""
     head = modules.get_output_embeddings()
     name = next((f"{name}.weight" for name, module in modules.named_modules() if module is head), "")
     return name in modules.all_tied_weights_keys

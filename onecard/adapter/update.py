@@ -1,4 +1,4 @@
-"""A peft adapter folder: its updates, and what it has trained in full."""
+"""A peft adapter folder: its LoRA updates, and the weights that it trained in full."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from onecard.errors import UserError
 from onecard.hf.quantizer import check_finite
 
 PREFIX = "base_model.model."
-TOKENS = ".token_adapter.trainable_tokens_delta"  # by its name a difference, but it holds the rows themselves
-NOT_ADDED = ("alora_invocation_tokens",)  # for some tokens only
+TOKENS = ".token_adapter.trainable_tokens_delta"  # despite its name it holds the rows, not differences
+NOT_ADDED = ("alora_invocation_tokens",)  # its update applies to some tokens only
 
 
 @dataclass
 class Update:
-    """One linear's part of an adapter: B (N, r), A (r, K), DoRA's magnitude (N,), all float32."""
+    """One linear's update: B (N, r), A (r, K), DoRA's magnitude (N,), all float32."""
 
     A_RK: Tensor
     B_NR: Tensor
@@ -30,7 +30,7 @@ class Update:
     magnitude_N: Tensor | None = None
 
     def add_to(self, W_NK: Tensor, start: int) -> Tensor:
-        """Float32 rows of the weight, from row `start` on, with the update in them."""
+        """Return the weight's float32 rows with the update added. W_NK holds its rows from `start` on."""
         rows = slice(start, start + W_NK.shape[0])
         W_NK = W_NK + self.scaling * (self.B_NR[rows] @ self.A_RK)
         if self.magnitude_N is not None:
@@ -40,17 +40,17 @@ class Update:
 
 @dataclass
 class Adapter:
-    """A peft adapter folder, read and checked."""
+    """The contents of a peft adapter folder, after the checks of `read_adapter`."""
 
     folder: Path | None = None
-    updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight that each changes
-    saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: these replace the base's
-    tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # trained rows of an embedding
+    updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight
+    saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: they replace the base's
+    tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # an embedding's trained rows
     stays_tied: bool = False
-    config: dict[str, Any] = field(default_factory=dict)  # peft's
+    config: dict[str, Any] = field(default_factory=dict)  # adapter_config.json
 
     def renamed(self, names: dict[str, str]) -> Adapter:
-        """The adapter by other names for the model's weights, such as a checkpoint's."""
+        """Return the adapter under other names for the model's weights, such as a checkpoint's."""
         updates, saved, tokens = (
             {names.get(name, name): value for name, value in found.items()}
             for found in (self.updates, self.saved, self.tokens)
@@ -59,10 +59,10 @@ class Adapter:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """A peft folder of LoRA, rsLoRA or DoRA weights, modules saved in full and rows trained for some tokens.
+    """Read a peft folder of LoRA, rsLoRA or DoRA weights, modules saved in full, and trained rows of an embedding.
 
     Raises:
-        UserError: a file is missing or damaged; values that are not finite; an adapter that is more than W + s B A.
+        UserError: a file is missing or damaged; a value is not finite; an adapter that merge cannot add.
     """
     stored = stored_tensors(folder)
     config = read_config(folder, modules_of(stored))
@@ -86,7 +86,7 @@ def read_adapter(folder: Path) -> Adapter:
             elif name.endswith(TOKENS):
                 module = name.removesuffix(TOKENS)
                 adapter.tokens[f"{module}.weight"] = (token_indices(module, config), tensor)
-            elif ".original_module." not in name:  # which is the base's, with as many rows as it was given
+            elif ".original_module." not in name:  # a copy of the base's weight
                 name = name.replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".")
                 adapter.saved[name] = tensor
     for module, part in parts.items():
@@ -100,7 +100,7 @@ def read_adapter(folder: Path) -> Adapter:
 
 
 def token_indices(module: str, config: dict[str, Any]) -> list[int]:
-    """Which rows of an embedding its trained ones replace; a list is for the input embedding and what is tied to it."""
+    """Return the rows of an embedding that were trained. A list is for the input embedding and its tied head."""
     found = config.get("trainable_token_indices") or []
     if isinstance(found, list):
         return found
@@ -108,7 +108,7 @@ def token_indices(module: str, config: dict[str, Any]) -> list[int]:
 
 
 def scale_of(module: str, config: dict[str, Any], rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rsLoRA; alpha may have a pattern for this module, as peft matches it."""
+    """Return alpha / r, or alpha / sqrt(r) with rsLoRA. alpha_pattern may set a module's alpha; peft's rule matches."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
