@@ -1,4 +1,4 @@
-"""Ways out: one file a format. Called, it writes one: onecard.export(config)."""
+"""Export formats. The module is callable: onecard.export(config) writes one."""
 
 from onecard.callable import make_callable
 

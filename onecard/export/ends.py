@@ -1,4 +1,4 @@
-"""Embedding and head in an export: by which names, whether as one weight, and what training has made of them."""
+"""Embedding and head in an export: their names, whether they are tied, and their values after training."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ PIECE_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class Ends:
-    """What a checkpoint calls the weights of embedding and head, and how its config.json speaks of them.
+    """A checkpoint's names for the weights of embedding and head, and what its config.json says of them.
 
     Attributes:
-        is_tied: whether head and embedding are one weight, as the config says.
-        part: where config.json describes the text model; None: at the top.
+        is_tied: whether the config ties head and embedding.
+        part: the key of config.json that describes the text model; None: the top level.
     """
 
     embedding: str
@@ -45,10 +45,10 @@ class Ends:
         return cls(stored.get(embedding, embedding), stored.get(head, head), tied(modules), part)
 
     def with_true_ties(self, checkpoint: Checkpoint) -> Checkpoint:
-        """A checkpoint whose config ties its head, as its tensors have it.
+        """Return the checkpoint with ties that agree with its tensors.
 
-        transformers uses a head of the file that differs from the embedding, whatever the config says: the config is
-        corrected. A head that is the same is left out.
+        transformers uses a stored head that differs from the embedding, even if the config ties them: the config is
+        corrected. A stored head that equals the embedding is left out.
         """
         tensors = checkpoint.tensors
         if not self.is_tied or self.head not in tensors or self.embedding not in tensors:
@@ -58,19 +58,19 @@ class Ends:
         return replace(checkpoint, config=self.changed(checkpoint.config, tie_word_embeddings=False))
 
     def changed(self, config: dict[str, Any], **fields: Any) -> dict[str, Any]:
-        """config.json with other values, at the top and in the text model's part."""
+        """Return config.json with other values, at the top level and in the text model's part."""
         if self.part is None:
             return {**config, **fields}
-        top = {key: value for key, value in fields.items() if key in config or key == TIE}  # which all models look at
+        top = {key: value for key, value in fields.items() if key in config or key == TIE}  # all models read TIE there
         return {**config, **top, self.part: {**(config.get(self.part) or {}), **fields}}
 
 
 def saved_tensors(
     adapter: Adapter, checkpoint: Checkpoint, shapes: Shapes, ends: Ends
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors that are not the base's, and config.json for the result.
+    """Return the tensors that replace the base's, and the result's config.json.
 
-    A head or an embedding trained on its own unties the two; tokens added in training change the vocabulary's size.
+    Training only the head or only the embedding unties them. Tokens added in training change vocab_size.
     """
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     saved = dict(adapter.saved)
@@ -100,7 +100,7 @@ def saved_tensors(
 
 
 def settle_ties(adapter: Adapter, saved: dict[str, Tensor], ends: Ends, checkpoint: Checkpoint) -> bool:
-    """Give `saved` an embedding and a head where the base has one for both; whether they are still the same."""
+    """Set embedding and head in `saved` where the base has one weight for both. Return whether they stay equal."""
     base = read_tensor(checkpoint.tensors[ends.embedding])
     head = saved.pop(ends.head, None)
     if adapter.stays_tied:
@@ -114,7 +114,7 @@ def settle_ties(adapter: Adapter, saved: dict[str, Tensor], ends: Ends, checkpoi
 
 
 def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
-    """Whether two stored tensors are the same, read piece by piece."""
+    """Whether two stored tensors have the same dtype, shape and bytes. It reads them piece by piece."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     with one.file.open("rb") as first, other.file.open("rb") as second:

@@ -1,4 +1,4 @@
-"""What every export shares: a folder that is whole or not there, room on the disk, the files beside the weights."""
+"""Parts that all exports share: a folder that is complete or absent, disk space, and the files next to the weights."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from onecard.files import locked, sync, sync_folder
 from onecard.hf.checkpoint import INDEX, Checkpoint, TensorInfo
 from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
 
-Shapes = dict[str, tuple[str, tuple[int, ...]]]  # of tensors: dtype as safetensors spells it, shape
+Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by tensor: dtype in safetensors' spelling, shape
 DTYPES = {"F64": torch.float64, **TORCH_DTYPES}
-ALL_DTYPES = {**DTYPES, "U8": torch.uint8, "I64": torch.int64, "BOOL": torch.bool}  # that a checkpoint's tensors have
+ALL_DTYPES = {**DTYPES, "U8": torch.uint8, "I64": torch.int64, "BOOL": torch.bool}  # of a checkpoint's tensors
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",
 )  # fmt: skip
 OTHER_FILES = (*TOKENIZER_FILES, "*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
-STALE_FILES = ("*.index.json", "onecard.json")  # of other weights than the result's
+STALE_FILES = ("*.index.json", "onecard.json")  # they describe the base's files, not the result's
 
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that gets `target`'s name when the block ends well, and vanishes when it does not.
+    """Yield a temporary folder. It is renamed to `target` if the block succeeds, and removed if it fails.
 
     Raises:
-        UserError: target exists, or does when the block ends; as told.
+        UserError: target exists at the start or at the end of the block; the system cannot write a file.
     """
     with temporary_folder(target) as folder:
         yield folder
@@ -52,24 +52,24 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
-    """The same for a file."""
+    """Same as `new_folder`, for a file."""
     with temporary_folder(target) as folder:
         yield folder / target.name
         sync(folder / target.name)
         try:
-            os.link(folder / target.name, target)  # os.rename would replace one that is there
+            os.link(folder / target.name, target)  # os.rename would replace an existing file
         except FileExistsError:
             raise exists(target) from None
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no links
             rename_new(folder / target.name, target)
         sync_folder(target.parent)
 
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """A folder beside target that is gone when the block ends, unless it has another name by then.
+    """Yield a folder next to target. It is removed when the block ends, unless it was renamed.
 
-    It is locked while its process lives; what a killed one left behind is removed by the next that has this target.
+    The process holds a lock on it. The next export to the same target removes the folder that a killed process left.
     """
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     with as_user_error(target, lambda: what_is_kept(target)):
@@ -86,14 +86,14 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def what_is_kept(target: Path) -> tuple[str, str]:
-    """After a fault, and what to do."""
+    """Return what is left after a fault, and what to do."""
     if os.path.lexists(target):
         return f"{target.name} is whole, but the disk may not have it yet", "or use it as it is"
     return "nothing is kept", "start again"
 
 
 def rename_new(temporary: Path, target: Path) -> None:
-    """Raise UserError if another export was first."""
+    """Rename to target. Raises UserError if another export created target first."""
     if target.exists():
         raise exists(target)
     try:
@@ -110,7 +110,7 @@ def exists(target: Path) -> UserError:
 
 
 def remove_stale(target: Path) -> None:
-    """Remove the temporary folders for this target that no living process holds; an empty one may be just made."""
+    """Remove this target's temporary folders that no process has locked. An empty one may be new and not locked yet."""
     for folder in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.tmp"):
         with suppress(OSError), locked(folder) as held:  # another process may remove it at the same time
             if held and any(folder.iterdir()):
@@ -118,13 +118,13 @@ def remove_stale(target: Path) -> None:
 
 
 def need_package(name: str, extra: str) -> None:
-    """Raise UserError unless a package that a format needs is installed."""
+    """Raise UserError unless the package that a format needs is installed."""
     if find_spec(name) is None:
         raise UserError(f"this format needs the package {name}", "none", f'pip install "onecard[{extra}]"')
 
 
 def check_room(target: Path, num_bytes: int) -> None:
-    """Raise UserError unless the disk holds num_bytes more."""
+    """Raise UserError unless the disk has space for num_bytes."""
     parent = next(p for p in (target.parent.resolve(), *target.parent.resolve().parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if free < num_bytes * 1.02:
@@ -133,7 +133,7 @@ def check_room(target: Path, num_bytes: int) -> None:
 
 
 def read_tensor(info: TensorInfo) -> Tensor:
-    """One tensor of a file, read, not mapped: nothing of it stays in memory but the tensor."""
+    """Read one tensor of a file. The file is not mapped, so that no other pages of it stay in memory."""
     with about(info.file), info.file.open("rb") as stream:
         stream.seek(info.begin)
         buffer = bytearray(info.nbytes)
@@ -144,7 +144,7 @@ def read_tensor(info: TensorInfo) -> Tensor:
 def write_others(
     folder: Path, checkpoint: Checkpoint, config: dict[str, Any], places: dict[str, str], adapter: Path | None = None
 ) -> None:
-    """config.json, every other file that the checkpoint brings along, and an index where the tensors are in shards.
+    """Write config.json, the checkpoint's other files, and an index unless model.safetensors is the only file.
 
     Args:
         places: the file of each tensor that was written.
@@ -165,21 +165,21 @@ def write_others(
 
 
 def write_ends(folder: Path, config: dict[str, Any], form: Form | None) -> None:
-    """Add the tokens that an adapter's training rows ended in to generation_config.json, which is made where the base
+    """Add the tokens that ended an adapter's training rows to generation_config.json. The file is created if the base
     has none."""
     path = folder / "generation_config.json"
     stored = read_object(path, "remove it") if path.is_file() else {}
-    if not stored:  # what transformers would take from config.json
+    if not stored:  # transformers would read these from config.json
         stored = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     found = stored.get("eos_token_id")
     before = found if isinstance(found, list) else [] if found is None else [found]
     ends = list(dict.fromkeys([*before, *(form.end_tokens if form else ())]))
     if ends == before:
         return
-    if not before and isinstance(config.get("eos_token_id"), int):  # transformers takes config.json's no longer
+    if not before and isinstance(config.get("eos_token_id"), int):  # the new list overrides config.json's
         ends = list(dict.fromkeys([config["eos_token_id"], *ends]))
     stored["eos_token_id"] = ends if len(ends) > 1 else ends[0]
-    stored.pop("_from_model_config", None)  # with it transformers may take config.json's in its place
+    stored.pop("_from_model_config", None)  # with it transformers may use config.json's values instead
     path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
 
 
@@ -192,7 +192,7 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
 
 
 def find_files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    """The files and folders of these names, but for those that speak of other weights than the result's."""
+    """Yield the files and folders that match the patterns, without those that describe the base's own files."""
     for path in sorted(folder.iterdir()):
         wanted = any(path.match(p) for p in patterns) and not any(path.match(p) for p in STALE_FILES)
         if wanted and (path.is_file() or path.name == "additional_chat_templates"):

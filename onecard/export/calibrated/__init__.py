@@ -1,1 +1,1 @@
-"""Checkpoints in 4 bits that calibration rows have chosen: GPTQ and AWQ."""
+"""Checkpoints in 4 bits that calibration rows determine: GPTQ and AWQ."""

@@ -1,11 +1,11 @@
-"""AWQ: inputs that matter are scaled up before rounding to 4 bits, at no cost when read (Lin et al. 2023, 2306.00978).
+"""AWQ: weights of large inputs are scaled up before rounding to 4 bits, at no cost later (Lin et al. 2023, 2306.00978).
 
-    W x = (W diag(s)) (x / s)        s = mean|x|^alpha (section 3.2), alpha of a grid
+    W x = (W diag(s)) (x / s)        s = mean|x|^alpha (section 3.2), alpha from a grid
 
 x / s costs nothing where x comes from a norm, from v_proj through attention, or from up_proj through the gate: their
-weights are divided by s. Of each s, and then of each group's clipping range (section 4's code), the one is taken whose
-rounded weight has the least output error on the calibration inputs, tr(D H D^T) with D = W - W_hat, H = sum of x x^T:
-the sum of squares itself, so that no input needs to be kept. Levels are asymmetric, the files "gemm".
+weights are divided by s. A search chooses s, and then each group's clipping range (section 4's code). It takes the one
+with the least output error on the calibration inputs, tr(D H D^T) with D = W - W_hat, H = sum of x x^T. This is the
+sum of squared errors itself, so that no input is stored. Levels are asymmetric; the file format is "gemm".
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from onecard.export.calibrated.grouped import Grouped, pack_int32, round_to_near
 GRID = 20  # steps of alpha from 0 to 1
 SHRINKS = [1 - step / 20 for step in range(8)]  # shares of a group's range that its levels may cover
 NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # which of 8 outputs each four bits of an int32 hold
-ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}  # what stands in a block whose
-MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}  # output is linear in v, in up
+ATTENTION = {"q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm"}  # children of a block linear in v
+MLP = {"gate_proj", "up_proj", "gate_up_proj", "down_proj", "act_fn", "activation_fn"}  # children of one linear in up
 GATES = {"gate_proj", "gate_up_proj"}
 
 
 @dataclass
 class Source:
-    """What makes a linear's input and can be divided by s: a norm, or the last rows of a linear.
+    """The module that computes a linear's input and can be divided by s: a norm, or the last rows of a linear.
 
     Attributes:
-        size: of its outputs that make the input.
-        repeat: how many heads of the input each head of head_dim outputs makes (grouped keys and values).
+        size: how many of its outputs form the input.
+        repeat: how many heads of the input each head of head_dim outputs forms (grouped keys and values).
     """
 
     name: str
@@ -46,11 +46,11 @@ class Source:
     repeat: int = 1
 
     def mean(self, x_K: Tensor) -> Tensor:
-        """Of the inputs that each of its outputs makes."""
+        """Return, for each output, the mean of x over the inputs that it forms."""
         return x_K.view(-1, self.repeat, self.head_dim).mean(1).flatten()
 
     def spread(self, s: Tensor) -> Tensor:
-        """s of each of its outputs as s_K of the inputs that they make."""
+        """Expand s of the outputs to s_K of the inputs that they form."""
         return s.view(-1, 1, self.head_dim).expand(-1, self.repeat, -1).flatten()
 
 
@@ -59,7 +59,7 @@ class Scaling:
 
     Attributes:
         columns, rows: by linear, s of its inputs and the divisor of its outputs, float32.
-        changed: the tensors that hold a divisor now, in the checkpoint's dtype.
+        changed: the norm weights and biases that were divided, in the checkpoint's dtype.
     """
 
     def __init__(self, layer: Layer):
@@ -69,21 +69,21 @@ class Scaling:
         self.changed: dict[str, Tensor] = {}
 
     def weight(self, name: str) -> Tensor:
-        """A linear's float32 weight with its s in it."""
+        """Return a linear's float32 weight, multiplied by s of its inputs and divided by s of its outputs."""
         W_NK = self.layer.module.get_parameter(f"{name}.weight").float()
         if name in self.columns:
             W_NK = W_NK * self.columns[name]
         return W_NK / self.rows[name][:, None] if name in self.rows else W_NK
 
     def scale(self, inputs: Inputs, source: Source, s: Tensor) -> None:
-        """Divide the source by s, multiply the linears by it; H becomes that of x / s."""
+        """Divide the source by s and multiply the linears by it. H becomes that of x / s."""
         s = self.divide_norm(source.name, s) if source.is_norm else self.divide_rows(source, s)
         s_K = source.spread(s)
         self.columns |= dict.fromkeys(inputs.names, s_K)
         inputs.H_KK /= s_K[:, None] * s_K
 
     def divide_norm(self, name: str, s: Tensor) -> Tensor:
-        """The s that a norm's weight, rounded as it is stored, was really divided by."""
+        """Divide a norm's weight by s. Return the actual divisor, which includes the rounding of the stored weight."""
         norm: Any = self.layer.module.get_submodule(name)
         offset = norm_offset(norm)
         gain = norm.weight.float() + offset
@@ -106,7 +106,7 @@ class Scaling:
 
 
 def quantize_layer(layer: Layer, names: set[str], config: CalibrationConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a layer that change, by name within it; its weights become what a reader will compute."""
+    """Yield a layer's changed tensors by name within it. Its weights become those that a reader dequantizes."""
     scaling = scale_layer(layer, names, config.group_size)
     yield from scaling.changed.items()
     for inputs in layer.inputs:
@@ -117,7 +117,7 @@ def quantize_layer(layer: Layer, names: set[str], config: CalibrationConfig) -> 
 
 
 def scale_layer(layer: Layer, names: set[str], group_size: int) -> Scaling:
-    """Find every s of a layer. Norms and biases are divided in place, weights as Scaling gives them."""
+    """Find every s of a layer. Norms and biases are divided in place; `Scaling.weight` returns the scaled weights."""
     scaling = Scaling(layer)
     for inputs in layer.inputs:
         source = find_source(layer.module, inputs)
@@ -127,7 +127,7 @@ def scale_layer(layer: Layer, names: set[str], group_size: int) -> Scaling:
 
 
 def find_source(layer: nn.Module, inputs: Inputs) -> Source | None:
-    """What makes the input, if that is known to be linear in it."""
+    """Return the source of an input; None if no source is known in which the input is linear."""
     K = len(inputs.mean_K)
     if inputs.norm:
         return Source(inputs.norm, K, is_norm=True)
@@ -145,14 +145,14 @@ def find_source(layer: nn.Module, inputs: Inputs) -> Source | None:
 
 
 def norm_offset(norm: nn.Module) -> float:
-    """1 for a norm that multiplies by 1 + weight, as Gemma's does; else 0."""
+    """Return 1 for a norm that multiplies by 1 + weight, as in Gemma; else 0."""
     probe: Any = copy.deepcopy(norm)
     probe.weight.zero_()
     return float(probe(torch.ones_like(probe.weight)).abs().max() > 0)
 
 
 def search(scaling: Scaling, inputs: Inputs, source: Source, group_size: int) -> Tensor:
-    """The s of the grid with the least error of all linears that share the input; one for each output of the source."""
+    """Return the s with the least total error of the linears that share the input, a value per output of the source."""
     weights = [scaling.weight(name) for name in inputs.names]
     mean = source.mean(inputs.mean_K)
     mean = mean.clamp(min=1e-4 * float(mean.max())) if mean.max() > 0 else torch.ones_like(mean)
@@ -170,7 +170,7 @@ def search(scaling: Scaling, inputs: Inputs, source: Source, group_size: int) ->
 
 
 def quantize(W_NK: Tensor, H_KK: Tensor, group_size: int) -> Grouped:
-    """A float32 weight at the nearest levels, each group's range clipped by the share with the least error."""
+    """Round a float32 weight to the nearest levels. Each group's range is clipped by the share with the least error."""
     N, K = W_NK.shape
     H_Ggg = torch.stack([H_KK[k : k + group_size, k : k + group_size] for k in range(0, K, group_size)])
     shrink = torch.ones(N, K // group_size, device=W_NK.device)
@@ -185,7 +185,7 @@ def quantize(W_NK: Tensor, H_KK: Tensor, group_size: int) -> Grouped:
 
 
 def tensors(weight: Grouped) -> dict[str, Tensor]:
-    """What an AWQ file holds of a weight."""
+    """Return a weight's tensors as an AWQ file stores them."""
     N, K = weight.codes_NK.shape
     return {
         "qweight": pack_int32(weight.codes_NK.T.reshape(K, N // 8, 8)[..., NIBBLES]),
@@ -195,7 +195,7 @@ def tensors(weight: Grouped) -> dict[str, Tensor]:
 
 
 def shapes(N: int, K: int, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each of `tensors`."""
+    """Return the dtype and shape of each tensor of `tensors`."""
     groups = K // group_size
     return {
         "qweight": ("I32", (K, N // 8)),
@@ -205,7 +205,7 @@ def shapes(N: int, K: int, group_size: int) -> dict[str, tuple[str, tuple[int, .
 
 
 def quantization_config(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
-    """What config.json says of the weights; arguments as gptq.quantization_config's."""
+    """Return config.json's quantization_config. Arguments are the same as in `gptq.quantization_config`."""
     return {
         "quant_method": "awq",
         "bits": 4,

@@ -1,10 +1,10 @@
-"""A model run on the user's data one decoder layer at a time: what GPTQ and AWQ need to know of each linear's inputs.
+"""Run a model on the user's data one decoder layer at a time, to collect statistics of inputs for GPTQ and AWQ.
 
-The model is transformers' own on the meta device. Its embedding gives the first hidden states; then each layer's
-weights are read, the layer is run on all rows while its linears' inputs are summed up, the caller changes its weights,
-the layer is run again, and its outputs are the next layer's inputs. So memory holds one layer, its statistics and the
-hidden states, whatever the number of layers, and a layer sees the inputs that the quantized ones before it make.
-Documents are packed in rows and never attend to each other, as in training.
+The model is transformers' own on the meta device. Its embedding computes the first hidden states. Then, for each layer:
+read its weights, run it on all rows and accumulate statistics of its linears' inputs, let the caller change its
+weights, and run it again. Its outputs are the next layer's inputs, so that a layer sees quantized layers' outputs.
+Memory holds one layer, its statistics and the hidden states, whatever the number of layers. Documents are packed in
+rows and never attend to each other, as in training.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.hf.skeleton import meta_model
 from onecard.kernels.cpu_info import product_dtype
 
-SEED = 0  # of the order in which examples are taken
+SEED = 0  # of the order of the examples
 
 
 @dataclass
 class Inputs:
-    """What linears that share an input saw: H = sum of x x^T and the mean |x|, over all tokens; float32.
+    """Statistics of an input that linears share: H = sum of x x^T and the mean |x|, over all tokens; float32.
 
     Attributes:
-        names: the linears, within their layer.
-        norm: the norm whose output it is, within the layer; "" if it is none's.
+        names: names of the linears within their layer.
+        norm: name within the layer of the norm whose output the input is; "" if there is none.
     """
 
     names: list[str]
@@ -56,7 +56,7 @@ class Inputs:
 
 @dataclass
 class Row:
-    """One row of documents on its way: hidden states (1, T, d), and the keywords that each layer is called with."""
+    """One row of documents: its current hidden states (1, T, d), and the keyword arguments of each layer's call."""
 
     hidden: Tensor
     calls: list[dict[str, Any]]
@@ -67,8 +67,8 @@ class Layer:
     """One decoder layer with its weights, for the caller to change.
 
     Attributes:
-        name: as in the model, such as model.layers.0.
-        dtype: what the checkpoint stores.
+        name: the layer's name in the model, such as model.layers.0.
+        dtype: the checkpoint's dtype.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Layer:
 
 
 class Recorder(nn.Module):
-    """Stands in a layer's place while the model's own forward makes what layers are called with."""
+    """Replaces a layer to record the arguments with which the model's own forward calls it."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
@@ -91,7 +91,7 @@ class Recorder(nn.Module):
 
 
 def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
-    """transformers' model without weights, and its decoder layers by name."""
+    """Return transformers' model without weights, and its decoder layers by name."""
     fields = {key: value for key, value in merged.config.items() if key != "model_type"}
     config = AutoConfig.for_model(merged.config["model_type"], **fields)
     model = meta_model(config, "config.json").eval().requires_grad_(False)
@@ -107,11 +107,11 @@ def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
 def calibrate(
     merged: Merged, model: Any, layers: dict[str, nn.Module], dataset: Dataset, num_rows: int, device: torch.device
 ) -> Iterator[Layer]:
-    """The decoder layers in order; each stands until the next is asked for.
+    """Yield the decoder layers in order. A layer has its weights until the next one is requested.
 
     Args:
-        model, layers: meta_decoder's.
-        num_rows: packed rows of the dataset that are run.
+        model, layers: the results of `meta_decoder`.
+        num_rows: number of packed rows to run.
 
     Raises:
         UserError: a tensor of the model is not in the checkpoint.
@@ -130,7 +130,7 @@ def calibrate(
 
 
 def batches(dataset: Dataset, num_rows: int, packed: bool) -> list[dict[str, Any]]:
-    """The first rows of examples in random order; a row for each document if the model takes no packed ones."""
+    """Return the first rows of the examples in random order: one document each if the model supports no packed rows."""
     loader = Loader(dataset.examples, dataset.max_seq_length, packed, 1, SEED)
     found = [collate([dataset.examples[i] for i in indices]) for indices in loader.batches(0)[:num_rows]]
     return [{k: v for k, v in batch.items() if k != "labels" and (packed or k != "cu_seqlens")} for batch in found]
@@ -139,7 +139,7 @@ def batches(dataset: Dataset, num_rows: int, packed: bool) -> list[dict[str, Any
 def first_rows(
     merged: Merged, model: Any, batches: Iterable[dict[str, Any]], dtype: torch.dtype, device: torch.device
 ) -> list[Row]:
-    """The hidden states before the first layer, from the model's own forward with its layers left out."""
+    """Return the rows with the hidden states before the first layer, from the model's own forward without layers."""
     decoder = model.get_decoder()
     name = next(name for name, module in model.named_modules() if module is decoder)
     layers = decoder.layers
@@ -157,7 +157,7 @@ def first_rows(
 
 
 def fill_buffers(model: Any, decoder: nn.Module, device: torch.device) -> None:
-    """What no checkpoint holds, such as rotary frequencies, computed as transformers does after a load."""
+    """Compute the buffers that no checkpoint holds, such as rotary frequencies, as transformers does after a load."""
     for module in decoder.modules():
         for key, buffer in module.named_buffers(recurse=False):
             setattr(module, key, torch.empty_like(buffer, device=device))
@@ -167,7 +167,7 @@ def fill_buffers(model: Any, decoder: nn.Module, device: torch.device) -> None:
 
 
 def load(module: nn.Module, prefix: str, merged: Merged, dtype: torch.dtype, device: torch.device) -> None:
-    """Give a module on the meta device its merged weights."""
+    """Load the merged weights into a module that is on the meta device."""
     for key, parameter in module.named_parameters():
         found = merged.shapes.get(prefix + key, ("", None))[1]
         if found != tuple(parameter.shape):
@@ -182,15 +182,15 @@ def load(module: nn.Module, prefix: str, merged: Merged, dtype: torch.dtype, dev
 
 
 def run(layer: nn.Module, row: Row, index: int, device: torch.device) -> Tensor:
-    """The layer's output for one row."""
+    """Return the layer's output for one row."""
     out = layer(row.hidden.to(device), **row.calls[index])
     return out if isinstance(out, Tensor) else out[0]
 
 
 def observe(layer: nn.Module, rows: list[Row], index: int, device: torch.device) -> list[Inputs]:
-    """Run a layer on all rows and sum up its linears' inputs; linears called with the same tensor share one."""
+    """Run a layer on all rows and collect its `Inputs`. Linears that receive the same tensor share one."""
     found: list[Inputs] = []
-    first: list[Tensor] = []  # the first row's tensor of each, and the norms' outputs, while that row runs
+    first: list[Tensor] = []  # the input of each, and below the norms' outputs; cleared after each row
     normed: dict[str, Tensor] = {}
 
     def see(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -225,6 +225,6 @@ def observe(layer: nn.Module, rows: list[Row], index: int, device: torch.device)
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module multiplies by one weight a channel."""
+    """Whether a module's only parameter is a weight of one dimension."""
     parameters = dict(module.named_parameters())
     return set(parameters) == {"weight"} and parameters["weight"].dim() == 1

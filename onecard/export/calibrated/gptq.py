@@ -1,12 +1,12 @@
-"""GPTQ: weights in 4 bits, each column's error made good by the columns after it (Frantar et al. 2022, 2210.17323).
+"""GPTQ: weights in 4 bits; later columns compensate each column's error (Frantar et al. 2022, 2210.17323).
 
 The error of a linear on its calibration inputs is tr(D H D^T), D = W - W_hat, H = sum of x x^T. With U the upper
 Cholesky factor of H^-1 (algorithm 1 of the paper), columns k in turn:
 
     W_hat[:, k] = nearest level of W[:, k]    e = (W[:, k] - W_hat[:, k]) / U[k, k]    W[:, k+1:] -= e U[k, k+1:]
 
-A group is a block of this walk: its scales come from weights that hold all corrections so far, and the columns beyond
-it are corrected once a block. H gets damp_percent of its mean diagonal added. The files are version 1 of the format.
+A block of columns is one group. Its scales come from weights with all earlier corrections, and the columns after it are
+corrected once per block. damp_percent of H's mean diagonal is added to the diagonal. The file format is version 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FIRST_ZERO = 1  # the files hold zero - 1
 
 
 def quantize_layer(layer: Layer, names: set[str], config: CalibrationConfig) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a layer that change, by name within it; its weights become what a reader will compute."""
+    """Yield a layer's changed tensors by name within it. Its weights become those that a reader dequantizes."""
     for inputs in layer.inputs:
         for name in inputs.names:
             if name in names:
@@ -37,10 +37,10 @@ def quantize_layer(layer: Layer, names: set[str], config: CalibrationConfig) -> 
 
 
 def quantize(W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig) -> Grouped:
-    """A float32 weight whose outputs on the calibration inputs are as near as GPTQ finds."""
+    """Quantize a float32 weight by GPTQ, with H of its calibration inputs."""
     N, K, g = *W_NK.shape, config.group_size
     falling = H_KK.diagonal().argsort(descending=True) if config.desc_act else torch.arange(K, device=W_NK.device)
-    W_KN = W_NK.T[falling]  # a copy, an input's weights side by side
+    W_KN = W_NK.T[falling]  # a copy: an input's weights are contiguous
     U_KK = inverse_factor(H_KK[falling[:, None], falling], config.damp_percent)
     codes_KN = torch.empty_like(W_KN, dtype=torch.uint8)
     scales, zeros = (torch.empty(N, K // g, dtype=dtype, device=W_KN.device) for dtype in (torch.float16, torch.uint8))
@@ -61,7 +61,7 @@ def quantize(W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig) -> Grouped:
 
 
 def inverse_factor(H: Tensor, damp_percent: float) -> Tensor:
-    """Upper U with U^T U = (H + damping)^-1, H overwritten. An input that was never other than 0 stands alone.
+    """Return the upper U with U^T U = (H + damping)^-1. Overwrites H. An input that is always 0 affects no other.
 
     Raises:
         UserError: H is not finite.
@@ -71,7 +71,7 @@ def inverse_factor(H: Tensor, damp_percent: float) -> Tensor:
     if not torch.isfinite(mean):
         raise UserError("activations must be finite", "NaN or Inf", "check the checkpoint", "calibration")
     diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    for _ in range(4):  # float32 may need more than was asked for
+    for _ in range(4):  # float32 may need more damping than requested
         diagonal += damp_percent * mean
         L, failed = torch.linalg.cholesky_ex(H)
         if not failed:
@@ -81,7 +81,7 @@ def inverse_factor(H: Tensor, damp_percent: float) -> Tensor:
 
 
 def tensors(weight: Grouped) -> dict[str, Tensor]:
-    """What a GPTQ file holds of a weight."""
+    """Return a weight's tensors as a GPTQ file stores them."""
     N, K = weight.codes_NK.shape
     zeros = (weight.zeros_NG.T - FIRST_ZERO).contiguous()
     return {
@@ -93,7 +93,7 @@ def tensors(weight: Grouped) -> dict[str, Tensor]:
 
 
 def shapes(N: int, K: int, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape of each of `tensors`."""
+    """Return the dtype and shape of each tensor of `tensors`."""
     groups = K // group_size
     return {
         "qweight": ("I32", (K // 8, N)),
@@ -104,10 +104,10 @@ def shapes(N: int, K: int, group_size: int) -> dict[str, tuple[str, tuple[int, .
 
 
 def quantization_config(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
-    """What config.json says of the weights, in transformers', vLLM's and GPTQModel's words.
+    """Return config.json's quantization_config, with the keys of transformers, vLLM and GPTQModel.
 
     Args:
-        linears, left_out: the linears in 4 bits and those of decoder layers that are not, by name in the model.
+        linears, left_out: names in the model of the linears in 4 bits, and of the decoder layers' other linears.
     """
     found: dict[str, Any] = {
         "quant_method": "gptq",

@@ -1,8 +1,8 @@
-"""Weights in 4 bits with one scale and one zero for a group of a row, as GPTQ's and AWQ's files hold them.
+"""Weights in 4 bits with one scale and one zero per group of a row, as in GPTQ's and AWQ's files.
 
     w = scale (code - zero)        code 0 ... 15, zero 0 ... 15, scale float16
 
-A scale is rounded to float16 before codes are chosen with it, so what is chosen is what a reader computes.
+A scale is rounded to float16 before it is used to choose codes, so that they fit what a reader computes.
 Shapes: N outputs, K inputs, G groups of g inputs in a row.
 """
 
@@ -27,7 +27,7 @@ class Grouped:
         codes_NK: uint8.
         scales_NG: float16.
         zeros_NG: uint8.
-        group_K: int32, the group that each input is in.
+        group_K: int32, the group of each input.
     """
 
     codes_NK: Tensor
@@ -36,20 +36,20 @@ class Grouped:
     group_K: Tensor
 
     def dequantize(self) -> Tensor:
-        """Float32 (N, K), as a reader computes it."""
+        """Return the float32 weight (N, K) as a reader computes it."""
         index = self.group_K.long()
         return (self.codes_NK.float() - self.zeros_NG.float()[:, index]) * self.scales_NG.float()[:, index]
 
 
 def choose_scales(W: Tensor, sym: bool, first_zero: int = 0) -> tuple[Tensor, Tensor]:
-    """Scale and zero for groups, (..., g) -> float16 (..., 1) and float32 (..., 1), that cover their range.
+    """Return the scale and zero that cover each group's range: (..., g) -> float16 (..., 1) and float32 (..., 1).
 
     Args:
-        sym: zero is 8, and the levels reach as far as the largest magnitude.
-        first_zero: the smallest zero; GPTQ's files hold zero - 1 and so have none of 0.
+        sym: zero is 8, and the levels cover the largest magnitude.
+        first_zero: the smallest zero; GPTQ's files hold zero - 1, so that they cannot hold a zero of 0.
 
     Raises:
-        UserError: a scale beyond float16.
+        UserError: a scale does not fit float16.
     """
     low, high = W.amin(-1, keepdim=True).clamp(max=0), W.amax(-1, keepdim=True).clamp(min=0)
     if sym:
@@ -65,15 +65,15 @@ def choose_scales(W: Tensor, sym: bool, first_zero: int = 0) -> tuple[Tensor, Te
 
 
 def encode(W: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """The nearest codes, in W's shape, float32."""
+    """Return the nearest codes, float32 in W's shape."""
     return ((W / scale.float()).round_() + zero).clamp_(0, LEVELS)
 
 
 def round_to_nearest(W_NK: Tensor, group_size: int, sym: bool, shrink_NG: Tensor | None = None) -> Grouped:
-    """Every weight of float32 W at the level nearest to it; groups of inputs in order.
+    """Round every weight of float32 W to its nearest level. Groups are consecutive inputs.
 
     Args:
-        shrink_NG: the share of its range that each group's levels cover; all of it if not given.
+        shrink_NG: the share of its range that each group's levels cover; None: the whole range.
     """
     W = W_NK.view(W_NK.shape[0], -1, group_size)
     scale, zero = choose_scales(W if shrink_NG is None else W * shrink_NG[..., None], sym)
@@ -83,6 +83,6 @@ def round_to_nearest(W_NK: Tensor, group_size: int, sym: bool, shrink_NG: Tensor
 
 
 def pack_int32(codes: Tensor) -> Tensor:
-    """uint8 codes (..., 8) -> int32 (...), the first in the lowest four bits."""
+    """Pack uint8 codes (..., 8) into int32 (...), the first in the lowest four bits."""
     pairs = codes[..., 0::2] | codes[..., 1::2] << 4
     return pairs.contiguous().view(torch.int32)[..., 0]

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ checkpoints: merged weights, calibrated layer by layer, streamed into the files that the base has."""
+"""GPTQ and AWQ checkpoints: merged weights, calibrated layer by layer, streamed into files named like the base's."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ def export_calibrated(
     """Write a 4-bit checkpoint in GPTQ's or AWQ's format.
 
     Args:
-        data: the file whose examples the layers are run on.
-        base, quant: as open_merged's.
-        on_data: called with the data once it is read.
+        data: the file of the calibration examples.
+        base, quant: same as in `open_merged`.
+        on_data: called with the dataset after it is read.
 
     Returns:
-        its folder; the linears of decoder layers that stay in 16 bits, for they fit no group.
+        the folder; the linears of decoder layers that stay in 16 bits because their widths do not fit.
 
     Raises:
-        UserError: as open_merged, load_dataset and calibrate do; experts, which would stay in 16 bits; no linear fits;
-            no room; an output that exists.
+        UserError: same as `open_merged`, `load_dataset` and `calibrate`; experts, which would stay in 16 bits; no
+            linear fits; no room on the disk; an output that exists.
     """
     method, target = METHODS[format], Path(output)
     device = pick_device(config.device)
@@ -85,7 +85,7 @@ def export_calibrated(
 
 
 def lines(format: str, folder: Path, left_out: list[str]) -> list[str]:
-    """What was written, and how to use it."""
+    """Return the lines that say what was written and how to use it."""
     said = [f"exported {folder}  ({format}, 4 bits)"]
     if left_out:
         said.append(f"16-bit   {', '.join(left_out)}: their widths are no multiples of a group")
@@ -94,19 +94,19 @@ def lines(format: str, folder: Path, left_out: list[str]) -> list[str]:
 
 
 def linears_of(layers: dict[str, nn.Module]) -> dict[str, nn.Linear]:
-    """All linears of decoder layers, by name in the model."""
+    """Return all linears of decoder layers, by name in the model."""
     modules = {f"{name}.{key}": m for name, layer in layers.items() for key, m in layer.named_modules()}
     return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
 
 
 def pick_group_size(linears: dict[str, nn.Linear], largest: int) -> int:
-    """The largest group that all linears' widths are multiples of; else the one that most are."""
+    """Return the group size that divides the widths of most linears, up to `largest`; in a tie, the larger size."""
     sizes = [size for size in GROUP_SIZES if size <= largest]
     return max(sizes, key=lambda size: (sum(m.in_features % size == 0 for m in linears.values()), size))
 
 
 def result_shapes(merged: Merged, linears: dict[str, nn.Linear], method: Any, group_size: int) -> Shapes:
-    """The dtype and shape of every tensor of the result."""
+    """Return the dtype and shape of every tensor of the result."""
     found: Shapes = {}
     for name, (dtype, shape) in merged.shapes.items():
         module = name.removesuffix(".weight")
@@ -118,7 +118,7 @@ def result_shapes(merged: Merged, linears: dict[str, nn.Linear], method: Any, gr
 
 
 class Writer:
-    """The result's safetensors files: those of the base by name, each with what became of its tensors."""
+    """The result's safetensors files: they have the base's names, and a tensor stays in its file."""
 
     def __init__(self, folder: Path, merged: Merged, shapes: Shapes):
         self.merged, self.shapes = merged, shapes
@@ -132,12 +132,12 @@ class Writer:
         }
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """A tensor that is not as merged."""
+        """Write a tensor that differs from the merged one."""
         self.files[self.places[name]].append(name, tensor.to("cpu", DTYPES.get(self.shapes[name][0], tensor.dtype)))
         del self.left[name]
 
     def copy_others(self) -> None:
-        """What is as merged, then the files' ends."""
+        """Write the unchanged merged tensors, then close the files."""
         for name in self.left:
             write_tensor(self.files[self.places[name]], self.merged, name)
         for file in self.files.values():

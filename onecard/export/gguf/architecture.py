@@ -1,8 +1,8 @@
-"""What llama.cpp calls a model's numbers and tensors, for the families whose graph it has.
+"""llama.cpp's names for a model's hyperparameters and tensors, for the families that it has a graph for.
 
-The keys and the changes to tensors follow llama.cpp's converter: query and key rows of llama in the order that its
-rotary embedding wants (neighbours instead of halves), gemma's norms as 1 + weight, llama 3's rotary scaling as a
-tensor of factors. A model with something that llama.cpp's graph of its family would not compute is refused.
+The keys and the changes to tensors follow llama.cpp's converter: llama's query and key rows in the order of its rotary
+embedding (neighbours instead of halves), gemma's norms as 1 + weight, llama 3's rotary scaling as a tensor of factors.
+A model with an operation that llama.cpp's graph of its family does not compute is an error.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ ARCHITECTURES = {
     "phi3": gguf.MODEL_ARCH.PHI3,
 }
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
-WINDOW_PERIOD = {"gemma2": 2, "gemma3_text": 6}  # every so many layers, one attends to everything
-LAYERS_27B = {"gemma2": 46, "gemma3_text": 62}  # at which llama.cpp scales scores by hidden size over heads
+WINDOW_PERIOD = {"gemma2": 2, "gemma3_text": 6}  # of so many layers, the last one attends to all positions
+LAYERS_27B = {"gemma2": 46, "gemma3_text": 62}  # here llama.cpp scales scores by hidden size / heads
 DO = "serve the merged checkpoint with vLLM or transformers instead"
 
 
@@ -38,13 +38,13 @@ class Architecture:
     """A family of models in llama.cpp's terms.
 
     Attributes:
-        config: transformers' config, with all its defaults filled in.
-        head_dim: values of a query, key or value of one head.
-        notes: what llama.cpp computes otherwise, for the user.
+        config: transformers' config, with all its defaults.
+        head_dim: size of a query, key or value of one head.
+        notes: what llama.cpp computes differently, for the user.
     """
 
     def __init__(self, fields: dict[str, Any]):
-        """Raises UserError for a model that llama.cpp's graph is not known to compute.
+        """Raise UserError for a model that llama.cpp's graph is not known to compute.
 
         Args:
             fields: config.json.
@@ -68,7 +68,7 @@ class Architecture:
             self.notes.append(f"llama.cpp attends to the whole context, the model to its last {window:,} tokens")
 
     def check(self) -> None:
-        """Raise UserError where the config asks for what llama.cpp's graph does not do."""
+        """Raise UserError if the config needs an operation that llama.cpp's graph does not have."""
         config, gemma = self.config, self.family in GEMMAS
         activation = (getattr(config, "hidden_activation", None) or config.hidden_act) if gemma else config.hidden_act
         require(activation == ("gelu_pytorch_tanh" if gemma else "silu"), "hidden_act", activation)
@@ -83,7 +83,7 @@ class Architecture:
             require(config.tie_word_embeddings, "tie_word_embeddings", config.tie_word_embeddings)
 
     def tensor_name(self, name: str) -> str | None:
-        """A tensor's name in the file; None for one that is not written."""
+        """Return a tensor's name in the file; None for a tensor that is not written."""
         if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_word_embeddings):
             return None
         found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -92,7 +92,7 @@ class Architecture:
         return found
 
     def row_order(self, name: str) -> Tensor | None:
-        """The order of a tensor's rows in the file, where it is not the checkpoint's own."""
+        """Return the order of a tensor's rows in the file; None if it is the checkpoint's order."""
         heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
         module = name.split(".")[-2]
         if self.arch != gguf.MODEL_ARCH.LLAMA or module not in heads:
@@ -101,11 +101,11 @@ class Architecture:
         return rows.view(heads[module], 2, self.head_dim // 2).transpose(1, 2).reshape(-1)
 
     def shift(self, name: str) -> float:
-        """What is added to a tensor: gemma multiplies by 1 + its norms' weights, llama.cpp by what is stored."""
+        """Return what to add to a tensor: gemma multiplies by 1 + a norm's weight, llama.cpp by the stored value."""
         return 1.0 if self.family in GEMMAS and name.endswith("norm.weight") else 0.0
 
     def add_metadata(self, writer: gguf.GGUFWriter, vocab_size: int) -> None:
-        """Write the model's numbers."""
+        """Write the model's hyperparameters."""
         config, windowed = self.config, self.family in WINDOW_PERIOD or self.family == "phi3"
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)
@@ -124,7 +124,7 @@ class Architecture:
             self.add_gemma(writer)
 
     def add_gemma(self, writer: gguf.GGUFWriter) -> None:
-        """Caps of logits, and which layers attend to a window where it is not llama.cpp's own pattern."""
+        """Write the caps of logits, and which layers attend to a window if they differ from llama.cpp's pattern."""
         config, period = self.config, WINDOW_PERIOD[self.family]
         if config.attn_logit_softcapping:
             writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -138,7 +138,7 @@ class Architecture:
             writer.add_rope_freq_base_swa(local["rope_theta"])
 
     def add_rope(self, writer: gguf.GGUFWriter) -> None:
-        """The rotary embedding's base and scaling."""
+        """Write the rotary embedding's base and scaling."""
         rope = self.rope
         writer.add_rope_dimension_count(self.rope_dims)
         writer.add_rope_freq_base(rope["rope_theta"])
@@ -163,13 +163,13 @@ class Architecture:
             writer.add_rope_scaling_attn_factors(self.longrope_factor())
 
     def longrope_factor(self) -> float:
-        """By what longrope multiplies queries and keys (arXiv 2402.13753): sqrt(1 + log s / log L)."""
+        """Return longrope's factor of queries and keys (arXiv 2402.13753): sqrt(1 + log s / log L)."""
         original = self.config.original_max_position_embeddings
         scale = self.config.max_position_embeddings / original
         return math.sqrt(1 + math.log(scale) / math.log(original)) if scale > 1 else 1.0
 
     def rope_factors(self) -> dict[str, Tensor]:
-        """Tensors by which llama.cpp divides the rotary embedding's frequencies, float32 (rope_dims / 2,)."""
+        """Return the tensors by which llama.cpp divides the rotary frequencies, float32 (rope_dims / 2,)."""
         kind, rope = self.rope.get("rope_type", "default"), self.rope
         if kind == "longrope":
             return {

@@ -1,12 +1,12 @@
 """A Modelfile for Ollama: the chat template in Go's language, and the tokens that end an answer.
 
-Ollama does not run Jinja. What a chat template writes around the messages is found by rendering probes:
+Ollama does not run Jinja. Rendered probes show the text that a chat template writes around the messages:
 
     head | system_head S system_tail   then   user_head U user_tail   A assistant_tail   ...
 
-where user_tail ends with what asks for an answer. The parts are taken from a chat of two users and one assistant;
-they stand for the template only if they also make up longer chats, with and without a system message. Else TEMPLATE
-is left out and a note says so.
+where user_tail ends with the text that requests an answer. The parts come from a chat of two user messages and one
+assistant message. They are used only if they also reproduce longer chats, with and without a system message. Otherwise
+TEMPLATE is left out and a note says so.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from onecard.data.chat.mask import alpaca_prompt, bos
 from onecard.data.chat.rendering import Renderings
 from onecard.errors import UserError
 
-SYSTEM, USER, ASSISTANT = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")  # marks that stand for messages
+SYSTEM, USER, ASSISTANT = ("\u2042s\u2042", "\u2042u\u2042", "\u2042a\u2042")  # placeholders of messages
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Chat:
-    """What stands around the messages; `system` is None where the template takes no system message at the start."""
+    """The text around the messages; `system` is None if the template accepts no system message at the start."""
 
     head: str
     system: tuple[str, str] | None
@@ -35,7 +35,7 @@ class Chat:
     assistant_tail: str
 
     def text(self, messages: list[Message]) -> str:
-        """The prompt that asks for the next answer."""
+        """Return the prompt for the next answer."""
         made, rest = self.head, messages
         if self.system and messages[0]["role"] == "system":
             made, rest = messages[0]["content"].join(self.system), messages[1:]
@@ -44,7 +44,7 @@ class Chat:
         return made
 
     def go(self) -> str | None:
-        """The template in Go's language; None if a part would be read as Go or end the Modelfile's quotes."""
+        """Return the template in Go's language; None if a part contains Go's or the Modelfile's delimiters."""
         parts = (self.head, *(self.system or ()), *self.user, self.assistant_tail)
         if any("{{" in part or '"""' in part for part in parts):
             return None
@@ -63,12 +63,12 @@ class Chat:
 
 
 def modelfile(start: str, tokenizer: Any, end_ids: list[int], form: Form | None = None) -> tuple[str, list[str]]:
-    """The file's text, and notes.
+    """Return the file's text, and notes.
 
     Args:
         start: FROM and ADAPTER lines.
         end_ids: every token that ends an answer.
-        form: that of the adapter's prompts, as far as its folder tells.
+        form: the form of the adapter's prompts, if its folder records it.
     """
     lines, notes = [start], []
     if form is not None and form.prompt != "chat":
@@ -90,13 +90,13 @@ def modelfile(start: str, tokenizer: Any, end_ids: list[int], form: Form | None 
 
 
 def plain_template(form: Form) -> str:
-    """A prompt without a chat template, in Go's language."""
+    """Return the template of a prompt without a chat template, in Go's language."""
     prompt = "{{ .Prompt }}"
     return alpaca_prompt(prompt) if form.prompt == "alpaca" else prompt
 
 
 def find_chat(tokenizer: Any) -> Chat | None:
-    """What a chat template writes around messages; None if that is not all that it does."""
+    """Return the text that a chat template writes around messages; None if the template does more than that."""
     long = chat_of(USER, ASSISTANT, "x", "y", "z")
     for system in (find_system(tokenizer), ()):
         probes = [long[:1], long[:3], long]
@@ -106,13 +106,13 @@ def find_chat(tokenizer: Any) -> Chat | None:
             chat = parts_of(tokenizer, system)
             if all(chat.text(probe) == rendered(probe, tokenizer) for probe in probes):
                 return chat
-        except (UserError, ValueError):  # a template that refuses such a chat, or does not keep its messages
+        except (UserError, ValueError):  # the template rejects such a chat or changes its messages
             continue
     return None
 
 
 def parts_of(tokenizer: Any, system: tuple[str, ...]) -> Chat:
-    """The parts as a chat of three messages has them. Raises ValueError where it does not keep the messages as is."""
+    """Return the parts from a chat of three messages. Raises ValueError if the template changes the messages."""
     talk = rendered(chat_of(USER, ASSISTANT, USER), tokenizer)
     head, user_tail, between, _ = talk.replace(ASSISTANT, USER).split(USER)
     user_head = common_end([head, between, *system[1:]])
@@ -122,7 +122,7 @@ def parts_of(tokenizer: Any, system: tuple[str, ...]) -> Chat:
 
 
 def find_system(tokenizer: Any) -> tuple[str, ...]:
-    """What stands before a system message, and between it and the first user's; empty where there is no place."""
+    """Return the text before a system message, and between it and the first user's; () if the template accepts none."""
     try:
         probe = [{"role": "system", "content": SYSTEM}, *chat_of(USER)]
         before, between = rendered(probe, tokenizer).partition(USER)[0].split(SYSTEM)
@@ -132,12 +132,12 @@ def find_system(tokenizer: Any) -> tuple[str, ...]:
 
 
 def chat_of(*contents: str) -> list[Message]:
-    """User and assistant in turn."""
+    """Return messages that alternate between user and assistant."""
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
 
 
 def common_end(texts: list[str]) -> str:
-    """The longest string that all of the texts end with; from its first bracket on, so as not to begin in a token."""
+    """Return the texts' longest common end, from its first bracket on, so that it does not start inside a token."""
     longest = min(texts, key=len)
     starts = (longest[i:] for i in range(len(longest) + 1))
     end = next(end for end in starts if all(text.endswith(end) for text in texts))
@@ -146,7 +146,7 @@ def common_end(texts: list[str]) -> str:
 
 
 def rendered(messages: list[Message], tokenizer: Any) -> str:
-    """The chat template's prompt, without the BOS where the reader writes one by itself."""
+    """Return the chat template's prompt, without the BOS if the tokenizer writes one itself."""
     asked = (len(messages), True)
     text = Renderings(messages, tokenizer, "chat template", wanted=[asked]).text(*asked)
     return text.removeprefix(tokenizer.bos_token) if bos(tokenizer) else text

@@ -1,14 +1,14 @@
-"""A tokenizer as GGUF holds it: tokens, their kinds, and merges or scores.
+"""A tokenizer in GGUF: tokens, their kinds, and merges or scores.
 
-Two kinds of tokenizer are told by what tokenizer.json says of its BPE:
+tokenizer.json's BPE shows which of two kinds a tokenizer is:
 
     byte-level (gpt2)       tokens in the byte alphabet, merges by rank, and the name of a pre-tokenizer, since the
                             file holds no regular expression: llama.cpp has a fixed list of them by name
     byte fallback (llama)   sentencepiece's: llama.cpp joins the neighbours whose union has the highest score; with
                             score = -rank of the first merge that makes a token, that is the order of the merges
 
-A pre-tokenizer is recognised by what it does: the one that cuts a probe text just as the tokenizer does. Where none
-does, the one that gives most probes the tokenizer's own tokens stands in, and a note says so.
+A pre-tokenizer is recognised by its output: it must split a probe text exactly as the tokenizer does. If none does, the
+one with the tokenizer's tokens for most probes is used, and a note says so.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PATHS = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 TEKKEN = rf"{CASED}|{CAPITALS}|\p{{N}}|{PATHS}|{SPACES}"
 GPT4O = rf"{CASED}{CONTRACTIONS}?|{CAPITALS}{CONTRACTIONS}?|\p{{N}}{{1,3}}|{PATHS}|{SPACES}"
 PRE_TOKENIZERS: dict[str, tuple[tuple[str, ...], bool]] = {
-    # llama.cpp's name: regular expressions, one cutting the other's pieces; whether a piece that is a token stays whole
+    # llama.cpp's name: regular expressions, each splits the pieces so far; whether a piece that is a token stays whole
     "gpt-2": ((GPT2,), False),
     "llama-bpe": ((LLAMA3,), True),
     "smaug-bpe": ((LLAMA3,), False),
@@ -55,10 +55,10 @@ MAX_PROBES = 4000
 
 
 def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end_ids: list[int]) -> list[str]:
-    """Write a tokenizer's metadata; notes of what llama.cpp will do otherwise than the tokenizer.
+    """Write a tokenizer's metadata. Return notes of what llama.cpp does differently from the tokenizer.
 
     Args:
-        vocab_size: rows of the embedding; ids that no token has are filled up with unused tokens.
+        vocab_size: rows of the embedding; ids without a token become unused tokens.
         end_ids: every token that ends an answer.
 
     Raises:
@@ -95,13 +95,13 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end
 
 
 def pairs(model: dict[str, Any]) -> list[tuple[str, str]]:
-    """The merges by rank; older files hold each as one string."""
+    """Return the merges by rank. Older files hold each merge as one string."""
     split = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     return [(left, right) for left, right in split]
 
 
 def merge_scores(model: dict[str, Any], vocab_size: int) -> list[float]:
-    """Scores in whose order sentencepiece's greedy joining does what the merges by rank do."""
+    """Return scores with which sentencepiece's greedy joining does the merges in the order of their ranks."""
     scores = [0.0] * vocab_size
     for rank, (left, right) in reversed(list(enumerate(pairs(model), 1))):
         token = model["vocab"][left + right]
@@ -111,7 +111,7 @@ def merge_scores(model: dict[str, Any], vocab_size: int) -> list[float]:
 
 
 def list_tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
-    """Spelling and kind of each id below vocab_size."""
+    """Return the spelling and kind of each id below vocab_size."""
     kind, model = gguf.TokenType, state["model"]
     tokens, types = [f"[PAD{i}]" for i in range(vocab_size)], [int(kind.UNUSED)] * vocab_size
     for token, i in model["vocab"].items():
@@ -129,7 +129,7 @@ def list_tokens(state: dict[str, Any], vocab_size: int) -> tuple[list[str], list
 
 
 def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int, end_ids: list[int]) -> None:
-    """Ids of the named tokens, which of them the tokenizer writes by itself, and the chat template."""
+    """Write the ids of the named tokens, which of them the tokenizer adds itself, and the chat template."""
     named = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,
@@ -138,7 +138,7 @@ def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int,
     }
     for name, add in named.items():
         i = getattr(tokenizer, f"{name}_token_id")
-        if i is not None and i < vocab_size:  # some tokenizer classes name tokens that the model has no row for
+        if i is not None and i < vocab_size:  # some tokenizer classes name tokens without a row in the model
             add(i)
     others = [i for i in end_ids if i != tokenizer.eos_token_id and i < vocab_size]
     if others:
@@ -154,7 +154,7 @@ def add_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, vocab_size: int,
 
 
 def find_pre_tokenizer(backend: Tokenizer, model: dict[str, Any]) -> tuple[str, list[str]]:
-    """llama.cpp's name for how a byte-level tokenizer cuts text, and a note where no name is right."""
+    """Return llama.cpp's name for a byte-level tokenizer's pre-tokenizer, and a note if no name is exact."""
     cuts = [span for _, span in backend.pre_tokenizer.pre_tokenize_str(PROBE)]
     for name, (splits, whole) in PRE_TOKENIZERS.items():
         same = [span for _, span in cutter(splits).pre_tokenize_str(PROBE)] == cuts
@@ -177,6 +177,6 @@ def find_pre_tokenizer(backend: Tokenizer, model: dict[str, Any]) -> tuple[str, 
 
 
 def cutter(splits: tuple[str, ...]) -> Any:
-    """A pre-tokenizer that cuts text as llama.cpp does with these regular expressions."""
+    """Return a pre-tokenizer that splits text as llama.cpp does with these regular expressions."""
     steps = [pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
     return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -1,12 +1,12 @@
 """A model, or an adapter alone, as one GGUF file for llama.cpp, Ollama and LM Studio, streamed tensor by tensor.
 
 The whole model is the merged checkpoint (`onecard.export.merge.merged`) under llama.cpp's names. Matrices are BF16,
-F16, Q8_0 (32 weights and one scale) or Q4_0 (the same in 4 bits, with embeddings and head in Q8_0, since errors there
-are everyone's); vectors and norms are F32. A matrix whose rows are no multiple of 32 is F16, as llama.cpp's converter
-has it. Memory holds one tensor as stored, some of its rows in float32, and what merging it takes.
+F16, Q8_0 (32 weights and one scale) or Q4_0 (the same in 4 bits, with embeddings and head in Q8_0, since their errors
+affect every token). Vectors and norms are F32. With Q8_0 and Q4_0, a matrix whose row length is no multiple of 32 is
+F16, as in llama.cpp's converter. Memory holds one tensor as stored, some of its rows in float32, and its merge.
 
-An adapter alone has for each weight A (r, K) and B (N, r) in F32. llama.cpp adds alpha / r * B A with one alpha for
-the file: what else a module's scale has in it (rsLoRA, alpha patterns) is multiplied into its B.
+An adapter alone has A (r, K) and B (N, r) in F32 for each weight. llama.cpp adds alpha / r * B A with one alpha for
+the file. Other factors of a module's scale (rsLoRA, alpha patterns) are multiplied into its B.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SLAB_VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the file: its name, shape and kind, and a way to read its values, some rows at a time."""
+    """A tensor of the file: its name, shape and kind, and a function that yields its values, some rows at a time."""
 
     name: str
     shape: tuple[int, ...]
@@ -64,7 +64,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Exported:
-    """Where the file and its Modelfile are, what the file holds, and what the user should know."""
+    """The paths of the file and its Modelfile, the file's size, and notes for the user."""
 
     file: Path
     modelfile: Path
@@ -73,7 +73,7 @@ class Exported:
     is_adapter: bool
 
     def lines(self) -> list[str]:
-        """What was written, what is not as one may think, and how to use it."""
+        """Return the lines that say what was written and how to use it, with the notes."""
         said = [f"exported {self.file}  ({self.nbytes:,} bytes)", f"Ollama   {self.modelfile}"]
         said += [f"note     {note}" for note in self.notes]
         file, recipe = quote(str(self.file)), quote(str(self.modelfile))
@@ -93,15 +93,15 @@ def export_gguf(
     base: Base | None = None,
     quant: QuantConfig | None = None,
 ) -> Exported:
-    """Write a GGUF file and a Modelfile beside it.
+    """Write a GGUF file and a Modelfile next to it.
 
     Args:
-        output: a new folder, or, where its name ends in .gguf, a new file.
-        base: what the adapter is merged into, as open_merged has it; quant says how training stored it.
+        output: a new folder, or a new file if its name ends in .gguf.
+        base, quant: same as in `open_merged`.
 
     Raises:
-        UserError: a model, tokenizer or adapter that GGUF or llama.cpp's graph cannot hold; weights beyond F16's
-            range; no room on the disk; an output that exists; and open_merged's.
+        UserError: a model, tokenizer or adapter that GGUF or llama.cpp's graph cannot represent; weights beyond F16's
+            range; no room on the disk; an output that exists; same as `open_merged`.
     """
     target = Path(output)
     merged = open_merged(model, adapter, base, quant)
@@ -117,10 +117,10 @@ def export_gguf(
 
 
 def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: str) -> tuple[int, list[str]]:
-    """Write both files; bytes of the first, and notes.
+    """Write both files. Return the first one's size in bytes, and notes.
 
     Args:
-        name: what the first file will be called.
+        name: the first file's final name.
     """
     arch, folder = Architecture(merged.config), merged.checkpoint.folder.resolve()
     tokenizer = load_tokenizer(str(folder), merged.adapter.folder)
@@ -158,13 +158,13 @@ def add_adapter_metadata(writer: gguf.GGUFWriter, adapter: Adapter) -> None:
 
 
 def file_alpha(adapter: Adapter) -> float:
-    """The alpha that llama.cpp divides by each rank: the first module's, so that plain LoRA keeps its B."""
+    """Return the alpha that llama.cpp divides by each rank: the first module's, so that plain LoRA's B is unchanged."""
     first = next(iter(adapter.updates.values()))
     return first.scaling * first.A_RK.shape[0]
 
 
 def model_parts(merged: Merged, arch: Architecture, outtype: str) -> Iterator[Part]:
-    """The whole model's tensors."""
+    """Yield the whole model's tensors."""
     for name, factors in arch.rope_factors().items():
         yield Part(name, tuple(factors.shape), Kind.F32, lambda factors=factors: [factors])
     for source, (_, shape) in merged.shapes.items():
@@ -174,7 +174,7 @@ def model_parts(merged: Merged, arch: Architecture, outtype: str) -> Iterator[Pa
 
 
 def kind_of(name: str, shape: tuple[int, ...], outtype: str) -> Kind:
-    """How a tensor is stored."""
+    """Return the kind in which a tensor is stored."""
     if len(shape) < 2 or name.endswith("_norm.weight"):
         return Kind.F32
     kind = KINDS[outtype]
@@ -184,17 +184,17 @@ def kind_of(name: str, shape: tuple[int, ...], outtype: str) -> Kind:
 
 
 def slabs(merged: Merged, arch: Architecture, name: str) -> Iterator[Tensor]:
-    """A tensor's rows in the file's order and size, some at a time."""
+    """Yield a tensor's rows, some at a time, in the order and with the shift of the file."""
     order, shift = arch.row_order(name), arch.shift(name)
     for slab in merged.slabs(name) if order is None else [merged.read(name)[order]]:
         yield slab.float() + shift if shift else slab
 
 
 def adapter_parts(adapter: Adapter, arch: Architecture) -> list[Part]:
-    """A and B of each weight.
+    """Return A and B of each weight.
 
     Raises:
-        UserError: no adapter; one of more than LoRA's A and B; a weight that the file of the base does not have.
+        UserError: no adapter; an adapter with more than LoRA's A and B; a weight that the base's file does not have.
     """
     do = "leave out --adapter-only, which merges it"
     if not adapter.updates:
@@ -216,7 +216,7 @@ def adapter_parts(adapter: Adapter, arch: Architecture) -> list[Part]:
 
 
 def write_parts(writer: gguf.GGUFWriter, file: Path, parts: list[Part]) -> int:
-    """Metadata, then each tensor as it is read; the file's bytes."""
+    """Write the metadata, then each tensor as it is read. Return the file's size in bytes."""
     check_room(file, sum(part.nbytes for part in parts))
     for part in parts:
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.nbytes, raw_dtype=part.kind)
@@ -232,7 +232,7 @@ def write_parts(writer: gguf.GGUFWriter, file: Path, parts: list[Part]) -> int:
 
 
 def encode(part: Part) -> np.ndarray:
-    """A tensor's bytes, (nbytes,) uint8."""
+    """Return a tensor's bytes, (nbytes,) uint8."""
     out, at = np.empty(part.nbytes, np.uint8), 0
     for slab in part.slabs():
         rows = max(SLAB_VALUES // slab.shape[-1], 1)
@@ -248,7 +248,7 @@ def encode(part: Part) -> np.ndarray:
 
 
 def encode_rows(piece: Tensor, kind: Kind) -> np.ndarray:
-    """Some rows as bytes."""
+    """Encode some rows, (nbytes,) uint8."""
     if kind in PLAIN:
         return piece.to(PLAIN[kind]).contiguous().view(torch.uint8).reshape(-1).numpy()
     return gguf.quantize(piece.float().numpy(), kind).reshape(-1)

@@ -1,1 +1,1 @@
-"""Merged checkpoints: 16-bit or 4-bit base plus adapter, and their check."""
+"""Merged checkpoints, in 16 or 4 bits: a base plus an adapter, and their verification."""

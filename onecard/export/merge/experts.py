@@ -1,7 +1,7 @@
-"""Experts in an export: their stacked weights, read from a checkpoint matrix by matrix, and their part of an adapter.
+"""Experts in an export: their stacked weights, read from a checkpoint matrix by matrix, and their adapter updates.
 
-peft names a layer on a stacked weight by the experts' module alone. Where both weights have one, the layer on the
-first, gate_up_proj, lies inside that on the second: `experts.base_layer.lora_A` and `experts.lora_A`.
+peft names a layer on a stacked weight only by the experts' module. If both weights have one, the layer on the first,
+gate_up_proj, is inside the layer on the second: `experts.base_layer.lora_A` and `experts.lora_A`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from onecard.hf.stacks import Stack
 from onecard.kernels import ops
 from onecard.quant.state import QuantState, part_of
 
-LAYER_STACKS = 2  # stacked weights of a layer, whose matrices a checkpoint may have in turn
+LAYER_STACKS = 2  # stacked weights of a layer; a checkpoint may interleave their matrices
 
 
 def matrix_key(name: str, expert: int | None) -> str:
-    """How an adapter's updates name a matrix: a tensor, or `expert`'s part of a stacked one."""
+    """Return the key of a matrix in an adapter's updates: of a tensor, or of `expert`'s part of a stacked one."""
     return name if expert is None else f"{name}[{expert}]"
 
 
 def matrix_info(info: TensorInfo, expert: int) -> TensorInfo:
-    """A stacked tensor's part."""
+    """Return the location of one expert's matrix in a stacked tensor."""
     size = info.nbytes // info.shape[0]
     return replace(info, shape=info.shape[1:], begin=info.begin + expert * size, nbytes=size)
 
 
 def part_in_4bit(packed: Tensor, state: QuantState, place: Place, expert: int | None) -> tuple[Tensor, QuantState, int]:
-    """Codes and state of a tensor's matrix in a stack's, and how many weights in them come before it."""
+    """Return a stack's codes and state that contain a tensor's matrix, and how many weights in them precede it."""
     number = place.expert if expert is None else expert
     assert number is not None
     codes, found, skip = part_of(packed, state, number)
@@ -46,7 +46,7 @@ def part_in_4bit(packed: Tensor, state: QuantState, place: Place, expert: int | 
 
 @dataclass(frozen=True)
 class Experts:
-    """Where a checkpoint's experts are, by tensor, and the last layer's in 4 bits."""
+    """The places of a checkpoint's expert tensors, and the last layer's stacks in 4 bits."""
 
     checkpoint: Checkpoint
     stacks: dict[str, Stack]
@@ -55,7 +55,7 @@ class Experts:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, model: Any) -> Experts:
-        """Args: model: what read_model says of the checkpoint."""
+        """Args: model: `read_model` of the checkpoint."""
         stacks = model.stacks
         return cls(checkpoint, stacks, expert_places(model.modules, stacks, checkpoint.tensors) if stacks else {})
 
@@ -64,7 +64,7 @@ class Experts:
         return name in self.places and self.places[name].expert is None
 
     def parts(self, stack: str) -> list[tuple[int | None, list[str]]]:
-        """The tensors of each expert in a stacked weight, in its order; for None the one that is all of it."""
+        """Return each expert's tensors of a stack, in its order; the expert is None if one tensor holds all of them."""
         found: dict[int | None, list[tuple[int, str]]] = {}
         for name, place in self.places.items():
             if place.stack == stack:
@@ -73,7 +73,7 @@ class Experts:
         return [(expert, [name for _, name in sorted(found[expert])]) for expert in ordered]
 
     def matrices(self, stack: str) -> Iterator[Tensor]:
-        """A stacked weight's matrices, in its order, as the checkpoint has them."""
+        """Yield a stacked weight's matrices from the checkpoint, in its order."""
         for expert, names in self.parts(stack):
             infos = [self.checkpoint.tensors[name] for name in names]
             if expert is None:
@@ -84,7 +84,7 @@ class Experts:
     def in_4bit(
         self, stack: str, how: tuple[str, int, bool], read: Callable[[], tuple[Tensor, QuantState]] | None
     ) -> tuple[Tensor, QuantState]:
-        """A stacked weight's codes and state as training had them; `read` gives those that a 4-bit checkpoint has."""
+        """Return a stacked weight's codes and state as training had them. `read` loads them from a 4-bit checkpoint."""
         if stack not in self.held:
             if len(self.held) == LAYER_STACKS:
                 del self.held[next(iter(self.held))]
@@ -93,7 +93,7 @@ class Experts:
         return self.held[stack]
 
     def spread(self, adapter: Adapter) -> None:
-        """Replace an adapter's updates of stacked weights by one for each of their matrices in the checkpoint."""
+        """Replace an adapter's updates of stacked weights by updates of their matrices in the checkpoint."""
         for layer, stack in self.layers(adapter.config.get("target_parameters") or []).items():
             update = adapter.updates.pop(f"{layer}.weight", None)
             for name, place in self.places.items():
@@ -101,7 +101,7 @@ class Experts:
                     adapter.updates |= self.matrix_updates(name, update, adapter)
 
     def layers(self, target_parameters: list[str]) -> dict[str, str]:
-        """The stacked weight that each of peft's layers on one is for, by the layer's name."""
+        """Return the stacked weight of each of peft's layers on one, by the layer's name."""
         modules: dict[str, list[str]] = {}
         for stack in self.stacks:
             if any(f".{stack}".endswith(f".{target}") for target in target_parameters):
@@ -113,7 +113,7 @@ class Experts:
         }
 
     def matrix_updates(self, name: str, update: Update, adapter: Adapter) -> dict[str, Update]:
-        """Of each matrix of a tensor, from peft's A (E R, K) and B (N, R E) of its stack."""
+        """Return the update of each matrix of a tensor, from peft's A (E R, K) and B (N, R E) of its stack."""
         place = self.places[name]
         stack, E = self.stacks[place.stack], self.stacks[place.stack].num_experts
         rank, rest = divmod(update.A_RK.shape[0], E)

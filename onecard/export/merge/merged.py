@@ -2,11 +2,11 @@
 
     W' = W + s B A        DoRA: W' = m (W + s B A) / ||W + s B A||, norms of rows (arXiv 2402.09353)
 
-W is by default what training saw, the dequantized 4-bit weight, in every linear that had one; "original" takes the
-checkpoint's own weights, which the adapter has never met. Sums are float32, rounded once to the checkpoint's dtype.
-4 bits again would undo most of the update, so the result is 16-bit. The output is written under a temporary name,
-file by file as the base has them, and renamed when whole. Experts are merged matrix by matrix (experts.py). Tensors go
-by the checkpoint's names, which transformers may change as it loads (hf/names.py); a Conv1D's matrix lies turned there.
+By default W is the dequantized 4-bit weight of every linear that training quantized. "original" uses the checkpoint's
+own weights, which training did not use. Sums are float32, rounded once to the checkpoint's dtype. Rounding to 4 bits
+again would undo most of the update, so the result is 16-bit. The output has the base's file names; its folder has a
+temporary name until it is complete. Experts are merged matrix by matrix (experts.py). Tensors have the checkpoint's
+names, which transformers may change at load (hf/names.py). A Conv1D's matrix is transposed there.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
 
 @dataclass(frozen=True)
 class Merged:
-    """A base and an adapter as one 16-bit checkpoint, given tensor by tensor; nothing of it is written or kept.
+    """A base and an adapter as one 16-bit checkpoint, computed tensor by tensor on request.
 
     Attributes:
-        config: config.json of the result.
-        shapes: each of its tensors: dtype as safetensors spells it, shape.
+        config: the result's config.json.
+        shapes: by tensor of the result: dtype in safetensors' spelling, shape.
     """
 
     checkpoint: Checkpoint
@@ -59,8 +59,8 @@ class Merged:
     quant: QuantConfig
     config: dict[str, Any]
     shapes: Shapes
-    rounded: set[str]  # weights that stand in 4 bits first
-    full: dict[str, Tensor]  # tensors that are not the base's
+    rounded: set[str]  # weights that are first rounded to 4 bits
+    full: dict[str, Tensor]  # tensors that replace the base's
     linears: set[str]  # weights that training has in 4 bits
     turned: set[str]  # weights that are (K, N) in the checkpoint, not (N, K)
     experts: Experts
@@ -70,23 +70,23 @@ class Merged:
         return num_bytes(self.shapes)
 
     def files(self) -> Iterator[tuple[str, list[str]]]:
-        """The result's tensors by file, as the base has them; new ones are in the last."""
+        """Yield each of the base's file names with its tensors of the result. New tensors are in the last file."""
         infos, files = self.checkpoint.tensors, self.checkpoint.files
         for file in files:
             names = [n for n in self.shapes if (infos[n].file == file if n in infos else file == files[-1])]
             yield file.name, names
 
     def read(self, name: str) -> Tensor:
-        """One tensor of the result, whole."""
+        """Return one whole tensor of the result."""
         return torch.cat(list(self.slabs(name))).view(self.shapes[name][1])
 
     def matrix(self, name: str) -> Tensor:
-        """A linear's weight of the result, whole, (N, K)."""
+        """Return a linear's whole weight of the result, (N, K)."""
         W = self.read(name)
         return W.T.contiguous() if name in self.turned else W
 
     def slabs(self, name: str) -> Iterator[Tensor]:
-        """One tensor of the result, consecutive rows at a time."""
+        """Yield consecutive rows of one tensor of the result."""
         if name in self.full:
             yield self.full[name].to(DTYPES[self.shapes[name][0]])
         elif self.as_stored(name):
@@ -98,19 +98,19 @@ class Merged:
                 yield from self.matrix_slabs(name, expert)
 
     def matrix_slabs(self, name: str, expert: int | None) -> Iterator[Tensor]:
-        """A matrix of the result, `expert`'s of a stacked tensor, consecutive rows at a time."""
+        """Yield consecutive rows of a matrix of the result: a weight, or `expert`'s of a stacked tensor."""
         update = self.adapter.updates.get(matrix_key(name, expert))
         for start, piece in self.base_slabs(name, expert):
             piece = piece if update is None else update.add_to(piece, start)
             yield piece.to(DTYPES[self.shapes[name][0]])
 
     def as_stored(self, name: str) -> bool:
-        """Whether a tensor is in the base just as it will be in the result."""
+        """Whether the result has a tensor's values of the base unchanged."""
         key = matrix_key(name, 0 if self.experts.is_stack(name) else None)
         return name not in self.full and name not in self.rounded and key not in self.adapter.updates
 
     def base_slabs(self, name: str, expert: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """A matrix of the base, (N, K), in float32: the first row's number, and some rows."""
+        """Yield a matrix of the base, (N, K), in float32: the number of the first row, and some rows."""
         N, K = self.matrix_shape(name)
         rows = max(SLAB_VALUES // K, 1)
         if name not in self.rounded:
@@ -124,18 +124,18 @@ class Merged:
             yield start, dequantize_part(packed, absmax, state, skip + start * K, count).view(-1, K)
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
-        """(N, K) of a weight, or of a stacked tensor's matrices."""
+        """Return (N, K) of a weight, or of a stacked tensor's matrices."""
         shape = self.shapes[name][1][-2:]
         return shape[::-1] if name in self.turned else shape
 
     def original(self, name: str, expert: int | None = None) -> Tensor:
-        """A matrix of a 16-bit base as it is there, (N, K)."""
+        """Return a matrix of a 16-bit base with its stored values, (N, K)."""
         info = self.checkpoint.tensors[name]
         W = read_tensor(info if expert is None else matrix_info(info, expert))
         return W.T.contiguous() if name in self.turned else W
 
     def in_4bit(self, name: str, expert: int | None = None) -> tuple[Tensor, QuantState, int]:
-        """Codes and state of a matrix as training had it, and how many weights in them come before it."""
+        """Return codes and state that contain a matrix as training had it, and how many weights in them precede it."""
         info, place, quant = self.checkpoint.tensors[name], self.experts.places.get(name), self.quant
         how = (quant.quant_type, quant.blocksize, quant.double_quant)
         if place is not None:
@@ -146,7 +146,7 @@ class Merged:
         return *ops.quantize_4bit(self.original(name), *how, name), 0
 
     def stack(self, name: str) -> Iterator[Tensor]:
-        """The matrices of a stacked weight of the result, in its order."""
+        """Yield the matrices of a stacked weight of the result, in its order."""
         for expert, parts in self.experts.parts(name):
             if expert is None:
                 numbers = range(self.shapes[parts[0]][1][0])
@@ -156,12 +156,12 @@ class Merged:
 
 
 def num_bytes(shapes: Shapes) -> int:
-    """Of tensors of these dtypes and shapes."""
+    """Return the number of bytes of tensors with these dtypes and shapes."""
     return sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values())
 
 
 def dequantize_part(packed: Tensor, absmax: Tensor, state: QuantState, first: int, count: int) -> Tensor:
-    """`count` weights from number `first` on, in float32, of a 4-bit weight with float32 scales `absmax`."""
+    """Dequantize `count` weights from index `first` on to float32; `absmax` are the 4-bit weight's float32 scales."""
     skip = first % state.blocksize
     block, out = first // state.blocksize, torch.empty(skip + count)
     codes = packed.view(-1)[(first - skip) // 2 : (first + count + 1) // 2]
@@ -171,18 +171,17 @@ def dequantize_part(packed: Tensor, absmax: Tensor, state: QuantState, first: in
 
 
 def open_merged(model: str, adapter: str | None, base: Base | None = None, quant: QuantConfig | None = None) -> Merged:
-    """The checkpoint that `model` and a trained adapter, or none, make together.
+    """Return the merge of the checkpoint `model` and a trained adapter, which may be None.
 
     Args:
         model: the checkpoint that the adapter was trained on, in 16 bits or in bitsandbytes' 4-bit format.
-        base: "dequantized" adds to what training saw, "original" to the checkpoint's own weights; None: what training
-            saw, or without an adapter the checkpoint itself.
-        quant: how training stored a 16-bit base; if not given, as the adapter's folder says, or the defaults.
+        base: the weights to add to: "dequantized", as in training, or "original", as in the checkpoint. None:
+            "original" for a 16-bit checkpoint without an adapter, else "dequantized".
+        quant: how training quantized a 16-bit base; None: as the adapter's folder records, or the defaults.
 
     Raises:
-        UserError: an adapter that does not belong to the model, was trained over another quantization or is of a
-            kind not known here; the original weights of a checkpoint that has none; a model whose linears are not
-            tensors of the checkpoint.
+        UserError: an adapter of another model, over another quantization or of an unknown kind; "original" with a
+            checkpoint that has no original weights; a model whose linears are not tensors of the checkpoint.
     """
     checkpoint = inspect_checkpoint(find_checkpoint(model))
     base = base or ("dequantized" if adapter is not None or checkpoint.is_4bit else "original")
@@ -212,7 +211,7 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
 
 
 def turned_weights(known: Model) -> set[str]:
-    """The checkpoint's tensors that are a Conv1D's weight, whose rows are inputs."""
+    """Return the names of the checkpoint's tensors that are a Conv1D's weight, whose rows are inputs."""
     named = known.modules.named_modules()
     own = [f"{name}.weight" for name, module in named if isinstance(module, Conv1D)]
     return {known.stored[name] for name in own if name in known.stored}
@@ -221,10 +220,10 @@ def turned_weights(known: Model) -> set[str]:
 def trained_over(
     checkpoint: Checkpoint, known: Model, linears: set[str], adapter: str | None, quant: QuantConfig | None
 ) -> QuantConfig:
-    """How the adapter met the base, whose `linears` go by the model's names.
+    """Return how training quantized the base. `linears` are the model's names.
 
     Raises:
-        UserError: that, or the base, is not what the adapter's folder says.
+        UserError: the quantization or the base differs from what the adapter's folder records.
     """
     fields = {} if quant is None else quant.model_dump()
     if checkpoint.is_4bit:
@@ -238,7 +237,7 @@ def trained_over(
 
 
 def stored_shapes(checkpoint: Checkpoint, turned: set[str]) -> Shapes:
-    """Dtype and shape of each tensor of a checkpoint, as it was before 4 bits."""
+    """Return the dtype and shape of each tensor of a checkpoint before its quantization."""
     shapes: Shapes = {}
     for name, info in checkpoint.tensors.items():
         if f"{name}.absmax" in checkpoint.tensors:
@@ -252,21 +251,21 @@ def stored_shapes(checkpoint: Checkpoint, turned: set[str]) -> Shapes:
 
 
 def read_4bit(checkpoint: Checkpoint, name: str) -> tuple[Tensor, QuantState]:
-    """A weight of a bitsandbytes checkpoint: codes and state."""
+    """Read the codes and state of a weight of a bitsandbytes checkpoint."""
     infos = {suffix: checkpoint.tensors.get(name + suffix) for suffix in ("", *SUFFIXES)}
     return from_bnb(name, {suffix: read_tensor(info) for suffix, info in infos.items() if info is not None})
 
 
 def common_dtype(shapes: Shapes) -> str:
-    """What most of a checkpoint's float tensors are stored in."""
+    """Return the dtype of most of a checkpoint's float tensors."""
     return Counter(dtype for dtype, _ in shapes.values() if dtype in DTYPES).most_common(1)[0][0]
 
 
 def merge(model: str, adapter: str, output: str, base: Base | None = None, quant: QuantConfig | None = None) -> Path:
-    """Write a 16-bit checkpoint with the adapter in it; its folder. Arguments and errors are open_merged's.
+    """Write a 16-bit checkpoint with the adapter merged. Return its folder. Arguments are the same as in `open_merged`.
 
     Raises:
-        UserError: no room on the disk; an output folder that is not new.
+        UserError: no room on the disk; an output folder that exists; same as `open_merged`.
     """
     merged, target = open_merged(model, adapter, base, quant), Path(output)
     check_room(target, merged.nbytes)
@@ -276,7 +275,7 @@ def merge(model: str, adapter: str, output: str, base: Base | None = None, quant
 
 
 def write_merged(merged: Merged, folder: Path) -> None:
-    """A whole checkpoint in a folder that is there."""
+    """Write a whole checkpoint into an existing folder."""
     places: dict[str, str] = {}
     for file_name, names in merged.files():
         file = TensorFile(folder / file_name, {name: merged.shapes[name] for name in names})
@@ -288,7 +287,7 @@ def write_merged(merged: Merged, folder: Path) -> None:
 
 
 def write_tensor(file: TensorFile, merged: Merged, name: str) -> None:
-    """One tensor of the result, a few rows at a time."""
+    """Write one tensor of the result, some rows at a time."""
     if merged.as_stored(name):
         file.copy(name, merged.checkpoint.tensors[name])
         return
@@ -297,7 +296,7 @@ def write_tensor(file: TensorFile, merged: Merged, name: str) -> None:
 
 
 def check_belongs(adapter: Adapter, shapes: Shapes, turned: set[str], folder: Path) -> None:
-    """Every update must find its weight, in shape."""
+    """Raise UserError unless every update has a weight of its shape."""
     for name, update in adapter.updates.items():
         shape = (update.B_NR.shape[0], update.A_RK.shape[1])
         dtype, found = shapes.get(name.partition("[")[0], (None, None))

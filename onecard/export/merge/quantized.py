@@ -1,13 +1,12 @@
-"""A checkpoint in 4 bits in bitsandbytes' format, streamed tensor by tensor: a 16-bit one's, or a merged adapter's.
+"""Checkpoints in bitsandbytes' 4-bit format, streamed tensor by tensor, from a 16-bit one or a merged adapter.
 
-What it holds is what `load_model` would have made of the 16-bit weights, bit for bit; bitsandbytes with transformers
-loads it as its own, onecard pages it straight from its files. Experts are an exception: transformers has no 4-bit form
-of them. Each stacked weight gets the keys that bitsandbytes.nn.parametrize gives a 4-bit parameter and reads; of
-transformers' own loading only onecard's quantizer does.
+The 4-bit weights equal those that `load_model` computes from the 16-bit weights, bit for bit. transformers with
+bitsandbytes loads the checkpoint; onecard pages it directly from its files. Experts are an exception: transformers has
+no 4-bit form of them. Each stacked weight gets the keys that bitsandbytes.nn.parametrize writes and reads for a 4-bit
+parameter; in transformers' own loading, only onecard's quantizer reads them.
 
-Rounding a merged weight to 4 bits again takes off much of a small update. How much of it is left is measured while the
-weights go by, as the share of the update D that lies in what came out, and the rounding beside it, over all updated
-weights together:
+Rounding a merged weight to 4 bits again removes much of a small update. The export measures how much is left, over all
+updated weights together: the share of the update D in the result, and the rounding noise:
 
     share = <Q(W + D) - W, D> / <D, D>        noise = ||Q(W + D) - W - share D|| / ||D||
 """
@@ -34,12 +33,12 @@ from onecard.nn.linears import skipped_names
 from onecard.quant.blockwise import state_absmax
 from onecard.quant.state import STATE_KEY, QuantState, to_bnb
 
-STATE_BYTES = 256  # of a weight's JSON, filled up with spaces
+STATE_BYTES = 256  # of a weight's JSON, padded with spaces
 
 
 @dataclass
 class Kept:
-    """How much of the adapter's updates is left in 4 bits."""
+    """How much of the adapter's updates is left after rounding to 4 bits."""
 
     along: float = 0.0  # <found, D>
     whole: float = 0.0  # <D, D>
@@ -47,7 +46,7 @@ class Kept:
 
     @property
     def share(self) -> float | None:
-        """None where there was no update."""
+        """Return the share; None if there was no update."""
         return self.along / self.whole if self.whole else None
 
     @property
@@ -55,7 +54,7 @@ class Kept:
         return max(self.found / self.whole - (self.along / self.whole) ** 2, 0.0) ** 0.5 if self.whole else None
 
     def add(self, merged: Merged, name: str, packed: Tensor, state: QuantState, expert: int | None = None) -> None:
-        """Args: packed, state: what a tensor, or `expert`'s matrix of it, has become; an expert's, its whole stack."""
+        """Args: packed, state: the 4-bit result of the tensor, or of the whole stack that holds `expert`'s matrix."""
         update, skip, place = merged.adapter.updates.get(matrix_key(name, expert)), 0, merged.experts.places.get(name)
         if update is None:
             return
@@ -71,10 +70,10 @@ class Kept:
 
 
 def quantize_checkpoint(model: str, output: str, quant: QuantConfig) -> Path:
-    """Write a folder with the model's linears and experts in 4 bits; its path.
+    """Write a folder with the model's linears and experts in 4 bits. Return its path.
 
     Args:
-        quant: its compute_dtype is what config.json tells those who load it to dequantize to; "auto": bfloat16.
+        quant: its compute_dtype becomes config.json's bnb_4bit_compute_dtype; "auto": bfloat16.
 
     Raises:
         UserError: a checkpoint that is not in 16 or 32 bits; int4; no room on the disk; an output that exists.
@@ -97,14 +96,14 @@ def requantize(
     base: Base = "dequantized",
     trained: QuantConfig | None = None,
 ) -> tuple[Path, Kept]:
-    """Write a base and an adapter merged and in 4 bits again: the folder, and what is left of the update.
+    """Merge an adapter into a base and write it in 4 bits. Return the folder, and how much of the update is left.
 
     Args:
-        quant: how the result is stored.
-        base, trained: `base` and `quant` of open_merged.
+        quant: how to quantize the result.
+        base, trained: `base` and `quant` of `open_merged`.
 
     Raises:
-        UserError: as open_merged and quantize_checkpoint.
+        UserError: same as `open_merged` and `quantize_checkpoint`.
     """
     check_type(quant)
     merged, target = open_merged(model, adapter, base, trained), Path(output)
@@ -120,7 +119,7 @@ def check_type(quant: QuantConfig) -> None:
 
 
 def write_quantized(merged: Merged, folder: Path, quant: QuantConfig) -> Kept:
-    """A whole checkpoint with linears and experts in 4 bits; what is left of the adapter's update."""
+    """Write a whole checkpoint with linears and experts in 4 bits. Return how much of the adapter's update is left."""
     files: dict[str, str] = {}
     kept, places = Kept(), merged.experts.places
     for file_name, names in merged.files():
@@ -148,7 +147,7 @@ def write_quantized(merged: Merged, folder: Path, quant: QuantConfig) -> Kept:
 
 
 def result_shapes(merged: Merged, name: str, quant: QuantConfig) -> Shapes:
-    """Of the tensors that stand for a weight, in 4 bits if it is a linear's or a stack."""
+    """Return the shapes of the tensors that store a weight, in 4 bits if it is a linear's or a stack."""
     if name in merged.experts.stacks:
         return quantized_shapes(name, tuple(merged.experts.stacks[name].weight.shape), quant)
     if name in merged.linears:
@@ -157,7 +156,7 @@ def result_shapes(merged: Merged, name: str, quant: QuantConfig) -> Shapes:
 
 
 def write_weight(file: TensorFile, merged: Merged, name: str, quant: QuantConfig, kept: Kept) -> None:
-    """One weight of the result; what is left of its update is added to `kept`."""
+    """Write one weight of the result, and add how much of its update is left to `kept`."""
     how = (quant.quant_type, quant.blocksize, quant.double_quant)
     if name in merged.experts.stacks:
         packed, state = ops.quantize_stack(merged.stack(name), merged.experts.stacks[name].weight.shape, *how, name)
@@ -175,7 +174,7 @@ def write_weight(file: TensorFile, merged: Merged, name: str, quant: QuantConfig
 
 
 def append_4bit(file: TensorFile, name: str, packed: Tensor, state: QuantState) -> None:
-    """The tensors that stand for a weight."""
+    """Write the tensors that store a 4-bit weight."""
     for suffix, tensor in to_bnb(packed, state).items():
         file.append(name + suffix, tensor)
         if STATE_KEY in suffix:
@@ -183,7 +182,7 @@ def append_4bit(file: TensorFile, name: str, packed: Tensor, state: QuantState) 
 
 
 def quantized_shapes(name: str, shape: tuple[int, ...], quant: QuantConfig) -> Shapes:
-    """Dtype and shape of each tensor that stands for a weight of this shape."""
+    """Return the dtype and shape of each tensor that stores a 4-bit weight of this shape."""
     numel = torch.Size(shape).numel()
     blocks = -(-numel // quant.blocksize)
     found = {

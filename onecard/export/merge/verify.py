@@ -1,12 +1,12 @@
-"""Does a merged checkpoint do what the live adapter does? Logits and loss of each on the same held-out tokens.
+"""Compare a merged checkpoint with the live adapter: logits and loss of each on the same held-out tokens.
 
     off by  ||z - z_live|| / ||z_live - z_base||                      the share of the adapter's effect that is missed
-    kept    <z - z_base, z_live - z_base> / ||z_live - z_base||^2     the share that is there
+    kept    <z - z_base, z_live - z_base> / ||z_live - z_base||^2     the share of the effect that is present
 
-z are logits at supervised positions, all computed in float32 from the weights as they are stored, so that the numbers
-speak of the weights and not of 16-bit arithmetic. The live model runs as in training (packed attention where that
-reproduces the model's own), what was written is read back from its files and runs as transformers has it. One model is
-in memory at a time; the live one's logits wait in a file without a name.
+z are logits at supervised positions, all computed in float32 from the stored weights, so that the numbers measure the
+weights and not 16-bit arithmetic. The live model runs as in training (packed attention where that reproduces the
+model's own). The written checkpoint is read back from its files and runs with transformers' attention. One model is in
+memory at a time; the live model's logits are in an unnamed temporary file.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from onecard.nn.embedding import Head, cast_output
 from onecard.train.evaluate import choose_loss
 from onecard.train.loss import packed_loss, supervised
 
-NOTHING = 1e-12  # of ||z||^2: an effect below it is rounding
-NUM_EXAMPLES, NUM_TOKENS = 32, 8192  # at most, of the data that the result is compared on
+NOTHING = 1e-12  # of ||z||^2: a smaller effect is rounding
+NUM_EXAMPLES, NUM_TOKENS = 32, 8192  # at most, of the data for the comparison
 
 
 @dataclass
 class Agreement:
-    """How near something is to the live adapter.
+    """How close a checkpoint is to the live adapter.
 
     Attributes:
-        off, kept: None where the adapter changes nothing.
+        off, kept: None if the adapter changes nothing.
         argmax: share of positions with the live adapter's likeliest token.
-        losses: float32 (P,), a position each.
+        losses: float32 (P,), the loss of each position.
     """
 
     name: str
@@ -69,16 +69,16 @@ class Agreement:
 
 @dataclass
 class Verified:
-    """A merged checkpoint and what it was measured against."""
+    """A merged checkpoint and the comparison that chose it."""
 
     folder: Path
     kept: str
     live: Agreement
     tried: list[Agreement]
-    in_weights: Kept | None = None  # what is left of the update after 4 bits; None if it was not rounded to them
+    in_weights: Kept | None = None  # how much of the update 4 bits keep; None in 16 bits
 
     def table(self) -> list[str]:
-        """Lines for the terminal."""
+        """Return the lines for the terminal."""
         lines = [f"{'':14s}{'off by':>9s}{'effect kept':>13s}{'same token':>12s}{'loss':>9s}"]
         for found in (self.live, *self.tried):
             shares = [f"{share:.2%}" if share is not None else "-" for share in (found.off, found.kept)]
@@ -91,7 +91,7 @@ class Verified:
 
 @dataclass
 class Live:
-    """Logits of the base without and with its adapter, example by example, in a file."""
+    """Logits of the base without and with its adapter, in a file, one example after the other."""
 
     examples: list[tuple[Tensor, Tensor, Tensor]]  # input_ids (1, T); positions (P,) and their targets (P,)
     vocab_size: int
@@ -134,19 +134,19 @@ def merge_verified(
     num_examples: int = NUM_EXAMPLES,
     num_tokens: int = NUM_TOKENS,
 ) -> Verified:
-    """Merge into each of `bases`, compare with the live adapter, keep the better one.
+    """Merge into each of `bases`, compare with the live adapter, and keep the better one.
 
-    The dequantized base is the nearer one; the original weights are kept where their loss is lower by more than two
+    The dequantized base is the nearer one. The original weights are kept only if their loss is lower by more than two
     standard errors of the difference.
 
     Args:
-        quant: how training stored the base; None as in open_merged.
-        requantized: 4 bits for the result; None leaves it in 16.
-        num_examples, num_tokens: at most so many of the dataset's first examples, and of their tokens: three models
-            compute each in float32. One example at least is taken, and cut where it is longer.
+        quant: same as in `open_merged`.
+        requantized: how to round the result to 4 bits; None: it stays in 16 bits.
+        num_examples, num_tokens: limits of the dataset's first examples and of their tokens, since three models compute
+            each one in float32. At least one example is used, and truncated if it is longer.
 
     Raises:
-        UserError: as open_merged and write_quantized; no such device.
+        UserError: same as `open_merged` and `write_quantized`; no such device.
     """
     device = str(pick_device(device))
     if requantized is not None:
@@ -175,7 +175,7 @@ def merge_verified(
 
 
 def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> list[Example]:
-    """The first examples that have at most so many tokens together; the first one is cut to them."""
+    """Return the first examples with at most num_tokens together. The first one is truncated to that."""
     first = dataset.examples[0]
     rows = [replace(first, input_ids=first.input_ids[:num_tokens], labels=first.labels[:num_tokens])]
     if rows[0].num_supervised == 0:
@@ -191,7 +191,7 @@ def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> list[Exa
 
 
 def rows_line(dataset: Dataset) -> str:
-    """What merge_verified compares, and why not more."""
+    """Return a line that says which rows `merge_verified` compares, and why not more."""
     rows = first_rows(dataset, NUM_EXAMPLES, NUM_TOKENS)
     tokens, total = sum(len(row.input_ids) for row in rows), len(dataset.examples)
     line = f"verifying on {len(rows)} of {total:,} rows, {tokens:,} tokens"
@@ -200,13 +200,13 @@ def rows_line(dataset: Dataset) -> str:
 
 
 def bases_of(model: str, requantized: QuantConfig | None) -> list[Base]:
-    """The bases to try: both, where the original weights are there and the result is not rounded again."""
+    """Return the bases to try: both, if the checkpoint has original weights and the result is not rounded to 4 bits."""
     both = requantized is None and not inspect_checkpoint(find_checkpoint(model)).is_4bit
     return ["dequantized", "original"] if both else ["dequantized"]
 
 
 def better(tried: list[Agreement]) -> str:
-    """The name of what to keep."""
+    """Return the name of the base to keep."""
     best = tried[0]
     for other in tried[1:]:
         lower = (best.losses - other.losses).double()
@@ -219,10 +219,10 @@ def better(tried: list[Agreement]) -> str:
 def run_live(
     model: str, adapter: str, quant: QuantConfig, dataset: Dataset, rows: list[Example], device: str, file: BinaryIO
 ) -> Live:
-    """The 4-bit base with its adapter off and on."""
+    """Run the 4-bit base with its adapter disabled and enabled."""
     base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)
     tuned = with_adapter(base, adapter)
-    vocab_size = base.config.get_text_config().vocab_size  # with tokens that the adapter adds
+    vocab_size = base.config.get_text_config().vocab_size  # includes tokens that the adapter adds
     examples = []
     for example in rows:
         positions, target = supervised(torch.tensor([example.labels]))
@@ -242,7 +242,7 @@ def run_live(
 
 @torch.no_grad()
 def compare(live: Live, name: str, folder: Path, device: str) -> Agreement:
-    """What was written in a folder beside the live adapter."""
+    """Compare the checkpoint in a folder with the live adapter."""
     model = load_written(folder, device)
     off = along = 0.0
     hits, losses = [], []
@@ -260,13 +260,13 @@ def compare(live: Live, name: str, folder: Path, device: str) -> Agreement:
 
 
 def shown(examples: list[Any], what: str) -> Iterable[Any]:
-    """The examples with a bar on a terminal, which goes when they are through."""
+    """Return the examples with a progress bar on a terminal, which is removed at the end."""
     console = Console(stderr=True)
     return track(examples, f"verify: {what}", console=console, transient=True, disable=not console.is_terminal)
 
 
 def load_written(folder: Path, device: str) -> Any:
-    """A written checkpoint that computes in float32, its weights in the dtype of the file: cast as they are used."""
+    """Load a checkpoint that computes in float32. Linears and embeddings keep the file's dtype and are cast at use."""
     if inspect_checkpoint(folder).is_4bit:
         return load_model(str(folder), compute_dtype=torch.float32, device=device)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
@@ -283,7 +283,7 @@ def load_written(folder: Path, device: str) -> Any:
 
 
 def logits(model: Any, ids: Tensor, positions: Tensor, packed: bool) -> Tensor:
-    """float32 (P, V) at some positions of one document, (1, T)."""
+    """Return float32 logits (P, V) at some positions of one document (1, T)."""
     ids = ids.to(model.get_input_embeddings().weight.device)
     how = {"cu_seqlens": [0, ids.shape[1]]} if packed else {}
     kept = positions.to(ids.device)
