@@ -1,1 +1,1 @@
-"""One script a claim; each runs ours and the peer in turn in one call and writes what it found to results/."""
+"""One script per claim. Each one runs onecard and the peer in turn in one call, and writes its results to results/."""

@@ -16,14 +16,14 @@ def number(text: str) -> float:
 
 
 def cpu_column(index: int) -> list[float]:
-    """A column of the side-by-side table: 2 is tokens a second, 4 is the peak in MB."""
+    """Return a column of the side-by-side table: 2 is tokens a second, 4 is the peak in MB."""
     rows = [line.strip("| ").split(" | ") for line in (RESULTS / CPU).read_text(encoding="utf-8").splitlines()]
     found = {row[0]: row for row in rows if row[0] in NAMES}
     return [number(found[name][index]) for name in NAMES]
 
 
 def gpu_speeds() -> list[float]:
-    """Tokens a second of the 1B shape with 512 tokens a step, both of one call."""
+    """Return tokens a second of the 1B shape with 512 tokens a step, both from one call."""
     text = (RESULTS / GPU).read_text(encoding="utf-8")
     ours, theirs = (
         re.search(r"([\d,]+) \(1b, 512\)", text),
@@ -34,7 +34,7 @@ def gpu_speeds() -> list[float]:
 
 
 def panels() -> list[tuple[str, str, list[float]]]:
-    """Of each panel its title, the unit of its numbers, and the numbers of NAMES."""
+    """Return each panel's title, the unit of its numbers, and the numbers of NAMES."""
     return [
         ("training, 1.1B, two CPU cores", "tokens/s", cpu_column(2)),
         ("its peak memory", "MB", cpu_column(4)),

@@ -1,11 +1,11 @@
-"""Speed beside other busy processes: onecard and bitsandbytes + peft in turn, training, generating, serving.
+"""Speed next to other busy processes: onecard and bitsandbytes + peft in turn, training, generating, serving.
 
     python -m benchmarks.contention [--shape 135m] [--works train generate serve] [--seconds 8] [--rounds 3]
 
-Every contender is a process of its own. Once it is warm, its speed is measured alone and beside loops that never wait;
-they are children of that process and end with it. What it keeps is its speed there over its speed alone in the same
-process. Other work on the machine must rest or have a far lower priority: run it with `nice -n -20`. A value of
-GOMP_SPINCOUNT or OMP_WAIT_POLICY that you set holds for all.
+Every contender is a process of its own. After a warm-up, its speed is measured alone and next to loops that never wait.
+The loops are children of that process and end with it. The share kept is the speed next to them over the speed alone in
+the same process. No other work may run on the machine, except at a far lower priority: run this with `nice -n -20`. A
+value of GOMP_SPINCOUNT or OMP_WAIT_POLICY that you set applies to all contenders.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def busy_loops(count: int) -> Iterator[None]:
 
 
 def training(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
-    """A call makes a step and returns its tokens."""
+    """Return a function that runs one training step and returns its number of tokens."""
     folder = make_checkpoint(args.shape)
     settings = argparse.Namespace(child=args.child, shape=args.shape, length=args.length, steps=2000, recompute=False)
     base = (train.load_onecard if args.child == "onecard" else train.load_peer)(settings, folder)
@@ -61,7 +61,7 @@ def training(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
 
 
 def generating(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
-    """A call writes some tokens greedily."""
+    """Return a function that generates COUNT tokens greedily and returns COUNT."""
     model = load(args.child, str(make_checkpoint(args.shape))).eval()
     prompt = torch.arange(100, 132)[None]
     fixed = {"min_new_tokens": COUNT, "max_new_tokens": COUNT, "do_sample": False, "pad_token_id": 0}
@@ -78,7 +78,7 @@ def generating(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
 
 
 def serving(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
-    """A call asks `onecard serve` for some tokens."""
+    """Return a function that requests COUNT tokens from `onecard serve` and returns how many it got."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -107,7 +107,7 @@ def serving(args: argparse.Namespace, stack: ExitStack) -> Callable[[], int]:
 
 
 def measure(call: Callable[[], int], seconds: float) -> float:
-    """Tokens a second over at least `seconds` and one call."""
+    """Return tokens a second over at least `seconds` and one call."""
     begin, tokens = time.perf_counter(), call()
     while time.perf_counter() - begin < seconds:
         tokens += call()
@@ -121,9 +121,9 @@ def child(args: argparse.Namespace) -> None:
         measure(call, 1)
         for count in args.loops:
             with busy_loops(count):
-                measure(call, 1)  # they start, and are noticed
+                measure(call, 1)  # the loops start, and the contender adapts to them
                 found[count] = measure(call, args.seconds)
-            measure(call, 2)  # that they have gone is noticed
+            measure(call, 2)  # the contender adapts to their end
     print(json.dumps(found))
 
 
@@ -148,7 +148,7 @@ def main() -> None:
         for work in args.works:
             for name in CONTENDERS:
                 if work == "serve" and name == "bnb":
-                    continue  # it has none
+                    continue  # it has no server
                 found = run_child("benchmarks.contention", "--child", name, "--works", work, *common)
                 runs.setdefault((work, name), []).append(found)
                 print(f"round {number + 1}  {work:8s} {name:8s} {found}", flush=True)

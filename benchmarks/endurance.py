@@ -1,10 +1,10 @@
-"""A long run of a tiny model, seen from outside: its memory and open files must not grow with its steps.
+"""A long run of a tiny model, observed from outside: its memory and open files must not grow with its steps.
 
     python -m benchmarks.endurance [--steps 5000] [--every 16]
 
-`onecard train` with a checkpoint and a validation loss every 16 steps. Its resident memory without pages of files, all
-of it, and its open descriptors are read from /proc as it runs. After a tenth of the steps (warm-up), growth is the
-least-squares slope over the steps that are left, times their number. Linux only.
+It runs `onecard train` with a checkpoint and a validation loss every 16 steps, and reads its anonymous memory, its
+resident memory and its open descriptors from /proc. After a tenth of the steps (warm-up), growth is the least-squares
+slope over the remaining steps, times their number. Linux only.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from benchmarks.shapes import TOKENIZER
 from onecard.hf.load import load_tokenizer
 
 DATA = TOKENIZER.parent / "data" / "train.jsonl"
-MOST_GROWTH_BYTES = 4 << 20  # a row of metrics is kept for the report: some 500 bytes a step, 2.5 MB in 5,000
+MOST_GROWTH_BYTES = 4 << 20  # the report keeps a row of metrics: some 500 bytes a step, 2.5 MB in 5,000
 
 
 def make_model(folder: Path) -> Path:
-    """A Llama of one layer with the demo's tokenizer."""
+    """Write a Llama of one layer with the demo's tokenizer."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(str(TOKENIZER))
     config = LlamaConfig(
@@ -45,7 +45,7 @@ def make_model(folder: Path) -> Path:
 
 
 def watch(process: subprocess.Popen[bytes], metrics: Path, seconds: float = 0.25) -> list[dict[str, Any]]:
-    """Step, memory and descriptors until the process ends."""
+    """Return readings of step, memory and descriptors until the process ends."""
     rows, proc = [], Path(f"/proc/{process.pid}")
     while process.poll() is None:
         time.sleep(seconds)
@@ -56,14 +56,14 @@ def watch(process: subprocess.Popen[bytes], metrics: Path, seconds: float = 0.25
             with metrics.open("rb") as file:
                 file.seek(max(0, metrics.stat().st_size - 4096))
                 step = json.loads(file.read().splitlines()[-1])["step"]
-        except (OSError, ValueError, IndexError):  # it has just ended, or not begun; a line half written
+        except (OSError, ValueError, IndexError):  # the process has just ended or not begun, or a line is incomplete
             continue
         rows.append({"step": step, **found, "descriptors": descriptors})
     return rows
 
 
 def growth(rows: list[dict[str, Any]], field: str) -> float:
-    """How much a number grows over these rows, by its slope."""
+    """Return how much a number grows over these rows, by its slope."""
     steps = numpy.array([row["step"] for row in rows], dtype=float)
     slope = numpy.polyfit(steps, [row[field] for row in rows], 1)[0]
     return float(slope * (steps[-1] - steps[0]))
@@ -93,7 +93,7 @@ def main() -> None:
     for mark in range(args.steps // 10, args.steps + 1, args.steps // 10):
         row = min(rows, key=lambda row: abs(row["step"] - mark))
         print(f"| {row['step']} | {row['VmRSS'] / 1e6:.1f} | {row['RssAnon'] / 1e6:.1f} | {row['descriptors']} |")
-    warm = [row for row in rows if args.steps // 10 <= row["step"] < args.steps]  # behind the last the report is drawn
+    warm = [row for row in rows if args.steps // 10 <= row["step"] < args.steps]  # after them the report is drawn
     grown, most = growth(warm, "RssAnon"), {row["descriptors"] for row in warm}
     print(f"\ngrowth {grown / 1e6:+.2f} MB over {len(warm)} readings; descriptors {min(most)} to {max(most)}")
     if grown > MOST_GROWTH_BYTES or growth(warm, "descriptors") >= 1:

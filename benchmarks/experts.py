@@ -1,10 +1,10 @@
-"""A mixture of experts, onecard and bitsandbytes + peft in turn: bytes of the base, peak of loading, speed of a step.
+"""Mixture of experts, onecard and bitsandbytes + peft in turn: bytes of the base, peak of loading, speed of a step.
 
     python -m benchmarks.experts [--shape moe-1.4b] [--length 512] [--steps 4] [--rounds 3]
 
 bitsandbytes quantizes linears and leaves experts in 16 bits. Every run is a process of its own on the same checkpoint
-and tokens, with LoRA on attention's linears, or on experts too (peft's target_parameters). Peaks count anonymous memory
-above the process's base; the loading bound is the model that results plus twice the largest tensor, a layer's stacked
+and tokens, with LoRA on attention's linears, or also on experts (peft's target_parameters). Peaks count anonymous
+memory above the process's start. The loading bound is the loaded model plus twice the largest tensor, a layer's stacked
 experts in 16 bits.
 """
 
@@ -30,13 +30,13 @@ SETTINGS: dict[str, list[str] | None] = {"attention": None, "experts": ["gate_up
 
 
 def rows(args: argparse.Namespace) -> torch.Tensor:
-    """int64 (steps, length) of random tokens, the same in every process."""
+    """Return random tokens, int64 (steps, length), the same in every process."""
     vocabulary = EXPERT_SHAPES[args.shape]["vocab_size"]
     return torch.randint(4, vocabulary, (args.steps, args.length), generator=torch.Generator().manual_seed(1))
 
 
 def train_onecard(base: Any, args: argparse.Namespace) -> list[float]:
-    """Seconds of each step through onecard's own loop."""
+    """Return the seconds of each step of onecard's own loop."""
     from peft import get_peft_model
 
     from onecard.adapter.layers import lora_config
@@ -63,7 +63,7 @@ def train_onecard(base: Any, args: argparse.Namespace) -> list[float]:
 
 
 def train_peer(base: Any, args: argparse.Namespace) -> list[float]:
-    """The same with plain peft and torch's AdamW."""
+    """Same as `train_onecard`, with plain peft and torch's AdamW."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=LINEARS, target_parameters=SETTINGS[args.setting])
@@ -83,7 +83,7 @@ def train_peer(base: Any, args: argparse.Namespace) -> list[float]:
 
 
 def child(args: argparse.Namespace) -> None:
-    import bitsandbytes  # noqa: F401  both pay for the same imports before the clock starts
+    import bitsandbytes  # noqa: F401  both contenders do the same imports before the clock starts
 
     import onecard.train.loop  # noqa: F401
     from onecard.memory.measure import return_large_blocks
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, runs: dict[tuple[str, str], list[dict[str, Any]]]) -> Path:
-    """The table in results/."""
+    """Write the table to results/."""
     lines = []
     for (setting, name), found in runs.items():
         speeds = [args.length / seconds for run in found for seconds in run["seconds"]]

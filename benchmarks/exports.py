@@ -1,9 +1,9 @@
-"""The demo's tuned model in each export format, read by a loader that is not ours: task accuracy and perplexity.
+"""The demo's tuned model in each export format, read by other projects' loaders: task accuracy and perplexity.
 
     python -m benchmarks.exports [--adapter DIR]
 
-GPTQ and AWQ are read by transformers with GPTQModel (pip install gptqmodel optimum), which computes in bfloat16. Beside
-them stand the live adapter and the merged model in 16 bits and with its linears rounded to nearest, of the same groups.
+transformers with GPTQModel (pip install gptqmodel optimum) reads GPTQ and AWQ and computes in bfloat16. For comparison:
+the live adapter, and the merged model in 16 bits and with its linears rounded to nearest, in the same groups.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ READERS: dict[str, Any] = {
 
 
 def calibrated(format: str, adapter: str, folder: Path) -> Any:
-    """The tuned model as GPTQModel reads what `onecard export` wrote."""
+    """Export the tuned model, and load the result with GPTQModel."""
     export_calibrated(format, BASE, adapter, TRAIN, str(folder / format), CONFIG)
     quantization = READERS[format]()
     return AutoModelForCausalLM.from_pretrained(
@@ -52,7 +52,7 @@ def calibrated(format: str, adapter: str, folder: Path) -> Any:
 
 
 def rounded(sym: bool, merged: Path) -> Any:
-    """The merged model with every linear of its layers at the nearest level."""
+    """Load the merged model and round every linear of its layers to the nearest level."""
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.bfloat16)
     for module in model.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
@@ -72,7 +72,7 @@ def models(adapter: str, folder: Path) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def perplexity(model: Any, dataset: Dataset) -> float:
-    """Over the supervised tokens."""
+    """Return the perplexity of the supervised tokens."""
     total, count = 0.0, 0
     for example in dataset.examples:
         positions, target = supervised(torch.tensor([example.labels]))

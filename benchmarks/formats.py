@@ -1,10 +1,10 @@
-"""`onecard train` on 2,000 rows of each data format beside bitsandbytes+peft on the same rows.
+"""`onecard train` on 2,000 rows of each data format, compared with bitsandbytes+peft on the same rows.
 
     python -m benchmarks.formats [--shape 135m] [--steps 6]
 
-Ours is the command as a user types it, in a process of its own, its numbers read from metrics.jsonl. The peer gets the
-tokens and labels that our data pipeline made (so that both learn the same tokens), the documents of each of our packed
-rows as one padded batch, which is what a trainer without packing does.
+Ours is the user's command, in a process of its own; its numbers come from metrics.jsonl. The peer gets the tokens and
+labels of our data pipeline, so that both learn the same tokens. It gets the documents of each of our packed rows as one
+padded batch, as in a trainer without packing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FORMATS = ("messages", "prompt-completion", "alpaca", "sharegpt", "text")
 
 
 def rows_of(kind: str) -> list[dict[str, Any]]:
-    """2,000 rows: the demo's messages, one to four turns long, in one of the five formats."""
+    """Return 2,000 rows: one to four chats of the demo joined into one, in one of the five formats."""
     demo = [json.loads(line)["messages"] for line in (FOLDER / "data" / "train.jsonl").read_text().splitlines()]
     rng, rows = Random(3), []
     for _ in range(COUNT):
@@ -86,7 +86,7 @@ def run_ours(args: argparse.Namespace, data: Path) -> dict[str, Any]:
 
 
 def run_peer(args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """The child: bitsandbytes + peft on the batches that our loader would pack."""
+    """Run bitsandbytes + peft (in the child) on the documents of our packed rows."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 

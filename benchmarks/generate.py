@@ -2,7 +2,7 @@
 
     python -m benchmarks.generate [--shape 1.1b] [--tokens 24] [--rounds 3]
 
-One prompt of 32 tokens; the time of the prompt and the first token is taken off. Each contender is a process.
+One prompt of 32 tokens. The time of the prompt and the first token is subtracted. Each contender is a process.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The demo's tuned model as GGUF files, read by llama.cpp: task accuracy and tokens beside the live adapter's.
+"""The demo's tuned model as GGUF files in llama.cpp: task accuracy, and its tokens compared with the live adapter's.
 
     python -m benchmarks.gguf [--adapter DIR]        needs llama-cpp-python
 
-Accuracy goes the whole foreign way: llama.cpp renders the chat template, tokenizes, computes and detokenizes. "Same
-tokens" counts the answers that are the live adapter's token for token where both are given the same prompt's ids.
+For accuracy, llama.cpp does everything: it renders the chat template, tokenizes, computes and detokenizes. "Same
+tokens" counts the answers with exactly the live adapter's tokens when both get the same prompt ids.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OUTTYPES = ("bf16", "f16", "q8_0", "q4_0")
 
 
 def write_files(adapter: str, folder: Path) -> Iterator[tuple[str, Path, Path | None]]:
-    """What it is, the model's file, and the adapter's if it is apart."""
+    """Write the files. Yield a label, the model's file, and the adapter's file if it is separate."""
     for outtype in OUTTYPES:
         file = folder / f"{outtype}.gguf"
         export_gguf(BASE, adapter, str(file), GgufConfig.model_validate({"outtype": outtype}))
@@ -46,7 +46,7 @@ def write_files(adapter: str, folder: Path) -> Iterator[tuple[str, Path, Path | 
 
 @torch.no_grad()
 def live_answers(adapter: str, tokenizer: Any, prompts: list[list[int]]) -> list[list[int]]:
-    """Greedy tokens of the 4-bit base with its adapter, one prompt at a time, without the end token."""
+    """Return greedy tokens of the 4-bit base with its adapter, one prompt at a time, without the end token."""
     model = with_adapter(load_model(BASE, device="cpu"), adapter)
     made = []
     for ids in prompts:
@@ -62,7 +62,7 @@ def live_answers(adapter: str, tokenizer: Any, prompts: list[list[int]]) -> list
 
 
 def answer(model: Any, ids: list[int], end: int) -> list[int]:
-    """Greedy tokens of llama.cpp, without the end token."""
+    """Return llama.cpp's greedy tokens, without the end token."""
     made = []
     for token in model.generate(ids, temp=0.0):
         if token == end or len(made) == MAX_NEW_TOKENS:
@@ -72,7 +72,7 @@ def answer(model: Any, ids: list[int], end: int) -> list[int]:
 
 
 def said(model: Any, messages: list[dict[str, str]]) -> str:
-    """llama.cpp's own answer to a chat."""
+    """Return llama.cpp's answer to a chat."""
     done = model.create_chat_completion(messages=messages, temperature=0.0, max_tokens=MAX_NEW_TOKENS)
     return done["choices"][0]["message"]["content"]
 
@@ -91,7 +91,7 @@ def main() -> None:
         hits = sum(tokenizer.decode(a, skip_special_tokens=True) == w for a, w in zip(live, wanted))
         lines = [["live adapter, onecard", f"{hits / len(rows):.1%}", "", ""]]
         for what, file, lora in write_files(adapter, folder):
-            threads = {"n_threads": 1, "n_threads_batch": 1}  # more would only wait for each other at this size
+            threads = {"n_threads": 1, "n_threads_batch": 1}  # at this size more threads only wait for each other
             model = llama_cpp.Llama(str(file), lora_path=lora and str(lora), n_ctx=1024, verbose=False, **threads)
             hits = sum(said(model, chat) == w for chat, w in zip(chats, wanted))
             same = sum(answer(model, ids, tokenizer.eos_token_id) == a for ids, a in zip(prompts, live))

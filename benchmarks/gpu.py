@@ -1,12 +1,12 @@
-"""Everything that needs a GPU in one call under ten minutes: python -m benchmarks.gpu [--lengths 512 2048 8192]
+"""All tests and benchmarks of a GPU in one call under ten minutes: python -m benchmarks.gpu [--lengths 512 2048 8192]
 
-1. the suite's GPU tests; 2. each kernel against the memory speed that a plain copy reaches here, or the speed of a
-bfloat16 product, and against bitsandbytes; 3. whole training steps on 1B- and 8B-shaped random weights: onecard
-with CUDA graphs and without, bitsandbytes+peft, LoRA on a 16-bit base through peft and through onecard's own step, each
-in a process of its own: tokens a second, peak memory, model FLOP utilization on useful FLOPs; and tokens generated a
-second; 4. what fits under a cap (gpu_memory.py). What has not begun after --minutes is left out and said so.
+1. the suite's GPU tests; 2. each kernel compared with the speed of a plain copy, or of a bfloat16 product, and with
+bitsandbytes; 3. whole training steps on 1B- and 8B-shaped random weights: onecard with CUDA graphs and without,
+bitsandbytes+peft, LoRA on a 16-bit base with peft and with onecard's own step, each in a process of its own: tokens a
+second, peak memory, model FLOP utilization on useful FLOPs; and tokens generated a second; 4. what fits under a cap
+(gpu_memory.py). A part that has not begun after --minutes does not run, and the result says so.
 
-All of these processes import at the beginning, and touch the GPU when they are told to.
+The processes of part 3 start and import at the beginning. They use the GPU only after the parent sends a line.
 
 Results go to results/gpu_<device>_<date>.json and .md. On a machine without a GPU, --dry-run checks the script's logic
 on the CPU with a tiny shape.
@@ -54,7 +54,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12, "3
 
 
 def clock(call: Callable[[], object], device: torch.device, rounds: int = 30, warm: int = 3) -> float:
-    """Median seconds of a call, the device waited for."""
+    """Return the median seconds of a call, including synchronization with the device."""
     times = []
     for number in range(rounds + warm):
         wait(device)
@@ -67,7 +67,7 @@ def clock(call: Callable[[], object], device: torch.device, rounds: int = 30, wa
 
 
 def kernel_clock(call: Callable[[], object], device: torch.device) -> float:
-    """Median seconds that the device takes, its caches cold."""
+    """Return the median seconds on the device, with cold caches."""
     if device.type != "cuda":
         return clock(call, device)
     from triton.testing import do_bench
@@ -82,7 +82,7 @@ def wait(device: torch.device) -> None:
 
 @torch.no_grad()
 def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
-    """Each kernel's time, the bytes it must move or the operations it must do, and its share of that floor."""
+    """Return each kernel's time, and its speed as a share of a plain copy's or a bfloat16 product's speed."""
     from onecard.kernels import elementwise, ops
     from onecard.kernels.backend import backend
     from onecard.kernels.reference import Rates
@@ -133,7 +133,7 @@ def kernels(device: torch.device, N: int, K: int) -> list[dict[str, Any]]:
 
 
 def peer_kernels(device: torch.device, W: torch.Tensor) -> list[dict[str, Any]]:
-    """The same three from bitsandbytes, where it is installed."""
+    """Return the times of three of bitsandbytes' kernels, if it is installed."""
     try:
         import bitsandbytes.functional as bnb
     except ImportError:
@@ -152,9 +152,9 @@ def peer_kernels(device: torch.device, W: torch.Tensor) -> list[dict[str, Any]]:
 
 
 def random_model(shape: str, contender: str, device: torch.device, share: bool = False, **fields: int) -> Any:
-    """A Llama of random weights made on the device, its linears in the contender's form, with adapters.
+    """Return a Llama of random weights on the device, with the contender's kind of linears and with adapters.
 
-    `share` gives linears of one shape the same weight; `fields` replace the shape's.
+    With `share`, linears of one shape share a weight. `fields` replace the shape's.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -188,7 +188,7 @@ def random_model(shape: str, contender: str, device: torch.device, share: bool =
 
 
 def random_linear(linear: nn.Linear, contender: str, device: torch.device, like: Any = None) -> nn.Module:
-    """A linear of that shape in the contender's form; ours with the weight of `like` if that is given."""
+    """Return the contender's linear of that shape with a random weight; ours with the weight of `like` if given."""
     N, K = linear.weight.shape
     if like is not None:
         from onecard.nn.linear import Linear4bit
@@ -217,7 +217,7 @@ def random_linear(linear: nn.Linear, contender: str, device: torch.device, like:
 
 
 def steps(shape: str, contender: str, length: int, device: torch.device, model: Any) -> dict[str, float]:
-    """Median seconds of a step and the allocator's peak; ours with its own loss and attention, peers as documented."""
+    """Return a step's median seconds and allocator peak. Ours uses its own loss and attention, a peer the model's."""
     from onecard.hf.attention import use_packed_attention
     from onecard.optim.adamw import AdamW
     from onecard.train.graphs import DecoderGraphs
@@ -260,18 +260,18 @@ def steps(shape: str, contender: str, length: int, device: torch.device, model: 
 
 
 def recomputes(length: int) -> bool:
-    """The matched setting of all contenders."""
+    """Whether layers are recomputed at this length, in all contenders."""
     return length >= 8192
 
 
 def child(shape: str, contender: str, lengths: list[int], device: torch.device) -> dict[str, Any]:
-    """Steps of each length on one model; a length that fails (out of memory) gives its last words instead."""
+    """Return the steps of each length on one model; for a length that fails (out of memory), the error's first line."""
     for name in ("peft", "transformers", "bitsandbytes" if contender == "bnb" else "onecard.infer.graphs"):
         with suppress(ImportError):
             import_module(name)
     if contender == "onecard16":
         from benchmarks.train import keep_16_bits
-    sys.stdin.readline()  # until the GPU is ours
+    sys.stdin.readline()  # wait until the parent releases the GPU
     model = random_model(shape, "onecard" if contender in OURS else contender, device).train()
     if contender == "onecard16":
         keep_16_bits(model)
@@ -289,7 +289,7 @@ def child(shape: str, contender: str, lengths: list[int], device: torch.device) 
 
 
 def generated(model: Any, contender: str, device: torch.device) -> dict[str, float]:
-    """Seconds of NEW_TOKENS greedy tokens after a prompt of 32: ours as it answers, the peer through transformers."""
+    """Return seconds of NEW_TOKENS greedy tokens after a prompt of 32: ours by its decoder, the peer by generate."""
     prompt = torch.randint(0, model.config.vocab_size, (1, 32), device=device)
     sizes = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     if contender == "bnb":
@@ -308,7 +308,7 @@ def generated(model: Any, contender: str, device: torch.device) -> dict[str, flo
 
 
 def useful_flops(shape: str, length: int) -> float:
-    """A token's useful operations: 4 N + 4 V d + 6 P + 3.5 (2 S d L); recomputation is not useful."""
+    """Return useful operations per token: 4 N + 4 V d + 6 P + 3.5 (2 S d L). Recomputation is not useful."""
     s = SHAPES[shape]
     d, f, L = s["hidden_size"], s["intermediate_size"], s["num_hidden_layers"]
     kv = d * s["num_key_value_heads"] // s["num_attention_heads"]
@@ -342,7 +342,7 @@ def main() -> None:
 
 
 def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
-    """What is known after each part, in order, until the minutes are over."""
+    """Yield the results so far after each part. A part that would begin after --minutes is skipped."""
     deadline = time.monotonic() + 60 * args.minutes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     found: dict[str, Any] = {"device": name, "torch": torch.__version__, "tests": None, "steps": [], "memory": []}
@@ -381,13 +381,13 @@ def measure_all(args: argparse.Namespace, device: torch.device) -> Iterator[dict
 
 
 def start(module: str, *arguments: str) -> subprocess.Popen:
-    """A child that waits for a line before it touches the GPU."""
+    """Start a child that waits for a line before it uses the GPU."""
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-m", module, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def in_time(deadline: float, child: subprocess.Popen) -> dict[str, Any]:
-    """What a child found; or its last words (out of memory, not installed), or that the time was over."""
+    """Return a child's results; or its last error line (out of memory, not installed), or that no time was left."""
     if time.monotonic() > deadline:
         child.kill()
         return {"failed": "not run: the time was over"}
@@ -398,7 +398,7 @@ def in_time(deadline: float, child: subprocess.Popen) -> dict[str, Any]:
 
 
 def step_row(shape: str, length: int, measured: dict[str, Any], name: str) -> dict[str, Any]:
-    """One length's speed, memory and share of the GPU's peak."""
+    """Return one length's speed, memory and share of the GPU's peak."""
     if "failed" in measured:
         return {"length": length, **measured}
     rate = length / measured["seconds"]
@@ -409,7 +409,7 @@ def step_row(shape: str, length: int, measured: dict[str, Any], name: str) -> di
 
 
 def write(found: dict[str, Any]) -> Path:
-    """The JSON and the Markdown, whose path is returned."""
+    """Write the JSON and the Markdown. Return the Markdown's path."""
     stem = re.sub(r"\W+", "-", found["device"].lower())
     path = RESULTS / f"gpu_{stem}_{time.strftime('%Y-%m-%d')}"
     path.parent.mkdir(exist_ok=True)
@@ -419,7 +419,7 @@ def write(found: dict[str, Any]) -> Path:
 
 
 def markdown(found: dict[str, Any]) -> str:
-    """Three tables: kernels, steps, memory."""
+    """Format four tables: kernels, steps, generation, memory."""
     rows = [
         [r["kernel"], f"{r['ms']:.3f}", f"{r['of_floor']:.0%}" if "of_floor" in r else ""] for r in found["kernels"]
     ]

@@ -1,12 +1,12 @@
 """What fits on a card: python -m benchmarks.gpu_memory --case 123b (gpu.py runs all of them)
 
-    123b         a 123B-shaped base paged from pinned host memory under a cap of 24 GB, micro-batches of 2,048 tokens,
-                 and, a layer, beside as many of its layers as are resident under the same cap
-    7b           a 7B-shaped run of 512 tokens, recomputed: the allocator's peak, to be at most 6 GB
-    8b-context   the longest row, doubled from 8,192 tokens, that an 8B-shaped run takes under 24 GB
+    123b         a 123B-shaped base paged from pinned host memory under a cap of 24 GB, micro-batches of 2,048 tokens;
+                 its time per layer compared with that of 16 resident layers under the same cap
+    7b           a 7B-shaped run of 512 tokens, recomputed: the allocator's peak, which must be at most 6 GB
+    8b-context   the longest row, doubled from 8,192 tokens, that an 8B-shaped run can train under 24 GB
 
-Pages of the paged base share a few host buffers, so that a machine with less memory than the base can measure it: the
-bytes that go to the card are the same. Other cards' memory is stood in for by a cap on torch's allocator.
+All pages of the paged base share one host buffer, so that a machine with less memory than the base can measure it: the
+bytes copied to the card are the same. A cap on torch's allocator simulates the memory of other cards.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SHAPES |= {
     "123b": {"hidden_size": 12288, "intermediate_size": 28672, "num_hidden_layers": 88, "num_attention_heads": 96,
              "num_key_value_heads": 8, "vocab_size": 32768},
 }  # fmt: skip
-RESIDENT_LAYERS = 16  # of the 123B shape: 11 GB beside head, embedding and a row's activations
-WINDOW = 3  # micro-batches an update
+RESIDENT_LAYERS = 16  # of the 123B shape: 11 GB, without head, embedding and a row's activations
+WINDOW = 3  # micro-batches per update
 
 
 def cap(num_bytes: int, device: torch.device) -> None:
-    """Let torch's allocator have no more."""
+    """Limit the memory of torch's allocator."""
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(num_bytes / total, 1.0), device)
@@ -46,7 +46,7 @@ def peak_gb(device: torch.device) -> float:
 
 
 def seconds_a_row(model: Any, length: int, window: int, device: torch.device) -> float:
-    """One update of `window` micro-batches of `length` tokens, all layers recomputed, after one that warms up."""
+    """Return seconds per micro-batch of `length` tokens in an update of `window`; warmed up, all layers recomputed."""
     from onecard.hf.attention import use_packed_attention
     from onecard.optim.adamw import AdamW
     from onecard.train.loss import packed_loss
@@ -76,7 +76,7 @@ def seconds_a_row(model: Any, length: int, window: int, device: torch.device) ->
 
 
 def page_layers(model: Any, budget: int, device: torch.device) -> None:
-    """Take the decoder layers' weights off the device into pages of one pinned buffer, layers being alike."""
+    """Replace the decoder layers' weights by pages that share one pinned buffer with the first layer's weights."""
     from onecard.nn.linear import Linear4bit
     from onecard.paging.pager import Page, Pager
     from onecard.paging.weights import PagedWeight
@@ -103,7 +103,7 @@ def page_layers(model: Any, budget: int, device: torch.device) -> None:
 
 
 def large(shape: str, length: int, limit: int, device: torch.device) -> str:
-    """The paged base, and as much of it as is resident."""
+    """Measure the paged base, and up to RESIDENT_LAYERS resident layers of it."""
     layers = SHAPES[shape]["num_hidden_layers"]
     cap(limit, device)
     resident = random_model(shape, "onecard", device, num_hidden_layers=min(RESIDENT_LAYERS, layers)).train()
@@ -124,13 +124,13 @@ def large(shape: str, length: int, limit: int, device: torch.device) -> str:
 
 
 def peak(shape: str, length: int, device: torch.device) -> str:
-    """A step's peak memory."""
+    """Measure a step's peak memory."""
     seconds = seconds_a_row(random_model(shape, "onecard", device).train(), length, 1, device)
     return f"peak {peak_gb(device):.2f} GB at {length} tokens, {length / seconds:,.0f} tok/s"
 
 
 def context(shape: str, first: int, most: int, limit: int, device: torch.device) -> str:
-    """The longest of first, 2 first, ... most tokens that does not run out of memory."""
+    """Find the longest row of first, 2 first, ... most tokens that does not run out of memory."""
     cap(limit, device)
     model, length, reached = random_model(shape, "onecard", device).train(), first, "none"
     while length <= most:
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--dry-run", action="store_true", help="the CPU and a tiny shape")
     args = parser.parse_args()
-    sys.stdin.readline()  # until the GPU is ours
+    sys.stdin.readline()  # wait until the parent releases the GPU
     device = torch.device("cuda" if torch.cuda.is_available() and not args.dry_run else "cpu")
     print(json.dumps({"found": CASES[args.case](args.dry_run, device)}))
 

@@ -1,7 +1,7 @@
-"""The CPU kernels beside bitsandbytes' and torch's: python -m benchmarks.kernels [--rounds N]
+"""The CPU kernels compared with bitsandbytes' and torch's: python -m benchmarks.kernels [--rounds N]
 
-quantize, dequantize (into a fresh tensor, as both interfaces give it, and ours into a reused buffer) and the product
-of one row, each contender in turn in one process; medians of many calls and their ratio.
+It measures quantize, dequantize (into a new tensor, as both interfaces do, and ours also into a reused buffer) and the
+product of one row. The contenders run in turn in one process. Results are medians of many calls and their ratio.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SHAPES = [(5632, 2048), (14336, 4096)]
 
 
 def in_turn(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, called alternately after one warm-up."""
+    """Return the median seconds of each contender, called in turn after one warm-up."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, call in contenders.items():
@@ -38,7 +38,7 @@ def in_turn(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def measure(N: int, K: int, rounds: int) -> list[list[str]]:
-    """Rows of the table for one shape; bfloat16, NF4 with double quantization."""
+    """Return the table's rows for one shape; bfloat16, NF4 with double quantization."""
     W = torch.randn(N, K).bfloat16()
     packed, state = ops.quantize_4bit(W)
     weight = PackedWeight.of(packed, state)

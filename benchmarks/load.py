@@ -2,9 +2,9 @@
 
     python -m benchmarks.load [--shape 1.1b] [--rounds 3]
 
-Every load is a process of its own. Peak counts anonymous memory above the process's base: what must be in RAM. Pages
-of the memory-mapped checkpoint beside it can be dropped at any time; the peak with them is the last column. The bound
-is the model that results (4-bit codes, scales, 16-bit embeddings, norms and head) plus twice the largest tensor.
+Every load is a process of its own. Peak counts anonymous memory above the process's start: it must be in RAM. The
+system can drop pages of the memory-mapped checkpoint at any time; the last column is the peak with them. The bound is
+the loaded model (4-bit codes, scales, 16-bit embeddings, norms and head) plus twice the largest tensor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def load(name: str, folder: str) -> Any:
 
 
 def child(name: str, shape: str) -> None:
-    import bitsandbytes  # noqa: F401  both pay for the same imports before the clock starts
+    import bitsandbytes  # noqa: F401  both contenders do the same imports before the clock starts
 
     import onecard.hf.load  # noqa: F401
 
@@ -54,7 +54,7 @@ def child(name: str, shape: str) -> None:
 
 
 def onecard_bytes(model: Any) -> int:
-    """Bytes that the model holds, scales included."""
+    """Return the bytes of the model's parameters and scales."""
     scales = sum(m.loaded_state.nbytes for m in model.modules() if hasattr(m, "quant_state"))
     return sum(p.nbytes for p in model.parameters()) + scales
 

@@ -1,4 +1,4 @@
-"""What every benchmark shares: children in processes of their own, memory, medians, the hardware's name."""
+"""Helpers of all benchmarks: child processes, memory, medians, the hardware's name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_child(module: str, *args: str) -> dict[str, Any]:
 
 
 def status_bytes(field: str) -> int:
-    """A field of this process's memory in bytes: VmHWM (peak of all pages), VmRSS, RssAnon (without file pages)."""
+    """Return a field of process memory in bytes: VmHWM (peak of all pages), VmRSS, RssAnon (without file pages)."""
     text = Path("/proc/self/status").read_text()
     found = re.search(rf"^{field}:\s+(\d+) kB", text, re.MULTILINE)
     assert found, field
@@ -40,7 +40,7 @@ def status_bytes(field: str) -> int:
 
 @contextmanager
 def anonymous_peak(every: float = 0.002) -> Iterator[list[int]]:
-    """Inside, the list's one item follows the peak of RssAnon: memory that is not pages of a file."""
+    """Yield a list whose one item follows the peak of RssAnon (memory that is not pages of a file) inside the block."""
     peak, done = [status_bytes("RssAnon")], threading.Event()
 
     def watch() -> None:
@@ -58,7 +58,7 @@ def anonymous_peak(every: float = 0.002) -> Iterator[list[int]]:
 
 
 def mapped_bytes(folder: Path) -> int:
-    """Resident bytes of this process's mappings of files in a folder."""
+    """Return the resident bytes of this process's mappings of files in a folder."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if re.match(r"^[0-9a-f]+-[0-9a-f]+ ", line):
@@ -69,7 +69,7 @@ def mapped_bytes(folder: Path) -> int:
 
 
 def matmul_flops(seconds: float = 2.0) -> float:
-    """Floating-point operations a second of a bfloat16 (512 x 2048) (2048 x 5632) product, the best of many."""
+    """Return the best floating-point operations a second of a bfloat16 (512 x 2048) (2048 x 5632) product."""
     a, b = torch.randn(512, 2048).bfloat16(), torch.randn(5632, 2048).bfloat16()
     best, begin = float("inf"), time.perf_counter()
     while time.perf_counter() - begin < seconds:
@@ -80,12 +80,12 @@ def matmul_flops(seconds: float = 2.0) -> float:
 
 
 def spread(values: list[float]) -> str:
-    """Median (least to most)."""
+    """Format as: median (least to most)."""
     return f"{statistics.median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
 
 def hardware() -> str:
-    """CPU, cores, memory, instructions and versions, in a line."""
+    """Return CPU, cores, memory, instructions and versions in one line."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"model name\s+: (.*)", info)
     flags = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in info]
@@ -97,7 +97,7 @@ def hardware() -> str:
 
 
 def write_result(name: str, title: str, body: str) -> Path:
-    """results/<name>_<date>.md with the date and the hardware above the body."""
+    """Write results/<name>_<date>.md: title, date, hardware, body."""
     date = time.strftime("%Y-%m-%d")
     path = RESULTS / f"{name}_{date}.md"
     path.parent.mkdir(exist_ok=True)
@@ -106,6 +106,6 @@ def write_result(name: str, title: str, body: str) -> Path:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -2,10 +2,10 @@
 
     python -m benchmarks.merge [--shape 1.1b] [--rounds 3] [--strength 0.1]
 
-Every merge is a process of its own. Peak counts anonymous memory above the process's base. peft merges into the 16-bit
-model and saves it; onecard streams, into the dequantized base or the original weights. The adapter is random, of rank
-16 on all linears, its update `strength` of each weight's norm. Distance is that of float32 logits on random tokens
-(onecard/export/merge/verify.py), as a share of the adapter's effect; requantized is the merge rounded to NF4 again.
+Every merge is a process of its own. Peak counts anonymous memory above the process's start. peft merges into the 16-bit
+model and saves it. onecard streams, with the dequantized base or the original weights. The adapter is random, of rank
+16 on all linears; its updates' norms are `strength` times the weights' norms. The distance is between float32 logits on
+random tokens (onecard/export/merge/verify.py), as a share of the adapter's effect. "requantized" rounds to NF4 again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RANK = 16
 
 
 def make_adapter(base: Path, folder: Path, strength: float) -> None:
-    """A peft folder whose updates B A have `strength` of their weights' norms, through 4 bits as training had them."""
+    """Write a peft folder with random LoRA on all linears: the norm of B A is `strength` times its weight's norm."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -73,7 +73,7 @@ def merge(name: str, base: str, adapter: str, output: str) -> dict[str, Any]:
 
 
 def child(name: str, base: str, adapter: str, output: str) -> None:
-    import peft  # noqa: F401  both pay for the same imports before the clock starts
+    import peft  # noqa: F401  both contenders do the same imports before the clock starts
 
     import onecard.export.merge.quantized  # noqa: F401
 
@@ -86,7 +86,7 @@ def child(name: str, base: str, adapter: str, output: str) -> None:
 
 
 def measure(base: str, adapter: str, folders: dict[str, str], num_tokens: int) -> None:
-    """Each merge's distance to the live adapter on one row of random tokens."""
+    """Print each merge's distance to the live adapter on one row of random tokens."""
     from onecard.config import QuantConfig
     from onecard.data.chat.mask import Example
     from onecard.data.dataset import Dataset

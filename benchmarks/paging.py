@@ -1,12 +1,12 @@
-"""A frozen base that does not fit, paged, against a resident one.
+"""A frozen base that does not fit, paged, compared with a resident one.
 
     python -m benchmarks.paging [--shape 8b] [--device-memory 3GiB]
 
-The checkpoint has random weights, written straight in 4 bits (bitsandbytes' format). Each contender trains a few steps
-in a process of its own on the same tokens; the losses must be equal to the bit. Memory is the process's anonymous
-memory over what it had before loading: what the run itself takes. The plan chooses from --device-memory what is
-recomputed, offloaded and paged, as `train` does; shapes too large for this machine's memory run with --only paged.
-Checkpoints stay in benchmarks/.checkpoints for the next call; --remove deletes this one at the end.
+The checkpoint has random weights, written directly in 4 bits (bitsandbytes' format). Each contender trains a few steps
+in a process of its own on the same tokens. The losses must be equal to the bit. Memory is the peak of the process's
+anonymous memory minus its value before loading: the run's own. The plan chooses from --device-memory what to recompute,
+offload and page, as in `train`. Shapes too large for this machine's memory run with --only paged. Checkpoints stay in
+benchmarks/.checkpoints for the next call; --remove deletes this one at the end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RANDOM_BYTES = 1 << 26
 
 
 def make_4bit_checkpoint(shape: str) -> Path:
-    """A folder in bitsandbytes' format, a file a layer; made at the disk's speed."""
+    """Write a folder in bitsandbytes' format, one file per layer, at the disk's speed."""
     from transformers import LlamaConfig
 
     from onecard.config import QuantConfig
@@ -97,7 +97,7 @@ def make_4bit_checkpoint(shape: str) -> Path:
 
 
 def write_random_weight(file: Any, name: str, size: tuple[int, int], codes: torch.Tensor) -> None:
-    """Random codes; scales between 0.04 and 0.06 of 1 / sqrt(K) times 50, so that activations stay of order one."""
+    """Write random codes, and scales between 2 / sqrt(K) and 3 / sqrt(K), so that activations stay of order one."""
     from onecard.export.merge.quantized import STATE_BYTES
     from onecard.quant.codebook import dynamic_map, quant_map
 
@@ -118,7 +118,7 @@ def write_random_weight(file: Any, name: str, size: tuple[int, int], codes: torc
 
 
 def child(args: argparse.Namespace) -> None:
-    """Train through onecard's own loop and print what was measured."""
+    """Train with onecard's own loop and print the measurements."""
     from peft import get_peft_model
 
     import onecard
@@ -153,7 +153,7 @@ def child(args: argparse.Namespace) -> None:
     )
     strategy = strategy_within(inputs, limit)
     assert total_bytes(inputs, strategy) <= limit, describe(strategy, inputs.model)
-    if args.child == "resident":  # all else being the same
+    if args.child == "resident":  # everything else stays the same
         strategy = replace(strategy, weights_budget=None, offload_optimizer_states=False, num_offloaded=0)
     planned = total_bytes(inputs, strategy)
     with anonymous_peak() as peak, tempfile.TemporaryDirectory() as output:

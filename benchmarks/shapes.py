@@ -1,4 +1,4 @@
-"""Checkpoints of known shapes with random weights, as transformers saves them, kept for the next call."""
+"""Checkpoints of known shapes with random weights, saved by transformers and reused by later calls."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ EXPERT_SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_checkpoint(shape: str) -> Path:
-    """The folder of a bfloat16 checkpoint in shards of at most 500 MB, with the demo's tokenizer."""
+    """Return the folder of a bfloat16 checkpoint in shards of at most 500 MB, with the demo's tokenizer."""
     folder = CACHE / shape
     if not (folder / "tokenizer.json").is_file():
         torch.manual_seed(0)

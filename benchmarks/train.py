@@ -2,10 +2,10 @@
 
     python -m benchmarks.train [--shape 135m|1.1b] [--length 512] [--steps 6] [--rounds 3]
 
-Every run is a process of its own on the same checkpoint, tokens, rank, targets and dtype; every token is supervised.
-"onecard's step on 16-bit weights" is ours with all weights dequantized beforehand: what 4 bits cost. Each contender
-runs with and without recomputation of activations: rows that agree in it are the matched settings, each contender's
-fastest row is its best. The final losses come from the same adapter start and the same batches.
+Every run is a process of its own on the same checkpoint, tokens, rank, targets and dtype. Every token is supervised.
+"onecard's step on 16-bit weights" is ours with all weights dequantized beforehand: it shows the cost of 4 bits. Each
+contender runs with and without recomputation of activations. Rows with the same setting are comparable; a contender's
+fastest row is its best. The final losses come from the same initial adapter and the same batches.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ RANK, RATE = 16, 2e-4
 
 
 def rows(shape: str, length: int, count: int) -> torch.Tensor:
-    """int64 (count, length) of random tokens, the same in every process."""
+    """Return random tokens, int64 (count, length), the same in every process."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(4, SHAPES[shape]["vocab_size"], (count, length), generator=generator)
 
 
 def start_adapter(model: Any) -> None:
-    """The same A in every contender, and a B that is not zero, so that every gradient flows from the first step."""
+    """Set the same A and B in every contender. B is not zero, so that A has gradients from the first step."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -65,7 +65,7 @@ def load_onecard(args: argparse.Namespace, folder: Path) -> Any:
 
 
 def random_loader(args: argparse.Namespace) -> Any:
-    """The random rows as onecard's loader, in the order of the peers."""
+    """Return onecard's loader of the random rows, in the peers' order."""
     from onecard.data.chat.mask import Example
     from onecard.data.loader import Loader
 
@@ -76,7 +76,7 @@ def random_loader(args: argparse.Namespace) -> Any:
 
 
 def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any) -> Iterator[tuple[float, float]]:
-    """Steps through onecard's own loop: seconds and loss of each."""
+    """Run steps of onecard's own loop. Yield the seconds and loss of each."""
     from peft import get_peft_model
 
     from onecard.adapter.layers import lora_config
@@ -111,8 +111,8 @@ def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any
 
 
 def keep_16_bits(model: Any) -> None:
-    """Dequantize every weight once and for all: what is left of the step is LoRA on a 16-bit base, by whichever product
-    is the fastest there: torch's, or (on AMX) our own."""
+    """Dequantize every weight once, so that the step is LoRA on a 16-bit base, with the fastest product there: torch's,
+    or (on AMX) our own."""
     from onecard.kernels import dequantize
     from onecard.kernels.cpu import native
     from onecard.nn.linear import Linear4bit
@@ -133,7 +133,7 @@ def on_dense(native: Any, name: str, kept: dict[int, torch.Tensor]) -> None:
 
 
 def load_peer(args: argparse.Namespace, folder: Path) -> Any:
-    """The same through transformers, peft and (bnb) bitsandbytes, as their documentation shows it."""
+    """Load the base with transformers and (for bnb) bitsandbytes, as their documentation shows."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
@@ -178,7 +178,7 @@ def peer_steps(
 
 
 def steps(args: argparse.Namespace, folder: Path, base: Any) -> Iterator[tuple[float, float]]:
-    """Steps of the contender args.child over random rows."""
+    """Yield the steps of the contender args.child over random rows."""
     if args.child.startswith("onecard"):
         return onecard_steps(args, folder, base, random_loader(args))
     return peer_steps(args, base, random_batches(args))
@@ -199,7 +199,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def useful_flops(shape: str, length: int, recompute: bool) -> float:
-    """Floating-point operations a token: forward, input gradients and LoRA, attention; no weight gradients.
+    """Return floating-point operations per token: forward, input gradients and LoRA, attention; no weight gradients.
 
     4 N + 4 V d + 6 P + 3.5 (2 S d L); with full recompute 6 N + 4 V d + 8 P + 4.5 (2 S d L).
     """
@@ -247,7 +247,7 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, runs: dict[tuple[str, str], list[dict[str, Any]]]) -> Path:
-    """The table and the chart in results/."""
+    """Write the table and the chart to results/."""
     limit = matmul_flops()
     speed = {key: [args.length / s for r in found for s in r["seconds"]] for key, found in runs.items()}
     peak = {key: statistics.median(r["peak"] for r in found) for key, found in runs.items()}
@@ -287,7 +287,7 @@ def report(args: argparse.Namespace, runs: dict[tuple[str, str], list[dict[str, 
 
 
 def loss_gaps(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
-    """The largest distance of ours to bitsandbytes+peft at any step, beside bfloat16's own grain."""
+    """Return the largest difference between ours and bitsandbytes+peft at any step, and bfloat16's rounding step."""
     found = []
     for setting in ("keep", "recompute"):
         if ("onecard", setting) in runs and ("bnb", setting) in runs:
@@ -302,7 +302,7 @@ def loss_gaps(runs: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
 
 
 def draw(args: argparse.Namespace, speed: dict[tuple[str, str], list[float]], peak: dict[tuple[str, str], float]):
-    """Two bar charts: tokens a second and peak memory."""
+    """Draw two bar charts: tokens a second and peak memory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.55 * len(speed) + 1.4), layout="constrained")
