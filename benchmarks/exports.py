@@ -38,11 +38,11 @@ BASE, TRAIN, HELDOUT = (str(SETTINGS[key]) for key in ("model", "data", "eval_da
 CONFIG = CalibrationConfig(max_seq_length=512, group_size=64)  # the demo's intermediate size is 704 = 11 x 64
 READERS: dict[str, Any] = {
     "gptq": lambda: GPTQConfig(bits=4, backend="gptq_torch"),
-    "awq": lambda: AwqConfig(bits=4, group_size=CONFIG.group_size, backend="torch_awq"),
+    "awq": lambda: AwqConfig(bits=4, group_size=CONFIG.group_size, backend="torch_awq"),  # type: ignore
 }
 
 
-def calibrated(format: str, adapter: str, folder: Path) -> Any:
+def calibrated(format: Any, adapter: str, folder: Path) -> Any:
     """Export the tuned model, and load the result with GPTQModel."""
     export_calibrated(format, BASE, adapter, TRAIN, str(folder / format), CONFIG)
     quantization = READERS[format]()

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
+import llama_cpp  # type: ignore
 import torch
 from rich.console import Console
 

@@ -72,7 +72,7 @@ def kernel_clock(call: Callable[[], object], device: torch.device) -> float:
         return clock(call, device)
     from triton.testing import do_bench
 
-    return do_bench(call, warmup=5, rep=30, return_mode="median") / 1e3
+    return do_bench(call, warmup=5, rep=30, return_mode="median") / 1e3  # type: ignore
 
 
 def wait(device: torch.device) -> None:
@@ -145,7 +145,7 @@ def peer_kernels(device: torch.device, W: torch.Tensor) -> list[dict[str, Any]]:
     calls = {
         "quantize": lambda: bnb.quantize_4bit(W, quant_type="nf4", compress_statistics=True),
         "dequantize": lambda: bnb.dequantize_4bit(packed, state),
-        "product of 1 row": lambda: package.matmul_4bit(x, packed.t(), quant_state=state),
+        "product of 1 row": lambda: package.matmul_4bit(x, packed.t(), quant_state=state),  # type: ignore
     }
     shape = f"{W.shape[0]}x{W.shape[1]}"
     return [{"kernel": f"bitsandbytes {n}, {shape}", "ms": kernel_clock(c, device) * 1e3} for n, c in calls.items()]
@@ -159,7 +159,8 @@ def random_model(shape: str, contender: str, device: torch.device, share: bool =
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(max_position_embeddings=16384, tie_word_embeddings=False, **SHAPES[shape] | fields)
+    sizes: dict[str, Any] = {**SHAPES[shape], **fields}
+    config = LlamaConfig(max_position_embeddings=16384, tie_word_embeddings=False, **sizes)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
@@ -205,11 +206,11 @@ def random_linear(linear: nn.Linear, contender: str, device: torch.device, like:
         ours.set_weight(*ops.quantize_4bit(W))
         return ours
     if contender == "bnb":
-        from bitsandbytes.nn import Linear4bit as PeerLinear
-        from bitsandbytes.nn import Params4bit
+        from bitsandbytes.nn.modules import Linear4bit as PeerLinear
+        from bitsandbytes.nn.modules import Params4bit
 
         peer = PeerLinear(K, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-        peer.weight = Params4bit(W, requires_grad=False, quant_type="nf4", compress_statistics=True)
+        peer.weight = Params4bit(W, requires_grad=False, quant_type="nf4", compress_statistics=True)  # type: ignore
         return peer.to(device)
     plain = nn.Linear(K, N, bias=False, device="meta")
     plain.weight = nn.Parameter(W, requires_grad=False)
@@ -330,7 +331,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() and not args.dry_run else "cpu")
     if args.child:
-        print(json.dumps(child(*args.child, args.lengths, device)))
+        shape, contender = args.child
+        print(json.dumps(child(shape, contender, args.lengths, device)))
         return
     if device.type == "cpu" and not args.dry_run:
         sys.exit("no GPU here; --dry-run checks the script")

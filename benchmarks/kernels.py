@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import bitsandbytes.functional as bnb
 import torch
-from bitsandbytes.nn import Linear4bit as PeerLinear
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn.modules import Linear4bit as PeerLinear
+from bitsandbytes.nn.modules import Params4bit
 
 from benchmarks.measure import table, write_result
 from onecard.kernels import ops
@@ -45,7 +45,7 @@ def measure(N: int, K: int, rounds: int) -> list[list[str]]:
     buffer = torch.empty_like(W)
     peer_packed, peer_state = bnb.quantize_4bit(W, quant_type="nf4", compress_statistics=True)
     layer = PeerLinear(K, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    layer.weight = Params4bit(W.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)
+    layer.weight = Params4bit(W.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True)  # type: ignore
     layer = layer.to("cpu").eval()
     x = torch.randn(1, K).bfloat16()
     found = []

@@ -98,7 +98,7 @@ def measure(base: str, adapter: str, folders: dict[str, str], num_tokens: int) -
     ids = torch.randint(5, vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
     dataset = Dataset([Example(ids, [-100, *ids[1:]], "random")], [], "text", num_tokens)
     with tempfile.TemporaryFile() as file:
-        live = run_live(base, adapter, QuantConfig(), dataset, 1, "cpu", file)
+        live = run_live(base, adapter, QuantConfig(), dataset, dataset.examples, "cpu", file)
         found = {name: compare(live, name, Path(folder), "cpu") for name, folder in folders.items()}
     print(json.dumps({name: {"off": one.off, "kept": one.kept, "argmax": one.argmax} for name, one in found.items()}))
 

@@ -211,7 +211,7 @@ def dequantized(base: Any, folder: Path) -> Any:
             weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
         else:
             continue
-        model.get_submodule(name).weight.data.copy_(weight)
+        model.get_parameter(f"{name}.weight").data.copy_(weight)
     return model
 
 

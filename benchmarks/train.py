@@ -71,7 +71,7 @@ def random_loader(args: argparse.Namespace) -> Any:
 
     data = [Example(row, row, "random") for row in rows(args.shape, args.length, args.steps).tolist()]
     loader = Loader(data, args.length, False, 1, 0)
-    loader.batches = lambda epoch: [[i] for i in range(len(data))]
+    loader.batches = lambda epoch: [[i] for i in range(len(data))]  # type: ignore
     return loader
 
 
