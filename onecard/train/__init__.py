@@ -1,4 +1,4 @@
-"""Loss, loop, checkpoints, metrics and report of a run. Called, it is the whole run: onecard.train(config)."""
+"""Loss, loop, checkpoints, metrics and report of a run. onecard.train(config) does a whole run."""
 
 from onecard.callable import make_callable
 

@@ -1,7 +1,7 @@
-"""Checkpoints that are whole or not there: safetensors and JSON in a folder whose manifest is written last.
+"""Atomic checkpoints: safetensors and JSON files in a folder, with a manifest that is written last.
 
-A checkpoint is written to a temporary folder, every file is synced to disk, `manifest.json` with their sizes and
-sha256 comes last, and the folder is renamed. A kill at any instant leaves the checkpoint before or the new one.
+A checkpoint is written to a temporary folder. Every file is synced to disk. `manifest.json` lists their sizes and
+sha256. Then the folder is renamed. A kill at any instant leaves an earlier checkpoint or the new one.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from onecard.kernels.cpu_info import arithmetic
 from onecard.train.run import Run, random_state, restore_random
 
 FREE_TO_CHANGE = {
-    "model",  # wherever it lies: identity tells whether model and data are the same
+    "model",  # the path may change: `identity` verifies that model and data are the same
     "data",
     "eval_data",
-    "gradient_checkpointing",  # the same bits either way
+    "gradient_checkpointing",  # the results are bit-identical with and without it
     "device_memory",
     "weights_budget",
     "cuda_graphs",
@@ -54,14 +54,14 @@ MANIFEST = "manifest.json"
 
 
 class Written(Own):
-    """A file of a checkpoint, as its manifest tells it."""
+    """Size and hash of a checkpoint's file, as the manifest lists them."""
 
     bytes: int = Field(ge=0)
     sha256: str
 
 
 class Manifest(Own):
-    """A checkpoint's manifest.json: it is whole where each file is what it says."""
+    """A checkpoint's manifest.json. The checkpoint is valid if every file matches its entry."""
 
     step: int = Field(ge=0)
     files: dict[Annotated[str, Field(pattern=r"^[\w.-]{1,64}$")], Written]
@@ -69,7 +69,7 @@ class Manifest(Own):
 
 @dataclass
 class State:
-    """A checkpoint that held its hashes; `skipped` tells which newer ones did not, and why."""
+    """A checkpoint whose hashes match. `skipped` lists the newer checkpoints that are broken, with the reasons."""
 
     step: int
     path: Path
@@ -85,14 +85,14 @@ def save_state(
     documents: dict[str, dict[str, Any]],
     keep: int,
 ) -> Path:
-    """Write checkpoint-<step> under `root` and remove all that claim to be newer, and all but the newest `keep`.
+    """Write checkpoint-<step> under `root`. Remove all checkpoints with a later step, and all but the newest `keep`.
 
     Args:
         tensors: file stem -> named tensors, each a safetensors file.
         documents: file stem -> JSON object.
 
     Raises:
-        OSError: the disk is full, read-only or gone; what was there before is untouched.
+        OSError: the disk is full, read-only or missing; earlier checkpoints stay unchanged.
     """
     root.mkdir(parents=True, exist_ok=True)
     for stale in root.glob(f"{TEMPORARY}*"):
@@ -115,35 +115,35 @@ def save_state(
     except Exception:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    if final.exists():  # a resumed run has come here again
+    if final.exists():  # a resumed run has reached this step again
         remove(final)
     os.replace(temporary, final)
     sync_folder(root)
     there = numbered(root)
-    newer = there[: there.index(final)]  # broken ones, that a resumed run has skipped
+    newer = there[: there.index(final)]  # broken checkpoints that a resumed run skipped
     for old in [*newer, *there[len(newer) + keep :]]:
         remove(old)
     return final
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint, its manifest first: half deleted, it no longer counts as one."""
+    """Delete a checkpoint, its manifest first: without it, a partly deleted folder is not a valid checkpoint."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def numbered(root: Path) -> list[Path]:
-    """The checkpoint folders, newest first."""
-    found = [p for p in root.glob(f"{PREFIX}*") if NUMBERED.fullmatch(p.name)]  # no other digits of Unicode
+    """List the checkpoint folders, newest first."""
+    found = [p for p in root.glob(f"{PREFIX}*") if NUMBERED.fullmatch(p.name)]  # ASCII digits only
     return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)), reverse=True)
 
 
 def load_newest(root: Path) -> State | None:
-    """The newest checkpoint whose hashes hold; None if there is none at all.
+    """Load the newest checkpoint whose hashes match. Return None if there is no checkpoint.
 
     Raises:
-        UserError: there are checkpoints, and all are broken.
-        OSError: one cannot be read.
+        UserError: all checkpoints are broken.
+        OSError: a checkpoint cannot be read.
     """
     skipped = []
     for folder in numbered(root):
@@ -154,7 +154,7 @@ def load_newest(root: Path) -> State | None:
                 documents = {path.stem: read_object(path) for path in paths if path.suffix == ".json"}
         except (OSError, ValueError, SafetensorError) as error:  # UserError is a ValueError
             if of_the_disk(error):
-                raise  # the checkpoint may be sound, and going on from an older one would remove it
+                raise  # the checkpoint may be valid, and a resume from an older one would delete it
             skipped.append(f"{folder.name}: {error}")
             continue
         return State(int(folder.name.removeprefix(PREFIX)), folder, tensors, documents, skipped)
@@ -166,24 +166,24 @@ def load_newest(root: Path) -> State | None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """A checkpoint's tensors, by name. Raises OSError, SafetensorError."""
+    """Load a checkpoint's tensors by name. Raises OSError, SafetensorError."""
     try:
         with about(path):
             return load_file(path)
-    except FileNotFoundError:  # what safetensors calls every file that it cannot open; this one's hash was just read
-        path.open("rb").close()  # tells why
+    except FileNotFoundError:  # safetensors raises it for every file that it cannot open; this file was just hashed
+        path.open("rb").close()  # raises the true reason
         raise OSError(errno.EIO, "not readable just now", str(path)) from None
 
 
 def of_the_disk(error: Exception) -> bool:
-    """Whether a file is there but could not be read, told by itself or by read_object."""
+    """Whether an existing file could not be read. The error is an OSError, or read_object's UserError from one."""
     found = error.__context__ if isinstance(error, UserError) else error
     gone = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
     return isinstance(found, OSError) and not isinstance(found, gone)
 
 
 def verified(folder: Path) -> list[Path]:
-    """The files of a checkpoint, each equal to its hash. Raises ValueError or OSError."""
+    """Check the files of a checkpoint against their hashes and return them. Raises ValueError or OSError."""
     path = folder / MANIFEST
     manifest = hold(Manifest, read_object(path), str(path))
     if manifest.step != int(folder.name.removeprefix(PREFIX)):
@@ -197,14 +197,14 @@ def verified(folder: Path) -> list[Path]:
 
 
 class LoaderPosition(Own):
-    """Where the loader stands."""
+    """The loader's position."""
 
     epoch: int = Field(ge=0)
     batch: int = Field(ge=0)
 
 
 class Position(Own):
-    """Where a run stands: progress.json of its checkpoint."""
+    """A run's position: progress.json of its checkpoint."""
 
     step: int = Field(ge=0)
     num_steps: int
@@ -224,7 +224,7 @@ class Position(Own):
 
 
 def position_of(state: State) -> Position:
-    """Where a checkpoint's run stood. Raises UserError for a checkpoint that does not tell."""
+    """Read a run's position from its checkpoint. Raises UserError for an incomplete checkpoint."""
     do = "start a new run in another folder"
     missing = {"progress", "config", "identity"} - set(state.documents) | {"adapter", "random"} - set(state.tensors)
     if missing:
@@ -233,7 +233,7 @@ def position_of(state: State) -> Position:
 
 
 def checkpoint(run: Run, root: Path) -> None:
-    """Write all that the next update depends on."""
+    """Write a checkpoint of all that the next update depends on."""
     tensors = {
         "adapter": {name: p.detach().cpu().contiguous() for name, p in run.trainable.items()},
         "optimizer": {
@@ -259,24 +259,24 @@ def checkpoint(run: Run, root: Path) -> None:
 
 
 def resume(run: Run, state: State) -> None:
-    """Put a run where a checkpoint stands. Raises UserError as check_unchanged does."""
+    """Restore a run from a checkpoint. Raises UserError, same as `check_unchanged`."""
     check_unchanged(run.config, run.identity, state)
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state.tensors["adapter"][name])
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
-        found = {key.rpartition(".")[2]: value.clone() for key, value in found.items()}  # not a part of the file's
+        found = {key.rpartition(".")[2]: value.clone() for key, value in found.items()}  # not a view of the file
         run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
     position = position_of(state)
     run.step, run.loss_scale = position.step, position.loss_scale
     before = position.max_forward_tokens
     if run.max_forward_tokens is None or (before is not None and before < run.max_forward_tokens):
-        run.max_forward_tokens = before  # as it was split, so that the bits are the same
+        run.max_forward_tokens = before  # the earlier split, for bit-identical results
     run.loader.load_state_dict(position.loader.model_dump())
     restore_random(state.tensors["random"], run.device)
 
 
 def check_unchanged(config: TrainConfig, identity: dict[str, str], state: State) -> None:
-    """Raise UserError naming the first of the settings, or of what `identity` tells, that is not as it was."""
+    """Raise UserError for the first setting or `identity` entry that differs from the checkpoint's."""
     now = {k: v for k, v in config.model_dump().items() if k not in FREE_TO_CHANGE}
     before = state.documents["config"]
     changed = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]

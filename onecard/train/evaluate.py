@@ -1,4 +1,4 @@
-"""The loss function that suits a model, and its mean over a dataset."""
+"""Choice of a model's loss function, and the mean loss over a dataset."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from onecard.train.step import to_device
 
 
 def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None]:
-    """The packed path if it reproduces the loss of the model's own modules on two short documents, else the plain one.
+    """Choose the packed loss if it equals that of the model's own modules on two short documents, else the plain loss.
 
-    Fused modules that change the loss of the plain path get their own classes again.
+    If the fused modules change the plain loss, they are unfused.
 
     Returns:
-        the function, and why it is the slow one (None for the fast one).
+        the loss function, and the reason for the plain loss (None for the packed loss).
     """
     base = inner(model)
     batch = to_device(probe_batch(examples), base.get_input_embeddings().weight.device)
     check_computes(base, batch["input_ids"][:, : batch["cu_seqlens"][1]])
     num_tokens = int((batch["labels"] != IGNORE).sum())
-    # The mean of some 46 losses, of logits that differ by a few roundings of the compute dtype, half an eps each.
+    # A mean of about 46 losses. Their logits differ by a few roundings of the compute dtype, half an eps each.
     eps = torch.finfo(base.config.quantization_config.bnb_4bit_compute_dtype).eps
 
     def same(found: float, expected: float) -> bool:
@@ -62,7 +62,7 @@ def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None
 
 
 def probe_batch(examples: Dataset) -> dict[str, Any]:
-    """Two short documents with every token learned."""
+    """Build a row of two short documents; all tokens but each document's first are supervised."""
     batch = collate([*examples.examples[:2], examples.examples[0]][:2])
     spans = list(zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]))
     ids = [batch["input_ids"][0, start : min(end, start + 24)] for start, end in spans]
@@ -76,7 +76,7 @@ def probe_batch(examples: Dataset) -> dict[str, Any]:
 
 
 def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> float:
-    """Mean cross-entropy a supervised token, in nats; attention must already be `loss`'s own."""
+    """Return the mean cross-entropy per supervised token, in nats. The caller sets the attention that `loss` needs."""
     training = model.training
     model.eval()
     total, num_tokens = 0.0, 0
@@ -93,21 +93,21 @@ def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> f
 
 
 def inner(model: Any) -> Any:
-    """transformers' model, whether or not peft's is around it."""
+    """Return transformers' model, unwrapped from peft's model if there is one."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_size(config: Any) -> tuple[int | None, int | None]:
-    """A model's vocabulary and positions, as its config tells them."""
+    """Return the vocabulary size and the number of positions from a model's config."""
     text = config.get_text_config()
     return getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
 
 
 def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None) -> float:
-    """`mean_loss` of a model as loaded, adapter or not.
+    """Return `mean_loss` of a loaded model, with or without an adapter.
 
     Args:
-        loss: what choose_loss has given for the model; None asks it, which takes two passes.
+        loss: the result of choose_loss for the model; None calls choose_loss, which runs a few short forwards.
     """
     base = inner(model)
     dataset.check_fits(*model_size(base.config))

@@ -1,13 +1,12 @@
-"""The decoder's forward and backward as CUDA graphs: a launch each in place of thousands, between which a fast GPU
-waits for Python longer than it computes.
+"""CUDA graphs of the decoder's forward and backward. One launch replaces thousands, between which a fast GPU waits for
+Python longer than it computes.
 
-A graph's shapes are fixed, so a row is filled up to a size that others share: its last token comes again for as many
-as are missing (a padding token's embedding may be zero: data/packing.py), which no position before them sees and of
-which none is supervised, and documents of nothing make their number a power of two. A size is captured when it comes
-for the second time, into memory that all graphs share, since one runs at a time; and taken only if it then gives what
-the layers give by themselves.
+A graph has fixed shapes, so a row is padded to a size that other rows share. Its last token repeats (a padding token's
+embedding may be zero: data/packing.py). No earlier position attends to the repeated tokens, and none is supervised.
+Empty documents pad the document count to a power of two. A size is captured on its second occurrence. All graphs share
+one memory pool, since one runs at a time. A graph is used only if its replay agrees with the layers' own result.
 
-Not for what a graph cannot hold: recomputed layers and pages, and experts, whose tokens are counted on the host.
+A graph cannot hold recomputed layers, pages, or experts, whose tokens are counted on the host.
 """
 
 from __future__ import annotations
@@ -25,32 +24,32 @@ from onecard.kernels.cuda_graph import Recording, forbid_device_sync, on_side_st
 from onecard.train.loss import decode
 
 MAX_GRAPHS = 16
-STEPS = 5  # bits of a size that are kept: a row is filled up by a sixteenth at most
+STEPS = 5  # leading bits of a size that are kept: from 1,024 tokens on, a row grows by at most a sixteenth
 SMALLEST_STEP = 64  # tokens
-ALIGN = 64  # elements: a gradient starts where a vector load may
+ALIGN = 64  # elements: each gradient is aligned for vector loads
 MAX_RELATIVE_ERROR = 2**-6  # of the norm: a few roundings of bfloat16
 
 
 def size_of(batch: dict[str, Any]) -> tuple[int, int]:
-    """Tokens and documents that a row is filled up to."""
+    """Return the numbers of tokens and documents that a row is padded to."""
     tokens, documents = batch["input_ids"].shape[1], len(batch["cu_seqlens"]) - 1
     step = max(SMALLEST_STEP, 1 << max(tokens.bit_length() - STEPS, 0))
     return -(-tokens // step) * step, 1 << (documents - 1).bit_length()
 
 
 def boundaries(batch: dict[str, Any], tokens: int, documents: int) -> list[int]:
-    """A row's cu_seqlens, filled up."""
+    """Return a row's cu_seqlens, padded to `tokens` and `documents`."""
     ends = [*batch["cu_seqlens"][:-1], tokens]
     return ends + [tokens] * (documents + 1 - len(ends))
 
 
 class Graph:
-    """One size's pair of graphs.
+    """The forward graph and the backward graph of one size.
 
     Attributes:
-        row: what they read: input_ids, position_ids and cu_seqlens.
+        row: the graphs' inputs: input_ids, position_ids and cu_seqlens.
         forward, backward: the recordings, set by DecoderGraphs.
-        hidden, grad_hidden: what the one writes and the other reads, (1, T, H).
+        hidden, grad_hidden: the output of the forward and the input of the backward, (1, T, H).
     """
 
     def __init__(self, model: PreTrainedModel, tokens: int, documents: int, device: torch.device):
@@ -65,7 +64,7 @@ class Graph:
         self.grad_hidden: Tensor = ids
 
     def fill(self, batch: dict[str, Any]) -> None:
-        """Take a row in."""
+        """Copy a row into the graphs' inputs and pad it."""
         tokens = batch["input_ids"].shape[1]
         for key in ("input_ids", "position_ids"):
             self.row[key][:, :tokens].copy_(batch[key])
@@ -87,15 +86,15 @@ class Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
         ctx.graph.grad_hidden.copy_(grad)
-        ctx.graph.backward.replay()  # adds to the parameters' .grad itself
+        ctx.graph.backward.replay()  # accumulates into the parameters' .grad
         return None, None, None
 
 
 class DecoderGraphs:
-    """Called in place of `decode` where a gradient follows; `attach_gradients` before each update's first call.
+    """Replaces `decode` where a backward follows. Call `attach_gradients` before each update's first call.
 
     Args:
-        limit: bytes of the device's memory that the run may take.
+        limit: bytes of device memory that the run may use.
     """
 
     def __init__(self, model: PreTrainedModel, trainable: Iterable[torch.nn.Parameter], limit: int):
@@ -108,10 +107,10 @@ class DecoderGraphs:
         self.seen: Counter[tuple[int, int]] = Counter()
         self.pool: Any = None
         self.stream: Any = None
-        self.refused: str | None = None  # why none is captured any more
+        self.refused: str | None = None  # why no more graphs are captured
 
     def attach_gradients(self) -> None:
-        """Zeros at fixed addresses as every parameter's .grad: what graphs and layers alike add to."""
+        """Set every parameter's .grad to zeros at a fixed address. Graphs and layers accumulate there."""
         if not self.grads:
             self.flat, self.grads = flat_gradients(self.trainable)
         for buffer in self.flat:
@@ -123,7 +122,7 @@ class DecoderGraphs:
             parameter.grad = grad
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
-        """Hidden states (1, T or more, H) of a row of `to_device`."""
+        """Return the hidden states, (1, T or more, H), of a row from `to_device`."""
         size = size_of(batch)
         if size not in self.graphs and self.refused is None:
             self.seen[size] += 1
@@ -134,26 +133,26 @@ class DecoderGraphs:
         return decode(self.model, self.pad_to(batch, size))
 
     def release(self) -> bool:
-        """Let go of all graphs for good; whether there were any."""
+        """Drop all graphs and capture no more. Return whether there were any."""
         had, self.refused = bool(self.graphs), "memory ran out"
         self.graphs.clear()
         return had
 
     def pad_to(self, batch: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
-        """The row as a graph takes it, so that the layers by themselves give the same bits."""
+        """Pad a row to a graph's size, so that the layers without a graph compute the same bits."""
         missing = size[0] - batch["input_ids"].shape[1]
         ids, positions = batch["input_ids"], torch.nn.functional.pad(batch["position_ids"], (0, missing))
         ids = torch.cat([ids, ids[:, -1:].expand(-1, missing)], 1)
         return {"input_ids": ids, "position_ids": positions, "cu_seqlens": boundaries(batch, *size)}
 
     def has_room(self) -> bool:
-        """Whether the device holds what a row makes twice: the graphs' memory, and the layers' for other sizes."""
+        """Whether a row's activations fit on the device twice: for the graphs, and for rows without a graph."""
         now, most = torch.cuda.memory_allocated(self.device), torch.cuda.max_memory_allocated(self.device)
         free = torch.cuda.mem_get_info(self.device)[0] + torch.cuda.memory_reserved(self.device)
         return now + 2 * (most - now) <= min(self.limit, free)
 
     def capture(self, batch: dict[str, Any], size: tuple[int, int]) -> None:
-        """Add a size's graphs, or `refused` says why not."""
+        """Capture a size's graphs, or set `refused` to the reason for the failure."""
         graph = Graph(self.model, *size, self.device)
         graph.fill(batch)
         random, before = torch.cuda.get_rng_state(self.device), [buffer.clone() for buffer in self.flat]
@@ -162,7 +161,7 @@ class DecoderGraphs:
                 self.graphs[size] = graph
             else:
                 self.refused = "a graph gave other numbers than the layers"
-        except RuntimeError as error:  # out of memory, or what a graph cannot hold
+        except RuntimeError as error:  # out of memory, or an operation that a graph cannot hold
             self.refused = (str(error).splitlines() or [type(error).__name__])[0]
         for buffer, values in zip(self.flat, before):
             buffer.copy_(values)
@@ -170,11 +169,11 @@ class DecoderGraphs:
         torch.cuda.set_rng_state(random, self.device)
 
     def record(self, graph: Graph, random: Tensor) -> bool:
-        """Capture; whether a replay gives what the layers have given before."""
+        """Capture both graphs. Return whether a replay agrees with the layers' own result."""
         if self.stream is None:
             self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
         with on_side_stream(self.stream):
-            for mode in ("default", "error"):  # the first compiles kernels and makes their tables
+            for mode in ("default", "error"):  # the first run compiles kernels and builds their tables
                 torch.cuda.set_rng_state(random, self.device)
                 for parameter in self.trainable:
                     parameter.grad = None
@@ -186,7 +185,7 @@ class DecoderGraphs:
         graph.grad_hidden = torch.empty_like(expected[0])
         self.attach()
         graph.forward = record_graph(lambda: decode(self.model, graph.row), self.stream, self.pool)
-        hidden, graph.forward.result = graph.forward.result, None  # its autograd graph goes with the recording
+        hidden, graph.forward.result = graph.forward.result, None  # else the recording keeps its autograd graph
         graph.backward = record_graph(
             lambda: torch.autograd.backward(hidden, graph.grad_hidden), self.stream, self.pool
         )
@@ -201,7 +200,7 @@ class DecoderGraphs:
 
 
 def flat_gradients(parameters: list[torch.nn.Parameter]) -> tuple[list[Tensor], list[Tensor]]:
-    """Zeros for each parameter, in one buffer a dtype."""
+    """Allocate zero gradients in one buffer per dtype. Return the buffers and each parameter's gradient."""
     grads: list[Tensor] = [p.detach() for p in parameters]
     buffers = []
     for dtype in {p.dtype for p in parameters}:
@@ -214,7 +213,7 @@ def flat_gradients(parameters: list[torch.nn.Parameter]) -> tuple[list[Tensor], 
 
 
 def agree(found: list[Tensor], expected: list[Any]) -> bool:
-    """Whether each tensor is the same but for rounding, of its own norm and of all of theirs; waits for the device."""
+    """Whether each error is within rounding of the tensor's norm plus the norms' root mean square; syncs the device."""
     pairs = [(a.float(), torch.zeros_like(a) if b is None else b.float()) for a, b in zip(found, expected)]
     difference = torch.stack([(a - b).norm() for a, b in pairs])
     norms = torch.stack([b.norm() for _, b in pairs])

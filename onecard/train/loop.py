@@ -1,7 +1,7 @@
-"""The training loop: with step.py the only place that sees both data and model.
+"""The training loop. Only this module and step.py use both data and model.
 
-All that an update depends on is in the checkpoint (adapter, AdamW's states, random generators, data cursor), so a
-run that is killed and resumed ends in the same bits as one that was not.
+A checkpoint holds all that an update depends on: adapter, AdamW's states, random generators and data cursor. So a
+killed and resumed run ends with the same bits as an undisturbed run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onecard.train.step import optimizer_step
 
 
 class Interrupted(Exception):
-    """A signal: the step was finished and the checkpoint written."""
+    """A signal arrived; the step is finished and its checkpoint is written."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -37,7 +37,7 @@ class Interrupted(Exception):
 
 
 def count_steps(loader: Loader, config: TrainConfig) -> int:
-    """Updates in the run; a last short window counts."""
+    """Count the updates of the run; a last short window counts too."""
     return math.ceil(count_batches(loader, config) / config.gradient_accumulation_steps)
 
 
@@ -48,7 +48,7 @@ def train(
     on_step: Callable[[dict[str, Any]], None],
     checkpoints: Path,
 ) -> None:
-    """Run the updates that are left, writing metrics and checkpoints.
+    """Run the remaining updates, and write metrics and checkpoints.
 
     Raises:
         UserError: NaN or Inf in a loss or gradient, before the update.
@@ -72,7 +72,7 @@ def train(
                 metrics.log(**row)
             if last or run.step % save_steps == 0 or interrupted:
                 checkpoint(run, checkpoints)
-            on_step(row)  # after the checkpoint: with a signal, its terminal may be gone
+            on_step(row)  # after the checkpoint: after a signal, the terminal may be closed
             if interrupted and not last:
                 raise Interrupted(interrupted[0])
     recompute_layers(run.base, 0)
@@ -81,8 +81,8 @@ def train(
 
 @contextmanager
 def frozen_objects() -> Iterator[None]:
-    """Inside, Python's collector leaves alone what was there before: going over a model's and the libraries' half a
-    million objects every other step took 10 % of a small model's step."""
+    """Exclude all existing objects from Python's garbage collection. Scanning the half a million objects of model and
+    libraries every other step took 10 % of a small model's step."""
     gc.collect()
     gc.freeze()
     try:

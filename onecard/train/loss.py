@@ -2,10 +2,10 @@
 
     loss = sum over supervised positions of (logsumexp(z) - z[target]) / N,    z = cap(scale * h W^T + b)
 
-Only supervised positions meet the head, a chunk of rows at a time, and the gradient with respect to h is made
-while the chunk's logits are there, in their place: N dz = softmax(z) - onehot(target). Peak extra memory is one
-chunk of logits, whatever the length and the vocabulary. N counts the whole accumulation window, so that
-8 x 1, 4 x 2 and 1 x 8 are the same update.
+The head runs on supervised positions only, one chunk of rows at a time. The gradient of a chunk's logits overwrites
+them, N dz = softmax(z) - onehot(target), and the gradient of h is computed from it at once. Peak extra memory is one
+chunk of logits, for any length and vocabulary. N counts the whole accumulation window, so that 8 x 1, 4 x 2 and 1 x 8
+are the same update.
 
 Shape suffixes: P supervised positions, H hidden size, V vocabulary.
 """
@@ -30,14 +30,14 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a family does between the head's product and the softmax."""
+    """A model family's transform between the head's product and the softmax."""
 
     scale: float = 1.0
     softcap: float | None = None
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma-2 caps."""
+        """Read a config: Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma-2 caps."""
         scale = getattr(config, "logit_scale", None) or 1.0
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return cls(float(scale), getattr(config, "final_logit_softcapping", None))
@@ -47,7 +47,7 @@ class LogitTransform:
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def backward(self, dz: Tensor, z: Tensor) -> Tensor:
-        """Gradient before the transform, from that after it and its value z."""
+        """Return the gradient of the transform's input, from the gradient `dz` of its output `z`."""
         if self.softcap is not None:
             dz = dz * (1 - (z / self.softcap) ** 2)
         return dz * self.scale if self.scale != 1.0 else dz
@@ -70,7 +70,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dz = z.clone() if transform.softcap is not None else z
             losses.append(ops.cross_entropy_(dz, target))
             grad.copy_(project_back(transform.backward(dz, z).to(h.dtype), W_VH))
-            del z, dz  # before the next chunk's
+            del z, dz  # before the next chunk allocates its own
         ctx.save_for_backward(grad_PH[:num_positions])
         ctx.num_tokens = num_tokens
         loss = torch.cat(losses)[:num_positions].double().sum()
@@ -78,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        # Divided here, where a loss scale is already multiplied in: 1 / N alone could be too small for float16.
+        # Divide here, where grad_loss includes the loss scale: 1 / N alone can underflow in float16.
         (grad_PH,) = ctx.saved_tensors
         return (grad_PH * (grad_loss / ctx.num_tokens)).to(grad_PH.dtype), None, None, None, None, None
 
@@ -86,13 +86,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 def chunked_cross_entropy(
     h_PH: Tensor, head: nn.Module, target_P: Tensor, transform: LogitTransform, num_tokens: int
 ) -> Tensor:
-    """Summed cross-entropy over `num_tokens`: float32 ().
+    """Return the summed cross-entropy divided by `num_tokens`, float32 ().
 
     Args:
         h_PH: hidden states of the supervised positions, in the compute dtype.
-        head: the model's output embedding; a frozen linear takes the fast path, any other (LoRA on it, trained
-            in full) goes through autograd with its logits recomputed.
-        target_P: int64, the token that each position should predict.
+        head: the model's output embedding. A frozen linear uses the fast path. Any other head (with LoRA, or trained in
+            full) goes through autograd and recomputes its logits.
+        target_P: int64, the token that each position must predict.
     """
     if isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters()):
         return _ChunkedCrossEntropy.apply(h_PH, head.weight, head.bias, target_P, transform, num_tokens)
@@ -108,8 +108,8 @@ def chunked_cross_entropy(
 
 
 def chunk_rows(num_positions: int, vocab_size: int, itemsize: int, device: torch.device) -> int:
-    """Rows of logits worked on at a time, a multiple of ROW_MULTIPLE: chunks as equal as can be, of which none takes
-    more than logits_chunk_bytes."""
+    """Return the rows of a chunk of logits, a multiple of ROW_MULTIPLE. Chunks are as equal as possible. A chunk with
+    more than ROW_MULTIPLE rows has at most logits_chunk_bytes."""
     multiples = max(logits_chunk_bytes(device.type) // (itemsize * vocab_size * ROW_MULTIPLE), 1)
     needed = -(-num_positions // ROW_MULTIPLE)
     chunks = max(-(-needed // multiples), 1)
@@ -117,24 +117,24 @@ def chunk_rows(num_positions: int, vocab_size: int, itemsize: int, device: torch
 
 
 def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions whose next token is learned, int64 (P,), and those tokens, int64 (P,), from labels (1, T).
+    """Return positions whose next token is supervised, int64 (P,), and those tokens, int64 (P,), from labels (1, T).
 
-    For labels on the host: how many there are is a shape, which a GPU would have to be waited for to know.
+    Labels must be on the host. P is a shape, and reading it from a GPU needs a sync.
     """
     position = (labels[0, 1:] != IGNORE).nonzero()[:, 0]
     return position, labels[0, position + 1]
 
 
 def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -> Tensor:
-    """Loss of one packed row: decoder once, head on the supervised positions only.
+    """Compute the loss of one packed row: the decoder once, then the head on supervised positions only.
 
-    Needs `use_packed_attention`; `model` is transformers' own, adapters inside it.
+    Needs `use_packed_attention`. `model` is transformers' own, with the adapters inside.
     """
     return head_loss(model, decode(model, batch), batch, num_tokens)
 
 
 def decode(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """The last hidden states of a packed row, (1, T, H)."""
+    """Return the last hidden states of a packed row, (1, T, H)."""
     return model.base_model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
@@ -144,18 +144,18 @@ def decode(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
 
 def head_loss(model: PreTrainedModel, hidden: Tensor, batch: dict[str, Any], num_tokens: int) -> Tensor:
-    """The loss of a row's hidden states, (1, T, H); what stands after the row's own T is not looked at."""
-    allocator.release()  # logits are of other sizes than the layers' results
+    """Compute the loss from a row's hidden states, (1, T or more, H). Positions after the row's own T are ignored."""
+    allocator.release()  # logits cannot reuse the layers' blocks, which have other sizes
     position, target = batch["supervised"]
     head: Any = model.get_output_embeddings()
     rows = hidden[0].index_select(0, position)
     loss = chunked_cross_entropy(rows, head, target, LogitTransform.of(model.config), num_tokens)
-    allocator.release()  # and would wait through the whole backward
+    allocator.release()  # the logits' blocks would stay unused for the whole backward
     return loss
 
 
 def plain_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -> Tensor:
-    """The same through the model's own forward, one document at a time with full logits: slower, for any model."""
+    """Same as `packed_loss`, slower but for any model: its own forward, one document at a time, with full logits."""
     total = torch.zeros((), device=batch["input_ids"].device)
     for start, end in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]):
         position, target = (t.to(total.device) for t in supervised(batch["labels"][:, start:end]))

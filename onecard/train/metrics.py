@@ -1,4 +1,4 @@
-"""metrics.jsonl and metrics.csv, a line a step, whole after any kill; other loggers beside them if asked."""
+"""metrics.jsonl and metrics.csv with a line per logged step, readable after any kill; other loggers on request."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow":
 
 
 class Metrics:
-    """Writes each step's numbers; a resumed run first drops what it is about to repeat."""
+    """Writes the numbers of each logged step. A resumed run first drops the rows of the steps that it repeats."""
 
     def __init__(self, output: Path, loggers: Sequence[str], config: dict[str, Any], resume_step: int = 0):
         output.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class Metrics:
         self.loggers = [started(name, output, config) for name in loggers]
 
     def log(self, step: int, **values: float | None) -> None:
-        """Write one row; unknown names are an error of ours."""
+        """Write one row. Every name must be one of COLUMNS."""
         row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
         assert set(row) <= set(COLUMNS), row
         self.rows.append(row)
@@ -55,18 +55,18 @@ class Metrics:
             log({key: value for key, value in row.items() if key != "step"}, step)
 
     def close(self) -> None:
-        with ExitStack() as stack:  # each, whatever the others do
+        with ExitStack() as stack:  # close each, even if another fails
             for each in (self.jsonl.close, self.csv.close, *(close for _, close in self.loggers)):
                 stack.callback(each)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line torn by a kill is left out."""
+    """Read the rows of a metrics.jsonl. Skip a line that a kill has cut."""
     rows = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             row = ROW.validate_python(parse_json(line, infinities=True))
-        except ValueError:  # a ValidationError is one, too
+        except ValueError:  # includes ValidationError
             continue
         if type(row.get("step")) is int and set(row) <= set(COLUMNS):
             rows.append(row)
@@ -74,7 +74,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def csv_text(rows: list[dict[str, Any]], header: bool = False) -> str:
-    """CSV lines; with `header` the first row stands for the column names."""
+    """Format rows as CSV lines. With `header`, the column names replace the first row."""
     buffer = io.StringIO()
     writer: Any = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     if header:
@@ -92,7 +92,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def import_logger(name: str) -> Any:
-    """A logger's module. Raises UserError if its package is not installed."""
+    """Import a logger's module. Raises UserError if its package is not installed."""
     try:
         return import_module(MODULES[name])
     except ImportError as error:
@@ -101,7 +101,7 @@ def import_logger(name: str) -> Any:
 
 
 def started(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """open_logger; whatever keeps a service from starting (its address, a login, its store) is the user's matter."""
+    """Same as `open_logger`. Any failure of a service to start (its address, a login, its store) is a UserError."""
     try:
         return open_logger(name, output, config)
     except UserError:
@@ -113,7 +113,7 @@ def started(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def open_logger(name: str, output: Path, config: dict[str, Any]) -> tuple[Any, Any]:
-    """(log(values, step), close()) of a logger."""
+    """Open a logger and return its (log(values, step), close())."""
     module = import_logger(name)
     if name == "tensorboard":
         writer = module.SummaryWriter(str(output / "tensorboard"))

@@ -1,4 +1,4 @@
-"""A run's output folder: one run at a time writes to it; what ends a run early is told with what is kept."""
+"""A run's output folder. One run at a time writes to it. An error that ends a run early says what is kept."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from onecard.train.checkpoint import numbered
 
 @contextmanager
 def lock_output(output: Path, resuming: bool) -> Iterator[None]:
-    """Inside, the folder exists and no other run may claim it; a new one that stays empty goes again.
+    """Create the folder and lock it against other runs. A new folder that stays empty is removed at the end.
 
     Raises:
-        UserError: it is no folder, cannot be written, is another run's, or holds entries without `resuming`; a fault
-            of the system.
+        UserError: it is not a folder, is not writable, another run uses it, or it has entries without `resuming`; a
+            system fault.
         Stopped: Ctrl-C, SIGTERM or SIGHUP.
     """
     with as_user_error(output, lambda: what_is_kept(output)), signals.raised(), ExitStack() as stack:
@@ -52,7 +52,7 @@ def lock_output(output: Path, resuming: bool) -> Iterator[None]:
 
 
 def what_is_kept(output: Path) -> tuple[str, str]:
-    """Of a run that has ended early, and what to do with it."""
+    """Return what is kept of a run that ended early, and what the user can do."""
     try:
         there = numbered(output / "checkpoints")
         begun = output.is_dir() and any(output.iterdir())

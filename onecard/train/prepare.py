@@ -35,7 +35,7 @@ from onecard.train.evaluate import model_size
 from onecard.train.metrics import import_logger
 from onecard.train.samples import Sample, make_samples
 
-FREE_MEMORY_SHARE = 0.8  # of the free memory, that a run may plan to take
+FREE_MEMORY_SHARE = 0.8  # part of the free memory that a run may plan to use
 
 
 @dataclass
@@ -54,16 +54,16 @@ class Prepared:
     samples: list[Sample]
     form: Form
     date: str
-    process_bytes: int  # what the process itself takes, beside which the plan counts
+    process_bytes: int  # memory of the process itself, which the plan does not count
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
 
 
 def prepare(config: TrainConfig, date: str | None = None, answers: Answers | None = None) -> Prepared:
-    """Check checkpoint, data and settings; nothing large is loaded.
+    """Check checkpoint, data and settings without loading anything large.
 
     Args:
-        date: what chat templates are told is today, as YYYY-MM-DD; None for today.
-        answers: as run_training's.
+        date: today's date for chat templates, as YYYY-MM-DD; None for the real date.
+        answers: same as in `run_training`.
     """
     for name in config.loggers:
         import_logger(name)
@@ -118,10 +118,10 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
 
 
 def choose_memory(inputs: PlanInputs, paged_from_file: bool) -> tuple[MemoryStrategy, Plan, str]:
-    """What is kept, recomputed, offloaded and paged, its bill, and why.
+    """Choose what is kept, recomputed, offloaded and paged. Return the strategy, its plan and the reason.
 
     Raises:
-        UserError: nothing fits in device_memory, or in all that is free.
+        UserError: no strategy fits in device_memory, or, without that setting, in the free memory.
     """
     config = inputs.config
     free = available_bytes(pick_device(config.device))
@@ -142,10 +142,10 @@ def choose_memory(inputs: PlanInputs, paged_from_file: bool) -> tuple[MemoryStra
 
 
 def check_disk(plan: Plan, output: Path) -> None:
-    """Raise UserError if what the run writes does not fit where it goes."""
+    """Raise UserError if the run's files do not fit on the disk."""
     there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
     free, needed = shutil.disk_usage(there).free, sum(term.num_bytes for term in plan.disk)
-    free += sum(file.stat().st_size for file in output.glob("checkpoints/*/*"))  # a resumed run's, which make way
+    free += sum(file.stat().st_size for file in output.glob("checkpoints/*/*"))  # a resumed run replaces these
     if needed > free:
         parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in plan.disk)
         raise UserError(
@@ -157,6 +157,6 @@ def check_disk(plan: Plan, output: Path) -> None:
 
 
 def make_loader(config: TrainConfig, training: Dataset) -> Loader:
-    """The training rows, from the first one on."""
+    """Create the loader of the training rows, at the first row."""
     batch = config.per_device_train_batch_size
     return Loader(training.examples, config.max_seq_length, config.packing, batch, config.seed)

@@ -1,7 +1,7 @@
-"""How a run shows itself: a bar on a terminal, plain lines elsewhere.
+"""Progress display of a run: a bar on a terminal, plain lines elsewhere.
 
-The time that is left stays on the line at every width. The other parts are left out, the least wanted first, until the
-line fits.
+The remaining time is shown at every width. Other parts are dropped, the least important first, until the line
+fits.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ WANTED = (
     "rate",
     "norm",
     "process",
-)  # what a narrow line keeps, in order
+)  # parts of a line, the most important first
 
 
 class Progress:
-    """Shows each step's row of metrics, with the time that is left.
+    """Shows each step's metrics and the remaining time.
 
     Args:
-        process_bytes: what the process itself takes, which is not part of `planned_bytes`.
+        process_bytes: memory of the process itself, which `planned_bytes` does not include.
     """
 
     def __init__(self, console: Console, num_steps: int, done: int, planned_bytes: int, process_bytes: int):
@@ -60,7 +60,7 @@ class Progress:
                 self.bar.stop()
 
     def step(self, row: dict[str, Any]) -> None:
-        with suppress(OSError):  # a terminal that is gone ends no run
+        with suppress(OSError):  # a closed terminal must not end the run
             self.show(row)
 
     def show(self, row: dict[str, Any]) -> None:
@@ -77,7 +77,7 @@ class Progress:
             self.console.print(f"{'  '.join(parts.values())}  {left:.0f} s left", highlight=False, soft_wrap=True)
 
     def parts(self, row: dict[str, Any]) -> dict[str, str]:
-        """What a line says, in its order; `memory` is what the plan counts."""
+        """Return a line's parts in order. `memory` excludes the process itself, same as the plan."""
         used = max(row["memory_bytes"] - self.process_bytes, 0)
         parts = {
             "step": f"step {row['step']}/{self.num_steps}",
@@ -94,7 +94,7 @@ class Progress:
 
 
 def fitted(parts: dict[str, str], width: int) -> str:
-    """As many parts as `width` columns hold, the most wanted ones, in their own order."""
+    """Join the most important parts that fit in `width` columns, in their own order."""
     kept: set[str] = set()
     for name in WANTED:
         text = "  ".join(part for key, part in parts.items() if key in kept | {name})

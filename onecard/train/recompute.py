@@ -21,7 +21,7 @@ def recompute_layers(
 ) -> None:
     """Recompute the activations of the first `number` decoder layers in the backward; the others keep theirs.
 
-    The inputs of the first `num_offloaded` of them are offloaded meanwhile. With keep_dequantized_weights, the weights
+    The inputs of the first `num_offloaded` layers are offloaded until then. With keep_dequantized_weights, the weights
     that a layer dequantizes for the recomputation stay for its backward.
     """
     if number == 0:

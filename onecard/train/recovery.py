@@ -1,9 +1,9 @@
 """Recovery when an allocation fails in an update.
 
-Everything that can leave the device leaves it (the states of paged_adamw). Then the failed part runs again: the
-gradients of the window from its start with the same random numbers, AdamW from the parameter that it had reached.
+CUDA graphs are dropped, or else the states of paged_adamw are offloaded. Then the failed part runs again: the
+gradients of the window from its start with the same random numbers, or AdamW from the parameter that it had reached.
 That is the same update, bit for bit. If the allocation fails again, micro-batches are split at document ends into
-ever smaller parts. It is an error only when nothing is left to move or to split.
+smaller and smaller parts. It is an error only when nothing is left to move or to split.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ T = TypeVar("T")
 
 
 def retry_on_oom(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | None = None) -> T:
-    """What act() gives; where an allocation fails in it, room is made and it is called again.
+    """Return act(). If an allocation fails in it, free memory and call it again.
 
     Args:
-        window: whose micro-batches may be split.
+        window: the micro-batches that may be split.
 
     Raises:
-        UserError: it fails again, and there is nothing left to move or to split.
+        UserError: it fails again, and nothing is left to move or to split.
     """
     again = False
     while True:
@@ -40,15 +40,15 @@ def retry_on_oom(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | 
             if not is_out_of_memory(error):
                 raise
             reason = (str(error).splitlines() or ["MemoryError"])[0]
-        free_memory(run, window or [], reason, again)  # here, where the error no longer holds the step's tensors
+        free_memory(run, window or [], reason, again)  # here, where no error references the step's tensors
         again = True
 
 
 def free_memory(run: Run, window: list[dict[str, Any]], reason: str, again: bool) -> None:
-    """After an allocation has failed, the first time or `again`: let go of what can go, or else split micro-batches.
+    """Drop or offload what is possible after a failed allocation. If it failed `again` and that frees nothing, split.
 
     Raises:
-        UserError: neither can be.
+        UserError: neither is possible.
     """
     gc.collect()
     allocator.release()

@@ -1,4 +1,4 @@
-"""What a run leaves to read: loss_curve.png, report.md, report.html."""
+"""A run's report: loss_curve.png, report.md, report.html."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from typing import Any
 from onecard.faults import about
 from onecard.memory.measure import format_bytes
 
-MOST_NEIGHBOURS = 50  # to each side, of a smoothed loss
-LEAST_SHARE = 0.6  # of the loss axis, for nine tenths of the steps
+MOST_NEIGHBOURS = 50  # on each side of a smoothed loss
+LEAST_SHARE = 0.6  # part of the loss axis that nine tenths of the steps fill at least
 
 
 @dataclass
 class Report:
-    """Everything the report tells; nothing is read from elsewhere."""
+    """The content of the report, except the versions."""
 
     title: str
     command: str
@@ -40,7 +40,7 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """What the run was made with."""
+    """Return the versions of Python, the platform and the main packages."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name in ("onecard", "torch", "transformers", "peft", "safetensors"):
         try:
@@ -65,7 +65,7 @@ def write_report(output: Path, report: Report) -> None:
 
 
 def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
-    """Loss a step, thin and smoothed, with validation points; the learning rate on a second axis."""
+    """Plot each step's loss (thin), the smoothed loss, validation points, and the learning rate on a second axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,10 +100,10 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
 
 
 def smooth(values: list[float]) -> list[float]:
-    """At each step a straight line through its neighbours, by least squares with weights that fall to both sides.
+    """Fit a straight line to each step's neighbours, by least squares with weights that fall on both sides.
 
-    A line is reproduced as it is, also at the ends: nothing lags, and no side pulls. A loss falls fastest at the start,
-    so the window there is narrow: an eighth of the steps before, at most a twentieth of all and `MOST_NEIGHBOURS`.
+    A straight line stays unchanged, also at the ends: there is no lag and no bias. A loss falls fastest at the start,
+    so the window is narrow there: an eighth of the steps before, at most a twentieth of all and `MOST_NEIGHBOURS`.
     """
     import numpy
 
@@ -123,8 +123,8 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def limits(losses: list[float], checked: list[float]) -> tuple[float, float]:
-    """The loss axis: all of it, or as much that nine tenths of the steps take `LEAST_SHARE` of its height, and every
-    validation loss; a few losses above that, as a run's first ones are, would flatten the rest."""
+    """Return the limits of the loss axis. Nine tenths of the steps fill `LEAST_SHARE` of it, unless a validation loss
+    is higher. Without the limit, a few high losses, such as a run's first ones, would flatten the rest."""
     low, high = min(losses + checked), max(losses + checked)
     most = sorted(losses)[ceil(0.9 * (len(losses) - 1))]
     if most > low:
@@ -157,7 +157,7 @@ def make_sections(report: Report) -> list[Section]:
 
 
 def fence(text: str) -> str:
-    """A code block whose fence is longer than any run of backticks inside."""
+    """Return a code block whose fence is longer than any run of backticks inside."""
     ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{ticks}\n{text}\n{ticks}\n"
 
@@ -189,7 +189,7 @@ pre{background:#8881;padding:.6rem .8rem;border-radius:6px;white-space:pre-wrap;
 
 
 def breakable(text: str) -> str:
-    """Escaped, with the places where a line of JSON may end; a browser breaks a word only where a line has none."""
+    """Escape text and mark where a line of JSON may break. A browser breaks a word only in a line without marks."""
     return "<wbr>".join(escape(part) for part in re.split(r"(?<=[,:{}\[\]])", text))
 
 

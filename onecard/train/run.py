@@ -39,12 +39,12 @@ class Run:
     num_steps: int
     identity: dict[str, str]
     loss: LossFunction = packed_loss
-    date: str = ""  # that chat templates were given
+    date: str = ""  # the date that chat templates use
     strategy: MemoryStrategy = field(default_factory=MemoryStrategy)  # what is recomputed, offloaded and split
     step: int = 0
     loss_scale: float = 1.0
     graphs: DecoderGraphs | None = None
-    max_forward_tokens: int | None = field(init=False)  # most tokens that go through the model at a time
+    max_forward_tokens: int | None = field(init=False)  # most tokens in one forward
     offload: Offload | None = field(init=False, default=None)
     paged: Statistics = field(default_factory=Statistics)  # in all steps so far
     optimizer: AdamW = field(init=False)
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def base(self) -> PreTrainedModel:
-        """transformers' model, adapters inside it."""
+        """transformers' model, with the adapters inside."""
         return self.model.get_base_model()
 
     @property
@@ -79,11 +79,11 @@ class Run:
         return getattr(self.base, "pager", None)
 
     def saved_as_pages(self) -> AbstractContextManager:
-        """Where the base is paged, autograd holds its pages by name only."""
+        """Make autograd save references to a paged base's pages instead of their tensors."""
         return nullcontext() if self.pager is None else self.pager.saved_as_pages()
 
     def take_statistics(self) -> dict[str, float]:
-        """What was paged since the last call, as a row of metrics tells it; nothing where nothing can be."""
+        """Return what was paged since the last call, as fields of a metrics row. Empty if nothing can be paged."""
         users = [user for user in (self.pager, self.offload, self.optimizer.paged) if user is not None]
         if not users:
             return {}
@@ -106,7 +106,7 @@ class Run:
 
 
 def count_batches(loader: Loader, config: TrainConfig) -> int:
-    """Micro-batches of max_steps full windows, or those of num_train_epochs and no more."""
+    """Count the run's micro-batches: max_steps full windows, or those of num_train_epochs."""
     if config.max_steps is not None:
         return config.max_steps * config.gradient_accumulation_steps
     whole, part = divmod(config.num_train_epochs, 1)
@@ -115,7 +115,7 @@ def count_batches(loader: Loader, config: TrainConfig) -> int:
 
 
 def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> AdamW:
-    """The optimizer that `optim` names, over the adapter's float32 masters."""
+    """Create the optimizer that `optim` names, for the trainable weights."""
     return AdamW(
         trainable.values(),
         lr=config.learning_rate,
@@ -128,10 +128,10 @@ def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig
 
 
 def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
-    """Where graphs can hold what a micro-batch does: on a CUDA GPU, with nothing given up for memory and no experts.
+    """Return CUDA graphs if enabled and possible: on a GPU, with the packed loss, all resident and kept, no experts.
 
     Args:
-        limit: bytes of the device's memory that the run may take.
+        limit: bytes of device memory that the run may use.
     """
     held = run.strategy == MemoryStrategy() and run.loss is packed_loss and not has_experts(run.base)
     if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
@@ -140,7 +140,7 @@ def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that dropout draws from."""
+    """Return the states of the generators that dropout draws from."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -1,4 +1,4 @@
-"""What a model answers to some of the data's prompts, for the report: asked as training asks."""
+"""A model's answers to sample prompts, for the report. The prompts have the same form as in training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from onecard.data.dataset import Dataset
 from onecard.data.records import Record
 from onecard.infer.generate import generate
 
-SHOWN_TEXT = 80  # characters of a plain text that stand for its prompt
+SHOWN_TEXT = 80  # characters of a plain text that serve as its prompt
 
-Sample = tuple[str, list[int]]  # what is shown of a prompt, and its tokens
+Sample = tuple[str, list[int]]  # a prompt's shown text, and its tokens
 
 
 def make_samples(prompts: list[str] | None, dataset: Dataset, tokenizer: Any) -> list[Sample]:
-    """The user's prompts as chats, or those of the first records that fit max_seq_length."""
+    """Return the user's prompts as chats, or the prompts of the first records that fit max_seq_length."""
     if prompts is not None:
         return [(text, prompt_ids([{"role": "user", "content": text}], tokenizer)) for text in prompts]
     samples = []
@@ -29,7 +29,7 @@ def make_samples(prompts: list[str] | None, dataset: Dataset, tokenizer: Any) ->
 
 
 def record_prompt(record: Record, tokenizer: Any) -> tuple[str, list[int]]:
-    """What stands before a record's first learned answer, as text and as tokens: an inference asks like this."""
+    """Return the prompt before a record's first learned answer, as text and tokens, in the form that inference uses."""
     if record.messages is None:
         text = record.prompt if record.prompt is not None else (record.text or "")[:SHOWN_TEXT]
         return text, text_ids(text, tokenizer)
@@ -44,12 +44,12 @@ def record_prompt(record: Record, tokenizer: Any) -> tuple[str, list[int]]:
 
 
 def first_asked(record: Record) -> int:
-    """The first learned answer that somebody asked for; 0 if the assistant only speaks first."""
+    """Return the index of the first learned answer after a user turn; 0 if there is none."""
     turns = record.messages or ()
     asked = (i for i in learned_turns(record) if any(turn["role"] == "user" for turn in turns[:i]))
     return next(asked, 0)
 
 
 def answer_samples(model: Any, tokenizer: Any, samples: list[Sample], ends: tuple[int, ...] = ()) -> list[str]:
-    """The likeliest answers; `ends` as Answer's."""
+    """Answer the samples with greedy decoding. `ends` is the same as in `Answer`."""
     return [generate(model, tokenizer, ids, SAMPLE_TOKENS, ends=ends) for _, ids in samples]

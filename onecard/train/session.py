@@ -1,4 +1,4 @@
-"""A whole run: checks, preview and plan before the weights load; then train, save the adapter, report."""
+"""A whole run: checks, preview and plan before the weights load, then training, adapter and report."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ from onecard.train.samples import answer_samples
 def run_training(
     config: TrainConfig, resuming: bool, console: Console, report_extra: Any = None, answers: Answers | None = None
 ) -> Result:
-    """`onecard train`: from a checkpoint and a data file to output/adapter and output/report.html.
+    """Run `onecard train`: read a checkpoint and a data file, write output/adapter and output/report.html.
 
     Args:
-        resuming: go on from the newest checkpoint in the output folder.
+        resuming: continue from the newest checkpoint in the output folder.
         report_extra: called as f(result, "before" | "after") -> dict of lines for the report.
-        answers: what report_extra has the model answer, for the plan.
+        answers: the answers that report_extra generates, for the plan.
 
     Raises:
-        UserError: anything wrong with the input, before training where it can be known.
+        UserError: an input is wrong; raised before training where possible.
     """
     with lock_output(Path(config.output), resuming):
         return run_locked(config, resuming, console, report_extra, answers)
@@ -62,7 +62,7 @@ def run_training(
 def run_locked(
     config: TrainConfig, resuming: bool, console: Console, report_extra: Any, answers: Answers | None
 ) -> Result:
-    """run_training in an output folder that is this run's."""
+    """Same as `run_training`, in an output folder that is already locked."""
     output = Path(config.output)
     state = load_newest(output / "checkpoints") if resuming else None
     prepared = prepare(config, position_of(state).date if state else None, answers)
@@ -72,7 +72,7 @@ def run_locked(
     return_large_blocks()
     show(prepared, console)
     model = load_adapted(config, prepared, console)
-    origin = origin_of(model.get_base_model(), config.model)  # now: what cannot be read is told before the training
+    origin = origin_of(model.get_base_model(), config.model)  # before the training, so that unreadable files fail early
     loader = make_loader(config, prepared.training)
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity, strategy=prepared.strategy)
     run.date = prepared.date
@@ -84,7 +84,7 @@ def run_locked(
     before = measure(result, prepared, "before", report_extra, run)
     if state is not None:
         resume_shown(run, state, console)
-        del state  # with the optimizer's states, which are to be where the run has them
+        del state  # frees the loaded optimizer states: the run has its own copies
     elif resuming:
         console.print("no checkpoint yet: starting at step 0")
     start = time.perf_counter()
@@ -97,7 +97,7 @@ def run_locked(
 
 
 def resume_shown(run: Run, state: State, console: Console) -> None:
-    """Put a run where a checkpoint stands; what is not as it was then is told."""
+    """Restore a run from a checkpoint, and print what differs from then."""
     resume(run, state)
     position = position_of(state)
     for line in state.skipped:
@@ -118,7 +118,7 @@ def resume_shown(run: Run, state: State, console: Console) -> None:
 
 
 def show(prepared: Prepared, console: Console) -> None:
-    """Data, one sample, plan and schedule, before the weights load."""
+    """Print data, one sample, plan and schedule, before the weights load."""
     config = prepared.config
     console.rule("data", align="left")
     colour = console.color_system is not None
@@ -149,7 +149,7 @@ def show(prepared: Prepared, console: Console) -> None:
 
 
 def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> Any:
-    """The 4-bit base with a fresh adapter; LoRA's random start follows from the seed."""
+    """Load the 4-bit base with a new adapter. The seed sets LoRA's random start."""
     start = time.perf_counter()
     base = load_model(
         config.model,
@@ -178,7 +178,7 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
 
 
 def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, output: Path) -> None:
-    """The loop with its metrics and progress; a signal becomes Stopped, which says how to go on."""
+    """Run the loop with metrics and progress. A signal raises Stopped, which says how to resume."""
     metrics = Metrics(output, run.config.loggers, run.config.model_dump(), run.step)
     try:
         planned, process = prepared.plan.measured_bytes, prepared.process_bytes
@@ -193,12 +193,12 @@ def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, 
 
 
 def measure(result: Result, prepared: Prepared, when: str, extra: Any, run: Run) -> dict[str, Any]:
-    """Loss on the validation part and answers to the sample prompts, with the adapter as it now is."""
+    """Return the validation loss and the answers to the sample prompts, with the current adapter."""
     last = result.report.metrics[-1:]
     found: dict[str, Any] = {"facts": {}, "loss": last[0].get("eval_loss") if last else None}
     if prepared.validation and found["loss"] is None:
         found["loss"] = evaluate(result.model, prepared.validation, run.loss)
-    result.model.eval()  # no dropout in the samples; the loop sets it to train
+    result.model.eval()  # no dropout in the samples; the loop sets training mode again
     found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
     if extra:
         found["facts"] = extra(result, when)
@@ -241,7 +241,7 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
 
 
 def paging_facts(paged: Statistics) -> dict[str, str]:
-    """What came and went, for the report; nothing where nothing did."""
+    """Return what was paged, for the report. Empty if nothing was paged."""
     if not paged.bytes_in and not paged.bytes_out:
         return {}
     facts = {"paged in, out": f"{format_bytes(paged.bytes_in)}, {format_bytes(paged.bytes_out)}"}

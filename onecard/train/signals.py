@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: a run in its loop finishes the step and writes a checkpoint, elsewhere it ends and says
+"""Ctrl-C, SIGTERM and SIGHUP. In its loop, a run finishes the step and writes a checkpoint. Elsewhere, it ends and says
 what is kept. A second signal ends it at once. A signal that the process was started to ignore (nohup) stays ignored.
 """
 
@@ -13,7 +13,7 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class Signalled(KeyboardInterrupt):
-    """One came outside the loop."""
+    """A signal arrived outside the loop."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -22,7 +22,7 @@ class Signalled(KeyboardInterrupt):
 
 @contextmanager
 def raised() -> Iterator[None]:
-    """Inside, a signal raises Signalled."""
+    """Raise Signalled when a signal arrives inside the block."""
 
     def stop(number: int) -> None:
         raise Signalled(number)
@@ -33,7 +33,7 @@ def raised() -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[list[int]]:
-    """Inside, a signal's number goes into the list."""
+    """Append the number of the first signal inside the block to the list."""
     seen: list[int] = []
     with handled(seen.append):
         yield seen
@@ -41,7 +41,7 @@ def noted() -> Iterator[list[int]]:
 
 @contextmanager
 def handled(act: Callable[[int], None]) -> Iterator[None]:
-    """Inside, the first signal calls `act`, and a second one does what it does to any process."""
+    """Call `act` for the first signal inside the block. A second signal has its default effect."""
     before: dict[int, Any] = {}
 
     def first(number: int, frame: Any) -> None:
@@ -53,7 +53,7 @@ def handled(act: Callable[[int], None]) -> Iterator[None]:
         for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, first)
-    except ValueError:  # not in the main thread: nothing to catch here
+    except ValueError:  # not the main thread, where Python allows no handlers
         pass
     try:
         yield

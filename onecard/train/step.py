@@ -3,7 +3,7 @@
 With N supervised tokens in the window:
 
     for each micro-batch: backward(loss / N)       loss.py
-    stop on NaN or Inf, clip, AdamW on the float32 masters, schedule
+    stop on NaN or Inf, clip, AdamW on the float32 master weights, schedule
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from onecard.train.run import Run, random_state, restore_random
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A micro-batch where the model is, without waiting for it; labels stay on the host (`supervised` says why)."""
+    """Copy a micro-batch to the device without a sync. Labels stay on the host (`supervised` says why)."""
     position, target = supervised(batch["labels"])
     tensors = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
     moved = {key: upload(tensor, device) for key, tensor in tensors.items()}
@@ -37,7 +37,7 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def optimizer_step(run: Run) -> dict[str, Any]:
-    """One optimizer step over one accumulation window; the row of metrics that tells of it."""
+    """Make one update over one accumulation window. Return its row of metrics."""
     start, epoch = time.perf_counter(), run.epoch
     window, num_tokens = retry_on_oom(run, lambda: next_window(run))
     rate = learning_rate(run.step, run.num_steps, run.config)
@@ -63,7 +63,7 @@ def optimizer_step(run: Run) -> dict[str, Any]:
 
 
 def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
-    """The next update's micro-batches and their supervised tokens; the loader stays where it is if that fails."""
+    """Return the next window's micro-batches and their number of supervised tokens. A failure restores the loader."""
     before = run.loader.state_dict()
     try:
         size = run.config.gradient_accumulation_steps
@@ -75,10 +75,10 @@ def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
 
 
 def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[float, float]:
-    """Fill .grad, clipped; loss and gradient norm of the window.
+    """Fill .grad with clipped gradients. Return the window's loss and gradient norm.
 
-    Under float16 the loss is scaled against underflow; an overflow halves the scale and repeats the window with
-    the same random numbers.
+    In float16 the loss is scaled against underflow. An overflow halves the scale and repeats the window with the same
+    random numbers.
     """
     generators = random_state(run.device)
     while True:
@@ -93,7 +93,7 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
 def try_gradients(
     run: Run, window: list[dict[str, Any]], num_tokens: int, generators: dict[str, Tensor]
 ) -> tuple[float, float]:
-    """One attempt at them, from the same start each time."""
+    """Same as `gradients`, without the retries. `generators` are the random states at the window's start."""
     run.optimizer.zero_grad(set_to_none=True)
     if run.graphs is not None:
         run.graphs.attach_gradients()
@@ -103,13 +103,13 @@ def try_gradients(
         if parameter.grad is not None and run.loss_scale != 1.0:
             parameter.grad /= run.loss_scale
     clipped = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
-    # The update's only wait for a GPU; what is left after it is AdamW, a launch or two.
+    # The update's only device sync. Only AdamW follows, in one or two launches.
     total, norm = torch.stack([torch.stack(losses).sum(), clipped.float()]).tolist()
     return total, norm
 
 
 def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
-    """Add one micro-batch's gradients; its loss."""
+    """Accumulate one micro-batch's gradients. Return its loss."""
     batch = to_device(batch, run.device)
     if run.graphs is not None:
         loss = head_loss(run.base, run.graphs(batch), batch, num_tokens)
