@@ -1,1 +1,1 @@
-"""Using a model: generate, chat, evaluate."""
+"""Inference: generate, chat and serve."""

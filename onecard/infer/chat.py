@@ -1,7 +1,7 @@
-"""A chat in the terminal: answers stream, Ctrl-C stops one and keeps what was said, the adapter goes on and off.
+"""A chat in the terminal. Answers stream. Ctrl-C stops an answer and keeps its text. /adapter switches the adapter.
 
-The KV cache lives from turn to turn, so a turn costs its own tokens. A talk that outgrows the model's context loses
-its oldest messages, down to half of it at once: the turns after it find the cache as they need it again.
+The KV cache is kept between turns, so a turn computes only its own tokens. A talk that exceeds the model's context
+drops its oldest messages at once, down to half the context. So the next turns can use the cache again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def chat(
     """Talk until /quit or the end of the input.
 
     Args:
-        form: that of the adapter's prompts, as far as its folder tells.
+        form: the form of the adapter's prompts; None if its folder does not say.
     """
     talk = Talk(model, tokenizer, console, max_new_tokens, temperature, form)
     if told := difference(form, tokenizer):
@@ -66,7 +66,7 @@ def chat(
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append a row of JSONL, whole or not at all. Raises OSError."""
+    """Append a row of JSONL, completely or not at all. Raises OSError."""
     line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
     with path.open("ab", buffering=0) as out:
         size = out.seek(0, os.SEEK_END)
@@ -80,20 +80,20 @@ def append_line(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_message(console: Console) -> str:
-    """A line, or a paste of several; edited and kept in a history where Python has readline."""
+    """Read a line, or a paste of several lines. With readline, the input can be edited and has a history."""
     if not sys.stdin.isatty():
         return console.input("[bold]you[/bold] ").encode("utf-8", "replace").decode("utf-8").strip()
     try:
         import readline
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # the lines of a paste come as one
+        readline.parse_and_bind("set enable-bracketed-paste on")  # the lines of a paste are one input
     except ImportError:
         pass
-    return input("\001\033[1m\002you\001\033[0m\002 ").strip()  # 001 and 002: what takes no place in the line
+    return input("\001\033[1m\002you\001\033[0m\002 ").strip()  # 001 and 002 enclose characters without width
 
 
 class Talk:
-    """The messages until now, and what the model holds of them."""
+    """The messages so far, and the model's cache of them."""
 
     def __init__(
         self,
@@ -111,14 +111,14 @@ class Talk:
         self.context = make_context(model)
         self.system: list[dict[str, str]] = []
         self.messages: list[dict[str, str]] = []
-        self.first = 0  # messages before it are left out
+        self.first = 0  # the messages before this index are left out
         self.tuned = hasattr(model, "peft_config")
 
     def note(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False, highlight=False)
 
     def take(self, text: str) -> None:
-        """A command, or a message to answer."""
+        """Run a command, or answer a message."""
         word, _, rest = text.partition(" ")
         commands = {
             "/help": self.help,
@@ -179,7 +179,7 @@ class Talk:
         self.note(f"appended to {file}")
 
     def answer(self) -> None:
-        """Stream an answer to the last message; what was said of it is kept, also if Ctrl-C stops it."""
+        """Stream an answer to the last message. Its text is kept, also if Ctrl-C stops it."""
         try:
             ids = self.prompt()
         except UserError:
@@ -198,7 +198,7 @@ class Talk:
         self.note(f"\n{answer.num_tokens} tokens, {answer.num_tokens / seconds:.1f} tok/s{ended}")
 
     def stream(self, answer: Answer) -> str:
-        """Show the answer until its end or Ctrl-C; between two tokens, so that the cache stays whole."""
+        """Show the answer until its end or Ctrl-C. It stops only between tokens, so that the cache stays consistent."""
         stopped: list[int] = []
         before = signal.signal(signal.SIGINT, lambda number, frame: stopped.append(number))
         said = []
@@ -211,9 +211,9 @@ class Talk:
         return "".join(said)
 
     def prompt(self) -> list[int]:
-        """Tokens of the talk, with room for an answer; the oldest messages are left out where there is none.
+        """Return the talk's tokens, with room for an answer. The oldest messages are left out if there is no room.
 
-        An adapter that was trained on single prompts gets the last message alone.
+        For an adapter that was trained on single prompts, only the last message is used.
         """
         if self.form and self.form.prompt != "chat":
             self.first = len(self.messages) - 1

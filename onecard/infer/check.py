@@ -1,4 +1,4 @@
-"""Whether a loaded model computes at all, predicts the next token, and goes on from a cache: tried on a few tokens."""
+"""Checks on a few tokens that a loaded model runs, predicts the next token, and continues from a cache."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.memory.measure import is_out_of_memory
 from onecard.nn.linear import Linear4bit
 
-SEEN = 0.01  # of the logits' norm: a change of earlier positions that rounding cannot make
+SEEN = 0.01  # of the logits' norm: rounding cannot change earlier positions by so much
 MAX_RELATIVE_ERROR = 2**-4  # of the logits' norm: roundings of every layer add up; a lost context changes all of it
-FLOAT32 = 1e-3  # as much where all is computed in float32, its sums in another order
+FLOAT32 = 1e-3  # the same bound in float32, where only the order of the sums differs
 DO = "docs/families.md names the families that train"
 
 
 @torch.no_grad()
 def check_computes(model: Any, ids: Tensor) -> None:
-    """Raise UserError unless the model runs on a document, in training and out of it, and never looks ahead: what a
-    position gives rests neither on later tokens nor on their number.
+    """Raise UserError unless the model runs on a document in train and eval mode, and a position's logits depend
+    neither on later tokens nor on their number.
 
     Args:
-        model: transformers' own, adapters inside it.
+        model: transformers' own, with the adapters inside.
         ids: int64 (1, T), T at least 2.
     """
     training, family = model.training, model.config.model_type
@@ -54,12 +54,12 @@ def check_computes(model: Any, ids: Tensor) -> None:
 
 @torch.no_grad()
 def context_of(model: Any) -> type[CachedContext]:
-    """The first of three ways to go on after a prompt whose logits are those without a cache.
+    """Return the first of CachedContext and OneByOne whose logits equal those without a cache, else Uncached.
 
-    Some families want a cache of another kind, and pass ours by without a word.
+    Some families need another kind of cache, and ignore ours without an error.
 
     Raises:
-        UserError: as check_computes.
+        UserError: same as `check_computes`.
     """
     tokens = [token for piece in CACHE_PROBE for token in piece]
     ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
@@ -76,14 +76,14 @@ def context_of(model: Any) -> type[CachedContext]:
 
 
 def gives(context: CachedContext, whole: Tensor, bound: float) -> bool:
-    """Whether a context's logits behind each piece of the probe are those of the whole, (1, T, V)."""
+    """Whether a context's logits after each piece of the probe agree with `whole`, (1, T, V), from a single pass."""
     end = 0
     try:
         for piece in CACHE_PROBE:
             end += len(piece)
             if not agree(context.feed(piece), whole[:, end - 1], bound):
                 return False
-    except Exception as error:  # it wants something else of its cache
+    except Exception as error:  # the model needs another kind of cache
         if is_out_of_memory(error):
             raise
         return False
@@ -91,7 +91,7 @@ def gives(context: CachedContext, whole: Tensor, bound: float) -> bool:
 
 
 def bound_of(model: Any) -> float:
-    """By how much of their norm logits may differ where products had other shapes."""
+    """Return the relative error that logits may have when products had other shapes."""
     dtypes = {m.compute_dtype for m in model.modules() if isinstance(m, Linear4bit)} or {model.dtype}
     return FLOAT32 if dtypes == {torch.float32} else MAX_RELATIVE_ERROR
 

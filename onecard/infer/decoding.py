@@ -1,11 +1,11 @@
-"""One answer, token by token: a KV cache, one sampler, text that grows by whole characters.
+"""One answer, token by token: a KV cache, a sampler, and text that grows by whole characters.
 
-Everything that generates goes through `Answer.advance`: one forward pass of the model, over a piece of the prompt
-or over one token. A caller may do other work between two of them, a server other answers' tokens: each answer has
-a cache and a random generator of its own, so its tokens are the same bits whatever runs beside it.
+All generation uses `Answer.advance`: one forward pass of the model, over a piece of the prompt or over one token.
+Between two passes, a caller may do other work, and the server advances other answers. Each answer has its own cache
+and random generator, so its tokens are the same bits whatever else runs.
 
-transformers' LogitsProcessors shape the distribution; where a setting is not given, the checkpoint's
-generation_config.json says it, as in transformers' own generate.
+transformers' LogitsProcessors shape the distribution. A setting that is not given comes from the checkpoint's
+generation_config.json, same as in transformers' generate.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class CachedContext:
         self.cache = DynamicCache(config=self.model.config)
 
     def rewind(self, ids: list[int]) -> list[int]:
-        """Keep what `ids` begin with, as far as the cache can be cut; what of them is left to feed, one at least."""
+        """Cut the cache to the prefix that it shares with `ids`, or clear it. Return the ids to feed, at least one."""
         shared = shared_prefix(self.tokens, ids[:-1])
         surplus = len(self.tokens) - shared
         if surplus and any(type(layer) is not DynamicLayer for layer in self.cache.layers):
-            self.clear()  # a sliding window has let go of what would be needed
+            self.clear()  # a sliding window has dropped earlier keys and values
             return ids
         if surplus:
             self.cache.crop(-surplus)
@@ -54,7 +54,7 @@ class CachedContext:
 
     @torch.no_grad()
     def feed(self, ids: list[int]) -> torch.Tensor:
-        """Logits, (1, V) float32, of the token after `ids`, which follow what the cache holds."""
+        """Append `ids` to the cache. Return the next token's logits, (1, V) float32."""
         assert not self.model.training, "a cache needs a model in eval mode"
         device = self.model.get_input_embeddings().weight.device
         out = self.model(
@@ -68,7 +68,7 @@ class CachedContext:
 
 
 class OneByOne(CachedContext):
-    """As CachedContext for a model that goes on from its cache by one token only, as mamba does."""
+    """Same as `CachedContext`, for a model that continues from its cache by one token only, such as mamba."""
 
     def feed(self, ids: list[int]) -> torch.Tensor:
         first = ids[:1] if self.tokens else ids
@@ -79,7 +79,7 @@ class OneByOne(CachedContext):
 
 
 class Uncached(CachedContext):
-    """As CachedContext for a model that does not go on from such a cache: each pass reads all tokens."""
+    """Same as `CachedContext`, for a model that does not continue from such a cache: each pass reads all tokens."""
 
     def rewind(self, ids: list[int]) -> list[int]:
         self.tokens = self.tokens[: shared_prefix(self.tokens, ids[:-1])]
@@ -94,19 +94,19 @@ class Uncached(CachedContext):
 
 
 def shared_prefix(held: list[int], wanted: list[int]) -> int:
-    """How many tokens two lists begin with alike."""
+    """Return the length of the longest common prefix of two lists."""
     return next((i for i, (a, b) in enumerate(zip(held, wanted)) if a != b), min(len(held), len(wanted)))
 
 
 class Sampler:
-    """A token from logits: the likeliest at temperature 0, else drawn by a generator of its own."""
+    """Picks a token from logits: the likeliest at temperature 0, else a random one from its own generator."""
 
     def __init__(self, model: Any, sampling: SamplingConfig):
         stored = model.generation_config
         top_p = sampling.top_p if sampling.top_p is not None else stored.top_p or 1.0
         temperature = sampling.temperature if sampling.temperature is not None else stored.temperature
         temperature = 1.0 if temperature is None else temperature
-        self.greedy = temperature < torch.finfo(torch.float32).tiny  # 0, or what divides by 0 in float32
+        self.greedy = temperature < torch.finfo(torch.float32).tiny  # 0, or so small that float32 divides by 0
         self.shape = LogitsProcessorList()
         if stored.repetition_penalty not in (None, 1.0):
             self.shape.append(RepetitionPenaltyLogitsProcessor(float(stored.repetition_penalty)))
@@ -123,7 +123,7 @@ class Sampler:
             self.generator.manual_seed(sampling.seed)
 
     def pick(self, tokens: list[int], logits_1V: torch.Tensor) -> int:
-        """The token after `tokens`."""
+        """Return the token after `tokens`."""
         if self.shape:
             ids: Any = torch.tensor([tokens], device=logits_1V.device)
             logits_1V = self.shape(ids, logits_1V)
@@ -133,7 +133,7 @@ class Sampler:
 
 
 class Temperature(LogitsProcessor):
-    """Logits less their largest, divided by a temperature: finite or -inf, however small that is."""
+    """Subtracts the largest logit and divides by a temperature: finite or -inf for any small temperature."""
 
     def __init__(self, temperature: float):
         self.temperature = temperature
@@ -144,21 +144,21 @@ class Temperature(LogitsProcessor):
 
 
 class StopMatcher:
-    """Finds a stop string in a text that grows (Knuth, Morris and Pratt 1977).
+    """Finds a stop string in a growing text (Knuth, Morris and Pratt 1977).
 
-    A character costs amortized constant time. The table grows with what was matched, so the string's own length costs
-    nothing.
+    A character costs amortized constant time. The table grows with the longest match, so a long stop string costs
+    nothing in advance.
 
     Attributes:
-        matched: characters at the text's end that the stop string begins with, as many as there can be.
+        matched: length of the longest prefix of the stop string at the text's end.
     """
 
     def __init__(self, stop: str):
         self.stop, self.matched = stop, 0
-        self.borders = [0]  # of each prefix: the longest shorter one that also ends it
+        self.borders = [0]  # of each prefix: the longest shorter prefix that is also its suffix
 
     def feed(self, text: str) -> int | None:
-        """Where in `text` the first whole stop string ends; None if none does."""
+        """Return where in `text` the first complete stop string ends; None if there is none."""
         for i, character in enumerate(text):
             self.matched = self.after(self.matched, character)
             if self.matched == len(self.stop):
@@ -168,43 +168,43 @@ class StopMatcher:
         return None
 
     def after(self, matched: int, character: str) -> int:
-        """What is matched after one more character."""
+        """Return the matched length after one more character."""
         while matched and self.stop[matched] != character:
             matched = self.borders[matched - 1]
         return matched + (self.stop[matched] == character)
 
 
 class Text:
-    """Text from tokens as they come: whole characters, special tokens left out, nothing from a stop string on.
+    """Decodes tokens one by one: whole characters, no special tokens, nothing from a stop string on.
 
     Args:
-        before: the token whose text this one goes on from; None: it is a text of its own.
+        before: the token that the text continues from; None if the text is independent.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), before: int | None = None):
         self.tokenizer, self.matchers = tokenizer, [StopMatcher(each) for each in stop]
         self.special = frozenset(tokenizer.all_special_ids)
-        # The last that made text, then those that have not yet.
+        # The tokens of the last text, then those without text so far.
         self.tokens: list[int] = [] if before is None or before in self.special else [before]
         self.num_shown, self.held, self.stopped = len(self.tokens), "", False
 
     def push(self, token: int) -> str:
-        """What can be shown after one more token."""
+        """Add a token. Return the text that can be shown now."""
         if token in self.special:
             return ""
         self.tokens.append(token)
         text = self.new_text()
-        if text.endswith("\ufffd"):  # a character whose bytes are not all there
+        if text.endswith("\ufffd"):  # the bytes of a character are incomplete
             return ""
         self.tokens, self.num_shown = self.tokens[self.num_shown :], len(self.tokens) - self.num_shown
         return self.release(text, last=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was not shown so far."""
         return self.release(self.new_text(), last=True)
 
     def new_text(self) -> str:
-        """Of the tokens not shown; decoded behind those before them, since a text's first token loses its space."""
+        """Decode the new tokens after those before them: the first token of a text loses its space."""
         name = str(self.tokenizer.name_or_path)
         with tokenizing("the tokenizer must turn tokens into text", "fetch its tokenizer.json again", name):
             before, whole = (
@@ -214,7 +214,7 @@ class Text:
         return whole[len(before) :]
 
     def release(self, text: str, last: bool) -> str:
-        """`text` less what may be the beginning of a stop string."""
+        """Return the text up to a stop string, without an end that may begin one."""
         num_held, self.held = len(self.held), self.held + text
         ends = [(matcher, matcher.feed(text)) for matcher in self.matchers]
         found = [num_held + end - len(matcher.stop) for matcher, end in ends if end is not None]
@@ -232,16 +232,16 @@ class Answer:
     """The continuation of a prompt, one pass of the model at a time.
 
     Args:
-        goes_on: whether its text goes on from the prompt's, with the space between them; a chat's does not.
-        ends: tokens that end it beside the tokenizer's and the model's, such as a Form's.
+        goes_on: whether its text continues the prompt's, with the space between them; False for a chat.
+        ends: end tokens in addition to the tokenizer's and the model's, such as a Form's.
 
     Attributes:
-        finish_reason: None while it goes on; "stop" after an end token or a stop string; "length" after max_new_tokens,
-            or as many as the model's context has room for.
+        finish_reason: None before the end; "stop" after an end token or a stop string; "length" after max_new_tokens,
+            or at the end of the model's context.
         num_tokens: tokens drawn, the end token included.
 
     Raises:
-        UserError: as room_for.
+        UserError: same as `room_for`.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Answer:
         self.num_tokens, self.finish_reason = 0, None
 
     def advance(self) -> str:
-        """One pass; the text that it adds, often none."""
+        """Run one forward pass. Return the text that it adds, often none."""
         piece, self.rest = self.rest[:PREFILL_TOKENS], self.rest[PREFILL_TOKENS:]
         logits = self.context.feed(piece)
         if self.rest:
@@ -280,12 +280,12 @@ class Answer:
 
 
 def context_length(model: Any) -> int:
-    """Tokens that the model takes."""
+    """Return the model's longest context in tokens."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def room_for(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> int:
-    """How many tokens an answer may have. Raises UserError for a setting or a prompt that leaves none."""
+    """Return how many tokens an answer may have. Raises UserError if the setting or the prompt leaves none."""
     if max_new_tokens < 1:
         raise UserError("max_new_tokens must be 1 or more", str(max_new_tokens), "correct it", "max_new_tokens")
     length = context_length(model)
@@ -296,6 +296,6 @@ def room_for(model: Any, num_prompt_tokens: int, max_new_tokens: int) -> int:
 
 
 def end_tokens(configured: int | list[int] | None, tokenizer: Any, learned: tuple[int, ...] = ()) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, those that training rows ended in, the generation config's."""
+    """Return all tokens that end an answer: the tokenizer's, those that end training rows, the generation config's."""
     found = configured if isinstance(configured, list) else [configured]
     return [token for token in dict.fromkeys([tokenizer.eos_token_id, *learned, *found]) if token is not None]

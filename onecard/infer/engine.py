@@ -1,9 +1,9 @@
-"""One thread that owns the model and gives every request a token in turn.
+"""One thread that owns the model and runs a forward pass for each request in turn.
 
-The answers of a round run one after the other, each over its own KV cache, so each one's tokens are the bits that
-it gets alone. A round goes through the adapters one by one: at most one switch an adapter and round. Text goes out
-through a callback that must not wait: a slow reader's text piles up at its own end, bounded by max_new_tokens,
-and its place in the round is free when it is done, read or not.
+The answers of a round run one after the other, each with its own KV cache, so the other requests do not change an
+answer's bits. A round is sorted by adapter: at most one switch per adapter and round. Text goes out through a callback
+that must not block. A slow reader's text collects in its own queue, bounded by max_new_tokens. A finished answer frees
+its place in the round, read or not.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from onecard.kernels.cpu.contention import sharing_cores
 
 @dataclass(frozen=True)
 class TextChunk:
-    """What an answer grew by; the last one has a finish_reason or, if it failed, an error."""
+    """New text of an answer. The last chunk has a finish_reason or, after a failure, an error."""
 
     text: str
-    num_tokens: int  # of the answer until now
+    num_tokens: int  # of the answer so far
     finish_reason: str | None = None
     error: str | None = None
 
 
 @dataclass(eq=False)
 class GenerationRequest:
-    """A request: `emit` is called in the engine's thread with each TextChunk; `cancelled` may be set in any thread.
+    """A request. The engine's thread calls `emit` with each TextChunk. Any thread may set `cancelled`.
 
     Attributes:
-        goes_on, ends: as Answer's.
+        goes_on, ends: same as in `Answer`.
     """
 
     input_ids: list[int]
@@ -52,7 +52,7 @@ class GenerationRequest:
     answer: Answer | None = field(default=None, init=False)
 
     def advance(self, model: Any) -> bool:
-        """One pass of the model; whether there is more to come. What goes wrong is this request's alone."""
+        """Run one forward pass. Return whether more passes follow. An error ends only this request."""
         try:
             if self.answer is None:
                 asked = (self.input_ids, self.max_new_tokens, self.sampling, make_context(model), self.goes_on)
@@ -65,12 +65,12 @@ class GenerationRequest:
         except Exception as error:
             self.emit(TextChunk("", 0, error=f"{type(error).__name__}: {error}"))
         if self.answer is not None:
-            self.answer.context.clear()  # its client may be reading for long
+            self.answer.context.clear()  # frees the cache: the client may read for long
         return False
 
 
 class Engine:
-    """Runs Works until it is closed."""
+    """Runs requests until it is closed."""
 
     def __init__(self, model: Any, max_active: int, max_queued: int):
         self.model, self.max_active, self.max_queued = model, max_active, max_queued
@@ -84,10 +84,10 @@ class Engine:
         self.thread.start()
 
     def submit(self, work: GenerationRequest) -> bool:
-        """Queue a request, first come first served; False if too many wait, or the engine is closed."""
+        """Queue a request, first come first served. Return False if too many wait or the engine is closed."""
         with self.changed:
             self.waiting = deque(each for each in self.waiting if not each.cancelled)
-            free = self.max_active - len(self.active)  # for those that the next round lets in
+            free = self.max_active - len(self.active)  # places that the next round fills
             if self.closed or len(self.waiting) >= self.max_queued + free:
                 return False
             self.waiting.append(work)
@@ -106,7 +106,7 @@ class Engine:
                 self.active = going_on
 
     def admit(self) -> bool:
-        """Let go of cancelled work and fill the free places; waits while there is nothing to do. False at the end."""
+        """Drop cancelled requests and fill the free places. Wait while there are none. Return False when closed."""
         with self.changed:
             while not self.closed:
                 going_on = [work for work in self.active if not work.cancelled]
@@ -122,7 +122,7 @@ class Engine:
         return False
 
     def close(self) -> None:
-        """Stop after the tokens that are being computed."""
+        """Stop after the current round."""
         with self.changed:
             self.closed = True
             self.changed.notify()

@@ -1,4 +1,4 @@
-"""Text from a model: greedy or sampled, with a KV cache, streamed if asked."""
+"""Text generation: greedy or sampled, with a KV cache, optionally streamed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,16 @@ def generate(
     goes_on: bool = False,
     ends: tuple[int, ...] = (),
 ) -> str:
-    """The continuation of `input_ids`, special tokens left out.
+    """Return the text that continues `input_ids`, without special tokens.
 
     Args:
-        max_new_tokens: the most tokens to write; an end token of the tokenizer or of the model stops earlier, and so
-            does the end of the model's context.
-        temperature: 0 takes the likeliest token.
-        on_text: called with each finished piece of text as it comes.
-        goes_on, ends: as Answer's.
+        max_new_tokens: the most tokens to generate. An end token or the end of the model's context stops earlier.
+        temperature: 0 selects the likeliest token.
+        on_text: called with each finished piece of text.
+        goes_on, ends: same as in `Answer`.
 
     Raises:
-        UserError: a setting that cannot be; a prompt without tokens, or longer than the model's context.
+        UserError: a setting is invalid; the prompt has no tokens, or more than the model's context.
     """
     sampling = make_config(SamplingConfig, {"temperature": temperature}, "generate")
     answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, make_context(model), goes_on, ends)

@@ -1,10 +1,10 @@
-"""A token's pass through the model as a CUDA graph: one launch in place of hundreds, between which a GPU waits for
-Python longer than it computes.
+"""CUDA graphs of a token's forward pass. One launch replaces hundreds, between which a GPU waits for Python longer than
+it computes.
 
-A graph's addresses are fixed, so keys and values lie in buffers of a fixed length, of which a query sees those up to
-its own position; they grow by doubling. A graph is recorded at the third token and kept for the adapter that it was
-recorded with. Before its first answer, a model's logits over such buffers are compared with those over transformers'
-own cache; a model for which they differ, or which a graph cannot hold, goes on with that cache.
+A graph has fixed addresses, so keys and values are in buffers of a fixed length, which grow by doubling. A query
+attends to the keys up to its own position. A graph is captured at the third token and kept for the adapter of its
+capture. Before a model's first answer, its logits with these buffers are compared with those of transformers' own
+cache. If they differ, or a graph cannot hold the model, that cache is used.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from onecard.kernels.cuda_graph import Recording, forbid_device_sync, on_side_st
 from onecard.nn.experts import has_experts
 
 MIN_BUFFER_TOKENS = 256  # tokens of the first buffers
-TOKENS_BEFORE_CAPTURE = 3  # tokens fed one by one
-MAX_GRAPHS = 4  # adapters' graphs
+TOKENS_BEFORE_CAPTURE = 3  # capture at the third token that is fed alone
+MAX_GRAPHS = 4  # one for each adapter
 PROBE = (list(range(1, 17)), [17], [18])  # tokens
 
-_kinds: WeakKeyDictionary[Any, type[CachedContext]] = WeakKeyDictionary()  # a model's, once it is known
+_kinds: WeakKeyDictionary[Any, type[CachedContext]] = WeakKeyDictionary()  # of each model, set at its first context
 
 
 class FixedLayer(CacheLayerMixin):
-    """A layer's keys and values, (1, H_kv, length, D); `positions` says where the next ones go."""
+    """A layer's keys and values, (1, H_kv, length, D). The next ones are written at `positions`."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -67,7 +67,7 @@ class FixedLayer(CacheLayerMixin):
 
 
 class Buffers:
-    """A cache of fixed length, and each adapter's graph of a token's pass over it."""
+    """A cache of fixed length, and each adapter's graph of a token's forward pass with it."""
 
     def __init__(self, model: Any, length: int, device: torch.device):
         self.model, self.length = model, length
@@ -78,7 +78,7 @@ class Buffers:
         self.graphs: dict[Any, Recording] = {}
 
     def take(self, shorter: Buffers) -> None:
-        """What shorter ones hold."""
+        """Copy the contents of shorter buffers."""
         for old, new in zip(shorter.layers, self.layers):
             if old.keys is not None and old.values is not None:
                 new.lazy_initialization(old.keys, old.values)
@@ -87,7 +87,7 @@ class Buffers:
                 new.values[:, :, : old.length].copy_(old.values)
 
     def logits(self, ids: Tensor, positions: Tensor, num_keys: int | None = None) -> Tensor:
-        """The model's, (1, V) float32, after ids (1, T) at positions (T,); `num_keys` tokens are held with them."""
+        """Return logits, (1, V) float32, after ids (1, T) at positions (T,). `num_keys` counts cached tokens too."""
         for layer in self.layers:
             layer.positions = positions
         with use_cached_attention(self.model):
@@ -103,7 +103,7 @@ class Buffers:
         return out.logits[:, -1].float()
 
     def record(self, key: Any) -> bool:
-        """Add the graph of ids and position as they are filled; whether it gives what the layers have given before."""
+        """Capture a graph for the current ids and position. Return whether its replay agrees with the layers' own."""
         side = side_stream(self.ids.device)
         with on_side_stream(side), forbid_device_sync():
             expected = self.logits(self.ids, self.position)
@@ -116,7 +116,7 @@ class Buffers:
 
 
 class FixedContext(CachedContext):
-    """As CachedContext, with a graph for a token; `records` False: the same without one, on any device."""
+    """Same as `CachedContext`, with fixed buffers and CUDA graphs. With `records` False: no graphs, on any device."""
 
     def __init__(self, model: Any, records: bool = True):
         self.records = records
@@ -154,7 +154,7 @@ class FixedContext(CachedContext):
         return recording.result.clone()
 
     def reserve(self, length: int, device: torch.device) -> Buffers:
-        """Buffers for so many tokens, with what is held already."""
+        """Return buffers for `length` tokens, with the current keys and values."""
         if self.buffers is None or self.buffers.length < length:
             longer = Buffers(self.model, max(MIN_BUFFER_TOKENS, 1 << (length - 1).bit_length()), device)
             if self.buffers is not None:
@@ -163,20 +163,20 @@ class FixedContext(CachedContext):
         return self.buffers
 
     def adapter(self) -> Any:
-        """What the layers compute with."""
+        """Return the state of the adapters, on which a graph depends."""
         layer: Any = self.tuner
         if layer is None:
             return None
         return tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters)
 
     def recorded(self, buffers: Buffers, key: Any) -> bool:
-        """Record a graph; if it cannot be, none is from now on for this model."""
+        """Record a graph. A failure ends recording in this context, and for the model unless memory ran out."""
         try:
             agrees = buffers.record(key)
         except torch.OutOfMemoryError:
             self.records = False
             return False
-        except RuntimeError:  # what a graph cannot hold
+        except RuntimeError:  # an operation that a graph cannot hold
             agrees = False
         if not agrees:
             buffers.graphs.clear()
@@ -186,15 +186,15 @@ class FixedContext(CachedContext):
 
 @cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all records: libraries keep a workspace for every stream that they have seen."""
+    """Return one stream for all recordings: libraries keep a workspace for every stream that they see."""
     return torch.cuda.Stream(device)
 
 
 def make_context(model: Any) -> CachedContext:
-    """The cache that suits a model; a fixed one where its passes can be graphs.
+    """Create the cache that suits a model; a fixed one if its passes can be graphs.
 
     Raises:
-        UserError: the first time, as context_of.
+        UserError: for a model's first context, same as `context_of`.
     """
     if model not in _kinds:
         kind = context_of(model)
@@ -206,8 +206,8 @@ def make_context(model: Any) -> CachedContext:
 
 
 def suits(model: Any) -> bool:
-    """Whether a model is on a GPU, all of it, and goes through transformers' AttentionInterface without experts, whose
-    tokens are counted on the host; and loses nothing by it."""
+    """Whether a model is completely on a GPU, uses transformers' AttentionInterface, has no experts (their tokens are
+    counted on the host), and has the same logits with a fixed cache."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     on_gpu = base.get_input_embeddings().weight.device.type == "cuda"
     paged = getattr(base, "pager", None) is not None
@@ -215,11 +215,11 @@ def suits(model: Any) -> bool:
 
 
 def gives_the_same(model: Any) -> bool:
-    """Whether its logits over a fixed cache are those over its own."""
+    """Whether a model's logits with a fixed cache agree with those of its own cache."""
     fixed, own = FixedContext(model, records=False), CachedContext(model)
     try:
         return all([agree(fixed.feed(ids), own.feed(ids), MAX_RELATIVE_ERROR) for ids in PROBE])
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # it wants something else of its cache
+    except Exception:  # the model needs another kind of cache
         return False

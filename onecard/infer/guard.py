@@ -1,8 +1,8 @@
-"""What stands before the server's routes: Host, token, body size, time; a client that is gone ends its work.
+"""Checks before the server's routes: Host header, token, body size, time. A client that disconnects ends its work.
 
-A web page can reach a server on 127.0.0.1: by a name of its own that resolves there (DNS rebinding), which the Host
-header shows, or by a form, which cannot be application/json. A server that others can reach asks each of them for
-a token, which no page knows.
+A web page can reach a server on 127.0.0.1. It can use its own name that resolves there (DNS rebinding), which the Host
+header shows, or a form, which cannot send application/json. A server that other machines can reach requires a token,
+which no page knows.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from onecard.config import ServeConfig, is_loopback
 from onecard.infer.protocol import ApiError
 
 OWN_NAMES = ("localhost", "127.0.0.1", "::1")
-HEAD_SECONDS = 10  # in which a request's head must come; a body has the client's whole time
+HEAD_SECONDS = 10  # limit for a request's head; a body has the client's whole time
 HOST = re.compile(r"(?:\[(?P<v6>[0-9A-Fa-f:.]+)\]|(?P<name>[A-Za-z0-9._-]+))(?::(?P<port>[0-9]{0,5}))?")
 
 
 class Door:
-    """The connections whose request is not there as a whole: a new one takes the place of the oldest if there are many.
+    """The connections with an incomplete request. A new one replaces an old one if there are too many.
 
-    uvicorn counts them as busy ones, so without this a few hundred of them keep everyone else out. The one that goes is
-    of the peer that has the most of them.
+    uvicorn counts them as busy, so without this limit a few hundred of them block all other clients. The replaced one
+    is the oldest of the peer that has the most of them.
     """
 
     def __init__(self, most: int):
@@ -54,7 +54,7 @@ class Door:
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's, which by itself waits for a request's head without end, and counts such connections as busy ones."""
+    """uvicorn's protocol with a time limit for a request's head. uvicorn itself waits without a limit."""
 
     def __init__(self, *args: Any, seconds: float, door: Door, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -84,14 +84,14 @@ class TimedProtocol(H11Protocol):
         self.door.leave(self)
 
     def take_place(self) -> None:
-        """Among those that wait for a request, or out of them."""
+        """Register the connection at the door while its request is incomplete, else remove it."""
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing():
             self.door.wait(self)
         else:
             self.door.leave(self)
 
     def time_head(self) -> None:
-        """The time runs from the first byte of a head, or the connection, to the whole head, however many come."""
+        """Time a request's head, from the connection or its first byte until it is complete. New bytes add no time."""
         if self.conn.their_state is not h11.IDLE:
             self.stop_timer()
         elif self.timer is None:
@@ -128,7 +128,7 @@ class Guard:
             await self.run(scope, body, receive, timed_send)
 
     def check_headers(self, scope: Any) -> None:
-        """Raise ApiError for a strange Host, a wrong token or a body that is not JSON."""
+        """Raise ApiError for a wrong Host, a wrong token or a body that is not JSON."""
         headers = {name.lower(): value for name, value in scope["headers"]}
         if is_loopback(self.config.host) or self.config.allowed_hosts:
             host = headers.get(b"host", b"").decode("latin-1")
@@ -143,7 +143,7 @@ class Guard:
             raise ApiError(415, "the body must be application/json", code="unsupported_media_type")
 
     async def read_body(self, scope: Any, receive: Any) -> bytes | None:
-        """The whole body, None from a client that went away. Raises ApiError if it is too large or too slow."""
+        """Read the whole body; None if the client disconnects. Raises ApiError if it is too large or too slow."""
         body, more = bytearray(), True
         try:
             async with asyncio.timeout(self.timeout):
@@ -161,8 +161,8 @@ class Guard:
         return bytes(body)
 
     async def run(self, scope: Any, body: bytes, receive: Any, send: Any) -> None:
-        """The app, until it is done or its client gone."""
-        gone = asyncio.create_task(receive())  # nothing but a disconnect comes after the body
+        """Run the app until it is done or its client disconnects."""
+        gone = asyncio.create_task(receive())  # only a disconnect can follow the body
         told = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Any:
@@ -174,17 +174,17 @@ class Guard:
         finally:
             app.cancel()
             gone.cancel()
-        with suppress(TimeoutError, asyncio.CancelledError):  # a reader that stopped reading; a client that is gone
+        with suppress(TimeoutError, asyncio.CancelledError):  # the client stopped reading, or disconnected
             await app
 
 
 def host_name(host: str) -> str | None:
-    """The name or address that a Host header is (RFC 9110, 7.2), its port left out; None for anything else."""
+    """Return the name or address in a Host header (RFC 9110, 7.2), without the port; None if it is invalid."""
     found = HOST.fullmatch(host)
     if found is None or int(found["port"] or 0) > 65535:
         return None
     if found["name"] is not None:
-        return found["name"].lower().removesuffix(".")  # a name from the root
+        return found["name"].lower().removesuffix(".")  # the dot of the DNS root
     try:
         return str(ipaddress.IPv6Address(found["v6"]))
     except ValueError:
@@ -192,5 +192,5 @@ def host_name(host: str) -> str | None:
 
 
 def own_name(name: str) -> str:
-    """A name or address as host_name gives it."""
+    """Normalize a name or address, same as `host_name`."""
     return host_name(name) or host_name(f"[{name}]") or name.lower()

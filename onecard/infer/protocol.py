@@ -1,8 +1,7 @@
-"""OpenAI's API as far as it is served: requests checked, what is not supported named; replies built.
+"""The supported part of OpenAI's API: checks requests and builds replies.
 
-A parameter at the value that changes nothing (n=1, frequency_penalty=0) is taken from clients that always send it;
-any other value of it, and any unknown parameter, is an error that names it, since an answer that leaves out what was
-asked for would be a wrong one.
+A parameter with a neutral value (n=1, frequency_penalty=0) is accepted, since some clients always send it. Any other
+value of it, and any unknown parameter, is an error that names it: an answer that ignores a parameter would be wrong.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from onecard.config import SamplingConfig
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 4096
-MESSAGE_CHARACTERS = 32  # that a message counts for, beside its own: the template runs over it
+MESSAGE_CHARACTERS = 32  # added to each message's own, for the chat template's work
 NEUTRAL: dict[str, Any] = {
     "n": 1,
     "best_of": 1,
@@ -49,7 +48,7 @@ class ApiError(Exception):
 
 
 class Sent(BaseModel):
-    """A JSON object: null is as good as not given, and so is a NEUTRAL value."""
+    """A JSON object. A null or NEUTRAL value counts as not given."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -62,7 +61,7 @@ class Sent(BaseModel):
 
 
 def is_neutral(key: str, value: Any) -> bool:
-    """logprobs: 0 is not false: it asks for the chosen token's."""
+    """Whether a value changes nothing. logprobs 0 is not false: it asks for the chosen token's logprob."""
     neutral = NEUTRAL.get(key)
     return key in NEUTRAL and value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
@@ -83,7 +82,7 @@ class Message(Sent):
     name: str | None = None
 
     def turn(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """Return the message in the form that chat templates accept."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
 
@@ -118,11 +117,11 @@ class ChatRequest(Request):
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def text(self) -> str:
-        """All that is said."""
+        """Return the text of all messages."""
         return "".join(message.turn()["content"] for message in self.messages)
 
     def size(self) -> int:
-        """Characters of the prompt, about."""
+        """Return about how many characters the prompt has."""
         return len(self.text()) + MESSAGE_CHARACTERS * len(self.messages)
 
 
@@ -130,7 +129,7 @@ class CompletionRequest(Request):
     prompt: str | list[str] | list[int] | list[list[int]]
 
     def one_prompt(self) -> str | list[int]:
-        """Raises ApiError for several."""
+        """Return the prompt. Raises ApiError for several prompts."""
         prompt: Any = self.prompt
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
             if len(prompt) > 1:
@@ -139,17 +138,17 @@ class CompletionRequest(Request):
         return prompt
 
     def text(self) -> str:
-        """The prompt, if it is one."""
+        """Return the prompt if it is text, else an empty string."""
         prompt = self.one_prompt()
         return prompt if isinstance(prompt, str) else ""
 
     def size(self) -> int:
-        """Characters or tokens of the prompt."""
+        """Return the prompt's number of characters or tokens."""
         return len(self.one_prompt())
 
 
 def parse(kind: type[Request], body: bytes) -> Any:
-    """A request of that kind. Raises ApiError that names the parameter."""
+    """Parse a request of `kind`. Raises ApiError that names the parameter."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
@@ -164,7 +163,7 @@ def parse(kind: type[Request], body: bytes) -> Any:
 
 
 class Reply:
-    """The objects of one answer, whole or in chunks."""
+    """Builds the JSON objects of one answer, whole or in chunks."""
 
     def __init__(self, chat: bool, model: str, num_prompt_tokens: int, include_usage: bool):
         self.chat, self.num_prompt_tokens, self.include_usage = chat, num_prompt_tokens, include_usage
@@ -189,7 +188,7 @@ class Reply:
         return {**self.shared, "object": kind, "choices": choices, "usage": self.usage(num_tokens)}
 
     def chunk(self, text: str, finish_reason: str | None = None, first: bool = False) -> dict[str, Any]:
-        """`first` opens a chat's answer with its role."""
+        """Build one chunk. `first` adds the role of a chat's answer."""
         delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
         said: dict[str, Any] = {"delta": delta} if self.chat else {"text": text}
         return self.event([self.choice(said, finish_reason)], None)

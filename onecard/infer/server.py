@@ -1,7 +1,7 @@
-"""A server of OpenAI's API on one model and its adapters: /v1/chat/completions, /v1/completions, /v1/models.
+"""A server of OpenAI's API for one base and its adapters: /v1/chat/completions, /v1/completions, /v1/models.
 
-An adapter is a model of its own name; the base's name is the model without any. `engine.py` gives the requests
-their tokens, `protocol.py` checks them, `guard.py` stands before the routes.
+Each adapter is a model with its own name. The base's name selects the base without an adapter. `engine.py` computes
+the tokens, `protocol.py` checks parameters, `guard.py` checks connections and headers before the routes.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from onecard.infer.guard import Door, Guard, TimedProtocol
 from onecard.infer.protocol import ApiError, ChatRequest, CompletionRequest, Reply, parse
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
-SHORT_PROMPT = 8192  # characters or tokens: longer ones are encoded apart, so that no short one waits for them
+SHORT_PROMPT = 8192  # characters or tokens; another thread encodes longer prompts, so that short ones do not wait
 
 
 @dataclass(frozen=True)
 class Served:
-    """What a name stands for.
+    """The adapter, tokenizer and prompt form of a model's name.
 
     Attributes:
-        adapter: peft's name of it; None for the base.
-        form: that of the adapter's prompts, as far as its folder tells.
+        adapter: the adapter's name in peft; None for the base.
+        form: the form of the adapter's prompts; None if its folder does not say.
     """
 
     adapter: str | None
@@ -59,7 +59,7 @@ class Service:
     """The model, its names and the engine.
 
     Args:
-        models: by what requests call them.
+        models: by the names that requests use.
     """
 
     def __init__(self, model: Any, models: dict[str, Served], config: ServeConfig):
@@ -67,15 +67,15 @@ class Service:
         self.vocab_size, length = model.config.get_text_config().vocab_size, context_length(model)
         self.max_model_len = min(config.max_model_len or length, length)
         self.engine = Engine(model, config.max_num_seqs, config.max_queued)
-        # A thread for short prompts and one for long ones, each with tokenizers of its own: a tokenizer is not for two
-        # threads, and the event loop must not wait.
+        # One thread for short prompts and one for long ones, each with its own tokenizers: a tokenizer is not
+        # thread-safe, and the event loop must not block.
         self.encoders = {long: ThreadPoolExecutor(1) for long in (False, True)}
         self.tokenizers_for_long: dict[str, Any] = {}
         self.num_encoding = 0
         self.started = int(time.time())
 
     def prompt(self, request: Any, long: bool = False) -> list[int]:
-        """Tokens of a request's messages or prompt; called in the thread for such. Raises ApiError."""
+        """Return the tokens of a request's messages or prompt. Runs in an encoder's thread. Raises ApiError."""
         tokenizer = self.tokenizer(request.model, long)
         try:
             self.check_length(request, tokenizer)
@@ -92,7 +92,7 @@ class Service:
         return ids
 
     def tokenizer(self, name: str, long: bool) -> Any:
-        """A model's tokenizer, for the thread of short or of long prompts."""
+        """Return a model's tokenizer for the thread of short or of long prompts."""
         if not long:
             return self.models[name].tokenizer
         if name not in self.tokenizers_for_long:
@@ -100,9 +100,9 @@ class Service:
         return self.tokenizers_for_long[name]
 
     def check_length(self, request: Any, tokenizer: Any) -> None:
-        """Raise ApiError if a text's beginning has more tokens than the model takes: the rest is not encoded.
+        """Raise ApiError if a text's beginning alone exceeds the model's context. The rest is not encoded.
 
-        The beginning doubles until it is the whole; where it is cut, a few tokens may differ.
+        The beginning doubles until it is the whole text. At the cut, a few tokens may differ.
         """
         text, size = request.text(), 4 * self.max_model_len
         while size < len(text):
@@ -117,7 +117,7 @@ class Service:
         return ApiError(400, message, param, "context_length_exceeded")
 
     def max_new_tokens(self, request: Any, num_prompt_tokens: int) -> int:
-        """What is asked for, or what there is room for. Raises ApiError if there is none."""
+        """Return the requested number of tokens, or the default. Raises ApiError if there is no room for it."""
         chat = isinstance(request, ChatRequest)
         asked = (request.max_completion_tokens if chat else None) or request.max_tokens
         room = self.max_model_len - num_prompt_tokens
@@ -127,7 +127,7 @@ class Service:
         return most
 
     async def submit(self, request: Any) -> tuple[GenerationRequest, asyncio.Queue[TextChunk], Reply]:
-        """The request queued, and where its pieces come. Raises ApiError."""
+        """Queue a request. Return its work, the queue of its chunks, and its reply. Raises ApiError."""
         if request.model not in self.models:
             names = ", ".join(self.models)
             raise ApiError(404, f"no model {request.model[:80]!r}; there are: {names}", "model", "model_not_found")
@@ -150,7 +150,7 @@ class Service:
         return work, pieces, Reply(chat, request.model, len(ids), usage)
 
     async def encoded(self, request: Any) -> list[int]:
-        """Its prompt's tokens, made in a thread. Raises ApiError, also if too many wait for theirs."""
+        """Encode a request's prompt in a thread. Raises ApiError, also if too many requests wait."""
         if self.num_encoding >= self.config.max_num_seqs + self.config.max_queued:
             raise overloaded()
         long = request.size() > SHORT_PROMPT
@@ -192,7 +192,7 @@ def overloaded() -> ApiError:
 
 
 async def events(pieces: asyncio.Queue[TextChunk], reply: Reply) -> AsyncIterator[str]:
-    """The data of each server-sent event."""
+    """Yield the data of each server-sent event."""
     if reply.chat:
         yield json.dumps(reply.chunk("", first=True))
     while True:
@@ -211,7 +211,7 @@ async def events(pieces: asyncio.Queue[TextChunk], reply: Reply) -> AsyncIterato
 
 
 class Events(Response):
-    """Server-sent events; the work is cancelled when they end, however they end."""
+    """A response of server-sent events. The work is cancelled when they end, also by an error."""
 
     def __init__(self, work: GenerationRequest, data: AsyncIterator[str]):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -229,7 +229,7 @@ class Events(Response):
 
 
 def make_app(service: Service) -> FastAPI:
-    """The routes. FastAPI's own pages load scripts from elsewhere and are left out."""
+    """Create the app with its routes. FastAPI's own pages are off, since they load scripts from other hosts."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -275,7 +275,7 @@ def make_app(service: Service) -> FastAPI:
 
 def make_server(model: Any, models: dict[str, Served], config: ServeConfig) -> uvicorn.Server:
     app = make_app(Service(model, models, config))
-    most = config.max_num_seqs + config.max_queued  # requests that are answered or wait for it
+    most = config.max_num_seqs + config.max_queued  # requests that are active or wait
     http: Any = partial(TimedProtocol, seconds=config.client_timeout_seconds, door=Door(2 * most))
     settings = uvicorn.Config(
         app,
@@ -283,7 +283,7 @@ def make_server(model: Any, models: dict[str, Served], config: ServeConfig) -> u
         port=config.port,
         log_level="warning",
         limit_concurrency=4 * most,
-        timeout_graceful_shutdown=5,  # answers under way may end; then they are cancelled
+        timeout_graceful_shutdown=5,  # running answers may end in this time; then they are cancelled
         ws="none",
         http=http,
     )
@@ -291,14 +291,14 @@ def make_server(model: Any, models: dict[str, Served], config: ServeConfig) -> u
 
 
 def name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
-    """What requests call the base, whose folder is None, and each adapter: their folders by name.
+    """Return the folders by the models' names in requests; the base's folder is None.
 
     Args:
         model: the checkpoint's folder or hub id; a folder's last part is its name.
-        adapters: FOLDER, of which the same holds, or NAME=FOLDER.
+        adapters: FOLDER, whose last part is its name, or NAME=FOLDER.
 
     Raises:
-        UserError: a name twice.
+        UserError: a name occurs twice.
     """
     folders: dict[str, str | None] = {Path(model).resolve().name if Path(model).exists() else model: None}
     for given in adapters:
@@ -311,18 +311,18 @@ def name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
 
 
 def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: ServeConfig) -> None:
-    """Load the adapters, take the address, say where the server is, and run it until Ctrl-C.
+    """Load the adapters, bind the address, print it, and run the server until Ctrl-C.
 
     Args:
         checkpoint: the base's folder or hub id.
-        folders: name_models' of it and the adapters.
+        folders: the result of `name_models`.
 
     Raises:
-        UserError: an address that is taken; as with_adapter.
+        UserError: the address is not free; same as `with_adapter`.
     """
     models: dict[str, Served] = {}
     for i, (name, folder) in enumerate(folders.items()):
-        own = None if folder is None else f"adapter_{i}"  # peft's names take no dots
+        own = None if folder is None else f"adapter_{i}"  # peft allows no dots in names
         form = form_beside(folder)
         models[name] = Served(own, load_tokenizer(checkpoint, folder), form)
         if own is not None:
@@ -338,7 +338,7 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
     except OSError as error:
         must, do = "the server's address must be this machine's and free", "choose another --port or --host"
         raise UserError(must, error.strerror or str(error), do, f"{host}:{config.port}") from None
-    make_context(model)  # a model that does not predict the next token is told before the first request
+    make_context(model)  # an unsuitable model raises UserError before the first request
     port = door.getsockname()[1]
     print(f"serving  {', '.join(models)}\nbase_url http://{host}:{port}/v1  (Ctrl-C ends)", flush=True)
     make_server(model, models, config).run(sockets=[door])
