@@ -1,1 +1,1 @@
-"""What the step does not need right now leaves the device, and is back in time."""
+"""Offloading: what a step does not need leaves the device, and returns before its next use."""

@@ -1,12 +1,12 @@
-"""Inputs of recomputed layers that wait outside the device: out in the forward, back in the backward's order.
+"""Offloaded inputs of recomputed layers: out in the forward, back in the backward's order.
 
-A decoder layer keeps its activations, or makes them again in the backward from its input (torch's checkpoint), or makes
-them again from an input that has left the device meanwhile: then d values a token and layer are outside, and two
-layers' inputs here. What the layer between would keep is some twenty times as much; making it again costs less time
-than moving it. transformers calls `Offload.checkpoint` where it would call torch's.
+A decoder layer keeps its activations, or recomputes them in the backward from its input (torch's checkpoint). Here that
+input is offloaded until then: d values per token and layer are off the device, and two layers' inputs are on it. A
+layer's activations are about twenty times as large, and recomputing them takes less time than moving them.
+transformers calls `Offload.checkpoint` in place of torch's.
 
-On a GPU an input goes to pinned host memory on a stream of its own, on a CPU to a file without a name. It comes back
-with the bits that it left with; when the graph that it belongs to is gone, so are its host memory or its file.
+On a GPU an input moves to pinned host memory on a separate stream, on a CPU to an unnamed file. It comes back
+bit-identical. Its host memory or file is freed with its autograd graph.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from onecard.paging.files import Segment, Spill, read_into
 from onecard.paging.pager import Statistics
 
 ACTIVATIONS_AHEAD = (
-    2  # inputs on their way out at a time; and on the device for the backward, one in use and one coming
+    2  # inputs in transfer out at a time; in the backward, inputs on the device: one in use, one on its way
 )
 
 
 @dataclass(eq=False)
 class OffloadedActivation:
-    """A layer's input that is outside, or on its way.
+    """A layer's input that is offloaded, or in transfer.
 
     Attributes:
-        left: done when it is outside: the place, or on a GPU the event to wait for.
-        earlier: the input that left before it, which the backward wants after it.
-        coming: on its way back: the tensor, and on a GPU the event after which it is there.
+        left: on a CPU, the future of its place in a file; on a GPU, its host tensor and the event of the copy's end.
+        earlier: the input that was offloaded before it, which the backward needs after it.
+        coming: on its way back: the future of the tensor, or on a GPU the tensor and the event of the copy's end.
     """
 
     shape: torch.Size
@@ -50,28 +50,28 @@ class OffloadedActivation:
 
 
 class Offload:
-    """Sends inputs away and brings them back, two ahead. Not for use from several threads at once."""
+    """Offloads inputs and brings each back before its use. Not thread-safe."""
 
     def __init__(self, device: torch.device, folder: Path):
-        """Args: folder: where, on a CPU, files without a name go."""
+        """Args: folder: for the unnamed files, on a CPU."""
         self.device, self.folder = device, folder
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.worker = ThreadPoolExecutor(1, "offload")
-        self.leaving: deque[tuple[OffloadedActivation, Tensor]] = deque()  # with the tensors, until they have left
-        self.begun: deque[Any] = deque()  # on a GPU: where it begins with each of those that came back
+        self.leaving: deque[tuple[OffloadedActivation, Tensor]] = deque()  # with their tensors, until the copy ends
+        self.begun: deque[Any] = deque()  # on a GPU: an event at the first use of each input that came back
         self.last: weakref.ref[OffloadedActivation] | None = None
         self.statistics = Statistics()
 
     def checkpoint(self, function: Callable, *args: Any, **kwargs: Any) -> Any:
-        """torch.utils.checkpoint.checkpoint with the first tensor that learns, the layer's input, sent away.
+        """Same as torch.utils.checkpoint.checkpoint, with the layer's input (the first one to require grad) offloaded.
 
         Args:
-            kwargs: context_fn as there, and the function's own.
+            kwargs: context_fn as in torch's, and the function's own.
         """
         entered = next((arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad), None)
         if entered is None or not torch.is_grad_enabled():
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
-        place, shape = entered.data_ptr(), entered.shape  # autograd keeps `pack` as long as the graph: not the tensor
+        place, shape = entered.data_ptr(), entered.shape  # autograd keeps `pack`, which must not hold the tensor
 
         def pack(tensor: Tensor) -> Tensor | OffloadedActivation:
             return self.send(tensor) if tensor.data_ptr() == place and tensor.shape == shape else tensor
@@ -79,12 +79,12 @@ class Offload:
         def unpack(packed: Tensor | OffloadedActivation) -> Tensor:
             return packed if isinstance(packed, Tensor) else self.bring(packed)
 
-        # The layer's own tensors go by checkpoint's inner hooks; only what checkpoint itself saves comes to these.
+        # checkpoint's inner hooks handle the layer's own tensors. These hooks get only what checkpoint itself saves.
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
     def send(self, tensor: Tensor) -> OffloadedActivation:
-        """Start a tensor on its way out; waits for an earlier one where `ACTIVATIONS_AHEAD` are on theirs."""
+        """Start to offload a tensor. If `ACTIVATIONS_AHEAD` are in transfer, wait for the oldest first."""
         tensor = tensor.detach()
         while len(self.leaving) >= ACTIVATIONS_AHEAD:
             self.wait_for(self.leaving.popleft()[0])
@@ -99,7 +99,7 @@ class Offload:
         return away
 
     def wait_for(self, away: OffloadedActivation) -> None:
-        """Until it has left. Raises what kept it from leaving."""
+        """Wait until an input is offloaded. Raises the error of its transfer."""
         start = time.perf_counter()
         if isinstance(away.left, Future):
             away.left.result()
@@ -119,7 +119,7 @@ class Offload:
         return host, stream.record_event()
 
     def bring(self, away: OffloadedActivation) -> Tensor:
-        """The tensor, waiting for it; the one that left before it starts on its way back."""
+        """Wait for a tensor and return it. Start to bring back the one that was offloaded before it."""
         start = time.perf_counter()
         self.statistics.touches += 1
         self.statistics.hits += away.coming is not None
@@ -127,7 +127,7 @@ class Offload:
             self.wait_for(self.leaving.popleft()[0])
         self.last = None
         tensor = self.taken(away)
-        if self.stream is not None:  # the host runs ahead, and would have more of them come than are used up
+        if self.stream is not None:  # the host runs ahead, and would bring back inputs long before their use
             self.begun.append(torch.cuda.current_stream(self.device).record_event())
             if len(self.begun) > ACTIVATIONS_AHEAD:
                 self.begun.popleft().synchronize()
@@ -139,14 +139,14 @@ class Offload:
         return tensor
 
     def start(self, away: OffloadedActivation) -> None:
-        """Have a tensor come back, if it is not on its way."""
+        """Start to bring a tensor back, unless it is on its way."""
         if away.coming is None:
             away.coming = (
                 self.worker.submit(self.read, away) if self.stream is None else self.copy_in(away, self.stream)
             )
 
     def taken(self, away: OffloadedActivation) -> Tensor:
-        """A tensor that has come back; a second backward has it come again."""
+        """Return a tensor that came back. A second backward brings it back again."""
         self.start(away)
         coming, away.coming = away.coming, None
         if isinstance(coming, Future):
@@ -159,13 +159,13 @@ class Offload:
 
     def read(self, away: OffloadedActivation) -> Tensor:
         assert isinstance(away.left, Future)
-        _, segment = away.left.result()  # done: the worker takes one thing after another
+        _, segment = away.left.result()  # done: the one worker has finished the write
         tensor = torch.empty(away.shape, dtype=away.dtype)
         read_into(segment, tensor.view(-1).view(torch.uint8))
         return tensor
 
     def copy_in(self, away: OffloadedActivation, stream: torch.cuda.Stream) -> tuple[Tensor, Any]:
         assert not isinstance(away.left, Future)
-        with torch.cuda.stream(stream):  # after the copy out, which went before it on this stream
+        with torch.cuda.stream(stream):  # after the copy out, which is earlier on this stream
             tensor = away.left[0].to(self.device, non_blocking=True)
         return tensor, stream.record_event()

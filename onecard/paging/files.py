@@ -1,4 +1,4 @@
-"""Pages in files: parts of a checkpoint, or of a file without a name that vanishes with the process."""
+"""Pages in files: parts of a checkpoint, or of an unnamed file that is deleted with the process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ALIGNMENT = 64  # bytes; of each part in its page
 
 @dataclass(frozen=True)
 class Segment:
-    """`num_bytes` at `begin` of an open file."""
+    """`num_bytes` bytes from `begin` of an open file."""
 
     descriptor: int
     begin: int
@@ -48,7 +48,7 @@ def unreadable(found: str) -> UserError:
 
 
 def page_layout(segments: list[Segment]) -> tuple[list[slice], int]:
-    """Where each segment lies in its page, and the page's bytes."""
+    """Return each segment's slice of its page, and the page's size in bytes."""
     places, at = [], 0
     for segment in segments:
         places.append(slice(at, at + segment.num_bytes))
@@ -57,7 +57,7 @@ def page_layout(segments: list[Segment]) -> tuple[list[slice], int]:
 
 
 def read_page(segments: list[Segment], pinned: bool = False) -> Tensor:
-    """The segments of a page as one uint8 tensor in host memory."""
+    """Read the segments of a page into one uint8 tensor in host memory."""
     places, num_bytes = page_layout(segments)
     if pinned:
         page = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -69,7 +69,7 @@ def read_page(segments: list[Segment], pinned: bool = False) -> Tensor:
 
 
 class Spill:
-    """A file without a name for pages that no checkpoint holds: gone when the process ends, however it ends."""
+    """An unnamed file for pages that no checkpoint contains. The system deletes it at any end of the process."""
 
     def __init__(self, folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ class Spill:
         return segment
 
     def overwrite(self, segment: Segment, tensor: Tensor) -> None:
-        """Put a tensor's bytes where others of as many were. Raises UserError if the disk is full."""
+        """Replace a segment's bytes with a tensor's. Raises UserError if the disk is full."""
         data, at = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data, 0
         try:
             while at < segment.num_bytes:

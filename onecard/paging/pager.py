@@ -1,12 +1,12 @@
-"""Pages within a byte budget: brought in before they are needed, let go where they are needed latest.
+"""Pages within a byte budget: paged in before their use, evicted by the farthest next use.
 
-A pass over a model touches its pages in the same order every time. The pager notes the order of each pass and, in the
-next, reads ahead by it on a thread of its own; room is made by letting go of the page whose next use is farthest
-away, which no other rule beats (Belady, IBM Systems Journal 5, 1966). A page let go is only forgotten: pages are
-never written, and a tensor that autograd still holds stays valid until it is dropped.
+A pass over a model touches its pages in the same order every time. The pager records the order of each pass. In the
+next pass, a thread reads ahead in that order. To make room, the pager evicts the page whose next use is farthest away.
+No other rule is better (Belady, IBM Systems Journal 5, 1966). Eviction only drops a page: pages are never written, and
+a tensor that autograd still references stays valid.
 
-A page comes from a file, which the system keeps in host memory as far as that goes; on a GPU then by a pinned buffer,
-on a stream of its own. No managed memory, no page faults that stall a kernel.
+A page is read from a file, which the system caches in host memory as far as possible. On a GPU, it is then copied from
+a pinned buffer on a separate stream. There is no managed memory, so no page fault stalls a kernel.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from torch import Tensor
 from onecard.errors import UserError
 from onecard.kernels.cpu import allocator
 
-PAGES_AHEAD = 3  # pages on their way at a time
+PAGES_AHEAD = 3  # pages in transfer at a time
 
 
 @dataclass(eq=False)
 class Page:
-    """Bytes that come and go as one: `read` gives them as a uint8 tensor in host memory."""
+    """Bytes that are paged in and evicted together. `read` returns them as a uint8 tensor in host memory."""
 
     name: str
     num_bytes: int
@@ -40,12 +40,12 @@ class Page:
 
 @dataclass
 class Statistics:
-    """What was paged since it was last asked.
+    """Counts of paging since the last reset.
 
     Attributes:
-        bytes_in, bytes_out: brought to the device, and taken off it.
-        touches, hits: uses of a page after another, and those that found it there or on its way.
-        stall_seconds: the time that a use had to wait.
+        bytes_in, bytes_out: moved to the device, and off it.
+        touches, hits: uses of a page after a different one, and those that found it on the device or in transfer.
+        stall_seconds: the time that uses waited.
     """
 
     bytes_in: int = 0
@@ -61,8 +61,8 @@ class Statistics:
 class Pager:
     """Keeps pages on a device within `budget_bytes`.
 
-    Not for use from several threads at once. Raises UserError if the two largest pages exceed the budget: one is in
-    use while the other comes.
+    Not thread-safe. Raises UserError if the two largest pages exceed the budget: one is in use while the other is
+    paged in.
     """
 
     def __init__(self, device: torch.device, budget_bytes: int, pages: list[Page]):
@@ -77,8 +77,8 @@ class Pager:
             )
         self.current: Page | None = None
         self.seen: list[Page] = []  # in this pass so far
-        self.uses: dict[Page, list[int]] = {}  # positions in the order to expect
-        self.at = -1  # of the current page in it
+        self.uses: dict[Page, list[int]] = {}  # positions in the expected order
+        self.at = -1  # the current page's position in it
         self.coming: dict[Page, Future[tuple[Tensor, Any]]] = {}
         self.places: dict[int, Page] = {}  # by address
         self.statistics = Statistics()
@@ -87,14 +87,14 @@ class Pager:
         self.expect([*pages, *reversed(pages)])
 
     def expect(self, order: list[Page]) -> None:
-        """The order of the next pass: that of the one before; of the first one, through the model and back."""
+        """Set the order of the next pass: that of the previous pass, or at first all pages forward and back."""
         self.order = order
         self.uses = {}
         for position, page in enumerate(order):
             self.uses.setdefault(page, []).append(position)
 
     def begin_pass(self) -> None:
-        """A forward begins: what was touched since the last one is the order to expect."""
+        """Begin a forward. The pages touched since the last forward are the expected order."""
         if self.seen:
             self.expect(self.seen)
             self.seen = []
@@ -104,13 +104,13 @@ class Pager:
         self.read_ahead()
 
     def touch(self, page: Page) -> Tensor:
-        """The page's bytes, uint8, on the device; valid as long as the caller holds them."""
+        """Return a page's bytes, uint8, on the device. They stay valid while the caller references them."""
         if page is not self.current:
             self.seen.append(page)
             self.follow(page)
             self.statistics.touches += 1
             self.statistics.hits += page.tensor is not None or page in self.coming
-            self.current = None  # the one before may make room, and this one may fail to come
+            self.current = None  # the previous page may be evicted, and this one may fail to load
             if page.tensor is None:
                 self.bring(page)
             self.current = page
@@ -119,14 +119,14 @@ class Pager:
         return page.tensor
 
     def follow(self, page: Page) -> None:
-        """Move to the page's next place in the expected order; a pass of another kind stays where it is."""
+        """Move to the page's next place in the expected order. A page outside the order changes nothing."""
         places = self.uses.get(page)
         if places:
             next_place = bisect_right(places, self.at)
             self.at = places[next_place if next_place < len(places) else 0]
 
     def distance(self, page: Page) -> int:
-        """Uses of other pages until this one's next."""
+        """Count the uses of pages until this page's next use."""
         places = self.uses.get(page)
         if not places:
             return len(self.order)
@@ -137,11 +137,11 @@ class Pager:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the pages that are there or on their way."""
+        """Bytes of the pages that are on the device or in transfer."""
         return sum(page.num_bytes for page in self.pages if page.tensor is not None or page in self.coming)
 
     def make_room(self, num_bytes: int, distance: int) -> bool:
-        """Whether num_bytes fit without pages that are needed later than in `distance`; if so, let go of those."""
+        """Evict pages with a next use beyond `distance` until num_bytes fit. If they cannot, return False."""
         excess = self.held_bytes + num_bytes - self.budget_bytes
         there = [page for page in self.pages if page.tensor is not None and page is not self.current]
         given = []
@@ -154,17 +154,17 @@ class Pager:
             for page in given:
                 self.forget(page)
             if any(page.num_bytes != num_bytes for page in given):
-                allocator.release()  # of no use to the page that comes, they would wait beside it
+                allocator.release()  # the new page cannot reuse their blocks
         return excess <= 0
 
     def forget(self, page: Page) -> None:
-        """Let go of a page that is there."""
+        """Evict a page."""
         assert page.tensor is not None
         del self.places[page.tensor.data_ptr()]
         page.tensor = None
 
     def bring(self, page: Page) -> None:
-        """Have the page there, waiting for it."""
+        """Page in a page and wait for it."""
         start = time.perf_counter()
         if page not in self.coming:
             self.coming = {other: future for other, future in self.coming.items() if not future.cancel()}
@@ -181,7 +181,7 @@ class Pager:
         self.coming[page] = self.reader.submit(self.load, page, let_go)
 
     def arrive(self, page: Page) -> None:
-        """Take a page that is on its way."""
+        """Wait for a page in transfer and register it."""
         tensor, event = self.coming.pop(page).result()
         if event is not None:
             stream = torch.cuda.current_stream(self.device)
@@ -192,15 +192,15 @@ class Pager:
         self.statistics.bytes_in += page.num_bytes
 
     def load(self, page: Page, let_go: Any) -> tuple[Tensor, Any]:
-        """On the reader's thread: the bytes on the device, and the event after which they are there.
+        """Load a page on the reader's thread. Return its bytes on the device, and on a GPU the event of the copy's end.
 
         Args:
-            let_go: on a GPU, the event after which it no longer works on the pages that have made room.
+            let_go: on a GPU, the event after which no kernel uses the evicted pages.
         """
         host = page.read()
         if self.stream is None:
             return host, None
-        let_go.synchronize()  # till then their memory is not free: the pages would stand beside each other
+        let_go.synchronize()  # else the evicted pages and this one would be in memory together
         with torch.cuda.stream(self.stream):
             tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
             tensor.copy_(host, non_blocking=True)
@@ -210,7 +210,7 @@ class Pager:
         return tensor, event
 
     def read_ahead(self) -> None:
-        """Start on the pages that come next, as far as there is room."""
+        """Start to load the next pages, as far as there is room."""
         for step in range(1, len(self.order)):
             if len(self.coming) >= PAGES_AHEAD:
                 return
@@ -222,7 +222,7 @@ class Pager:
             self.send(page)
 
     def saved_as_pages(self) -> AbstractContextManager:
-        """Inside, autograd notes which page a tensor lies in instead of holding it, and the backward touches it."""
+        """Make autograd save a reference to a tensor's page, not the tensor. The backward touches that page."""
 
         def pack(tensor: Tensor) -> Any:
             page = self.places.get(tensor.untyped_storage().data_ptr()) if tensor.numel() else None
@@ -239,12 +239,12 @@ class Pager:
         return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
     def take_statistics(self) -> Statistics:
-        """What was counted since the last call."""
+        """Return what was counted since the last call."""
         found, self.statistics = self.statistics, Statistics()
         return found
 
     def release(self) -> None:
-        """Let go of everything; a later touch brings it back."""
+        """Evict all pages. A later touch pages them in again."""
         for page in list(self.coming):
             self.arrive(page)
         for page in [page for page in self.pages if page.tensor is not None]:

@@ -1,8 +1,8 @@
-"""An optimizer's states in pages: on the device while there is room, in host memory or a file when there is not.
+"""Offloaded optimizer states: on the device while there is room, else in host memory or a file.
 
-They leave when an allocation fails, or, where the plan finds no room for them beside the activations, after every
-update; they come back for the next one. On a GPU they go to pinned host memory, on a CPU to a file without a name. A
-state that comes back has the bits that it left with.
+They are offloaded when an allocation fails. If the plan finds no room for them next to the activations, they are
+offloaded after every update. They come back for the next one, bit-identical. On a GPU they move to pinned host memory,
+on a CPU to an unnamed file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onecard.paging.pager import Statistics
 
 @dataclass
 class OffloadedState:
-    """A tensor that is not on the device: where it is, and how it looked."""
+    """A tensor that is not on the device: its place, dtype and shape."""
 
     place: Tensor | Segment
     dtype: torch.dtype
@@ -30,21 +30,21 @@ class OffloadedState:
 
 
 class PagedStates:
-    """Sends a parameter's states away and brings them back; "step" always stays.
+    """Offloads a parameter's states and brings them back. "step" always stays.
 
     Attributes:
-        crowded: whether there is no room for them beside a step's activations: they leave after every update.
+        crowded: whether they have no room next to a step's activations, and are offloaded after every update.
     """
 
     def __init__(self, folder: Path, crowded: bool = False):
         self.folder, self.crowded = folder, crowded
         self.spill: Spill | None = None
-        self.away: dict[Any, dict[str, OffloadedState]] = {}  # those that are away
-        self.places: dict[tuple[Any, str], Tensor | Segment] = {}  # of all that ever were
+        self.away: dict[Any, dict[str, OffloadedState]] = {}  # the offloaded states
+        self.places: dict[tuple[Any, str], Tensor | Segment] = {}  # of all states that were ever offloaded
         self.statistics = Statistics()
 
     def send(self, p: Tensor, state: dict[str, Tensor]) -> int:
-        """Take a parameter's states off the device; the bytes that this freed. Whatever fails, none is lost."""
+        """Offload a parameter's states. Return the freed bytes. A failure loses no state."""
         away, freed = self.away.setdefault(p, {}), 0
         for key, tensor in state.items():
             if key == "step" or key in away:
@@ -57,7 +57,7 @@ class PagedStates:
         return freed
 
     def put(self, p: Tensor, key: str, tensor: Tensor) -> Tensor | Segment:
-        """Copy a tensor to its place, made at its first time."""
+        """Copy a tensor to its place, which the first copy creates."""
         place = self.places.get((p, key))
         if tensor.device.type == "cuda":
             if not isinstance(place, Tensor):
@@ -73,7 +73,7 @@ class PagedStates:
         return place
 
     def bring(self, p: Tensor, state: dict[str, Tensor]) -> None:
-        """Have a parameter's states on its device; what fails to come stays away."""
+        """Bring a parameter's states back to its device. A state that fails to load stays offloaded."""
         start, away = time.perf_counter(), self.away.get(p, {})
         for key in list(away):
             state[key] = self.read(away[key]).to(p.device)
@@ -82,7 +82,7 @@ class PagedStates:
         self.statistics.stall_seconds += time.perf_counter() - start
 
     def look(self, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A parameter's states to look at on the host, left where they are: in a file, they are mapped, not read."""
+        """Return a parameter's states on the host without moving them. States in a file are mapped, not read."""
         away = self.away.get(p, {})
         return {key: self.mapped(away[key]) if key in away else tensor.cpu() for key, tensor in state.items()}
 

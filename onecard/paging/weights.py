@@ -1,8 +1,8 @@
-"""The frozen base in pages: one a decoder layer, one for the output head; embeddings are read row by row.
+"""The frozen base in pages: one per decoder layer and one for the output head. Embeddings are read row by row.
 
-Codes and scales lie in files (the 4-bit checkpoint itself, or one written while a 16-bit checkpoint is quantized) and
-are in memory only while a layer computes, as far as the budget goes. The smaller statistics of double quantization,
-biases and norms stay.
+Codes and scales are in files: the 4-bit checkpoint itself, or a file that is written while a 16-bit checkpoint is
+quantized. The pager keeps as many pages in memory as the budget permits. The scales of double quantization's scales,
+biases and norms stay resident.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Holder = Linear4bit | StackedWeight  # of a 4-bit weight
 
 @dataclass
 class PagedWeight:
-    """A 4-bit weight whose codes and scales lie in a page; `state.absmax` is empty."""
+    """A 4-bit weight whose codes and scales are in a page. `state.absmax` is empty."""
 
     pager: Pager
     page: Page
@@ -39,7 +39,7 @@ class PagedWeight:
     absmax_dtype: torch.dtype
 
     def __call__(self) -> tuple[Tensor, QuantState]:
-        """Codes and state, brought in if they are not there."""
+        """Return codes and state, paged in if necessary."""
         page = self.pager.touch(self.page)
         return page[self.codes].view(-1, 1), replace(self.state, absmax=page[self.absmax].view(self.absmax_dtype))
 
@@ -61,7 +61,7 @@ class PagedHead(Head):
 
 
 class PagedEmbedding(nn.Module):
-    """An embedding whose rows are read from their file when they are asked for, and given in `compute_dtype`."""
+    """An embedding that reads the rows it needs from their file and returns them in `compute_dtype`."""
 
     def __init__(self, embedding: nn.Embedding, segment: Segment, file_dtype: torch.dtype, compute_dtype: torch.dtype):
         super().__init__()
@@ -73,7 +73,7 @@ class PagedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """An empty tensor where the rows will be: for those who ask for device and dtype."""
+        """An empty tensor with the device and dtype of the embedding, for callers that need these."""
         return self.place
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -86,12 +86,12 @@ class PagedEmbedding(nn.Module):
         return rows.to(self.dtype)[places].to(self.place.device, self.compute_dtype)
 
     def part(self, first: int, count: int) -> Segment:
-        """Where rows first ... first + count lie."""
+        """Return the segment of `count` rows from row `first` on."""
         size = self.embedding_dim * self.file_dtype.itemsize
         return Segment(self.segment.descriptor, self.segment.begin + first * size, count * size)
 
     def slices(self) -> Iterator[Tensor]:
-        """All rows in order, `SLICE_ROWS` at a time."""
+        """Yield all rows in order, `SLICE_ROWS` at a time."""
         for first in range(0, self.num_embeddings, SLICE_ROWS):
             count = min(SLICE_ROWS, self.num_embeddings - first)
             rows = torch.empty(count, self.embedding_dim, dtype=self.file_dtype)
@@ -100,22 +100,22 @@ class PagedEmbedding(nn.Module):
 
 
 class PagedBase:
-    """Collects a model's 4-bit weights while it loads, and pages them when it has."""
+    """Collects a model's 4-bit weights while it loads, and pages them afterwards."""
 
     def __init__(self, budget_bytes: int, folder: Path, device: torch.device):
-        """Args: folder: for a file without a name, where weights go that no checkpoint holds in 4 bits."""
+        """Args: folder: for an unnamed file with the weights that no checkpoint contains in 4 bits."""
         self.budget_bytes, self.folder, self.device = budget_bytes, folder, device
         self.spill: Spill | None = None
         self.segments: dict[Holder, tuple[Segment, Segment]] = {}
         self.open: list[Any] = []
 
     def write(self, tensor: Tensor) -> Segment:
-        """Put a tensor's bytes into the file without a name."""
+        """Write a tensor's bytes to the unnamed file."""
         self.spill = self.spill or Spill(self.folder)
         return self.spill.write(tensor)
 
     def take(self, linear: Holder, segments: tuple[Segment, Segment] | None = None) -> None:
-        """Take codes and absmax out of memory; `segments` say where a file holds them already."""
+        """Move codes and absmax out of memory. `segments` are their places if a file already contains them."""
         packed, state = linear.weight, linear.loaded_state
         absmax_dtype = state.absmax.dtype
         self.segments[linear] = segments or (self.write(packed), self.write(state.absmax))
@@ -124,7 +124,7 @@ class PagedBase:
         linear.fetch = lambda: self.read(linear, absmax_dtype)
 
     def read(self, linear: Holder, absmax_dtype: torch.dtype) -> tuple[Tensor, QuantState]:
-        """One weight from its file, kept nowhere: until `start` has made pages."""
+        """Read one weight from its file, without keeping it. Used until `start` makes pages."""
         segments = list(self.segments[linear])
         page, (codes, absmax) = read_page(segments).to(self.device), page_layout(segments)[0]
         return page[codes].view(-1, 1), replace(linear.loaded_state, absmax=page[absmax].view(absmax_dtype))
@@ -136,7 +136,7 @@ class PagedBase:
         embedding: tuple[Segment, torch.dtype],
         head: tuple[Segment, torch.dtype],
     ) -> Pager:
-        """Page the model's weights; `embedding` and `head` say where their values lie, and as what dtype."""
+        """Page the model's weights. `embedding` and `head` are the segment and dtype of their values in a file."""
         groups: dict[str, list[Holder]] = {}
         for name, module in model.named_modules():
             for _, weight in weights_of(module):
@@ -166,6 +166,6 @@ class PagedBase:
 
 
 def layer_of(name: str) -> str:
-    """The decoder layer that a module is in: its name up to the first number; else its own name."""
+    """Return the decoder layer of a module: its name up to the first number, else its own name."""
     found = re.match(r"(.*?\.\d+)\.", name)
     return found[1] if found else name
