@@ -1,1 +1,1 @@
-"""Memory: what a run will need, term by term, and what it used."""
+"""The memory that a run needs, term by term, and the memory that it used."""

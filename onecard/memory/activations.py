@@ -1,4 +1,4 @@
-"""What the backward keeps of a decoder layer, in bytes a token, from the layer's modules.
+"""What a decoder layer keeps for its backward, in bytes per token, from the layer's modules.
 
 With d hidden, a = heads x head size, k = key heads x head size, f intermediate, r rank, and an adapter on every one
 of n linears, a layer of the Llama kind keeps
@@ -8,14 +8,14 @@ of n linears, a layer of the Llama kind keeps
 
 values of the compute dtype. What changes that:
 
-- an input that only linears without an adapter see is not kept: a frozen 4-bit linear needs none;
-- with LoRA dropout each adapted linear keeps an input of its own and its mask, on CPUs in c bytes too;
-- DoRA goes through peft's own layers: each adapted linear keeps K more values in float32, and N in the compute dtype
-  and N in float32 of its two outputs;
-- a norm that has no fused form keeps a float32 copy of its input; norms of the query and key keep a + k more;
-- an MLP that has none keeps the activation's output, f;
-- experts (nn/experts.py) keep their input, d, and 2 f, whatever is adapted; f is that of all experts of a token;
-- attention with capped scores or with sinks keeps them: (4 + 2 c) bytes for each head and pair of a document's tokens.
+- an input that only linears without an adapter read is not kept: a frozen 4-bit linear needs none;
+- with LoRA dropout each adapted linear keeps its own input and a mask, of c bytes a value on a CPU and 1 on a GPU;
+- DoRA uses peft's own layers: each adapted linear keeps K more values in float32, and of its two outputs N values in
+  the compute dtype and N in float32;
+- a norm without a fused form keeps a float32 copy of its input; norms of the query and key keep a + k more;
+- an MLP without a fused form keeps the activation's output, f;
+- experts (nn/experts.py) keep their input, d, and 2 f, adapted or not; f counts all experts of a token;
+- attention with capped scores or sinks keeps its scores: (4 + 2 c) bytes per head and pair of a document's tokens.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ INNER = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", 
 
 @dataclass(frozen=True)
 class Activations:
-    """Of one layer on average.
+    """Bytes of one layer's activations, on average.
 
     Attributes:
-        kept: bytes a token that its backward needs.
-        working: bytes a token, more, while that backward runs.
-        formula: of `kept` over the compute dtype's bytes.
-        hidden: bytes a token of its input.
-        pair, pair_working: bytes for each two tokens of a document, kept and more in the backward.
+        kept: bytes per token that its backward needs.
+        working: additional bytes per token while its backward runs.
+        formula: of `kept`, in values of the compute dtype.
+        hidden: bytes per token of its input.
+        pair, pair_working: bytes per pair of a document's tokens, kept and additional in the backward.
     """
 
     kept: float
@@ -56,7 +56,7 @@ class Activations:
 def layer_activations(
     modules: Any, adapted: dict[str, Any], r: int, dropout: bool, dora: bool, dtype: torch.dtype, device: str
 ) -> Activations:
-    """For transformers' model on the meta device with LoRA of rank r on the linears and stacks `adapted`, by name."""
+    """Count for transformers' model on the meta device, with LoRA of rank r on the linears and stacks `adapted`."""
     text, c = modules.config.get_text_config(), dtype.itemsize
     layers = text.num_hidden_layers
     heads, key_heads, head = heads_of(text)
@@ -103,8 +103,8 @@ def layer_activations(
 
 
 def heads_of(text: Any) -> tuple[int, int, int]:
-    """A config's heads, key heads, and values of one head; one as wide as d where it has none."""
-    if getattr(text, "per_layer_config", None):  # Gemma 4's layers differ: the plan counts the first as all
+    """Return a config's heads, key heads and head size; one head of size d if it has none."""
+    if getattr(text, "per_layer_config", None):  # Gemma 4's layers differ: the plan counts all as the first
         text = text.per_layer_config[0]
     heads = getattr(text, "num_attention_heads", None) or 1
     key_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -112,7 +112,7 @@ def heads_of(text: Any) -> tuple[int, int, int]:
 
 
 def intermediate(modules: Any) -> int:
-    """The values between an MLP's linears: as the config tells, or the widest there is beside the head."""
+    """Return an MLP's intermediate size: the config's, else the largest dimension of a matrix in the layers."""
     told = getattr(modules.config.get_text_config(), "intermediate_size", None)
     if isinstance(told, int):
         return told
@@ -122,13 +122,13 @@ def intermediate(modules: Any) -> int:
 
 
 def norms(modules: Any) -> list[tuple[str, int]]:
-    """Name and width of the norms in the decoder layers."""
+    """List name and width of the norms in the decoder layers."""
     named = [(name, list(module.parameters(recurse=False))) for name, module in modules.named_modules()]
     return [(n, p[0].numel()) for n, p in named if "layers." in n and len(p) in (1, 2) and p[0].ndim == 1]
 
 
 def fused_kinds(modules: Any, device: str) -> tuple[bool, bool]:
-    """Whether the model's norms and MLPs take the fused form (hf/fused.py) on such a device."""
+    """Whether the model's norms, and its MLPs, have a fused form (hf/fused.py) on `device`."""
     found: list[tuple[Any, Any]] = [(module, counterpart(module)) for module in modules.modules()]
     widths = [module.weight.shape[0] for module, form in found if form is FusedRMSNorm]
     mlps = [module for module, form in found if form is FusedGatedMLP]

@@ -1,4 +1,4 @@
-"""Two figures from real numbers: where a 7B model's training memory goes, and why NF4's levels lie where they do."""
+"""Two figures from real numbers: a 7B model's training memory, and NF4's levels over the density of real weights."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ BLOCKSIZE = 64
 
 
 def memory_bill(path: Path, model: str = "llama-2-7b", length: int = 512) -> dict[str, dict[str, float]]:
-    """Stacked bars of full, LoRA and QLoRA on a GPU; returns {method: {group: GB}}."""
+    """Draw stacked bars of full, LoRA and QLoRA training on a GPU. Return {method: {group: GB}}."""
     bills = {}
     for method in METHODS:
         settings = {"device": "cuda", "compute_dtype": "bfloat16", "gradient_checkpointing": True}
@@ -74,7 +74,7 @@ def memory_bill(path: Path, model: str = "llama-2-7b", length: int = 512) -> dic
 
 
 def plot_plan(path: str | Path, found: Plan, title: str) -> None:
-    """A plan's terms as bars, the largest first, with total and limit. Raises UserError if it cannot be written."""
+    """Draw a plan's terms as bars, the largest first, with total and limit. Raises UserError if the write fails."""
     terms = sorted(found.terms, key=lambda term: term.num_bytes, reverse=True)
     figure = Figure(figsize=(8, 1.6 + 0.36 * len(terms)), layout="constrained")
     axis: Any = figure.subplots()
@@ -96,7 +96,7 @@ def plot_plan(path: str | Path, found: Plan, title: str) -> None:
 
 
 def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:
-    """NF4's and Int4's levels over the density of a real layer's scaled weights, and each type's measured error.
+    """Draw NF4's and Int4's levels over the density of a layer's scaled weights, and each type's measured error.
 
     Returns:
         {(quant_type, double_quant): ||W - W_hat|| / ||W||} of the model's largest linear.
@@ -131,13 +131,13 @@ def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:
 
 
 def relative_error(W: Tensor, quant_type: str, double_quant: bool) -> float:
-    """||W - W_hat|| / ||W|| after 4 bits and back."""
+    """Return ||W - W_hat|| / ||W|| after quantization to 4 bits."""
     back = ops.dequantize_4bit(*ops.quantize_4bit(W, quant_type, BLOCKSIZE, double_quant))
     return ((W.double() - back.double()).norm() / W.double().norm()).item()
 
 
 def largest_linear(model: str) -> tuple[str, Tensor]:
-    """Name and float32 weight of the largest linear that 4 bits would take, the only tensor that is read."""
+    """Return name and float32 weight of the largest linear that is quantized. No other tensor is read."""
     from safetensors import safe_open
 
     checkpoint = inspect_checkpoint(find_checkpoint(model))
@@ -148,10 +148,10 @@ def largest_linear(model: str) -> tuple[str, Tensor]:
 
 
 def draw_figures(output: str, model: str | None) -> list[str]:
-    """memory_bill.png and nf4_int4.png in a folder, and the lines with their numbers.
+    """Draw memory_bill.png and nf4_int4.png in a folder. Return lines with their numbers.
 
     Args:
-        model: checkpoint folder or hub id whose largest linear is taken; None: the demo's.
+        model: checkpoint folder or hub id whose largest linear is used; None for the demo's base.
     """
     folder, base = Path(output), model or str(Path(__file__).parents[1] / "demo" / "base")
     with as_user_error(folder, lambda: ("no figure is whole but those named above", "draw them again")):

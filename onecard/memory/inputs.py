@@ -1,6 +1,6 @@
-"""A model under settings, and what can be given up for memory: what the terms of a plan are made from.
+"""A model with its settings, and the choices that save memory: the inputs of a plan's terms.
 
-Letters as in terms.py.
+Letters are the same as in terms.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from onecard.quant.dynamic import STATE_BLOCKSIZE
 
 @dataclass(frozen=True)
 class Term:
-    """One line of the bill."""
+    """One term of a plan."""
 
     name: str
     num_bytes: int
@@ -36,15 +36,15 @@ class Term:
 
 @dataclass(frozen=True)
 class MemoryStrategy:
-    """What can be traded for memory.
+    """The choices that save memory and cost time.
 
     Attributes:
-        num_recomputed: decoder layers, the first ones, whose activations are made again in the backward.
+        num_recomputed: decoder layers, the first ones, whose activations are recomputed in the backward.
         weights_budget: bytes of a paged base; None for a resident one.
-        offload_optimizer_states: whether the optimizer's states leave the device between updates.
-        num_offloaded: of the recomputed layers, the first ones, whose inputs leave the device too.
-        max_forward_tokens: most tokens that go through the model at a time; None for the whole micro-batch.
-        keep_dequantized_weights: whether a recomputed layer's dequantized weights stay for its backward.
+        offload_optimizer_states: whether the optimizer's states are offloaded between updates.
+        num_offloaded: recomputed layers, the first ones, whose inputs are offloaded.
+        max_forward_tokens: most tokens in one forward; None for the whole micro-batch.
+        keep_dequantized_weights: whether a recomputed layer keeps its dequantized weights for its backward.
     """
 
     num_recomputed: int = 0
@@ -57,12 +57,12 @@ class MemoryStrategy:
 
 @dataclass(frozen=True, eq=False)
 class PlanInputs:
-    """A model under settings: what the terms of every MemoryStrategy are made from, worked out once."""
+    """A model with its settings: the inputs of every MemoryStrategy's terms, computed once."""
 
     model: Model
     config: TrainConfig
     dtype: torch.dtype
-    known: Workload | None = None  # where the data is; None: as workload.py assumes
+    known: Workload | None = None  # from the data; None if there is none: workload.py assumes one
 
     @cached_property
     def workload(self) -> Workload:
@@ -74,7 +74,7 @@ class PlanInputs:
 
     @cached_property
     def device(self) -> str:
-        """ "cuda" or "cpu"; a device that is not here can be planned for."""
+        """ "cuda" or "cpu". This machine may lack the device of a plan."""
         named = self.config.device
         return pick_device("auto").type if named == "auto" else named.partition(":")[0]
 
@@ -84,11 +84,11 @@ class PlanInputs:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a micro-batch, filled up as the loader does."""
+        """Tokens of a micro-batch, with the loader's padding."""
         return multiple(self.length * self.config.per_device_train_batch_size)
 
     def tokens(self, strategy: MemoryStrategy) -> int:
-        """Tokens that go through the model at a time."""
+        """Return the most tokens in one forward."""
         return min(self.batch_tokens, multiple(strategy.max_forward_tokens or self.batch_tokens))
 
     @cached_property
@@ -99,7 +99,7 @@ class PlanInputs:
         stacks = {path: stack for path, stack in self.model.stacks.items() if path.endswith(ends)}
         if names == "all-linear":
             return {**linears, **stacks}
-        if isinstance(names, str):  # a pattern of whole names, as peft matches it
+        if isinstance(names, str):  # a pattern for whole names, same as in peft
             found = {path: m for path, m in linears.items() if re.fullmatch(names, path.removesuffix(".weight"))}
         else:
             named = tuple(f".{name}.weight" for name in names)
@@ -108,24 +108,24 @@ class PlanInputs:
 
     @cached_property
     def lora_sizes(self) -> list[int]:
-        """Weights of each LoRA matrix."""
+        """Number of weights of each LoRA matrix."""
         return [self.config.r * n for m in self.adapted.values() for n in (m.in_features, m.out_features)]
 
     @cached_property
     def num_shapes(self) -> tuple[int, int]:
-        """Shapes of products, of the forward and of the backward, that each number of rows has (process.py)."""
+        """Numbers of product shapes in the forward and in the backward, for each number of rows (process.py)."""
         return self.shapes_of({name: (m.in_features, m.out_features) for name, m in self.model.linears.items()})
 
     @cached_property
     def num_expert_shapes(self) -> tuple[int, int]:
-        """The same of an expert's products."""
+        """Same as `num_shapes`, for an expert's products."""
         stacks = self.model.stacks.items()
         return self.shapes_of(
             {name: (m.in_features // m.num_experts, m.out_features // m.num_experts) for name, m in stacks}
         )
 
     def shapes_of(self, matrices: dict[str, tuple[int, int]]) -> tuple[int, int]:
-        """num_shapes of matrices, (K, N) by their weight's name."""
+        """Count the product shapes of matrices in forward and backward. `matrices` is (K, N) by weight name."""
         adapted = {shape for name, shape in matrices.items() if name in self.adapted}
         ins, outs, all_shapes = {K for K, _ in adapted}, {N for _, N in adapted}, set(matrices.values())
         return len(all_shapes) + len(ins) + len(outs), len(all_shapes) + 2 * len(ins) + 2 * len(outs)
@@ -140,7 +140,7 @@ class PlanInputs:
 
     @cached_property
     def saved_sizes(self) -> list[int]:
-        """Weights of each parameter of modules_to_save."""
+        """Number of weights of each parameter in modules_to_save."""
         names = tuple(f".{name}." for name in self.config.modules_to_save or ())
         found = [p for path, p in self.model.modules.named_parameters() if any(name in f".{path}" for name in names)]
         return [p.numel() for p in found]
@@ -151,18 +151,18 @@ class PlanInputs:
 
     @cached_property
     def expert_factors(self) -> int:
-        """Bytes of a layer's LoRA on experts while its backward runs: in the compute dtype, and gradients in it."""
+        """Bytes of a layer's LoRA on experts during its backward: weights and gradients in the compute dtype."""
         stacked = sum(m.in_features + m.out_features for name, m in self.adapted.items() if name in self.model.stacks)
         return 2 * self.c * self.config.r * stacked // self.model.num_layers
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Weights of each linear, and of each stack, that 4 bits take."""
+        """Number of weights of each quantized linear and stack."""
         return [linear.weight.numel() for linear in self.model.quantized.values()]
 
     @cached_property
     def num_met(self) -> tuple[float, float]:
-        """Weights that a token meets in 4 bits, and of LoRA: of experts, those that it is sent to."""
+        """Quantized weights, and LoRA weights, that a token uses. Of the experts, only its own ones count."""
         per_token = getattr(self.model.text, "num_experts_per_tok", None) or 1
         share = {name: per_token / stack.num_experts for name, stack in self.model.stacks.items()}
         frozen = sum(m.weight.numel() * share.get(name, 1) for name, m in self.model.quantized.items())
@@ -171,7 +171,7 @@ class PlanInputs:
 
     @cached_property
     def pages(self) -> list[int]:
-        """Bytes of each page that the base would be in: a decoder layer's codes and scales, the head's weight."""
+        """Bytes of each page of a paged base: a decoder layer's codes and scales, or the head's weight."""
         pages: dict[str, int] = {}
         for name, linear in self.model.quantized.items():
             numel, layer = linear.weight.numel(), layer_of(name)
@@ -185,7 +185,7 @@ class PlanInputs:
 
     @cached_property
     def budget(self) -> int | None:
-        """Bytes of a paged base, where they are given. Raises UserError for fewer than a pager takes."""
+        """Bytes of weights_budget, if it is set. Raises UserError if the two largest pages exceed it."""
         if self.config.weights_budget is None:
             return None
         given = parse_bytes(self.config.weights_budget)
@@ -200,12 +200,12 @@ class PlanInputs:
 
     @cached_property
     def smallest_budget(self) -> int:
-        """Bytes of the two largest pages: the least that a pager takes."""
+        """Bytes of the two largest pages: the least that a pager accepts."""
         return sum(sorted(self.pages)[-2:])
 
     @cached_property
     def state_sizes(self) -> list[int]:
-        """Bytes of AdamW's two states of each LoRA matrix, and of a module trained in full with its float32 master."""
+        """Bytes of AdamW's states: of each LoRA matrix, and of each saved parameter with its float32 master weight."""
         saved = [(8 if self.c == 4 else 12) * n for n in self.saved_sizes]
         if not self.config.optim.endswith("8bit"):
             return [8 * n for n in self.lora_sizes] + saved
@@ -226,7 +226,7 @@ class PlanInputs:
 
     @cached_property
     def resident(self) -> list[Term]:
-        """The base when all of it is on the device."""
+        """The terms of a resident base."""
         model, config = self.model, self.config
         others = [
             p.numel() * min(self.c, model.itemsize.get(name, 2))
@@ -245,20 +245,20 @@ class PlanInputs:
 
     @cached_property
     def on_tiles(self) -> bool:
-        """Whether products read the codes themselves, with no dequantized weight (AMX)."""
+        """Whether products read the codes directly, without a dequantized weight (AMX)."""
         return self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles()
 
     @cached_property
     def scratch(self) -> Term:
-        """What products work in: a dequantized weight, or on tiles (AMX) the rows that meet it; experts the former."""
-        if self.config.use_dora:  # the weight, B A and their sum, for its norm
+        """Scratch buffers of products: a dequantized weight, or on tiles (AMX) the input rows. Experts use a weight."""
+        if self.config.use_dora:  # its norm needs the weight, B A and their sum
             largest = max((m.weight.numel() for m in self.model.linears.values()), default=0)
             return Term("scratch", (self.c + 8) * largest, "(c + 8) x the largest matrix")
         matrices = [
             m.weight.numel() // getattr(m, "num_experts", 1)
             for m in (self.model.stacks if self.on_tiles else self.model.quantized).values()
         ]
-        buffers = 2 if self.device == "cuda" else 1  # autograd's thread there has one of its own
+        buffers = 2 if self.device == "cuda" else 1  # on a GPU, autograd's thread has its own
         weight = buffers * self.c * max(matrices, default=0)
         if not self.on_tiles:
             return Term("scratch", weight, "c x the largest matrix")
@@ -269,7 +269,7 @@ class PlanInputs:
 
     @cached_property
     def unpaged_bytes(self) -> int:
-        """Of a paged base, what stays: norms, biases, routers, and double quantization's own scales."""
+        """Bytes of a paged base that stay resident: norms, biases, routers, and double quantization's own scales."""
         ends = (self.model.modules.get_input_embeddings(), self.model.modules.get_output_embeddings())
         paged = {id(module.weight) for module in ends if module is not None}
         named = self.model.modules.named_parameters()
@@ -278,7 +278,7 @@ class PlanInputs:
 
 
 def nested_bytes(sizes: list[int], config: TrainConfig) -> int:
-    """Of double quantization's own scales and offsets."""
+    """Count the bytes of double quantization's own scales and offsets."""
     blocks = [-(-size // config.blocksize) for size in sizes]
     return sum(4 * -(-b // NESTED_BLOCKSIZE) + 4 for b in blocks) if config.double_quant else 0
 

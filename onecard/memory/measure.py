@@ -1,4 +1,4 @@
-"""What memory there is, and what was really used."""
+"""Available memory, and the memory that was really used."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import torch
 from onecard.kernels.cpu import allocator
 
 STATM = Path("/proc/self/statm")  # pages: all that is mapped, ..., data and stack
-V1 = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")  # a group's files, and of its memory.stat a count
+V1 = ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")  # a group's files, and a field of its memory.stat
 V2 = ("max", "current", "inactive_file")
 M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 
 
 def return_large_blocks() -> None:
-    """Have malloc give every freed block of 1 MiB or more back to the system at once, where malloc is glibc's.
+    """Make glibc's malloc return every freed block of 1 MiB or more to the system at once.
 
-    By itself it keeps blocks of up to 32 MiB in its heap, where a tensor that stays splits the hole that others left: a
-    step grows by 5 %, one that recomputes by such a hole a layer, on an 8B shape 1 GB in all. What is made over and
-    over does not come from malloc (kernels/cpu/allocator.py), so the new pages cost little.
+    By default it keeps blocks of up to 32 MiB in its heap, and tensors that stay split the free space there. A step
+    grows by 5 %. A step that recomputes grows by such a hole per layer, by 1 GB in all for an 8B shape. Recurring
+    blocks do not come from malloc (kernels/cpu/allocator.py), so the new pages cost little.
     """
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -35,20 +35,20 @@ def return_large_blocks() -> None:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that a run may still take: free on the GPU, or available to this process under its groups and limits."""
+    """Return the memory that a run may use: free on the GPU, or within this process's control groups and limits."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return max(0, min([psutil.virtual_memory().available, *group_limits(), *process_limits()]))
 
 
 def group_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
-    """Bytes that each control group (Linux, v1 and v2) of this process leaves it: cached files, which it would drop, as
-    free.
+    """Yield the bytes that each control group (Linux, v1 and v2) leaves this process. Cached files count as free, since
+    they can be dropped.
 
     Args:
-        root: of the groups' folders; version 1's lie in its `memory`, version 2's in itself, or in its `unified` where
-            both are mounted.
-        own: which tells the groups' paths, as lines 0::/a/b (v2) and 4:memory:/a/b (v1).
+        root: parent of the groups' folders: version 1's are in its `memory`, version 2's in itself, or in its
+            `unified` if both are mounted.
+        own: file with the groups' paths, in lines 0::/a/b (v2) and 4:memory:/a/b (v1).
     """
     for line in own.read_text().splitlines() if own.is_file() else ["0::/"]:
         number, kinds, path = line.split(":", 2)
@@ -60,23 +60,23 @@ def group_limits(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/se
 
 
 def hierarchy_limits(top: Path, path: str, names: tuple[str, str, str]) -> Iterator[int]:
-    """What the group at a path below `top` and those above it leave. In a container, the path may be one outside it:
-    then `top` is its own group."""
+    """Yield the bytes that the group at `path` below `top` and its parents leave. In a container, the path may lie
+    outside: then `top` is the process's own group."""
     limit, used, cached = names
     group = top / path.lstrip("/")
     for folder in (group, *group.parents):
         if not folder.is_relative_to(top):
             return
         files = [folder / f"memory.{name}" for name in (limit, used, "stat")]
-        with suppress(OSError, ValueError):  # no limit here: the file is not there, or says "max"
+        with suppress(OSError, ValueError):  # no limit here: the file is missing, or contains "max"
             most, now = (int(file.read_text()) for file in files[:2])
             lines = files[2].read_text().splitlines() if files[2].is_file() else []
             yield most - now + int(dict(line.split() for line in lines).get(cached, 0))
 
 
 def process_limits() -> Iterator[int]:
-    """Bytes that RLIMIT_AS and RLIMIT_DATA (ulimit -v, -d) leave this process: they count what it has mapped, not what
-    is resident."""
+    """Yield the bytes that RLIMIT_AS and RLIMIT_DATA (ulimit -v, -d) leave this process. They count mapped memory, not
+    resident memory."""
     with suppress(OSError, ValueError, IndexError):
         mapped, _, _, _, _, data, _ = (int(word) * resource.getpagesize() for word in STATM.read_text().split())
         for limit, used in ((resource.RLIMIT_AS, mapped), (resource.RLIMIT_DATA, data)):
@@ -86,7 +86,7 @@ def process_limits() -> Iterator[int]:
 
 
 def begin_peak(device: torch.device) -> int:
-    """Have `peak_memory_bytes` count from here, where the system can; the bytes that are held now."""
+    """Restart the peak of `peak_memory_bytes`, where the system can. Return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_reserved(device)
@@ -96,7 +96,7 @@ def begin_peak(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far, or since `begin_peak`: by a GPU's allocator, graphs included; by a CPU process."""
+    """Return the peak memory so far, or since `begin_peak`: of a GPU's allocator with graphs, or of a CPU process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     with suppress(OSError, StopIteration):  # Linux, whose ru_maxrss begins at the size of the parent process
@@ -107,13 +107,13 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """1,536 MiB style; GiB from ten of them on."""
+    """Format bytes like 1,536 MiB, from 10 GiB on in GiB."""
     mib = num_bytes / 2**20
     return f"{mib / 1024:,.2f} GiB" if mib >= 10240 else f"{mib:,.1f} MiB" if mib < 100 else f"{mib:,.0f} MiB"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed, on whatever device."""
+    """Whether an allocation failed, on any device."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM  # an anonymous mapping
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):

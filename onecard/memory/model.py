@@ -15,16 +15,16 @@ from onecard.memory.shapes import KNOWN
 
 
 def known_config(name: str) -> Any:
-    """transformers' config of a model of the table."""
+    """Return transformers' config of a model in the table."""
     fields = dict(KNOWN[name])
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def find_model(model: str) -> Model:
-    """A model by its folder, its name in the table, or its hub id.
+    """Find a model by its folder, its name in the table, or its hub id.
 
     Raises:
-        UserError: there is none such, with the nearest name of the table.
+        UserError: there is no such model; the error has the nearest name of the table.
     """
     if model.lower() in KNOWN:
         return Model(meta_model(known_config(model.lower()), model), {})
@@ -37,7 +37,7 @@ def find_model(model: str) -> Model:
 
 
 def read_hub(repository: str) -> Model:
-    """A hub repository's model from its config.json and its files' headers alone; no weight is fetched."""
+    """Read a hub repository's model from its config.json and its files' headers. No weights are fetched."""
     from huggingface_hub import get_safetensors_metadata
 
     config: Any = from_hub(lambda: AutoConfig.from_pretrained(repository, trust_remote_code=False), repository)
@@ -48,7 +48,7 @@ def read_hub(repository: str) -> Model:
 
 
 def from_hub(fetch: Callable[[], Any], repository: str) -> Any:
-    """What the hub's client gives, whatever it raises told as a UserError."""
+    """Return fetch(). Raises UserError for any error of the hub's client."""
     try:
         return fetch()
     except Exception as error:

@@ -1,6 +1,6 @@
-"""The memory plan: the bill of a run before anything loads, what fits, and what to change if nothing does.
+"""The memory plan: a run's memory before anything loads, what fits, and what to change if nothing fits.
 
-The terms and their formulas are in terms.py, what is given up for memory in fit.py, both told in docs/plan.md.
+The terms and their formulas are in terms.py, the choice of a strategy in strategy.py. docs/plan.md explains both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onecard.memory.strategy import choose_strategy, describe, most_offloaded, p
 from onecard.memory.terms import CUDA_CONTEXT, Method, disk_terms, plan_terms
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "generate")
-LENGTH_STEP = 64  # of the largest context that fits
+LENGTH_STEP = 64  # step of the search for the largest context that fits
 MOST_ROWS = 4096
 
 
@@ -31,7 +31,7 @@ class Change:
     """A setting that makes the run fit.
 
     Attributes:
-        time: of a token, as a multiple of what it takes with everything resident and kept, by count.
+        time: estimated time per token, as a multiple of that with everything resident and kept.
     """
 
     setting: str
@@ -40,15 +40,15 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """The bill of a run; the process itself (libraries, CUDA context) comes on top.
+    """The memory of a run. What the process itself uses before the weights load is not included.
 
     Attributes:
         disk: what the run writes.
         choice: in words, what `onecard train` would keep, recompute, page and offload in device_memory_bytes.
-        time: what a token then takes, as a multiple of that with everything resident and kept, by count.
-        moved_bytes: that then come and go, an update.
-        largest_length, largest_batch: tokens of context at this batch size, and rows of an unsplit micro-batch at
-            this length, that fit then; None without such a limit, 0 if nothing fits.
+        time: estimated time per token with that choice, as a multiple of that with everything resident and kept.
+        moved_bytes: bytes that are moved per update with that choice.
+        largest_length, largest_batch: the most tokens of context at this batch size, and the most rows of an unsplit
+            micro-batch at this length, that fit; None without device_memory_bytes, 0 if nothing fits.
         changes: settings that would make it fit, if it does not.
     """
 
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def measured_bytes(self) -> int:
-        """Of the total, what memory/measure.py sees: a GPU's allocator does not see the context."""
+        """The part of the total that memory/measure.py measures: a GPU's allocator does not count the context."""
         return self.total_bytes - sum(term.num_bytes for term in self.terms if term == CUDA_CONTEXT)
 
     @property
@@ -131,14 +131,14 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
 
 
 def fitted(inputs: PlanInputs, strategy: MemoryStrategy, limit: int, paged_from_file: bool = True) -> Plan:
-    """The plan of a fit."""
+    """Make the plan of a strategy."""
     cost, disk = price(inputs, strategy), disk_terms(inputs, strategy, paged_from_file)
     return Plan(plan_terms(inputs, "qlora", strategy), limit, disk, describe(strategy, inputs.model),
                 time_a_token(inputs, strategy), cost.moved_bytes)  # fmt: skip
 
 
 def time_a_token(inputs: PlanInputs, strategy: MemoryStrategy) -> float:
-    """As a multiple of what it takes with everything resident and kept."""
+    """Estimate the time per token, as a multiple of that with everything resident and kept."""
     return price(inputs, strategy).seconds / price(inputs, MemoryStrategy()).seconds
 
 
@@ -146,7 +146,7 @@ Fits = Callable[[PlanInputs], bool]
 
 
 def fits_as(method: Method, limit: int) -> Fits:
-    """Whether a case fits when all is given up that may be, its micro-batches unsplit."""
+    """Return a predicate: whether inputs fit with every permitted saving, but unsplit micro-batches."""
 
     def fits(inputs: PlanInputs) -> bool:
         if method != "qlora":
@@ -161,20 +161,20 @@ def changed(inputs: PlanInputs, **fields: Any) -> PlanInputs:
 
 
 def with_largest(found: Plan, inputs: PlanInputs, fits: Fits) -> Plan:
-    """The plan with the largest context and batch that fit."""
+    """Add the largest context and batch that fit to a plan."""
     length = largest_length(inputs, fits)
     batch = largest(lambda n: fits(changed(inputs, per_device_train_batch_size=n)), MOST_ROWS)
     return replace(found, largest_length=length, largest_batch=batch)
 
 
 def largest_length(inputs: PlanInputs, fits: Fits) -> int:
-    """The largest context, a multiple of LENGTH_STEP, that fits; 0 if there is none."""
+    """Return the largest context that fits, a multiple of LENGTH_STEP; 0 if there is none."""
     steps = inputs.model.longest_context // LENGTH_STEP
     return LENGTH_STEP * largest(lambda n: fits(changed(inputs, max_seq_length=LENGTH_STEP * n)), steps)
 
 
 def largest(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest n in 1 ... limit for which holds(n), which is true up to some n; 0 if there is none."""
+    """Return the largest n in 1 ... limit with holds(n), which is true up to some n; 0 if there is none."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -183,7 +183,7 @@ def largest(holds: Callable[[int], bool], limit: int) -> int:
 
 
 def changes(inputs: PlanInputs, limit: int, found: Plan) -> list[Change]:
-    """What would make a run fit that does not, each by itself where that is enough."""
+    """List the changes that each make a run fit that does not."""
     tried: dict[str, dict[str, Any]] = {}
     free = {"gradient_checkpointing": None, "weights_budget": None}
     if any(getattr(inputs.config, name) != value for name, value in free.items()):

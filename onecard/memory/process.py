@@ -1,14 +1,14 @@
-"""What a CPU process grows by beside its tensors: prepared products, Python's objects, code that is first used.
+"""Growth of a CPU process in addition to its tensors: prepared products, Python's objects, code that is first used.
 
-A product in 16 bits goes through oneDNN, which prepares it for its shapes. torch keeps what was prepared for up to
+oneDNN computes products in 16 bits, and prepares each for its shapes. torch keeps the prepared products of up to
 `MOST_PRODUCTS` shapes. For M rows, a linear of K inputs and N outputs and an adapter of rank r need
 
     forward   M K r,  M K N,  M r N added
     backward  M N r,  r M K,  N M r,  M r K,  M N K added
 
 and a head M d V and M V d. Linears of the same K and N share them. So the number follows from the numbers of rows
-(workload.py). An expert gets what its router sends it: any number of rows up to all, filled up (nn/experts.py); the
-fewest go through a product of our own in the forward. Products on tiles (AMX) and in float32 are not prepared so.
+(workload.py). An expert gets any number of rows up to all, padded (nn/experts.py). In the forward, onecard's own
+product computes the smallest numbers of rows. Products on tiles (AMX) and in float32 are not prepared.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from onecard.kernels.cpu.native import LARGEST_M
 from onecard.memory.inputs import PlanInputs, Term
 from onecard.nn.experts import num_filled_rows
 
-# All three measured on an AVX-512 CPU with torch 2.13 and transformers 5.23 (docs/plan.md tells how).
+# The bytes are measured on an AVX-512 CPU with torch 2.13 and transformers 5.23 (docs/plan.md explains how).
 PRODUCT_BYTES = 650 << 10  # two descriptors of 252 KiB each, oneDNN's and torch's, and the code made for the shapes
 MOST_PRODUCTS = 1024
 MODULE_BYTES = 40 << 10  # Python's objects of an adapted linear: peft's layer is ten modules
-MODEL_BYTES = 4 << 20  # and of the model: its family's code, the loader's
+MODEL_BYTES = 4 << 20  # Python's objects of the model: its family's code, the loader's
 CODE_BYTES = 19 << 20  # pages of torch's libraries that a step touches first
 
 
 def process_terms(inputs: PlanInputs, learns: bool) -> list[Term]:
-    """The terms of a CPU; `learns`: it trains, or else only answers."""
+    """Return a CPU process's terms. `learns`: whether it trains, or only answers."""
     number = min(num_products(inputs, learns), MOST_PRODUCTS)
     return [
         *([Term("prepared products", number * PRODUCT_BYTES, f"{number} shapes x 650 KiB")] if number else []),
@@ -38,7 +38,7 @@ def process_terms(inputs: PlanInputs, learns: bool) -> list[Term]:
 
 
 def num_products(inputs: PlanInputs, learns: bool) -> int:
-    """Shapes of products that oneDNN prepares."""
+    """Count the product shapes that oneDNN prepares."""
     if inputs.on_tiles or not goes_to_onednn(inputs.dtype):
         return 0
     load, (forward, backward) = inputs.workload, inputs.num_shapes
@@ -49,7 +49,7 @@ def num_products(inputs: PlanInputs, learns: bool) -> int:
 
 
 def expert_products(inputs: PlanInputs, run: frozenset[int], trained: frozenset[int]) -> int:
-    """The same of experts, where so many tokens run through the model, or train it."""
+    """Same as `num_products`, for experts. `run` and `trained` are token counts of forwards and of training."""
     forward, backward = inputs.num_expert_shapes
 
     def sizes(tokens: frozenset[int], least: int) -> int:
@@ -59,7 +59,7 @@ def expert_products(inputs: PlanInputs, run: frozenset[int], trained: frozenset[
 
 
 def goes_to_onednn(dtype: torch.dtype) -> bool:
-    """Whether torch gives oneDNN this CPU's products in such a dtype."""
+    """Whether torch uses oneDNN for products in `dtype` on this CPU."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.bfloat16:

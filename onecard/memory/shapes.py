@@ -1,4 +1,4 @@
-"""Public models' shapes, so that a plan for them needs neither files nor a network: fields of their config.json."""
+"""Shapes of public models, as fields of their config.json. A plan for them needs neither files nor a network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def dense(
 def sparse(
     kind: str, experts: int, per_token: int, width: int, *shape: Any, head_dim: int
 ) -> dict[str, Any]:  # fmt: skip
-    """`dense`, with experts of `width` intermediate features."""
+    """Same as `dense`, with experts of `width` intermediate features."""
     number = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
     size = {"moe_intermediate_size": width} if kind == "qwen3_moe" else {}
     return {**dense(kind, *shape, head_dim=head_dim), number: experts, "num_experts_per_tok": per_token, **size}

@@ -1,4 +1,4 @@
-"""A plan for the terminal: its terms, what fits, and what would make it fit."""
+"""A plan's lines on the terminal: its terms, what fits, and what would make it fit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_lines(plan: Plan) -> list[Any]:
-    """The table, the choice with its price in time, and what fits."""
+    """Return the table, the choice with its cost in time, and what fits."""
     lines: list[Any] = [plan_table(plan)]
     if plan.device_memory_bytes is None:
         return [*lines, "as the settings say, nothing else given up; --device-memory says what train gives up in it"]

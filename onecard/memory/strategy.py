@@ -1,11 +1,11 @@
-"""What to give up for memory: of all that fits, what takes the least time, by a count of operations and bytes.
+"""Choice of a memory strategy: the fastest that fits, by a count of operations and bytes.
 
-A training token costs 4 P_m + 4 V d + 6 P_l + 7 S a L operations (forward, gradients of inputs and of LoRA; S tokens
-of context, a heads x head size); each layer that recomputes adds a forward. Each part of a micro-batch dequantizes
-every weight twice, a recomputing layer's a third time unless the recompute's stay for the backward. Each part reads
-what the budget does not hold of a paged base twice, and moves an offloaded input out and back: on a GPU beside the
-computing, so that it counts only where it takes longer, on a CPU with the cores that compute. States that wait outside
-come and go once an update, beside nothing.
+A training token costs 4 P_m + 4 V d + 6 P_l + 7 S a L operations (forward, gradients of inputs and of LoRA; P_m
+quantized weights that a token uses, S tokens of context, a heads x head size). Each recomputed layer adds a forward.
+Each part of a micro-batch dequantizes every weight twice, and a recomputed layer's weights a third time unless they
+are kept for the backward. Each part reads the pages of a paged base beyond the budget twice, and moves each offloaded
+input out and back. On a GPU these transfers overlap with computing, and count only if they take longer. On a CPU they
+use the cores that compute. Offloaded optimizer states transfer once per update, without overlap.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onecard.memory.terms import plan_terms
 
 @dataclass(frozen=True)
 class Rates:
-    """What a device does in a second: operations, weights dequantized, bytes in from the tier below, bytes out."""
+    """A device's rates per second: operations, dequantized weights, bytes in from the tier below, bytes out."""
 
     operations: float
     dequantized: float
@@ -29,23 +29,23 @@ class Rates:
     bytes_out: float
 
 
-# Of the order of measured ones (two AVX-512 cores and an SSD; a 24 GB card on PCIe 4 x16): they say which of two
-# choices is quicker, not how long a step takes.
+# The order of magnitude of measured rates (two AVX-512 cores and an SSD; a 24 GB card on PCIe 4 x16). They show which
+# of two choices is faster, not how long a step takes.
 RATES = {"cpu": Rates(4e11, 2.5e10, 1.5e9, 0.5e9), "cuda": Rates(1e14, 2e11, 2.5e10, 2.5e10)}
 
-MARGIN = 0.05  # of the memory: about as far as plan and measurement lie apart (benchmarks/plan.py)
+MARGIN = 0.05  # of the memory: about the difference of plan and measurement (benchmarks/plan.py)
 
 
 @dataclass(frozen=True)
 class Price:
-    """Of an update: seconds at RATES, and the bytes that come and go."""
+    """The cost of an update: seconds at RATES, and bytes moved."""
 
     seconds: float
     moved_bytes: int
 
 
 def price(inputs: PlanInputs, strategy: MemoryStrategy) -> Price:
-    """What a fit costs in time."""
+    """Count an update's seconds and moved bytes with a strategy."""
     rates, model, text = RATES[inputs.device], inputs.model, inputs.model.text
     layers, again = model.num_layers, strategy.num_recomputed / model.num_layers
     P_q, (P_m, P_l), S = sum(inputs.sizes), inputs.num_met, inputs.length
@@ -72,13 +72,13 @@ def total_bytes(inputs: PlanInputs, strategy: MemoryStrategy) -> int:
 
 
 def choose_strategy(inputs: PlanInputs, limit: int, whole: bool = False) -> MemoryStrategy:
-    """The quickest way to train within `limit` bytes, or the smallest there is if none fits.
+    """Return the fastest strategy within `limit` bytes, or the smallest if none fits.
 
-    What the settings fix stays fixed; inputs are offloaded only where nothing else fits; of two that take as long, the
-    one that gives up less is taken.
+    A choice that the settings fix stays fixed. Inputs are offloaded only if nothing else fits. Of two equally fast
+    strategies, the earlier candidate is chosen.
 
     Args:
-        whole: a micro-batch is not to be split.
+        whole: whether micro-batches must stay unsplit.
     """
     found = [strategy for strategy in candidates(inputs, limit, whole) if total_bytes(inputs, strategy) <= limit]
     if found:
@@ -87,14 +87,14 @@ def choose_strategy(inputs: PlanInputs, limit: int, whole: bool = False) -> Memo
 
 
 def strategy_within(inputs: PlanInputs, memory_bytes: int) -> MemoryStrategy:
-    """choose_strategy with `MARGIN` of the memory left for what the plan misses, or with less if nothing else fits."""
+    """Same as `choose_strategy`, with `MARGIN` of the memory left for errors of the plan, or less if nothing fits."""
     strategy = choose_strategy(inputs, int((1 - MARGIN) * memory_bytes))
     return strategy if total_bytes(inputs, strategy) <= memory_bytes else choose_strategy(inputs, memory_bytes)
 
 
 def candidates(inputs: PlanInputs, limit: int, whole: bool) -> Iterator[MemoryStrategy]:
-    """Without offloading, what gives up less first: beside a resident base as few layers recomputed as fit; beside a
-    paged one every number of them, with the memory that is left as its budget."""
+    """Yield strategies without offloaded inputs. For a resident base, recompute as few layers as fit. For a paged base,
+    try every number of recomputed layers, with the remaining memory as its budget."""
     for max_forward_tokens in part_sizes(inputs, whole):
         for away in away_choices(inputs):
             fits = [MemoryStrategy(number, None, away, 0, max_forward_tokens) for number in recompute_counts(inputs)]
@@ -110,13 +110,13 @@ def candidates(inputs: PlanInputs, limit: int, whole: bool) -> Iterator[MemorySt
 
 
 def with_kept_weights(inputs: PlanInputs, strategy: MemoryStrategy) -> list[MemoryStrategy]:
-    """A fit, and where that saves something, the one whose recomputed layers keep their weights for the backward."""
+    """Return the strategy, and if useful, also with recomputed layers' dequantized weights kept for the backward."""
     useful = strategy.num_recomputed and not inputs.on_tiles
     return [strategy, replace(strategy, keep_dequantized_weights=True)] if useful else [strategy]
 
 
 def most_offloaded(inputs: PlanInputs, limit: int, whole: bool) -> MemoryStrategy:
-    """As few inputs offloaded as fit, with everything else given up; or all of them if nothing fits."""
+    """Use every other saving and offload as few inputs as fit; offload all of them if nothing fits."""
     number, parts, away = recompute_counts(inputs)[-1], part_sizes(inputs, whole)[-1], away_choices(inputs)[-1]
     fits = [MemoryStrategy(number, None, away, offloaded, parts) for offloaded in range(number + 1)]
     paged = [with_budget(inputs, strategy, limit) for strategy in fits] if may_page(inputs) else fits[-1:]
@@ -125,7 +125,7 @@ def most_offloaded(inputs: PlanInputs, limit: int, whole: bool) -> MemoryStrateg
 
 
 def may_page(inputs: PlanInputs) -> bool:
-    """Whether the base may be paged: not where modules of it are trained in full."""
+    """Whether the base may be paged: not if modules of it are trained in full."""
     return not inputs.config.modules_to_save
 
 
@@ -134,7 +134,7 @@ def first_that_fits(inputs: PlanInputs, fits: list[MemoryStrategy], limit: int) 
 
 
 def with_budget(inputs: PlanInputs, strategy: MemoryStrategy, limit: int) -> MemoryStrategy:
-    """A fit with a paged base, in the budget that is given or left."""
+    """Return the strategy with a paged base, within the budget that is set, or else the remaining memory."""
     if inputs.budget is not None:
         return replace(strategy, weights_budget=inputs.budget)
     left = limit - total_bytes(inputs, replace(strategy, weights_budget=0))
@@ -142,13 +142,13 @@ def with_budget(inputs: PlanInputs, strategy: MemoryStrategy, limit: int) -> Mem
 
 
 def recompute_counts(inputs: PlanInputs) -> list[int]:
-    """Layers that may be recomputed."""
+    """Return the permitted numbers of recomputed layers."""
     layers, asked = inputs.model.num_layers, inputs.config.gradient_checkpointing
     return list(range(layers + 1)) if asked is None else [layers] if asked else [0]
 
 
 def part_sizes(inputs: PlanInputs, whole: bool) -> list[int | None]:
-    """Tokens of the parts that a micro-batch may go in: whole, or ever fewer of its rows."""
+    """Return the permitted part sizes of a micro-batch in tokens: None (whole), then fewer and fewer rows."""
     sizes: list[int | None] = [None]
     rows = inputs.config.per_device_train_batch_size
     while rows > 1 and not whole:
@@ -162,7 +162,7 @@ def away_choices(inputs: PlanInputs) -> list[bool]:
 
 
 def describe(strategy: MemoryStrategy, model: Model) -> str:
-    """A fit in words."""
+    """Describe a strategy in words."""
     parts = [f"{strategy.num_recomputed or 'none'} of {model.num_layers} layers recomputed"]
     if strategy.keep_dequantized_weights:
         parts.append("their weights dequantized once for both")

@@ -1,19 +1,19 @@
-"""Bytes a term, its formula beside it, from headers or a known shape and the settings alone. docs/plan.md tells why.
+"""Bytes and formula of each term, from headers or a known shape and the settings only. docs/plan.md explains them.
 
-P_q weights that 4 bits take, P_e of them in experts, P_o the others, P = P_q + P_o, P_l LoRA weights, P_s those of
-modules_to_save; T tokens that go through the model at a time, L layers, d hidden, k key heads x head size, f
-intermediate, V vocabulary; c bytes of the compute dtype. What a layer keeps for its backward is told in activations.py.
-The terms of a step are those at its fullest moment, one of
+P_q quantized weights, P_e those of experts, P_o the other weights, P = P_q + P_o, P_l LoRA weights, P_s those of
+modules_to_save; T tokens in one forward, L layers, d hidden, k key heads x head size, f intermediate, V vocabulary;
+c bytes of the compute dtype. activations.py counts what a layer keeps for its backward.
+The terms of a step are those at the moment of its peak, one of
 
-    the loss                           all that is kept, the inputs of the layers that recompute, the logits' chunk
-    a recomputing layer's backward     the inputs, that layer whole and what its backward works on, gradients so far
-    the first layer's backward         that layer, what its backward works on, all gradients
+    the loss                           all kept activations, the inputs of recomputed layers, the logits chunk
+    a recomputed layer's backward      the inputs, that layer's activations and backward tensors, gradients so far
+    the first layer's backward         that layer's activations and backward tensors, all gradients
     the update of modules in 16 bits   all gradients, one of them in float32
-    an answer to a sample prompt       the cache, the prompt going through one layer; no gradients
+    an answer to a sample prompt       the KV cache, the prompt's activations in one layer; no gradients
 
-Validation is never the fullest: it keeps nothing, and its rows are not longer. A paged base takes its budget and
-nothing more: the head is a page of it, embeddings are read row by row. What a CPU process grows by beside its
-tensors is told in process.py.
+Validation is never the peak: it keeps nothing, and its rows are not longer. The pages of a paged base, the head's
+included, stay within the budget, and embeddings are read row by row. process.py counts the growth of a CPU process in
+addition to its tensors.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from onecard.paging.activations import ACTIVATIONS_AHEAD
 from onecard.quant.dynamic import STATE_BLOCKSIZE
 
 Method = Literal["full", "lora", "qlora", "generate"]
-END_TENSORS = 4  # of a token's hidden size, that live around the loss
-CUDA_RESERVE = 0.04  # of what a step allocates and frees: blocks rounded up, pieces that nothing fits into
+END_TENSORS = 4  # tensors of a token's hidden size that exist around the loss
+CUDA_RESERVE = 0.04  # of what a step allocates and frees: rounding of blocks, and fragmentation
 
 CUDA_CONTEXT = Term("CUDA context, libraries", 500 << 20, "an allowance")
 
 
 def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStrategy | None = None) -> list[Term]:
-    """The terms of a method; without a fit, as gradient_checkpointing says and with a resident base."""
+    """Return a method's terms. Without a strategy, gradient_checkpointing and weights_budget decide."""
     strategy = strategy or MemoryStrategy(
         inputs.model.num_layers if inputs.config.gradient_checkpointing else 0, inputs.budget
     )
@@ -66,7 +66,7 @@ def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStr
 
 
 def device_terms(inputs: PlanInputs, step: list[Term], learns: bool) -> list[Term]:
-    """What the libraries hold beside the tensors."""
+    """Return the terms of the libraries' memory."""
     if inputs.device != "cuda":
         return process_terms(inputs, learns)
     moving = sum(term.num_bytes for term in (*step, inputs.scratch))
@@ -75,13 +75,13 @@ def device_terms(inputs: PlanInputs, step: list[Term], learns: bool) -> list[Ter
 
 
 def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) -> list[Term]:
-    """Activations, gradients and logits at the fullest of a step's moments."""
+    """Return activations, gradients and logits at a step's peak."""
     layers, tokens, length, layer = inputs.model.num_layers, inputs.tokens(strategy), inputs.length, inputs.layer
     kept = tokens * (layer.kept + length * layer.pair)
     whole = kept + tokens * (layer.working + length * layer.pair_working) + inputs.expert_factors
     ends = END_TENSORS * tokens * layer.hidden  # the last norm's, the loss's gradient
     again, stay = strategy.num_recomputed, layers - strategy.num_recomputed
-    waiting = again - max(0, strategy.num_offloaded - ACTIVATIONS_AHEAD)  # inputs here: the others are outside
+    waiting = again - max(0, strategy.num_offloaded - ACTIVATIONS_AHEAD)  # inputs on the device, not offloaded
     input_formula = f"{waiting} d" if waiting else ""
 
     def activations(num_bytes: float, *parts: str) -> Term:
@@ -119,14 +119,14 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
 
 
 def heap_term(inputs: PlanInputs, tokens: int, activations: int) -> Term:
-    """What malloc keeps of a step that is over: all results that are too small for blocks of their own."""
+    """Return what malloc keeps after a step: all results, if they are too small for their own blocks."""
     widest = inputs.c * tokens * max(inputs.model.text.hidden_size, inputs.intermediate)
     kept = activations if inputs.device == "cpu" and widest < allocator.SMALLEST else 0
     return Term("malloc's heap", kept, "a step's activations, where each is under 1 MiB")
 
 
 def generate_terms(inputs: PlanInputs, rows: int, length: int, prompt_tokens: int) -> list[Term]:
-    """The cache of every layer's keys and values of rows of `length` tokens, and prompts going through one layer."""
+    """Return the KV cache of `rows` rows of `length` tokens, the prompts' activations in a layer, and last logits."""
     text = inputs.model.text
     _, heads, head = heads_of(text)
     window = getattr(text, "sliding_window", None) or length
@@ -142,8 +142,8 @@ def generate_terms(inputs: PlanInputs, rows: int, length: int, prompt_tokens: in
 
 
 def logits_term(inputs: PlanInputs, tokens: int) -> Term:
-    """A chunk of the head's output, in float32 more than once where the family caps the logits or the head learns, a
-    cast head's parts; or all of it, where documents go through the model's own forward (train/loss.py)."""
+    """Return a chunk of logits: four float32 copies if the family caps them or the head is trained, two copies if the
+    head is cast. Without the packed loss, return all logits of the model's own forward (train/loss.py).."""
     c, vocabulary = inputs.c, inputs.model.text.vocab_size
     if not supports_packing(inputs.model.modules):
         return Term("logits", (c + 8) * tokens * vocabulary, "(c + 8) T V")
@@ -161,7 +161,7 @@ def logits_term(inputs: PlanInputs, tokens: int) -> Term:
 
 
 def state_term(inputs: PlanInputs, strategy: MemoryStrategy) -> Term:
-    """AdamW's two states of each LoRA weight."""
+    """Return AdamW's states of all trainable weights."""
     if strategy.offload_optimizer_states:
         return Term("AdamW states", max(inputs.state_sizes, default=0), "one tensor's at a time")
     eight = f"(2 + 8 / {STATE_BLOCKSIZE}) P_l, small tensors 8 P_l"
@@ -171,7 +171,7 @@ def state_term(inputs: PlanInputs, strategy: MemoryStrategy) -> Term:
 
 
 def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
-    """The frozen base in 4 bits."""
+    """Return the terms of the frozen base in 4 bits."""
     if strategy.weights_budget is None:
         return inputs.resident
     pages, is_cast = inputs.pages, inputs.model.head_itemsize > inputs.c
@@ -185,10 +185,10 @@ def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
 
 
 def disk_terms(inputs: PlanInputs, strategy: MemoryStrategy, paged_from_file: bool) -> list[Term]:
-    """What a run writes; `paged_from_file`: a paged base is read from the checkpoint's own 4-bit files."""
+    """Return what a run writes. `paged_from_file`: whether a paged base uses the checkpoint's own 4-bit files."""
     adapter = 4 * inputs.num_lora + inputs.c * inputs.num_saved
     one = adapter + sum(inputs.state_sizes)
-    count = inputs.config.save_total_limit + 1  # the next one is whole before the oldest goes
+    count = inputs.config.save_total_limit + 1  # the next one is complete before the oldest is removed
     learned = "4 P_l + c P_s" if inputs.num_saved else "4 P_l"
     terms = [Term("checkpoints", count * one, f"{count} x ({learned} + AdamW states)"),
              Term("adapter", adapter, learned)]  # fmt: skip

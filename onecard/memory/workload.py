@@ -1,7 +1,7 @@
-"""Which rows go through the model in a run: how many sizes of them, and what answers hold.
+"""Sizes of the rows that go through the model in a run, and of its answers.
 
-`train` knows them from its data. `plan` has no data and assumes full rows: where documents are packed, rows of T
-tokens, some of one ROW_MULTIPLE less, and the last row of an epoch; without packing, rows of every multiple up to T.
+`train` knows them from its data. `plan` has no data and assumes them. With packing: rows of T tokens, rows of one
+ROW_MULTIPLE less, and the last row of an epoch. Without packing: rows of every multiple of ROW_MULTIPLE up to T.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
 
 PROBE = frozenset({24, 48})  # tokens of the two documents on which train compares losses, alone and together
-MOST_EPOCHS = 3  # whose rows are looked at; each epoch packs anew, into rows of the same few sizes
+MOST_EPOCHS = 3  # epochs whose rows are counted; each epoch packs again, into rows of the same few sizes
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Answers that a model gives: so many rows at a time, filled up to one length, to prompts of so many tokens."""
+    """Answers of a model: `num_rows` at a time, padded to one length, to `prompts` of so many tokens."""
 
     num_rows: int
     prompts: tuple[int, ...]
@@ -27,14 +27,14 @@ class Answers:
 
 @dataclass(frozen=True)
 class Workload:
-    """Numbers of tokens that products meet.
+    """Numbers of tokens in the products of a run.
 
     Attributes:
-        trained, validated: of micro-batches.
-        trained_heads, validated_heads: learned positions of them, which meet the head.
-        prompts: of the pieces of prompts.
-        answered: rows and tokens, prompt and answer, of the answers that are held at a time.
-        prompt_tokens: of all rows of the largest piece of prompts that goes through the model at a time.
+        trained, validated: tokens of micro-batches.
+        trained_heads, validated_heads: supervised positions of micro-batches, on which the head runs.
+        prompts: tokens of the pieces of prompts.
+        answered: rows, and tokens of prompt and answer, of the largest answers in memory at a time.
+        prompt_tokens: tokens of the largest piece of prompts in one forward, over all rows.
     """
 
     trained: frozenset[int]
@@ -51,9 +51,9 @@ class Workload:
 
     @property
     def prefilled(self) -> frozenset[int]:
-        """Of the pieces of prompts, and of those on which the cache is tried before the first answer."""
+        """Tokens of the pieces of prompts, and of the cache's check before the first answer."""
         sizes = [len(piece) for piece in CACHE_PROBE]
-        tried = {sum(sizes), max(sizes)}  # the shorter ones go through products of our own
+        tried = {sum(sizes), max(sizes)}  # onecard's own products compute the shorter ones
         return self.prompts | tried if self.prompts else self.prompts
 
     @property
@@ -61,7 +61,7 @@ class Workload:
         return frozenset({ROW_MULTIPLE}) | self.trained_heads | self.validated_heads
 
     def with_answers(self, more: Answers) -> Workload:
-        """The same, and more that is answered."""
+        """Return the workload with more answers."""
         pieces = {more.num_rows * size for tokens in more.prompts for size in pieces_of(tokens, more.num_rows)}
         longest = max(more.prompts, default=0) + more.new_tokens
         held = max(self.answered, (more.num_rows, longest), key=lambda answer: answer[0] * answer[1])
@@ -70,19 +70,19 @@ class Workload:
 
 
 def pieces_of(tokens: int, num_rows: int) -> set[int]:
-    """Sizes of the pieces that a prompt goes through the model in; several rows at once go whole."""
+    """Return the sizes of a prompt's pieces. With several rows at a time, a prompt is one piece."""
     if num_rows > 1:
         return {tokens}
     return {min(PREFILL_TOKENS, tokens - start) for start in range(0, tokens, PREFILL_TOKENS)}
 
 
 def multiple(tokens: int) -> int:
-    """Up to a multiple of ROW_MULTIPLE."""
+    """Round up to a multiple of ROW_MULTIPLE."""
     return -(-tokens // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def assumed(config: TrainConfig, length: int) -> Workload:
-    """Of a run whose data is not known, with rows of `length` tokens."""
+    """Return the workload of a run with unknown data and rows of `length` tokens."""
 
     def sizes(tokens: int, packing: bool) -> frozenset[int]:
         full = multiple(tokens)
@@ -96,12 +96,12 @@ def assumed(config: TrainConfig, length: int) -> Workload:
     load = Workload(trained, trained, validated, validated)
     longest = min(length, PREFILL_TOKENS) // 2
     count = NUM_SAMPLES if config.sample_prompts is None else len(config.sample_prompts)
-    prompts = tuple(max(longest - number, 1) for number in range(count))  # of sizes of their own
+    prompts = tuple(max(longest - number, 1) for number in range(count))  # all of different sizes
     return load.with_answers(Answers(1, prompts, SAMPLE_TOKENS))
 
 
 def known(loader: Loader, epochs: float, validation: Dataset | None, prompts: list[list[int]]) -> Workload:
-    """Of a run with its data and the prompts of its samples."""
+    """Return the workload of a run with its data and its sample prompts."""
     load = Workload(*sizes_of(loader, max(1, min(int(epochs), MOST_EPOCHS))))
     if validation is not None:
         checked = Loader(validation.examples, validation.max_seq_length, True, 1, 0)
@@ -110,7 +110,7 @@ def known(loader: Loader, epochs: float, validation: Dataset | None, prompts: li
 
 
 def sizes_of(loader: Loader, epochs: int) -> tuple[frozenset[int], frozenset[int]]:
-    """Tokens and learned positions of its micro-batches, both filled up."""
+    """Return tokens and supervised positions of the micro-batches, rounded up to ROW_MULTIPLE."""
     learned = [example.num_supervised for example in loader.examples]
     tokens, heads = set(), set()
     for epoch in range(epochs):
