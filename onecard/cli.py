@@ -189,9 +189,9 @@ def generate(
     shown = printable if sys.stdout.isatty() else str  # a file gets the text unchanged
     loaded, tokenizer = load(model, adapter, quant, device)
     form = form_beside(adapter)
-    ids, goes_on, told = ask(prompt, tokenizer, form, raw)
-    if told:
-        print(f"note: {told}", file=sys.stderr)
+    ids, goes_on, note = ask(prompt, tokenizer, form, raw)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
     how = (max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True), goes_on)
     run(loaded, tokenizer, ids, *how, form.end_tokens if form else ())
     print()

@@ -88,10 +88,10 @@ def ask(prompt: str, tokenizer: Any, form: Form | None, raw: bool | None) -> tup
     Args:
         raw: same as in `difference`.
     """
-    asked, told = [{"role": "user", "content": prompt}], difference(form, tokenizer, raw)
+    asked, note = [{"role": "user", "content": prompt}], difference(form, tokenizer, raw)
     if raw is None:
-        return form_ids(asked, tokenizer, form), form is not None and form.prompt in ("completion", "text"), told
-    return text_ids(prompt, tokenizer) if raw else prompt_ids(asked, tokenizer), raw, told
+        return form_ids(asked, tokenizer, form), form is not None and form.prompt in ("completion", "text"), note
+    return text_ids(prompt, tokenizer) if raw else prompt_ids(asked, tokenizer), raw, note
 
 
 def difference(form: Form | None, tokenizer: Any, raw: bool | None = None) -> str | None:

@@ -242,10 +242,10 @@ def chat_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
     record = Record(file, line, messages=chat.messages, unlearned=chat.unlearned, tools=check_tools(row))
     fields = () if keys == ("messages",) and all(name.endswith(".content") for name in chat.fields) else chat.fields
     key, system = system_of(row)
-    told = [turn["content"] for turn in chat.messages if turn["role"] in ("system", "developer")]
-    if not system or told == [system]:
+    given = [turn["content"] for turn in chat.messages if turn["role"] in ("system", "developer")]
+    if not system or given == [system]:
         return replace(record, fields=fields), chat
-    if told:
+    if given:
         raise BadRow(key, "a row must have one system message", f"a column and one in {keys[0]}")
     messages = ({"role": "system", "content": system}, *chat.messages)
     fields = (key, *(fields or (f"messages[{i}].content" for i in range(len(chat.messages)))))
@@ -264,11 +264,11 @@ def system_of(row: dict[str, Any]) -> tuple[str, str]:
 def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
     """Read prompt and completion: two strings, or two lists of messages. Only the completion is learned."""
     prompt, completion = row["prompt"], row["completion"]
-    told = [key for key in USED["prompt_completion"] if not is_absent(row.get(key))]
+    columns = [key for key in USED["prompt_completion"] if not is_absent(row.get(key))]
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         prompt, completion = check_text("prompt", prompt, empty=True), check_text("completion", completion)
-        if told:
-            raise BadRow(told[0], "a prompt of text must hold all that the model reads", f"a column {told[0]}")
+        if columns:
+            raise BadRow(columns[0], "a prompt of text must hold all that the model reads", f"a column {columns[0]}")
         return Record(file, line, prompt=prompt, completion=completion), None
     if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion):
         raise BadRow("completion", "a completion must have an assistant message", describe(completion))
@@ -279,8 +279,8 @@ def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
     chat = read_chat("prompt", prompt + completion, names)
     if all(i in chat.unlearned for i in range(len(prompt), len(names)) if chat.messages[i]["role"] == "assistant"):
         raise BadRow("completion", "an assistant message must have a weight other than 0", "all are 0")
-    common = {"unlearned": chat.unlearned, "fields": chat.fields, "tools": check_tools(row)}
-    return Record(file, line, messages=chat.messages, num_prompt_messages=len(prompt), **common), chat
+    fields = {"unlearned": chat.unlearned, "fields": chat.fields, "tools": check_tools(row)}
+    return Record(file, line, messages=chat.messages, num_prompt_messages=len(prompt), **fields), chat
 
 
 def alpaca_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, None]:

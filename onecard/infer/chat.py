@@ -45,8 +45,8 @@ def chat(
         form: the form of the adapter's prompts; None if its folder does not say.
     """
     talk = Talk(model, tokenizer, console, max_new_tokens, temperature, form)
-    if told := difference(form, tokenizer):
-        talk.note(told)
+    if note := difference(form, tokenizer):
+        talk.note(note)
     if form and form.prompt != "chat":
         talk.note(f"the adapter was trained on {NAMES[form.prompt]}: it sees each message by itself, written so")
     talk.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the talk")

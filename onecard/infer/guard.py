@@ -163,10 +163,10 @@ class Guard:
     async def run(self, scope: Any, body: bytes, receive: Any, send: Any) -> None:
         """Run the app until it is done or its client disconnects."""
         gone = asyncio.create_task(receive())  # only a disconnect can follow the body
-        told = [{"type": "http.request", "body": body, "more_body": False}]
+        messages = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Any:
-            return told.pop() if told else await asyncio.shield(gone)
+            return messages.pop() if messages else await asyncio.shield(gone)
 
         app = asyncio.create_task(self.app(scope, replay, send))
         try:

@@ -327,8 +327,8 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
         models[name] = Served(own, load_tokenizer(checkpoint, folder), form)
         if own is not None:
             model = with_adapter(model, folder, own)
-        if told := difference(form, models[name].tokenizer):
-            print(f"note     {name}: {told}")
+        if note := difference(form, models[name].tokenizer):
+            print(f"note     {name}: {note}")
         if form and form.prompt != "chat":
             print(f"note     {name}: trained on {NAMES[form.prompt]}: a chat request takes one message, written so")
     host = f"[{config.host}]" if ":" in config.host else config.host

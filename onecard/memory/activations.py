@@ -113,9 +113,9 @@ def heads_of(text: Any) -> tuple[int, int, int]:
 
 def intermediate(modules: Any) -> int:
     """Return an MLP's intermediate size: the config's, else the largest dimension of a matrix in the layers."""
-    told = getattr(modules.config.get_text_config(), "intermediate_size", None)
-    if isinstance(told, int):
-        return told
+    width = getattr(modules.config.get_text_config(), "intermediate_size", None)
+    if isinstance(width, int):
+        return width
     ends = (modules.get_input_embeddings(), modules.get_output_embeddings())
     matrices = [p for m in modules.modules() if m not in ends for p in m.parameters(recurse=False) if p.ndim == 2]
     return max(max(p.shape) for p in matrices)

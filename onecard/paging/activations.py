@@ -92,19 +92,19 @@ class Offload:
             left: Any = self.worker.submit(self.write, tensor)
         else:
             left = self.copy_out(tensor, self.stream)
-        away = OffloadedActivation(tensor.shape, tensor.dtype, left, self.last)
-        self.leaving.append((away, tensor))
-        self.last = weakref.ref(away)
+        offloaded = OffloadedActivation(tensor.shape, tensor.dtype, left, self.last)
+        self.leaving.append((offloaded, tensor))
+        self.last = weakref.ref(offloaded)
         self.statistics.bytes_out += tensor.nbytes
-        return away
+        return offloaded
 
-    def wait_for(self, away: OffloadedActivation) -> None:
+    def wait_for(self, offloaded: OffloadedActivation) -> None:
         """Wait until an input is offloaded. Raises the error of its transfer."""
         start = time.perf_counter()
-        if isinstance(away.left, Future):
-            away.left.result()
+        if isinstance(offloaded.left, Future):
+            offloaded.left.result()
         else:
-            away.left[1].synchronize()
+            offloaded.left[1].synchronize()
         self.statistics.stall_seconds += time.perf_counter() - start
 
     def write(self, tensor: Tensor) -> tuple[Spill, Segment]:
@@ -118,37 +118,36 @@ class Offload:
             host.copy_(tensor, non_blocking=True)
         return host, stream.record_event()
 
-    def bring(self, away: OffloadedActivation) -> Tensor:
+    def bring(self, offloaded: OffloadedActivation) -> Tensor:
         """Wait for a tensor and return it. Start to bring back the one that was offloaded before it."""
         start = time.perf_counter()
         self.statistics.touches += 1
-        self.statistics.hits += away.coming is not None
+        self.statistics.hits += offloaded.coming is not None
         while self.leaving:  # the forward is over
             self.wait_for(self.leaving.popleft()[0])
         self.last = None
-        tensor = self.taken(away)
+        tensor = self.taken(offloaded)
         if self.stream is not None:  # the host runs ahead, and would bring back inputs long before their use
             self.begun.append(torch.cuda.current_stream(self.device).record_event())
             if len(self.begun) > ACTIVATIONS_AHEAD:
                 self.begun.popleft().synchronize()
-        earlier = away.earlier and away.earlier()
+        earlier = offloaded.earlier and offloaded.earlier()
         if earlier is not None:
             self.start(earlier)
         self.statistics.bytes_in += tensor.nbytes
         self.statistics.stall_seconds += time.perf_counter() - start
         return tensor
 
-    def start(self, away: OffloadedActivation) -> None:
+    def start(self, offloaded: OffloadedActivation) -> None:
         """Start to bring a tensor back, unless it is on its way."""
-        if away.coming is None:
-            away.coming = (
-                self.worker.submit(self.read, away) if self.stream is None else self.copy_in(away, self.stream)
-            )
+        if offloaded.coming is None:
+            on_cpu = self.stream is None
+            offloaded.coming = self.worker.submit(self.read, offloaded) if on_cpu else self.copy_in(offloaded)
 
-    def taken(self, away: OffloadedActivation) -> Tensor:
+    def taken(self, offloaded: OffloadedActivation) -> Tensor:
         """Return a tensor that came back. A second backward brings it back again."""
-        self.start(away)
-        coming, away.coming = away.coming, None
+        self.start(offloaded)
+        coming, offloaded.coming = offloaded.coming, None
         if isinstance(coming, Future):
             return coming.result()
         assert coming is not None
@@ -157,15 +156,16 @@ class Offload:
         coming[0].record_stream(current)
         return coming[0]
 
-    def read(self, away: OffloadedActivation) -> Tensor:
-        assert isinstance(away.left, Future)
-        _, segment = away.left.result()  # done: the one worker has finished the write
-        tensor = torch.empty(away.shape, dtype=away.dtype)
+    def read(self, offloaded: OffloadedActivation) -> Tensor:
+        assert isinstance(offloaded.left, Future)
+        _, segment = offloaded.left.result()  # done: the one worker has finished the write
+        tensor = torch.empty(offloaded.shape, dtype=offloaded.dtype)
         read_into(segment, tensor.view(-1).view(torch.uint8))
         return tensor
 
-    def copy_in(self, away: OffloadedActivation, stream: torch.cuda.Stream) -> tuple[Tensor, Any]:
-        assert not isinstance(away.left, Future)
+    def copy_in(self, offloaded: OffloadedActivation) -> tuple[Tensor, Any]:
+        stream = self.stream
+        assert stream is not None and not isinstance(offloaded.left, Future)
         with torch.cuda.stream(stream):  # after the copy out, which is earlier on this stream
-            tensor = away.left[0].to(self.device, non_blocking=True)
+            tensor = offloaded.left[0].to(self.device, non_blocking=True)
         return tensor, stream.record_event()

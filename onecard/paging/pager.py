@@ -76,7 +76,7 @@ class Pager:
                 "weights_budget",
             )
         self.current: Page | None = None
-        self.seen: list[Page] = []  # in this pass so far
+        self.touched: list[Page] = []  # in this pass so far
         self.uses: dict[Page, list[int]] = {}  # positions in the expected order
         self.at = -1  # the current page's position in it
         self.coming: dict[Page, Future[tuple[Tensor, Any]]] = {}
@@ -95,9 +95,9 @@ class Pager:
 
     def begin_pass(self) -> None:
         """Begin a forward. The pages touched since the last forward are the expected order."""
-        if self.seen:
-            self.expect(self.seen)
-            self.seen = []
+        if self.touched:
+            self.expect(self.touched)
+            self.touched = []
         self.at = -1
         if self.current is not None and self.order:
             self.follow(self.current)
@@ -106,7 +106,7 @@ class Pager:
     def touch(self, page: Page) -> Tensor:
         """Return a page's bytes, uint8, on the device. They stay valid while the caller references them."""
         if page is not self.current:
-            self.seen.append(page)
+            self.touched.append(page)
             self.follow(page)
             self.statistics.touches += 1
             self.statistics.hits += page.tensor is not None or page in self.coming
@@ -140,24 +140,24 @@ class Pager:
         """Bytes of the pages that are on the device or in transfer."""
         return sum(page.num_bytes for page in self.pages if page.tensor is not None or page in self.coming)
 
-    def make_room(self, num_bytes: int, distance: int) -> bool:
+    def evict_for(self, num_bytes: int, distance: int) -> bool:
         """Evict pages with a next use beyond `distance` until num_bytes fit. If they cannot, return False."""
         excess = self.held_bytes + num_bytes - self.budget_bytes
         there = [page for page in self.pages if page.tensor is not None and page is not self.current]
-        given = []
+        evicted = []
         for page in sorted(there, key=self.distance, reverse=True):
             if excess <= 0 or self.distance(page) <= distance:
                 break
-            given.append(page)
+            evicted.append(page)
             excess -= page.num_bytes
         if excess <= 0:
-            for page in given:
-                self.forget(page)
-            if any(page.num_bytes != num_bytes for page in given):
+            for page in evicted:
+                self.evict(page)
+            if any(page.num_bytes != num_bytes for page in evicted):
                 allocator.release()  # the new page cannot reuse their blocks
         return excess <= 0
 
-    def forget(self, page: Page) -> None:
+    def evict(self, page: Page) -> None:
         """Evict a page."""
         assert page.tensor is not None
         del self.places[page.tensor.data_ptr()]
@@ -170,15 +170,15 @@ class Pager:
             self.coming = {other: future for other, future in self.coming.items() if not future.cancel()}
             for other in list(self.coming):
                 self.arrive(other)
-            fits = self.make_room(page.num_bytes, -1)
+            fits = self.evict_for(page.num_bytes, -1)
             assert fits, "the two largest pages fit, and only one is in use"
             self.send(page)
         self.arrive(page)
         self.statistics.stall_seconds += time.perf_counter() - start
 
     def send(self, page: Page) -> None:
-        let_go = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
-        self.coming[page] = self.reader.submit(self.load, page, let_go)
+        released = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
+        self.coming[page] = self.reader.submit(self.load, page, released)
 
     def arrive(self, page: Page) -> None:
         """Wait for a page in transfer and register it."""
@@ -191,16 +191,16 @@ class Pager:
         self.places[tensor.data_ptr()] = page
         self.statistics.bytes_in += page.num_bytes
 
-    def load(self, page: Page, let_go: Any) -> tuple[Tensor, Any]:
+    def load(self, page: Page, released: Any) -> tuple[Tensor, Any]:
         """Load a page on the reader's thread. Return its bytes on the device, and on a GPU the event of the copy's end.
 
         Args:
-            let_go: on a GPU, the event after which no kernel uses the evicted pages.
+            released: on a GPU, the event after which no kernel uses the evicted pages.
         """
         host = page.read()
         if self.stream is None:
             return host, None
-        let_go.synchronize()  # else the evicted pages and this one would be in memory together
+        released.synchronize()  # else the evicted pages and this one would be in memory together
         with torch.cuda.stream(self.stream):
             tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
             tensor.copy_(host, non_blocking=True)
@@ -217,7 +217,7 @@ class Pager:
             page = self.order[(self.at + step) % len(self.order)]
             if page.tensor is not None or page in self.coming:
                 continue
-            if not self.make_room(page.num_bytes, step):
+            if not self.evict_for(page.num_bytes, step):
                 return
             self.send(page)
 
@@ -248,6 +248,6 @@ class Pager:
         for page in list(self.coming):
             self.arrive(page)
         for page in [page for page in self.pages if page.tensor is not None]:
-            self.forget(page)
+            self.evict(page)
         self.current = None
         allocator.release()

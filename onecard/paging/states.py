@@ -39,18 +39,18 @@ class PagedStates:
     def __init__(self, folder: Path, crowded: bool = False):
         self.folder, self.crowded = folder, crowded
         self.spill: Spill | None = None
-        self.away: dict[Any, dict[str, OffloadedState]] = {}  # the offloaded states
+        self.offloaded: dict[Any, dict[str, OffloadedState]] = {}  # the offloaded states
         self.places: dict[tuple[Any, str], Tensor | Segment] = {}  # of all states that were ever offloaded
         self.statistics = Statistics()
 
     def send(self, p: Tensor, state: dict[str, Tensor]) -> int:
         """Offload a parameter's states. Return the freed bytes. A failure loses no state."""
-        away, freed = self.away.setdefault(p, {}), 0
+        offloaded, freed = self.offloaded.setdefault(p, {}), 0
         for key, tensor in state.items():
-            if key == "step" or key in away:
+            if key == "step" or key in offloaded:
                 continue
             here = tensor.new_empty(0)
-            away[key] = OffloadedState(self.put(p, key, tensor), tensor.dtype, tensor.shape)
+            offloaded[key] = OffloadedState(self.put(p, key, tensor), tensor.dtype, tensor.shape)
             state[key] = here
             freed += tensor.nbytes
         self.statistics.bytes_out += freed
@@ -74,27 +74,27 @@ class PagedStates:
 
     def bring(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """Bring a parameter's states back to its device. A state that fails to load stays offloaded."""
-        start, away = time.perf_counter(), self.away.get(p, {})
-        for key in list(away):
-            state[key] = self.read(away[key]).to(p.device)
-            del away[key]
+        start, offloaded = time.perf_counter(), self.offloaded.get(p, {})
+        for key in list(offloaded):
+            state[key] = self.read(offloaded[key]).to(p.device)
+            del offloaded[key]
             self.statistics.bytes_in += state[key].nbytes
         self.statistics.stall_seconds += time.perf_counter() - start
 
     def look(self, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return a parameter's states on the host without moving them. States in a file are mapped, not read."""
-        away = self.away.get(p, {})
-        return {key: self.mapped(away[key]) if key in away else tensor.cpu() for key, tensor in state.items()}
+        offloaded = self.offloaded.get(p, {})
+        return {key: self.mapped(offloaded[key]) if key in offloaded else tensor.cpu() for key, tensor in state.items()}
 
-    def mapped(self, away: OffloadedState) -> Tensor:
-        if isinstance(away.place, Tensor):
-            return away.place
-        view = np.memmap(self.spill.file, np.uint8, "c", away.place.begin, (away.place.num_bytes,))  # type: ignore
-        return torch.from_numpy(view).view(away.dtype).view(away.shape)
+    def mapped(self, state: OffloadedState) -> Tensor:
+        if isinstance(state.place, Tensor):
+            return state.place
+        view = np.memmap(self.spill.file, np.uint8, "c", state.place.begin, (state.place.num_bytes,))  # type: ignore
+        return torch.from_numpy(view).view(state.dtype).view(state.shape)
 
-    def read(self, away: OffloadedState) -> Tensor:
-        if isinstance(away.place, Tensor):
-            return away.place
-        tensor = torch.empty(away.shape, dtype=away.dtype)
-        read_into(away.place, tensor.view(-1).view(torch.uint8))
+    def read(self, state: OffloadedState) -> Tensor:
+        if isinstance(state.place, Tensor):
+            return state.place
+        tensor = torch.empty(state.shape, dtype=state.dtype)
+        read_into(state.place, tensor.view(-1).view(torch.uint8))
         return tensor

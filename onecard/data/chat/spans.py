@@ -208,8 +208,8 @@ def as_asked(
     if given is None or text.startswith(given):
         return text, spans, True
     answer = None if messages[i].get("tool_calls") else answer_after(messages, chat, given)
-    common = len(os.path.commonprefix([given, text]))  # noqa: RUF071 (characters, not paths)
-    if answer is None or any(end > common for k, (_, end) in spans.items() if k < i):
+    prefix_length = len(os.path.commonprefix([given, text]))  # noqa: RUF071 (characters, not paths)
+    if answer is None or any(end > prefix_length for k, (_, end) in spans.items() if k < i):
         return text, spans, False
     made = given + answer
     return made, {**spans, i: (len(given), len(made))}, True
