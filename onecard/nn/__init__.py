@@ -1,1 +1,1 @@
-"""Modules: the 4-bit linear and the LoRA layer that peft puts around it."""
+"""Modules of a quantized model: 4-bit linears, experts in 4 bits, and 16-bit embeddings and heads."""

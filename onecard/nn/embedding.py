@@ -1,4 +1,4 @@
-"""16-bit embeddings and heads under float32 computation: cast where they are used, never stored twice."""
+"""16-bit embeddings and heads in a model that computes in float32: cast at each use, never stored twice."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ SLICE_ROWS = 4096
 
 
 class Head(nn.Linear):
-    """The output embedding: a narrower weight is cast to x's dtype a slice of outputs at a time, and few rows of x
-    (decoding) go through a product that reads the weight once."""
+    """The output head. It casts a narrower weight to x's dtype, one slice of outputs at a time. For few rows of x
+    (decoding) it uses a product that reads the weight once."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -27,7 +27,7 @@ class Head(nn.Linear):
 
 
 def project(x: Tensor, W_NK: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias in x's dtype; a W of another dtype is cast `SLICE_ROWS` rows at a time."""
+    """Return x W^T + bias in x's dtype. A W of another dtype is cast, `SLICE_ROWS` rows at a time."""
     if elementwise.has_tiles(x, W_NK):
         return elementwise.tiled_product(x, W_NK, bias)
     if W_NK.dtype == x.dtype:
@@ -37,7 +37,7 @@ def project(x: Tensor, W_NK: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def project_back(g: Tensor, W_NK: Tensor) -> Tensor:
-    """g W in g's dtype, the gradient of `project` with respect to x."""
+    """Return g W in g's dtype: the gradient of `project` with respect to x."""
     if elementwise.has_tiles(g, W_NK):
         return elementwise.tiled_product_back(g, W_NK)
     if W_NK.dtype == g.dtype:
@@ -47,7 +47,7 @@ def project_back(g: Tensor, W_NK: Tensor) -> Tensor:
 
 
 def cast_output(dtype: torch.dtype):
-    """A forward hook that casts an embedding's output."""
+    """Return a forward hook that casts an embedding's output to `dtype`."""
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         return output.to(dtype)

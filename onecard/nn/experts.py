@@ -4,14 +4,14 @@ For a token x, its experts e and their routing weights w_e, with up's weights U_
 
     u_e = x U_e^T + b_e,    h_e = act(u_e),    y = sum over e of w_e (h_e D_e^T + c_e)
 
-and each product may have a LoRA term s B_e A_e. U_e and D_e exist only in the scratch buffer, while the tokens of
-expert e go through it, in the forward as in the backward; experts without tokens are not touched. Kept for the
-backward are x, the routing and u. With g = dL/dy it is
+Each product may have a LoRA term s B_e A_e. U_e and D_e exist only in the scratch buffer while the tokens of expert e
+are computed, in the forward and in the backward. Experts without tokens are not dequantized. The forward keeps x, the
+routing and u for the backward. With g = dL/dy, the backward is
 
     dh_e = g D_e,    dw_e = <dh_e, h_e> + <g, c_e>,    du_e = act'(u_e) w_e dh_e,    dx = sum over e of du_e U_e
 
-where h_e and act' come from running act, the model's own function, once more. Routers stay in 16 bits, as transformers
-holds them in modules that are no linears, and so does bitsandbytes: they are tiny, and a flipped choice is not.
+It runs act, the model's own function, again for h_e and act'. Routers stay in 16 bits, the same as with bitsandbytes:
+transformers does not build them as linears. They are small, but a wrong choice of expert is a large error.
 
 Shape suffixes: T tokens, J experts of a token, S = T J pairs sorted by expert, M pairs of one expert, E experts,
 N outputs and K inputs of a product, R the LoRA rank.
@@ -36,13 +36,13 @@ from onecard.nn.linear import Linear4bit
 from onecard.quant.state import PackedWeight, QuantState, part_of
 
 FEW_ROWS, FILL_ROWS = 8, 16
-Term = tuple[float, Tensor | None, Tensor | None]  # a LoRA term as autograd hands it on: scaling, A, B
+Term = tuple[float, Tensor | None, Tensor | None]  # a LoRA term in autograd's arguments: scaling, A, B
 STACKS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass
 class Factors:
-    """A LoRA term of every expert: A (E, R, K), B (N, R, E) as peft stores it, and its scaling."""
+    """The LoRA terms of all experts: A (E, R, K), B (N, R, E) as peft stores it, and their scaling."""
 
     A_ERK: Tensor
     B_NRE: Tensor
@@ -50,7 +50,7 @@ class Factors:
 
 
 class StackedWeight:
-    """One stacked weight of an Experts4bit; it offers what a Linear4bit offers of its own."""
+    """One stacked weight of an Experts4bit. It has the methods that a Linear4bit has for its weight."""
 
     def __init__(self, experts: Experts4bit, name: str):
         self.experts, self.name = experts, name
@@ -60,7 +60,7 @@ class StackedWeight:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The packed codes, uint8 (numel/2, 1); before they are set, a parameter of `shape` on the meta device."""
+        """The packed codes, uint8 (numel/2, 1). Before `set_weight`, a parameter of `shape` on the meta device."""
         return getattr(self.experts, self.name)
 
     @weight.setter
@@ -68,31 +68,31 @@ class StackedWeight:
         setattr(self.experts, self.name, parameter)
 
     def set_weight(self, packed: Tensor, state: QuantState) -> None:
-        """Take a quantized weight of shape `shape`."""
+        """Set the quantized weight, of shape `shape`."""
         assert state.shape == self.shape, (state.shape, self.shape)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.quant_state = state
 
     def stored(self) -> tuple[Tensor, QuantState]:
-        """Codes and scales to compute with."""
+        """Return the codes and scales for a product. `fetch` pages a paged weight in."""
         return (self.weight, self.loaded_state) if self.fetch is None else self.fetch()
 
     @property
     def loaded_state(self) -> QuantState:
-        """The QuantState of a weight that has been set."""
+        """The QuantState. The weight must be set."""
         assert self.quant_state is not None, "Experts4bit computes after set_weight"
         return self.quant_state
 
     def dequantize(self) -> Tensor:
-        """The weight, of shape `shape`, in the compute dtype."""
+        """Dequantize the weight, of shape `shape`, to the compute dtype."""
         return ops.dequantize_4bit(*self.stored(), self.experts.compute_dtype)
 
 
 class Experts4bit(nn.Module):
-    """Takes the place of a model's experts that implement transformers' experts interface.
+    """Replaces a model's experts that implement transformers' experts interface.
 
-    Parameters and children keep their names; `weights` holds the stacked weights, (E, N, K), or (E, K, N) where the
-    family `is_transposed`. While a LoRA layer computes, `factors` has its terms by the weight's name.
+    Parameters and children keep their names. `weights` holds the stacked weights, (E, N, K), or (E, K, N) if
+    `is_transposed`. While a LoRA layer computes, `factors` holds its LoRA terms by the weight's name.
     """
 
     def __init__(self, experts: Any, compute_dtype: torch.dtype | None):
@@ -113,12 +113,12 @@ class Experts4bit(nn.Module):
         return self.weights["down_proj"].shape[0]
 
     def activate(self, u: Tensor) -> Tensor:
-        """What the model does between the two products."""
+        """Apply the model's activation, and its gate if it has one, between the two products."""
         (experts,) = self.own
         return experts._apply_gate(u) if experts.has_gate else experts.act_fn(u)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Args: hidden_states (T, K); top_k_index int64 and top_k_weights (T, J)."""
+        """Return y (T, K) for hidden_states (T, K), top_k_index, int64 (T, J), and top_k_weights (T, J)."""
         up, down = (self.factors.get(name) for name in self.weights)
         y = _Experts.apply(
             hidden_states.to(self.compute_dtype or hidden_states.dtype),
@@ -131,7 +131,7 @@ class Experts4bit(nn.Module):
         return y.to(hidden_states.dtype)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Experts4bit:
-        # As in Linear4bit: scales move with their codes and keep their dtype.
+        # Same as in Linear4bit: scales move with their codes and keep their dtype.
         super()._apply(fn, recurse)
         for weight in self.weights.values():
             if weight.quant_state is not None and weight.quant_state.absmax.device != weight.weight.device:
@@ -144,7 +144,7 @@ class Experts4bit(nn.Module):
 
 
 class Product:
-    """One product of all experts, y = x W_e^T + b_e + s (x A_e^T) B_e^T, for the time of a forward or a backward."""
+    """One product of all experts, y = x W_e^T + b_e + s (x A_e^T) B_e^T, within one forward or backward."""
 
     def __init__(self, weight: StackedWeight, scaling: float, A_ERK: Tensor | None, B_NRE: Tensor | None, x: Tensor):
         self.packed, self.state = weight.stored()
@@ -159,30 +159,30 @@ class Product:
 
     @cached_property
     def grads(self) -> tuple[Any, Any]:
-        """Of A (E, R, K) and B (E, N, R): zero for experts without tokens."""
+        """The gradients of A (E, R, K) and B (E, N, R). They are zero for experts without tokens."""
         if self.A_ERK is None or self.B_ENR is None:
             return None, None
         return torch.zeros_like(self.A_ERK), torch.zeros_like(self.B_ENR)
 
     def part(self, expert: int) -> tuple[PackedWeight, int]:
-        """W_e, and how many weights before it have come along."""
+        """Return W_e and the number of weights to skip before it (`part_of`)."""
         packed, state, skip = part_of(self.packed, self.state, expert)
         return PackedWeight.of(packed, state), skip
 
     def weight(self, expert: int) -> Tensor:
-        """W_e (N, K) in the scratch buffer."""
+        """Dequantize W_e (N, K) into the scratch buffer."""
         part, skip = self.part(expert)
         W = dequantize_to_scratch(part, self.dtype).view(-1)[skip:].view(self.state.shape[1:])
         return W.T if self.transposed else W
 
     def lora(self, expert: int) -> Lora | None:
-        """The LoRA term of an expert."""
+        """Return the LoRA term of an expert, or None."""
         if self.A_ERK is None or self.B_ENR is None:
             return None
         return Lora(self.A_ERK[expert], self.B_ENR[expert], self.scaling)
 
     def forward(self, expert: int, x_MK: Tensor) -> tuple[Tensor, Tensor]:
-        """y (M, N), and x A_e^T (M, R) for the backward."""
+        """Return y (M, N), and x A_e^T (M, R) for the backward."""
         lora = self.lora(expert)
         bias = None if self.bias_EN is None else self.bias_EN[expert]
         part, skip = self.part(expert)
@@ -197,8 +197,8 @@ class Product:
         return y_MN.addmm_(xA_MR, lora.B_NR.to(x_MK.dtype).T, alpha=lora.scaling), xA_MR
 
     def backward(self, expert: int, g_MN: Tensor, x_MK: Tensor, xA_MR: Tensor, needs_x: bool, learns: bool) -> Tensor:
-        """The gradient with respect to x, (M, K), if it `needs_x`; if the expert `learns`, its factors' go into
-        `grads`."""
+        """Return the gradient with respect to x, (M, K) if `needs_x`, else empty. If `learns`, store the gradients of
+        A_e and B_e in `grads`."""
         lora = self.lora(expert)
         learns = learns and lora is not None
         if not needs_x and not learns:
@@ -271,33 +271,33 @@ class _Experts(torch.autograd.Function):
 
 
 def products(experts: Experts4bit, up: Term, down: Term, x: Tensor) -> tuple[Product, Product]:
-    """Both products, computing in x's dtype; each tuple is scaling, A (E, R, K) and B (N, R, E) or None."""
+    """Return both products in x's dtype. Each tuple has scaling, and A (E, R, K) and B (N, R, E), or None for both."""
     first, second = experts.weights.values()
     return Product(first, *up, x), Product(second, *down, x)
 
 
 def by_expert(index_TJ: Tensor, num_experts: int) -> tuple[Tensor, list[int]]:
-    """The pairs t J + j sorted by their expert, int64 (S,), and how many each expert has."""
+    """Return the pairs t J + j sorted by expert, int64 (S,), and the number of pairs of each expert."""
     flat = index_TJ.reshape(-1)
-    counts_E = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount would wait
+    counts_E = flat.new_zeros(num_experts).scatter_add_(0, flat, torch.ones_like(flat))  # bincount would sync
     return flat.argsort(stable=True), counts_E.tolist()
 
 
 def padded_rows(x_M: Tensor) -> Tensor:
-    """x with zero rows, up to one of few numbers of rows. In the backward these rows have routing weight 0, so that
-    nothing of them is learned."""
+    """Append zero rows to x, up to one of a few row counts. In the backward these rows have routing weight 0, so that
+    they add nothing to the gradients."""
     M = x_M.shape[0]
     return nn.functional.pad(x_M, (0, 0) * (x_M.ndim - 1) + (0, filled_rows(M) - M))
 
 
 def filled_rows(M: int) -> int:
-    """What M rows are filled up to: as with config.ROW_MULTIPLE, each new number costs a product its preparation."""
+    """Return the row count that M rows are padded to. Few counts, because a product prepares each new one once."""
     multiple = 1 if M <= FEW_ROWS else FILL_ROWS if M <= 8 * FILL_ROWS else ROW_MULTIPLE
     return -(-M // multiple) * multiple
 
 
 def num_filled_rows(least: int, most: int) -> int:
-    """How many different numbers of rows come out of filled_rows for `least` to `most` rows."""
+    """Count the different results of filled_rows for `least` to `most` rows."""
     count, M = 0, least
     while min(most, 8 * FILL_ROWS) >= M:
         count, M = count + 1, filled_rows(M) + 1
@@ -307,7 +307,7 @@ def num_filled_rows(least: int, most: int) -> int:
 
 
 def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
-    """Each expert that has pairs, and which of the sorted ones."""
+    """Yield each expert that has pairs, and the slice of its pairs among the sorted ones."""
     end = 0
     for expert, count in enumerate(counts):
         if count:
@@ -316,7 +316,7 @@ def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
 
 
 def are_stacked_experts(module: Any) -> bool:
-    """Whether a module implements transformers' experts interface in a way that Experts4bit computes."""
+    """Whether a module implements transformers' experts interface in a form that Experts4bit supports."""
     plain = not getattr(module, "has_post_expert_norm", False)
     return plain and hasattr(module, "has_gate") and hasattr(module, "is_transposed")
 
@@ -327,7 +327,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def weights_of(module: nn.Module) -> Iterator[tuple[str, Linear4bit | StackedWeight]]:
-    """A module's own 4-bit weights by their parameter's name."""
+    """Yield a module's own 4-bit weights by parameter name."""
     if isinstance(module, Linear4bit):
         yield "weight", module
     elif isinstance(module, Experts4bit):

@@ -1,10 +1,10 @@
-"""Which of a model's linears 4 bits take.
+"""Selects the linears of a model that are quantized to 4 bits.
 
-Not the head, not what the family keeps in float32, not what text does not go through (the towers of other inputs), and
-not a linear whose weight the model's code reads itself: such code (the fused kernels of state-space layers,
-transformers' `self.dt_proj.weight @ x`) would meet codes where it wants a matrix, and would pass an adapter by. Those
-are found in the source of each module's class, so that paths which run on other devices only count as well; branches
-that the module's own settings rule out do not.
+The head, the modules that the family keeps in float32 and the towers of inputs other than text are not quantized. A
+linear whose weight the model's code reads directly is not quantized either: such code (the fused kernels of state-space
+layers, transformers' `self.dt_proj.weight @ x`) needs a matrix, not codes, and would ignore an adapter. It is found in
+the source of each module's class, so that code paths of other devices count, too. Branches that the module's own
+settings rule out do not count.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-SETUP = ("__init__", "_init_weights", "reset_parameters")  # which run before a model computes
+SETUP = ("__init__", "_init_weights", "reset_parameters")  # they run before a model computes
 COMPARED = {
     ast.Gt: operator.gt, ast.Lt: operator.lt, ast.GtE: operator.ge, ast.LtE: operator.le, ast.Eq: operator.eq,
     ast.NotEq: operator.ne, ast.Is: operator.is_, ast.IsNot: operator.is_not,
@@ -33,10 +33,10 @@ LINEARS = (nn.Linear, Conv1D)
 
 
 def linears_of(model: Any, skip: list[str] | None = None) -> dict[str, Any]:
-    """The linears that 4 bits take, by name, of transformers' model.
+    """Return the linears of transformers' model that are quantized, by name.
 
     Args:
-        skip: names of modules that stay as they are; None: the head.
+        skip: names of modules that are not quantized. None: the head.
     """
     kept = [*kept_names(model, skip), *beside_text(model), *sorted(read_directly(model))]
     named = model.named_modules()
@@ -44,16 +44,16 @@ def linears_of(model: Any, skip: list[str] | None = None) -> dict[str, Any]:
 
 
 def skipped_names(model: Any) -> list[str] | None:
-    """What config.json of a checkpoint in 4 bits must say stays in 16; None: the head alone, as all readers have it."""
+    """Return the modules that a 4-bit checkpoint's config.json must list as 16-bit. None: the head, the default."""
     beside = beside_text(model)
     return [*kept_names(model, None), *beside] if beside else None
 
 
 def beside_text(model: Any) -> list[str]:
-    """Names of the modules of a model of several inputs that text does not go through: they stay as they are.
+    """Return the names of a multimodal model's modules that text does not pass through. They are not quantized.
 
-    All beside its decoder and head; inside the decoder the models of other inputs, with what is around them up to the
-    next model.
+    These are all modules outside the decoder and head, and the models of other inputs inside the decoder, together with
+    the modules around them up to the next model.
     """
     if set(inputs_of(model)) == {"text"}:
         return []
@@ -61,7 +61,7 @@ def beside_text(model: Any) -> list[str]:
     ends = (model.get_decoder(), model.get_output_embeddings())
     kept = [name for name, module in named.items() if any(module is end for end in ends)]
 
-    def leads(name: str) -> bool:  # to decoder or head, or is in one of them
+    def leads(name: str) -> bool:  # to the decoder or head, or is inside one of them
         return any(is_inside(path, name) or is_inside(name, path) for path in kept)
 
     found = {name for name in named if not leads(name) and leads(parent_of(name))}
@@ -82,15 +82,15 @@ def is_inside(name: str, path: str) -> bool:
 
 
 def inputs_of(model: Any) -> tuple[str, ...]:
-    """What a model of transformers' reads, as its class says."""
+    """Return the input modalities that the class of a transformers model declares."""
     found = model.input_modalities
     return (found,) if isinstance(found, str) else tuple(found)
 
 
 @torch.no_grad()
 def is_plain(module: Any) -> bool:
-    """Whether a module computes what a linear does; routers may be linears by their class that give more, and Falcon's
-    linears have a forward of their own: such a one is tried on a copy with a small weight."""
+    """Whether a module computes the same as a linear. A router may subclass nn.Linear and return more, and Falcon's
+    linears have their own forward: such a module is tried on a copy with a small weight."""
     if type(module).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     if not isinstance(module, nn.Linear):
@@ -104,16 +104,16 @@ def is_plain(module: Any) -> bool:
     small.in_features, small.out_features = 5, 3
     try:
         found: Any = small(x)
-    except Exception:  # it wants another weight
+    except Exception:  # it needs another weight
         return False
     expected = nn.functional.linear(x, W, bias)
     return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def kept_names(model: Any, skip: list[str] | None) -> list[str]:
-    """Patterns of what stays as it is by the caller's word or the family's.
+    """Return name patterns of the modules that the caller or the family keeps unquantized.
 
-    Not transformers' own list of keys: its last entry is another linear once head and embedding are one tensor.
+    transformers' own list is not used: its last entry is another linear if head and embedding are one tensor.
     """
     if skip is None:
         head = model.get_output_embeddings()
@@ -125,7 +125,7 @@ def kept_names(model: Any, skip: list[str] | None) -> list[str]:
 
 
 def read_directly(model: nn.Module) -> set[str]:
-    """Names of the linears whose weight a module's code reads instead of calling them."""
+    """Return the names of the linears whose weight a module's code reads directly."""
     found = set()
     for path, module in model.named_modules():
         for name in weights_read(module):
@@ -136,7 +136,7 @@ def read_directly(model: nn.Module) -> set[str]:
 
 
 def weights_read(module: nn.Module) -> Iterator[str]:
-    """Paths in a module of submodules whose weight its methods read."""
+    """Yield the paths of a module's submodules whose weight its methods read."""
     for function in methods(type(module)):
         for node in live(function, module):
             parts = dotted(node)
@@ -145,7 +145,7 @@ def weights_read(module: nn.Module) -> Iterator[str]:
             path = parts[1:-1]
             if parts[0] == "self" and has(module, path):
                 yield ".".join(path)
-            elif parts[0] != "self" and len(path) > 1:  # of the layers that a loop goes over
+            elif parts[0] != "self" and len(path) > 1:  # the variable of a loop over layers
                 yield from (name for name, _ in module.named_modules() if name.endswith(f".{'.'.join(path)}"))
 
 
@@ -158,7 +158,7 @@ def has(module: Any, path: list[str]) -> bool:
 
 @cache
 def methods(kind: type) -> list[ast.AST]:
-    """The syntax of a class's methods and those of its bases, below nn.Module, that compute."""
+    """Return the syntax trees of a class's methods and those of its bases below nn.Module, except SETUP."""
     found: dict[str, ast.AST] = {}
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         try:
@@ -172,7 +172,7 @@ def methods(kind: type) -> list[ast.AST]:
 
 
 def live(node: ast.AST, module: nn.Module) -> Iterator[ast.AST]:
-    """A node and those below it, without branches that the module's settings rule out and reads of a device alone."""
+    """Yield a node and its descendants, without branches that the module's settings rule out and reads of `.device`."""
     yield node
     if isinstance(node, ast.Attribute) and node.attr == "device":
         return
@@ -185,9 +185,9 @@ def live(node: ast.AST, module: nn.Module) -> Iterator[ast.AST]:
 
 
 def decided(test: ast.AST, module: Any) -> bool | None:
-    """What a condition on a module's own settings comes to; None where that is not known."""
+    """Return the value of a condition on a module's own settings, or None if it is not known."""
     if isinstance(test, ast.BoolOp):
-        ends = isinstance(test.op, ast.Or)  # what one part is enough to decide
+        ends = isinstance(test.op, ast.Or)  # the value of one part that decides the whole
         found = [decided(part, module) for part in test.values]
         return ends if ends in found else None if None in found else not ends
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
@@ -201,7 +201,7 @@ def decided(test: ast.AST, module: Any) -> bool | None:
 
 
 def setting(node: ast.AST, module: Any) -> tuple[Any] | None:
-    """A constant, or a module's own plain attribute, in a tuple; None for anything else."""
+    """Return a constant or a module's own plain attribute, in a tuple; None for anything else."""
     if isinstance(node, ast.Constant):
         return (node.value,)
     parts = dotted(node)
@@ -212,7 +212,7 @@ def setting(node: ast.AST, module: Any) -> tuple[Any] | None:
 
 
 def dotted(node: ast.AST) -> list[str]:
-    """The names of `a.b.c`; none for another expression."""
+    """Return the names of `a.b.c`, or an empty list for another expression."""
     names: list[str] = []
     while isinstance(node, ast.Attribute):
         names.insert(0, node.attr)
