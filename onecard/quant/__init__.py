@@ -1,1 +1,1 @@
-"""The maths in plain torch, written to be read: the specification that every kernel must match."""
+"""Quantization in plain torch, written for readability: the specification that every kernel must match."""

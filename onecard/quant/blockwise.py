@@ -2,10 +2,10 @@
 
     code[i] = argmin_c |w[i] / absmax[i // blocksize] - quant_map[c]|,    w_hat[i] = quant_map[code[i]] * absmax
 
-Weights are taken in memory order, whatever their shape; two codes share a byte, the first in the high nibble.
-The order of the float32 operations is bitsandbytes', so that codes and scales are equal to the bit: a full
-block is multiplied by 1/absmax, the short last one divided by absmax. Work goes in slabs, so the extra memory
-is a few MiB however large the weight.
+Weights of any shape are read in memory order. Two codes share a byte, the first in the high nibble. The float32
+operations have bitsandbytes' order, so that codes and scales are bit-identical to its own: a full block is multiplied
+by 1/absmax, a short last block is divided by absmax. The functions process a weight in slabs, so that the extra memory
+is a few MiB for any size.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from onecard.quant.nested import dequantize_absmax, quantize_absmax
 from onecard.quant.state import QuantState
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-SLAB = 1 << 18  # weights worked on at a time; a multiple of every blocksize
+SLAB = 1 << 18  # weights in a slab; a multiple of every blocksize
 SMALLEST_ABSMAX = 1e-38
 
 
@@ -36,15 +36,15 @@ def quantize_4bit(
     Args:
         W: float32, bfloat16 or float16, any shape with at least one element, every element finite.
         quant_type: "nf4", "fp4" or "int4".
-        blocksize: weights a scale; a power of two from 32 to 4096.
-        double_quant: keep the scales in 8 bits (see nested.py).
-        name: what to call the tensor in an error.
+        blocksize: weights that share a scale: a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits (see nested.py).
+        name: the tensor's name in an error.
 
     Returns:
-        packed uint8 (ceil(numel/2), 1), and the QuantState that dequantize_4bit needs.
+        The codes, uint8 (ceil(numel/2), 1), and the QuantState that dequantize_4bit needs.
 
     Raises:
-        UserError: unknown quant_type or blocksize, other dtype, empty tensor, NaN or Inf (with its index).
+        UserError: an unknown quant_type or blocksize, another dtype, an empty tensor, NaN or Inf (with its index).
     """
     check_quantizable(W, quant_type, blocksize, name)
     packed, absmax = quantize_blocks(W, quant_type, blocksize, name)
@@ -52,7 +52,7 @@ def quantize_4bit(
 
 
 def dequantize_4bit(packed: Tensor, state: QuantState) -> Tensor:
-    """The weight back from 4 bits: state.shape, state.dtype; products in float32, rounded once."""
+    """Dequantize a weight to state.shape and state.dtype. Each product is in float32 and is rounded once."""
     out = torch.empty(state.shape, dtype=state.dtype, device=packed.device)
     absmax = state_absmax(state)
     dequantize_blocks(packed, absmax, state.quant_type, state.blocksize, out)
@@ -60,7 +60,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState) -> Tensor:
 
 
 def check_quantizable(W: Tensor, quant_type: str, blocksize: int, name: str) -> None:
-    """Raise UserError unless W can be quantized so; NaN and Inf are found block by block later."""
+    """Raise UserError unless W can be quantized with these settings. `quantize_blocks` finds NaN and Inf."""
     checks = (
         (quant_type in QUANT_TYPES, f"quant_type must be one of {QUANT_TYPES}", repr(quant_type)),
         (blocksize in BLOCKSIZES, f"blocksize must be one of {BLOCKSIZES}", repr(blocksize)),
@@ -73,7 +73,7 @@ def check_quantizable(W: Tensor, quant_type: str, blocksize: int, name: str) -> 
 
 
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
-    """packed uint8 (ceil(numel/2), 1) and absmax float32 (ceil(numel/blocksize),)."""
+    """Return the codes, uint8 (ceil(numel/2), 1), and absmax, float32 (ceil(numel/blocksize),)."""
     flat = W.detach().reshape(-1)
     num_weights = flat.numel()
     packed = torch.empty((num_weights + 1) // 2, 1, dtype=torch.uint8, device=W.device)
@@ -85,14 +85,14 @@ def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tu
             raise not_finite(flat, W.shape, name)
         absmax[start // blocksize :][: slab_absmax.numel()] = slab_absmax
         if scaled.numel() % 2:
-            scaled = torch.cat([scaled, scaled.new_zeros(1)])  # the spare nibble stands for 0
+            scaled = torch.cat([scaled, scaled.new_zeros(1)])  # the spare nibble encodes 0
         slab_packed = pack(nearest_codes(scaled, quant_type))
         packed[start // 2 :][: slab_packed.shape[0]] = slab_packed
     return packed, absmax
 
 
 def scale_blocks(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """absmax float32 (ceil(n/blocksize),) and x / absmax in [-1, 1], float32 (n,), from float32 x (n,)."""
+    """Return absmax, float32 (ceil(n/blocksize),), and x / absmax in [-1, 1], float32 (n,), of x, float32 (n,)."""
     full = x.numel() - x.numel() % blocksize
     blocks = x[:full].view(-1, blocksize)
     absmax = blocks.abs().amax(dim=1)
@@ -105,26 +105,26 @@ def scale_blocks(x: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
 
 
 def nearest_codes(scaled: Tensor, quant_type: str) -> Tensor:
-    """The code of the nearest level, uint8 (n,); a tie goes to the lower level."""
+    """Return the code of the nearest level, uint8 (n,). A tie goes to the lower level."""
     bounds, order = decision_bounds(quant_type, scaled.device)
     interval = torch.bucketize(scaled, bounds, out_int32=True)
     return order.to(torch.uint8)[interval]
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Two codes a byte, the first in the high nibble: uint8 (n,), n even, to (n/2, 1)."""
+    """Pack two codes into each byte, the first in the high nibble: uint8 (n,), n even, to (n/2, 1)."""
     return ((codes[::2] << 4) | codes[1::2])[:, None]
 
 
 def unpack(packed: Tensor, num_weights: int) -> Tensor:
-    """The codes back: uint8 (ceil(n/2), 1) to (n,)."""
+    """Unpack the codes: uint8 (ceil(n/2), 1) to (n,)."""
     return torch.stack([packed.view(-1) >> 4, packed.view(-1) & 0xF], dim=1).view(-1)[:num_weights]
 
 
 def dequantize_blocks(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
-    """Fill `out`, contiguous and of any float dtype, from its codes and float32 scales."""
+    """Dequantize codes and float32 scales into `out`, contiguous and of any float dtype."""
     levels = quant_map(quant_type, packed.device)
-    pairs = torch.cartesian_prod(levels, levels)  # (256, 2): one look-up a byte gives both of its weights
+    pairs = torch.cartesian_prod(levels, levels)  # (256, 2): one look-up returns both weights of a byte
     flat = out.view(-1)
     for start in range(0, flat.numel(), SLAB):
         piece = flat[start : start + SLAB]
@@ -147,7 +147,7 @@ def make_state(
     blocksize: int,
     double_quant: bool,
 ) -> QuantState:
-    """A QuantState from float32 scales (num_blocks,), nested if `double_quant`."""
+    """Make a QuantState from scales, float32 (num_blocks,); quantize them if `double_quant`."""
     if not double_quant:
         return QuantState(absmax, shape, dtype, blocksize, quant_type)
     codes, nested_absmax, offset = quantize_absmax(absmax)
@@ -155,14 +155,14 @@ def make_state(
 
 
 def state_absmax(state: QuantState) -> Tensor:
-    """The scales in float32 (num_blocks,), nested or not."""
+    """Return the scales, float32 (num_blocks,), dequantized if nested."""
     if state.nested_absmax is None or state.nested_offset is None:
         return state.absmax
     return dequantize_absmax(state.absmax, state.nested_absmax, state.nested_offset)
 
 
 def not_finite(flat: Tensor, shape: torch.Size, name: str) -> UserError:
-    """The error for NaN or Inf, with the first bad element's index."""
+    """Return the error for NaN or Inf, with the first bad element's index."""
     first = int((~torch.isfinite(flat)).nonzero()[0])
     index, rest = [], first
     for size in reversed(shape):

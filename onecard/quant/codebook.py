@@ -1,15 +1,15 @@
-"""The codebooks: which numbers 4 bits (and, for the scales, 8 bits) can stand for.
+"""The codebooks: the levels of 4-bit codes, and of the 8-bit codes of scales and optimizer states.
 
-NF4   QLoRA, arXiv 2305.14314, appendix E: level i is the mean of two neighbouring quantiles of N(0, 1), taken
-      for 8 positive and 7 negative levels apart so that zero is exact, and scaled so that the ends are -1 and 1.
-FP4   one sign, two exponent and one mantissa bit (E2M1) with a subnormal of 1/192, scaled to [-1, 1].
-Int4  the straight ruler to compare with: i/7 for i in -7 ... 7; its sixteenth code, -8/7, is never chosen.
+NF4   QLoRA, arXiv 2305.14314, appendix E: quantiles of N(0, 1) at evenly spaced probabilities, for 8 positive and
+      7 negative levels separately, so that zero is exact. They are scaled so that the ends are -1 and 1.
+FP4   one sign, two exponent bits and one mantissa bit (E2M1) with a subnormal of 1/192, scaled to [-1, 1].
+Int4  uniform levels for comparison: i/7 for i in -7 ... 7. Its sixteenth level, -8/7, is never chosen.
 
-The 8-bit dynamic map (Dettmers, arXiv 1511.04561) holds the scales' own codes under double quantization: each
-decade 10^-6 ... 10^0 has twice as many linear steps as the one below it.
+The 8-bit dynamic map (Dettmers, arXiv 1511.04561) has the levels of the scales' codes in double quantization. Each
+decade from 10^-6 to 10^0 has twice as many linear steps as the decade below it.
 
-The NF4 constants are the published float32 values, since a checkpoint's codes mean those and no others;
-tests/quant/test_codebook.py derives them.
+The NF4 constants are the published float32 values, because a checkpoint's codes mean exactly these.
+tests/quant/test_codebook.py compares them with derive_nf4.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NF4 = (
     1.0,
 )
 FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
-FP4 = FP4_MAGNITUDES + tuple(0.0 - x for x in FP4_MAGNITUDES)  # no -0.0: bitsandbytes has two plain zeros
+FP4 = FP4_MAGNITUDES + tuple(0.0 - x for x in FP4_MAGNITUDES)  # no -0.0: both zeros of bitsandbytes are +0.0
 INT4 = tuple(i / 7 for i in range(-8, 8))
 CODES = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 
@@ -49,11 +49,11 @@ ASCENDING = {
     "int4": tuple(range(16)),
 }
 
-NF4_TAIL = 1 - (1 / 30 + 1 / 32) / 2  # the outermost quantile; appendix E's delta from the other side
+NF4_TAIL = 1 - (1 / 30 + 1 / 32) / 2  # the outermost quantile's probability: 1 - appendix E's delta
 
 
 def derive_nf4(tail: float = NF4_TAIL) -> Tensor:
-    """NF4 from the normal distribution's quantiles: float64 (16,), ascending."""
+    """Derive NF4 from the normal distribution's quantiles: float64 (16,), ascending."""
     positive = torch.special.ndtri(torch.linspace(tail, 0.5, 9, dtype=torch.float64)[:-1])
     negative = -torch.special.ndtri(torch.linspace(tail, 0.5, 8, dtype=torch.float64)[:-1])
     levels = torch.cat([negative, torch.zeros(1, dtype=torch.float64), positive]).sort().values
@@ -62,13 +62,13 @@ def derive_nf4(tail: float = NF4_TAIL) -> Tensor:
 
 @cache
 def quant_map(quant_type: str, device: torch.device | str = "cpu") -> Tensor:
-    """The value of each 4-bit code: float32 (16,)."""
+    """Return the level of each 4-bit code: float32 (16,)."""
     return torch.tensor(CODES[quant_type], dtype=torch.float32, device=device)
 
 
 @cache
 def decision_bounds(quant_type: str, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Midpoints between neighbouring levels, float32 (15,), and the code of each interval, int64 (16,)."""
+    """Return the midpoints between neighbouring levels, float32 (15,), and each interval's code, int64 (16,)."""
     order = torch.tensor(ASCENDING[quant_type], device=device)
     levels = quant_map(quant_type, device)[order]
     return (levels[:-1] + levels[1:]) / 2, order
@@ -76,8 +76,8 @@ def decision_bounds(quant_type: str, device: torch.device | str = "cpu") -> tupl
 
 @cache
 def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tensor:
-    """The 8-bit dynamic map: float32 (256,), ascending. Signed: 0 is code 127, 1 is code 255. Unsigned, for what is
-    never negative: the sign's bit goes to the steps, twice as many a decade; 0 is code 0."""
+    """Return the 8-bit dynamic map: float32 (256,), ascending. Signed: 0 is code 127, 1 is code 255. Unsigned, for
+    values that are never negative: the sign bit doubles the steps of each decade, and 0 is code 0."""
     levels = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (exponent + (not signed)) + 1, dtype=torch.float32)
@@ -87,12 +87,12 @@ def dynamic_map(device: torch.device | str = "cpu", signed: bool = True) -> Tens
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)
 
 
-GRID = 65536  # steps of the grid that a scale is rounded to before its nearest code is taken
+GRID = 65536  # points of the grid that a scale is rounded to before its nearest code is looked up
 
 
 @cache
 def dynamic_lookup(device: torch.device | str = "cpu") -> Tensor:
-    """The nearest dynamic code of each grid point -1 + 2i/65535: uint8 (65536,), ties to the lower code."""
+    """Return the nearest dynamic code of each grid point -1 + 2i/65535: uint8 (65536,). Ties go to the lower code."""
     point = (torch.arange(GRID, dtype=torch.float64) * 2 / (GRID - 1) - 1).float()
     levels = dynamic_map()
     upper = torch.searchsorted(levels, point).clamp(1, 255)

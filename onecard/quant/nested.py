@@ -1,12 +1,12 @@
-"""Double quantization: the scales, less their mean, in 8 bits a scale and one float32 for 256 of them.
+"""Double quantization: each scale minus their mean in 8 bits, with one float32 scale for each 256 of them.
 
     absmax[i] ~ dynamic_map[code[i]] * nested_absmax[i // 256] + offset         (arXiv 2305.14314, section 3)
 
 At blocksize 64 a weight costs 4 + 8/64 + 32/(64 * 256) = 4.127 bits instead of 4.5.
 
-Two details are bitsandbytes' and are kept because a code must mean the same there: a scale is rounded to a grid
-of 65,536 steps before its nearest code is looked up, and a group of 256 zeros gets code 0. One is not: its mean
-depends on the number of threads; ours is a sum in a fixed order in float64.
+Two details follow bitsandbytes, so that a code means the same in both: a scale is rounded to a grid of 65,536 points
+before its nearest code is looked up, and a group of 256 zeros gets code 0. One detail differs: bitsandbytes' mean
+depends on the number of threads. Ours is a float64 sum in a fixed order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from onecard.quant.codebook import GRID, dynamic_lookup, dynamic_map
 
 
 def fixed_order_mean(x: Tensor) -> Tensor:
-    """Mean of a float32 vector as float32 (): halves added in float64, so no thread count can change it."""
+    """Return a float32 vector's mean, float32 (). It adds halves in float64; the thread count does not change it."""
     total = x.double()
     while total.numel() > 1:
         if total.numel() % 2:
@@ -30,14 +30,14 @@ def fixed_order_mean(x: Tensor) -> Tensor:
 
 
 def quantize_absmax(absmax: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Scales to 8 bits.
+    """Quantize scales to 8 bits.
 
     Args:
         absmax: float32 (num_blocks,), finite.
-        offset: float32 (), what to take off; None for the fixed-order mean.
+        offset: float32 (), subtracted from the scales. None: the fixed-order mean.
 
     Returns:
-        codes uint8 (num_blocks,), nested_absmax float32 (ceil(num_blocks/256),), offset float32 ().
+        Codes, uint8 (num_blocks,), nested_absmax, float32 (ceil(num_blocks/256),), and offset, float32 ().
     """
     if offset is None:
         offset = fixed_order_mean(absmax)
@@ -47,7 +47,7 @@ def quantize_absmax(absmax: Tensor, offset: Tensor | None = None) -> tuple[Tenso
     padded[:num_blocks] = absmax - offset
     groups = padded.view(num_groups, NESTED_BLOCKSIZE)
     nested_absmax = groups.abs().amax(dim=1)
-    scaled = groups * (1.0 / nested_absmax)[:, None]  # 0/0 is NaN: the lowest grid point, code 0
+    scaled = groups * (1.0 / nested_absmax)[:, None]  # 0 * inf is NaN: the lowest grid point, code 0
     scaled = scaled.nan_to_num(nan=-1.0).clamp(-1, 1)
     grid = ((scaled + 1) * 0.5 * (GRID - 1) + 0.5).to(torch.int64)
     codes = dynamic_lookup(absmax.device)[grid].view(-1)[:num_blocks]
@@ -55,6 +55,6 @@ def quantize_absmax(absmax: Tensor, offset: Tensor | None = None) -> tuple[Tenso
 
 
 def dequantize_absmax(codes: Tensor, nested_absmax: Tensor, offset: Tensor) -> Tensor:
-    """The scales back: float32 (num_blocks,); the product is rounded before the offset is added."""
+    """Dequantize scales to float32 (num_blocks,). The product is rounded before the offset is added."""
     group = torch.arange(codes.numel(), device=codes.device) // NESTED_BLOCKSIZE
     return dynamic_map(codes.device)[codes.long()] * nested_absmax[group] + offset

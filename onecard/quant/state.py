@@ -1,9 +1,9 @@
-"""QuantState: everything beside the packed codes that a 4-bit weight needs, as plain tensors; both together as a
-PackedWeight; and their form in files.
+"""QuantState: a 4-bit weight's scales, as plain tensors, and its settings. A PackedWeight adds the packed codes. The
+module also reads and writes both in bitsandbytes' file format.
 
-In a bitsandbytes checkpoint a weight NAME of shape (N, K) is NAME (the codes), NAME.absmax, NAME.quant_map, with
-double quantization NAME.nested_absmax and NAME.nested_quant_map, and NAME.quant_state.bitsandbytes__nf4 (or fp4): JSON
-as a uint8 tensor, with the rest.
+A bitsandbytes checkpoint stores a weight NAME of shape (N, K) as NAME (the codes), NAME.absmax, NAME.quant_map and
+NAME.quant_state.bitsandbytes__nf4 (or fp4), a uint8 tensor of JSON with the settings. Double quantization adds
+NAME.nested_absmax and NAME.nested_quant_map.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ class Facts(Foreign):
 
 @dataclass
 class QuantState:
-    """One weight's scales and what its codes mean.
+    """The scales of one weight and the meaning of its codes.
 
     Attributes:
-        absmax: a scale a block: float32 (num_blocks,), or its 8-bit codes, uint8 (num_blocks,), if nested.
+        absmax: one scale for each block: float32 (num_blocks,), or if nested its 8-bit code, uint8 (num_blocks,).
         shape: shape of the weight.
-        dtype: dtype that the weight had and that dequantize_4bit gives back.
-        blocksize: weights a scale.
+        dtype: dtype of the weight before quantization, and of dequantize_4bit's result.
+        blocksize: weights that share a scale.
         quant_type: "nf4", "fp4" or "int4".
         nested_absmax: float32 (ceil(num_blocks/256),), the scales of the scales; None if not nested.
-        nested_offset: float32 (), the mean of absmax, taken off before its quantization; None if not nested.
+        nested_offset: float32 (), the mean of absmax, subtracted before its quantization; None if not nested.
     """
 
     absmax: Tensor
@@ -80,12 +80,12 @@ class QuantState:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the scales; the codes take (numel + 1) // 2 beside them."""
+        """Bytes of the scales. The codes need another (numel + 1) // 2 bytes."""
         tensors = (self.absmax, self.nested_absmax, self.nested_offset)
         return sum(t.nbytes for t in tensors if t is not None)
 
     def to(self, device: torch.device | str) -> QuantState:
-        """The same state on another device; dtypes never change."""
+        """Copy the state to another device. Dtypes do not change."""
         return replace(
             self,
             absmax=self.absmax.to(device),
@@ -95,12 +95,12 @@ class QuantState:
 
 
 class PackedWeight(NamedTuple):
-    """A 4-bit weight as kernels read it. A torch operator takes these fields, one after another, in this order.
+    """A 4-bit weight as kernels read it. A torch operator has these fields as arguments, in this order.
 
     Attributes:
         codes: uint8, two weights a byte, the first in the high nibble; at least (numel + 1) // 2 of them.
-        absmax, nested_absmax, nested_offset, quant_type, blocksize: as in QuantState.
-        shape: the weight's.
+        absmax, nested_absmax, nested_offset, quant_type, blocksize: same as in QuantState.
+        shape: shape of the weight.
     """
 
     codes: Tensor
@@ -113,16 +113,16 @@ class PackedWeight(NamedTuple):
 
     @classmethod
     def of(cls, packed: Tensor, state: QuantState) -> PackedWeight:
-        """The codes of a weight together with its state."""
+        """Combine the codes of a weight with its state."""
         scales = (state.absmax, state.nested_absmax, state.nested_offset)
         return cls(packed, *scales, state.quant_type, state.blocksize, list(state.shape))
 
 
 def part_of(packed: Tensor, state: QuantState, index: int) -> tuple[Tensor, QuantState, int]:
-    """One of the shape[0] parts of a stacked weight: views of its codes and scales, and weights to skip in them.
+    """Return one of a stacked weight's shape[0] parts: views of codes and scales, and how many weights to skip in them.
 
-    Parts are whole blocks. A group of double quantization may begin in the part before; codes and scales then begin
-    there, too, the state's shape is flat, and that many weights come before the part's own.
+    A part is whole blocks. But a group of double quantization may begin in the part before. Then codes and scales begin
+    with the group, the state's shape is flat, and the weights to skip come before the part's own.
     """
     numel = state.numel // state.shape[0]
     first, last = index * numel // state.blocksize, (index + 1) * numel // state.blocksize
@@ -138,7 +138,7 @@ def part_of(packed: Tensor, state: QuantState, index: int) -> tuple[Tensor, Quan
 
 
 def to_bnb(packed: Tensor, state: QuantState) -> dict[str, Tensor]:
-    """The tensors of a bitsandbytes checkpoint for one weight, by what follows its name ("" for the codes).
+    """Return one weight's tensors in a bitsandbytes checkpoint, by the suffix of their names ("" for the codes).
 
     Raises:
         UserError: int4, which bitsandbytes does not have.
@@ -166,7 +166,7 @@ def to_bnb(packed: Tensor, state: QuantState) -> dict[str, Tensor]:
 
 
 def from_bnb(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, QuantState]:
-    """The inverse of `to_bnb`; keys as there. Raises UserError for anything that does not fit together."""
+    """Invert `to_bnb`; the keys are the same. Raises UserError if the tensors do not fit together."""
     facts = read_facts(name, tensors)
     quant_type, shape, nested = facts.quant_type, torch.Size(facts.shape), facts.nested_offset is not None
     blocks = -(-prod(shape) // facts.blocksize)
@@ -202,7 +202,7 @@ def from_bnb(name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, QuantState]
 
 
 def read_facts(name: str, tensors: dict[str, Tensor]) -> Facts:
-    """The JSON of a weight's quant_state, checked."""
+    """Read and check the JSON of a weight's quant_state."""
     kind = next((kind for kind in ("nf4", "fp4") if f".{STATE_KEY}{kind}" in tensors), None)
     if kind is None:
         raise damaged(name, f"its .{STATE_KEY}nf4 (or fp4)", "none")
