@@ -1,1 +1,1 @@
-"""Learning-rate schedules and the optimizer over LoRA's float32 masters."""
+"""Learning-rate schedules, and AdamW over the float32 master weights."""

@@ -1,15 +1,15 @@
-"""AdamW (arXiv 1711.05101) with 32-bit or 8-bit states, all parameters in a launch or two.
+"""AdamW (arXiv 1711.05101) with 32-bit or 8-bit states, for all parameters in one or two launches.
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
     w = w (1 - lr wd) - lr m' / (sqrt(v') + eps),    m' = m / (1 - b1^t), v' = v / (1 - b2^t)
 
-8-bit states (arXiv 2110.02861) take 2 + 8/256 bytes a weight instead of 8: each update dequantizes them, computes in
-float32 and quantizes again. The update of one parameter depends on no other, so states can be brought in for it and
-sent away after it (paging/states.py) without changing a bit; and it is made whole or not at all: what it allocates, it
-allocates before it writes, so a step that ran out of memory goes on from the parameter that it came to.
+8-bit states (arXiv 2110.02861) take 2 + 8/256 bytes per weight instead of 8. Each update dequantizes them, computes in
+float32 and quantizes them again. Parameters are independent, so states can be loaded before a parameter's update and
+offloaded after it (paging/states.py) with bit-identical results. An update is complete or does not happen: it allocates
+memory before it writes. A step that ran out of memory continues with the parameter that failed.
 
-A parameter in 16 bits (a module that is trained in full) has a float32 master among its states: the update is made
-there and rounded once.
+A parameter in 16 bits (a fully trained module) has a float32 master weight among its states. The update changes the
+master weight, and the parameter is the master weight rounded once.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from onecard.kernels.reference import Rates
 from onecard.paging.states import PagedStates
 from onecard.quant.dynamic import zeros_8bit
 
-SMALL = 4096  # elements, up to which states stay in 32 bits, as in bitsandbytes
+SMALL = 4096  # a parameter of fewer elements has 32-bit states, as in bitsandbytes
 STATES_8BIT = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
 
 
 class AdamW(torch.optim.Optimizer):
-    """torch's fused AdamW; `state_bits` 8 keeps its states in 8 bits and takes a kernel of our own (kernels/ops.py).
+    """torch's fused AdamW. With `state_bits` 8, states are in 8 bits and our own kernel updates (kernels/ops.py).
 
     Args:
-        paged: where the states go when they leave the device; None if they never do.
+        paged: holds the offloaded states. None: states stay on the device.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class AdamW(torch.optim.Optimizer):
     ):
         assert state_bits in (8, 32), state_bits
         self.state_bits, self.paged = state_bits, paged
-        self.left: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] | None = None  # of a step begun, the next last
+        self.left: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] | None = None  # to update, the next one last
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; after an allocation has failed, a second call goes on."""
+        """Update every parameter that has a gradient. After a failed allocation, a second call continues the step."""
         if self.left is None:
             self.left = self.units()[::-1]
         while self.left:
@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         self.left = None
 
     def units(self) -> list[tuple[list[torch.nn.Parameter], dict[str, Any]]]:
-        """What is updated together: all of a kind on a GPU, for few launches; one by one where states may leave."""
+        """Return what to update together: all of a kind on a GPU, for few launches; else one parameter."""
         found: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] = []
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
@@ -84,11 +84,11 @@ class AdamW(torch.optim.Optimizer):
         return found
 
     def in_8bit(self, p: Tensor) -> bool:
-        """Whether a parameter's states are in 8 bits: not beside a master."""
+        """Whether a parameter's states are in 8 bits. With a master weight they are in 32 bits."""
         return self.state_bits == 8 and p.numel() >= SMALL and p.dtype == torch.float32
 
     def first_state(self, p: Tensor) -> dict[str, Tensor]:
-        """A parameter's states before its first update: zeros."""
+        """Return a parameter's states before its first update: zeros, and its master weight if it needs one."""
         step = torch.zeros((), dtype=torch.float32)
         if not self.in_8bit(p):
             m, v = (torch.zeros_like(p, dtype=torch.float32) for _ in range(2))
@@ -99,17 +99,17 @@ class AdamW(torch.optim.Optimizer):
         return {"step": step, "exp_avg": m, "exp_avg_absmax": m_absmax, "exp_avg_sq": v, "exp_avg_sq_absmax": v_absmax}
 
     def placed(self, p: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state where its update wants it: torch's counts its steps on the device, the 8-bit one on the host."""
+        """Move a state to its update's device. Only the step count of an 8-bit state stays on the host."""
         host = {"step"} if "exp_avg_absmax" in state else set()
         return {key: tensor if key in host else tensor.to(p.device) for key, tensor in state.items()}
 
     def state_tensors(self, p: torch.nn.Parameter) -> dict[str, Tensor]:
-        """A parameter's states in host memory, wherever they are."""
+        """Return a parameter's states in host memory, from the device or offloaded."""
         state = self.state[p]
         return self.paged.look(p, state) if self.paged is not None else {k: t.cpu() for k, t in state.items()}
 
     def page_out(self) -> bool:
-        """Send all states off the device; whether that gave room."""
+        """Offload all states. Return whether that freed device memory."""
         if self.paged is None:
             return False
         return sum(self.paged.send(p, state) for p, state in self.state.items()) > 0
@@ -119,7 +119,7 @@ def update(
     params: Sequence[Tensor], grads: Sequence[Any], states: Sequence[dict[str, Tensor]], lr: float,
     betas: tuple[float, float], eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
-    """One update of all parameters, in place, their states too; no device is waited for."""
+    """Update all parameters and their states in place, without waiting for a device."""
     plain = [i for i, state in enumerate(states) if "exp_avg_absmax" not in state]
     if plain:
         masters = [states[i].get("master", params[i]) for i in plain]
@@ -132,7 +132,7 @@ def update(
         for i, master in zip(plain, masters):
             if master is not params[i]:
                 params[i].copy_(master)
-    parts: dict[int, list[tuple[Tensor, ...]]] = {}  # by their number of steps: usually one
+    parts: dict[int, list[tuple[Tensor, ...]]] = {}  # by number of steps: usually one entry
     for p, grad, state in zip(params, grads, states):
         if "exp_avg_absmax" in state:
             parts.setdefault(int(state["step"]) + 1, []).append((p, grad, *(state[key] for key in STATES_8BIT)))

@@ -1,4 +1,4 @@
-"""The learning rate of each update, a pure function of its number: nothing to save, nothing to restore."""
+"""The learning rate of each update: a pure function of its number, so that a checkpoint need not hold it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from onecard.config import TrainConfig
 
 
 def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
-    """Of update `step` (0 first) of `num_steps`: linear warm-up, then cosine or linear to 0, or constant."""
+    """The rate of update `step` (0 first) of `num_steps`: linear warm-up, then cosine or linear to 0, or constant."""
     num_warmup = ceil(config.warmup_ratio * num_steps)
     if step < num_warmup:
         return config.learning_rate * (step + 1) / num_warmup
