@@ -1,1 +1,1 @@
-"""The speed: the functions of quant/ as torch operators, on the fastest backend that gives the same bits."""
+"""The functions of quant/ as torch operators, on the fastest backend with bit-identical results."""

@@ -2,8 +2,8 @@
 
     O = softmax(s Q K^T + mask) V, and from P: dV = P^T dO, dS = s P (dO V^T - rowsum(dO O)), dQ = dS K, dK = dS^T Q
 
-The probabilities are never stored: the backward makes them again from the log-sum-exp of each row (FlashAttention,
-arXiv 2205.14135). Everything between inputs and outputs is float32, and the bits do not depend on the threads.
+The probabilities are never stored: the backward recomputes them from the log-sum-exp of each row (FlashAttention,
+arXiv 2205.14135). All values between inputs and outputs are float32. The bits do not depend on the number of threads.
 
 Shape suffixes: H query heads, G key heads, T tokens, D head dimension.
 """
@@ -19,7 +19,7 @@ from onecard.kernels.operator import Operator
 
 
 def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether `attention` takes these: (1, H, T, D) and (1, G, T, D) on the CPU, one dtype, D a multiple of 16."""
+    """Whether `attention` accepts these: (1, H, T, D) and (1, G, T, D) on the CPU, one dtype, D a multiple of 16."""
     D = q.shape[-1]
     return (
         backend(q.device).attention is not None
@@ -31,12 +31,12 @@ def supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: float, window: int | None) -> Tensor:
-    """Each document's causal attention.
+    """Compute the causal attention of each document.
 
     Args:
         q: (1, H, T, D); k, v: (1, G, T, D), H a multiple of G; see `supports`.
-        cu_seqlens: 0, the ends of the documents, T last.
-        window: tokens a query sees, itself included; None for all before it.
+        cu_seqlens: 0, then the end of each document; the last is T.
+        window: number of tokens that a query sees, itself included. None: itself and all before it.
 
     Returns:
         (1, T, H, D), q's dtype.
@@ -46,7 +46,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int], scale: flo
 
 
 def heads(x: Tensor) -> Tensor:
-    """(1, H, T, D) to (H, T, D) with the last dimension dense."""
+    """Convert (1, H, T, D) to (H, T, D) with a dense last dimension."""
     return x[0] if x.stride(-1) == 1 else x[0].contiguous()
 
 

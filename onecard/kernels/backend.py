@@ -1,7 +1,7 @@
-"""What kernels there are: every function that a device may have, and which module computes it there.
+"""The kernels of each device: protocols for groups of functions, and the module that implements each group.
 
-Modules are the backends: pyright holds each one to the protocols below. Quantization, dequantization, cross-entropy and
-AdamW work everywhere (`reference`); a group that a device lacks is None, and torch's operations take its place.
+A backend is a module; pyright checks it against the protocols below. Quantization, dequantization, cross-entropy and
+AdamW work on every device (`reference`). Another group is None if a device lacks it; torch's operations replace it.
 
 Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank, P positions with a loss.
 """
@@ -23,42 +23,42 @@ from onecard.quant.state import PackedWeight
 
 
 class Codec(Protocol):
-    """What every device has."""
+    """The functions that every device has."""
 
     def quantize_blocks(self, W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
-        """Codes, uint8 (ceil(numel/2), 1), and absmax, float32 (ceil(numel/blocksize),), of W of any shape."""
+        """Return codes, uint8 (ceil(numel/2), 1), and absmax, float32 (ceil(numel/blocksize),), of W of any shape."""
         ...
 
     def dequantize_into(self, weight: PackedWeight, out: Tensor) -> None:
-        """Fill `out`, contiguous, of the weight's number of elements."""
+        """Dequantize into `out`, which is contiguous and has the weight's number of elements."""
         ...
 
     def cross_entropy_(self, z_PV: Tensor, target_P: Tensor) -> Tensor:
-        """Losses float32 (P,); z becomes its gradient."""
+        """Return the losses, float32 (P,), and replace z with its gradient."""
         ...
 
     def adamw_8bit_(self, parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
-        """Update each part's w in place from its gradient and its states in 8 bits."""
+        """Update each part's w and 8-bit states in place with its gradient."""
         ...
 
 
 class CodeProduct(Protocol):
-    """x W^T of few rows of x, straight from the codes."""
+    """x W^T for few rows of x, directly from the codes."""
 
     def can_multiply(self, x_MK: Tensor, blocksize: int) -> bool:
-        """Whether `multiply` takes this x."""
+        """Whether `multiply` accepts this x."""
         ...
 
     def multiply(self, x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
-        """x W^T, and with lora = (x A^T, B, s) s (x A^T) B^T: float32 (M, N)."""
+        """Return x W^T, float32 (M, N). With lora = (x A^T, B, s), add s (x A^T) B^T."""
         ...
 
 
 class FusedLinear(Protocol):
-    """A whole linear with its LoRA term and its backward in one kernel each."""
+    """A linear with its LoRA term in one kernel, and its backward in another."""
 
     def can_fuse(self, x_MK: Tensor, num_outputs: int, lora: Lora | None = None) -> bool:
-        """Whether `linear` and `linear_backward` take this x and this term."""
+        """Whether `linear` and `linear_backward` accept this x and this LoRA term."""
         ...
 
     def linear(
@@ -69,7 +69,7 @@ class FusedLinear(Protocol):
         lora: Lora | None = None,
         x_lora_MK: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """y (M, N) of a weight (N, K), and x_lora A^T (M, R); x_lora None is x."""
+        """Return y (M, N) for a weight (N, K), and x_lora A^T (M, R). x_lora None: x."""
         ...
 
     def linear_backward(
@@ -82,41 +82,41 @@ class FusedLinear(Protocol):
         xA_MR: Tensor | None = None,
         has_own_lora_input: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-        """grad_x (M, K), grad_x_lora (M, K), grad_A (R, K) and grad_B (N, R), of what the term has taken and xA."""
+        """Return grad_x (M, K), grad_x_lora (M, K), grad_A (R, K) and grad_B (N, R), from the LoRA input and xA."""
         ...
 
 
 class DenseProduct(Protocol):
-    """x W^T of few rows of x with a weight in 16 bits."""
+    """x W^T for few rows of x and a weight that is not quantized."""
 
     def dense_product(self, x_MK: Tensor, W_NK: Tensor) -> Tensor:
-        """float32 (M, N)."""
+        """Return x W^T, float32 (M, N)."""
         ...
 
 
 class Elementwise(Protocol):
-    """Row by row, or element by element: all tensors contiguous and of one float dtype, r and sums float32."""
+    """Operations by row or by element. Tensors are contiguous and of one float dtype; r and sums are float32."""
 
     def rms_norm(self, x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """t = x + delta, or x itself; y = w * round(t r) like it; and r (rows,)."""
+        """Return t = x + delta (x without a delta), y = w * round(t r), of t's shape, and r (rows,)."""
         ...
 
     def rms_norm_backward(
         self, grad_y: Tensor, x: Tensor, w: Tensor, rstd: Tensor, grad_total: Tensor | None
     ) -> Tensor:
-        """The gradient of x, with that of t added."""
+        """Return the gradient of x, with grad_total, the gradient of t, added."""
         ...
 
     def swiglu(self, gate: Tensor, up: Tensor) -> Tensor:
-        """silu(gate) up, of one shape."""
+        """Return silu(gate) up; both have one shape."""
         ...
 
     def swiglu_backward(self, grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradients of gate and up."""
+        """Return the gradients of gate and up."""
         ...
 
     def rope(self, x_THD: Tensor, cos_PD: Tensor, sin_PD: Tensor, back: bool) -> Tensor:
-        """Each token's heads turned by its angles, those of row t modulo P; or `back`."""
+        """Rotate each token's heads by its angles, in row t modulo P; with `back`, apply the transpose."""
         ...
 
 
@@ -135,7 +135,7 @@ class Attention(Protocol):
         lse_HT: Tensor,
         grads: tuple[Tensor, ...] | None = None,
     ) -> None:
-        """Fill out and lse, or with `grads` the gradients (native.attention)."""
+        """Fill out and lse; with `grads`, fill the gradients instead (native.attention)."""
         ...
 
 
@@ -156,7 +156,7 @@ NATIVE = Backend(native, native, native, native, native, native)
 
 
 def backend(device: torch.device) -> Backend:
-    """The kernels for tensors on `device`."""
+    """Return the kernels for tensors on `device`."""
     if device.type == "cpu" and library() is not None:
         return NATIVE
     return _triton() if device.type == "cuda" else REFERENCE

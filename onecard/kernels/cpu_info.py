@@ -1,5 +1,5 @@
-"""What a device computes with: the dtypes that a CPU multiplies natively (a 16-bit product is up to 400 times slower
-elsewhere), and the instruction sets, on which the last bits of sums depend."""
+"""The arithmetic of a device: the dtypes that a CPU multiplies natively (a 16-bit product is up to 400 times slower on
+another CPU), and the instruction sets, on which the last bits of sums depend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NATIVE_FLAGS = {
 
 @cache
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype to multiply in: `dtype`, or float32 on a CPU without instructions for a 16-bit one."""
+    """Return the dtype to multiply in: `dtype`, or float32 on a CPU without instructions for a 16-bit one."""
     if device_type != "cpu" or dtype not in NATIVE_FLAGS:
         return dtype
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -25,7 +25,7 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def arithmetic(device: torch.device) -> str:
-    """The instruction sets of a CPU that our kernels and torch's take, or a GPU's name: on another, bits may differ."""
+    """Return the CPU instruction sets of our kernels and torch's, or the GPU's name. Bits may differ between these."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     kernels = library()

@@ -1,7 +1,7 @@
-"""Recording and replaying CUDA graphs, for training and for decoding.
+"""Capture and replay of CUDA graphs, for training and for decoding.
 
-A recording needs a stream of its own, and the certainty that nothing waits for the device: one that such a wait breaks
-off leaves torch's allocator and generators as if it went on. So a first run with `forbid_device_sync` comes before it.
+A capture needs its own stream, and captured code must not wait for the device. Such a wait aborts the capture, and
+torch's allocator and generators stay in capture mode. Therefore, first run the code once in `forbid_device_sync`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from onecard.kernels.dequantize import scratch_buffers
 
 @dataclass
 class Recording:
-    """A recorded graph.
+    """A captured graph.
 
     Attributes:
-        result: what the recorded call has returned; every replay fills its tensors again.
-        buffers: the scratch of dequantized weights, whose addresses the graph holds.
+        result: what the captured call returned. Each replay fills its tensors again.
+        buffers: the scratch buffers of dequantized weights. The graph uses their addresses.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -35,13 +35,13 @@ class Recording:
 
 
 def record_graph(compute: Callable[[], Any], stream: torch.cuda.Stream, pool: Any = None) -> Recording:
-    """Record what `compute` launches, without running it.
+    """Capture the launches of `compute` without running them.
 
     Args:
-        pool: memory that several graphs share, of which one runs at a time; None: memory of its own.
+        pool: memory pool of several graphs that run one at a time. None: a pool of its own.
 
     Raises:
-        RuntimeError: it does what a graph cannot hold.
+        RuntimeError: `compute` does something that a graph cannot capture.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -51,7 +51,7 @@ def record_graph(compute: Callable[[], Any], stream: torch.cuda.Stream, pool: An
 
 @contextmanager
 def on_side_stream(stream: torch.cuda.Stream) -> Iterator[None]:
-    """Work on another stream, after what the current one has to do and before what that is given next."""
+    """Run the body on another stream, after earlier work of the current stream and before later work of it."""
     current = torch.cuda.current_stream(stream.device)
     stream.wait_stream(current)
     try:
@@ -63,7 +63,7 @@ def on_side_stream(stream: torch.cuda.Stream) -> Iterator[None]:
 
 @contextmanager
 def forbid_device_sync(mode: str = "error") -> Iterator[None]:
-    """Inside, what waits for the device raises RuntimeError; nothing does with mode "default"."""
+    """Raise RuntimeError if the body waits for the device. Mode "default" allows the wait."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode(mode)
     try:

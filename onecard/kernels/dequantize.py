@@ -1,7 +1,7 @@
-"""The dequantized weight: where it lies, and how long.
+"""The memory of a dequantized weight, and its lifetime.
 
-It lies in a scratch buffer that the next call reuses. Where a layer is recomputed and memory allows, the one that the
-recomputation makes is a tensor of its own, which is saved for the layer's backward (`weights_saved`).
+Normally it is a scratch buffer that the next call reuses. If a layer is recomputed and memory allows, the recomputation
+dequantizes into a new tensor and saves it for the layer's backward (`weights_saved`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from onecard.kernels.backend import backend
 from onecard.quant.state import PackedWeight
 
-# How a linear's forward saves its dequantized weight: not at all, in the scratch buffer, or as a tensor of its own.
+# How a linear's forward saves its dequantized weight: not at all, in the scratch buffer, or as a new tensor.
 SAVE_NOTHING, SAVE_SCRATCH, SAVE_COPY = 0, 1, 2
 
 _thread = threading.local()
@@ -26,14 +26,14 @@ _buffers: WeakSet[Tensor] = WeakSet()  # of all threads
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight in a tensor of its own."""
+    """Dequantize the weight into a new tensor."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
     backend(out.device).codec.dequantize_into(weight, out)
     return out
 
 
 def dequantize_to_scratch(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight in the buffer that this thread reuses for the device; valid until the next call."""
+    """Dequantize the weight into this thread's scratch buffer on the device. It is valid until the next call."""
     buffers = _thread.__dict__.setdefault("buffers", {})
     device, num_bytes = weight.codes.device, prod(weight.shape) * dtype.itemsize
     if device not in buffers or buffers[device].numel() < num_bytes:
@@ -46,22 +46,22 @@ def dequantize_to_scratch(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def scratch_buffers() -> list[Tensor]:
-    """The scratch buffers of all threads: a recorded CUDA graph holds their addresses, so its owner must keep them."""
+    """Return all threads' scratch buffers. A captured CUDA graph uses their addresses, so its owner must keep them."""
     return list(_buffers)
 
 
 def saved_weights() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Contexts for torch.utils.checkpoint's context_fn: the linears of a recomputation save their dequantized weights.
+    """Return contexts for torch.utils.checkpoint's context_fn in which a recomputation saves its dequantized weights.
 
-    Checkpoint drops what the first forward saves, so there the weight may lie in the scratch buffer; it holds what the
-    recomputation saves until the backward, so there the weight is a tensor of its own.
+    torch's checkpoint drops what the first forward saves, so that forward may use the scratch buffer. It keeps what the
+    recomputation saves until the backward, so the recomputation needs a new tensor.
     """
     return weights_saved(SAVE_SCRATCH), weights_saved(SAVE_COPY)
 
 
 @contextmanager
 def weights_saved(how: int) -> Iterator[None]:
-    """Sets `saving()` for this thread: one of the SAVE_ constants."""
+    """Set `saving()` for this thread to one of the SAVE_ constants."""
     before = saving()
     _thread.saving = how
     try:
@@ -71,5 +71,5 @@ def weights_saved(how: int) -> Iterator[None]:
 
 
 def saving() -> int:
-    """What linears save of their dequantized weights in this thread now; of a compiled model nothing."""
+    """Return how this thread's linears save dequantized weights (SAVE_...). A compiled model saves none."""
     return SAVE_NOTHING if torch.compiler.is_compiling() else getattr(_thread, "saving", SAVE_NOTHING)

@@ -1,12 +1,12 @@
-"""RMSNorm, SwiGLU and rotary positions as one operator each; for the backward only x (or gate and up, or the angles) is
-kept. And the head's product for few rows, where reading the weight once is the whole cost.
+"""RMSNorm, SwiGLU and rotary positions as one operator each. The backward needs only x (or gate and up, or the angles).
+Also the head's product for few rows, whose cost is to read the weight once.
 
     rms_norm: y = w * round(x r), r = (mean(x^2) + eps)^-1/2;   dx = r (g - n mean(g n)) with n = r x, g = w dy
     residual_norm: t = x + delta and y = rms_norm(t);           d delta = dx = dt + that of rms_norm
     rope:     y = x cos + turn(x) sin, turn(x) = (-x2, x1) of x's halves (arXiv 2104.09864); dx = g cos - turn(g sin)
     swiglu:   y = g s u, s = sigmoid(g);   dg = dy u s (1 + g (1 - s)), du = dy g s
 
-Everything between the loads and the stores is float32; w is a constant.
+All values between the loads and the stores are float32. w is a constant.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from onecard.kernels.backend import Elementwise, FusedLinear, backend
 from onecard.kernels.cpu import native
 from onecard.kernels.operator import Operator
 
-LARGEST_ROW = 16384  # that the GPU's kernels hold in registers
+LARGEST_ROW = 16384  # elements that a GPU kernel can hold in registers
 
 
 def supports(*tensors: Tensor) -> bool:
-    """Whether `swiglu` takes these: on one device with kernels, of one dtype of theirs."""
+    """Whether `swiglu` accepts these: on one device that has kernels, and of one dtype that the kernels support."""
     first = tensors[0]
     return (
         all(x.device == first.device and x.dtype == first.dtype for x in tensors)
@@ -35,12 +35,12 @@ def supports(*tensors: Tensor) -> bool:
 
 
 def supports_norm(x: Tensor, weight: Tensor) -> bool:
-    """Whether `rms_norm` takes these: the same, and no row too long."""
+    """Whether `rms_norm` accepts these: same as `supports`, and no row is too long."""
     return supports(x, weight) and weight.shape[0] <= widest_norm(x.device.type)
 
 
 def widest_norm(device: str) -> float:
-    """The longest row of `rms_norm` on a kind of device."""
+    """Return the longest row that `rms_norm` accepts on a device type."""
     return math.inf if device == "cpu" else LARGEST_ROW
 
 
@@ -51,7 +51,7 @@ def kernels_of(x: Tensor) -> Elementwise:
 
 
 def _compute_rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x of any shape with weight (D,) for its last dimension: y like x, and r float32 (rows,)."""
+    """Return y like x, and r, float32 (rows,), for x of any shape and weight (D,) for its last dimension."""
     return kernels_of(x).rms_norm(x.contiguous(), None, weight, eps)[1:]
 
 
@@ -103,7 +103,7 @@ def _(x, delta, weight, eps):
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """An autograd Function alone: of its outputs the first may be its input."""
+    """An autograd Function, not an Operator, because its first output may be its input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -123,12 +123,12 @@ class _ResidualNorm(torch.autograd.Function):
 
 
 def residual_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x + delta, or x where there is no delta, and its rms_norm; one pass forward, one backward. See supports_norm."""
+    """Return t = x + delta (x without a delta) and rms_norm(t), in one pass each way. See supports_norm."""
     return _ResidualNorm.apply(x, delta, weight, eps)  # type: ignore[return-value]
 
 
 def _compute_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up of two tensors of one shape."""
+    """Return silu(gate) * up for two tensors of one shape."""
     return kernels_of(gate).swiglu(gate.contiguous(), up.contiguous())
 
 
@@ -192,21 +192,21 @@ _rope.register_autograd(_rope_backward, _rope_context)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads (B, H, T, D) turned by cos and sin, (B or 1, T, D), constants of x's dtype; see `supports`."""
+    """Rotate heads x (B, H, T, D) by cos and sin, (B or 1, T, D), constants of x's dtype. See `supports`."""
     return _rope(x, cos, sin, False)
 
 
-FEW_ROWS = 4  # up to which dense_product beats torch's linear in bfloat16 (measured, benchmarks/generate.py)
+FEW_ROWS = 4  # up to this many, dense_product is faster than torch's linear in bfloat16 (benchmarks/generate.py)
 
 
 def has_dense_product(x: Tensor, W_NK: Tensor) -> bool:
-    """Whether `dense_product` takes x (..., K), and is worth it: few rows."""
+    """Whether `dense_product` accepts x (..., K) and is faster than torch: x has few rows."""
     few = x.numel() <= FEW_ROWS * W_NK.shape[1]
     return few and x.dtype == W_NK.dtype and x.dtype in native.DTYPES and backend(x.device).dense_product is not None
 
 
 def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
-    """x W^T for x (..., K), summed in float32, in x's dtype; no gradient."""
+    """Return x W^T for x (..., K) in x's dtype, with sums in float32. It has no gradient."""
     kernels = backend(x.device).dense_product
     assert kernels is not None, "has_dense_product() was not asked"
     y_MN = kernels.dense_product(x.reshape(-1, x.shape[-1]).contiguous(), W_NK)
@@ -214,8 +214,8 @@ def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
 
 
 def has_tiles(x: Tensor, W_NK: Tensor) -> bool:
-    """Whether `tiled_product` and `tiled_product_back` take x and a dense W: bfloat16 on a CPU with AMX, where they
-    beat torch's product. They have no gradient of their own."""
+    """Whether `tiled_product` and `tiled_product_back` accept x and an unquantized W: bfloat16 on a CPU with AMX, where
+    they are faster than torch's product. They have no gradient."""
     fused = backend(x.device).fused_linear
     return (
         fused is not None
@@ -233,14 +233,14 @@ def fused_linear(x: Tensor) -> FusedLinear:
 
 
 def tiled_product(x: Tensor, W_NK: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + bias for x (..., K), with one rounding."""
+    """Return x W^T + bias for x (..., K), with one rounding."""
     N, K = W_NK.shape
     y_MN, _ = fused_linear(x).linear(x.reshape(-1, K), W_NK, bias)
     return y_MN.view(*x.shape[:-1], N)
 
 
 def tiled_product_back(g: Tensor, W_NK: Tensor) -> Tensor:
-    """g W for g (..., N)."""
+    """Return g W for g (..., N)."""
     N, K = W_NK.shape
     grad_x, *_ = fused_linear(g).linear_backward(g.reshape(-1, N), W_NK, [True, False, False, False])
     assert grad_x is not None

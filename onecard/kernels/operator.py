@@ -1,5 +1,5 @@
-"""A torch operator whose calls on plain tensors go around torch.library's dispatch: its Python costs as much as a small
-product (LOG.md)."""
+"""A torch operator whose calls on plain tensors bypass torch.library's dispatch, whose Python code costs as much as a
+small product (LOG.md)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class Operator:
-    """torch.ops.onecard.<name>, which a compiler and other tracers see, and torch.autograd.Function for the rest.
+    """torch.ops.onecard.<name> for a compiler and other tracers, and a torch.autograd.Function for all other calls.
 
-    `compute` takes a tensor first; its annotations are the operator's schema.
+    The first argument of `compute` is a tensor. Its annotations are the operator's schema.
     """
 
     def __init__(self, name: str, compute: Callable):
@@ -23,11 +23,11 @@ class Operator:
         self.function: Any = None
 
     def register_autograd(self, backward: Callable, setup_context: Callable) -> None:
-        """As torch.library's: gradients for every argument from (ctx, *grads), what they need kept by setup_context."""
+        """Same as torch.library's: from (ctx, *grads) to all arguments' gradients; setup_context saves the tensors."""
         self.operator.register_autograd(backward, setup_context=setup_context)
 
         def forward(ctx: Any, *inputs: Any) -> Any:
-            # Not beside a setup_context of its own: apply() would inspect the signature at every call.
+            # Not as a separate setup_context: apply() would then inspect the signature at every call.
             output = self.compute(*inputs)
             ctx.set_materialize_grads(False)
             setup_context(ctx, inputs, output)

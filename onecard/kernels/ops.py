@@ -1,14 +1,14 @@
-"""torch operators: schema, fake and gradient of each.
+"""torch operators: the schema, fake kernel and gradient of each.
 
     qlora_linear:   y = x W^T + bias + s (x_lora A^T) B^T,     W = dequantize(packed, scales)
 
-W exists only inside the operator, in a scratch buffer that the next call reuses; what is saved for the backward
-is x_lora and x_lora A^T, never W. With g = dL/dy the backward is
+W exists only inside the operator, in a scratch buffer that the next call reuses. The forward saves x_lora and
+x_lora A^T for the backward, but not W. With g = dL/dy, the backward is
 
     dx = g W        dx_lora = s (g B) A        dA = s (g B)^T x_lora        dB = s g^T (x_lora A^T)
 
-and nothing for W (arXiv 2305.14314, equation 5). Without LoRA dropout x_lora is x and the two dx are summed. Where a
-layer is recomputed and memory allows, the W that the recomputation makes is saved, too (`dequantize.weights_saved`).
+W has no gradient (arXiv 2305.14314, equation 5). Without LoRA dropout, x_lora is x and the two dx are summed. If a
+layer is recomputed and memory allows, the recomputation saves its W, too (`dequantize.weights_saved`).
 
 Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 """
@@ -68,10 +68,10 @@ def quantize_stack(
     double_quant: bool = True,
     name: str = "tensor",
 ) -> tuple[Tensor, QuantState]:
-    """As quantize_4bit of the parts stacked to `shape`, (E, ...), with one part at a time in memory.
+    """Same as quantize_4bit of the parts stacked to `shape`, (E, ...), but with one part at a time in memory.
 
     Raises:
-        UserError: as quantize_4bit, naming the part; a part that is not whole blocks.
+        UserError: same as quantize_4bit, with the part's name; a part that is not whole blocks.
     """
     numel = prod(shape[1:])
     if numel % blocksize:
@@ -93,7 +93,7 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
     Args:
         packed: the codes, uint8 (ceil(numel/2), 1), as quantize_4bit returns them.
         state: their QuantState.
-        dtype: dtype of the result. None takes the state's.
+        dtype: dtype of the result. None: the state's.
 
     Returns:
         The weight, of state.shape. Each product of level and scale is in float32 and is rounded once.
@@ -102,15 +102,15 @@ def dequantize_4bit(packed: Tensor, state: QuantState, dtype: torch.dtype | None
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
-    """The losses logsumexp(z) - z[target], float32 (P,), of logits of any float dtype and int64 targets.
+    """Return the losses logsumexp(z) - z[target], float32 (P,), of logits of any float dtype and int64 targets.
 
-    In place: z becomes its gradient, softmax(z) - onehot(target). Computed in float32.
+    Replace z with its gradient, softmax(z) - onehot(target). The computation is in float32.
     """
     return backend(z_PV.device).codec.cross_entropy_(z_PV, target_P)
 
 
 def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: reference.Rates) -> None:
-    """As reference.adamw_8bit_, on the fastest backend for float32 parameters."""
+    """Same as reference.adamw_8bit_, on the fastest backend for float32 parameters."""
     narrow = [part for part in parts if any(x.dtype != torch.float32 for x in part[:2])]
     wide = [part for part in parts if all(x.dtype == torch.float32 for x in part[:2])]
     if wide:
@@ -128,15 +128,15 @@ def qlora_linear(
     scaling: float = 1.0,
     x_lora: Tensor | None = None,
 ) -> Tensor:
-    """A 4-bit linear with its LoRA term.
+    """Compute a 4-bit linear with its LoRA term.
 
     Args:
         x: (..., K) in the compute dtype (float32, bfloat16 or float16); y is (..., N) in the same.
         packed, state: the frozen weight of shape (N, K).
         bias: (N,), any float dtype, or None.
-        lora_A_RK, lora_B_NR: the adapter, any float dtype; cast to x's for the products. None for no adapter.
+        lora_A_RK, lora_B_NR: the adapter, any float dtype, cast to x's dtype for the products. None: no adapter.
         scaling: the LoRA term's factor.
-        x_lora: (..., K), what the adapter sees where that is not x (dropout).
+        x_lora: (..., K), the adapter's input if that is not x (dropout).
     """
     weight = PackedWeight.of(packed, state)
     y, _, _ = _qlora_linear(x, *weight, bias, lora_A_RK, lora_B_NR, scaling, x_lora, weights.saving())
@@ -151,11 +151,11 @@ def linear_forward(
     x_lora: Tensor | None = None,
     save: int = weights.SAVE_NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """qlora_linear without a graph.
+    """Compute qlora_linear without an autograd graph.
 
     Returns:
-        y; x_lora A^T (M, R) for the backward; and the dequantized W (N, K) that is to be saved for it, as `save` says
-        (dequantize.SAVE_...). An empty tensor stands for what is not made.
+        y; x_lora A^T (M, R) for the backward; and the dequantized W (N, K) to save for the backward, as `save` says
+        (dequantize.SAVE_...). A result that is not computed is an empty tensor.
     """
     N, K = weight.shape
     kernels, no_W = backend(x.device), x.new_empty(0)
@@ -193,11 +193,11 @@ def linear_backward(
     has_own_lora_input: bool = False,
     W_NK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of linear_forward with respect to x (M, K), x_lora (M, K), A and B.
+    """Return the gradients of linear_forward with respect to x (M, K), x_lora (M, K), A and B.
 
     Args:
         lora_input: the LoRA term's input. Without `has_own_lora_input` it is x, and grad_x includes the term's part.
-        needed_grads: which of the four are wanted. An empty tensor stands for each of the others.
+        needed_grads: which of the four to compute. Each of the others is an empty tensor.
         W_NK: the dequantized weight, if the forward has saved it.
     """
     N, K = weight.shape
@@ -227,7 +227,7 @@ def plain_backward(
     needed_grads: list[bool],
     has_own_lora_input: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """linear_backward by torch's products in g's dtype. `weight` gives the dequantized W, where that is needed."""
+    """Compute linear_backward with torch's products in g's dtype. `weight` is called if the dequantized W is needed."""
     needs_x, needs_x_lora, needs_A, needs_B = needed_grads
     grad_x = grad_x_lora = grad_A = grad_B = None
     if lora is not None and lora_input_MK is not None:
@@ -250,7 +250,7 @@ def lora_term(A_RK: Tensor | None, B_NR: Tensor | None, scaling: float) -> Lora 
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, in float32 as it is summed where the device gives it so."""
+    """Return a b. On CUDA, the product of 16-bit tensors is in float32, as it is summed."""
     wide = a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16)
     return torch.mm(a, b, out_dtype=torch.float32) if wide else a @ b
 
@@ -355,7 +355,7 @@ def _(grad_y, *arguments):
 def _setup_context(ctx, inputs, output):
     x, *weight, bias, lora_A_RK, lora_B_NR, scaling, x_lora, _ = inputs
     weight, (_, xA_MR, W_NK) = PackedWeight(*weight), output
-    ctx.meaning = weight[4:]  # what of it is no tensor
+    ctx.meaning = weight[4:]  # the fields that are not tensors
     ctx.scaling, ctx.x_shape, ctx.has_own_lora_input = scaling, x.shape, x_lora is not None
     ctx.bias_dtype = None if bias is None else bias.dtype
     lora_input = None

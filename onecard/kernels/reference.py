@@ -1,4 +1,4 @@
-"""The backend that always works: quant/ itself, on any device that torch has."""
+"""The backend for every device that torch has: quant/ itself."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Lora(NamedTuple):
 
 
 def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
-    """Fill `out` (contiguous, any float dtype) with the weight that the codes and scales stand for."""
+    """Dequantize the weight into `out` (contiguous, any float dtype)."""
     absmax = weight.absmax
     if weight.nested_absmax is not None and weight.nested_offset is not None:
         absmax = dequantize_absmax(absmax, weight.nested_absmax, weight.nested_offset)
@@ -32,7 +32,7 @@ def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
-    """The losses logsumexp(z) - z[target], float32 (P,); z becomes its gradient softmax(z) - onehot(target)."""
+    """Return the losses logsumexp(z) - z[target], float32 (P,). Replace z with softmax(z) - onehot(target)."""
     z = z_PV.float()
     logsumexp = z.logsumexp(-1)
     row = torch.arange(len(target_P), device=z.device)
@@ -43,7 +43,7 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
     return losses_P
 
 
-SLICE = 1 << 18  # elements in float32 at a time, a multiple of STATE_BLOCKSIZE
+SLICE = 1 << 18  # elements computed in float32 at a time; a multiple of STATE_BLOCKSIZE
 
 
 class Rates(NamedTuple):
@@ -65,13 +65,13 @@ class Rates(NamedTuple):
 
 
 def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
-    """AdamW in place, with states in 8 bits, each operation rounded to float32 once:
+    """Update w and its 8-bit states in place with AdamW. Each operation is rounded to float32 once:
 
         m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) (g g)
         w = w decay - rate (m / (sqrt(v) root + eps))
 
     Args:
-        parts: a tuple a parameter: w, float32 of any shape; its gradient; and of m and v each the codes,
+        parts: one tuple per parameter: w, float32 of any shape; its gradient; and for m and for v the codes,
             uint8 (numel,), and absmax, float32 (ceil(numel / 256),).
     """
     for w, grad, *states in parts:
@@ -81,17 +81,17 @@ def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
             blocks = slice(first // STATE_BLOCKSIZE, -(-part.stop // STATE_BLOCKSIZE))
             places = [w[part], *(state[blocks if number % 2 else part] for number, state in enumerate(states))]
             made += zip(places, _adamw_slice(grad[part].float(), *places, rates=rates))
-        for place, value in made:  # an allocation that fails before has changed nothing
+        for place, value in made:  # last, so that a failed allocation changes nothing
             place.copy_(value)
 
 
 def _adamw_slice(
     g: Tensor, w: Tensor, m_codes: Tensor, m_absmax: Tensor, v_codes: Tensor, v_absmax: Tensor, rates: Rates
 ) -> tuple[Tensor, ...]:
-    """The new w, codes and absmax of m and of v."""
+    """Return the new w, and the codes and absmax of m and of v."""
     m, v = dequantize_8bit(m_codes, m_absmax, signed=True), dequantize_8bit(v_codes, v_absmax, signed=False)
     m.mul_(rates.beta1).add_(g * rates.rest1)
     v.mul_(rates.beta2).add_((g * g).mul_(rates.rest2))
-    root = v.double().sqrt().float()  # to nearest; torch's own float32 one is off by a bit now and then
+    root = v.double().sqrt().float()  # rounded to nearest; torch's float32 sqrt is sometimes off by one bit
     update = (m / root.mul_(rates.root).add_(rates.eps)).mul_(rates.rate)
     return (w * rates.decay).sub_(update), *quantize_8bit(m, True), *quantize_8bit(v, False)

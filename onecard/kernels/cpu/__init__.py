@@ -1,1 +1,1 @@
-"""The C++ backend for CPUs: csrc/ behind ctypes."""
+"""The C++ backend for CPUs: csrc/, called through ctypes."""

@@ -1,8 +1,8 @@
-"""Memory for large results, used again: what torch's caching allocator is on a GPU.
+"""Memory for large results on the CPU. It is reused, as by torch's caching allocator on a GPU.
 
-A step makes results of the same few sizes over and over. malloc either gives them back to the system, whose new pages
-cost a tenth to a quarter of a step (LOG.md), or keeps them in a heap that fills with holes between what stays.
-Here a result's block waits, when its tensor is gone, for the next result of its size.
+Each step allocates results of the same few sizes. malloc either returns their memory to the system, and new pages then
+cost a tenth to a quarter of a step (LOG.md), or keeps it in a heap that fragments. Here, when a result's tensor is
+freed, its block is kept for the next result of its size.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST = 1 << 20  # bytes: what is smaller is malloc's
+SMALLEST = 1 << 20  # bytes; smaller results come from malloc
 
 _free: defaultdict[int, list[Tensor]] = defaultdict(list)  # by size
 
 
 def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
-    """As torch.empty on the CPU."""
+    """Same as torch.empty on the CPU."""
     count = prod(shape)
     num_bytes = count * dtype.itemsize
     if num_bytes < SMALLEST:
         return torch.empty(shape, dtype=dtype, device="cpu")
     step = 1 << (num_bytes.bit_length() - 3)
-    size = -(-num_bytes // step) * step  # four sizes an octave; pages that nothing touches take no memory
+    size = -(-num_bytes // step) * step  # four sizes per power of two; untouched pages take no memory
     try:
         block = _free[size].pop()
     except IndexError:
@@ -39,20 +39,20 @@ def empty(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """As `empty` of x's shape and dtype."""
+    """Same as `empty` with x's shape and dtype."""
     return empty(x.shape, x.dtype)
 
 
 def release() -> None:
-    """Give the blocks that wait back to malloc."""
+    """Return the free blocks to malloc."""
     _free.clear()
 
 
 @cache
 def lease_type(size: int) -> Any:
-    """A buffer that a tensor holds on to; when the last one does no more, its block is free."""
+    """Return a buffer type whose buffers tensors refer to. When the last such tensor is freed, the block is free."""
 
-    def end(self: Any, free: dict = _free) -> None:  # bound here: when Python ends, the module's names go first
+    def end(self: Any, free: dict = _free) -> None:  # bound here: Python deletes module names first at exit
         free[size].append(self.block)
 
     return type("Lease", (ctypes.c_char * size,), {"__del__": end})

@@ -1,4 +1,4 @@
-"""What our own loops let the threads do beside other busy processes (csrc/contention.cpp, docs/busy.md)."""
+"""Lets threads share cores while other processes are busy (csrc/contention.cpp, docs/busy.md)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from onecard.kernels.cpu.library import library
 
 @contextmanager
 def sharing_cores() -> Iterator[None]:
-    """Around work that starts no other process: beside a busy one, threads may gather on fewer cores."""
+    """Allow threads to gather on fewer cores while other processes are busy. The body must start no process."""
     kernels = library()
     if kernels is None:
         yield

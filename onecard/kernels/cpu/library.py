@@ -1,7 +1,7 @@
-"""The library of C++ kernels (csrc/): AVX-512, AVX2, NEON or plain code, chosen at run time, and how it is called.
+"""The library of C++ kernels (csrc/) and its calls. It chooses AMX, AVX-512, AVX2, NEON or plain code at run time.
 
-It is built with the package (setup.py) and loaded with ctypes. Without a compiler there is none; then `library()` is
-None, the reference backend is taken instead, and a line on standard error says so once.
+It is built with the package (setup.py) and loaded with ctypes. Without a compiler it is not built: then `library()` is
+None, the reference backend replaces it, and one line on standard error says so.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from onecard.errors import UserError
 from onecard.kernels.reference import Rates
 from onecard.quant.dynamic import STATE_BLOCKSIZE
 
-# Who sets one of these has chosen what libgomp's idle threads do.
+# If one of these is set, the user has chosen what libgomp's idle threads do.
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
@@ -60,7 +60,7 @@ class Linear(ctypes.Structure):
     )  # fmt: skip
 
 
-# What csrc/kernels.h must say, too.
+# csrc/kernels.h must have the same values.
 CONSTANTS = {
     "sizeof Attention": ctypes.sizeof(Attention),
     "sizeof AdamW8bit": ctypes.sizeof(AdamW8bit),
@@ -94,18 +94,18 @@ SIGNATURES: dict[str, tuple] = {
 
 
 def built_library() -> Path | None:
-    """The library's file; None if it was not built."""
+    """Return the library's file, or None if it was not built."""
     return next((path for path in Path(__file__).parent.glob("_native.*") if path.suffix in (".so", ".dll")), None)
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The loaded library, or None if it was not built.
+    """Return the loaded library, or None if it was not built.
 
     ONECARD_ISA forces a path: amx, avx512_bf16, avx512, avx2, neon or scalar.
 
     Raises:
-        UserError: this CPU or this build does not have it; the library is of another version than this file.
+        UserError: this CPU or this build does not have that path; the library and this file differ in version.
     """
     found = built_library()
     if found is None:
@@ -139,10 +139,10 @@ def stale(path: Path, found: str) -> UserError:
 
 
 def torch_gomp_parallel() -> int | None:
-    """Address of GOMP_parallel in the OpenMP runtime that torch links: its threads are then ours too.
+    """Return the address of GOMP_parallel in torch's OpenMP runtime, so that our kernels use torch's threads.
 
-    Looked up through torch's own library, since a process may hold a second runtime (sentencepiece brings one); None
-    where torch has no such runtime.
+    It is looked up in torch's own library, because a process may have a second runtime (sentencepiece brings one). None
+    if torch has no such runtime.
     """
     try:
         torch_cpu = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
@@ -152,10 +152,10 @@ def torch_gomp_parallel() -> int | None:
 
 
 def call(name: str, *arguments: object) -> int:
-    """Call a kernel, with tensors as their addresses (contiguous ones only) and this process's thread count.
+    """Call a kernel with the addresses of contiguous tensors and this process's thread count.
 
     Raises:
-        MemoryError: there is none for what it works in.
+        MemoryError: the kernel cannot allocate its working memory.
     """
     native = library()
     assert native is not None

@@ -1,4 +1,4 @@
-"""The backend in C++: each operation of the protocols in kernels/backend.py by its kernel of the library."""
+"""The C++ backend: each operation of the protocols in kernels/backend.py calls its kernel in the library."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from onecard.quant.dynamic import midpoints
 from onecard.quant.state import PackedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Rows of x up to which the product straight from the codes beats dequantize-and-multiply (benchmarks/kernels.py).
+# Largest M at which the product directly from the codes is faster than dequantize-and-multiply (benchmarks/kernels.py).
 LARGEST_M = {torch.float32: 16, torch.bfloat16: 16, torch.float16: 8}
 
 
 def new(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Memory for a kernel to fill, whatever torch's default dtype and device are."""
+    """Allocate memory for a kernel to fill, independent of torch's default dtype and device."""
     return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
-    """As quant.blockwise.quantize_blocks."""
+    """Same as quant.blockwise.quantize_blocks."""
     flat = W.detach().reshape(-1).contiguous()
     packed = new(torch.uint8, (flat.numel() + 1) // 2, 1)
     absmax = new(torch.float32, -(-flat.numel() // blocksize))
@@ -42,34 +42,34 @@ def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tu
 
 @cache
 def coding(quant_type: str) -> tuple[Tensor, Tensor]:
-    """Bounds float32 (15,) and the code of each interval, uint8 (16,)."""
+    """Return the bounds, float32 (15,), and the code of each interval, uint8 (16,)."""
     bounds, order = decision_bounds(quant_type, "cpu")
     return bounds.contiguous(), order.to(torch.uint8)
 
 
 def weight_tensors(weight: PackedWeight) -> tuple:
-    """The arguments by which every kernel reads a weight."""
+    """Return the arguments that describe a weight to every kernel."""
     maps = dynamic_map("cpu"), weight.nested_offset, quant_map(weight.quant_type, "cpu")
     return weight.codes, weight.absmax, weight.nested_absmax, *maps
 
 
 def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
-    """As reference.dequantize_into."""
+    """Same as reference.dequantize_into."""
     if out.dtype not in DTYPES:
         return reference.dequantize_into(weight, out)
     call("onecard_dequantize", *weight_tensors(weight), out.numel(), weight.blocksize, out, DTYPES[out.dtype])
 
 
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
-    """Whether `multiply` takes this x."""
+    """Whether `multiply` accepts this x."""
     M, K = x_MK.shape
     return LARGEST_M.get(x_MK.dtype, 0) >= M and K % 64 == 0 and K % blocksize == 0
 
 
 def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
-    """x W^T straight from the codes, float32 (M, N): weights and sums in float32, nothing rounded to x's dtype.
+    """Return x W^T, float32 (M, N), directly from the codes. Weights and sums are float32, not rounded to x's dtype.
 
-    With lora = (x A^T, B, s) plus s (x A^T) B^T.
+    With lora = (x A^T, B, s), add s (x A^T) B^T.
     """
     M, (N, K) = len(x_MK), weight.shape
     y_MN = new(torch.float32, M, N)
@@ -81,19 +81,19 @@ def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, flo
 
 
 def tiled_rows() -> int:
-    """Rows of x that `linear` copies at a time."""
+    """Return the number of rows of x that `linear` copies at a time."""
     native = library()
     assert native is not None
     return native.onecard_constant(b"tiled rows")
 
 
 def has_tiles() -> bool:
-    """Whether this CPU and build have `linear`: AMX."""
+    """Whether this CPU and this build have `linear`, which needs AMX."""
     return library() is not None and bool(call("onecard_has_linear"))
 
 
 def can_fuse(x_MK: Tensor, num_outputs: int, lora: Lora | None = None) -> bool:
-    """Whether `linear` and `linear_backward` take this x: bfloat16 on a CPU with tiles (AMX)."""
+    """Whether `linear` and `linear_backward` accept this x: bfloat16 on a CPU with tiles (AMX)."""
     whole = x_MK.shape[1] % 32 == 0 and num_outputs % 32 == 0
     dtypes = set() if lora is None else {lora.A_RK.dtype, lora.B_NR.dtype}
     known = len(dtypes) <= 1 and dtypes <= DTYPES.keys()
@@ -107,11 +107,11 @@ def linear(
     lora: Lora | None = None,
     x_lora_MK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = x W^T + bias + s (x_lora A^T) B^T with one rounding, bfloat16 (M, N); and x_lora A^T, bfloat16 (M, R).
+    """Return x W^T + bias + s (x_lora A^T) B^T with one rounding, bfloat16 (M, N), and x_lora A^T, bfloat16 (M, R).
 
     Args:
         weight: (N, K), in 4 bits or in bfloat16.
-        x_lora_MK: bfloat16, what A takes; None: x.
+        x_lora_MK: bfloat16, the input of A. None: x.
     """
     M, (N, K) = len(x_MK), weight.shape
     x_MK, bias = x_MK.contiguous(), None if bias is None else bias.float().contiguous()
@@ -136,12 +136,12 @@ def linear_backward(
     xA_MR: Tensor | None = None,
     has_own_lora_input: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Of grad_y (M, N): grad_x (M, K), grad_x_lora (M, K) if has_own_lora_input, float32 grad_A (R, K), grad_B (N, R).
+    """Return grad_x (M, K), grad_x_lora (M, K) if has_own_lora_input, and float32 grad_A (R, K) and grad_B (N, R).
 
     Args:
-        needed_grads: which of the four are wanted; what is not is None.
-        lora_input_MK, xA_MR: what A has taken and has given, bfloat16.
-        has_own_lora_input: whether x_lora is not x (dropout): its gradient is then an output of its own.
+        needed_grads: which of the four to return. The others are None.
+        lora_input_MK, xA_MR: the input and the output of A, bfloat16.
+        has_own_lora_input: whether x_lora is not x (dropout). Its gradient is then a separate output.
     """
     M, (N, K) = len(grad_y_MN), weight.shape
     grad_y_MN = grad_y_MN.contiguous()
@@ -161,19 +161,19 @@ def linear_backward(
 
 
 def contiguous(lora: Lora | None) -> tuple[Tensor | None, Tensor | None, float]:
-    """A and B with dense rows, and s."""
+    """Return contiguous A and B, and s."""
     return (None, None, 1.0) if lora is None else (lora.A_RK.contiguous(), lora.B_NR.contiguous(), lora.scaling)
 
 
 def weight_arguments(weight: PackedWeight | Tensor) -> tuple:
-    """A 4-bit weight's tensors and blocksize, or those of one in bfloat16."""
+    """Return the tensors and blocksize of a 4-bit weight; of a bfloat16 weight, itself and blocksize 0."""
     if isinstance(weight, Tensor):
         return weight.contiguous(), None, None, None, None, None, 0
     return *weight_tensors(weight), weight.blocksize
 
 
 def dense_product(x_MK: Tensor, W_NK: Tensor) -> Tensor:
-    """x W^T of a contiguous x, summed in float32: (M, N)."""
+    """Return x W^T for a contiguous x, float32 (M, N)."""
     M, (N, K) = len(x_MK), W_NK.shape
     y_MN = new(torch.float32, M, N)
     call("onecard_dense_product", W_NK, x_MK, DTYPES[x_MK.dtype], M, N, K, y_MN)
@@ -185,7 +185,7 @@ def address(x: Tensor | None) -> int | None:
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
-    """As reference.cross_entropy_."""
+    """Same as reference.cross_entropy_."""
     if z_PV.dtype not in DTYPES:
         return reference.cross_entropy_(z_PV, target_P)
     assert target_P.dtype == torch.int64
@@ -195,7 +195,7 @@ def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
 
 
 def rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x + delta, or x itself; y like it, contiguous; and r float32 (rows,)."""
+    """Return t = x + delta (x without a delta), y, contiguous, of t's shape, and r, float32 (rows,)."""
     y, rstd = allocator.empty_like(x), new(torch.float32, x.numel() // x.shape[-1])
     total = x if delta is None else allocator.empty_like(x)
     call("onecard_rms_norm", x, delta, w, total, y, rstd, DTYPES[x.dtype], rstd.numel(), x.shape[-1], eps)
@@ -221,7 +221,7 @@ def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
 
 
 def rope(x_THD: Tensor, cos_PD: Tensor, sin_PD: Tensor, back: bool) -> Tensor:
-    """Each token's heads turned by its angles, those of row t modulo P; or `back`."""
+    """Rotate each token's heads by its angles, in row t modulo P; with `back`, apply the transpose."""
     y_THD = allocator.empty_like(x_THD)
     sizes = (DTYPES[x_THD.dtype], *x_THD.shape, len(cos_PD), back)
     call("onecard_rope", x_THD, cos_PD, sin_PD, y_THD, *sizes)
@@ -239,12 +239,12 @@ def attention(
     lse_HT: Tensor,
     grads: tuple[Tensor, ...] | None = None,
 ) -> None:
-    """Fill out_THD and lse_HT; or, with grads = (grad_out, grad_q, parts_k, parts_v, grad_k, grad_v), the last five.
+    """Fill out_THD and lse_HT, or with grads = (grad_out, grad_q, parts_k, parts_v, grad_k, grad_v) its last five.
 
     Args:
-        q_HTD (H, T, D), k_HTD and v_HTD (H_kv, T, D): of one dtype, any strides with the last dimension dense.
+        q_HTD (H, T, D), k_HTD and v_HTD (H_kv, T, D): of one dtype. Only the last dimension must be dense.
         out_THD, grad_out, grad_q: (T, H, D) contiguous, q's dtype; lse_HT: (H, T) float32.
-        parts_k, parts_v: float32 (H, T, D), a part for each query head; grad_k, grad_v (H_kv, T, D), their sums.
+        parts_k, parts_v: float32 (H, T, D), one part per query head; grad_k, grad_v: (H_kv, T, D), their sums.
     """
     H, T, D = q_HTD.shape
     strides = [stride for x in (q_HTD, k_HTD, v_HTD) for stride in x.stride()[:2]]
@@ -259,7 +259,7 @@ def attention(
 
 
 def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: reference.Rates) -> None:
-    """As reference.adamw_8bit_."""
+    """Same as reference.adamw_8bit_."""
     maps = [table for signed in (True, False) for table in (dynamic_map("cpu", signed), midpoints("cpu", signed))]
     for w, grad, *states in parts:
         tensors = [w, grad.contiguous(), *states, *maps]

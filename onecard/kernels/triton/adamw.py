@@ -1,8 +1,8 @@
-"""AdamW with 8-bit states over many parameters in one launch.
+"""AdamW with 8-bit states for many parameters in one launch.
 
-A row of the table holds one parameter's addresses: w, gradient, and of m and v each codes and absmax. A program takes
-BLOCKS blocks of one parameter; which one, and where it starts, is in two more tables that depend on sizes only. The
-float32 operations are those of reference.py in the same order, launched with enable_fp_fusion=False: the same bits.
+A row of the table holds one parameter's addresses: w, gradient, and the codes and absmax of m and of v. A program
+updates BLOCKS blocks of one parameter. Two more tables, which depend only on sizes, hold its parameter and first block.
+The float32 operations and their order are reference.py's, without fusion (enable_fp_fusion=False): bits are the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def decode(codes, absmax, at, inside, block, block_inside, levels):
 
 @triton.jit
 def encode(x, codes, absmax, at, inside, block, block_inside, bounds):
-    """The nearest levels' codes, ties to the lower: how many of the 255 bounds lie below, by halving."""
+    """Store the nearest levels' codes, ties to the lower: a binary search counts how many of 255 bounds are below."""
     most = tl.max(tl.where(inside, tl.abs(x), 0.0), axis=1)
     divisor = tl.maximum(most, tl.full(most.shape, 1.1754943508222875e-38, tl.float32))
     scaled = tl.math.div_rn(x, tl.broadcast_to(divisor[:, None], x.shape))
@@ -71,9 +71,9 @@ def adamw_8bit_kernel(
 
 @cache
 def tables(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Sizes (parameters,), and of each program the parameter and its first block: int64, int32, int64.
+    """Return the sizes, int64 (parameters,), and each program's parameter, int32, and first block, int64.
 
-    A run has as many as kinds of parameters where they are updated one by one, else one.
+    A run caches one result for each parameter size if parameters are updated one by one, else one.
     """
     programs = [-(-size // (BLOCKS * STATE_BLOCKSIZE)) for size in sizes]
     owners = torch.repeat_interleave(torch.arange(len(sizes), dtype=torch.int32), torch.tensor(programs))
@@ -82,7 +82,7 @@ def tables(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor
 
 
 def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: Rates) -> None:
-    """As reference.adamw_8bit_, one launch; the addresses go up without waiting for the device."""
+    """Same as reference.adamw_8bit_, in one launch. Addresses are copied without waiting for the device."""
     device = parts[0][0].device
     parts = [(w, grad.contiguous(), *states) for w, grad, *states in parts]
     assert all(x.is_contiguous() for part in parts for x in part)

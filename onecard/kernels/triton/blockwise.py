@@ -1,7 +1,7 @@
-"""Quantize and dequantize on a GPU, a launch each; nested scales are decoded in the same launch.
+"""Quantize and dequantize on a GPU, in one launch each. The same launch dequantizes nested scales.
 
-The float32 operations are those of quant/blockwise.py in the same order: division rounds to nearest, and a product
-is rounded before its sum (launched with enable_fp_fusion=False), so codes, scales and weights are the same bits.
+The float32 operations and their order are those of quant/blockwise.py: division rounds to nearest, and a product is
+rounded before its sum (enable_fp_fusion=False). Therefore codes, scales and weights are bit-identical.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WEIGHTS_A_PROGRAM = {"quantize": 1024, "dequantize": 4096}  # measured on an H20
 
 @triton.jit
 def look_up(table, codes):
-    """The table's entries, from shared memory: faster than from global memory even where that is cached."""
+    """Return the table's entries from shared memory, which is faster than global memory, even if that is cached."""
     flat = tl.gather(table, tl.reshape(codes, [codes.numel]), 0)
     return tl.reshape(flat, codes.shape)
 
@@ -33,12 +33,12 @@ def look_up(table, codes):
 def quantize_kernel(
     W, bounds, order, packed, absmax, num_weights, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """BLOCKS blocks: two neighbouring weights to a byte, the first in the high nibble."""
+    """Quantize BLOCKS blocks. Two neighbouring weights share a byte, the first in the high nibble."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     first = block[:, None] * BLOCKSIZE + 2 * tl.arange(0, BLOCKSIZE // 2)[None, :]
     x0 = tl.load(W + first, mask=first < num_weights, other=0.0).to(tl.float32)
     x1 = tl.load(W + first + 1, mask=first + 1 < num_weights, other=0.0).to(tl.float32)
-    # As integers, so that NaN and Inf come out as the largest.
+    # Compare as integers, so that NaN and Inf are the largest.
     bits0 = x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits1 = x1.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     most = tl.max(tl.maximum(bits0, bits1), axis=1).to(tl.float32, bitcast=True)
@@ -64,7 +64,7 @@ def quantize_kernel(
 def block_scale(
     block, mask, absmax, nested_absmax, dynamic, offset, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr
 ):
-    """The float32 scale of each block number."""
+    """Return the float32 scale of each block number."""
     if NESTED:
         code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
         outer = tl.load(nested_absmax + block // NESTED_BLOCKSIZE, mask=mask, other=0.0)
@@ -78,7 +78,7 @@ def dequantize_kernel(
     packed, absmax, nested_absmax, dynamic, offset, levels, out, num_weights, num_bytes,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKS blocks, a scale each."""
+    """Dequantize BLOCKS blocks, each with one scale."""
     HALF: tl.constexpr = BLOCKSIZE // 2
     PAIRS: tl.constexpr = BLOCKS * HALF
     first = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -97,13 +97,13 @@ def dequantize_kernel(
 
 @cache
 def coding(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Bounds float32 (15,) and the code of each interval, int32 (16,)."""
+    """Return the bounds, float32 (15,), and the code of each interval, int32 (16,)."""
     bounds, order = decision_bounds(quant_type, device)
     return bounds.contiguous(), order.int()
 
 
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
-    """As quant.blockwise.quantize_blocks."""
+    """Same as quant.blockwise.quantize_blocks."""
     flat = W.detach().reshape(-1).contiguous()
     num_blocks = triton.cdiv(flat.numel(), blocksize)
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=W.device)
@@ -120,7 +120,7 @@ def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tu
 
 
 def weight_tensors(weight: PackedWeight) -> tuple[Tensor, ...]:
-    """The arguments by which every kernel reads a weight; absmax stands in for what a weight has not."""
+    """Return the arguments that describe a weight to every kernel. absmax replaces a tensor that is None."""
     device = weight.codes.device
     nested_absmax = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
     offset = weight.absmax if weight.nested_offset is None else weight.nested_offset
@@ -128,7 +128,7 @@ def weight_tensors(weight: PackedWeight) -> tuple[Tensor, ...]:
 
 
 def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
-    """As reference.dequantize_into, one launch."""
+    """Same as reference.dequantize_into, in one launch."""
     blocks = max(1, WEIGHTS_A_PROGRAM["dequantize"] // weight.blocksize)
     launch(
         dequantize_kernel,

@@ -1,4 +1,4 @@
-"""The codec of GPUs: each operation of reference.py on its kernel."""
+"""The codec of GPUs: each operation of reference.py with its Triton kernel."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Cross-entropy and its gradient in place of the logits, a program a row: two walks over the row.
+"""Cross-entropy; its gradient replaces the logits. Each program reads one row twice.
 
-The first keeps a running maximum m and the sum of exp(z - m), rescaled when m grows; the second writes
+The first pass keeps a running maximum m and the sum of exp(z - m), rescaled when m grows. The second pass writes
 softmax(z) - onehot(target). Sums are float32.
 """
 
@@ -21,7 +21,7 @@ def cross_entropy_kernel(z, target, losses, V: tl.constexpr, BLOCK: tl.constexpr
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     wanted = tl.load(target + row)
-    at_target = tl.load(z + wanted).to(tl.float32)  # here: in the second walk another warp may have overwritten it
+    at_target = tl.load(z + wanted).to(tl.float32)  # now: another warp may overwrite it in the second pass
     most = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     for start in range(0, V, BLOCK):
@@ -39,7 +39,7 @@ def cross_entropy_kernel(z, target, losses, V: tl.constexpr, BLOCK: tl.constexpr
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:
-    """As reference.cross_entropy_."""
+    """Same as reference.cross_entropy_."""
     assert z_PV.is_contiguous() and target_P.dtype == torch.int64
     losses_P = torch.empty(len(target_P), dtype=torch.float32, device=z_PV.device)
     launch(

@@ -1,7 +1,7 @@
-"""RMSNorm, SwiGLU and rotary positions with their gradients on a GPU: each reads its inputs once and writes its outputs
+"""RMSNorm, SwiGLU and rotary positions with their gradients on a GPU. Each reads its inputs once and writes its outputs
 once.
 
-The formulas are kernels/elementwise.py's; everything between the loads and the stores is float32.
+The formulas are those of kernels/elementwise.py. All values between the loads and the stores are float32.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor
 
 from onecard.kernels.triton import launch
 
-BLOCK = 1024  # elements of SwiGLU a program
+BLOCK = 1024  # elements of SwiGLU per program
 
 
 @triton.jit
 def rms_norm_kernel(x, delta, w, total, y, rstd, eps, ADDS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    """A row a program."""
+    """Each program computes one row."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     inside = at < D
     x_row = tl.load(x + row * D + at, mask=inside, other=0.0).to(tl.float32)
@@ -77,7 +77,7 @@ def rope_kernel(
     x, cos, sin, y, H, P, D: tl.constexpr, GROUPS: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr,
     BACK: tl.constexpr,
 ):  # fmt: skip
-    """HEADS heads of a token: the halves of each meet."""
+    """Rotate HEADS heads of a token. A lane has one element of each half of a head."""
     HALF: tl.constexpr = D // 2
     token, d = (tl.program_id(0) // GROUPS).to(tl.int64), tl.arange(0, BLOCK)
     head = tl.program_id(0) % GROUPS * HEADS + tl.arange(0, HEADS)
@@ -96,13 +96,13 @@ def rope_kernel(
 
 
 def row_launch(D: int) -> dict[str, int]:
-    """A whole row in the registers of a program: at most 32 elements a thread up to D = 16384."""
+    """Return launch settings: a program holds one row in registers, at most 32 elements a thread up to D = 16384."""
     block = triton.next_power_of_2(D)
     return {"D": D, "BLOCK": block, "num_warps": min(max(block // 1024, 1), 16)}
 
 
 def rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x + delta, or x itself; y like it, contiguous; and r float32 (rows,)."""
+    """Return t = x + delta (x without a delta), y, contiguous, of t's shape, and r, float32 (rows,)."""
     y, D, adds = torch.empty_like(x), x.shape[-1], delta is not None
     total = torch.empty_like(x) if adds else x
     rstd = torch.empty(x.numel() // D, dtype=torch.float32, device=x.device)
@@ -133,14 +133,14 @@ def swiglu_backward(grad_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, T
 
 
 def rope_launch(H: int, D: int) -> dict[str, int]:
-    """A program takes all heads of a token, or as many as come to 2,048 pairs."""
+    """Return launch settings: a program rotates all heads of a token, or as many as have 2,048 pairs."""
     block = triton.next_power_of_2(D // 2)
     heads = min(triton.next_power_of_2(H), max(2048 // block, 1))
     return {"D": D, "GROUPS": triton.cdiv(H, heads), "HEADS": heads, "BLOCK": block}
 
 
 def rope(x_THD: Tensor, cos_PD: Tensor, sin_PD: Tensor, back: bool) -> Tensor:
-    """Each token's heads turned by its angles, those of row t modulo P; or `back`."""
+    """Rotate each token's heads by its angles, in row t modulo P; with `back`, apply the transpose."""
     T, H, D = x_THD.shape
     y_THD, sizes = torch.empty_like(x_THD), rope_launch(H, D)
     launch(rope_kernel, T * sizes["GROUPS"], x_THD, cos_PD, sin_PD, y_THD, H, len(cos_PD), **sizes, BACK=back)

@@ -1,9 +1,9 @@
-"""y = x W^T for few rows of x straight from the codes: for decoding, where the weight's bytes are the whole cost.
+"""y = x W^T for few rows of x, directly from the codes. For decoding, where reading the weight is the whole cost.
 
-Weights of even and of odd index are decoded apart and meet the even and odd columns of x, so that a byte never has to
-be spread over neighbouring lanes; a block's scale is loaded once; sums are float32. One row is multiplied and added
-lane by lane, a block's scale at its sum's end. Up to 16 are a tensor core's tile, for which a decoded weight is
-rounded to x's dtype as dequantize_into would.
+Weights of even and of odd index are decoded separately and multiplied by the even and odd columns of x, so that a byte
+is never spread over neighbouring lanes. A block's scale is loaded once. Sums are float32. For one row, each lane
+multiplies and adds, and scales the sum of its two products. Up to 16 rows fill a tensor core's tile; there a decoded
+weight is rounded to x's dtype, the same as in dequantize_into.
 
 Shape suffixes: M rows of x, N outputs, K inputs.
 """
@@ -22,17 +22,17 @@ from onecard.kernels.triton import launch
 from onecard.kernels.triton.blockwise import block_scale, look_up, weight_tensors
 from onecard.quant.state import PackedWeight
 
-LARGEST_M = 16  # rows of a tensor core's tile: fewer are padded up to it
-LARGEST_RANK = 128  # of a LoRA term whose B fits in registers beside the sums
-# Rows of W and inputs of a program at a time: of one row of x; of more, by bytes of x, as float32 takes more registers.
+LARGEST_M = 16  # rows of a tensor core's tile; fewer rows are padded to it
+LARGEST_RANK = 128  # of a LoRA term whose B fits in registers together with the sums
+# Rows of W and inputs per step of a program: for one row of x; for more, by itemsize, as float32 needs more registers.
 ONE_ROW = {"BLOCK_N": 4, "BLOCK_K": 1024}
-# One stage: a pipeline of several copies the looked-up levels asynchronously, 4 bytes each.
+# One stage: a pipeline of several stages copies the looked-up levels asynchronously, 4 bytes each.
 ROWS = {2: {"BLOCK_N": 32, "BLOCK_K": 256, "num_stages": 1}, 4: {"BLOCK_N": 16, "BLOCK_K": 64, "num_stages": 1}}
 
 
 @triton.jit
 def load_pairs(x, pair, mask):
-    """Elements 2 i and 2 i + 1 of x for every i of `pair`; two of 16 bits come in one load."""
+    """Load elements 2 i and 2 i + 1 of x for every i of `pair`. Two elements of 16 bits are one load."""
     if x.dtype.element_ty.primitive_bitwidth == 16:
         both = tl.load(x.to(tl.pointer_type(tl.uint32)) + pair, mask=mask, other=0)
         low, high = (both & 0xFFFF).to(tl.uint16), (both >> 16).to(tl.uint16)
@@ -47,7 +47,7 @@ def row_kernel(
     RANK: tl.constexpr, BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One row of x; BLOCK_N outputs a program, and of K as many blocks of one scale at a time as BLOCK_K has."""
+    """Compute BLOCK_N outputs for one row of x. A step covers BLOCK_K inputs, in parts that have one scale."""
     STEP: tl.constexpr = min(BLOCK_K, BLOCKSIZE)
     n = (tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     table = tl.load(levels + tl.arange(0, 16))
@@ -109,20 +109,20 @@ def rows_kernel(
 
 
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
-    """Whether `multiply` takes this x, and is faster than dequantize_into and torch's product."""
+    """Whether `multiply` accepts this x and is faster than dequantize_into and torch's product."""
     most = 1 if has_fast_memory(x_MK.device) else LARGEST_M
     return x_MK.shape[0] <= most and x_MK.shape[1] % blocksize == 0
 
 
 @cache
 def has_fast_memory(device: torch.device) -> bool:
-    """Whether writing a weight in 16 bits and reading it again costs less than decoding it for tiles (H200: 83 against
-    58 to 120 us by shape, LOG.md)."""
+    """Whether to write a weight in 16 bits and read it again costs less than to decode it for tiles (H200: 83 against
+    58 to 120 us, depending on the shape, LOG.md)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
-    """x W^T, float32 (M, N); with lora = (x A^T, B, s) plus s (x A^T) B^T, in the same launch up to LARGEST_RANK."""
+    """Return x W^T, float32 (M, N). Add s (x A^T) B^T for lora = (x A^T, B, s), in one launch up to LARGEST_RANK."""
     M, (N, K) = len(x_MK), weight.shape
     R = 0 if lora is None else lora[0].shape[1]
     xA_MR, lora_B_NR, scaling = lora if lora is not None and R <= LARGEST_RANK else (x_MK, x_MK, 0.0)
