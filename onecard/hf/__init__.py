@@ -1,1 +1,1 @@
-"""transformers' side: checkpoint checks, the quantizer, streaming load, packed attention."""
+"""The parts that work with transformers: checkpoint checks, the quantizer, the load by tensors, packed attention."""

@@ -1,8 +1,8 @@
-"""Attention over rows of several documents that never see each other, through transformers' AttentionInterface.
+"""Attention over packed rows, whose documents never attend to each other, through transformers' AttentionInterface.
 
-A packed row is (1, T) with `cu_seqlens`, the documents' boundaries, handed through the model's forward as a
-keyword. Each document is attended to on its own, so no T x T mask exists and no padding is computed. Without
-`cu_seqlens` (generation) transformers' own SDPA runs.
+A packed row is (1, T). Its `cu_seqlens`, the documents' boundaries, pass through the model's forward as a keyword. Each
+document has its own attention, so no T x T mask exists and no padding is computed. Generation uses transformers' SDPA,
+or `cached_attention` with a cache of fixed length.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME, CACHED = "onecard_packed", "onecard_cached"
 
 
 class NotPacked(Exception):
-    """A model's layers did not hand a packed row's cu_seqlens on to its attention."""
+    """A model's layers did not pass a packed row's cu_seqlens to its attention."""
 
 
 def packed_attention(
@@ -47,14 +47,14 @@ def packed_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention in each document.
+    """Compute the causal attention of each document.
 
     Args:
         query: (1, H, T, D); key: (1, H_kv, T, D), value: (1, H_kv, T, D_v), H a multiple of H_kv.
-        cu_seqlens: 0, the ends of the documents, T last; an int32 tensor on the device says it to a CUDA graph.
-        sliding_window: tokens a query sees, itself included; None for all before it.
+        cu_seqlens: 0, then the end of each document; the last is T. For a CUDA graph, an int32 tensor on the device.
+        sliding_window: number of tokens that a query sees, itself included. None: itself and all before it.
         softcap: scores become softcap * tanh(score / softcap).
-        s_aux: (H,) attention sinks, a score for each head that takes part in the softmax and has no value.
+        s_aux: (H,) attention sinks: a score for each head that is part of the softmax and has no value.
 
     Returns:
         (1, T, H, D_v) and None.
@@ -86,7 +86,7 @@ def packed_attention(
 
 
 def takes_varlen(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's attention over all documents at once takes these: 16 bits on an NVIDIA GPU since Ampere."""
+    """Whether torch's attention over all documents at once accepts these: 16 bits on NVIDIA GPUs since Ampere."""
     return (
         q.device.type == "cuda"
         and {"scale", "window_size"} <= VARLEN
@@ -102,7 +102,7 @@ def takes_varlen(q: Tensor, k: Tensor, v: Tensor) -> bool:
 def attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int] | Tensor, scale: float, window: int | None
 ) -> Tensor:
-    """Causal attention of all documents in one launch, (1, T, H, D); the longest of a tensor's may be all T."""
+    """Compute all documents' causal attention in one launch, (1, T, H, D). A tensor's longest document counts as T."""
     longest = q.shape[2]
     if not isinstance(cu_seqlens, Tensor):
         longest = max(end - start for start, end in zip(cu_seqlens, cu_seqlens[1:]))
@@ -120,7 +120,7 @@ def attend_varlen(
 
 @lru_cache(maxsize=4)
 def on_device(ends: tuple[int, ...], device: torch.device) -> Tensor:
-    """int32, for a row's layers, without waiting for the device."""
+    """Copy `ends` to the device as int32, once for all layers of a row, without waiting for the device."""
     return torch.tensor(ends, dtype=torch.int32, device="cpu").pin_memory().to(device, non_blocking=True)
 
 
@@ -134,7 +134,7 @@ def attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Causal attention of one document: (1, H, S, D) with grouped keys and values."""
+    """Compute the causal attention of one document, (1, H, S, D), with grouped keys and values."""
     length = q.shape[2]
     banded = window is not None and window < length
     masked = banded or softcap is not None or sinks is not None
@@ -152,9 +152,9 @@ def weigh(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Attention under a mask (T, keys), or a causal one for None: (1, H, T, D_v)."""
+    """Compute attention, (1, H, T, D_v), with a mask (T, keys). None: causal attention."""
     plain, grouped = softcap is None and sinks is None, q.shape[1] != k.shape[1]
-    masked = mask is not None and q.device.type == "cuda"  # whose kernels take a mask or groups, not both
+    masked = mask is not None and q.device.type == "cuda"  # whose kernels accept a mask or groups, not both
     if grouped and (masked or not plain):
         k, v = spread(q, k, v)
         grouped = False
@@ -173,13 +173,13 @@ def weigh(
 
 
 def band_mask(positions: Tensor, num_keys: int, window: int | None) -> Tensor:
-    """bool (T, num_keys): the query at position i of (T,) sees keys i - window + 1 ... i, or all up to i."""
+    """Return a mask, bool (T, num_keys): the query at position i sees keys i - window + 1 ... i, or all up to i."""
     distance = positions[:, None] - torch.arange(num_keys, device=positions.device)
     return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
 def spread(q: Tensor, *groups: Tensor) -> tuple[Tensor, ...]:
-    """Keys or values (1, H_kv, T, D) once for each of q's H heads."""
+    """Repeat keys or values (1, H_kv, T, D) for each of q's H heads."""
     return tuple(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in groups)
 
 
@@ -197,13 +197,13 @@ def cached_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention to keys and values of a cache of fixed length L.
+    """Compute attention to the keys and values of a cache of fixed length L.
 
     Args:
         query: (1, H, T, D); key: (1, H_kv, L, D), value: (1, H_kv, L, D_v), H a multiple of H_kv.
-        key_positions: int64 (T,), of the queries in the cache: each sees the keys up to its own.
-        num_keys: of the cache that any of them can see; None for all.
-        sliding_window, softcap, s_aux: as packed_attention's.
+        key_positions: int64 (T,), positions of the queries in the cache. Each query sees the keys up to its own.
+        num_keys: number of keys that any query can see. None: all.
+        sliding_window, softcap, s_aux: same as in packed_attention.
 
     Returns:
         (1, T, H, D_v) and None.
@@ -213,39 +213,39 @@ def cached_attention(
     key, value = key[:, :, :num_keys], value[:, :, :num_keys]
     mask = band_mask(key_positions, key.shape[2], sliding_window)
     _, H, T, D = query.shape
-    if T == 1 and softcap is None and s_aux is None:  # the heads that share keys as so many queries: no copies of keys
+    if T == 1 and softcap is None and s_aux is None:  # heads that share keys become queries: no copy of keys
         shared = query.reshape(1, key.shape[1], -1, D)
         return F.scaled_dot_product_attention(shared, key, value, mask, scale=scale).reshape(1, 1, H, -1), None
     return weigh(query, key, value, mask, scale, 0.0, softcap, s_aux).transpose(1, 2), None
 
 
-# And no mask under these names: transformers then makes none.
+# No mask function is registered under these names, so transformers makes no mask.
 AttentionInterface.register(NAME, packed_attention)
 AttentionInterface.register(CACHED, cached_attention)
 
 
 def cache_name(model: Any) -> str:
-    """The argument by which a model's forward takes its cache: `cache` since transformers 5.24; mamba has its own."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # inside peft's
+    """Return the name of a forward's cache argument: `cache` since transformers 5.24; mamba has its own name."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # the model inside peft's
     known = inspect.signature(base.forward).parameters
     return next((name for name in ("cache", "past_key_values", "cache_params") if name in known), "past_key_values")
 
 
 def supports_packing(model: PreTrainedModel) -> bool:
-    """Whether the model's layers are causal or sliding ones that go through the AttentionInterface."""
+    """Whether the model's layers have full or sliding causal attention and use the AttentionInterface."""
     kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
     return bool(model._supports_attention_backend) and kinds <= {"full_attention", "sliding_attention"}
 
 
 def has_windows(model: PreTrainedModel) -> bool:
-    """Whether a layer may look at a window only."""
+    """Whether a layer may have sliding-window attention."""
     kinds = getattr(model.config, "layer_types", None) or []
     return "sliding_attention" in kinds or getattr(model.config, "sliding_window", None) is not None
 
 
 @contextmanager
 def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Inside, the model's attention is the one registered under a name; outside, what it was."""
+    """Use the attention registered as `name` in the body; restore the model's own after it."""
     before: Any = model.config._attn_implementation
     model.set_attn_implementation(name)
     try:
@@ -255,10 +255,10 @@ def use_attention(model: PreTrainedModel, name: str) -> Iterator[None]:
 
 
 def use_packed_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """`packed_attention` inside."""
+    """Use `packed_attention` in the body."""
     return use_attention(model, NAME)
 
 
 def use_cached_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
-    """`cached_attention` inside."""
+    """Use `cached_attention` in the body."""
     return use_attention(model, CACHED)

@@ -1,8 +1,8 @@
-"""A checkpoint folder judged from its headers, before anything of it is loaded.
+"""Checks a checkpoint folder by its headers, before the load.
 
-transformers and safetensors load some damaged checkpoints without a word; here each kind of damage is an error
-that names file and tensor. Format of a safetensors file: 8 bytes of header length (little-endian), the header as
-JSON (name -> dtype, shape, [begin, end)), then the data without holes.
+transformers and safetensors load some damaged checkpoints without an error. Here each kind of damage is an error that
+names file and tensor. Format of a safetensors file: 8 bytes of header length (little-endian), the header as JSON
+(name -> dtype, shape, [begin, end)), then the data without holes.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ DTYPE_BITS = {
     "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
-COUNTED = ("I64", "BOOL")  # of positions, masks and tables that models hold beside their weights
-MAX_HEADER_BYTES = 32 << 20  # and of an index: some 300,000 tensors
+COUNTED = ("I64", "BOOL")  # dtypes of positions, masks and tables that models hold in addition to weights
+MAX_HEADER_BYTES = 32 << 20  # also of an index; about 300,000 tensors
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(.+)-(\d{5,9})-of-(\d{5,9})\.safetensors")
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor as its header tells it; `begin` is its first byte in the file."""
+    """A tensor as its header describes it. `begin` is its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder whose headers hold: its tensors in file order, and its config.json."""
+    """A folder with valid headers: its tensors in file order, and its config.json."""
 
     folder: Path
     files: list[Path]
@@ -61,17 +61,17 @@ class Checkpoint:
 
     @property
     def num_weights(self) -> int:
-        """Of its tensors, or some more: each byte of codes is counted as two weights."""
+        """An upper bound of its number of weights: each uint8 value counts as two weights (codes)."""
         return sum(prod(info.shape) * (2 if info.dtype == "U8" else 1) for info in self.tensors.values())
 
     @property
     def is_4bit(self) -> bool:
-        """Whether its linears are in bitsandbytes' 4-bit format."""
+        """Whether its linears have bitsandbytes' 4-bit format."""
         return "quantization_config" in self.config
 
 
 class TensorEntry(Foreign):
-    """What a safetensors header says of a tensor."""
+    """The entry of a tensor in a safetensors header."""
 
     dtype: str
     shape: list[Size] = Field(max_length=16)
@@ -95,7 +95,7 @@ class TensorEntry(Foreign):
 class Index(Foreign):
     """model.safetensors.index.json: tensor -> file."""
 
-    metadata: dict[str, Any]  # which transformers wants
+    metadata: dict[str, Any]  # transformers needs it
     weight_map: dict[str, Any] = Field(min_length=1)
 
 
@@ -103,12 +103,12 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
     """Read config.json, generation_config.json, the index and all headers.
 
     Raises:
-        UserError: no or pickled weights; a header, offset, dtype or size that does not hold; an index that names
+        UserError: no or pickled weights; a wrong header, offset, dtype or size; an index that names
             files outside the folder, missing files or tensors; integer weights.
     """
     config = read_model_document(folder)
     read_generation_document(folder)
-    if (folder / "adapter_config.json").exists():  # transformers would load the adapter's base in this one's place
+    if (folder / "adapter_config.json").exists():  # transformers would load the adapter's base instead
         found = "adapter_config.json among its files"
         raise UserError("a base is a folder without an adapter", found, "pass the adapter by itself", str(folder))
     index = folder / INDEX
@@ -119,7 +119,7 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
     elif index.is_file():
         mapping = read_index(index)
         files = [folder / name for name in dict.fromkeys(sorted(mapping.values()))]
-        if not all(file.is_file() for file in files) and (found := shards_of(folder)):  # of another count
+        if not all(file.is_file() for file in files) and (found := shards_of(folder)):  # shards of another count
             files, mapping = found, None
             check_complete(files, set(read_index(index)), index)
     else:
@@ -143,7 +143,7 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """tensor -> file name; each a plain name of a file in the same folder."""
+    """Return tensor -> file name. Each file name must be a plain name in the same folder."""
     content = read_object(path, max_bytes=MAX_HEADER_BYTES)
     if "metadata" not in content:
         do = 'add "metadata": {}, which transformers wants'
@@ -161,10 +161,10 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def shards_of(folder: Path) -> list[Path]:
-    """The files of a whole set of shards, model-00001-of-0000N.safetensors to N; none where there is no such file.
+    """Return a complete set of shards, model-00001-of-0000N.safetensors to N, or an empty list if there is none.
 
     Raises:
-        UserError: one of a set is missing, or there are two sets.
+        UserError: a shard of the set is missing, or there are two sets.
     """
     found = {path: match for path in folder.glob("*.safetensors") if (match := SHARD.fullmatch(path.name))}
     sets = {(match[1], match[3]) for match in found.values()}
@@ -181,7 +181,7 @@ def shards_of(folder: Path) -> list[Path]:
 
 
 def check_complete(files: list[Path], wanted: set[str], index: Path) -> None:
-    """Raise UserError unless shards that an index does not name hold just its tensors."""
+    """Raise UserError unless shards that the index does not name hold exactly its tensors."""
     found = {name for file in files for name in read_header(file)}
     different = sorted(wanted ^ found)
     if different:
@@ -191,8 +191,8 @@ def check_complete(files: list[Path], wanted: set[str], index: Path) -> None:
 
 @contextmanager
 def as_indexed(checkpoint: Checkpoint) -> Iterator[Path]:
-    """A folder from which transformers reads the checkpoint: its own, or where an index does not name its shards, a
-    temporary one of links with an index that does."""
+    """Yield a folder from which transformers can read the checkpoint: its own, or if no index names its shards, a
+    temporary folder of links with a correct index."""
     index = checkpoint.folder / INDEX
     names = {file.name for file in checkpoint.files}
     single = names == {"model.safetensors"}
@@ -222,12 +222,12 @@ def no_weights(folder: Path) -> UserError:
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """The tensors of one file in file order, every offset checked."""
+    """Return the tensors of one file in file order, after a check of every offset."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
         length = int.from_bytes(start, "little")
-        if start == b"version ":  # the first word of such a pointer
+        if start == b"version ":  # how a git-lfs pointer begins
             must = "a safetensors file must hold its tensors"
             raise UserError(must, "a pointer of git-lfs", "fetch the files themselves: git lfs pull", str(file))
         if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
@@ -258,14 +258,14 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 
 def tensor_info(name: str, content: Any, file: Path, data_begin: int) -> TensorInfo:
-    """One entry of a header, checked."""
+    """Check one entry of a header and return it."""
     entry = hold(TensorEntry, content, f"{file}: {name}")
     begin, end = entry.data_offsets
     return TensorInfo(entry.dtype, tuple(entry.shape), data_begin + begin, end - begin, file)
 
 
 def check_index(mapping: dict[str, str], tensors: dict[str, TensorInfo], index: Path) -> None:
-    """Index and headers must tell the same."""
+    """Raise UserError unless the index and the headers agree."""
     for name, file in mapping.items():
         if name not in tensors or tensors[name].file.name != file:
             raise UserError("a file must hold what the index says", f"no {name} in {file}", AGAIN, str(index))
@@ -276,9 +276,9 @@ def check_index(mapping: dict[str, str], tensors: dict[str, TensorInfo], index: 
 
 
 def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None:
-    """Tensors must be floats, or in bitsandbytes' 4-bit format where config.json says so.
+    """Raise UserError unless tensors are floats, or in bitsandbytes' 4-bit format if config.json says so.
 
-    transformers would take the integers of a damaged or quantized tensor for its weights.
+    transformers would load the integers of a damaged or quantized tensor as weights.
     """
     quantization = config.get("quantization_config")
     if quantization is not None and not quantization.get("load_in_4bit"):
@@ -301,7 +301,7 @@ def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None
 
 
 def zeros_at_end(file: Path, step: int = 1 << 20) -> int:
-    """The zero bytes that a file ends in."""
+    """Return the number of zero bytes at the end of a file."""
     size = end = file.stat().st_size
     with file.open("rb") as stream:
         while end > 0:
@@ -316,12 +316,12 @@ def zeros_at_end(file: Path, step: int = 1 << 20) -> int:
 
 
 def config_fingerprint(checkpoint: Checkpoint) -> str:
-    """sha256 over what config.json says, however it is written down."""
+    """Return sha256 of the content of config.json, independent of key order and white space."""
     return hashlib.sha256(json.dumps(checkpoint.config, sort_keys=True).encode()).hexdigest()
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
-    """sha256 over the tokenizer's files."""
+    """Return sha256 of the tokenizer's files."""
     digest = hashlib.sha256()
     for pattern in ("tokenizer*", "special_tokens_map.json", "*.jinja", "*.model", "vocab*", "merges.txt"):
         for path in sorted(p for p in folder.glob(pattern) if p.is_file()):

@@ -1,6 +1,6 @@
-"""What a checkpoint's tensors go through on their way into a model: 16-bit weights into codes, 4-bit ones as they are.
+"""Conversion of a checkpoint's tensors for a model: quantizes 16-bit weights, and keeps 4-bit weights unchanged.
 
-transformers' conversion operations; they are called one weight at a time, and give the module its weight themselves.
+These are conversion operations of transformers. It calls them for one weight at a time; they set the module's weight.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from onecard.quant.state import QuantState, from_bnb
 paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
 """While a paged model loads: who takes its weights, and where the checkpoint's tensors lie."""
 MADV_DONTNEED = 4  # of Linux
-NOT_MORE = r"(?!\.)"  # behind the pattern of the codes, which transformers before 5.21 would take for their scales, too
+NOT_MORE = r"(?!\.)"  # after the codes' pattern: transformers before 5.21 would also match their scales
 
 
 class Quantize4bit(ConversionOps):
-    """One weight in, its codes out; the QuantState goes to the module."""
+    """Converts one weight to its codes, and sets codes and QuantState in the module."""
 
     def __init__(self, hf_quantizer: Any):
         self.hf_quantizer = hf_quantizer
         self.paging = paging.get()
 
     def __deepcopy__(self, memo: dict) -> Quantize4bit:
-        return self  # transformers copies it for every weight; errors and pages are shared
+        return self  # transformers copies it for every weight, but errors and pages must be shared
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -60,24 +60,24 @@ class Quantize4bit(ConversionOps):
                 else:
                     self.quantize(name, values[0] if isinstance(values, list) else values, weight)
             except UserError as error:
-                # transformers would log an error raised here and end in one of its own: raised after loading.
+                # transformers would log this error and raise its own, so it is raised after the load.
                 self.hf_quantizer.errors.append(error)
             module._is_hf_initialized = True
             result[name] = weight.weight
         return result
 
     def quantize(self, name: str, W: Tensor, linear: Linear4bit) -> None:
-        """Give `linear` its weight. Raises UserError for a wrong shape, NaN or Inf."""
+        """Quantize W into `linear`. Raises UserError for a wrong shape, NaN or Inf."""
         W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
         check_shape(W, (linear.out_features, linear.in_features), name)
         self.set(linear, *ops.quantize_4bit(W, *self.quantization, name))
         release_file_pages(W)
 
     def quantize_experts(self, name: str, values: Any, weight: StackedWeight) -> None:
-        """Give `weight` its experts, one by one. Raises UserError for a wrong number or shape, NaN or Inf.
+        """Quantize experts one by one into `weight`. Raises UserError for a wrong number or shape, NaN or Inf.
 
         Args:
-            values: the stacked tensor, or for each expert the tensors that lie one below the other in it.
+            values: the stacked tensor, or for each expert the tensors to concatenate along the first dimension.
         """
         num_experts, *shape = weight.shape
         values = values[0] if isinstance(values, list) and values and isinstance(values[0], Tensor) else values
@@ -111,8 +111,8 @@ class Quantize4bit(ConversionOps):
 
 
 class Deserialize4bit(Quantize4bit):
-    """One weight's tensors of a bitsandbytes checkpoint in, its codes out; experts that are in 16 bits there, as
-    bitsandbytes leaves them, are quantized."""
+    """Converts one weight's tensors of a bitsandbytes checkpoint to its codes. Experts, which bitsandbytes leaves in
+    16 bits, are quantized."""
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
@@ -124,7 +124,7 @@ class Deserialize4bit(Quantize4bit):
         module, leaf = get_module_from_name(model, full_layer_name)
         weight = dict(weights_of(module)).get(leaf)
         first = min(tensors, key=len)
-        if weight is None and f"{first}.absmax" in tensors:  # in 4 bits there, but the model's code reads the weight
+        if weight is None and f"{first}.absmax" in tensors:  # in 4 bits, but the model's code reads this weight
             suffixed = {key.removeprefix(first): tensor for key, tensor in tensors.items()}
             return {full_layer_name: ops.dequantize_4bit(*from_bnb(full_layer_name, suffixed))}
         if weight is None:
@@ -143,7 +143,7 @@ class Deserialize4bit(Quantize4bit):
         return {full_layer_name: weight.weight}
 
     def set_stored(self, weight: Any, name: str, packed: Tensor, state: QuantState) -> None:
-        """Give `weight` its codes: in memory of its own, or as a page of the checkpoint's file."""
+        """Set the codes of `weight`: a copy in memory, or if paged, segments of the checkpoint's file."""
         if self.paging is None:
             weight.set_weight(packed.clone(), replace(state, absmax=state.absmax.clone()))
         else:
@@ -155,17 +155,17 @@ class Deserialize4bit(Quantize4bit):
 
 
 class Keep(ConversionOps):
-    """The way back of Deserialize4bit: get_state_dict_and_metadata has made a weight's tensors already."""
+    """The inverse of Deserialize4bit. It changes nothing: get_state_dict_and_metadata has made the tensors."""
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         return input_dict
 
 
 def release_file_pages(*tensors: Tensor) -> None:
-    """Let go of the memory that holds tensors' parts of memory-mapped checkpoint files.
+    """Release the memory of tensors that are parts of memory-mapped checkpoint files.
 
-    The pages are the file's, unwritten: who needs them again reads them again. Without this they would count as the
-    process's until the file is closed, the whole checkpoint in 16 bits. Anything but such a mapping is left alone.
+    These pages are unchanged file content, and a later access reads them again. Otherwise they would count as memory of
+    the process until the file is closed: the whole checkpoint in 16 bits. Other tensors are not changed.
     """
     maps = Path("/proc/self/maps")
     if not maps.exists():
@@ -181,7 +181,7 @@ def release_file_pages(*tensors: Tensor) -> None:
 
 
 def check_shape(W: Tensor, expected: tuple[int, ...], name: str) -> None:
-    """Raise UserError unless W has the shape that config.json promises."""
+    """Raise UserError unless W has the shape that follows from config.json."""
     if tuple(W.shape) != expected:
         raise UserError(
             f"the weight must have shape {list(expected)}",

@@ -1,7 +1,7 @@
-"""The documents of a checkpoint that transformers reads: what we need to hold of each before it does.
+"""Checks the JSON documents of a checkpoint before transformers reads them.
 
-transformers takes what it finds in them. A number as text, a temperature of NaN or a model of 10^9 layers then ends in
-an error of its own in the middle of a run, or in no end at all.
+transformers does not check their values. A number as text or a temperature of NaN would then raise transformers' own
+error in the middle of a run, and the construction of a model of 10^9 layers would not end.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from onecard.documents import Foreign, brief, children, hold, read_object
 from onecard.errors import UserError, printable
 
-MAX_COUNT = 100_000  # of layers or experts; classes make lists of so many before a tensor is asked for
+MAX_COUNT = 100_000  # of layers or experts; classes make lists of this length before they make tensors
 COUNTS = re.compile(r"layer|expert|blocks|depth|num_labels", re.IGNORECASE)
-LEAST_TEMPERATURE = 1e-6  # logits over less are more than a float32 holds
-FAR_MORE = 8  # times what a checkpoint holds
-SMALL = (1 << 24, 1000)  # weights and tensors that no model is too many with
+LEAST_TEMPERATURE = 1e-6  # logits divided by less overflow float32
+FAR_MORE = 8  # factor over what the checkpoint holds
+SMALL = (1 << 24, 1000)  # weights and tensors that are always allowed
 Size = Annotated[int, Field(ge=0)]
-TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 stands for none in some
+TokenId = Annotated[int, Field(ge=-1, lt=1 << 31)]  # -1 means none in some models
 TokenIds = TokenId | list[TokenId] | None
 Token = str | dict[str, Any] | None
 
 
 class GenerationDocument(Foreign):
-    """What we read of generation_config.json, and of an older config.json that says the same."""
+    """The fields that we check in generation_config.json, and in an older config.json that has them."""
 
     eos_token_id: TokenIds = None
     bos_token_id: TokenIds = None
@@ -61,7 +61,7 @@ class Quantization(Foreign):
 
 
 class ModelDocument(GenerationDocument):
-    """What we read of config.json before transformers does."""
+    """The fields that we check in config.json before transformers reads it."""
 
     model_type: str = Field(min_length=1)
     architectures: list[str] | None = None
@@ -78,7 +78,7 @@ class ModelDocument(GenerationDocument):
 
 
 def counts_of(content: Any) -> Iterator[tuple[str, int | float]]:
-    """The numbers of layers, experts and the like that a config.json holds, those of its parts too."""
+    """Yield the counts of layers, experts and similar parts in a config.json and its nested configs."""
     for key, value in content.items() if isinstance(content, dict) else ():
         if isinstance(value, dict):
             yield from counts_of(value)
@@ -87,7 +87,7 @@ def counts_of(content: Any) -> Iterator[tuple[str, int | float]]:
 
 
 class TokenDocument(Foreign):
-    """A document of tokens. The tokenizers library prints the keys of a token that it does not know."""
+    """A document of tokens. Its keys must be printable: the tokenizers library prints keys that it does not know."""
 
     @model_validator(mode="before")
     @classmethod
@@ -103,7 +103,7 @@ class TokenDocument(Foreign):
 
 
 class TokenizerDocument(TokenDocument):
-    """What we know of tokenizer_config.json; transformers reads it."""
+    """The fields that we check in tokenizer_config.json before transformers reads it."""
 
     tokenizer_class: str | None = None
     model_max_length: Annotated[float, AllowInfNan(True)] | None = Field(None, gt=0)
@@ -122,7 +122,7 @@ class TokenizerDocument(TokenDocument):
 
 
 def read_model_document(folder: Path) -> dict[str, Any]:
-    """config.json. Raises UserError for what is none of a model."""
+    """Read and check config.json. Raises UserError if it is not a model's."""
     path, do = folder / "config.json", "write it with transformers' save_pretrained"
     config = read_object(path, missing=do, infinities=True)  # mamba2's time_step_limit is infinite
     hold(ModelDocument, config, str(path))
@@ -130,13 +130,13 @@ def read_model_document(folder: Path) -> dict[str, Any]:
 
 
 def read_generation_document(folder: Path) -> GenerationDocument:
-    """generation_config.json, which may be missing. Raises UserError."""
+    """Read and check generation_config.json, which may be missing. Raises UserError."""
     path, do = folder / "generation_config.json", "correct or remove it"
     return hold(GenerationDocument, read_object(path, do) if path.is_file() else {}, str(path), do)
 
 
 def read_tokenizer_document(folder: Path) -> TokenizerDocument:
-    """tokenizer_config.json, which may be missing as may special_tokens_map.json beside it. Raises UserError."""
+    """Read tokenizer_config.json and check the tokenizer's files, all of which may be missing. Raises UserError."""
     path, special = folder / "tokenizer_config.json", folder / "special_tokens_map.json"
     hold(TokenDocument, read_object(special) if special.is_file() else {}, str(special))
     check_added_tokens(folder / "tokenizer.json")
@@ -144,10 +144,10 @@ def read_tokenizer_document(folder: Path) -> TokenizerDocument:
 
 
 def check_added_tokens(path: Path) -> None:
-    """Raise UserError for added tokens with keys that must not be printed; the rest is the tokenizers library's."""
+    """Raise UserError for added tokens with unprintable keys. The tokenizers library checks the rest."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # which the library tells, where it reads the file at all
+    except (OSError, ValueError, RecursionError):  # the library reports it, if it reads the file
         return
     added = content.get("added_tokens") if isinstance(content, dict) else None
     if isinstance(added, list):
@@ -156,9 +156,9 @@ def check_added_tokens(path: Path) -> None:
 
 @contextmanager
 def far_more_refused(known: tuple[int, int] | None, where: str) -> Iterator[None]:
-    """Inside, a model may get some times the weights and tensors that are `known` of its checkpoint, and no more.
+    """Limit a model that the body builds to FAR_MORE times the checkpoint's weights and tensors (`known`), plus SMALL.
 
-    What is missing is told by name later. Here the building of a model ends that would take hours, or all memory.
+    This stops the construction of a model that would take hours or all memory. A later check names missing tensors.
     """
     if known is None:
         yield

@@ -1,4 +1,4 @@
-"""Where a checkpoint has the stacked weights of its experts: in tensors of each expert's own, or in one."""
+"""Finds a checkpoint's tensors of stacked expert weights: separate tensors for each expert, or one for all."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from transformers.core_model_loading import (
 
 @dataclass(frozen=True)
 class Place:
-    """A checkpoint tensor's part of a stacked weight.
+    """The part of a stacked weight that a checkpoint tensor holds.
 
     Attributes:
         stack: the stacked weight's name in transformers' model.
-        expert: whose; None where the tensor is the whole stack.
-        part, num_parts: which of the tensors of that expert, that lie one below the other.
+        expert: the expert's number. None: the tensor is the whole stack.
+        part, num_parts: index and count among that expert's tensors, which are concatenated.
     """
 
     stack: str
@@ -35,7 +35,7 @@ class Place:
 
 
 def expert_places(model: Any, stacks: Iterable[str], names: Iterable[str]) -> dict[str, Place]:
-    """The tensors among a checkpoint's `names` that make up `stacks`, experts in their order."""
+    """Return the tensors among a checkpoint's `names` that form `stacks`, with experts in their order."""
     conversions, known = get_model_conversion_mapping(model), set(stacks)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [c for c in conversions if isinstance(c, WeightConverter) and only_stacks(c.operations)]
@@ -54,13 +54,13 @@ def expert_places(model: Any, stacks: Iterable[str], names: Iterable[str]) -> di
 
 
 def only_stacks(operations: list[Any]) -> bool:
-    """Whether a converter does no more than put experts' tensors one below the other, and experts into a stack."""
+    """Whether a converter only concatenates the tensors of each expert and stacks the experts."""
     kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
     return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 class GatherExperts(ConversionOps):
-    """In place of transformers' stacking: leaves every expert's tensors where they are, a tuple for each expert."""
+    """Replaces transformers' stacking: it returns a tuple of tensors for each expert, without a copy."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any

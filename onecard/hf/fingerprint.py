@@ -1,4 +1,4 @@
-"""The bits of a loaded base: the tensors that it computes with, and a hash over them."""
+"""A hash of a loaded base: of all tensors that it computes with."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onecard.paging.weights import SLICE_ROWS, PagedEmbedding, PagedHead
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """sha256 over a loaded base as it computes, paged or not: codes, scales and the tensors beside them."""
+    """Return sha256 of a loaded base, paged or not: of codes, scales and all other tensors."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         for key, tensor in held_tensors(module):
@@ -24,7 +24,7 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def held_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """A module's own tensors, brought in where they are paged; an embedding in pieces."""
+    """Yield a module's own tensors; paged ones are paged in, and an embedding is in pieces."""
     stored = dict(weights_of(module))
     for name, weight in stored.items():
         packed, state = weight.stored()
@@ -43,5 +43,5 @@ def held_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """A tensor's bytes without a copy where it lies in host memory."""
+    """Return a tensor's bytes, without a copy if it is contiguous in host memory."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,8 +1,8 @@
-"""RMSNorm, gated MLP, rotary attention and the decoder layer around them on fused operators.
+"""RMSNorm, gated MLP, rotary attention and their decoder layer with fused operators.
 
-A module that looks like one of these may get a subclass of its own class. The subclass takes the fused operators where
-it can and else calls its own class's forward. Arguments pass through by the names that they come with, because
-transformers renames and adds arguments from release to release. fusion.py decides which modules get one.
+A module with the structure of one of these may get a subclass of its own class. The subclass uses the fused operators
+if it can, and otherwise calls its own class's forward. It passes arguments on by their names, because transformers
+renames and adds arguments from release to release. fusion.py decides which modules get a subclass.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from onecard.kernels import elementwise
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
-NUMBERS = {"layer_idx", "training"}  # in which modules of a kind may differ
+NUMBERS = {"layer_idx", "training"}  # attributes in which modules of one kind may differ
 SETTING = (bool, int, float, str, type(None))
 
 
 class Fused:
-    """Mixed into a module's own class. `ready` gives the arguments of `fused`, or None where the call needs the class's
+    """A mixin for a module's own class. `ready` returns the arguments of `fused`, or None if the call needs the class's
     own forward."""
 
     enabled: ClassVar[bool] = True  # see unfused()
     own: ClassVar[type[nn.Module]]
-    names: ClassVar[tuple[str, ...]]  # arguments that the class's own forward names
+    names: ClassVar[tuple[str, ...]]  # argument names of the class's own forward
 
     ready: Callable[..., tuple | None]
     fused: Callable[..., Any]
@@ -42,7 +42,7 @@ class Fused:
 
 
 class FusedRMSNorm(Fused):
-    """y = weight * (x / sqrt(mean(x^2) + eps)), the mean in float32; a weight that learns takes the own code."""
+    """y = weight * (x / sqrt(mean(x^2) + eps)), the mean in float32. A trainable weight is not fused."""
 
     def takes(self: Any, x: Tensor) -> bool:
         return Fused.enabled and not self.weight.requires_grad and elementwise.supports_norm(x, self.weight)
@@ -68,10 +68,10 @@ class FusedGatedMLP(Fused):
 
 
 class FusedAttention(Fused):
-    """The class's forward with the rotary positions of q and k as one operator."""
+    """The class's forward, with one operator for the rotary positions of q and k."""
 
-    passes: ClassVar[frozenset[str]] = frozenset()  # what the class hands to the interface beside the usual
-    cache_kwargs: ClassVar[bool | None] = None  # whether it hands them to the cache, too; None: no cache was tried
+    passes: ClassVar[frozenset[str]] = frozenset()  # other arguments that the class passes to the interface
+    cache_kwargs: ClassVar[bool | None] = None  # whether it passes kwargs to the cache; None: not tested
 
     def ready(self: Any, *args: Any, **kwargs: Any) -> tuple | None:
         given = dict(zip(self.names, args)) | kwargs
@@ -110,7 +110,7 @@ class FusedAttention(Fused):
         return self.o_proj(y.reshape(*shape[:-2], -1)), weights
 
     def settings(self: Any) -> dict[str, Any]:
-        """What every call hands to the interface, by the families' names for it."""
+        """Return the arguments that every call passes to the interface, by the families' names."""
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         known = {"sliding_window": window, "softcap": getattr(self, "attn_logit_softcapping", None)}
         dropout = self.attention_dropout if self.training else 0.0
@@ -118,7 +118,7 @@ class FusedAttention(Fused):
 
 
 class FusedLayer(Fused):
-    """The class's forward with each sum and the norm behind it in one pass."""
+    """The class's forward, with each residual sum and the norm after it in one pass."""
 
     def ready(self: Any, *args: Any, **kwargs: Any) -> tuple | None:
         given = dict(zip(self.names, args)) | kwargs
@@ -132,14 +132,14 @@ class FusedLayer(Fused):
         y, _ = self.self_attn(hidden_states=y, **kwargs)
         x, y = elementwise.residual_norm(x, y, second.weight, second.variance_epsilon)
         y = self.mlp(y)
-        return y.add_(x) if isinstance(self.mlp, FusedGatedMLP) else x + y  # in place: a product's result, kept by none
+        return y.add_(x) if isinstance(self.mlp, FusedGatedMLP) else x + y  # in place: nothing else keeps y
 
 
-KINDS = (FusedRMSNorm, FusedGatedMLP, FusedAttention, FusedLayer)  # parts before what they are parts of
+KINDS = (FusedRMSNorm, FusedGatedMLP, FusedAttention, FusedLayer)  # parts before the modules that contain them
 
 
 def counterpart(module: nn.Module) -> type[Fused] | None:
-    """The fused form that a module may have, by its parts and parameters alone."""
+    """Return the fused form that a module may have, judged by its children and parameters only."""
     children = dict(module.named_children()).keys()
     parameters = dict(module.named_parameters(recurse=False)).keys()
     if isinstance(module, Fused):
@@ -154,7 +154,7 @@ def counterpart(module: nn.Module) -> type[Fused] | None:
 
 
 def kind_of(module: nn.Module) -> tuple:
-    """What modules of a kind share: class, parts' classes, shapes, and settings such as a window."""
+    """Return what modules of one kind share: class, children's classes, shapes, and settings such as a window."""
     settings = {k: v for k, v in vars(module).items() if k not in NUMBERS and isinstance(v, SETTING)}
     return (
         type(module),
@@ -165,7 +165,7 @@ def kind_of(module: nn.Module) -> tuple:
 
 
 def unfuse(model: nn.Module) -> None:
-    """Give every fused module its own class again."""
+    """Restore the own class of every fused module."""
     for module in model.modules():
         own: Any = getattr(type(module), "own", None) if isinstance(module, Fused) else None
         if own is not None:
@@ -174,7 +174,7 @@ def unfuse(model: nn.Module) -> None:
 
 @contextmanager
 def unfused() -> Iterator[None]:
-    """Inside, every fused module runs its own class's forward."""
+    """Make every fused module run its own class's forward in the body."""
     before, Fused.enabled = Fused.enabled, False
     try:
         yield
@@ -183,7 +183,7 @@ def unfused() -> Iterator[None]:
 
 
 def fused_class(own: type[nn.Module], form: type[Fused]) -> type[Fused]:
-    """A class between a fused form and a module's own class."""
+    """Return a class that inherits from a fused form and a module's own class."""
     names = [
         name
         for name, parameter in inspect.signature(own.forward).parameters.items()

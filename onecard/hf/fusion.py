@@ -1,9 +1,9 @@
-"""Which modules of a loaded model take their fused form: decided by what both compute.
+"""Selects the modules of a loaded model to replace with their fused form, by a comparison of their results.
 
-The loaded model reads a few tokens: a prompt without a cache, packed documents, and a prompt and one token more with
-a cache. The calls of one module of each kind are recorded. A kind is fused only if the fused code ran on each of these
+The loaded model reads a few tokens: a prompt without a cache, packed documents, and a prompt and one more token with a
+cache. The calls of one module of each kind are recorded. A kind is fused only if the fused code ran on each of these
 calls and agrees with the module's own forward: in the whole output, in the gradient of the input, and for an attention
-in all that it hands to the attention interface and to the cache.
+in everything that it passes to the attention interface and to the cache.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from onecard.hf.fused import (
     unfused,
 )
 
-ROUNDINGS = 4  # of the compute dtype, relative in the Euclidean norm, by which a fused module may differ;
-SENSITIVITY = 2  # and this many times what one rounding of the input changes in the module's own output,
-MOST_SENSITIVE = 0.05  # of the output's size at most
-SCALES = (1.0, 2.0**-6)  # of the input; behind a small one a layer's sum can't hide what was added to it
+ROUNDINGS = 4  # allowed relative difference of a fused module in the Euclidean norm, in eps of its dtype,
+SENSITIVITY = 2  # plus this many times the change of the module's own output by one rounding of the input,
+MOST_SENSITIVE = 0.05  # a term of at most this size
+SCALES = (1.0, 2.0**-6)  # of the input; with a small one, a layer's residual sum can't hide an error in what is added
 
 
 def fuse(model: nn.Module) -> dict[str, str]:
-    """Give a loaded model's norms, MLPs, attentions and layers their fused form where that changes nothing.
+    """Replace a loaded model's norms, MLPs, attentions and layers with their fused form if the results agree.
 
     Returns:
-        for each class that looked alike and stays as it is, why.
+        the reason for each class that has the structure of a fused form but is not replaced.
     """
     kinds: dict[tuple, list[nn.Module]] = {}
     for module in model.modules():
@@ -81,7 +81,7 @@ def is_tested() -> bool:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Inside, no parameter learns and no module drops out: the fused forms are for what is frozen."""
+    """Freeze all parameters and disable dropout in the body: the fused forms are for frozen modules."""
     learning = [p for p in model.parameters() if p.requires_grad]
     training = [module for module in model.modules() if module.training]
     for parameter in learning:
@@ -107,24 +107,24 @@ class Call:
     cached: bool
 
     def copy(self) -> tuple[tuple, dict[str, Any]]:
-        """Arguments that may be changed."""
+        """Copy the arguments, so that the call may change them."""
         return tuple(map(own_copy, self.args)), {key: own_copy(value) for key, value in self.kwargs.items()}
 
 
 def own_copy(value: Any) -> Any:
-    """A tensor or a cache of its own; other values as they are."""
+    """Copy a tensor or a cache; return another value unchanged."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     return copy.deepcopy(value) if isinstance(value, Cache) else value
 
 
 class AllCalled(Exception):
-    """Every module that is to be recorded was called."""
+    """Every module to record was called."""
 
 
 @dataclass
 class Recorder:
-    """Hooks that note the calls of some modules, and end the model's forward after the last of them."""
+    """Hooks that record the calls of some modules, and stop the model's forward after the last of these modules."""
 
     modules: list[nn.Module]
     calls: dict[nn.Module, list[Call]] = field(default_factory=dict)
@@ -151,10 +151,10 @@ class Recorder:
 
 @torch.no_grad()
 def record_calls(model: Any, modules: list[nn.Module]) -> tuple[dict[nn.Module, list[Call]], str]:
-    """The calls of `modules` while the model reads a few tokens in each of the ways that it is used in.
+    """Record the calls of `modules` while the model reads a few tokens in each way in which it is used.
 
     Returns:
-        calls by module, and why the model could not read them, if it could not.
+        calls by module, and the reason if the model could not read the tokens, else "".
     """
     recorder = Recorder(modules)
     hooks = [module.register_forward_pre_hook(recorder.before, with_kwargs=True) for module in modules]
@@ -168,7 +168,7 @@ def record_calls(model: Any, modules: list[nn.Module]) -> tuple[dict[nn.Module, 
 
 
 def read_tokens(model: Any, recorder: Recorder) -> str:
-    """Without a cache, as packed documents, and with a cache; why the first failed, if it did."""
+    """Read without a cache, as packed documents, and with a cache. Return why the first way failed, or ""."""
     embedding = model.get_input_embeddings()
     size = model.config.get_text_config().vocab_size
     ids = torch.randint(size, (1, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
@@ -194,7 +194,7 @@ def read_tokens(model: Any, recorder: Recorder) -> str:
 
 
 def keep_if_it_runs(recorder: Recorder, *forwards: Callable[[], Any]) -> None:
-    """Record forwards; of a way that the untouched model can't take, nothing is kept."""
+    """Record forwards. If the unchanged model fails on one, discard these records."""
     before = {module: list(calls) for module, calls in recorder.calls.items()}
     try:
         for forward in forwards:
@@ -205,7 +205,7 @@ def keep_if_it_runs(recorder: Recorder, *forwards: Callable[[], Any]) -> None:
 
 
 class RecordedCache(DynamicCache):
-    """A cache that notes what it was handed beside keys, values and the layer's number."""
+    """A cache that records the arguments of each update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):  # type: ignore[override]
         PROBED.append(((key_states, value_states), {"args": args, **kwargs}))
@@ -217,7 +217,7 @@ PROBED: list[tuple[tuple[Tensor, ...], dict[str, Any]]] = []
 
 
 def probe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **settings: Any):
-    """An attention that only notes what it was called with."""
+    """An attention that only records its arguments."""
     PROBED.append(((q, k, v), settings | {"mask": mask}))
     return torch.zeros((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), dtype=q.dtype, device=q.device), None
 
@@ -227,7 +227,7 @@ NOT_CALLED = "the model did not call it"
 
 
 def differs(module: nn.Module, cls: Any, calls: list[Call], model: Any) -> str | None:
-    """Why a module must not take its fused class; None if both computed the same on every call."""
+    """Return why a module must not get its fused class, or None if both computed the same on every call."""
     if not calls:
         return NOT_CALLED
     is_attention, eager = issubclass(cls, FusedAttention), model.config._attn_implementation == "eager"
@@ -242,13 +242,13 @@ def differs(module: nn.Module, cls: Any, calls: list[Call], model: Any) -> str |
                 if why := gap(module, cls, call):
                     return why
             compared += 1
-    except Exception as error:  # it wants something else
+    except Exception as error:  # it needs something else
         return f"{type(error).__name__} in its fused form"
     return None if compared else "its fused code never runs"
 
 
 def hands_on_otherwise(module: nn.Module, cls: Any, call: Call, model: Any) -> str | None:
-    """Let the class hand on what the module's own forward does; why that is not possible."""
+    """Set the class to pass on what the module's own forward passes on. Return why that is not possible, or None."""
     with use_attention(model, PROBE):
         own = handed_on(module, call)
         settings = own[-1][1]
@@ -267,7 +267,7 @@ def hands_on_otherwise(module: nn.Module, cls: Any, call: Call, model: Any) -> s
 
 @torch.no_grad()
 def handed_on(module: nn.Module, call: Call) -> list[tuple[tuple[Tensor, ...], dict[str, Any]]]:
-    """What a call hands to the cache and to the attention interface, in order."""
+    """Return what a call passes to the cache and to the attention interface, in order."""
     PROBED.clear()
     try:
         run(module, *call.copy())
@@ -277,7 +277,7 @@ def handed_on(module: nn.Module, call: Call) -> list[tuple[tuple[Tensor, ...], d
 
 
 def comparable(value: Any) -> Any:
-    """A setting as plain values, so that == compares what it holds."""
+    """Convert a setting to plain values, so that == compares its content."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, dict):
@@ -287,7 +287,7 @@ def comparable(value: Any) -> Any:
 
 @contextmanager
 def wearing(module: nn.Module, cls: Any) -> Iterator[None]:
-    """Inside, the module is of another class."""
+    """Give the module another class in the body."""
     own, module.__class__ = module.__class__, cls
     try:
         yield
@@ -296,7 +296,7 @@ def wearing(module: nn.Module, cls: Any) -> Iterator[None]:
 
 
 def run(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """A call without hooks; of a fused module its fused code, which must take the call."""
+    """Call a module without hooks. A fused module must run its fused code."""
     if not isinstance(module, Fused):
         return module.forward(*args, **kwargs)
     ready = module.ready(*args, **kwargs)
@@ -306,7 +306,7 @@ def run(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 
 
 def gap(module: nn.Module, cls: Any, call: Call) -> str | None:
-    """Why output or gradient of a module and its fused class are not alike."""
+    """Return why the output or gradient of the fused class does not agree with the module's own, or None."""
     for scale in SCALES:
         with unfused():
             expected = results(module, call, scale)
@@ -322,10 +322,10 @@ def gap(module: nn.Module, cls: Any, call: Call) -> str | None:
 
 
 def results(module: nn.Module, call: Call, scale: float, rounding: bool = False) -> list[Tensor]:
-    """A call's output and, without a cache, the gradient of its first tensor under a random cotangent.
+    """Return a call's output and, without a cache, the gradient of its first tensor for a random cotangent.
 
     Args:
-        scale: of the first tensor; a power of two, so that nothing is rounded.
+        scale: factor of the first tensor; a power of two, so that nothing is rounded.
         rounding: moves the first tensor by one rounding of its dtype, up or down at random.
     """
     args, kwargs = call.copy()
@@ -352,10 +352,10 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def agree(found: Tensor, expected: Tensor, moved: Tensor | None = None) -> bool:
-    """Whether two tensors are of one dtype and shape and differ by no more than roundings can.
+    """Whether two tensors have one dtype and shape and differ by no more than rounding can explain.
 
     Args:
-        moved: the expected tensor after one rounding of the input, which may change much where the module is steep.
+        moved: the expected tensor after one rounding of the input, which can change much if the module is steep.
     """
     if found.dtype != expected.dtype or found.shape != expected.shape:
         return False

@@ -1,4 +1,4 @@
-"""load_model: a checkpoint folder in, a frozen 4-bit model out, one tensor at a time."""
+"""load_model: loads a checkpoint folder as a frozen 4-bit model, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float
 SUSPICIOUS_ZEROS = 1 << 16
 STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
-OTHER_WEIGHTS = ("*/*.safetensors", "consolidated*")  # the same again for other programs; a hub's * crosses folders
+OTHER_WEIGHTS = ("*/*.safetensors", "consolidated*")  # duplicates for other programs; a hub's * also matches /
 
 
 def load_model(
@@ -51,22 +51,22 @@ def load_model(
     """Load a causal language model with its linears in 4 bits.
 
     Args:
-        model: checkpoint folder, or a hub id where a network is. Its linears are in 16 or 32 bits, or in
+        model: checkpoint folder, or a hub id if there is a network. Its linears are in 16 or 32 bits, or in
             bitsandbytes' 4-bit format.
-        quant_type, blocksize, double_quant: as in quantize_4bit. A 4-bit checkpoint keeps its own.
-        compute_dtype: dtype that weights are dequantized to. "auto" is bfloat16 where the device multiplies it
+        quant_type, blocksize, double_quant: same as in quantize_4bit. A 4-bit checkpoint keeps its own.
+        compute_dtype: dtype that weights are dequantized to. "auto" is bfloat16 if the device multiplies it
             natively, else float16 on GPUs and float32 on CPUs.
         device: "auto", "cpu", "cuda" or "cuda:N".
         weights_budget: bytes of the base that may be on the device at a time. None: all of it.
-        page_folder: folder for a 16-bit checkpoint's codes where weights_budget is given, in a file that vanishes
-            with the process. None: the user's cache.
+        page_folder: folder for a 16-bit checkpoint's codes if weights_budget is given. Their file is deleted when the
+            process ends. None: the user's cache.
 
     Returns:
-        transformers' own model, frozen, in eval mode. Codes are uint8. Embeddings and head have the narrower of the
-        checkpoint's dtype and the compute dtype.
+        transformers' model, frozen, in eval mode. Codes are uint8. Embeddings and head have the narrower dtype of the
+        checkpoint's and the compute dtype.
 
     Raises:
-        UserError: damaged, incomplete or pickle-only checkpoint, with the file and the tensor.
+        UserError: a damaged, incomplete or pickle-only checkpoint, with the file and the tensor.
     """
     fields = {"quant_type": quant_type, "blocksize": blocksize, "double_quant": double_quant}
     checked = make_config(QuantConfig, fields, "load_model")
@@ -93,7 +93,7 @@ def load_model(
 def load_paged(
     checkpoint: Checkpoint, config: BitsAndBytesConfig, device: torch.device, dtype: torch.dtype, base: PagedBase
 ) -> PreTrainedModel:
-    """from_pretrained with every linear's weight going to `base` as it comes."""
+    """Same as from_pretrained, but move every 4-bit weight to `base` when it is loaded."""
     files = {file: file.open("rb") for file in checkpoint.files}
     base.open += files.values()
     places = {
@@ -112,7 +112,7 @@ def load_paged(
         stored = TORCH_DTYPES.get(info.dtype) if info else None
         if stored is not None:
             found.append((places[name], stored))
-        else:  # the checkpoint calls it otherwise
+        else:  # the checkpoint has another name for it
             found.append((base.write(module.weight), module.weight.dtype))
         release_file_pages(module.weight)
     base.start(model, dtype, *found)
@@ -120,12 +120,12 @@ def load_paged(
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a name is none of a file or folder and looks like ORG/ID."""
+    """Whether a name looks like ORG/ID and is not a file or folder."""
     return not Path(model).expanduser().exists() and model.count("/") == 1 and not model.startswith((".", "/", "~"))
 
 
 def find_checkpoint(model: str, weights: bool = True) -> Path:
-    """The folder of a checkpoint; of a hub id's, safetensors (if `weights`), config and tokenizer are fetched."""
+    """Return a checkpoint's folder. For a hub id, download safetensors (if `weights`), config and tokenizer."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -145,7 +145,7 @@ def find_checkpoint(model: str, weights: bool = True) -> Path:
 def from_pretrained(
     checkpoint: Checkpoint, config: BitsAndBytesConfig, device: torch.device, compute_dtype: torch.dtype
 ) -> PreTrainedModel:
-    """transformers' load with every complaint of its report turned into an error."""
+    """Load with transformers, and raise an error for every problem in its report."""
     folder = checkpoint.folder
     stored = stored_dtype(folder)
     narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
@@ -162,12 +162,12 @@ def from_pretrained(
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # so that they are in the report, by name
+                ignore_mismatched_sizes=True,  # so that the report names them
                 output_loading_info=True,
             )
     except (UserError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # of transformers, for what its config holds
+    except Exception as error:  # from transformers, about a value of the config
         raise bad_config(error, str(folder / "config.json")) from error
     model, report = loaded
     model.name_or_path = model.config._name_or_path = str(folder)
@@ -178,27 +178,27 @@ def from_pretrained(
 
 
 def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[str, Any]:
-    """from_pretrained's arguments for a checkpoint that is to be quantized, or for one that is."""
+    """Return from_pretrained's arguments for a checkpoint to quantize, or for a quantized one."""
     if not checkpoint.is_4bit:
         return {"quantization_config": config}
     stored = checkpoint.config["quantization_config"]
     config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
-    config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # experts' in 16 bits are as its linears
+    config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # 16-bit experts get the type of its linears
     config.bnb_4bit_use_double_quant = stored.get("bnb_4bit_use_double_quant", False)
     model_config = read_config(checkpoint.folder)
     fields = {key: value for key, value in vars(config).items() if key != "load_in_4bit"}
-    model_config.quantization_config = fields  # with that key, transformers would take it for bitsandbytes' own
+    model_config.quantization_config = fields  # with that key, transformers would use bitsandbytes' quantizer
     return {"config": model_config}
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype that config.json says the checkpoint has; float32 where it says nothing."""
+    """Return the checkpoint's dtype as config.json states it, or float32 if it states none."""
     dtype = read_config(folder).dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
 def check_generation_config(folder: Path) -> None:
-    """Raise UserError for a generation_config.json that transformers would leave out, or break off the load for."""
+    """Raise UserError for a generation_config.json that transformers would ignore or fail to load."""
     path = folder / "generation_config.json"
     try:
         GenerationConfig.from_pretrained(folder) if path.is_file() else None
@@ -208,7 +208,7 @@ def check_generation_config(folder: Path) -> None:
 
 
 def warn_of_zeros(checkpoint: Checkpoint) -> None:
-    """Warn where a file ends in zeros, as one does whose download was cut off after its space was reserved."""
+    """Warn if a file ends in zeros. An interrupted download whose space was reserved looks like this."""
     for file in checkpoint.files:
         zeros = zeros_at_end(file)
         if zeros >= SUSPICIOUS_ZEROS:
@@ -236,14 +236,14 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
 
 
 def told(entry: Any) -> str:
-    """An entry of the report; a mismatch is (name, shape found, shape expected)."""
+    """Format an entry of the report. A mismatch is (name, shape found, shape expected)."""
     if isinstance(entry, tuple) and len(entry) == 3:
         return f"{entry[0]} {list(entry[1])} instead of {list(entry[2])}"
     return str(entry)
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Compute in a wider dtype than embeddings and head are stored in: cast the small parameters, hook the large."""
+    """Compute in a wider dtype than the stored one: cast all small parameters, and the embedding's output by a hook."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     large = {id(embedding.weight)} | ({id(head.weight)} if head is not None else set())
     for parameter in model.parameters():
@@ -253,7 +253,7 @@ def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def resize_vocabulary(model: Any, num_tokens: int) -> None:
-    """transformers' resize, whose new embedding and head have neither our hook nor our class: both are put on again."""
+    """Resize with transformers. The new embedding and head lack our hook and class; set both again."""
     dtype = next(module.compute_dtype for module in model.modules() if isinstance(module, Linear4bit))
     model.resize_token_embeddings(num_tokens, mean_resizing=False)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -264,7 +264,7 @@ def resize_vocabulary(model: Any, num_tokens: int) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto" is the first GPU, or the CPU."""
+    """Return the device. "auto" is the first GPU, or the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -279,7 +279,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where it is native, else float16 on GPUs and float32 on CPUs."""
+    """Return the compute dtype. "auto" is bfloat16 if it is native, else float16 on GPUs and float32 on CPUs."""
     if dtype != "auto":
         return as_dtype(dtype)
     if device.type == "cuda":
@@ -288,9 +288,9 @@ def pick_compute_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.
 
 
 def fix_date(tokenizer: Any, date: datetime.date) -> None:
-    """Let the tokenizer's chat templates write `date` wherever they ask for today's.
+    """Make the tokenizer's chat templates write `date` instead of today's date.
 
-    A run that is resumed on another day must see the tokens that it began with.
+    A run that resumes on another day must have the same tokens as before.
     """
 
     def write(call: re.Match[str]) -> str:
@@ -304,17 +304,17 @@ def fix_date(tokenizer: Any, date: datetime.date) -> None:
 
 
 def tokenizer_folder(checkpoint: Path, adapter: str | Path | None) -> Path:
-    """Where the tokenizer lies: in a trained adapter's folder if it holds one, as with added tokens."""
+    """Return the tokenizer's folder: the adapter's if it has a tokenizer (for added tokens), else the checkpoint's."""
     names = ("tokenizer_config.json", "tokenizer.json")
     own = adapter is not None and any((Path(adapter) / name).is_file() for name in names)
     return Path(adapter) if own and adapter is not None else checkpoint
 
 
 def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
-    """The adapter's tokenizer, or else the checkpoint's. Raises UserError where there is none that works."""
+    """Load the adapter's tokenizer, or else the checkpoint's. Raises UserError if none works."""
     folder = tokenizer_folder(find_checkpoint(model, weights=False), adapter)
     read_tokenizer_document(folder)
-    if (folder / "config.json").is_file():  # which transformers may look into
+    if (folder / "config.json").is_file():  # transformers may read it
         read_model_document(folder)
     must, do = "the checkpoint folder must hold a tokenizer", "copy its tokenizer files there"
     with tokenizing(must, do, str(folder)):
@@ -325,10 +325,10 @@ def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
 
 @contextmanager
 def tokenizing(must: str, do: str, where: str) -> Iterator[None]:
-    """Inside, what a tokenizer cannot do raises UserError.
+    """Raise UserError if a tokenizer fails in the body.
 
-    Its library is in Rust: what it does not expect of a tokenizer.json ends in a panic, which is no Exception, as the
-    file is read or later, as a text meets it.
+    The tokenizers library is in Rust. An unexpected tokenizer.json causes a panic, which is not an Exception, when the
+    file is read or later, when a text is tokenized.
     """
     try:
         yield

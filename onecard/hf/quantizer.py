@@ -1,9 +1,9 @@
 """The transformers quantizer: from_pretrained(..., quantization_config=onecard.BitsAndBytesConfig(...)).
 
-transformers builds the model on the meta device, asks us to put Linear4bit where its linears are, then reads the
-checkpoint tensor by tensor; each linear's weight passes through `Quantize4bit` and its 16-bit form is dropped
-before the next is read. Experts become Experts4bit and are quantized one by one, whether the checkpoint has them in
-tensors of their own or stacked, and whether its linears are in 16 bits or, by bitsandbytes, in 4.
+transformers builds the model on the meta device. We replace its linears with Linear4bit. transformers then reads the
+checkpoint tensor by tensor. `Quantize4bit` quantizes each linear's weight, and its 16-bit form is freed before the next
+is read. Experts become Experts4bit and are quantized one by one. The checkpoint may store them separately or stacked,
+and its linears may be in 16 bits or in bitsandbytes' 4 bits.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ METHOD = "onecard"
 
 
 class BitsAndBytesConfig(QuantizationConfigMixin):
-    """transformers' BitsAndBytesConfig for 4 bits, computed by onecard; the arguments and defaults are its own.
+    """transformers' BitsAndBytesConfig for 4 bits, computed by onecard. Arguments and defaults are the same.
 
     Args:
         load_in_4bit: must be True; 8-bit loading is not offered.
-        bnb_4bit_quant_type: "fp4" (the default there, too), "nf4" or "int4".
-        bnb_4bit_use_double_quant: keep the scales in 8 bits.
-        bnb_4bit_compute_dtype: dtype or its name; what a weight is dequantized to. None: float32.
+        bnb_4bit_quant_type: "fp4" (also transformers' default), "nf4" or "int4".
+        bnb_4bit_use_double_quant: store the scales in 8 bits.
+        bnb_4bit_compute_dtype: dtype, or its name, that weights are dequantized to. None: float32.
         bnb_4bit_quant_storage: must be uint8.
-        bnb_4bit_blocksize: weights a scale; onecard's addition.
+        bnb_4bit_blocksize: weights that share a scale; onecard's addition.
         llm_int8_skip_modules: names of modules that stay in 16 bits; None: the output head.
     """
 
@@ -83,9 +83,9 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         self.llm_int8_skip_modules = llm_int8_skip_modules
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json says of a checkpoint in 4 bits: bitsandbytes' own fields, so that it reads ours.
+        """Return a 4-bit checkpoint's entry in config.json: bitsandbytes' fields, so that it can read our checkpoints.
 
-        The blocksize is not among them; each weight's own tensors tell it.
+        The blocksize is not a field; it is in each weight's quant_state.
         """
         return {
             "quant_method": "bitsandbytes",
@@ -100,7 +100,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A float compute dtype from itself or its name."""
+    """Return a compute dtype from itself or its name. Raises UserError for another dtype."""
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError("the compute dtype must be float32, bfloat16 or float16", repr(dtype), "pass one of them")
@@ -108,7 +108,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 class OnecardQuantizer(HfQuantizer):
-    """Puts Linear4bit in place of a model's linears and quantizes their weights as they are read."""
+    """Replaces a model's linears with Linear4bit and quantizes their weights when they are read."""
 
     requires_calibration = False
 
@@ -117,7 +117,7 @@ class OnecardQuantizer(HfQuantizer):
         self.transposed: set[str] = set()
         self.errors: list[UserError] = []
         self.shapes: dict[str, torch.Size] = {}  # of the parameters that stay in 16 bits
-        self.stacks: list[str] = []  # weights of the model's experts, by the ends of their names
+        self.stacks: list[str] = []  # weights of the model's experts, by the end of their names
 
     @property
     def quantized_element_size(self) -> float:
@@ -131,10 +131,10 @@ class OnecardQuantizer(HfQuantizer):
         return True
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What save_pretrained writes: each linear, and experts' stack, as bitsandbytes' tensors, all else as it is.
+        """Return what save_pretrained writes: linears and stacks as bitsandbytes' tensors, other tensors unchanged.
 
         Raises:
-            UserError: int4, which that format lacks; a paged base, which is in no memory.
+            UserError: int4, which that format does not have; a paged base, which is not in memory.
         """
         tensors = model.state_dict()
         for path, module in model.named_modules():
@@ -159,14 +159,14 @@ class OnecardQuantizer(HfQuantizer):
         return Quantize4bit(self)
 
     def get_weight_conversions(self) -> list[Any]:
-        """What reads the linears of a bitsandbytes checkpoint."""
+        """Return the converters that read the linears of a bitsandbytes checkpoint."""
         names = [f"weight{NOT_MORE}", *(f"weight.{key}" for key in BNB_KEYS)]
         return [WeightConverter(names, "weight", [Deserialize4bit(self)])] if self.pre_quantized else []
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
-        """Experts come one by one: where transformers would stack them, and where linears are in 4 bits already.
+        """Make experts load one by one, also if transformers would stack them or the linears are already in 4 bits.
 
-        transformers hands its model over since 5.21; `stacks` are those of the one whose weights load.
+        transformers passes its model since 5.21. `stacks` are those of the model whose weights load.
         """
         stacks, updated = self.stacks, []
         for converter in weight_conversions:
@@ -203,7 +203,7 @@ class OnecardQuantizer(HfQuantizer):
                 in_features, out_features = out_features, in_features
             has_bias = module.bias is not None
             linear = Linear4bit(in_features, out_features, has_bias, config.bnb_4bit_compute_dtype, "meta")
-            # Until it is set: transformers before 5.21 casts what it reads to the dtype that it finds here.
+            # Until set_weight: transformers before 5.21 casts what it reads to the dtype of this parameter.
             linear.weight = nn.Parameter(linear.weight.to(module.weight.dtype), requires_grad=False)
             model.set_submodule(name, linear.train(module.training))
         named = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts4bit)]
@@ -217,20 +217,20 @@ class OnecardQuantizer(HfQuantizer):
             raise self.errors[0]
         check_loaded(model)
         for name, tensor in model.named_parameters():
-            if name in self.shapes:  # which transformers before 5.21 looks at without a quantizer only
+            if name in self.shapes:  # transformers before 5.21 checks it only without a quantizer
                 check_shape(tensor, tuple(self.shapes[name]), name)
         kept = [c for c in getattr(model, "_weight_conversions", ()) if not is_experts(c)]
-        model._weight_conversions = kept  # type: ignore[assignment]  # save_pretrained goes back through them
+        model._weight_conversions = kept  # type: ignore[assignment]  # save_pretrained inverts them
         self.tell_how_stored(model)
         fuse(model)
         head = model.get_output_embeddings()
         if type(head) is nn.Linear:
             model.set_output_embeddings(Head(head))
-        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate ask for it
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft and accelerate read it
         return model
 
     def tell_how_stored(self, model: PreTrainedModel) -> None:
-        """A checkpoint in 4 bits keeps its own type, blocks and nesting: let the model's config say so."""
+        """Write the type, blocksize and nesting of the loaded weights, which a 4-bit checkpoint sets, to the config."""
         state = next((m.loaded_state for m in model.modules() if isinstance(m, Linear4bit)), None)
         if state is not None:
             config: Any = self.quantization_config
@@ -243,7 +243,7 @@ register_quantizer(METHOD)(OnecardQuantizer)
 
 
 def is_experts(converter: Any) -> bool:
-    """Whether a converter is one that `update_weight_conversions` made for experts, whose stacks stay stacks."""
+    """Whether `update_weight_conversions` made a converter for experts, which are saved as stacks."""
     operations = getattr(converter, "operations", ())
     return any(isinstance(operation, GatherExperts) for operation in operations) or (
         any(isinstance(operation, Quantize4bit) for operation in operations) and converter.target_patterns != ["weight"]
@@ -267,7 +267,7 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, slab: int = 1 << 22) -> None:
-    """Raise UserError naming the first NaN or Inf of a tensor; takes a few MiB of extra memory."""
+    """Raise UserError that names the first NaN or Inf of a tensor. It needs a few MiB of extra memory."""
     for number, piece in enumerate(tensor.detach().reshape(-1).split(slab)):
         finite = torch.isfinite(piece)
         if not finite.all():

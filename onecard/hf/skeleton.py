@@ -1,4 +1,4 @@
-"""A model without weights: its modules on the meta device, and how a checkpoint stores each of its parameters."""
+"""A model without weights: its modules on the meta device, and the checkpoint's form of each parameter."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Model:
     """A model's modules, and the bytes of each stored value."""
 
     modules: Any  # transformers' model on the meta device
-    itemsize: dict[str, int]  # of a parameter as stored; 2 where it is not named
+    itemsize: dict[str, int]  # of a parameter as stored; 2 if it is not named
     stored: dict[str, str] = field(default_factory=dict)  # the checkpoint's name of each parameter that it holds
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
-        """The linears that 4 bits take, by their weight's name."""
+        """The linears to quantize, by their weight's name."""
         found = linears_of(self.modules)
         turned = {name: Linear(m.nx, m.nf, device="meta") for name, m in found.items() if isinstance(m, Conv1D)}
         return {f"{name}.weight": module for name, module in (found | turned).items()}
@@ -46,12 +46,12 @@ class Model:
 
     @cached_property
     def quantized(self) -> dict[str, Any]:
-        """All that 4 bits take."""
+        """All linears and stacks to quantize, by their weight's name."""
         return {**self.linears, **self.stacks}
 
     def unmerged(self, checkpoint: Checkpoint) -> str | None:
-        """What 4 bits take that the checkpoint does not hold by itself, as a weight of the model or as experts'
-        matrices: transformers makes it from other tensors, so an update has no place to go to."""
+        """Return a weight to quantize that the checkpoint stores neither as such nor as experts' matrices, or None.
+        transformers makes it from other tensors, so the checkpoint has no tensor for its update."""
         places = expert_places(self.modules, self.stacks, checkpoint.tensors) if self.stacks else {}
         there = {*self.stored, *(place.stack for place in places.values())}
         return next(iter(sorted(set(self.quantized) - there)), None)
@@ -89,14 +89,15 @@ class Model:
 
 
 def read_model(checkpoint: Checkpoint) -> Model:
-    """A checkpoint's model from its config and headers."""
+    """Make a checkpoint's Model from its config and headers."""
     sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
     where = str(checkpoint.folder / "config.json")
     return named(meta_model(read_config(checkpoint.folder), where, checkpoint), sizes)
 
 
 def named(modules: Any, sizes: dict[str, int]) -> Model:
-    """A model whose checkpoint holds values of these bytes, by tensor; what it makes of several has the usual size."""
+    """Make a Model. `sizes` has the bytes of each stored value, by the checkpoint's tensor. A parameter that
+    transformers makes from several tensors has the most frequent size."""
     stored = stored_names(modules, sizes)
     plain = [size for name, size in sizes.items() if size > 1 and name.rpartition(".")[2] not in BNB_KEYS]
     usual = Counter(plain).most_common(1)
@@ -105,10 +106,10 @@ def named(modules: Any, sizes: dict[str, int]) -> Model:
 
 
 def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None) -> Any:
-    """transformers' model of a config without weights.
+    """Build transformers' model of a config without weights.
 
     Args:
-        checkpoint: whose config it is.
+        checkpoint: the checkpoint of the config. It limits the size of the model.
 
     Raises:
         UserError: the config contradicts itself, or describes far more than the checkpoint holds.
@@ -124,7 +125,7 @@ def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None) ->
 
 
 def read_config(folder: Path) -> Any:
-    """transformers' config of a checkpoint; a model that needs code of its own is refused, not asked about."""
+    """Read a checkpoint's config with transformers. A model that needs its own code is refused without a question."""
     read_model_document(folder)
     where = str(folder / "config.json")
     try:
@@ -136,7 +137,7 @@ def read_config(folder: Path) -> Any:
 
 
 def check_text(config: Any, where: str) -> None:
-    """Raise UserError for a multimodal checkpoint that transformers has no causal language model for as a whole."""
+    """Raise UserError if transformers has no causal language model for the whole of a multimodal checkpoint."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if config.get_text_config() is not config and getattr(kind, "config_class", None) is not type(config):
         found = f"{config.model_type}, a checkpoint of text and other parts"

@@ -1,4 +1,4 @@
-"""Experts' stacked weights as the plan sees them: linears of many matrices."""
+"""Experts' stacked weights as the plan counts them: linears of many matrices."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Stack:
 
     Attributes:
         weight: (E, N, K), or (E, K, N) if `is_transposed`.
-        in_features, out_features: of all its experts together, so that rank r learns r (in + out) weights as for a
-            linear.
+        in_features, out_features: sums over all its experts, so that LoRA of rank r has r (in + out) weights, the same
+            as for a linear.
     """
 
     weight: Tensor
@@ -39,7 +39,7 @@ class Stack:
 
 
 def stacks_of(modules: Any) -> dict[str, Stack]:
-    """The stacked weights that 4 bits take, by name, of transformers' model on the meta device."""
+    """Return the stacked weights to quantize of transformers' model on the meta device, by name."""
     named, beside = modules.named_modules(), beside_text(modules)
     found = [(path, m) for path, m in named if are_stacked_experts(m) and should_convert_module(path, beside)]
     return {

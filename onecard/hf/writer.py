@@ -1,4 +1,4 @@
-"""A safetensors file written piece by piece: its tensors are never in memory together."""
+"""Writes a safetensors file piece by piece, so that its tensors are never in memory together."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ STEP_BYTES = 1 << 24
 
 
 class TensorFile:
-    """Shapes and dtypes first, then each tensor's values, in pieces, in any order of the tensors."""
+    """A safetensors file: first shapes and dtypes, then the values of each tensor, in pieces, tensors in any order."""
 
     def __init__(self, path: Path, tensors: dict[str, tuple[str, tuple[int, ...]]]):
         """Write the header.
 
         Args:
-            tensors: name -> (dtype as safetensors spells it, shape); wider dtypes come first in the file, so that
-                every tensor is aligned.
+            tensors: name -> (dtype as safetensors spells it, shape). Wider dtypes are first in the file, so that every
+                tensor is aligned.
         """
         ordered = sorted(tensors.items(), key=lambda item: -DTYPE_BITS[item[1][0]])
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -45,7 +45,7 @@ class TensorFile:
         self.base = 8 + len(raw)
 
     def append(self, name: str, piece: Tensor | bytes) -> None:
-        """The next values of a tensor, in its dtype."""
+        """Write the next values of a tensor, in its dtype."""
         if isinstance(piece, Tensor):
             piece = piece.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         assert self.next[name] + len(piece) <= self.end[name], f"{name} is longer than its header says"
@@ -55,14 +55,14 @@ class TensorFile:
         self.next[name] += len(piece)
 
     def copy(self, name: str, info: TensorInfo) -> None:
-        """All of a tensor, from another file."""
+        """Copy a whole tensor from another file."""
         with about(info.file), info.file.open("rb") as source:
             source.seek(info.begin)
             for at in range(0, info.nbytes, STEP_BYTES):
                 self.append(name, source.read(min(STEP_BYTES, info.nbytes - at)))
 
     def close(self) -> None:
-        """Sync the file to the disk; every tensor must be whole."""
+        """Sync the file to the disk and close it. Every tensor must be complete."""
         short = [name for name in self.next if self.next[name] != self.end[name]]
         assert not short, f"{short[0]} is shorter than its header says"
         with about(self.path):
