@@ -1,4 +1,4 @@
-// AVX-512 with BF16 and AMX: avx512.inl, with products in bfloat16 on tiles.
+// AVX-512 with BF16 and AMX: avx512.inl, with bfloat16 products on tiles.
 #include "kernels.h"
 
 #if defined(ONECARD_HAS_AMX)

@@ -1,11 +1,11 @@
-// qlora_linear on AMX tiles: a panel of 32 of the weight's columns (rows in the forward) is decoded from its codes into a
-// buffer that stays in the second-level cache, in B's order, and meets all tokens there. No 16-bit weight is written to
-// memory. The LoRA term is one more stretch of the depth, in the same float32 sums, so y and dx are rounded once.
+// qlora_linear on AMX tiles. A panel of 32 of the weight's columns (rows in the forward) is decoded from its codes into
+// a buffer that stays in the second-level cache, in B's order. There it is multiplied with all tokens. No 16-bit weight
+// is written to memory. The LoRA term extends the depth of the same float32 sums, so y and dx are rounded once.
 
-// Panels [begin, end) of C = A B; decode(panel, panels, step, count, out) makes squares of B, [panel][step], and
-// finish(panel, panels, c) takes C when it is whole: rows of 32 floats, panels kPanel apart. A, up to kTall squares, is packed
-// already, or (words null) a stretch at a time from the rows of x (M, columns): each thread for itself, for a depth whose
-// copy would be large.
+// Computes panels [begin, end) of C = A B. decode(panel, panels, step, count, out) makes squares of B, [panel][step],
+// and finish(panel, panels, c) receives the complete C: rows of 32 floats, panels kPanel apart. A, up to kTall squares,
+// is already packed, or (words null) each thread packs one stretch of the depth at a time from the rows of x (M,
+// columns), because a copy of the whole depth would be large.
 template <class Decode, class Finish>
 void multiply_panels(const Rows& a, const BFloat16* x, int64_t M, int64_t begin, int64_t end, const Decode& decode,
                      const Finish& finish) {
@@ -34,7 +34,7 @@ void multiply_panels(const Rows& a, const BFloat16* x, int64_t M, int64_t begin,
     }
 }
 
-// Up to 32 rows of x, columns k to k + 32, as a square of B whose depth they are.
+// Packs up to 32 rows of x, columns k to k + 32, into a square of B. The rows are its depth.
 inline void zip_square(const BFloat16* x, int64_t rows, int64_t stride, int64_t k, Word* out) {
     auto row = [&](int64_t r) {
         return r < rows ? split(_mm512_loadu_si512(x + r * stride + k)) : _mm512_setzero_si512();
@@ -42,7 +42,7 @@ inline void zip_square(const BFloat16* x, int64_t rows, int64_t stride, int64_t 
     for (int64_t r = 0; r < 32; r += 2, out += 16) store_zipped(row(r), row(r + 1), out);
 }
 
-// A square of A, 32 rows of 32 values, transposed into another.
+// Transposes a square of A, 32 rows of 32 values, into another.
 inline void transpose_square(const Word* from, Word* out) {
     alignas(64) Word zipped[kSquare];
     for (int64_t i = 0; i < 16; ++i) {
@@ -56,15 +56,15 @@ inline void transpose_square(const Word* from, Word* out) {
     }
 }
 
-// A float32 square as bfloat16, in A's order.
+// Converts a float32 square to bfloat16, in A's order.
 inline void round_square(const float* c, Word* out) {
     for (int64_t r = 0; r < 32; ++r, c += 32, out += 16) {
         _mm512_store_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + 16), _mm512_loadu_ps(c)));
     }
 }
 
-// C to rows of bfloat16, aligned to 64 bytes, with a bias if there is one; written past the caches, since to read the
-// lines first would take longer than to multiply.
+// Writes C to rows of bfloat16, aligned to 64 bytes, with a bias if there is one. The stores bypass the caches, because
+// to read the lines first would take longer than the product.
 struct Rounded {
     BFloat16* out;
     const float* bias;
@@ -87,13 +87,13 @@ struct Rounded {
     }
 };
 
-thread_local Buffer linear_memory;  // of the thread that calls; its helpers share it
+thread_local Buffer linear_memory;  // of the calling thread; its helper threads share it
 
 void forward_slice(const Weight& w, const Linear& l, int num_threads) {
     int64_t M = l.M, N = l.N, K = l.K, R = l.R, tall = squares(M), steps = K / 32, ranks = squares(R);
     bool separate = R && l.x_lora != l.x;
     Word* words = linear_memory.words((tall * (steps + ranks) + ranks * steps + (separate ? tall * steps : 0)) * kSquare);
-    Rows x{words, tall, steps + ranks};  // and x_lora A^T behind it
+    Rows x{words, tall, steps + ranks};  // and x_lora A^T after it
     Word* A = words + tall * (steps + ranks) * kSquare;
     Rows seen = separate ? Rows{A + ranks * steps * kSquare, tall, steps} : x;
     parallel_for(ranks * steps, 64, num_threads, [&](int64_t begin, int64_t end) {
@@ -134,16 +134,16 @@ void forward_slice(const Weight& w, const Linear& l, int num_threads) {
     });
 }
 
-// grad_A and grad_B are added to if `add`.
+// If `add`, adds to grad_A and grad_B.
 void backward_slice(const Weight& w, const Linear& l, bool add, int num_threads) {
     int64_t M = l.M, N = l.N, K = l.K, R = l.R, tall = squares(M), steps = N / 32, ranks = squares(R);
     const BFloat16 *grad = static_cast<const BFloat16*>(l.grad_y), *seen = static_cast<const BFloat16*>(l.x_lora);
-    bool large = R == 0 && tall * steps * kSquare > kLargeCopy;  // a head's logits
+    bool large = R == 0 && tall * steps * kSquare > kLargeCopy;  // for a head's logits
     Word* words = large ? nullptr : linear_memory.words((tall * (steps + 3 * ranks) + ranks * steps) * kSquare);
     Word *gBT = words + tall * (steps + ranks) * kSquare, *xAT = gBT + tall * ranks * kSquare,
          *B = xAT + tall * ranks * kSquare;
     bool joined = l.grad_x_lora == nullptr;
-    Rows g{words, tall, joined ? steps + ranks : steps};  // and g B behind it, in one sum or in one of its own
+    Rows g{words, tall, joined ? steps + ranks : steps};  // and g B after it, in the same sum or its own
     Rows gB = joined ? g : Rows{words + tall * steps * kSquare, tall, ranks};
     int64_t first = joined ? steps : 0;
     parallel_for(ranks * steps, 64, num_threads, [&](int64_t begin, int64_t end) {
@@ -185,7 +185,7 @@ void backward_slice(const Weight& w, const Linear& l, bool add, int num_threads)
     auto decode_only = [&](int64_t panel, int64_t panels, int64_t step, int64_t count, Word* out) {
         for (int64_t p = 0; p < panels; ++p) decode_lora((panel + p) * 32, step, count, out + p * count * kSquare);
     };
-    // Panels of small^T big, small^T (R, M) as squares of A and big (M, columns): take(r, column, c) gets 32 x 32.
+    // Panels of small^T big: small^T (R, M) as squares of A, big (M, columns). take(r, column, c) receives 32 x 32.
     auto reduce = [&](const Word* small, const BFloat16* big, int64_t columns, Range panels, const auto& take) {
         thread_local Buffer memory;
         Word* b = memory.words(tall * kSquare);
@@ -229,7 +229,7 @@ void backward_slice(const Weight& w, const Linear& l, bool add, int num_threads)
     });
 }
 
-// Rows m and on of a linear, as many as are copied at a time.
+// Returns the part of a linear from row m, with as many rows as are copied at a time.
 inline Linear slice(const Linear& l, int64_t m) {
     Linear part = l;
     part.M = std::min(kTiledRows, l.M - m);

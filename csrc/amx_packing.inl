@@ -1,13 +1,13 @@
-// Operands of products on AMX tiles: how they lie in memory, and how codes, rows and gradients get there.
+// Operands of products on AMX tiles: their order in memory, and the packing of codes, rows and gradients.
 //
-// Everything goes in squares of 32 x 32: 32 rows or columns, and 32 values of the depth, a step. An operand A is stored
-// [32 rows][step][2 tiles], an operand B [32 columns][step][2 tiles]; kSquare words hold either's square.
+// Operands consist of squares of 32 x 32: 32 rows or columns by one step, 32 values of the depth. An operand A is
+// stored as [32 rows][step][2 tiles], an operand B as [32 columns][step][2 tiles]. A square has kSquare words.
 
 constexpr int64_t kSquare = 512, kTile = 256;
-constexpr int64_t kDepth = 20;  // steps of a panel that are multiplied together: 40 KB, which the first-level cache holds
+constexpr int64_t kDepth = 20;  // steps of a panel that are multiplied together: 40 KB, to fit in the first-level cache
 constexpr int64_t kPair = 2;    // panels that are decoded together: a block of 64 weights has one look-up table
-// Squares of A and panels of C that are worked on together: 640 KB of A and 1 MB of sums, which the second-level cache
-// holds.
+// Squares of A and panels of C that are processed together: 640 KB of A and 1 MB of sums, to fit in the second-level
+// cache.
 constexpr int64_t kTall = kTiledRows / 32, kWide = 16;
 constexpr int64_t kPanel = kTall * 1024;          // sums of a panel
 constexpr int64_t kLargeCopy = int64_t{2} << 20;  // words of A that are not copied whole
@@ -64,7 +64,7 @@ inline void multiply_squares(const Word* a, const Word* b, int64_t steps, float*
     _tile_stored(3, c + 528, 128);
 }
 
-// Sixteen rows of sixteen words, transposed.
+// Transposes sixteen rows of sixteen words.
 inline void transpose(__m512i (&r)[16]) {
     __m512i t[16];
     for (int i = 0; i < 16; i += 2) {
@@ -91,7 +91,7 @@ inline void transpose(__m512i (&r)[16]) {
     }
 }
 
-// Up to 32 values as bfloat16, times a factor; what lies beyond n is zero.
+// Loads up to 32 values as bfloat16, times a factor. Values beyond n are zero.
 inline __m512i load_values(const BFloat16* x, int64_t n) {
     return _mm512_maskz_loadu_epi16(n >= 32 ? ~__mmask32{0} : (__mmask32{1} << n) - 1, x);
 }
@@ -119,22 +119,22 @@ inline __m512i load_values(const void* x, Dtype dtype, int64_t first, int64_t n,
     return (__m512i)_mm512_cvtne2ps_pbh(_mm512_mul_ps(b, by), _mm512_mul_ps(a, by));
 }
 
-// Rows 2 i and 2 i + 1 of a square, zipped into row i of B's two tiles; given in the order of `split`.
+// Interleaves rows 2 i and 2 i + 1 of a square into row i of B's two tiles. The rows have the order of `split`.
 inline void store_zipped(__m512i even, __m512i odd, Word* out) {
     _mm512_store_si512(out, _mm512_unpacklo_epi16(even, odd));
     _mm512_store_si512(out + kTile, _mm512_unpackhi_epi16(even, odd));
 }
 
-// The order that makes zipping within 128 bits give columns 0 to 15 and 16 to 31.
+// With this order, interleaving within 128 bits results in columns 0 to 15 and 16 to 31.
 inline __m512i split(__m512i row) { return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), row); }
 
-// Sixteen rows, transposed word by word into half a square of B.
+// Transposes sixteen rows, word by word, into half a square of B.
 inline void store_transposed(__m512i (&rows)[16], Word* out) {
     transpose(rows);
     for (int i = 0; i < 16; ++i) _mm512_store_si512(out + 16 * i, rows[i]);
 }
 
-// A square of B from rows and columns of x (rows, columns) on, times a factor and zero beyond its ends: its transpose,
+// Packs a square of x (rows, columns), transposed, into a square of B, times a factor and zero beyond the ends of x.
 inline void transpose_values(const void* x, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int64_t column,
                              float factor, Word* out) {
     for (int64_t half = 0; half < 2; ++half, row += 16, out += kTile) {
@@ -147,7 +147,7 @@ inline void transpose_values(const void* x, Dtype dtype, int64_t rows, int64_t c
     }
 }
 
-// or itself.
+// The same, not transposed.
 inline void zip_values(const void* x, Dtype dtype, int64_t rows, int64_t columns, int64_t row, int64_t column,
                        float factor, Word* out) {
     auto values = [&](int64_t i) {
@@ -156,7 +156,7 @@ inline void zip_values(const void* x, Dtype dtype, int64_t rows, int64_t columns
     for (int64_t i = row; i < row + 32; i += 2, out += 16) store_zipped(values(i), values(i + 1), out);
 }
 
-// Reads 32 weights of a row at a time, with a look-up table a row that is made again where the row enters a block.
+// Reads 32 weights of a row at a time. Each row has a look-up table, which is made again when the row enters a block.
 struct Reader {
     const Weight& w;
     __m512i levels[16];
@@ -176,7 +176,7 @@ struct Reader {
     __m128i bytes(int64_t first) const {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.packed + first / 2));
     }
-    // Weights first to first + 32; `begin` where the one before them was not read.
+    // Reads weights first to first + 32; `begin` if the weight before them was not read.
     __m512i read(int row, int64_t first, bool begin) {
         if (w.dense) return _mm512_loadu_si512(w.dense + first);
         enter(row, first, begin);
@@ -191,7 +191,7 @@ struct Reader {
     }
 };
 
-// W^T as B: rows n to n + 32 of W, `count` steps of K from k on.
+// Decodes W^T as B: rows n to n + 32 of W, `count` steps of K from k.
 inline void decode_transposed(const Weight& w, int64_t K, int64_t n, int64_t k, int64_t count, Word* out) {
     Reader reader{w, {}};
     for (int64_t half = 0; half < 2; ++half, n += 16, out += kTile) {
@@ -203,7 +203,7 @@ inline void decode_transposed(const Weight& w, int64_t K, int64_t n, int64_t k, 
     }
 }
 
-// W as B: `count` steps of N from row n on, `panels` times 32 columns from k on, `stride` words apart.
+// Decodes W as B: `count` steps of N from row n, `panels` times 32 columns from k, `stride` words apart.
 inline void decode_zipped(const Weight& w, int64_t K, int64_t n, int64_t count, int64_t k, int64_t panels, Word* out,
                           int64_t stride) {
     Reader reader{w, {}};
@@ -218,12 +218,12 @@ inline void decode_zipped(const Weight& w, int64_t K, int64_t n, int64_t count, 
     }
 }
 
-// Operand A: squares of rows, each `steps` deep. A stretch of the depth lies together for all rows, so that what is
-// multiplied in turn is contiguous and spreads over the sets of the cache.
+// Operand A: squares of rows, each `steps` deep. A stretch of the depth is contiguous for all rows, so that consecutive
+// products read contiguous memory, which is spread over the sets of the cache.
 struct Rows {
     Word* words;
     int64_t num_squares, steps;
-    int64_t depth = stretch(steps);  // of a stretch, but for a shorter last one
+    int64_t depth = stretch(steps);  // of a stretch; the last one may be shorter
 
     static int64_t stretch(int64_t steps) {
         int64_t stretches = (steps + kDepth - 1) / kDepth;
@@ -242,14 +242,14 @@ inline void multiply_rows(const Rows& a, int64_t i, int64_t steps, const Word* b
     }
 }
 
-// Rows of x (M, depth) of square i, step s, as a square of A.
+// Packs the rows of x (M, depth) of square i, step s, into a square of A.
 inline void pack_square(const BFloat16* x, int64_t M, int64_t depth, int64_t i, int64_t s, Word* out) {
     for (int64_t m = i * 32; m < i * 32 + 32; ++m, out += 16) {
         _mm512_store_si512(out, m < M ? _mm512_loadu_si512(x + m * depth + 32 * s) : _mm512_setzero_si512());
     }
 }
 
-// All steps of those rows.
+// Packs all steps of these rows.
 inline void pack_rows(const BFloat16* x, int64_t M, int64_t depth, int64_t i, const Rows& a) {
     for (int64_t s = 0; s < depth / 32; ++s) pack_square(x, M, depth, i, s, a.square(i, s));
 }

@@ -1,5 +1,5 @@
-// Products on AMX: a tile is 16 rows of 64 bytes, and one instruction adds to a tile C of 16 x 16 float32 the product of
-// A, 16 rows of 16 words, and B, 16 rows of 16 words; a word is two bfloat16 that follow each other along the depth.
+// Products on AMX. A tile is 16 rows of 64 bytes. One instruction adds the product of A and B, 16 rows of 16 words
+// each, to a tile C of 16 x 16 float32. A word is two bfloat16 that are neighbours along the depth.
 
 struct alignas(64) TileConfig {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -7,7 +7,7 @@ struct alignas(64) TileConfig {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// All eight tiles at their full size while it lives. The fence keeps the compiler from moving stores past tile loads.
+// Configures all eight tiles at full size. The fence stops the compiler from moving stores past tile loads.
 struct Tiles {
     Tiles() {
         TileConfig config;
@@ -49,7 +49,7 @@ inline void multiply_tiles(const Word* a, int64_t a_row, const Word* b, int64_t 
     if (R > 1 && S > 1) _tile_stored(3, c + 16 * c_row + 16, c_row * 4);
 }
 
-// What bf16.inl's attention multiplies with; rows and columns are multiples of 16.
+// The products of bf16.inl's attention. Rows and columns are multiples of 16.
 inline void multiply_words(const Word* a, int64_t a_row, const Word* b, int64_t b_row, float* c, int64_t c_row,
                            int64_t rows, int64_t columns, int64_t depth, bool add) {
     for (int64_t r = 0; r < rows; r += 32) {

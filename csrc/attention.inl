@@ -1,6 +1,6 @@
-// Causal attention of one head over one document, forward and backward, in blocks of 64 queries by 64 keys with the
-// softmax kept running (FlashAttention, arXiv 2205.14135); everything between the loads and stores is float32.
-// Included after blocks.inl; an instruction set's Isa also has
+// Causal attention of one head over one document, forward and backward, in blocks of 64 queries by 64 keys with a
+// running softmax (FlashAttention, arXiv 2205.14135). All values between the loads and stores are float32.
+// Included after blocks.inl. An instruction set's Isa also has
 //     V, kLanes, set1, load(float*), store, add, mul, max, fmadd, exp, reduce_add, reduce_max
 //     kColumns                                    registers of columns in a tile of `multiply_add`
 
@@ -8,7 +8,7 @@ constexpr int64_t kBlock = 64;
 
 inline int64_t round_up(int64_t n) { return (n + kBlock - 1) / kBlock * kBlock; }
 
-// C[4][C lanes] (+)= A[4][depth] B[depth][C lanes]; A's strides are free, so that it can stand for its transpose.
+// C[4][C lanes] (+)= A[4][depth] B[depth][C lanes]. A's strides are free, so that A can be a transpose.
 template <int C>
 inline void multiply_add_tile(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
                               int64_t c_row, int64_t depth, bool add) {
@@ -46,7 +46,7 @@ inline void multiply_add(const float* a, int64_t a_row, int64_t a_column, const 
     }
 }
 
-// Rows [0, n) of x (row stride `stride`) as float32 times factor, rows [n, padded) zero.
+// Loads rows [0, n) of x (row stride `stride`) as float32 times factor. Rows [n, padded) are zero.
 template <class T>
 void load_rows(const T* x, int64_t stride, int64_t n, int64_t padded, int64_t D, float factor, float* out) {
     for (int64_t i = 0; i < n; ++i) {
@@ -70,7 +70,7 @@ struct Range {
     int64_t low, high;
 };
 
-// The keys of block `first` that query i sees: itself, and those before it within the window.
+// Returns the keys of block `first` that query i sees: key i and the keys before it within the window.
 inline Range visible(const Attention& a, int64_t i, int64_t first) {
     int64_t low = a.window > 0 ? i - a.window + 1 - first : 0;
     return {std::min(std::max<int64_t>(low, 0), kBlock), std::min(std::max<int64_t>(i - first + 1, 0), kBlock)};
@@ -80,7 +80,7 @@ inline int64_t first_block(const Attention& a, int64_t query) {
     return a.window > 0 ? std::max<int64_t>(query - a.window + 1, 0) / kBlock * kBlock : 0;
 }
 
-// exp(x - shift) in place over a row of 64 scores, zero outside the range; returns the sum.
+// Replaces a row of 64 scores with exp(x - shift), zero outside the range. Returns the sum.
 inline float exponentials(float* x, Range range, float shift) {
     typename Isa::V sum = Isa::set1(0.0f), minus = Isa::set1(-shift);
     for (int64_t j = 0; j < kBlock; j += Isa::kLanes) {
@@ -96,7 +96,7 @@ inline void scale_row(float* x, int64_t n, float factor) {
     for (int64_t d = 0; d < n; d += Isa::kLanes) Isa::store(x + d, Isa::mul(Isa::load(x + d), Isa::set1(factor)));
 }
 
-// One step of a row's running softmax: scores times factor become exponentials, what was summed before is rescaled.
+// One step of a row's running softmax: scores times factor become exponentials, and the earlier sums are rescaled.
 inline void softmax_row(float* row, Range range, float factor, float& most, float& sum, float* out, int64_t D) {
     if (factor != 1.0f) scale_row(row, kBlock, factor);
     std::fill(row, row + range.low, -INFINITY);
@@ -184,7 +184,7 @@ void attention_backward_typed(const Attention& a, int64_t head, int64_t start, i
                 }
             }
             multiply_add(P, 1, kBlock, dO, D, dV + j * D, D, kBlock, D, rows4, true);
-            multiply_add(dS, 1, kBlock, Q, D, dK + j * D, D, kBlock, D, rows4, true);  // Q holds the scale
+            multiply_add(dS, 1, kBlock, Q, D, dK + j * D, D, kBlock, D, rows4, true);  // Q includes the scale
             multiply_add(dS, kBlock, 1, K + j * D, D, dQ, D, rows4, D, kBlock, true);
         }
         for (int64_t r = 0; r < rows; ++r) {

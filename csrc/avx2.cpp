@@ -1,4 +1,4 @@
-// AVX2 with FMA and F16C: eight floats a register; a look-up in sixteen entries goes byte by byte of the entry.
+// AVX2 with FMA and F16C: eight floats per register. A look-up in sixteen entries is one for each byte of an entry.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
 
@@ -45,7 +45,7 @@ struct Isa {
         store(lanes, v);
         return *std::max_element(lanes, lanes + 8);
     }
-    // As in avx512.inl; what would be below the smallest normal number is 0, and from 2^128 on infinite.
+    // Same as in avx512.inl. A result below the smallest normal number is 0, and from 2^128 it is infinite.
     static V exp(V x) {
         V t = mul(x, set1(1.44269504f)), small = _mm256_cmp_ps(t, set1(-126.0f), _CMP_LT_OQ);
         t = _mm256_min_ps(set1(128.0f), max(set1(-126.0f), t));  // NaN is their second operand
@@ -74,7 +74,7 @@ struct Isa {
         return largest;
     }
 
-    // How many of the fifteen bounds lie below each value.
+    // Counts how many of the fifteen bounds are below each value.
     static __m256i intervals(__m256 scaled, const float* bounds) {
         __m256i found = _mm256_setzero_si256();
         for (int i = 0; i < 15; ++i) {
@@ -98,7 +98,7 @@ struct Isa {
         }
     }
 
-    // Entries of B bytes as B tables of sixteen bytes each.
+    // Splits entries of B bytes into B tables of sixteen bytes each.
     template <class T>
     struct Planes {
         __m128i plane[sizeof(T)];

@@ -1,4 +1,4 @@
-// AVX-512: sixteen floats a register, and a look-up in sixteen entries is one instruction. avx512.cpp, avx512_bf16.cpp
+// AVX-512: sixteen floats per register; a look-up in sixteen entries is one instruction. avx512.cpp, avx512_bf16.cpp
 // and amx.cpp compile this file, each for its instruction set.
 #if defined(__x86_64__) || defined(_M_X64)
 #include <immintrin.h>
@@ -83,7 +83,7 @@ struct Isa {
         return _mm512_reduce_max_epu32(most);
     }
 
-    // How many of the fifteen bounds lie below each value: four steps of a binary search in one register.
+    // Counts how many of the fifteen bounds are below each value: four steps of a binary search in one register.
     static __m512i intervals(__m512 scaled, __m512 bounds) {
         __m512i found = _mm512_setzero_si512();
         for (int step = 8; step > 0; step /= 2) {
@@ -130,8 +130,8 @@ struct Isa {
     }
     static void store_as(float* x, V v) { _mm512_storeu_ps(x, v); }
 
-    // The table is in the register twice, so that the fifth bit of an index does not matter. To `stream` is to write
-    // past the caches, out being aligned to 64 bytes.
+    // The table is in the register twice, so that the fifth bit of an index does not matter. `stream`
+    // bypasses the caches and needs out aligned to 64 bytes.
     template <class T>
     static void decode(const uint8_t* bytes, int64_t n, const float* levels, float scale, T* out, bool stream) {
         __m256i half = narrow(_mm512_mul_ps(_mm512_loadu_ps(levels), _mm512_set1_ps(scale)), T{});
@@ -185,7 +185,7 @@ struct Isa {
             }
 #pragma GCC unroll 8
             for (int j = 0; j < 8; ++j) {
-                if (R * M == 1) {  // the scale can wait until the chunk's sum
+                if (R * M == 1) {  // the scale is applied to the chunk's sum
                     __m512 value = _mm512_permutexvar_ps(_mm512_srli_epi32(words[0], 4 * j), table);
                     part = _mm512_fmadd_ps(value, _mm512_loadu_ps(x + j * 16), part);
                     continue;
@@ -221,7 +221,7 @@ struct Isa {
 
 void dequantize_and_fence(const Weight& w, Dtype dtype, void* out, bool stream, int64_t begin, int64_t end) {
     dequantize(w, dtype, out, stream, begin, end);
-    _mm_sfence();  // streamed stores are seen before what follows
+    _mm_sfence();  // makes streamed stores visible before later stores
 }
 
 }  // namespace

@@ -1,3 +1,3 @@
-// AVX-512 with BF16: avx512.inl, with products and attention in bfloat16 on the dot-product instruction.
+// AVX-512 with BF16: avx512.inl, with the dot-product instruction for bfloat16 products and attention.
 #define ONECARD_AVX512_BF16
 #include "avx512.inl"

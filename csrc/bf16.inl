@@ -1,9 +1,9 @@
-// What the BF16 instructions do faster: the product straight from the codes, and attention, both for bfloat16.
+// Faster versions with BF16 instructions: the product directly from the codes, and attention, both for bfloat16.
 
 // Products of bfloat16 x: 32 codes become 32 levels in one look-up, and vdpbf16ps adds two products to each of sixteen
-// sums. The levels are rounded to bfloat16 and scaled after the sum of a block, so a weight carries one rounding to
-// bfloat16, as it does when it is dequantized. In a chunk of 128 weights nibble j of 16-bit word i is weight
-// 4 i + (j ^ 1); two neighbouring words share a sum, eight weights, of one block.
+// sums. The levels are rounded to bfloat16 and scaled after the sum of a block, so a weight has one rounding to
+// bfloat16, the same as when it is dequantized. In a chunk of 128 weights, nibble j of 16-bit word i is weight
+// 4 i + (j ^ 1). Two neighbouring words, eight weights of one block, share a sum.
 struct Bf16Tile {
     using X = uint16_t;
     static constexpr int kRows = 2;
@@ -68,17 +68,17 @@ void arrange_bf16(const void* x, Dtype dtype, int64_t M, int64_t K, void* out) {
     }
 }
 
-// Attention in bfloat16 on vdpbf16ps, which adds two products of pairs to each float32: the same steps as
-// attention.inl with Q, K, V, dO, P and dS in bfloat16 and every sum in float32.
+// Attention in bfloat16 with vdpbf16ps, which adds two products to each float32. The steps are those of attention.inl,
+// with Q, K, V, dO, P and dS in bfloat16 and every sum in float32.
 //
-// A product C (+)= A B takes A as words of two values that follow each other along the depth, and B as rows of words
-// that pair two depths: so K's and V's rows, transposed word by word, serve Q K^T and dO V^T; two neighbouring rows of
-// P, zipped, serve dV^T = dO^T P without a transposition of P.
+// A product C (+)= A B needs A as words of two values that are neighbours along the depth, and B as rows of words that
+// pair two depths. K's and V's rows, transposed word by word, are B of Q K^T and dO V^T. Two neighbouring rows of P,
+// interleaved, are B of dV^T = dO^T P, without a transposition of P.
 
 using Word = uint32_t;
 
 #if defined(ONECARD_AMX)
-constexpr int64_t kRowTile = 16;  // rows of C that a product makes at once
+constexpr int64_t kRowTile = 16;  // rows of C that a product computes at once
 #include "amx_tiles.inl"
 #include "amx_packing.inl"
 #include "amx_linear.inl"
@@ -120,13 +120,13 @@ inline void multiply_words(const Word* a, int64_t a_row, const Word* b, int64_t 
 }
 #endif
 
-// Rows [0, n) of x as they are, rows [n, padded) zero: (padded, D / 2) words.
+// Copies rows [0, n) of x unchanged, with rows [n, padded) zero: (padded, D / 2) words.
 inline void copy_rows(const BFloat16* x, int64_t stride, int64_t n, int64_t padded, int64_t D, Word* out) {
     for (int64_t i = 0; i < n; ++i) std::memcpy(out + i * D / 2, x + i * stride, static_cast<size_t>(2 * D));
     std::fill(out + n * D / 2, out + padded * D / 2, 0);
 }
 
-// (64, width) words to (width, 64) for each block of 64 rows.
+// Transposes (64, width) words to (width, 64) for each block of 64 rows.
 inline void transpose_words(const Word* rows, int64_t padded, int64_t width, Word* out) {
     for (int64_t block = 0; block < padded; block += kBlock, rows += kBlock * width, out += kBlock * width) {
         for (int64_t i = 0; i < kBlock; i += 16) {
@@ -137,7 +137,7 @@ inline void transpose_words(const Word* rows, int64_t padded, int64_t width, Wor
     }
 }
 
-// Rows 2 i and 2 i + 1, D values each, zipped: (padded / 2, D) words.
+// Interleaves rows 2 i and 2 i + 1, D values each: (padded / 2, D) words.
 inline void zip_rows(const Word* rows, int64_t padded, int64_t D, Word* out) {
     const uint16_t* x = reinterpret_cast<const uint16_t*>(rows);
     for (int64_t i = 0; i < padded; i += 2, out += D) {
@@ -145,7 +145,7 @@ inline void zip_rows(const Word* rows, int64_t padded, int64_t D, Word* out) {
     }
 }
 
-// A block of 64 rows transposed value by value, in words along the rows: (D, 32).
+// Transposes a block of 64 rows value by value, to words along the rows: (D, 32).
 inline void transpose_block(const Word* rows, int64_t D, Word* out) {
     const uint16_t* x = reinterpret_cast<const uint16_t*>(rows);
     for (int64_t i = 0; i < kBlock; i += 2) {
@@ -155,14 +155,14 @@ inline void transpose_block(const Word* rows, int64_t D, Word* out) {
 
 inline __m256i rounded(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// Rows of 64 floats to bfloat16, as they lie.
+// Converts rows of 64 floats to bfloat16, in the same order.
 inline void round_rows(const float* x, int64_t rows, Word* out) {
     for (int64_t i = 0; i < rows * kBlock; i += 16) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i / 2), rounded(_mm512_loadu_ps(x + i)));
     }
 }
 
-// Rows of 64 floats to bfloat16, neighbours zipped: (rows / 2, 64) words.
+// Converts rows of 64 floats to bfloat16 and interleaves neighbours: (rows / 2, 64) words.
 inline void round_zipped(const float* x, int64_t rows, Word* out) {
     for (int64_t r = 0; r < rows; r += 2, out += kBlock) {
         for (int64_t k = 0; k < kBlock; k += 16) {

@@ -1,11 +1,11 @@
 // The loops over blocks, for any instruction set. An instruction set's file includes this inside its own namespace,
-// after it has defined a struct Isa with
+// after it defines a struct Isa with
 //     max_abs_bits(x, n)                          the largest |x| as bits (NaN and Inf are larger than any number)
 //     encode(x, n, inverse, q, out)               n weights, a multiple of 32, to n / 2 bytes
-//     decode(bytes, n, levels, scale, out, stream)   back, n a multiple of 32; to stream is to write past the caches
+//     decode(bytes, n, levels, scale, out, stream)   the inverse, n a multiple of 32; stream bypasses the caches
 //     product_tile<R, M>(w, row, scales, x, K, y, y_stride)   R rows of W against M rows of arranged x
-//     kRows                                       the R that suits its registers
-//     X                                           float, what arranged x is made of
+//     kRows                                       the R that fits its registers
+//     X                                           float, the element type of arranged x
 
 constexpr uint32_t kLargestFinite = 0x7F7FFFFF;
 constexpr float kSmallestAbsmax = 1e-38f;
@@ -23,7 +23,7 @@ inline uint8_t plain_code(float scaled, const Quantization& q) {
     return q.order[interval];
 }
 
-// The last, short block divides by its absmax, as bitsandbytes does; a spare nibble stands for 0.
+// The last, short block divides by its absmax, the same as in bitsandbytes. A spare nibble encodes 0.
 template <class T>
 void encode_tail(const T* x, int64_t n, float absmax, const Quantization& q, uint8_t* out) {
     for (int64_t i = 0; i < n; i += 2) {
@@ -82,7 +82,7 @@ void dequantize(const Weight& w, Dtype dtype, void* out, bool stream, int64_t be
 }
 
 // In a chunk of 128 weights, 64 bytes, nibble j of 32-bit word i (counted from the low end) is weight 8 i + (j ^ 1).
-// `arrange` puts that weight's x at [j][i], so that words are shifted and looked up as they lie in memory.
+// `arrange` puts that weight's x at [j][i], so that words are shifted and looked up in memory order.
 template <class T>
 void arrange_typed(const T* x, int64_t M, int64_t K, float* out) {
     int64_t chunks = (K + 127) / 128;
@@ -105,8 +105,8 @@ void arrange(const void* x, Dtype dtype, int64_t M, int64_t K, void* out) {
     arrange_typed(static_cast<const Float16*>(x), M, K, to);
 }
 
-// K is a multiple of 64 and of the blocksize. R rows of W meet M rows of x at a time, so that a look-up serves M sums
-// and a load of x serves R. A Tile is Isa, or another struct with its product_tile, kRows and type of arranged x.
+// K is a multiple of 64 and of the blocksize. R rows of W and M rows of x are used at a time: a look-up for M sums,
+// a load of x for R sums. A Tile is Isa, or another struct with its product_tile, kRows and type of arranged x.
 template <class Tile, int R>
 void product_rows(const Weight& w, float* scales, const typename Tile::X* x, int64_t M, int64_t K, float* y,
                   int64_t y_stride, int64_t n) {

@@ -1,16 +1,16 @@
-// An idle thread of libgomp spins for milliseconds before it sleeps. On a quiet machine its next work finds it awake. Beside
-// another busy process it burns the time in which the thread that it waits for could run; then it is itself put off its
-// core in the middle of its work, and the others spin for it. No value of GOMP_SPINCOUNT is right for both
-// (benchmarks/contention.py), and libgomp reads it once. So the machine is watched. While threads of this process wait for
-// a core:
+// An idle thread of libgomp spins for milliseconds before it sleeps. On a quiet machine it is awake when its next work
+// begins. If another process is busy, it uses the time in which the thread that it waits for could run. Later the
+// kernel preempts it in the middle of its work, and the others spin for it. No value of GOMP_SPINCOUNT is right for
+// both (benchmarks/contention.py), and libgomp reads it only once. Therefore a thread watches the machine. While
+// threads of this process wait for a core:
 //
-// - libgomp is made to count more threads than cores, and then its threads spin for 100 turns instead of 300,000. What it
-//   counts is one more thread with a pool of its own, whose members sleep. The threads that compute stay the same, and so
+// - libgomp counts more threads than cores, and its threads then spin for 100 turns instead of 300,000. The additional
+//   threads are one thread and its own pool, whose members sleep. The threads that compute do not change, and neither
 //   do their bits.
-// - Two threads that work in step, each beside a busy loop on its core, run together for a third of the time, not half: each
-//   sleeps while the other is off its core, and sleep earns no share. On one core together they get their whole share, and
-//   one that waits makes room for the other. So they gather there, and look every two seconds whether the other core is
-//   free again. This is measured for two cores, and done there alone.
+// - Two threads that work in step, each with a busy loop on its core, run at the same time for a third of the time, not
+//   half: each sleeps while the other is preempted, and sleep earns no share. Together on one core they have their
+//   whole share, and a thread that waits frees the core for the other. Therefore they gather there. Every two seconds
+//   they check whether the other core is free again. This is measured for two cores, and done only with two.
 #include "contention.h"
 
 #if defined(__linux__)
@@ -37,9 +37,9 @@ namespace onecard {
 namespace {
 
 constexpr auto kEvery = std::chrono::milliseconds(250);
-constexpr int kLook = 8;  // times kEvery: how long threads stay together before they look again
-// The share of the time that a thread waits for a core. Measured on two cores: at most 0.07 alone, and 0.25 or more beside
-// a busy loop.
+constexpr int kLook = 8;  // times kEvery: how long threads stay gathered before the next check
+// The share of the time that a thread waits for a core. Measured on two cores: at most 0.07 alone, and 0.25 or more
+// with a busy loop.
 constexpr double kBusy = 0.2, kQuiet = 0.15;
 
 // Calls take(id) for each thread of this process.
@@ -65,14 +65,14 @@ Threads read_times() {
         std::snprintf(path, sizeof path, "/proc/self/task/%d/schedstat", id);
         unsigned long long ran = 0, waited = 0;
         std::FILE* file = std::fopen(path, "re");
-        if (!file) return;  // it has ended, or the kernel does not count
+        if (!file) return;  // the thread has ended, or the kernel does not count
         if (std::fscanf(file, "%llu %llu", &ran, &waited) == 2) threads[id] = {ran, waited};
         std::fclose(file);
     });
     return threads;
 }
 
-// The thread that ran most between the two, and the longest wait of any.
+// Returns the thread that ran most between the two samples, and the longest wait of any thread.
 std::pair<int, uint64_t> busiest(const Threads& before, const Threads& now) {
     int id = 0;
     uint64_t most = 0, longest = 0;
@@ -87,7 +87,7 @@ std::pair<int, uint64_t> busiest(const Threads& before, const Threads& now) {
     return {id, longest};
 }
 
-// The core on which a thread ran last, or -1.
+// Returns the core on which a thread ran last, or -1.
 int core_of(int id) {
     char path[64], text[1024];
     std::snprintf(path, sizeof path, "/proc/self/task/%d/stat", id);
@@ -101,7 +101,7 @@ int core_of(int id) {
     return at ? std::atoi(at + 1) : -1;
 }
 
-// Threads that may use two cores, on one of them.
+// Moves threads that may use two cores to one of them, and back.
 class Gathering {
 public:
     void allow(int change) {
@@ -127,7 +127,7 @@ private:
         if (gathered_) move(one_, all_);
         gathered_ = false;
     }
-    // Threads with another set of cores are the user's own affair.
+    // Does not move threads with another set of cores: the user has set it.
     static void move(const cpu_set_t& from, const cpu_set_t& to) {
         each_thread([&](int id) {
             cpu_set_t found;
@@ -154,7 +154,7 @@ Gathering& gathering() {
     return *only;
 }
 
-// While it lives, libgomp counts more threads than cores.
+// During its lifetime, libgomp counts more threads than cores.
 class Crowd {
 public:
     explicit Crowd(GompParallel gomp_parallel) : thread_([this, gomp_parallel] {
@@ -178,8 +178,8 @@ private:
     std::thread thread_;  // the last member: it uses the others
 };
 
-// libgomp ends the process when it can't start a thread. So a crowd needs a process without a limit of its memory, and as
-// many threads as it takes are tried before.
+// libgomp ends the process if it can't start a thread. Therefore a Crowd needs a process without a memory limit, and
+// this test starts as many threads before.
 bool has_room_for_threads() {
     for (int limit : {RLIMIT_AS, RLIMIT_DATA}) {
         rlimit found;
@@ -201,7 +201,7 @@ bool has_room_for_threads() {
     return started;
 }
 
-std::atomic<Crowd*> crowd{nullptr};  // never destroyed when the process ends: its thread still waits
+std::atomic<Crowd*> crowd{nullptr};  // not destroyed when the process ends: its thread still waits
 
 }  // namespace
 
@@ -220,13 +220,13 @@ void watch_contention(GompParallel gomp_parallel) {
         try {
             std::thread([=] {
                 pthread_setname_np(pthread_self(), "onecard-watch");
-                int together = 0;  // how many times more they stay so
+                int together = 0;  // for how many more periods threads stay gathered
                 auto time = std::chrono::steady_clock::now();
                 for (Threads before = read_times(); !before.empty();) {
                     std::this_thread::sleep_for(kEvery);
                     Threads now = read_times();
                     auto later = std::chrono::steady_clock::now();
-                    if (together) {  // and wait for each other: that says nothing
+                    if (together) {  // they wait for each other, so the times show nothing
                         if (--together == 0) gathering().spread();
                     } else {
                         auto [id, longest] = busiest(before, now);
@@ -240,7 +240,7 @@ void watch_contention(GompParallel gomp_parallel) {
                     time = later;
                 }
             }).detach();
-        } catch (const std::exception&) {  // no room for a thread: the machine is not watched
+        } catch (const std::exception&) {  // no thread can start: the machine is not watched
         }
     });
 }

@@ -1,4 +1,4 @@
-// The plain C interface that onecard/kernels/cpu/native.py loads.
+// The plain C interface that onecard/kernels/cpu/library.py loads.
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -25,7 +25,7 @@
 
 using namespace onecard;
 
-// What follows the body of a kernel that allocates: no exception may reach ctypes.
+// Ends the body of a kernel that allocates: no exception may reach ctypes.
 #define OR_OUT_OF_MEMORY           \
     catch (const std::bad_alloc&) { \
         return -1;                  \
@@ -34,7 +34,7 @@ using namespace onecard;
 namespace {
 
 #if defined(ONECARD_HAS_AMX)
-// Whether the CPU has AMX for bfloat16 and Linux lets this process use its registers (asked for once a process).
+// Whether the CPU has AMX for bfloat16 and Linux lets this process use its registers (requested once per process).
 bool amx() {
     constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -77,8 +77,8 @@ Weight make_weight(const uint8_t* packed, const void* absmax, const float* neste
             nullptr};
 }
 
-// Whether an output is too large for a cache to keep, and its memory in use already: pages that the kernel still has to
-// give are in the cache when they come.
+// Whether an output is too large for the cache and its memory is already allocated: a page that the kernel must still
+// allocate is in the cache afterwards.
 bool worth_streaming(const void* out, int64_t num_bytes) {
     constexpr int64_t kLarge = int64_t{64} << 20;
     if (num_bytes < kLarge || reinterpret_cast<uintptr_t>(out) % 64 != 0) return false;
@@ -95,7 +95,7 @@ bool worth_streaming(const void* out, int64_t num_bytes) {
 
 EXPORT const char* onecard_isa() { return current->name; }
 
-// Takes another instruction set by name; 0 if this CPU or build does not have it.
+// Selects an instruction set by name. Returns 0 if this CPU or build does not have it.
 EXPORT int onecard_set_isa(const char* name) {
     const Kernels* widest = best();
     const Kernels* known[] = {
@@ -119,7 +119,7 @@ EXPORT int onecard_set_isa(const char* name) {
     return 0;
 }
 
-// What native.py shares with this library, by name: a structure's size, or a constant; -1 for another name.
+// Returns a value that Python must share, by name: a structure's size, or a constant; -1 for another name.
 EXPORT int64_t onecard_constant(const char* name) {
     const std::pair<const char*, int64_t> known[] = {
         {"sizeof Attention", sizeof(Attention)}, {"sizeof AdamW8bit", sizeof(AdamW8bit)}, {"sizeof Linear", sizeof(Linear)},
@@ -138,7 +138,7 @@ EXPORT void onecard_set_contended(int contended) { set_contended(contended != 0,
 EXPORT int onecard_contended() { return contended(); }
 EXPORT void onecard_allow_gathering(int change) { allow_gathering(change); }
 
-// 1, or 0 if a weight is not finite (then packed and absmax mean nothing).
+// Returns 1, or 0 if a weight is not finite (packed and absmax are then invalid).
 EXPORT int onecard_quantize(const void* W, int dtype, int64_t num_weights, int64_t blocksize, const float* bounds,
                             const uint8_t* order, uint8_t* packed, float* absmax, int num_threads) {
     Quantization q{bounds, order, num_weights, blocksize};
@@ -161,8 +161,8 @@ EXPORT void onecard_dequantize(const uint8_t* packed, const void* absmax, const 
     });
 }
 
-// y (M, N) float32 = x (M, K) W^T straight from the codes; K a multiple of 64 and of the blocksize. 0, or -1 without
-// memory.
+// y (M, N) float32 = x (M, K) W^T directly from the codes; K a multiple of 64 and of the blocksize. Returns 0, or
+// -1 without memory.
 EXPORT int onecard_product(const uint8_t* packed, const void* absmax, const float* nested_absmax,
                            const float* dynamic_map, const float* offset, const float* quant_map, int64_t N, int64_t K,
                            int64_t blocksize, const void* x, int dtype, int64_t M, float* y, int num_threads) try {
@@ -175,11 +175,11 @@ EXPORT int onecard_product(const uint8_t* packed, const void* absmax, const floa
     return 0;
 } OR_OUT_OF_MEMORY
 
-// 1, or 0 if this instruction set has no such kernel. (Every call ends with the number of threads.)
+// Returns 1, or 0 if this instruction set has no such kernel. (Every call's last argument is the number of threads.)
 EXPORT int onecard_has_linear(int) { return current->linear_forward != nullptr; }
 
-// The forward, or the backward if l.grad_y is set; blocksize 0 means that packed is the weight in bfloat16. 0, or -1
-// without memory.
+// Computes the forward, or the backward if l.grad_y is set. With blocksize 0, packed is the weight in bfloat16. Returns
+// 0, or -1 without memory.
 EXPORT int onecard_linear(const uint8_t* packed, const void* absmax, const float* nested_absmax,
                           const float* dynamic_map, const float* offset, const float* quant_map, int64_t blocksize,
                           const Linear* l, int num_threads) try {
@@ -196,8 +196,8 @@ EXPORT void onecard_rope(const void* x, const void* cos, const void* sin, void* 
     });
 }
 
-// Every head over every document (num_documents + 1 boundaries); the backward if a.grad_out is set. 0, or -1 without
-// memory.
+// Computes every head over every document (num_documents + 1 boundaries), or the backward if a.grad_out is set. Returns
+// 0, or -1 without memory.
 EXPORT int onecard_attention(const Attention* a, const int64_t* boundaries, int64_t num_documents, int num_threads) try {
     std::atomic<int64_t> next{0};
     auto one = a->grad_out ? current->attention_backward : current->attention_forward;

@@ -1,5 +1,5 @@
-// NEON, which every 64-bit Arm has: four floats a register; a look-up in sixteen bytes is one instruction, so an entry
-// of B bytes is looked up byte by byte and stored interleaved.
+// NEON, which every 64-bit Arm CPU has: four floats per register. A look-up in sixteen bytes is one instruction, so an
+// entry of B bytes is looked up byte by byte and stored interleaved.
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
@@ -31,7 +31,7 @@ struct Isa {
     static V fmadd(V a, V b, V c) { return vfmaq_f32(c, a, b); }
     static float reduce_add(V v) { return vaddvq_f32(v); }
     static float reduce_max(V v) { return vmaxvq_f32(v); }
-    // As in avx512.inl; what would be below the smallest normal number is 0, and from 2^128 on infinite.
+    // Same as in avx512.inl. A result below the smallest normal number is 0, and from 2^128 it is infinite.
     static V exp(V x) {
         V t = mul(x, set1(1.44269504f));
         uint32x4_t small = vcltq_f32(t, set1(-126.0f));
@@ -69,7 +69,7 @@ struct Isa {
         return vmaxvq_u32(most);
     }
 
-    // How many of the fifteen bounds lie below each value.
+    // Counts how many of the fifteen bounds are below each value.
     static uint16x4_t intervals(V scaled, const float* bounds) {
         uint32x4_t found = vdupq_n_u32(0);
         for (int i = 0; i < 15; ++i) found = vsubq_u32(found, vcgtq_f32(scaled, vdupq_n_f32(bounds[i])));
@@ -92,7 +92,7 @@ struct Isa {
         }
     }
 
-    // Sixteen entries of B bytes as B tables of sixteen bytes each.
+    // Splits sixteen entries of B bytes into B tables of sixteen bytes each.
     template <class T>
     struct Planes {
         uint8x16_t plane[sizeof(T)];
@@ -130,7 +130,7 @@ struct Isa {
         }
     }
 
-    // The levels of sixteen codes, four a register, in order.
+    // The levels of sixteen codes, four per register, in order.
     static void values(const Planes<float>& table, uint8x16_t codes, V* out) {
         uint8x16_t b0 = vqtbl1q_u8(table.plane[0], codes), b1 = vqtbl1q_u8(table.plane[1], codes);
         uint8x16_t b2 = vqtbl1q_u8(table.plane[2], codes), b3 = vqtbl1q_u8(table.plane[3], codes);
@@ -142,7 +142,7 @@ struct Isa {
         out[3] = vreinterpretq_f32_u16(vzip2q_u16(low1, high1));
     }
 
-    // A chunk's 64 bytes as four registers: byte b of each of its sixteen words; past the row's end zeros.
+    // A chunk's 64 bytes as four registers: byte b of each of its sixteen words. Zeros past the row's end.
     static uint8x16x4_t chunk_bytes(const uint8_t* at, int64_t left) {
         if (left >= 128) return vld4q_u8(at);
         uint8_t padded[64] = {};
@@ -153,7 +153,7 @@ struct Isa {
     template <int R, int M>
     static void product_tile(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
                              float* y, int64_t y_stride) {
-        constexpr int kParts = R * M == 1 ? 4 : 1;  // sums apart, so that one need not wait for the last
+        constexpr int kParts = R * M == 1 ? 4 : 1;  // separate sums, which do not wait for each other
         int64_t x_stride = (K + 127) / 128 * 128, blocks = K / w.blocksize;
         Planes<float> table(w.quant_map, 1.0f);
         V sums[R][M][kParts];

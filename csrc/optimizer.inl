@@ -1,7 +1,7 @@
-// AdamW with states in 8 bits, a block of 256 weights at a time; included after rows.inl. Plain loops: the compiler
-// makes vectors of them, and every operation is rounded as onecard/kernels/reference.py says.
+// AdamW with 8-bit states, one block of 256 weights at a time. Included after rows.inl. The compiler vectorizes these
+// plain loops. Every operation is rounded the same as in onecard/kernels/reference.py.
 
-// absmax[block] map[code] of a block of n values, and back to the nearest levels' codes (ties go low).
+// Decode a block of n values, absmax[block] map[code], and encode it as the nearest levels' codes (ties go low).
 inline void decode_state(const uint8_t* codes, float absmax, const float* map, int64_t n, float* x) {
     for (int64_t i = 0; i < n; ++i) x[i] = map[codes[i]] * absmax;
 }
@@ -16,7 +16,7 @@ inline void encode_state(const float* x, const float* bounds, int64_t n, uint8_t
         scaled[i] = x[i] / divisor;
         found[i] = 0;
     }
-    for (int32_t step = kStateBlock / 2; step > 0; step /= 2) {  // how many of the 255 bounds lie below
+    for (int32_t step = kStateBlock / 2; step > 0; step /= 2) {  // counts how many of the 255 bounds are below
         for (int64_t i = 0; i < n; ++i) found[i] += scaled[i] > bounds[found[i] + step - 1] ? step : 0;
     }
     for (int64_t i = 0; i < n; ++i) codes[i] = static_cast<uint8_t>(found[i]);

@@ -13,10 +13,10 @@ namespace {
 
 GompParallel gomp_parallel = nullptr;
 
-constexpr int64_t kParts = 8;  // of a thread's share: no part is smaller
+constexpr int64_t kParts = 8;  // no part is smaller than a thread's share divided by this
 
-// One call's parts; whoever is free takes the next one: half of a thread's share of what is left, so that a thread that is
-// put off its core leaves little to wait for. What a body throws must not leave a runtime's thread.
+// The parts of one call. A free thread takes the next part: half of a thread's share of the rest, so that a preempted
+// thread leaves little work to wait for. An exception of a body must not leave a runtime's thread.
 struct Work {
     Work(const Body& body, int64_t size, int64_t grain, int64_t num_threads)
         : body(&body), size(size), grain(grain), num_threads(num_threads),
@@ -47,7 +47,7 @@ private:
     int64_t whole_grains(int64_t n) const { return (n + grain - 1) / grain * grain; }
 };
 
-// Threads that sleep between calls. It is never destroyed: a thread may still wait in it when the process ends.
+// Threads that sleep between calls. The pool is never destroyed: a thread may still wait in it when the process ends.
 class Pool {
 public:
     void run(Work& work, int num_helpers) {

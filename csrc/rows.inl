@@ -1,4 +1,4 @@
-// Kernels that go over rows of numbers; included after attention.inl. An Isa also has load and store_as for 16-bit types.
+// Kernels over rows of values. Included after attention.inl. An Isa also has load and store_as for 16-bit types.
 
 template <class T>
 void cross_entropy_typed(T* logits, int64_t V, const int64_t* target, float* losses, int64_t begin, int64_t end) {
@@ -60,7 +60,7 @@ void rms_norm_typed(const T* x, const T* delta, const T* w, T* total, T* y, floa
     }
 }
 
-// dx = r (g - n mean(g n)) with n = r x, g = w dy; and the gradient of x itself, where that is not null
+// dx = r (g - n mean(g n)) with n = r x, g = w dy; plus grad_total if that is not null
 template <class T>
 void rms_norm_backward_typed(const T* grad_y, const T* x, const T* w, const float* rstd, const T* grad_total, T* grad_x,
                              int64_t D, int64_t begin, int64_t end) {
@@ -125,8 +125,8 @@ void swiglu_backward_typed(const T* grad_y, const T* gate, const T* up, T* grad_
     }
 }
 
-// Rotary positions (arXiv 2104.09864) of heads of D = 2 h values, token t's angles in row t modulo `period` of cos and sin:
-//     y_i = x_i cos_i - x_{i+h} sin_i,   y_{i+h} = x_{i+h} cos_{i+h} + x_i sin_{i+h};   back, the transpose of that.
+// Rotary positions (arXiv 2104.09864) of heads of D = 2 h values. Token t's angles are in row t modulo `period`:
+//     y_i = x_i cos_i - x_{i+h} sin_i,   y_{i+h} = x_{i+h} cos_{i+h} + x_i sin_{i+h};   `back`: the transpose.
 template <class T>
 void rope_typed(const T* x, const T* cos, const T* sin, T* y, int64_t H, int64_t D, int64_t period, bool back,
                 int64_t begin, int64_t end) {
@@ -152,8 +152,8 @@ void rope_typed(const T* x, const T* cos, const T* sin, T* y, int64_t H, int64_t
     }
 }
 
-// y[r] = sum_k x[k] W[r][k] for R rows of a W that is not quantized: rows side by side keep more of memory busy than one
-// after the other.
+// y[r] = sum_k x[k] W[r][k] for R rows of a W that is not quantized. R rows at a time use more of the memory bandwidth
+// than one row at a time.
 template <int R, class T>
 void dense_rows(const T* W, const T* x, int64_t K, float* y) {
     int64_t whole = K / Isa::kLanes * Isa::kLanes;

@@ -1,4 +1,4 @@
-// Plain C++: the path for any CPU, and the others' measure.
+// Plain C++: the path for any CPU, and the reference for the other paths.
 #include <algorithm>
 #include <cmath>
 #include <limits>
