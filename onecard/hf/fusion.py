@@ -63,8 +63,8 @@ def fuse(model: nn.Module) -> dict[str, str]:
                 for module in modules:
                     module.__class__ = cls
     if left and not is_tested():
-        told = "; ".join(f"{name}: {why}" for name, why in left.items())
-        warnings.warn(f"these modules run as transformers has them, without fused operators: {told}", stacklevel=2)
+        reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
+        warnings.warn(f"these modules run as transformers has them, without fused operators: {reasons}", stacklevel=2)
     return left
 
 

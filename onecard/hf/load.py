@@ -224,7 +224,7 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
         ("mismatched_keys", "wrongly shaped"),
         ("error_msgs", "in error"),
     ):
-        names = sorted(map(told, report.get(kind) or ()))
+        names = sorted(map(entry_text, report.get(kind) or ()))
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise UserError(
@@ -235,7 +235,7 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
             )
 
 
-def told(entry: Any) -> str:
+def entry_text(entry: Any) -> str:
     """Format an entry of the report. A mismatch is (name, shape found, shape expected)."""
     if isinstance(entry, tuple) and len(entry) == 3:
         return f"{entry[0]} {list(entry[1])} instead of {list(entry[2])}"

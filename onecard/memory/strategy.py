@@ -96,8 +96,11 @@ def candidates(inputs: PlanInputs, limit: int, whole: bool) -> Iterator[MemorySt
     """Yield strategies without offloaded inputs. For a resident base, recompute as few layers as fit. For a paged base,
     try every number of recomputed layers, with the remaining memory as its budget."""
     for max_forward_tokens in part_sizes(inputs, whole):
-        for away in away_choices(inputs):
-            fits = [MemoryStrategy(number, None, away, 0, max_forward_tokens) for number in recompute_counts(inputs)]
+        for offload_states in offload_choices(inputs):
+            fits = [
+                MemoryStrategy(number, None, offload_states, 0, max_forward_tokens)
+                for number in recompute_counts(inputs)
+            ]
             resident = first_that_fits(inputs, fits, limit) if inputs.config.weights_budget is None else None
             if resident is not None:
                 yield from with_kept_weights(inputs, resident)
@@ -117,8 +120,9 @@ def with_kept_weights(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Memo
 
 def most_offloaded(inputs: PlanInputs, limit: int, whole: bool) -> MemoryStrategy:
     """Use every other saving and offload as few inputs as fit; offload all of them if nothing fits."""
-    number, parts, away = recompute_counts(inputs)[-1], part_sizes(inputs, whole)[-1], away_choices(inputs)[-1]
-    fits = [MemoryStrategy(number, None, away, offloaded, parts) for offloaded in range(number + 1)]
+    number, tokens = recompute_counts(inputs)[-1], part_sizes(inputs, whole)[-1]
+    offload_states = offload_choices(inputs)[-1]
+    fits = [MemoryStrategy(number, None, offload_states, offloaded, tokens) for offloaded in range(number + 1)]
     paged = [with_budget(inputs, strategy, limit) for strategy in fits] if may_page(inputs) else fits[-1:]
     resident = first_that_fits(inputs, fits, limit) if inputs.config.weights_budget is None else None
     return resident or first_that_fits(inputs, paged, limit) or paged[-1]
@@ -157,7 +161,7 @@ def part_sizes(inputs: PlanInputs, whole: bool) -> list[int | None]:
     return sizes
 
 
-def away_choices(inputs: PlanInputs) -> list[bool]:
+def offload_choices(inputs: PlanInputs) -> list[bool]:
     return [False, True] if inputs.config.optim.startswith("paged") else [False]
 
 

@@ -224,7 +224,7 @@ class _Experts(torch.autograd.Function):
         u_SN = x.new_empty(len(pairs_S), up.num_outputs)
         xA_SR, hA_SR = (x.new_empty(len(pairs_S), 0 if A is None else A.shape[1]) for A in (A_up, A_down))
         y_TK = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for expert, part in parts(counts):
+        for expert, part in expert_slices(counts):
             tokens_M = pairs_S[part] // index_TJ.shape[1]
             M = len(tokens_M)
             u_MN, xA_MR = up.forward(expert, x[padded_rows(tokens_M)])
@@ -245,7 +245,7 @@ class _Experts(torch.autograd.Function):
         up, down = products(ctx.experts, (ctx.scalings[0], A_up, B_up), (ctx.scalings[1], A_down, B_down), x)
         dx_TK = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         dw_S = torch.zeros(w_TJ.numel(), dtype=torch.float32, device=x.device)
-        for expert, part in parts(ctx.counts):
+        for expert, part in expert_slices(ctx.counts):
             tokens_M = pairs_S[part] // w_TJ.shape[1]
             M, rows = len(tokens_M), padded_rows(tokens_M)
             x_MK, g_MK, w_M = x[rows], g_TK[rows], padded_rows(w_TJ.reshape(-1)[pairs_S[part]].float())
@@ -306,7 +306,7 @@ def num_filled_rows(least: int, most: int) -> int:
     return count + -(-most // ROW_MULTIPLE) - -(-M // ROW_MULTIPLE) + 1
 
 
-def parts(counts: list[int]) -> Iterator[tuple[int, slice]]:
+def expert_slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
     """Yield each expert that has pairs, and the slice of its pairs among the sorted ones."""
     end = 0
     for expert, count in enumerate(counts):

@@ -104,7 +104,7 @@ class DecoderGraphs:
         self.flat: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.graphs: dict[tuple[int, int], Graph] = {}
-        self.seen: Counter[tuple[int, int]] = Counter()
+        self.occurrences: Counter[tuple[int, int]] = Counter()
         self.pool: Any = None
         self.stream: Any = None
         self.refused: str | None = None  # why no more graphs are captured
@@ -125,8 +125,8 @@ class DecoderGraphs:
         """Return the hidden states, (1, T or more, H), of a row from `to_device`."""
         size = size_of(batch)
         if size not in self.graphs and self.refused is None:
-            self.seen[size] += 1
-            if self.seen[size] > 1 and len(self.graphs) < MAX_GRAPHS and self.has_room():
+            self.occurrences[size] += 1
+            if self.occurrences[size] > 1 and len(self.graphs) < MAX_GRAPHS and self.has_room():
                 self.capture(batch, size)
         if size in self.graphs:
             return Replay.apply(self.anchor, self.graphs[size], batch)  # type: ignore[return-value]
