@@ -297,7 +297,7 @@ def merge(
             weights. With --verify and no --base, both are tried and the better one is kept.
         verify: Data file on whose first rows, 32 and some 8,000 tokens at most, the result is compared with the live
             adapter.
-        requantize: Store the result in 4 bits again, which takes off part of the update; how much is left is told.
+        requantize: Store the result in 4 bits again, which loses part of the update. The share that remains is printed.
         device: Where --verify computes.
     """
     from onecard.adapter.origin import read_origin, stored_as
@@ -306,7 +306,7 @@ def merge(
     config = stored_as(adapter, given(quant))
     if read_origin(adapter) is None:
         stored = f"{config.quant_type}, {config.blocksize} a block"
-        print(f"no onecard.json beside the adapter: a 16-bit base is taken to have been trained over as {stored}")
+        print(f"the adapter has no onecard.json: training is assumed to have quantized a 16-bit base as {stored}")
     small = None if requantize is None else config.model_copy(update={"quant_type": requantize})
     left, kept = None, base or "dequantized"
     if verify is not None:
@@ -328,9 +328,7 @@ def merge(
         run(model, adapter, output, kept, config)
     print(f"merged   {output}  ({requantize or '16-bit'}, {kept} base)")
     if left is not None and left.share is not None:
-        print(
-            f"left     {left.share:.1%} of the update in the weights, beside rounding of {left.noise:.1%} of its size"
-        )
+        print(f"left     {left.share:.1%} of the update in the weights, with rounding errors of {left.noise:.1%} of it")
     print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + quote(output))
 
 

@@ -212,7 +212,7 @@ def read_object(
         check_size(path.stat().st_size, max_bytes)
         content = parse_json(path.read_bytes(), infinities, max_bytes)
     except FileNotFoundError:
-        raise UserError("this file must be there", "no such file", missing or do, str(path)) from None
+        raise UserError("this file must exist", "no such file", missing or do, str(path)) from None
     except OSError as error:
         raise UserError("the file must be readable", error.strerror or str(error), do, str(path)) from None
     except ValueError as error:

@@ -20,7 +20,7 @@ KINDS = {"Data": [*CHAT_LINES, *FILES], "Checkpoints": list(CHECKPOINTS), "Adapt
 HEAD = """# What onecard says
 
 Every error has three parts: what must hold, what was found, what to do. These are the tests' own cases, printed by
-`python -m tests.errors > docs/errors.md`; a row of data is told as file:line:field.
+`python -m tests.errors > docs/errors.md`; a row of data is named as file:line:field.
 """
 
 

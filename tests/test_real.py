@@ -51,15 +51,18 @@ def test_gradients_of_the_first_step(folder, rows):
 
 
 def test_losses_follow_bitsandbytes(folder, rows):
-    """The same base, adapter, rows and order: losses differ by roundings alone, at most 2^-7 of a loss at a step."""
+    """The same base, adapter, rows and order: losses differ by roundings alone. Those leave each logit 0.028 of its
+    size away (above), which is some 3 nats; so a token's loss of either is 0.08 away, and the mean of a step's tokens, some
+    100 at least, 0.008. The difference of two such means is held to three times sqrt(2) 0.008 = 0.034 nats a step, and
+    its mean over the steps to that divided by the root of their number."""
     settings = argparse.Namespace(length=real.LENGTH, steps=STEPS, recompute=False)
     ours = argparse.Namespace(child="onecard", **vars(settings))
     found = list(train.onecard_steps(ours, folder, train.load_onecard(ours, folder), real.make_loader(rows)))
     peer = argparse.Namespace(child="bnb", **vars(settings))
     steps = train.peer_steps(peer, train.load_peer(peer, folder), real.batches(real.make_loader(rows)))
-    for (_, a), (_, b) in zip(found, steps):
-        assert abs(a - b) <= 2**-7 * b, (a, b)
-    assert found[-1][1] < found[0][1]
+    gaps = [a - b for (_, a), (_, b) in zip(found, steps)]
+    assert len(gaps) == STEPS and max(map(abs, gaps)) <= 0.034, gaps
+    assert abs(sum(gaps) / STEPS) <= 0.034 / STEPS**0.5, gaps
 
 
 def test_the_base_on_real_rows(folder):

@@ -83,7 +83,7 @@ def check_tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return a row's tools from `tools` or `functions`: a list of objects, or its JSON text. None if there are none."""
     given = [key for key in ("tools", "functions") if not is_absent(row.get(key))]
     if len(given) == 2:
-        raise BadRow("functions", "a row must have tools or functions", "both")
+        raise BadRow("functions", "a row must have either tools or functions, not both", "both")
     if not given:
         return None
     field = given[0]

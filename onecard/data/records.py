@@ -268,7 +268,9 @@ def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         prompt, completion = check_text("prompt", prompt, empty=True), check_text("completion", completion)
         if columns:
-            raise BadRow(columns[0], "a prompt of text must hold all that the model reads", f"a column {columns[0]}")
+            raise BadRow(
+                columns[0], "a row with a text prompt must have no other input columns", f"a column {columns[0]}"
+            )
         return Record(file, line, prompt=prompt, completion=completion), None
     if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion):
         raise BadRow("completion", "a completion must have an assistant message", describe(completion))
@@ -289,7 +291,7 @@ def alpaca_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: i
     more = ["" if row.get(key) is None else check_text(key, row[key], empty=True) for key in ("input", "context")]
     more = [text for text in more if text.strip()]
     if len(more) == 2:
-        raise BadRow("context", "a row must have input or context", "both")
+        raise BadRow("context", "a row must have either input or context, not both", "both")
     asked = check_text(asking, row[asking], empty=bool(more))
     answer = check_text(answering, row[answering])
     turns, fields = [], []

@@ -110,7 +110,9 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
     read_generation_document(folder)
     if (folder / "adapter_config.json").exists():  # transformers would load the adapter's base instead
         found = "adapter_config.json among its files"
-        raise UserError("a base is a folder without an adapter", found, "pass the adapter by itself", str(folder))
+        raise UserError(
+            "the base must be a folder without an adapter", found, "pass the adapter by itself", str(folder)
+        )
     index = folder / INDEX
     single = folder / "model.safetensors"
     mapping: dict[str, str] | None = None
@@ -175,7 +177,7 @@ def shards_of(folder: Path) -> list[Path]:
         names = [f"{stem}-{number:0{len(count)}d}-of-{count}.safetensors" for number in range(1, int(count) + 1)]
         missing = [name for name in names if folder / name not in found]
         if missing:
-            raise UserError("every shard of a set must be there", f"no {missing[0]}", AGAIN, str(folder))
+            raise UserError("every shard of a set must exist", f"no {missing[0]}", AGAIN, str(folder))
         return [folder / name for name in names]
     return []
 
@@ -215,7 +217,7 @@ def no_weights(folder: Path) -> UserError:
         return UserError(
             "weights must be safetensors",
             f"{pickled[0]}, a pickle: opening it can run any code",
-            "on a machine you can lose, load it with transformers and save_pretrained() it",
+            "load it with transformers on an isolated machine, and save it with save_pretrained()",
             str(folder),
         )
     return UserError("a checkpoint must hold model.safetensors or its index", "neither", AGAIN, str(folder))
@@ -247,7 +249,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     for name, info in ordered.items():
         if info.begin != at:
             what = "overlaps the tensor before it" if info.begin < at else "leaves a hole before it"
-            raise UserError("tensors must lie one behind the other", f"{name} {what}", AGAIN, str(file))
+            raise UserError(
+                "tensors must follow each other without gaps or overlaps", f"{name} {what}", AGAIN, str(file)
+            )
         at += info.nbytes
     if at != size:
         what = "truncated" if at > size else "longer than its tensors"

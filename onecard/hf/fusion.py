@@ -64,7 +64,7 @@ def fuse(model: nn.Module) -> dict[str, str]:
                     module.__class__ = cls
     if left and not is_tested():
         reasons = "; ".join(f"{name}: {why}" for name, why in left.items())
-        warnings.warn(f"these modules run as transformers has them, without fused operators: {reasons}", stacklevel=2)
+        warnings.warn(f"these modules run transformers' own code, without fused operators: {reasons}", stacklevel=2)
     return left
 
 

@@ -228,7 +228,7 @@ def check_report(report: dict[str, Any], folder: Path) -> None:
         if names:
             more = f" and {len(names) - 8} more" if len(names) > 8 else ""
             raise UserError(
-                "the checkpoint must hold the model's tensors, all of them and no others",
+                "the checkpoint must contain exactly the model's tensors",
                 f"{what}: {', '.join(names[:8])}{more}",
                 "fetch the checkpoint again, or correct its config.json",
                 str(folder),

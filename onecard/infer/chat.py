@@ -48,7 +48,7 @@ def chat(
     if note := difference(form, tokenizer):
         talk.note(note)
     if form and form.prompt != "chat":
-        talk.note(f"the adapter was trained on {NAMES[form.prompt]}: it sees each message by itself, written so")
+        talk.note(f"the adapter was trained on {NAMES[form.prompt]}: it reads each message alone, in this form")
     talk.note("/help lists the commands; Ctrl-C stops an answer, Ctrl-D ends the talk")
     while True:
         try:

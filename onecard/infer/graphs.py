@@ -199,7 +199,7 @@ def make_context(model: Any) -> CachedContext:
     if model not in _kinds:
         kind = context_of(model)
         if kind is Uncached:
-            line = f"{model.config.model_type} does not go on from a cache: each token reads all before it again"
+            line = f"{model.config.model_type} cannot use a cache: each new token recomputes all earlier tokens"
             warnings.warn(line, stacklevel=2)
         _kinds[model] = FixedContext if kind is CachedContext and suits(model) else kind
     return _kinds[model](model)

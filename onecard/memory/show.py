@@ -17,7 +17,7 @@ def plan_table(plan: Plan) -> Table:
     table.add_column(style="dim")
     for term in plan.terms:
         table.add_row(term.name, format_bytes(term.num_bytes), term.formula)
-    table.add_row("total", format_bytes(plan.total_bytes), "beside the process itself", style="bold")
+    table.add_row("total", format_bytes(plan.total_bytes), "in addition to the process", style="bold")
     for term in plan.disk:
         table.add_row(f"on disk: {term.name}", format_bytes(term.num_bytes), term.formula, style="dim")
     return table
@@ -32,7 +32,7 @@ def plan_lines(plan: Plan) -> list[Any]:
     how = f" with {plan.choice}" if plan.choice else ""
     lines.append(f"{verdict} {format_bytes(plan.device_memory_bytes)}{how}")
     if plan.time is not None and plan.moved_bytes is not None:
-        moved = f"; {format_bytes(plan.moved_bytes)} come and go an update" if plan.moved_bytes else ""
+        moved = f"; {format_bytes(plan.moved_bytes)} transferred per update" if plan.moved_bytes else ""
         lines.append(f"by count {plan.time:.2f} times the time of a run with everything resident and kept{moved}")
     lines.append(f"largest context {plan.largest_length:,} tokens; largest micro-batch {plan.largest_batch:,} rows")
     if plan.changes:

@@ -12,8 +12,11 @@ from onecard.config import CACHE_PROBE, NUM_SAMPLES, PREFILL_TOKENS, ROW_MULTIPL
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
 
-PROBE = frozenset({24, 48})  # tokens of the two documents on which train compares losses, alone and together
-MOST_EPOCHS = 3  # epochs whose rows are counted; each epoch packs again, into rows of the same few sizes
+# Tokens that a loaded model reads before it trains: to check its fused modules (hf/fusion.py), and its loss on two
+# documents, alone and together, and on one without its last token (train/evaluate.py).
+PROBE = frozenset({7, 23, 24, 48})
+PROBE_HEADS = frozenset({23, 24})
+MOST_EPOCHS = 5  # epochs whose rows are counted; each epoch packs again, into rows of the same few sizes
 
 
 @dataclass(frozen=True)
@@ -58,11 +61,13 @@ class Workload:
 
     @property
     def heads(self) -> frozenset[int]:
-        return frozenset({ROW_MULTIPLE}) | self.trained_heads | self.validated_heads
+        return frozenset({ROW_MULTIPLE}) | PROBE_HEADS | self.trained_heads | self.validated_heads
 
     def with_answers(self, more: Answers) -> Workload:
         """Return the workload with more answers."""
         pieces = {more.num_rows * size for tokens in more.prompts for size in pieces_of(tokens, more.num_rows)}
+        if more.num_rows > 1:
+            pieces.add(more.num_rows)  # one token each
         longest = max(more.prompts, default=0) + more.new_tokens
         held = max(self.answered, (more.num_rows, longest), key=lambda answer: answer[0] * answer[1])
         largest = max(pieces | {self.prompt_tokens})

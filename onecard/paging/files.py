@@ -40,9 +40,9 @@ def read_into(segment: Segment, out: Tensor) -> None:
 
 def unreadable(found: str) -> UserError:
     return UserError(
-        "a file that pages are read from must stay there as it was",
+        "a paged file must stay unchanged while it is in use",
         found,
-        "leave it alone while it is in use; --resume goes on from the last checkpoint",
+        "restore it, and pass --resume to continue from the last checkpoint",
         "paging",
     )
 
@@ -92,5 +92,8 @@ class Spill:
                 at += os.pwrite(segment.descriptor, data[at:], segment.begin + at)
         except OSError as error:
             raise UserError(
-                "what is paged out must fit on the disk", str(error), "free some space and --resume", str(self.folder)
+                "the disk must have room for offloaded data",
+                str(error),
+                "free some space and --resume",
+                str(self.folder),
             ) from None

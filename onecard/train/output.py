@@ -14,6 +14,8 @@ from onecard.files import locked
 from onecard.train import signals
 from onecard.train.checkpoint import numbered
 
+CONTINUE = "run the same command with --resume to continue from there"
+
 
 @contextmanager
 def lock_output(output: Path, resuming: bool) -> Iterator[None]:
@@ -40,7 +42,7 @@ def lock_output(output: Path, resuming: bool) -> Iterator[None]:
             raise UserError(must, found, "wait for it, or choose another --output", str(output))
         try:
             if entries and not resuming:
-                do = "pass --resume to go on with that run, or choose another --output"
+                do = "pass --resume to continue that run, or choose another --output"
                 raise UserError("the output folder must be new or empty", f"{entries} entries", do, str(output))
             yield
         except signals.Signalled as error:
@@ -57,9 +59,9 @@ def what_is_kept(output: Path) -> tuple[str, str]:
         there = numbered(output / "checkpoints")
         begun = output.is_dir() and any(output.iterdir())
     except OSError:
-        return "the checkpoints that were written before are kept", "the same command with --resume goes on from there"
+        return "the checkpoints that were written before are kept", CONTINUE
     if there:
-        return f"{there[0].name} is kept", "the same command with --resume goes on from there"
+        return f"{there[0].name} is kept", CONTINUE
     if begun:
         return "no checkpoint is there yet", "the same command with --resume begins again"
     return "nothing is kept", "start again"

@@ -33,7 +33,7 @@ from onecard.train.checkpoint import State, check_unchanged, load_newest, positi
 from onecard.train.evaluate import choose_loss, evaluate
 from onecard.train.loop import Interrupted, count_steps, train
 from onecard.train.metrics import Metrics
-from onecard.train.output import lock_output
+from onecard.train.output import CONTINUE, lock_output
 from onecard.train.prepare import Prepared, make_loader, prepare
 from onecard.train.progress import Progress
 from onecard.train.report import Report, write_report
@@ -185,8 +185,7 @@ def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, 
         with Progress(console, run.num_steps, run.step, planned, process) as progress:
             train(run, metrics, prepared.validation, progress.step, output / "checkpoints")
     except Interrupted as error:
-        do = "the same command with --resume goes on from there"
-        raise Stopped(error.number, f"step {run.step} of {run.num_steps} is saved", do, str(output)) from None
+        raise Stopped(error.number, f"step {run.step} of {run.num_steps} is saved", CONTINUE, str(output)) from None
     finally:
         metrics.close()
         result.report.metrics = metrics.rows

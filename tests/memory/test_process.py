@@ -9,7 +9,7 @@ from onecard.hf.skeleton import read_model
 from onecard.kernels.cpu import native
 from onecard.memory import process
 from onecard.memory.inputs import PlanInputs
-from onecard.memory.workload import PROBE, Workload
+from onecard.memory.workload import PROBE, PROBE_HEADS, Workload
 from onecard.nn.experts import filled_rows, num_filled_rows
 from tests.conftest import make_checkpoint
 
@@ -32,7 +32,7 @@ def test_the_terms_of_a_dense_model(tmp_path, on_onednn):
     inputs = case_of(make_checkpoint(tmp_path))  # 64 hidden, 96 between, keys of 32
     forward = 4 + 2 + 3  # (64, 64), (64, 32), (64, 96), (96, 64); inputs of 64 and 96; outputs of 64, 32 and 96
     backward = 4 + 2 * 2 + 2 * 3
-    heads = 2 * len({64, 512})
+    heads = 2 * len({64, 512} | PROBE_HEADS)
     number = len(PROBE | {512, 30, 9, 6}) * forward + backward + heads
     found = {term.name: term.num_bytes for term in process.process_terms(inputs, True)}
     adapted = 2 * 7

@@ -47,4 +47,4 @@ def test_prompts_go_in_pieces_and_batches_whole():
     load = Workload(frozenset({512}), frozenset({256})).with_answers(Answers(1, (30, 300), 96))
     assert load.prompts == {30, 256, 44} and load.answered == (1, 396) and load.prompt_tokens == 256
     more = load.with_answers(Answers(64, (40, 50), 96))
-    assert more.prompts == load.prompts | {2560, 3200} and more.answered == (64, 146) and more.prompt_tokens == 3200
+    assert more.prompts == load.prompts | {64, 2560, 3200} and more.answered == (64, 146) and more.prompt_tokens == 3200

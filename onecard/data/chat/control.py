@@ -132,7 +132,7 @@ def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
         match = pattern.search(text)
         if match is not None:
             raise UserError(
-                "learned text, and rows of raw text, must not spell control tokens",
+                "supervised text must not contain control tokens",
                 f"{match.group()!r} at {match.start()}",
                 FIX,
                 f"{record.where}:{field}",
