@@ -7,7 +7,6 @@ goes on without it, and a wheel is py3-none-any.
 
 import os
 import platform
-import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,7 +21,7 @@ class BuildNative(build_ext):
         return []  # no PyInit: it is loaded with ctypes
 
     def get_ext_filename(self, fullname):
-        return os.path.join(*fullname.split(".")) + (".dll" if sys.platform == "win32" else ".so")  # of no one Python
+        return os.path.join(*fullname.split(".")) + ".so"  # of no one Python
 
 
 class Wheel(bdist_wheel):
@@ -38,15 +37,15 @@ class Wheel(bdist_wheel):
         return "py3", "none", tag
 
 
-UNIX = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
+FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-maybe-uninitialized"]
 setup(
     ext_modules=[
         Extension(
             NAME,
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=sorted(str(path) for path in Path("csrc").iterdir()),
-            extra_compile_args=["/O2", "/std:c++17"] if sys.platform == "win32" else UNIX,
-            extra_link_args=[] if sys.platform == "win32" else ["-pthread"],
+            extra_compile_args=FLAGS,
+            extra_link_args=["-pthread"],
             language="c++",
             optional=True,
         )

@@ -1,5 +1,5 @@
 // AVX2 with FMA and F16C: eight floats per register. A look-up in sixteen entries is one for each byte of an entry.
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <algorithm>

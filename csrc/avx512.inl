@@ -1,6 +1,6 @@
 // AVX-512: sixteen floats per register; a look-up in sixteen entries is one instruction. avx512.cpp, avx512_bf16.cpp
 // and amx.cpp compile this file, each for its instruction set.
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 #include <immintrin.h>
 
 #include <algorithm>

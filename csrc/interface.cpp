@@ -17,11 +17,7 @@
 #include <sys/syscall.h>
 #endif
 
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
 #define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 using namespace onecard;
 
@@ -44,7 +40,7 @@ bool amx() {
 #endif
 
 const Kernels* best() {
-#if (defined(__x86_64__) || defined(_M_X64)) && defined(__GNUC__)
+#if defined(__x86_64__)
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq")) {
         if (!__builtin_cpu_supports("avx512bf16")) return &kAvx512;
@@ -100,7 +96,7 @@ EXPORT int onecard_set_isa(const char* name) {
     const Kernels* widest = best();
     const Kernels* known[] = {
         &kScalar,
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
         &kAvx2, &kAvx512, &kAvx512Bf16,
 #if defined(ONECARD_HAS_AMX)
         &kAmx,

@@ -143,7 +143,7 @@ struct Kernels {
 };
 
 extern const Kernels kScalar;
-#if defined(__x86_64__) || defined(_M_X64)
+#if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512, kAvx512Bf16;
 #if defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : defined(__GNUC__) && __GNUC__ >= 11)
 #define ONECARD_HAS_AMX

@@ -52,9 +52,9 @@ def test_gradients_of_the_first_step(folder, rows):
 
 def test_losses_follow_bitsandbytes(folder, rows):
     """The same base, adapter, rows and order: losses differ by roundings alone. Those leave each logit 0.028 of its
-    size away (above), which is some 3 nats; so a token's loss of either is 0.08 away, and the mean of a step's tokens, some
-    100 at least, 0.008. The difference of two such means is held to three times sqrt(2) 0.008 = 0.034 nats a step, and
-    its mean over the steps to that divided by the root of their number."""
+    size away (above), which is some 3 nats. So a token's loss is 0.08 away for either, and the mean over a step's 100
+    tokens or more is 0.008 away. The difference of two such means may be three times sqrt(2) 0.008 = 0.034 nats a step;
+    its mean over the steps, that divided by the root of their number."""
     settings = argparse.Namespace(length=real.LENGTH, steps=STEPS, recompute=False)
     ours = argparse.Namespace(child="onecard", **vars(settings))
     found = list(train.onecard_steps(ours, folder, train.load_onecard(ours, folder), real.make_loader(rows)))

@@ -3,7 +3,7 @@
 A checkpoint's template is an untrusted program. jinja2's sandbox blocks files and Python's internals, but not endless
 loops or gigabytes of data. Python cannot interrupt one `'a' * 10**10` or `9 ** 9 ** 9` from inside. So templates run
 here under three limits: RLIMIT_CPU for each chat, RLIMIT_AS above the memory of the process at its start, and a
-maximum length of the output. Systems without the first two limits (Windows) have only the last one.
+maximum length of the output. A system without the first two limits has only the last one.
 
 This file runs as a script, without onecard. Each line of input is JSON that asks for several renderings of a chat, and
 each line of output is the JSON reply, until the input ends. `rendering.py` is the client.

@@ -95,7 +95,8 @@ SIGNATURES: dict[str, tuple] = {
 
 def built_library() -> Path | None:
     """Return the library's file, or None if it was not built."""
-    return next((path for path in Path(__file__).parent.glob("_native.*") if path.suffix in (".so", ".dll")), None)
+    found = Path(__file__).with_name("_native.so")
+    return found if found.is_file() else None
 
 
 @cache
