@@ -118,6 +118,7 @@ EXPORT int onecard_set_isa(const char* name) {
 // Returns a value that Python must share, by name: a structure's size, or a constant; -1 for another name.
 EXPORT int64_t onecard_constant(const char* name) {
     const std::pair<const char*, int64_t> known[] = {
+        {"interface", 1},  // raise it with any change of a function's arguments or of a structure's fields
         {"sizeof Attention", sizeof(Attention)}, {"sizeof AdamW8bit", sizeof(AdamW8bit)}, {"sizeof Linear", sizeof(Linear)},
         {"nested block", kNestedBlock}, {"state block", kStateBlock}, {"tiled rows", kTiledRows},
     };

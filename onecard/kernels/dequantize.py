@@ -18,11 +18,13 @@ from torch import Tensor
 from onecard.kernels.backend import backend
 from onecard.quant.state import PackedWeight
 
-# How a linear's forward saves its dequantized weight: not at all, in the scratch buffer, or as a new tensor.
-SAVE_NOTHING, SAVE_SCRATCH, SAVE_COPY = 0, 1, 2
+# What a linear's forward saves of its dequantized weight: nothing, a tensor of the same shape without its values, or a
+# new tensor.
+SAVE_NOTHING, SAVE_SHAPE, SAVE_COPY = 0, 1, 2
 
 _thread = threading.local()
 _buffers: WeakSet[Tensor] = WeakSet()  # of all threads
+_lock = threading.Lock()
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
@@ -39,7 +41,8 @@ def dequantize_to_scratch(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     if device not in buffers or buffers[device].numel() < num_bytes:
         buffers.pop(device, None)
         buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        _buffers.add(buffers[device])
+        with _lock:
+            _buffers.add(buffers[device])
     W = buffers[device][:num_bytes].view(dtype).view(weight.shape)
     backend(device).codec.dequantize_into(weight, W)
     return W
@@ -47,16 +50,22 @@ def dequantize_to_scratch(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 
 def scratch_buffers() -> list[Tensor]:
     """Return all threads' scratch buffers. A captured CUDA graph uses their addresses, so its owner must keep them."""
-    return list(_buffers)
+    with _lock:
+        return list(_buffers)
+
+
+def shape_of(W_NK: Tensor) -> Tensor:
+    """Return a tensor like W that holds one NaN: in a product it cannot pass for the weight."""
+    return W_NK.new_full((1,), float("nan")).expand(W_NK.shape)
 
 
 def saved_weights() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return contexts for torch.utils.checkpoint's context_fn in which a recomputation saves its dequantized weights.
 
-    torch's checkpoint drops what the first forward saves, so that forward may use the scratch buffer. It keeps what the
-    recomputation saves until the backward, so the recomputation needs a new tensor.
+    torch's checkpoint drops what the first forward saves, and compares its shape with what the recomputation saves. It
+    keeps the latter until the backward.
     """
-    return weights_saved(SAVE_SCRATCH), weights_saved(SAVE_COPY)
+    return weights_saved(SAVE_SHAPE), weights_saved(SAVE_COPY)
 
 
 @contextmanager

@@ -201,8 +201,9 @@ FEW_ROWS = 4  # up to this many, dense_product is faster than torch's linear in 
 
 def has_dense_product(x: Tensor, W_NK: Tensor) -> bool:
     """Whether `dense_product` accepts x (..., K) and is faster than torch: x has few rows."""
-    few = x.numel() <= FEW_ROWS * W_NK.shape[1]
-    return few and x.dtype == W_NK.dtype and x.dtype in native.DTYPES and backend(x.device).dense_product is not None
+    if torch.compiler.is_compiling() or x.numel() > FEW_ROWS * W_NK.shape[1] or not are_alike(x, W_NK):
+        return False
+    return x.dtype in native.DTYPES and backend(x.device).dense_product is not None
 
 
 def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
@@ -216,14 +217,14 @@ def dense_product(x: Tensor, W_NK: Tensor) -> Tensor:
 def has_tiles(x: Tensor, W_NK: Tensor) -> bool:
     """Whether `tiled_product` and `tiled_product_back` accept x and an unquantized W: bfloat16 on a CPU with AMX, where
     they are faster than torch's product. They have no gradient."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not are_alike(x, W_NK):
+        return False
     fused = backend(x.device).fused_linear
-    return (
-        fused is not None
-        and x.dtype == W_NK.dtype
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and fused.can_fuse(W_NK, len(W_NK))
-    )
+    return fused is not None and fused.can_fuse(W_NK, len(W_NK))
+
+
+def are_alike(x: Tensor, W_NK: Tensor) -> bool:
+    return x.dtype == W_NK.dtype and x.device == W_NK.device
 
 
 def fused_linear(x: Tensor) -> FusedLinear:

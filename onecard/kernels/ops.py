@@ -24,7 +24,7 @@ from torch import Tensor
 from onecard.errors import UserError
 from onecard.kernels import dequantize as weights
 from onecard.kernels import reference
-from onecard.kernels.backend import backend
+from onecard.kernels.backend import CodeProduct, FusedLinear, backend
 from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.operator import Operator
 from onecard.kernels.reference import Lora
@@ -158,29 +158,39 @@ def linear_forward(
         (dequantize.SAVE_...). A result that is not computed is an empty tensor.
     """
     N, K = weight.shape
-    kernels, no_W = backend(x.device), x.new_empty(0)
-    few_rows, fused = kernels.code_product, kernels.fused_linear
     work = product_dtype(x.dtype, x.device.type)
     x_MK = x.reshape(-1, K).to(work)
     x_lora_MK = x_MK if x_lora is None else x_lora.reshape(-1, K).to(work)
-    if few_rows is not None and not few_rows.can_multiply(x_MK, weight.blocksize):
-        few_rows = None
-    if few_rows is None and fused is not None and fused.can_fuse(x_MK, N, lora):
+    few_rows, fused = pick_product(x_MK, weight, lora)
+    if fused is not None:
         y_MN, xA_MR = fused.linear(x_MK, weight, bias, lora, x_lora_MK)
-        return y_MN.resize_(*x.shape[:-1], N), xA_MR, no_W  # not a view: some models add to it in place
-    xA_MR, W_NK = x.new_empty(0) if lora is None else x_lora_MK @ lora.A_RK.to(work).T, no_W
+        return y_MN.resize_(*x.shape[:-1], N), xA_MR, x.new_empty(0)  # not a view: some models add to it in place
+    xA_MR = x.new_empty(0) if lora is None else x_lora_MK @ lora.A_RK.to(work).T
+    saved = x.new_empty(0)
     if few_rows is not None:
         y_MN = few_rows.multiply(x_MK, weight, None if lora is None else (xA_MR, lora.B_NR, lora.scaling))
     else:
         make = weights.dequantize if save == weights.SAVE_COPY else weights.dequantize_to_scratch
         W_NK = make(weight, work)
+        if save != weights.SAVE_NOTHING:
+            saved = W_NK if save == weights.SAVE_COPY else weights.shape_of(W_NK)
         y_MN = x_MK @ W_NK.T
         if lora is not None:
             y_MN.addmm_(xA_MR, lora.B_NR.to(work).T, alpha=lora.scaling)
     if bias is not None:
         y_MN += bias.to(y_MN.dtype)
-    saved = no_W if save == weights.SAVE_NOTHING else W_NK
     return y_MN.resize_(*x.shape[:-1], N).to(x.dtype), xA_MR, saved
+
+
+def pick_product(
+    x_MK: Tensor, weight: PackedWeight, lora: Lora | None
+) -> tuple[CodeProduct | None, FusedLinear | None]:
+    """Return the kernel that multiplies x without a dequantized weight, if any: of the first kind, or of the second."""
+    kernels = backend(x_MK.device)
+    few_rows, fused = kernels.code_product, kernels.fused_linear
+    if few_rows is not None and few_rows.can_multiply(x_MK, weight.blocksize):
+        return few_rows, None
+    return None, fused if fused is not None and fused.can_fuse(x_MK, weight.shape[0], lora) else None
 
 
 def linear_backward(
@@ -303,11 +313,17 @@ _qlora_linear = Operator("qlora_linear", _compute_linear)
 
 @_qlora_linear.register_fake
 def _(x, *arguments):
-    *weight, _, A, _, _, _, save = arguments
-    N, K = PackedWeight(*weight).shape
+    *fields, _, A, B, scaling, _, save = arguments
+    weight = PackedWeight(*fields)
+    N, K = weight.shape
     work = product_dtype(x.dtype, x.device.type)
     xA = x.new_empty(0) if A is None else x.new_empty(x.numel() // K, A.shape[0], dtype=work)
-    W = x.new_empty(0) if save == weights.SAVE_NOTHING else x.new_empty(N, K, dtype=work)
+    W = x.new_empty(0)
+    if save != weights.SAVE_NOTHING:
+        product = pick_product(x.new_empty(x.numel() // K, K, dtype=work), weight, lora_term(A, B, scaling))
+        if product == (None, None):
+            W = x.new_empty(N, K, dtype=work)
+            W = W if save == weights.SAVE_COPY else weights.shape_of(W)
     return x.new_empty(*x.shape[:-1], N), xA, W
 
 

@@ -150,7 +150,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
         "d.jsonl",
         b'{"prompt": "a", "completion": "b", "system": "c"}\n',
         "d.jsonl:1:system",
-        "must hold all",
+        "no other input columns",
     ),
     "function call that is no JSON": (
         "d.jsonl",

@@ -11,7 +11,7 @@ from onecard.data.dataset import load_dataset
 from onecard.data.records import Record, read_records
 from onecard.errors import UserError
 from tests.conftest import CHATML, make_tokenizer, write_rows
-from tests.data.test_template import GEMMA, LLAMA3, MARKED, MISTRAL, NO_END, learned
+from tests.data.chat.test_mask import GEMMA, LLAMA3, MARKED, MISTRAL, NO_END, learned
 
 # As Qwen3's: thoughts of turns before the last question are cut; the last answer gets an empty thought.
 QWEN3 = r"""

@@ -24,7 +24,7 @@ from onecard.export.merge.verify import merge_verified
 from onecard.hf.load import load_tokenizer
 from onecard.train.session import run_training
 from tests.conftest import make_checkpoint
-from tests.export.test_merged import make_adapter
+from tests.export.merge.test_merged import make_adapter
 from tests.forks import Forked
 
 

@@ -24,7 +24,7 @@ from onecard.nn.linear import Linear4bit
 from onecard.train.prepare import prepare
 from onecard.train.session import show
 from tests.conftest import make_tokenizer
-from tests.export.test_merged import make_adapter, off_by
+from tests.export.merge.test_merged import make_adapter, off_by
 from tests.families.build import SIZES, make_family
 from tests.infer.test_generate import edit_config
 

@@ -20,7 +20,7 @@ from onecard.infer.graphs import FixedContext
 from onecard.infer.protocol import CompletionRequest, parse
 from onecard.infer.server import Served, Service
 from tests.conftest import make_checkpoint, make_tokenizer
-from tests.data.test_control import sentencepiece_like
+from tests.data.chat.test_control import sentencepiece_like
 
 GREEDY = SamplingConfig(temperature=0)
 PROMPT = [5, 90, 17, 33, 210, 8, 64, 99, 120, 41, 7, 255, 18, 77, 140, 200, 31, 12, 66]

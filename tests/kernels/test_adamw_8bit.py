@@ -7,7 +7,7 @@ from onecard.kernels import reference
 from onecard.kernels.cpu import native
 from onecard.kernels.reference import Rates
 from onecard.quant.dynamic import quantize_8bit
-from tests.kernels.test_native import isa, threads  # noqa: F401
+from tests.kernels.cpu.test_native import isa, threads  # noqa: F401
 
 SIZES = [1, 255, 256, 257, 4096, 10_007]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

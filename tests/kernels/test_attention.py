@@ -7,7 +7,7 @@ import torch
 from onecard.hf import attention as plain
 from onecard.kernels import attention as kernel
 from onecard.kernels.cpu.library import library
-from tests.kernels.test_native import isa  # noqa: F401
+from tests.kernels.cpu.test_native import isa  # noqa: F401
 
 pytestmark = pytest.mark.skipif(library() is None, reason="built without a compiler")
 CASES = [

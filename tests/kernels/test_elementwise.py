@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from onecard.kernels import elementwise, ops, reference
 from onecard.kernels.cpu.library import library
-from tests.kernels.test_native import isa  # noqa: F401
+from tests.kernels.cpu.test_native import isa  # noqa: F401
 
 pytestmark = pytest.mark.skipif(library() is None, reason="built without a compiler")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from onecard.kernels import attention, elementwise, ops
-from onecard.kernels.dequantize import SAVE_COPY, SAVE_NOTHING, dequantize_to_scratch
+from onecard.kernels.cpu.library import library
+from onecard.kernels.dequantize import SAVE_COPY, SAVE_NOTHING, SAVE_SHAPE, dequantize_to_scratch
+from onecard.nn.embedding import Head
 from onecard.quant.state import PackedWeight
 
 N, K, R = 96, 160, 8
@@ -30,11 +32,18 @@ def flat(x, packed, state, b, A, B, x_lora, save=SAVE_NOTHING):
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("lora", [True, False])
 def test_opcheck(bias, separate, lora):
+    operator = torch.ops.onecard.qlora_linear.default
     x, packed, state, b, A, B, x_lora = make(bias=bias, separate=separate)
     if not lora:
         A = B = x_lora = None
     for save in (SAVE_NOTHING, SAVE_COPY):
-        torch.library.opcheck(torch.ops.onecard.qlora_linear.default, flat(x, packed, state, b, A, B, x_lora, save))
+        torch.library.opcheck(operator, flat(x, packed, state, b, A, B, x_lora, save))
+    few, few_lora = (t if t is None else t[:1, :1].detach().bfloat16().requires_grad_() for t in (x, x_lora))
+    for arguments in (
+        flat(x, packed, state, b, A, B, x_lora, SAVE_SHAPE),  # a NaN, which is no equal of itself for other checks
+        flat(few, packed, state, b, A, B, few_lora, SAVE_COPY),  # no weight is dequantized
+    ):
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_opcheck_dequantize():
@@ -49,6 +58,28 @@ def test_compile_has_no_graph_break():
         lambda x: ops.qlora_linear(x, packed, state, b, A, B, 0.5), fullgraph=True, backend="aot_eager"
     )
     assert torch.equal(compiled(x), ops.qlora_linear(x, packed, state, b, A, B, 0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("learning", [False, True])
+def test_the_head_compiles_without_a_graph_break(dtype, rows, learning):
+    head = Head(torch.nn.Linear(64, 128, bias=False, dtype=dtype))
+    head.weight.requires_grad_(False)
+    x = torch.randn(rows, 64, dtype=dtype, requires_grad=learning)
+    with torch.set_grad_enabled(learning):
+        compiled = torch.compile(head, fullgraph=True, backend="aot_eager")(x)
+    exact = x.double() @ head.weight.double().T
+    bound = (65 * 2**-24 + torch.finfo(dtype).eps) * (x.double().abs() @ head.weight.double().abs().T)
+    assert ((compiled - exact).abs() <= bound).all()
+
+
+def test_a_weight_of_another_device_goes_to_no_kernel():
+    """Its address means nothing to one."""
+    x, W = torch.randn(1, 64), torch.empty(128, 64, device="meta")
+    with torch.no_grad():
+        assert not elementwise.has_dense_product(x, W) and not elementwise.has_tiles(x, W)
+        assert elementwise.has_dense_product(x, torch.empty(128, 64)) == (library() is not None)
 
 
 def plain(x, W, b, A, B, x_lora):

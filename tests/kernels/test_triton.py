@@ -13,8 +13,8 @@ from onecard.kernels.triton import elementwise as triton_rows
 from onecard.quant.blockwise import make_state
 from onecard.quant.dynamic import quantize_8bit
 from onecard.quant.state import PackedWeight
+from tests.kernels.cpu.test_native import bits, weights
 from tests.kernels.test_elementwise import norm, with_gradients
-from tests.kernels.test_native import bits, weights
 
 ON_GPU = torch.cuda.is_available()  # else conftest.py has turned the interpreter on
 DEVICE = "cuda" if ON_GPU else "cpu"

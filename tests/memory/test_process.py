@@ -33,6 +33,7 @@ def test_the_terms_of_a_dense_model(tmp_path, on_onednn):
     forward = 4 + 2 + 3  # (64, 64), (64, 32), (64, 96), (96, 64); inputs of 64 and 96; outputs of 64, 32 and 96
     backward = 4 + 2 * 2 + 2 * 3
     heads = 2 * len({64, 512} | PROBE_HEADS)
+    assert {7, 23, 24, 48} == PROBE and {23, 24} == PROBE_HEADS
     number = len(PROBE | {512, 30, 9, 6}) * forward + backward + heads
     found = {term.name: term.num_bytes for term in process.process_terms(inputs, True)}
     adapted = 2 * 7

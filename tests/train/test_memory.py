@@ -354,7 +354,7 @@ def test_allocations_that_go_on_failing_split_the_batch(each, deep, chats, tmp_p
 def test_a_file_that_cannot_be_written_or_read_is_told(deep, chats, tmp_path, monkeypatch):
     made, window, num_tokens = make_run(deep, chats, tmp_path)
     recompute_layers(made.base, 6, Offload(made.device, tmp_path / "away"), 6)
-    for name, match in (("pwrite", "paged out must fit"), ("preadv", "pages are read from")):
+    for name, match in (("pwrite", "room for offloaded data"), ("preadv", "paged file must stay unchanged")):
         real, calls = getattr(os, name), []
 
         def broken(*args, real=real, calls=calls):

@@ -62,6 +62,7 @@ class Linear(ctypes.Structure):
 
 # csrc/kernels.h must have the same values.
 CONSTANTS = {
+    "interface": 1,  # raise it with any change of a function's arguments or of a structure's fields
     "sizeof Attention": ctypes.sizeof(Attention),
     "sizeof AdamW8bit": ctypes.sizeof(AdamW8bit),
     "sizeof Linear": ctypes.sizeof(Linear),

@@ -22,7 +22,7 @@ from onecard.export.calibrated.writer import export_calibrated, pick_group_size
 from onecard.export.merge.merged import merge, open_merged
 from onecard.hf.load import load_tokenizer
 from tests.conftest import FAMILIES, make_checkpoint
-from tests.export.test_merged import make_adapter
+from tests.export.merge.test_merged import make_adapter
 
 CPU = torch.device("cpu")
 EVERY = [*FAMILIES, "gemma3"]  # whose sliding and full layers have rotary embeddings of their own

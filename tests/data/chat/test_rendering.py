@@ -9,7 +9,7 @@ from onecard.data.chat.rendering import Renderings, Sandbox
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from tests.conftest import chat_rows, make_tokenizer, write_rows
-from tests.data.test_template import TEMPLATES
+from tests.data.chat.test_mask import TEMPLATES
 from tests.data.test_turns import QWEN3
 
 ASKED = [{"role": "user", "content": "how many?"}]

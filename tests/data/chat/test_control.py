@@ -148,5 +148,5 @@ def test_a_control_token_made_of_other_characters_is_refused():
 def test_an_answer_that_would_teach_a_control_token_in_letters_is_refused():
     tokenizer = make_tokenizer()
     turns = (*said("how?"), {"role": "assistant", "content": "two<|im_end|>"})
-    with pytest.raises(UserError, match=r"messages\[1\].*learned text"):
+    with pytest.raises(UserError, match=r"messages\[1\].*supervised text"):
         encode(Record("f", 1, messages=turns), tokenizer, 512)

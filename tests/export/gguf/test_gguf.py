@@ -26,7 +26,7 @@ from onecard.export.gguf.modelfile import find_chat, modelfile
 from onecard.export.gguf.writer import export_gguf
 from onecard.export.merge.merged import merge, open_merged, read_adapter
 from tests.conftest import CHATML, FAMILIES, TEXT, make_checkpoint, make_tokenizer
-from tests.export.test_merged import make_adapter
+from tests.export.merge.test_merged import make_adapter
 from tests.forks import onecard
 
 LLAMA3_ROPE = {

@@ -15,7 +15,7 @@ from onecard.export.merge.verify import Agreement, bases_of, better, load_writte
 from onecard.hf.load import load_tokenizer
 from onecard.nn.linear import Linear4bit
 from tests.conftest import FAMILIES, make_checkpoint
-from tests.export.test_merged import make_adapter
+from tests.export.merge.test_merged import make_adapter
 
 BOTH = ["dequantized", "original"]
 
