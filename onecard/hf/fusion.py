@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, DynamicCache
 
+from onecard.config import FUSION_PROBE_TOKENS
 from onecard.hf.attention import cache_name, supports_packing, use_attention, use_packed_attention
 from onecard.hf.fused import (
     KINDS,
@@ -171,7 +172,8 @@ def read_tokens(model: Any, recorder: Recorder) -> str:
     """Read without a cache, as packed documents, and with a cache. Return why the first way failed, or ""."""
     embedding = model.get_input_embeddings()
     size = model.config.get_text_config().vocab_size
-    ids = torch.randint(size, (1, 7), generator=torch.Generator().manual_seed(0)).to(embedding.weight.device)
+    ids = torch.randint(size, (1, FUSION_PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(embedding.weight.device)
     try:
         recorder.run(lambda: model(input_ids=ids, use_cache=False))
     except Exception as error:

@@ -27,11 +27,13 @@ LARGEST_ROW = 16384  # elements that a GPU kernel can hold in registers
 def supports(*tensors: Tensor) -> bool:
     """Whether `swiglu` accepts these: on one device that has kernels, and of one dtype that the kernels support."""
     first = tensors[0]
-    return (
-        all(x.device == first.device and x.dtype == first.dtype for x in tensors)
-        and first.dtype in native.DTYPES
-        and backend(first.device).elementwise is not None
-    )
+    return are_alike(*tensors) and first.dtype in native.DTYPES and backend(first.device).elementwise is not None
+
+
+def are_alike(*tensors: Tensor) -> bool:
+    """Whether tensors are on one device and of one dtype."""
+    first = tensors[0]
+    return all(x.device == first.device and x.dtype == first.dtype for x in tensors)
 
 
 def supports_norm(x: Tensor, weight: Tensor) -> bool:
@@ -221,10 +223,6 @@ def has_tiles(x: Tensor, W_NK: Tensor) -> bool:
         return False
     fused = backend(x.device).fused_linear
     return fused is not None and fused.can_fuse(W_NK, len(W_NK))
-
-
-def are_alike(x: Tensor, W_NK: Tensor) -> bool:
-    return x.dtype == W_NK.dtype and x.device == W_NK.device
 
 
 def fused_linear(x: Tensor) -> FusedLinear:

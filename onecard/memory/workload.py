@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from onecard.config import CACHE_PROBE, NUM_SAMPLES, PREFILL_TOKENS, ROW_MULTIPLE, SAMPLE_TOKENS, TrainConfig
+from onecard.config import (
+    CACHE_PROBE,
+    FUSION_PROBE_TOKENS,
+    LOSS_PROBE_TOKENS,
+    NUM_SAMPLES,
+    PREFILL_TOKENS,
+    ROW_MULTIPLE,
+    SAMPLE_TOKENS,
+    TrainConfig,
+)
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
 
 # Tokens that a loaded model reads before it trains: to check its fused modules (hf/fusion.py), and its loss on two
 # documents, alone and together, and on one without its last token (train/evaluate.py).
-PROBE = frozenset({7, 23, 24, 48})
-PROBE_HEADS = frozenset({23, 24})
+PROBE_HEADS = frozenset({LOSS_PROBE_TOKENS - 1, LOSS_PROBE_TOKENS})
+PROBE = frozenset({FUSION_PROBE_TOKENS, 2 * LOSS_PROBE_TOKENS}) | PROBE_HEADS
 MOST_EPOCHS = 5  # epochs whose rows are counted; each epoch packs again, into rows of the same few sizes
 
 

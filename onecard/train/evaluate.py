@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from onecard.config import LOSS_PROBE_TOKENS
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
 from onecard.data.packing import collate
@@ -65,7 +66,7 @@ def probe_batch(examples: Dataset) -> dict[str, Any]:
     """Build a row of two short documents; all tokens but each document's first are supervised."""
     batch = collate([*examples.examples[:2], examples.examples[0]][:2])
     spans = list(zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]))
-    ids = [batch["input_ids"][0, start : min(end, start + 24)] for start, end in spans]
+    ids = [batch["input_ids"][0, start : min(end, start + LOSS_PROBE_TOKENS)] for start, end in spans]
     labels = [torch.cat([torch.tensor([IGNORE]), piece[1:]]) for piece in ids]
     return {
         "input_ids": torch.cat(ids)[None],
