@@ -213,7 +213,7 @@ struct Isa {
 
 #include "blocks.inl"
 #include "attention.inl"
-#include "rows.inl"
+#include "elementwise.inl"
 #include "optimizer.inl"
 #if defined(ONECARD_AVX512_BF16)
 #include "bf16.inl"

@@ -196,7 +196,7 @@ struct Isa {
 
 #include "blocks.inl"
 #include "attention.inl"
-#include "rows.inl"
+#include "elementwise.inl"
 #include "optimizer.inl"
 
 }  // namespace

@@ -15,7 +15,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from onecard.paging.files import Segment, Spill, read_into
-from onecard.paging.pager import Statistics
+from onecard.paging.mover import Mover, Statistics, Stored, Transfer, new_tier
 
 ACTIVATIONS_AHEAD = (
     2  # inputs in transfer out at a time; in the backward, inputs on the device: one in use, one on its way
@@ -37,16 +35,14 @@ class OffloadedActivation:
     """A layer's input that is offloaded, or in transfer.
 
     Attributes:
-        left: on a CPU, the future of its place in a file; on a GPU, its host tensor and the event of the copy's end.
+        sent: its transfer off the device.
         earlier: the input that was offloaded before it, which the backward needs after it.
-        coming: on its way back: the future of the tensor, or on a GPU the tensor and the event of the copy's end.
+        coming: its transfer back, if that has begun.
     """
 
-    shape: torch.Size
-    dtype: torch.dtype
-    left: Future[tuple[Spill, Segment]] | tuple[Tensor, torch.cuda.Event]
+    sent: Transfer[Stored]
     earlier: weakref.ref[OffloadedActivation] | None
-    coming: Future[Tensor] | tuple[Tensor, torch.cuda.Event] | None = None
+    coming: Transfer[Tensor] | None = None
 
 
 class Offload:
@@ -55,8 +51,7 @@ class Offload:
     def __init__(self, device: torch.device, folder: Path):
         """Args: folder: for the unnamed files, on a CPU."""
         self.device, self.folder = device, folder
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.worker = ThreadPoolExecutor(1, "offload")
+        self.mover = Mover(device)
         self.leaving: deque[tuple[OffloadedActivation, Tensor]] = deque()  # with their tensors, until the copy ends
         self.begun: deque[Any] = deque()  # on a GPU: an event at the first use of each input that came back
         self.last: weakref.ref[OffloadedActivation] | None = None
@@ -88,11 +83,8 @@ class Offload:
         tensor = tensor.detach()
         while len(self.leaving) >= ACTIVATIONS_AHEAD:
             self.wait_for(self.leaving.popleft()[0])
-        if self.stream is None:
-            left: Any = self.worker.submit(self.write, tensor)
-        else:
-            left = self.copy_out(tensor, self.stream)
-        offloaded = OffloadedActivation(tensor.shape, tensor.dtype, left, self.last)
+        sent = self.mover.send(tensor, new_tier(self.device, self.folder))  # a tier each: it is freed with the graph
+        offloaded = OffloadedActivation(sent, self.last)
         self.leaving.append((offloaded, tensor))
         self.last = weakref.ref(offloaded)
         self.statistics.bytes_out += tensor.nbytes
@@ -101,22 +93,8 @@ class Offload:
     def wait_for(self, offloaded: OffloadedActivation) -> None:
         """Wait until an input is offloaded. Raises the error of its transfer."""
         start = time.perf_counter()
-        if isinstance(offloaded.left, Future):
-            offloaded.left.result()
-        else:
-            offloaded.left[1].synchronize()
+        offloaded.sent.wait()
         self.statistics.stall_seconds += time.perf_counter() - start
-
-    def write(self, tensor: Tensor) -> tuple[Spill, Segment]:
-        spill = Spill(self.folder)  # a file each: it is freed with the graph
-        return spill, spill.write(tensor)
-
-    def copy_out(self, tensor: Tensor, stream: torch.cuda.Stream) -> tuple[Tensor, Any]:
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            host.copy_(tensor, non_blocking=True)
-        return host, stream.record_event()
 
     def bring(self, offloaded: OffloadedActivation) -> Tensor:
         """Wait for a tensor and return it. Start to bring back the one that was offloaded before it."""
@@ -126,8 +104,11 @@ class Offload:
         while self.leaving:  # the forward is over
             self.wait_for(self.leaving.popleft()[0])
         self.last = None
-        tensor = self.taken(offloaded)
-        if self.stream is not None:  # the host runs ahead, and would bring back inputs long before their use
+        self.start(offloaded)  # a second backward brings it back again
+        coming, offloaded.coming = offloaded.coming, None
+        assert coming is not None
+        tensor = self.mover.take(coming)
+        if tensor.is_cuda:  # the host runs ahead, and would bring back inputs long before their use
             self.begun.append(torch.cuda.current_stream(self.device).record_event())
             if len(self.begun) > ACTIVATIONS_AHEAD:
                 self.begun.popleft().synchronize()
@@ -141,31 +122,4 @@ class Offload:
     def start(self, offloaded: OffloadedActivation) -> None:
         """Start to bring a tensor back, unless it is on its way."""
         if offloaded.coming is None:
-            on_cpu = self.stream is None
-            offloaded.coming = self.worker.submit(self.read, offloaded) if on_cpu else self.copy_in(offloaded)
-
-    def taken(self, offloaded: OffloadedActivation) -> Tensor:
-        """Return a tensor that came back. A second backward brings it back again."""
-        self.start(offloaded)
-        coming, offloaded.coming = offloaded.coming, None
-        if isinstance(coming, Future):
-            return coming.result()
-        assert coming is not None
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(coming[1])
-        coming[0].record_stream(current)
-        return coming[0]
-
-    def read(self, offloaded: OffloadedActivation) -> Tensor:
-        assert isinstance(offloaded.left, Future)
-        _, segment = offloaded.left.result()  # done: the one worker has finished the write
-        tensor = torch.empty(offloaded.shape, dtype=offloaded.dtype)
-        read_into(segment, tensor.view(-1).view(torch.uint8))
-        return tensor
-
-    def copy_in(self, offloaded: OffloadedActivation) -> tuple[Tensor, Any]:
-        stream = self.stream
-        assert stream is not None and not isinstance(offloaded.left, Future)
-        with torch.cuda.stream(stream):  # after the copy out, which is earlier on this stream
-            tensor = offloaded.left[0].to(self.device, non_blocking=True)
-        return tensor, stream.record_event()
+            offloaded.coming = self.mover.bring(offloaded.sent)

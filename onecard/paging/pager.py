@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.kernels.cpu import allocator
+from onecard.paging.mover import Mover, Statistics, Transfer
 
 PAGES_AHEAD = 3  # pages in transfer at a time
 
@@ -36,26 +36,6 @@ class Page:
     num_bytes: int
     read: Callable[[], Tensor]
     tensor: Tensor | None = field(default=None, repr=False)
-
-
-@dataclass
-class Statistics:
-    """Counts of paging since the last reset.
-
-    Attributes:
-        bytes_in, bytes_out: moved to the device, and off it.
-        touches, hits: uses of a page after a different one, and those that found it on the device or in transfer.
-        stall_seconds: the time that uses waited.
-    """
-
-    bytes_in: int = 0
-    bytes_out: int = 0
-    touches: int = 0
-    hits: int = 0
-    stall_seconds: float = 0.0
-
-    def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
 class Pager:
@@ -79,11 +59,11 @@ class Pager:
         self.touched: list[Page] = []  # in this pass so far
         self.uses: dict[Page, list[int]] = {}  # positions in the expected order
         self.at = -1  # the current page's position in it
-        self.coming: dict[Page, Future[tuple[Tensor, Any]]] = {}
+        self.coming: dict[Page, Transfer[Tensor]] = {}
         self.places: dict[int, Page] = {}  # by address
         self.statistics = Statistics()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.reader = ThreadPoolExecutor(2 if self.stream else 1, "pager")  # one reads while the other one copies
+        on_gpu = device.type == "cuda"
+        self.mover = Mover(device, num_threads=2 if on_gpu else 1)  # on a GPU, one reads while the other one copies
         self.expect([*pages, *reversed(pages)])
 
     def expect(self, order: list[Page]) -> None:
@@ -167,47 +147,20 @@ class Pager:
         """Page in a page and wait for it."""
         start = time.perf_counter()
         if page not in self.coming:
-            self.coming = {other: future for other, future in self.coming.items() if not future.cancel()}
+            self.coming = {other: page_in for other, page_in in self.coming.items() if not page_in.future.cancel()}
             for other in list(self.coming):
                 self.arrive(other)
             fits = self.evict_for(page.num_bytes, -1)
             assert fits, "the two largest pages fit, and only one is in use"
-            self.send(page)
+            self.coming[page] = self.mover.fetch(page.read)
         self.arrive(page)
         self.statistics.stall_seconds += time.perf_counter() - start
 
-    def send(self, page: Page) -> None:
-        released = None if self.stream is None else torch.cuda.current_stream(self.device).record_event()
-        self.coming[page] = self.reader.submit(self.load, page, released)
-
     def arrive(self, page: Page) -> None:
         """Wait for a page in transfer and register it."""
-        tensor, event = self.coming.pop(page).result()
-        if event is not None:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(event)
-            tensor.record_stream(stream)
-        page.tensor = tensor
-        self.places[tensor.data_ptr()] = page
+        page.tensor = self.mover.take(self.coming.pop(page))
+        self.places[page.tensor.data_ptr()] = page
         self.statistics.bytes_in += page.num_bytes
-
-    def load(self, page: Page, released: Any) -> tuple[Tensor, Any]:
-        """Load a page on the reader's thread. Return its bytes on the device, and on a GPU the event of the copy's end.
-
-        Args:
-            released: on a GPU, the event after which no kernel uses the evicted pages.
-        """
-        host = page.read()
-        if self.stream is None:
-            return host, None
-        released.synchronize()  # else the evicted pages and this one would be in memory together
-        with torch.cuda.stream(self.stream):
-            tensor = torch.empty(host.shape, dtype=host.dtype, device=self.device)
-            tensor.copy_(host, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(self.stream)
-            event.synchronize()  # `host` may be a buffer that the next page's read fills
-        return tensor, event
 
     def read_ahead(self) -> None:
         """Start to load the next pages, as far as there is room."""
@@ -219,7 +172,7 @@ class Pager:
                 continue
             if not self.evict_for(page.num_bytes, step):
                 return
-            self.send(page)
+            self.coming[page] = self.mover.fetch(page.read)
 
     def saved_as_pages(self) -> AbstractContextManager:
         """Make autograd save a reference to a tensor's page, not the tensor. The backward touches that page."""

@@ -20,7 +20,8 @@ from onecard.memory.inputs import MemoryStrategy
 from onecard.nn.experts import has_experts
 from onecard.optim.adamw import AdamW
 from onecard.paging.activations import Offload
-from onecard.paging.pager import Pager, Statistics
+from onecard.paging.mover import Statistics
+from onecard.paging.pager import Pager
 from onecard.paging.states import PagedStates
 from onecard.train.graphs import DecoderGraphs
 from onecard.train.loss import packed_loss

@@ -28,7 +28,7 @@ from onecard.memory.measure import format_bytes, peak_memory_bytes, return_large
 from onecard.memory.show import plan_table
 from onecard.memory.workload import Answers
 from onecard.optim.schedule import learning_rate
-from onecard.paging.pager import Statistics
+from onecard.paging.mover import Statistics
 from onecard.train.checkpoint import State, check_unchanged, load_newest, position_of, resume
 from onecard.train.evaluate import choose_loss, evaluate
 from onecard.train.loop import Interrupted, count_steps, train

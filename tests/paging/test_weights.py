@@ -110,7 +110,7 @@ def test_a_budget_that_cannot_hold_two_pages_is_an_error(tmp_path):
         onecard.load_model(str(folder), device="cpu", weights_budget=1000, page_folder=tmp_path / "p")
 
 
-def test_what_quantize_writes_is_what_bitsandbytes_ins(tmp_path):
+def test_what_quantize_writes_is_what_bitsandbytes_reads(tmp_path):
     bnb = pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 
