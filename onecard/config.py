@@ -77,7 +77,7 @@ def check_keys(kind: type[BaseModel], fields: dict[str, Any]) -> None:
 
 
 class StoredConfig(Strict):
-    """How the frozen base is stored (QLoRA, arXiv 2305.14314, section 3)."""
+    """Storage of the frozen base (QLoRA, arXiv 2305.14314, section 3)."""
 
     quant_type: QuantType = Field(default="nf4", description="the 16 levels that weights are rounded to")
     blocksize: int = Field(default=64, description="weights that share a scale: 32, 64, 128, ... 4096")
@@ -92,13 +92,13 @@ class StoredConfig(Strict):
 
 
 class QuantConfig(StoredConfig):
-    """How the frozen base is stored and computed with."""
+    """Storage of the frozen base, and the dtype of computation."""
 
     compute_dtype: ComputeDtype = Field(default="auto", description="dtype of the products; auto: what is fast there")
 
 
 class LoraSettings(Strict):
-    """LoRA. The fields are those of peft's LoraConfig."""
+    """LoRA, with the fields of peft's LoraConfig."""
 
     r: int = Field(default=16, ge=1, description="rank of the update")
     lora_alpha: float = Field(
@@ -145,7 +145,7 @@ class RowConfig(Strict):
 
 
 class DataConfig(RowConfig):
-    """How a data file becomes tokens and labels."""
+    """Data: rows to tokens and labels."""
 
     format: DataFormat = Field(default="auto", description="format of the data file's rows; auto recognises it")
     on_bad_rows: Literal["error", "skip"] = Field(default="error", description="rows that cannot be read")
@@ -153,7 +153,7 @@ class DataConfig(RowConfig):
 
 
 class CalibrationConfig(Strict):
-    """How GPTQ and AWQ are run on the user's own data."""
+    """Calibration of GPTQ and AWQ on the user's data."""
 
     num_rows: int = Field(default=128, ge=1, description="gptq, awq: packed rows of examples that are run")
     max_seq_length: int = Field(default=1024, ge=8, description="gptq, awq: tokens a row")
@@ -171,7 +171,7 @@ class CalibrationConfig(Strict):
 
 
 class GgufConfig(Strict):
-    """What a GGUF file holds."""
+    """Contents of a GGUF file."""
 
     outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field(default="bf16", description="gguf: how matrices are stored")
     adapter_only: bool = Field(default=False, description="gguf: the adapter as a LoRA file of its own, in float32")
@@ -208,7 +208,7 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
 
 
 class SamplingConfig(Strict):
-    """How the next token is sampled."""
+    """Sampling of the next token."""
 
     temperature: float | None = Field(
         default=0.0, ge=0, le=2, description="0 takes the likeliest token; none: as the checkpoint's generation config"

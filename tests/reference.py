@@ -45,7 +45,7 @@ def settings_page() -> str:
             names = [name for name in vars(home).get("__annotations__", {}) if name in kind.model_fields]
             if names:
                 parts.append(
-                    f"### {(home.__doc__ or '').splitlines()[0]}\n\n| field | values | default | |\n|---|---|---|---|"
+                    f"### {(home.__doc__ or '').splitlines()[0].rstrip('.')}\n\n| field | values | default | |\n|---|---|---|---|"
                 )
                 parts += [field_row(kind, name) for name in names]
                 parts.append("")

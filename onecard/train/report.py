@@ -69,7 +69,7 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     steps = [row["step"] for row in metrics if "loss" in row]
     losses = [row["loss"] for row in metrics if "loss" in row]
@@ -93,6 +93,7 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
     bottom.plot(steps, [row["learning_rate"] for row in metrics if "loss" in row], color="#4d7c0f")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
+    bottom.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     bottom.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     bottom.grid(alpha=0.25)
     figure.savefig(path, dpi=120)

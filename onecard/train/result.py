@@ -37,7 +37,7 @@ class Result:
 
     @property
     def loss_after(self) -> float | None:
-        """The same after training."""
+        """The mean validation loss after training, in nats a token. None without validation data."""
         return self.report.loss_after
 
     @property
