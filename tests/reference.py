@@ -44,9 +44,8 @@ def settings_page() -> str:
         for home in reversed(kind.__mro__):
             names = [name for name in vars(home).get("__annotations__", {}) if name in kind.model_fields]
             if names:
-                parts.append(
-                    f"### {(home.__doc__ or '').splitlines()[0].rstrip('.')}\n\n| field | values | default | |\n|---|---|---|---|"
-                )
+                title = (home.__doc__ or "").splitlines()[0].rstrip(".")
+                parts.append(f"### {title}\n\n| field | values | default | |\n|---|---|---|---|")
                 parts += [field_row(kind, name) for name in names]
                 parts.append("")
     return "\n".join(parts).rstrip() + "\n"
