@@ -1,5 +1,5 @@
-// AdamW with 8-bit states, one block of 256 weights at a time. Included after elementwise.inl. The compiler vectorizes these
-// plain loops. Every operation is rounded the same as in onecard/kernels/reference.py.
+// AdamW with 8-bit states, one block of 256 weights at a time. Included after elementwise.inl. The compiler vectorizes
+// these plain loops. Every operation is rounded the same as in onecard/kernels/reference.py.
 
 // Decode a block of n values, absmax[block] map[code], and encode it as the nearest levels' codes (ties go low).
 inline void decode_state(const uint8_t* codes, float absmax, const float* map, int64_t n, float* x) {

@@ -55,8 +55,7 @@ def test_a_micro_batch_of_fixed_shape_is_a_cuda_graph(checkpoint, chats, tmp_pat
         first["input_ids"].copy_(second["input_ids"])
         graph.replay()
     for parameter, gradient in zip(made.trainable.values(), expected):
-        # The same kernels: only an order of sums may differ, which moves a value to the next one of bfloat16 (2^-8).
-        assert (parameter.grad - gradient).norm() <= 2**-8 * gradient.norm()
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
