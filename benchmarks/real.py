@@ -77,10 +77,10 @@ def examples(model: Path, data: Path) -> list[Any]:
         return load_dataset(str(path), load_tokenizer(str(model)), config).examples
 
 
-def make_loader(rows: list[Any]) -> Any:
+def make_loader(rows: list[Any], seed: int = 0) -> Any:
     from onecard.data.loader import Loader
 
-    return Loader(rows, LENGTH, True, 1, 0)
+    return Loader(rows, LENGTH, True, 1, seed)
 
 
 def padded(rows: list[Any]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +47,9 @@ def rows(shape: str, length: int, count: int) -> torch.Tensor:
     return torch.randint(4, SHAPES[shape]["vocab_size"], (count, length), generator=generator)
 
 
-def start_adapter(model: Any) -> None:
+def start_adapter(model: Any, seed: int = 2) -> None:
     """Set the same A and B in every contender. B is not zero, so that A has gradients from the first step."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
             size = 0.02 if "lora_A" in name else 0.002
@@ -75,8 +75,10 @@ def random_loader(args: argparse.Namespace) -> Any:
     return loader
 
 
-def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any) -> Iterator[tuple[float, float]]:
-    """Run steps of onecard's own loop. Yield the seconds and loss of each."""
+def onecard_steps(
+    args: argparse.Namespace, folder: Path, base: Any, loader: Any, start: Callable[[Any], None] = start_adapter
+) -> Iterator[tuple[float, float]]:
+    """Run steps of onecard's own loop. Yield the seconds and loss of each. `start` sets the adapter's weights."""
     from peft import get_peft_model
 
     from onecard.adapter.layers import lora_config
@@ -97,7 +99,7 @@ def onecard_steps(args: argparse.Namespace, folder: Path, base: Any, loader: Any
     }  # fmt: skip
     config = make_config(TrainConfig, fields, "benchmark")
     model = get_peft_model(base, lora_config(config))
-    start_adapter(model)
+    start(model)
     if args.child == "onecard16":
         keep_16_bits(model)
     strategy = MemoryStrategy(base.config.num_hidden_layers if args.recompute else 0)
@@ -153,13 +155,16 @@ def random_batches(args: argparse.Namespace) -> Iterator[dict[str, torch.Tensor]
 
 
 def peer_steps(
-    args: argparse.Namespace, base: Any, batches: Iterable[dict[str, torch.Tensor]]
+    args: argparse.Namespace,
+    base: Any,
+    batches: Iterable[dict[str, torch.Tensor]],
+    start: Callable[[Any], None] = start_adapter,
 ) -> Iterator[tuple[float, float]]:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, settings)
-    start_adapter(model)
+    start(model)
     if args.recompute:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()

@@ -33,11 +33,12 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = True) -> R
         Stopped: a UserError. Ctrl-C, SIGTERM or SIGHUP stopped the run. A run that was in its training loop has a
             checkpoint of its last update.
     """
+    from onecard.export.calibrated.base import base_of_run
     from onecard.terminal import make_console, quiet_process
     from onecard.train.session import run_training
 
     with quiet_process():
-        return run_training(config, resume, make_console(quiet))
+        return run_training(config, resume, make_console(quiet), make_base=base_of_run)
 
 
 def merge(model: str, adapter: str, output: str, *, base: Literal["dequantized", "original"] | None = None) -> Path:

@@ -16,16 +16,16 @@ from onecard.config import (
     ExportConfig,
     PlanConfig,
     QuantConfig,
+    QuantizeConfig,
     ServeConfig,
     StoredConfig,
     TrainConfig,
     make_config,
     parse_bytes,
-    partial,
-    read_yaml,
 )
+from onecard.documents import read_yaml
 from onecard.errors import Stopped, UserError, printable
-from onecard.terminal import finish, given, load, load_base, make_console, quiet_libraries, read_data, run_app
+from onecard.terminal import finish, given, load, load_base, make_console, partial, quiet_libraries, read_data, run_app
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -36,13 +36,16 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
+    TrainFields = DataFields = PlanFields = QuantFields = QuantizeFields = StoredFields = ExportFields = ServeFields = (
+        Any
+    )
 else:
     flags = Parameter(name="*", negative_iterable=(), consume_multiple=True)
     TrainFields = Annotated[partial(TrainConfig) | None, flags]
     DataFields = Annotated[partial(DataConfig) | None, flags]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]
     QuantFields = Annotated[partial(QuantConfig) | None, flags]
+    QuantizeFields = Annotated[partial(QuantizeConfig) | None, flags]
     StoredFields = Annotated[partial(StoredConfig) | None, flags]
     ExportFields = Annotated[partial(ExportConfig) | None, flags]
     PlanFields = Annotated[partial(PlanConfig) | None, flags]
@@ -77,11 +80,12 @@ def train(
     checked = make_config(TrainConfig, merged, config or "command line")
     try:
         console = make_console()
+        from onecard.export.calibrated.base import base_of_run
         from onecard.train.session import run_training
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT, "nothing was begun", "start again", checked.output) from None
 
-    finish(run_training(checked, resume, console), console)
+    finish(run_training(checked, resume, console, make_base=base_of_run), console)
 
 
 @app.command
@@ -131,12 +135,15 @@ def figures(output: str = "figures", model: str | None = None) -> None:
 
     Args:
         output: Folder for memory_bill.png and nf4_int4.png.
-        model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's.
+        model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's. Of a calibrated base,
+            what its 4 bits cost is drawn in bill.png, and the demo's linear is taken.
     """
+    from onecard.export.calibrated.bill import draw_if_there
     from onecard.memory.figures import draw_figures
 
     quiet_libraries()
-    print("\n".join(draw_figures(output, model)))
+    bill = draw_if_there(model, output) if model else []
+    print("\n".join([*bill, *draw_figures(output, None if bill else model)]))
 
 
 @app.command
@@ -333,8 +340,10 @@ def merge(
 
 
 @app.command
-def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
+def quantize(model: str, output: str, *, fields: QuantizeFields = None) -> None:
     """Write a checkpoint with its linears in 4 bits, in bitsandbytes' format, streaming.
+
+    With --calibrate and --data, the codes are chosen for the layers' outputs on the data. Else they are the nearest.
 
     Experts go into 4 bits, too; such a checkpoint is for onecard, as transformers with bitsandbytes reads no 4-bit
     experts.
@@ -343,15 +352,21 @@ def quantize(model: str, output: str, *, quant: QuantFields = None) -> None:
         model: Checkpoint folder or hub id, in 16 or 32 bits.
         output: New folder.
     """
-    from onecard.export.merge.quantized import quantize_checkpoint
-
     quiet_libraries()
-    config = make_config(QuantConfig, given(quant), "command line")
-    folder = quantize_checkpoint(model, output, config)
-    print(
-        f"quantized {folder}  ({config.quant_type})\nnext\n"
-        f"  onecard train --model {quote(str(folder))} --weights-budget 4GiB ..."
-    )
+    config = make_config(QuantizeConfig, given(fields), "command line")
+    if config.calibrate:
+        from onecard.export.calibrated.base import quantize_calibrated
+
+        reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "quantize")
+        dataset = read_data(str(config.data), model, None, reading)
+        lines = quantize_calibrated(model, output, config, dataset, make_console()).lines()
+    else:
+        from onecard.export.merge.quantized import quantize_checkpoint
+
+        quantize_checkpoint(model, output, config)
+        lines = []
+    print("\n".join([f"quantized {output}  ({config.quant_type})", *lines, "next"]))
+    print(f"  onecard train --model {quote(output)} --weights-budget 4GiB ...")
 
 
 @app.command

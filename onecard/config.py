@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Optional, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from onecard.documents import first_mistake, parse_yaml
+from onecard.documents import first_mistake
 from onecard.errors import UserError, did_you_mean
 from onecard.patterns import check_syntax
 
@@ -152,6 +151,42 @@ class DataConfig(RowConfig):
     on_long_rows: Literal["cut", "drop", "error"] = Field(default="cut", description="rows longer than max_seq_length")
 
 
+class BaseCalibration(Strict):
+    """Calibration of the 4-bit base on the user's data."""
+
+    calibrate: bool = Field(
+        default=False,
+        description="choose 4-bit codes with which the layers' outputs on the data stay closest to the 16-bit model's",
+    )
+    calibration_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="calibrate: tokens of the data that are run; default: the model's widest input, at least 4096",
+    )
+
+    @model_validator(mode="after")
+    def _a_format_of_bitsandbytes(self) -> BaseCalibration:
+        if self.calibrate and getattr(self, "quant_type", None) == "int4":
+            raise ValueError("calibrate writes bitsandbytes' format, which has nf4 and fp4, not int4")
+        return self
+
+
+class QuantizeConfig(QuantConfig, BaseCalibration):
+    """A checkpoint with its linears in 4 bits."""
+
+    data: str | None = Field(default=None, description="calibrate: data file, best that of the training")
+    max_seq_length: int = Field(default=1024, ge=8, description="calibrate: tokens a row")
+    device: str = Field(
+        default="auto", description="calibrate: where a decoder layer is run: auto, cpu, cuda or cuda:N"
+    )
+
+    @model_validator(mode="after")
+    def _calibrated_on_data(self) -> QuantizeConfig:
+        if self.calibrate != (self.data is not None):
+            raise ValueError("calibrate and data go together")
+        return self
+
+
 class CalibrationConfig(Strict):
     """Calibration of GPTQ and AWQ on the user's data."""
 
@@ -280,7 +315,7 @@ class ServeConfig(Strict):
         return self
 
 
-class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
+class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, MemorySettings):
     """One training run."""
 
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
@@ -293,6 +328,9 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
     cuda_graphs: bool = Field(default=True, description="record and replay a CUDA GPU's work where memory allows")
     num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="updates; overrides num_train_epochs")
+    init_lora_weights: Literal["default", "loftq"] = Field(
+        default="default", description="start of LoRA; loftq: corrects what calibrate's 4 bits leave (arXiv 2310.08659)"
+    )
     seed: int = Field(default=42, ge=0, lt=2**63, description="of the start of LoRA, the order of rows and dropout")
 
     learning_rate: float = Field(default=2e-4, gt=0, description="the largest of the schedule")
@@ -323,6 +361,12 @@ class TrainConfig(QuantConfig, LoraSettings, DataConfig, MemorySettings):
         return self
 
     @model_validator(mode="after")
+    def _a_start_for_a_calibrated_base(self) -> TrainConfig:
+        if self.init_lora_weights == "loftq" and (not self.calibrate or self.use_dora):
+            raise ValueError("init_lora_weights loftq is made with the base: pass calibrate, and no use_dora")
+        return self
+
+    @model_validator(mode="after")
     def _one_validation_source(self) -> TrainConfig:
         if self.eval_data is not None and self.validation_split > 0:
             raise ValueError("give eval_data or validation_split, not both")
@@ -335,42 +379,6 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def partial(kind: type[BaseModel]) -> type[BaseModel]:
-    """Make a model of the same fields, all optional with default None. Flags set it before the merge with a file."""
-    fields: dict[str, Any] = {}
-    required_first = sorted(kind.model_fields.items(), key=lambda item: not item[1].is_required())
-    for name, info in required_first:
-        value = info.default if info.default is not None else "none"
-        default = "required" if info.is_required() else f"default: {value}"
-        if info.default_factory is not None:
-            default = "default: none"
-        help = "; ".join(part for part in (info.description, default) if part)
-        kinds = get_args(info.annotation)  # if a flag may be a list, it is one, so that it can be repeated
-        annotation = next((kind for kind in kinds if get_origin(kind) is list), info.annotation)
-        fields[name] = (Optional[annotation], Field(None, description=help))  # noqa: UP045
-    return create_model(f"{kind.__name__}Flags", __config__=ConfigDict(protected_namespaces=()), **fields)
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping of fields. Raises UserError for anything else."""
-    try:
-        fields = parse_yaml(Path(path).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "the config must be a readable YAML file", str(error), "check the path and the syntax", str(path)
-        ) from None
-    if fields is None:
-        return {}
-    if not isinstance(fields, dict):
-        raise UserError(
-            "the config must be a mapping of field: value",
-            f"a {type(fields).__name__}",
-            "write lines such as `learning_rate: 2.0e-4`",
-            str(path),
-        )
-    return {str(key): value for key, value in fields.items()}
 
 
 def make_config(kind: type[T], fields: dict[str, Any], source: str = "config") -> T:

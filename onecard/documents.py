@@ -246,3 +246,23 @@ def brief(value: Any) -> str:
         return BRIEF.repr(value)
     except ValueError:  # an integer of thousands of digits
         return type(value).__name__
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping of fields. Raises UserError for anything else."""
+    try:
+        fields = parse_yaml(Path(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "the config must be a readable YAML file", str(error), "check the path and the syntax", str(path)
+        ) from None
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict):
+        raise UserError(
+            "the config must be a mapping of field: value",
+            f"a {type(fields).__name__}",
+            "write lines such as `learning_rate: 2.0e-4`",
+            str(path),
+        )
+    return {str(key): value for key, value in fields.items()}

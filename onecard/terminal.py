@@ -9,11 +9,29 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Optional, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from onecard.errors import one_line, printable
 
 NOISY = [standard.getLogger(name) for name in ("torch", "bitsandbytes")]  # loggers that may show only errors
+
+
+def partial(kind: type[BaseModel]) -> type[BaseModel]:
+    """Make a model of the same fields, all optional with default None. Flags set it before the merge with a file."""
+    fields: dict[str, Any] = {}
+    required_first = sorted(kind.model_fields.items(), key=lambda item: not item[1].is_required())
+    for name, info in required_first:
+        value = info.default if info.default is not None else "none"
+        default = "required" if info.is_required() else f"default: {value}"
+        if info.default_factory is not None:
+            default = "default: none"
+        help = "; ".join(part for part in (info.description, default) if part)
+        kinds = get_args(info.annotation)  # if a flag may be a list, it is one, so that it can be repeated
+        annotation = next((kind for kind in kinds if get_origin(kind) is list), info.annotation)
+        fields[name] = (Optional[annotation], Field(None, description=help))  # noqa: UP045
+    return create_model(f"{kind.__name__}Flags", __config__=ConfigDict(protected_namespaces=()), **fields)
 
 
 def given(flags: Any) -> dict[str, Any]:

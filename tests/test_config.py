@@ -2,7 +2,8 @@
 
 import pytest
 
-from onecard.config import ExportConfig, LoraSettings, TrainConfig, make_config, read_yaml
+from onecard.config import ExportConfig, LoraSettings, TrainConfig, make_config
+from onecard.documents import read_yaml
 from onecard.errors import UserError
 
 GOOD = {"model": "m", "data": "d", "output": "o"}

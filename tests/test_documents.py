@@ -27,7 +27,8 @@ from onecard.adapter.layers import lora_config
 from onecard.adapter.load import check_ranks, peft_config, stored_tensors
 from onecard.adapter.origin import Origin, read_origin, write_origin
 from onecard.adapter.update import read_adapter
-from onecard.config import LoraSettings, SamplingConfig, TrainConfig, make_config, read_yaml
+from onecard.config import LoraSettings, SamplingConfig, TrainConfig, make_config
+from onecard.documents import read_yaml
 from onecard.errors import UserError, printable
 from onecard.hf.checkpoint import inspect_checkpoint, read_header, read_index
 from onecard.hf.load import check_generation_config, load_tokenizer

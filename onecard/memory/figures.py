@@ -141,6 +141,9 @@ def largest_linear(model: str) -> tuple[str, Tensor]:
     from safetensors import safe_open
 
     checkpoint = inspect_checkpoint(find_checkpoint(model))
+    if checkpoint.is_4bit:
+        do = "pass the checkpoint that it was made from"
+        raise UserError("the figure must be of weights in 16 or 32 bits", "a checkpoint in 4 bits", do, model)
     linears = read_model(checkpoint).linears
     name = max((n for n in checkpoint.tensors if n in linears), key=lambda n: linears[n].weight.numel())
     with safe_open(checkpoint.tensors[name].file, "pt") as file:

@@ -34,6 +34,17 @@ def return_large_blocks() -> None:
             mallopt(M_MMAP_THRESHOLD, allocator.SMALLEST)
 
 
+def return_free_memory() -> None:
+    """Return to the system what is free in our allocator, in glibc's heaps and in torch's cache of a GPU."""
+    allocator.release()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def available_bytes(device: torch.device) -> int:
     """Return the memory that a run may use: free on the GPU, or within this process's control groups and limits."""
     if device.type == "cuda":

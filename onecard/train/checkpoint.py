@@ -279,7 +279,9 @@ def check_unchanged(config: TrainConfig, identity: dict[str, str], state: State)
     """Raise UserError for the first setting or `identity` entry that differs from the checkpoint's."""
     now = {k: v for k, v in config.model_dump().items() if k not in FREE_TO_CHANGE}
     before = state.documents["config"]
-    changed = [(key, before.get(key), value) for key, value in now.items() if before.get(key) != value]
+    fields = TrainConfig.model_fields  # a checkpoint of an older release lacks the newest
+    compared = [(key, before.get(key, fields[key].default), value) for key, value in now.items()]
+    changed = [(key, old, new) for key, old, new in compared if old != new]
     if changed:
         key, old, new = changed[0]
         raise UserError(

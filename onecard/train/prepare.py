@@ -30,6 +30,7 @@ from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.strategy import strategy_within, total_bytes
+from onecard.memory.terms import Term
 from onecard.memory.workload import Answers, known
 from onecard.train.evaluate import model_size
 from onecard.train.metrics import import_logger
@@ -94,7 +95,9 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     loader = make_loader(config, training)
     load = known(loader, config.num_train_epochs, validation, [ids for _, ids in samples])
     load = load.with_answers(answers) if answers else load
-    strategy, plan, why = choose_memory(PlanInputs(model, config, dtype, load), checkpoint.is_4bit)
+    strategy, plan, why = choose_memory(PlanInputs(model, config, dtype, load), checkpoint.is_4bit or config.calibrate)
+    if config.calibrate:
+        plan.disk.append(Term("calibrated base", checkpoint.nbytes // 2, "at most half of the checkpoint"))
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
     form = form_of(training, tokenizer, template)
@@ -145,7 +148,8 @@ def check_disk(plan: Plan, output: Path) -> None:
     """Raise UserError if the run's files do not fit on the disk."""
     there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
     free, needed = shutil.disk_usage(there).free, sum(term.num_bytes for term in plan.disk)
-    free += sum(file.stat().st_size for file in output.glob("checkpoints/*/*"))  # a resumed run replaces these
+    written = (file for kind in ("checkpoints/*/*", "base/*") for file in output.glob(kind))
+    free += sum(file.stat().st_size for file in written if file.is_file())  # a resumed run replaces or keeps these
     if needed > free:
         parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in plan.disk)
         raise UserError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from onecard.adapter.layers import lora_config
 from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
+from onecard.adapter.start import Start, set_start
 from onecard.config import TrainConfig
 from onecard.data.preview import render_notices, render_preview
 from onecard.errors import Stopped, UserError
@@ -24,7 +26,13 @@ from onecard.hf.load import (
     pick_device,
 )
 from onecard.kernels.cpu_info import arithmetic
-from onecard.memory.measure import format_bytes, peak_memory_bytes, return_large_blocks
+from onecard.memory.measure import (
+    begin_peak,
+    format_bytes,
+    peak_memory_bytes,
+    return_free_memory,
+    return_large_blocks,
+)
 from onecard.memory.show import plan_table
 from onecard.memory.workload import Answers
 from onecard.optim.schedule import learning_rate
@@ -41,9 +49,16 @@ from onecard.train.result import Result
 from onecard.train.run import Run, make_graphs
 from onecard.train.samples import answer_samples
 
+MakeBase = Callable[[Prepared, Console], tuple[Path, Start, dict[str, str]]]
+
 
 def run_training(
-    config: TrainConfig, resuming: bool, console: Console, report_extra: Any = None, answers: Answers | None = None
+    config: TrainConfig,
+    resuming: bool,
+    console: Console,
+    report_extra: Any = None,
+    answers: Answers | None = None,
+    make_base: MakeBase | None = None,
 ) -> Result:
     """Run `onecard train`: read a checkpoint and a data file, write output/adapter and output/report.html.
 
@@ -51,16 +66,23 @@ def run_training(
         resuming: continue from the newest checkpoint in the output folder.
         report_extra: called as f(result, "before" | "after") -> dict of lines for the report.
         answers: the answers that report_extra generates, for the plan.
+        make_base: for `calibrate`: writes the calibrated base, or finds it. Returns its folder, LoRA's start on it (may
+            be empty) and lines for the report.
 
     Raises:
         UserError: an input is wrong; raised before training where possible.
     """
     with lock_output(Path(config.output), resuming):
-        return run_locked(config, resuming, console, report_extra, answers)
+        return run_locked(config, resuming, console, report_extra, answers, make_base)
 
 
 def run_locked(
-    config: TrainConfig, resuming: bool, console: Console, report_extra: Any, answers: Answers | None
+    config: TrainConfig,
+    resuming: bool,
+    console: Console,
+    report_extra: Any,
+    answers: Answers | None,
+    make_base: MakeBase | None,
 ) -> Result:
     """Same as `run_training`, in an output folder that is already locked."""
     output = Path(config.output)
@@ -71,7 +93,15 @@ def run_locked(
         check_unchanged(config, prepared.identity, state)
     return_large_blocks()
     show(prepared, console)
+    start, facts = {}, {}
+    if config.calibrate:
+        assert make_base is not None, "calibrate needs make_base"
+        folder, start, facts = make_base(prepared, console)
+        config = config.model_copy(update={"model": str(folder)})
+        return_free_memory()
+        prepared.process_bytes = begin_peak(pick_device(config.device))  # the report's peak is of the training
     model = load_adapted(config, prepared, console)
+    set_start(model, start)
     origin = origin_of(model.get_base_model(), config.model)  # before the training, so that unreadable files fail early
     loader = make_loader(config, prepared.training)
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity, strategy=prepared.strategy)
@@ -80,18 +110,19 @@ def run_locked(
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
     run.graphs = make_graphs(run, prepared.plan.device_memory_bytes or 0)
-    result = Result(model, prepared.tokenizer, empty_report(config, prepared), output / "adapter")
+    result = Result(model, prepared.tokenizer, empty_report(prepared.config, prepared), output / "adapter")
     before = measure(result, prepared, "before", report_extra, run)
     if state is not None:
         resume_shown(run, state, console)
         del state  # frees the loaded optimizer states: the run has its own copies
     elif resuming:
         console.print("no checkpoint yet: starting at step 0")
-    start = time.perf_counter()
+    begin = time.perf_counter()
     train_shown(run, prepared, result, console, output)
-    result.report.seconds = time.perf_counter() - start
+    result.report.seconds = time.perf_counter() - begin
     save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}))
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run), run)
+    result.report.facts |= facts
     write_report(output, result.report)
     return result
 

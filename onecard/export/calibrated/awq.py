@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from onecard.config import CalibrationConfig
-from onecard.export.calibrated.calibration import Inputs, Layer
+from onecard.export.calibrated.calibration import Layer
 from onecard.export.calibrated.grouped import Grouped, pack_int32, round_to_nearest
+from onecard.export.calibrated.hessian import Inputs
 
 GRID = 20  # steps of alpha from 0 to 1
 SHRINKS = [1 - step / 20 for step in range(8)]  # shares of a group's range that its levels may cover

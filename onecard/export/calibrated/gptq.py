@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from onecard.config import CalibrationConfig
-from onecard.errors import UserError
 from onecard.export.calibrated.calibration import Layer
 from onecard.export.calibrated.grouped import Grouped, choose_scales, encode, pack_int32
+from onecard.export.calibrated.hessian import damped_cholesky
 
 FIRST_ZERO = 1  # the files hold zero - 1
 
@@ -61,23 +61,8 @@ def quantize(W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig) -> Grouped:
 
 
 def inverse_factor(H: Tensor, damp_percent: float) -> Tensor:
-    """Return the upper U with U^T U = (H + damping)^-1. Overwrites H. An input that is always 0 affects no other.
-
-    Raises:
-        UserError: H is not finite.
-    """
-    diagonal = H.diagonal()
-    mean = diagonal.mean()
-    if not torch.isfinite(mean):
-        raise UserError("activations must be finite", "NaN or Inf", "check the checkpoint", "calibration")
-    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
-    for _ in range(4):  # float32 may need more damping than requested
-        diagonal += damp_percent * mean
-        L, failed = torch.linalg.cholesky_ex(H)
-        if not failed:
-            return torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)
-        damp_percent *= 10
-    raise UserError("activations must make a regular Hessian", "none", "raise --damp-percent or --num-rows", "gptq")
+    """Return the upper U with U^T U = (H + damping)^-1. Overwrites H. Raises UserError, same as `damped_cholesky`."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(damped_cholesky(H, damp_percent)), upper=True)
 
 
 def tensors(weight: Grouped) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from onecard.config import CalibrationConfig, DataConfig, QuantConfig, make_conf
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq
-from onecard.export.calibrated.calibration import calibrate, meta_decoder
+from onecard.export.calibrated.calibration import Workers, batches, calibrate, first_rows, meta_decoder
 from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, write_others
 from onecard.export.merge.merged import Base, Merged, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
@@ -71,7 +71,9 @@ def export_calibrated(
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
-        for layer in calibrate(merged, skeleton, layers, dataset, config.num_rows, device):
+        workers, chosen = Workers(device), batches(dataset, skeleton, config.num_rows)
+        rows = first_rows(merged, skeleton, chosen, device)
+        for layer in calibrate(merged, skeleton, layers, rows, device, workers):
             names = {n.removeprefix(f"{layer.name}.") for n in fitting if n.startswith(f"{layer.name}.")}
             for name, tensor in method.quantize_layer(layer, names, config):
                 writer.write(f"{layer.name}.{name}", tensor)

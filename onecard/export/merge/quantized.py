@@ -120,30 +120,55 @@ def check_type(quant: QuantConfig) -> None:
 
 def write_quantized(merged: Merged, folder: Path, quant: QuantConfig) -> Kept:
     """Write a whole checkpoint with linears and experts in 4 bits. Return how much of the adapter's update is left."""
-    files: dict[str, str] = {}
-    kept, places = Kept(), merged.experts.places
-    for file_name, names in merged.files():
-        found = dict.fromkeys(places[name].stack if name in places else name for name in names)
-        names = [name for name in found if name not in files]  # experts' tensors may be in several files
-        shapes: Shapes = {}
-        for name in names:
-            shapes |= result_shapes(merged, name, quant)
-        if names:
-            file = TensorFile(folder / file_name, shapes)
+    return Writer4bit(merged, folder, quant).finish()
+
+
+class Writer4bit:
+    """The files of a checkpoint with linears and experts in 4 bits, named like the base's.
+
+    Attributes:
+        left: the merged tensors, or stacks of experts, that are not written yet, with the file of each.
+    """
+
+    def __init__(self, merged: Merged, folder: Path, quant: QuantConfig):
+        self.merged, self.folder, self.quant, self.kept = merged, folder, quant, Kept()
+        self.left: dict[str, str] = {}
+        self.places: dict[str, str] = {}
+        self.files: dict[str, TensorFile] = {}
+        stacked = merged.experts.places
+        for file, names in merged.files():
+            found = dict.fromkeys(stacked[name].stack if name in stacked else name for name in names)
+            names = [name for name in found if name not in self.left]  # experts' tensors may be in several files
+            shapes: Shapes = {}
             for name in names:
-                write_weight(file, merged, name, quant, kept)
+                shapes |= result_shapes(merged, name, quant)
+            if names:
+                self.files[file] = TensorFile(folder / file, shapes)
+                self.left |= dict.fromkeys(names, file)
+                self.places |= dict.fromkeys(shapes, file)
+
+    def add(self, name: str, packed: Tensor, state: QuantState) -> None:
+        """Write a linear's weight or a stack that is quantized already."""
+        append_4bit(self.files[self.left.pop(name)], name, packed, state)
+
+    def finish(self) -> Kept:
+        """Write the weights that are left, rounded to nearest, and the other files. Return how much of the adapter's
+        update is left in them."""
+        for name, file in self.left.items():
+            write_weight(self.files[file], self.merged, name, self.quant, self.kept)
+        for file in self.files.values():
             file.close()
-            files |= dict.fromkeys(shapes, file_name)
-    before = merged.checkpoint.config.get("quantization_config") or {}
-    stored = BitsAndBytesConfig(
-        bnb_4bit_quant_type=quant.quant_type,
-        bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_compute_dtype="bfloat16" if quant.compute_dtype == "auto" else quant.compute_dtype,
-        llm_int8_skip_modules=before.get("llm_int8_skip_modules") or skipped_names(merged.model.modules),
-    )
-    config = {**merged.config, "quantization_config": stored.to_dict()}
-    write_others(folder, merged.checkpoint, config, files, merged.adapter.folder)
-    return kept
+        before = self.merged.checkpoint.config.get("quantization_config") or {}
+        quant = self.quant
+        stored = BitsAndBytesConfig(
+            bnb_4bit_quant_type=quant.quant_type,
+            bnb_4bit_use_double_quant=quant.double_quant,
+            bnb_4bit_compute_dtype="bfloat16" if quant.compute_dtype == "auto" else quant.compute_dtype,
+            llm_int8_skip_modules=before.get("llm_int8_skip_modules") or skipped_names(self.merged.model.modules),
+        )
+        config = {**self.merged.config, "quantization_config": stored.to_dict()}
+        write_others(self.folder, self.merged.checkpoint, config, self.places, self.merged.adapter.folder)
+        return self.kept
 
 
 def result_shapes(merged: Merged, name: str, quant: QuantConfig) -> Shapes:

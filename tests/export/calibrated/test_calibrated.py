@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
 from onecard.config import CalibrationConfig, DataConfig
 from onecard.data.dataset import load_dataset
+from onecard.data.loader import Loader
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq, writer
-from onecard.export.calibrated.calibration import batches, calibrate, meta_decoder
+from onecard.export.calibrated.calibration import SEED, Workers, batches, calibrate, first_rows, meta_decoder
 from onecard.export.calibrated.grouped import Grouped, round_to_nearest
 from onecard.export.calibrated.writer import export_calibrated, pick_group_size
 from onecard.export.merge.merged import merge, open_merged
@@ -89,7 +90,15 @@ def make_rounded(folder, group_size, sym):
 
 def calibration_rows(base, chats, num_rows=128):
     dataset = load_dataset(str(chats), load_tokenizer(str(base)), DataConfig(max_seq_length=CONFIG.max_seq_length))
-    return dataset, [batch["input_ids"] for batch in batches(dataset, num_rows, packed=False)]
+    order = Loader(dataset.examples, CONFIG.max_seq_length, False, 1, SEED).batches(0)[:num_rows]
+    return dataset, [torch.tensor([dataset.examples[index].input_ids]) for (index,) in order]
+
+
+def run_layers(merged, dataset, num_rows=2):
+    """The layers of `calibrate`, and its model."""
+    model, layers = meta_decoder(merged)
+    rows = first_rows(merged, model, batches(dataset, model, num_rows), CPU)
+    return calibrate(merged, model, layers, rows, CPU, Workers(CPU)), model
 
 
 @torch.no_grad()
@@ -205,7 +214,7 @@ def test_scales_alone_change_no_logits(tmp_path, chats, family, monkeypatch):
     dataset, rows = calibration_rows(base, chats)
     merged = open_merged(str(base), None, "original")
     plain, scaled = (AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval() for _ in range(2))
-    for layer in calibrate(merged, *meta_decoder(merged), dataset, 2, CPU):
+    for layer in run_layers(merged, dataset)[0]:
         names = {name for inputs in layer.inputs for name in inputs.names}
         scaling = awq.scale_layer(layer, names, 32)
         assert len(layer.inputs) == 4 and set(scaling.columns) == names, "each linear has an s"
@@ -222,7 +231,7 @@ def test_a_bfloat16_norm_is_divided_exactly(tmp_path, chats):
     base = make_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     dataset, _ = calibration_rows(base, chats)
     merged = open_merged(str(base), None, "original")
-    layer = next(calibrate(merged, *meta_decoder(merged), dataset, 2, CPU))
+    layer = next(run_layers(merged, dataset)[0])
     gain = layer.module.input_layernorm.weight.float()
     scaling = awq.scale_layer(layer, {n for inputs in layer.inputs for n in inputs.names}, 32)
     stored = scaling.changed["input_layernorm.weight"]
@@ -312,9 +321,9 @@ def test_the_group_size_is_the_largest_that_all_widths_take(largest, widths, exp
 def test_one_layer_is_in_memory_at_a_time(tmp_path, chats):
     base = make_checkpoint(tmp_path / "base", num_hidden_layers=4)
     dataset, _ = calibration_rows(base, chats)
-    model, layers = meta_decoder(open_merged(str(base), None, "original"))
+    layers, model = run_layers(open_merged(str(base), None, "original"), dataset)
     seen = []
-    for layer in calibrate(open_merged(str(base), None, "original"), model, layers, dataset, 2, CPU):
+    for layer in layers:
         real = {n for n, p in model.named_parameters() if p.device.type != "meta"}
         seen.append(layer.name)
         assert real == {"model.norm.weight"} | {f"{layer.name}.{n}" for n, _ in layer.module.named_parameters()}

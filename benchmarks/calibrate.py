@@ -1,0 +1,315 @@
+"""What calibrated 4-bit bases cost beside 16 bits and the nearest codes: losses before and after training, and time.
+
+    python -m benchmarks.calibrate [before] [after] [--seeds 3] [--steps 80 300]
+    python -m benchmarks.calibrate time [--shape 1.1b]
+
+SmolLM2-135M-Instruct, 300 rows of GSM8K to calibrate on and to learn, 100 held out (benchmarks/real.py). The general
+text is of other topics than the calibration's. Each base is a process of its own. A seed sets the order of the rows,
+thus the calibration rows, the order of learning, and LoRA's start. mxfp4 here has the levels of E2M1 and a power of two
+as scale of each 32 weights; it is a comparison, no format of onecard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import anonymous_peak, run_child, table, write_result
+from benchmarks.real import DATA, LENGTH, PACKAGE, batches, examples, make_loader, make_model, our_loss, plain_loss
+from benchmarks.shapes import make_checkpoint
+from benchmarks.train import RANK, RATE, load_onecard, load_peer, onecard_steps, peer_steps, start_adapter
+
+TOKENS, GENERAL_TOKENS = 8192, 4096  # of calibration on the data; measured
+VARIANTS = ("nearest", "scales", "feedback", "both", "start")
+TITLES = {
+    "16 bits": "16 bits",
+    "nearest": "nearest codes",
+    "scales": "scales only",
+    "feedback": "feedback only",
+    "both": "scales and feedback",
+    "start": "scales and feedback, low-rank start",
+}
+KINDS = ("nf4", "fp4", "int4", "mxfp4")
+MXFP4 = torch.tensor([-6, -4, -3, -2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2, 3, 4, 6]) / 6
+
+
+class Nowhere:
+    """Stands for a writer: the losses need no files."""
+
+    def add(self, *args: Any) -> None:
+        pass
+
+
+def shuffled(rows: list[Any], seed: int) -> list[Any]:
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [rows[index] for index in order]
+
+
+def general(folder: Path) -> list[Any]:
+    """Return the measured pieces of general text."""
+    from onecard.export.calibrated.rows import PIECE_TOKENS, general_pieces
+    from onecard.hf.load import load_tokenizer
+
+    pieces = general_pieces(load_tokenizer(str(folder)), PIECE_TOKENS)[1::2]
+    return pieces[: GENERAL_TOKENS // PIECE_TOKENS]
+
+
+def mx_scales(W: torch.Tensor) -> torch.Tensor:
+    """Return the scale of each weight as the MX formats set it: 6 times a power of two for each 32 weights."""
+    largest = W.reshape(-1, 32).abs().amax(1).clamp(min=1e-30)
+    return (6 * 2.0 ** (largest.log2().floor() - 2)).repeat_interleave(32).view_as(W)
+
+
+def mx_rounded(W: torch.Tensor, scale: torch.Tensor, factor: Any) -> torch.Tensor:
+    from onecard.export.calibrated.feedback import choose_levels
+
+    return MXFP4[choose_levels(W, scale, factor, MXFP4).long()] * scale
+
+
+def without_feedback(factor: Any) -> Any:
+    return replace(factor, U_KK=torch.eye(len(factor.d_K)))
+
+
+def mx_calibrated(W: torch.Tensor, factor: Any, variant: str) -> torch.Tensor:
+    """Return W_hat with the levels of mxfp4. Scales are chosen from the format's own, its half and its double."""
+    exact = mx_scales(W)
+    tried = torch.stack([exact * share for share in ((1.0,) if variant == "feedback" else (1.0, 0.5, 2.0))])
+    plain = torch.stack([mx_rounded(W, scale, without_feedback(factor)) for scale in tried])
+    errors = ((plain - W).square() * factor.weight_K).view(len(tried), -1, 32).sum(2)
+    scale = tried.view(len(tried), -1, 32)[errors.argmin(0), torch.arange(errors.shape[1])].view_as(W)
+    return mx_rounded(W, scale, without_feedback(factor) if variant == "scales" else factor)
+
+
+def make_trial(args: argparse.Namespace, folder: Path) -> Any:
+    """Return a pass that quantizes as the variant and the kind say."""
+    from onecard.config import LoraSettings, QuantConfig
+    from onecard.export.calibrated import base, feedback
+    from onecard.export.merge.merged import open_merged
+
+    class Trial(base.Pass):
+        def quantized(self, layer: Any, name: str, factor: Any) -> Any:
+            return super().quantized(layer, name, without_feedback(factor) if args.variant == "scales" else factor)
+
+    class MxTrial(base.Pass):
+        def quantize(self, layer: Any, streams: Any, writer: Any) -> None:
+            layer.advance(streams[base.SIXTEEN], self.workers)
+            found: dict[str, Any] = self.linears(layer)
+            for name in found:
+                W = self.matrix(layer, name).float()
+                plain = feedback.Factor.of(torch.eye(W.shape[1]))
+                self.put(layer, name, mx_rounded(W, mx_scales(W), plain))
+            layer.advance(streams[base.NEAREST], self.workers)
+            for name, W_hat in found.items():
+                self.put(layer, name, W_hat)
+            layer.advance(streams[base.CALIBRATED], self.workers)
+
+        def quantized(self, layer: Any, name: str, factor: Any) -> Any:
+            return mx_calibrated(self.matrix(layer, name).float(), factor, args.variant)
+
+    if args.variant == "feedback":
+        feedback.SHARES = (1.0,)
+    mx = args.kind == "mxfp4"
+    quant = QuantConfig(quant_type="nf4" if mx else args.kind)
+    lora = LoraSettings(r=RANK) if args.variant == "start" else None
+    return (MxTrial if mx else Trial)(open_merged(str(folder), None, "original"), quant, lora, torch.device("cpu"))
+
+
+def before_child(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the losses of a variant of one kind before training, and those of 16 bits and nearest codes."""
+    from onecard.data.dataset import Dataset
+    from onecard.export.calibrated import rows
+    from onecard.hf.load import load_tokenizer
+
+    torch.set_grad_enabled(False)
+    folder = make_model()
+    training = Dataset(shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed), [], "messages", LENGTH)
+    held_out = Dataset(examples(folder, DATA / "eval_100.jsonl"), [], "messages", LENGTH)
+    chosen = rows.choose_rows(training, held_out, load_tokenizer(str(folder)), True, TOKENS)
+    chosen.data = rows.first_batches(held_out.examples, LENGTH, True, 10**9)
+    chosen.general = rows.first_batches(general(folder), LENGTH, True, 10**9)
+    found = make_trial(args, folder).run(chosen, Nowhere(), lambda done, total: None)
+    return {form: (loss.data, loss.general) for form, loss in found.items()}
+
+
+def after_child(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the losses of a contender before training and after each of `args.steps`."""
+    from onecard.adapter.start import set_start
+    from onecard.config import LoraSettings, QuantConfig
+    from onecard.data.dataset import Dataset
+    from onecard.export.calibrated.base import calibrate_base
+    from onecard.hf.load import load_tokenizer
+
+    folder, start = make_model(), {}
+    rows = shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed)
+    held_out, others = examples(folder, DATA / "eval_100.jsonl"), general(folder)
+    settings = argparse.Namespace(child="lora", length=LENGTH, steps=max(args.steps), recompute=False)
+    with tempfile.TemporaryDirectory() as temporary:
+        if args.variant in ("both", "start"):
+            sets = [Dataset(part, [], "messages", LENGTH) for part in (rows, held_out)]
+            lora = LoraSettings(r=RANK) if args.variant == "start" else None
+            output = Path(temporary) / "base"
+            tokenizer = load_tokenizer(str(folder))
+            with torch.no_grad():
+                found = calibrate_base(str(folder), output, QuantConfig(), *sets, tokenizer, TOKENS, "cpu", lora)
+            folder, start = found.folder, found.start
+        ours = args.variant != "16 bits"
+        if ours:
+            settings.child = "onecard"
+        base = (load_onecard if ours else load_peer)(settings, folder)
+
+    def begin(model: Any) -> None:
+        start_adapter(model, 2 + args.seed)
+        if start:
+            set_start(model, start)
+
+    validate, losses = our_loss if ours else plain_loss, {}
+    loader = make_loader(rows, args.seed)
+    if ours:
+        steps = onecard_steps(settings, folder, base, loader, begin)
+    else:
+        steps = peer_steps(settings, base.train(), batches(loader), begin)
+    for number, _ in enumerate(steps, 1):
+        if number in args.steps:
+            losses[number] = (validate(base, held_out), validate(base, others))
+        if number == max(args.steps):
+            break
+    return losses
+
+
+def time_child(args: argparse.Namespace) -> dict[str, Any]:
+    """Return seconds and peak memory of a calibration beside those of the nearest codes' checkpoint."""
+    from onecard.config import QuantConfig
+    from onecard.data.dataset import Dataset
+    from onecard.export.calibrated.base import calibrate_base
+    from onecard.export.merge.quantized import quantize_checkpoint
+    from onecard.hf.load import load_tokenizer
+    from onecard.memory.measure import return_large_blocks
+
+    return_large_blocks()
+    folder = make_checkpoint(args.shape)
+    rows = Dataset(examples(folder, DATA / "train_300.jsonl"), [], "messages", LENGTH)
+    found = {}
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, torch.no_grad(), anonymous_peak() as peak:
+        first, start = peak[0], time.perf_counter()
+        if args.variant == "nearest":
+            quantize_checkpoint(str(folder), f"{temporary}/out", QuantConfig())
+        else:
+            tokenizer, output = load_tokenizer(str(folder)), Path(temporary) / "out"
+            bill = calibrate_base(str(folder), output, QuantConfig(), rows, None, tokenizer, None, "cpu").bill
+            found = dict(bill.tokens)
+        found["seconds"] = time.perf_counter() - start
+    return {**found, "peak": peak[0] - first}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=("before", "after", "time"), default=["before", "after"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, nargs="*", default=[80, 300])
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--shape", default="1.1b")
+    parser.add_argument("--child", choices=("before", "after", "time"))
+    parser.add_argument("--variant", choices=TITLES)
+    parser.add_argument("--kind", choices=KINDS, default="nf4")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.child:
+        run = {"before": before_child, "after": after_child, "time": time_child}[args.child]
+        return print(json.dumps(run(args)))
+    for part in args.parts:
+        {"before": before, "after": after, "time": timed}[part](args)
+
+
+def call(child: str, variant: str, *more: str) -> dict[str, Any]:
+    begin = time.perf_counter()
+    found = run_child("benchmarks.calibrate", "--child", child, "--variant", variant, *more)
+    print(f"{child} {variant} {' '.join(more)}: {time.perf_counter() - begin:.0f} s", json.dumps(found), flush=True)
+    return found
+
+
+def before(args: argparse.Namespace) -> None:
+    """Write the table of losses before training."""
+    rows = []
+    for kind in args.kinds:
+        found: dict[str, list[tuple[float, float]]] = {}
+        for seed in range(args.seeds):
+            for variant in VARIANTS[1:] if kind != "mxfp4" else VARIANTS[1:-1]:
+                losses = call("before", variant, "--kind", kind, "--seed", str(seed))
+                last = losses.pop(list(losses)[-1])
+                found.setdefault(variant, []).append(last)
+                if variant == VARIANTS[1]:
+                    found.setdefault("16 bits", []).append(losses["16 bits"])
+                    found.setdefault("nearest", []).append(losses["nearest codes"])
+        low, high = found["16 bits"][0], found["nearest"][0]
+        for name in TITLES:
+            if name in found and (name != "16 bits" or kind == args.kinds[0]):
+                cells = []
+                for column in (0, 1):
+                    values = [loss[column] for loss in found[name]]
+                    closed = (high[column] - statistics.mean(values)) / (high[column] - low[column])
+                    cells += [several(values), f"{closed:.0%}"]
+                rows.append([kind if name != "16 bits" else "", TITLES[name], *cells])
+    header = ["levels", "base", "held-out rows", "gap closed", "general text", "gap closed"]
+    body = (
+        f"SmolLM2-135M-Instruct ({PACKAGE}); calibrated on {TOKENS:,} tokens of GSM8K's training rows and a quarter as "
+        f"many of general text. Losses of 100 held-out rows and of {GENERAL_TOKENS:,} tokens of other general text, in "
+        f"nats a token: the mean of {args.seeds} seeds (least to most).\n\n{table(header, rows)}"
+    )
+    print(write_result("calibrate_before_135m", "A calibrated base before training", body))
+
+
+def after(args: argparse.Namespace) -> None:
+    """Write the table of losses after training."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    numbers = [str(number) for number in args.steps]
+    for seed in range(args.seeds):
+        for variant in ("16 bits", "nearest", "both", "start"):
+            found.setdefault(variant, []).append(call("after", variant, "--seed", str(seed), "--steps", *numbers))
+    rows = []
+    for name, runs in found.items():
+        row = [TITLES[name]]
+        for number in numbers:
+            for column in (0, 1):
+                values = [run[number][column] for run in runs]
+                base = statistics.mean(run[number][column] for run in found["16 bits"])
+                row += [several(values), f"{statistics.mean(values) / base - 1:+.1%}"]
+        rows.append(row)
+    header = ["base"]
+    for number in numbers:
+        header += [f"held out, {number} steps", "to 16 bits", f"general text, {number} steps", "to 16 bits"]
+    body = (
+        f"SmolLM2-135M-Instruct ({PACKAGE}) on 300 rows of GSM8K, NF4 with double quantization; rows of about {LENGTH} "
+        f"tokens a step, rank {RANK} on all linears, AdamW at {RATE}, bfloat16. 16 bits is peft's LoRA. Losses as in "
+        f"table before training: the mean of {args.seeds} seeds (least to most).\n\n{table(header, rows)}"
+    )
+    print(write_result("calibrate_after_135m", "A calibrated base after training", body))
+
+
+def several(values: list[float]) -> str:
+    if len(values) == 1:
+        return f"{values[0]:.4f}"
+    return f"{statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})"
+
+
+def timed(args: argparse.Namespace) -> None:
+    """Write seconds and peak memory."""
+    rows = []
+    for variant in ("nearest", "both"):
+        found = call("time", variant, "--shape", args.shape)
+        tokens = sum(value for key, value in found.items() if key not in ("seconds", "peak"))
+        rows.append([TITLES[variant], f"{found['seconds']:.0f}", f"{found['peak'] / 1e9:.2f}", f"{tokens:,}"])
+    header = ["base", "seconds", "peak GB", "tokens run or measured"]
+    body = f"The shape {args.shape} with random weights, on this CPU.\n\n{table(header, rows)}"
+    print(write_result(f"calibrate_time_{args.shape}", "Time and memory of a calibration", body))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,391 @@
+"""A 4-bit base calibrated on rows of data, in bitsandbytes' format, with a low-rank start for LoRA if wanted.
+
+Each decoder layer is read in 16 bits and run on calibration rows, whose hidden states are the calibrated layers' so
+far. feedback.py chooses its codes and scales for these inputs, and its file gets them. Memory holds one layer.
+
+The same pass measures what the 4 bits cost: the losses of a few rows through the 16-bit weights, the nearest codes and
+the calibrated ones. General text keeps the base from narrowing: it is a part of the calibration, and other pieces of it
+are measured.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from onecard.adapter.layers import all_linear, is_target
+from onecard.adapter.origin import sample_base
+from onecard.adapter.start import Start
+from onecard.config import LoraSettings, QuantConfig, QuantizeConfig
+from onecard.data.dataset import Dataset
+from onecard.errors import UserError
+from onecard.export.calibrated.bill import CALIBRATED, FILE, NEAREST, SIXTEEN, STARTED, Bill, Losses, read_bill
+from onecard.export.calibrated.calibration import (
+    GROUP_TOKENS,
+    Layer,
+    Recorder,
+    Row,
+    Workers,
+    calibrate,
+    decode,
+    first_rows,
+    load,
+    meta_decoder,
+    packing,
+    shape_of,
+    without_layers,
+)
+from onecard.export.calibrated.experts import RoutedExperts
+from onecard.export.calibrated.feedback import PIECE_ROWS, Factor, quantize, quantize_with_start
+from onecard.export.calibrated.hessian import Inputs
+from onecard.export.calibrated.rows import Batch, Rows, choose_rows, count_tokens
+from onecard.export.folder import DTYPES, check_room, exists, new_folder
+from onecard.export.merge.merged import Merged, common_dtype, open_merged
+from onecard.export.merge.quantized import Writer4bit, check_type
+from onecard.hf.attention import supports_packing
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.load import find_checkpoint, load_tokenizer, pick_device
+from onecard.hf.skeleton import read_config
+from onecard.kernels import ops
+from onecard.kernels.cpu_info import product_dtype
+from onecard.memory.measure import available_bytes, format_bytes
+from onecard.quant.state import QuantState
+from onecard.train.evaluate import model_size
+from onecard.train.loss import head_loss, supervised
+from onecard.train.prepare import Prepared
+
+START = (
+    "start/start.safetensors"  # in a folder of its own, as other tools read each safetensors file beside config.json
+)
+LIBRARY_BYTES = 80 << 20  # code of libraries that a calibration touches first
+LEAST_TOKENS = 4096  # of calibration, where the number is not given
+
+
+@dataclass
+class CalibratedBase:
+    """A written base. `start` is empty if none was wanted."""
+
+    folder: Path
+    bill: Bill
+    start: Start
+
+
+def calibrate_base(
+    model: str,
+    output: Path,
+    quant: QuantConfig,
+    training: Dataset,
+    validation: Dataset | None,
+    tokenizer: Any,
+    num_tokens: int | None,
+    device: str,
+    lora: LoraSettings | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> CalibratedBase:
+    """Write a calibrated 4-bit checkpoint, or return the one in `output` if it was made from the same.
+
+    Args:
+        model: a checkpoint in 16 or 32 bits.
+        output: its new folder.
+        num_tokens: calibration tokens of the data. None: as many as the widest input, at least LEAST_TOKENS.
+        lora: settings of the LoRA whose start corrects what the 4 bits leave; None: no start.
+        on_layer: called after each decoder layer with its number and their count.
+
+    Raises:
+        UserError: a checkpoint in 4 bits; int4; a folder that was made from something else; no room on the disk;
+            a weight that is not in the checkpoint.
+    """
+    check_type(quant)
+    if inspect_checkpoint(find_checkpoint(model)).is_4bit:
+        do = "pass the 16-bit checkpoint, or leave calibrate out"
+        raise UserError("a model to calibrate must be in 16 or 32 bits", "4 bits", do, model)
+    merged = open_merged(model, None, "original")
+    made_from = identity(merged, quant, training, num_tokens, lora)
+    if output.exists():
+        return read_base(output, made_from)
+    begin = time.perf_counter()
+    pass_ = Pass(merged, quant, lora, pick_device(device))
+    num_tokens = num_tokens or max(LEAST_TOKENS, *map(width, merged.model.quantized.values()))
+    rows = choose_rows(training, validation, tokenizer, supports_packing(pass_.skeleton), num_tokens)
+    check_room(output, merged.nbytes // 2)
+    check_memory(pass_, rows)
+    with new_folder(output) as folder:
+        writer = Writer4bit(merged, folder, quant)
+        losses = pass_.run(rows, writer, on_layer)
+        left = [name for name in writer.left if name in merged.linears or name in merged.experts.stacks]
+        nearest = [*left, *pass_.nearest_weights]
+        writer.finish()
+        tokens = {"calibration": count_tokens(rows.calibration), "data": count_tokens(rows.data)}
+        tokens["general text"] = count_tokens(rows.general)
+        seconds = time.perf_counter() - begin
+        bill = Bill(
+            made_from=made_from, measured_on=rows.measured_on, tokens=tokens, losses=losses, nearest=nearest,
+            seconds=seconds,
+        )  # fmt: skip
+        (folder / FILE).write_text(bill.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        if pass_.start:
+            (folder / START).parent.mkdir()
+            both = {f"{name}.{key}": t for name, pair in pass_.start.items() for key, t in zip("AB", pair)}
+            save_file({name: tensor.contiguous() for name, tensor in both.items()}, folder / START)
+    return CalibratedBase(output, bill, pass_.start)
+
+
+def base_of_run(prepared: Prepared, console: Console) -> tuple[Path, Start, dict[str, str]]:
+    """Calibrate the base of a training run in its output folder, or find it there. Return its folder, LoRA's start and
+    lines for the report."""
+    config = prepared.config
+    lora = config if config.init_lora_weights == "loftq" else None
+    console.rule("calibration", align="left")
+    output = Path(config.output) / "base"
+    where = (config.model, output, config, prepared.training, prepared.validation, prepared.tokenizer)
+    with layers_shown(console) as shown:
+        found = calibrate_base(*where, config.calibration_tokens, config.device, lora, shown)
+    for line in found.bill.lines():
+        console.print(line, highlight=False, markup=False)
+    return found.folder, found.start, found.bill.facts()
+
+
+def quantize_calibrated(model: str, output: str, config: QuantizeConfig, dataset: Dataset, console: Console) -> Bill:
+    """Write a calibrated 4-bit checkpoint in a new folder. Return its bill.
+
+    Raises:
+        UserError: an output that exists; a token that the model does not have; same as `calibrate_base`.
+    """
+    target = Path(output)
+    if target.exists():
+        raise exists(target)
+    dataset.check_fits(*model_size(read_config(find_checkpoint(model))))
+    where = (model, target, config, dataset, None, load_tokenizer(model))
+    with layers_shown(console) as shown:
+        return calibrate_base(*where, config.calibration_tokens, config.device, None, shown).bill
+
+
+@contextmanager
+def layers_shown(console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar. Yield a function that sets it to a number of layers out of their count."""
+    with Progress(*Progress.get_default_columns(), console=console, transient=True) as progress:
+        bar = progress.add_task("decoder layers")
+        yield lambda done, total: progress.update(bar, completed=done, total=total)
+
+
+def check_memory(pass_: Pass, rows: Rows) -> None:
+    """Raise UserError unless a calibration fits in memory."""
+    needed, free = pass_.needed_bytes(rows), available_bytes(pass_.device)
+    if needed > free:
+        found = f"{format_bytes(needed)} for its largest layer and {count_tokens(rows.calibration):,} tokens"
+        do = "free some memory, lower calibration_tokens, or leave calibrate out"
+        must = "a calibration must fit in memory"
+        raise UserError(must, f"{found}; {format_bytes(free)} free", do, "calibrate")
+
+
+def identity(
+    merged: Merged, quant: QuantConfig, training: Dataset, num_tokens: int | None, lora: LoraSettings | None
+) -> dict[str, str]:
+    """Return what determines a calibrated base, apart from the general text."""
+    how = {key: str(getattr(quant, key)) for key in ("quant_type", "blocksize", "double_quant")}
+    sample = sample_base(merged.checkpoint, merged.model.modules, merged.model.linears, "nf4", 64)
+    found = {"model": sample, "rows": training.fingerprint(), "calibration_tokens": str(num_tokens), **how}
+    if lora is not None:
+        found |= {"r": str(lora.r), "target_modules": str(lora.target_modules)}
+    return found
+
+
+def read_base(folder: Path, made_from: dict[str, str]) -> CalibratedBase:
+    """Read a base that an earlier run has written. Raises UserError if it was made from something else."""
+    bill = read_bill(folder)
+    for key in sorted(bill.made_from.keys() | made_from.keys()):
+        if bill.made_from.get(key) != made_from.get(key):
+            found = f"{key} {bill.made_from.get(key, 'none')}, now {made_from.get(key, 'none')}"
+            do = "go on with the same model, data and settings, or choose another --output"
+            raise UserError("a run must go on with the base that it calibrated", found, do, str(folder))
+    start: Start = {}
+    if (folder / START).is_file():
+        tensors = load_file(folder / START)
+        names = {name.rpartition(".")[0] for name in tensors}
+        start = {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
+    return CalibratedBase(folder, bill, start)
+
+
+class Pass:
+    """One pass through the layers: quantizes their weights, and measures what that costs."""
+
+    def __init__(self, merged: Merged, quant: QuantConfig, lora: LoraSettings | None, device: torch.device):
+        self.merged, self.quant, self.device = merged, quant, device
+        self.skeleton, self.layers = meta_decoder(merged)
+        self.workers = Workers(device)
+        self.rank = 0 if lora is None else lora.r
+        self.forms = (SIXTEEN, NEAREST, CALIBRATED, STARTED) if self.rank else (SIXTEEN, NEAREST, CALIBRATED)
+        self.targets = () if lora is None else start_targets(merged, lora)
+        self.start: Start = {}
+        self.nearest_weights: list[str] = []  # experts without tokens
+
+    def run(self, rows: Rows, writer: Writer4bit, on_layer: Callable[[int, int], None]) -> dict[str, Losses]:
+        """Write each calibrated weight. Return the losses by form of the base."""
+        measured = [*rows.data, *rows.general]
+        first = first_rows(self.merged, self.skeleton, [*rows.calibration, *measured], self.device)
+        calibration, others = first[: len(rows.calibration)], first[len(rows.calibration) :]
+        streams = {form: [replace(row) for row in others] for form in self.forms}
+        for layer in calibrate(self.merged, self.skeleton, self.layers, calibration, self.device, self.workers):
+            self.quantize(layer, streams, writer)
+            on_layer(layer.index + 1, len(self.layers))
+        return self.losses(streams, rows)
+
+    def needed_bytes(self, rows: Rows) -> int:
+        """Estimate the memory of the pass: the rows' hidden states, and the largest layer with the most that one of its
+        three steps holds. The steps collect the H of its inputs, factor them, and quantize."""
+        dtype = product_dtype(DTYPES[common_dtype(self.merged.shapes)], self.device.type)
+        tokens = count_tokens(rows.calibration) + len(self.forms) * count_tokens([*rows.data, *rows.general])
+        hidden = tokens * self.merged.model.text.hidden_size * dtype.itemsize
+        return hidden + LIBRARY_BYTES + max(self.layer_bytes(n, m, dtype.itemsize) for n, m in self.layers.items())
+
+    def layer_bytes(self, name: str, module: Any, c: int) -> int:
+        """Return the bytes of `needed_bytes` for a layer. `c` is the size of a value in products."""
+        own = {n: w for n, w in self.merged.model.quantized.items() if n.startswith(f"{name}.")}
+        linears = {n: w for n, w in own.items() if n not in self.merged.experts.stacks}
+        counts = Counter((n.split(".")[:-2][-1], width(w)) for n, w in linears.items())
+        widths = sorted((K for (_, K), count in counts.items() for _ in range(min(count, 2))), reverse=True)
+        H = sum(4 * K * K for K in widths)
+        collected = H + GROUP_TOKENS * sum(widths) * (c + 4)
+        factored = 2 * H + sum(2 * 4 * K * K for K in widths[: self.workers.count])
+        largest = max((w.weight.numel() // getattr(w, "num_experts", 1) for w in own.values()), default=0)
+        widest = max(map(width, own.values()), default=0)
+        experts = 0 if len(own) == len(linears) else 3 * 4 * widest**2  # each worker collects and factors its own H
+        weight = experts + 32 * PIECE_ROWS * widest + (20 if self.rank else 4) * largest
+        quantized = H + self.workers.count * weight
+        return c * sum(p.numel() for p in module.parameters()) + max(collected, factored, quantized)
+
+    def quantize(self, layer: Layer, streams: dict[str, list[Row]], writer: Writer4bit) -> None:
+        """Write a layer's calibrated weights, and advance the measured rows. The layer keeps the weights that training
+        begins with."""
+        layer.advance(streams[SIXTEEN], self.workers)
+        found = {**self.linears(layer), **self.experts(layer)}
+        names = [name for name in self.merged.model.quantized if name.startswith(f"{layer.name}.")]
+        self.workers.map(lambda name: self.put(layer, name, self.nearest(layer, name)), names)
+        layer.advance(streams[NEAREST], self.workers)
+        for name, (packed, state) in found.items():
+            writer.add(self.stored(name), packed.cpu(), state.to("cpu"))
+            self.put(layer, name, ops.dequantize_4bit(packed, state))
+        layer.advance(streams[CALIBRATED], self.workers)
+        if self.rank:
+            for name, (packed, state) in found.items():
+                if name in self.start:
+                    A_RK, B_NR = self.start[name]
+                    self.put(layer, name, torch.addmm(ops.dequantize_4bit(packed, state).float(), B_NR, A_RK))
+            layer.advance(streams[STARTED], self.workers)
+
+    def linears(self, layer: Layer) -> dict[str, tuple[Tensor, QuantState]]:
+        """Return the calibrated linears' codes and states by weight. Frees their H."""
+        called: list[tuple[Inputs, list[str]]] = []
+        for one in layer.inputs:
+            weights = [f"{layer.name}.{name}.weight" for name in one.names]
+            weights = [name for name in weights if self.merged.model.stored.get(name) in self.merged.linears]
+            called += [(one, weights)] if weights else []
+        found = self.workers.map(lambda item: Factor.of(item[0].H_KK), called)
+        layer.inputs.clear()
+        factors = {name: factor for (_, weights), factor in zip(called, found) for name in weights}
+        largest_first = sorted(factors, key=lambda name: -self.merged.model.quantized[name].weight.numel())
+        results = self.workers.map(lambda name: self.quantized(layer, name, factors[name]), largest_first)
+        return dict(zip(largest_first, results))
+
+    def quantized(self, layer: Layer, name: str, factor: Factor) -> tuple[Tensor, QuantState]:
+        """Quantize a linear's weight for its inputs. Keep its start if it has one."""
+        W_NK = self.matrix(layer, name)
+        if name not in self.targets:
+            return quantize(W_NK, factor, self.quant, name)
+        packed, state, *pair = quantize_with_start(W_NK, factor, self.quant, name, self.rank)
+        self.start[name] = (pair[0], pair[1])
+        return packed, state
+
+    def experts(self, layer: Layer) -> dict[str, tuple[Tensor, QuantState]]:
+        """Return the calibrated stacks' codes and states by weight."""
+        found = {}
+        for path, routed in layer.routed.items():
+            experts = RoutedExperts(layer.module.get_submodule(path), routed)
+            names = [name for name in self.merged.experts.stacks if name.startswith(f"{layer.name}.{path}.")]
+            for name in names:
+                where = (self.quant, layer.dtype, self.workers, name)
+                found[name] = experts.quantize(name.rpartition(".")[2], *where)
+            if experts.idle and names:
+                self.nearest_weights.append(f"{layer.name}.{path}: experts {', '.join(map(str, experts.idle))}")
+        layer.routed.clear()
+        return found
+
+    def stored(self, name: str) -> str:
+        """Return a weight's name in the checkpoint, or a stack's own."""
+        return self.merged.model.stored.get(name, name)
+
+    def parameter(self, layer: Layer, name: str) -> Tensor:
+        return layer.module.get_parameter(name.removeprefix(f"{layer.name}."))
+
+    def matrix(self, layer: Layer, name: str) -> Tensor:
+        """Return a linear's weight as the layer has it, (N, K) in the checkpoint's dtype."""
+        W = self.parameter(layer, name).to(layer.dtype)
+        return W.T.contiguous() if self.stored(name) in self.merged.turned else W
+
+    def nearest(self, layer: Layer, name: str) -> Tensor:
+        """Return a weight after quantization to the nearest codes."""
+        how = (self.quant.quant_type, self.quant.blocksize, self.quant.double_quant)
+        if name in self.merged.experts.stacks:
+            stack = self.parameter(layer, name)
+            return ops.dequantize_4bit(*ops.quantize_stack(stack.to(layer.dtype), stack.shape, *how, name))
+        return ops.dequantize_4bit(*ops.quantize_4bit(self.matrix(layer, name), *how, name))
+
+    def put(self, layer: Layer, name: str, W: Tensor) -> None:
+        """Set a weight of the layer, (N, K) for a linear."""
+        self.parameter(layer, name).copy_(W.T if self.stored(name) in self.merged.turned else W)
+
+    def losses(self, streams: dict[str, list[Row]], rows: Rows) -> dict[str, Losses]:
+        """Return the losses from the last layer's outputs, by form of the base."""
+        with packing(self.skeleton), without_layers(self.merged, self.skeleton, self.device) as recorders:
+            self.load_head()
+            found = {}
+            for form, hidden in streams.items():
+                pairs = list(zip(hidden, [*rows.data, *rows.general]))
+                parts = pairs[: len(rows.data)], pairs[len(rows.data) :]
+                data, general = (self.mean_loss(part, recorders[-1]) for part in parts)
+                found[form] = Losses(data=data, general=general)
+        return found
+
+    def load_head(self) -> None:
+        head = self.skeleton.get_output_embeddings()
+        name = next(name for name, module in self.skeleton.named_modules() if module is head)
+        if shape_of(f"{name}.weight", self.merged) is None:
+            head.weight = self.skeleton.get_input_embeddings().weight
+        else:
+            load(head, f"{name}.", self.merged, self.device)
+
+    def mean_loss(self, pairs: list[tuple[Row, Batch]], last: Recorder) -> float:
+        """Return the mean loss of the supervised tokens. `last` stands for the last layer."""
+        total, count = 0.0, 0
+        for row, batch in pairs:
+            last.output = row.hidden.to(self.device)
+            position, target = (t.to(self.device) for t in supervised(batch["labels"]))
+            hidden, labelled = decode(self.skeleton, batch, self.device), {"supervised": (position, target)}
+            total += float(head_loss(self.skeleton, hidden, labelled, 1))
+            count += len(target)
+        return total / count
+
+
+def width(weight: Any) -> int:
+    """Return the number of inputs of a linear, or of each matrix of a stack."""
+    return weight.in_features // getattr(weight, "num_experts", 1)
+
+
+def start_targets(merged: Merged, lora: LoraSettings) -> set[str]:
+    """Return the weights that LoRA trains, of those in 4 bits."""
+    linears = [name.removesuffix(".weight") for name in merged.model.linears]
+    targets = lora.target_modules
+    if targets == "all-linear":
+        targets = all_linear(merged.model.modules, linears)
+    return {f"{name}.weight" for name in linears if is_target(name, targets)}

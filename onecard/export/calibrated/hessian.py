@@ -1,0 +1,69 @@
+"""The Hessian of a linear's squared output error, H = sum of x x^T over the inputs x: accumulated and factored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from onecard.errors import UserError
+
+SLAB = 512  # columns of H that one task computes
+
+
+class Inputs:
+    """Statistics of an input that linears share: H = sum of x x^T and the mean |x|, over all tokens; float32.
+
+    Attributes:
+        names: names of the linears within their layer. The first one's input is recorded.
+        norm: name within the layer of the norm whose output the input is; "" if there is none.
+    """
+
+    def __init__(self, name: str, norm: str, K: int, device: torch.device):
+        self.names, self.norm = [name], norm
+        self.H_KK = torch.zeros(K, K, device=device)
+        self.sum_K = torch.zeros(K, device=device)
+        self.num_tokens = 0
+
+    @property
+    def mean_K(self) -> Tensor:
+        return self.sum_K / max(self.num_tokens, 1)
+
+    def tasks(self, inputs: list[Tensor]) -> list[Callable[[], None]]:
+        """Return tasks that add the inputs of some rows, (..., K): to H's lower triangle, a slab of columns each."""
+        x_TK = torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs]).float()
+        self.num_tokens += len(x_TK)
+        return [partial(self.add, x_TK, start) for start in range(0, len(self.sum_K), SLAB)]
+
+    def add(self, x_TK: Tensor, start: int) -> None:
+        slab = x_TK[:, start : start + SLAB]
+        self.H_KK[start:, start : start + SLAB].addmm_(x_TK[:, start:].T, slab)
+        self.sum_K[start : start + SLAB] += slab.abs().sum(0)
+
+    def finish(self) -> None:
+        """Copy H's lower triangle to the upper one."""
+        for start in range(SLAB, len(self.sum_K), SLAB):
+            self.H_KK[:start, start : start + SLAB] = self.H_KK[start : start + SLAB, :start].T
+
+
+def damped_cholesky(H_KK: Tensor, damp_percent: float) -> Tensor:
+    """Return the lower L with L L^T = H + damping, a share of H's mean on the diagonal. Overwrites H. An input that is
+    always 0 affects no other.
+
+    Raises:
+        UserError: H is not finite.
+    """
+    diagonal = H_KK.diagonal()
+    mean = diagonal.mean()
+    if not torch.isfinite(mean):
+        raise UserError("activations must be finite", "NaN or Inf", "check the checkpoint", "calibration")
+    diagonal[diagonal == 0] = mean if mean > 0 else 1.0
+    for _ in range(4):  # float32 may need more damping than requested
+        diagonal += damp_percent * mean
+        L, failed = torch.linalg.cholesky_ex(H_KK)
+        if not failed:
+            return L
+        damp_percent *= 10
+    raise UserError("activations must make a regular Hessian", "none", "raise --damp-percent or use more rows", "data")

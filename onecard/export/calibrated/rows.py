@@ -1,0 +1,86 @@
+"""The rows that a calibration runs: the user's data and general text, to calibrate on and to measure on.
+
+General text is a part of both, so that the base does not narrow to the data: the beginnings of the topics of Python's
+own help, which every machine has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pydoc_data.topics import topics
+from typing import Any
+
+from onecard.data.chat.mask import IGNORE, Example, text_ids
+from onecard.data.dataset import Dataset
+from onecard.data.loader import Loader
+from onecard.data.packing import collate
+from onecard.export.calibrated.calibration import SEED
+
+GENERAL_SHARE = 4  # one token of general text for so many of the user's
+MEASURED_TOKENS, MEASURED_GENERAL_TOKENS = 4096, 1024
+HELD_OUT = 0.1  # share of the rows that is measured if there is no validation data
+PIECE_TOKENS = 256  # of a piece of general text
+
+Batch = dict[str, Any]
+
+
+@dataclass
+class Rows:
+    """Packed rows by their use: calibration, measured rows of the data and of general text."""
+
+    calibration: list[Batch]
+    data: list[Batch]
+    general: list[Batch]
+    measured_on: str
+
+
+def choose_rows(
+    training: Dataset, validation: Dataset | None, tokenizer: Any, is_packed: bool, num_tokens: int
+) -> Rows:
+    """Choose the rows. No measured row is a calibration row, unless the data is a single row.
+
+    Args:
+        validation: measured if given; else a part of the training rows is held out.
+        num_tokens: of calibration rows of the data. Those of general text are in addition.
+    """
+    held, measured_on = validation, "validation rows"
+    if held is None and len(training.examples) > 1:
+        training, held = training.split(HELD_OUT, SEED)
+        measured_on = "rows held out of the calibration"
+    elif held is None:
+        held, measured_on = training, "the row of the calibration"
+    length = training.max_seq_length
+    pieces = general_pieces(tokenizer, min(length, PIECE_TOKENS))
+
+    def rows(examples: list[Example], most: int) -> list[Batch]:
+        return first_batches(examples, length, is_packed, most)
+
+    calibration = rows(training.examples, num_tokens)
+    general = rows(pieces[::2], count_tokens(calibration) // GENERAL_SHARE)
+    measured = rows(held.examples, MEASURED_TOKENS), rows(pieces[1::2], MEASURED_GENERAL_TOKENS)
+    return Rows(calibration + general, *measured, measured_on)
+
+
+def general_pieces(tokenizer: Any, most: int) -> list[Example]:
+    """Return pieces of general text, of at most so many tokens: the beginnings of the topics of Python's own help."""
+    pieces = []
+    for topic in sorted(topics):
+        ids = text_ids(topics[topic][: 16 * most], tokenizer, "general text")[:most]
+        if len(ids) > 1:
+            pieces.append(Example(ids, [IGNORE, *ids[1:]], topic))
+    return pieces
+
+
+def first_batches(examples: list[Example], length: int, is_packed: bool, most: int) -> list[Batch]:
+    """Return the first rows of the examples in random order, up to the row that reaches `most` tokens."""
+    loader, found = Loader(examples, length, is_packed, 1, SEED), []
+    for indices in loader.batches(0):
+        found.append(collate([examples[index] for index in indices]))
+        if count_tokens(found) >= most:
+            break
+    return found
+
+
+def count_tokens(rows: Iterable[Batch]) -> int:
+    return sum(row["input_ids"].numel() for row in rows)
