@@ -117,6 +117,11 @@ class PlanInputs:
         return self.shapes_of({name: (m.in_features, m.out_features) for name, m in self.model.linears.items()})
 
     @cached_property
+    def num_adapted_widths(self) -> int:
+        """Count the different numbers of inputs of adapted linears."""
+        return len({m.in_features for name, m in self.model.linears.items() if name in self.adapted})
+
+    @cached_property
     def num_expert_shapes(self) -> tuple[int, int]:
         """Same as `num_shapes`, for an expert's products."""
         stacks = self.model.stacks.items()

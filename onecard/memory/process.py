@@ -8,7 +8,8 @@ oneDNN computes products in 16 bits, and prepares each for its shapes. torch kee
 
 and a head M d V and M V d. Linears of the same K and N share them. So the number follows from the numbers of rows
 (workload.py). An expert gets any number of rows up to all, padded (nn/experts.py). In the forward, onecard's own
-product computes the smallest numbers of rows. Products on tiles (AMX) and in float32 are not prepared.
+product computes the smallest numbers of rows, without M K r. Products on tiles (AMX) and in float32 are not prepared,
+so that on tiles only M K r of these numbers of rows is left.
 """
 
 from __future__ import annotations
@@ -39,9 +40,12 @@ def process_terms(inputs: PlanInputs, learns: bool) -> list[Term]:
 
 def num_products(inputs: PlanInputs, learns: bool) -> int:
     """Count the product shapes that oneDNN prepares."""
-    if inputs.on_tiles or not goes_to_onednn(inputs.dtype):
+    if not goes_to_onednn(inputs.dtype):
         return 0
     load, (forward, backward) = inputs.workload, inputs.num_shapes
+    if inputs.on_tiles:
+        few = [rows for rows in load.answering if rows <= LARGEST_M[inputs.dtype]]
+        return len(few) * inputs.num_adapted_widths
     if not learns:
         return len(load.prefilled) * forward + expert_products(inputs, load.prefilled, frozenset())
     number = len(load.forward) * forward + len(load.trained) * backward + 2 * len(load.heads)

@@ -69,6 +69,11 @@ class Workload:
         return self.prompts | tried if self.prompts else self.prompts
 
     @property
+    def answering(self) -> frozenset[int]:
+        """Same as `prefilled`, with the cache's check in all its pieces, of which one is a single token."""
+        return self.prefilled | {len(piece) for piece in CACHE_PROBE} if self.prompts else self.prompts
+
+    @property
     def heads(self) -> frozenset[int]:
         return frozenset({ROW_MULTIPLE}) | PROBE_HEADS | self.trained_heads | self.validated_heads
 

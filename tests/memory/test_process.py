@@ -46,11 +46,13 @@ def test_the_terms_of_a_dense_model(tmp_path, on_onednn):
     assert answers[0].num_bytes == 3 * forward * (650 << 10)  # 30 tokens, and 9 and 6 of the cache's probe
 
 
-def test_float32_and_tiles_prepare_nothing(tmp_path, on_onednn, monkeypatch):
+def test_float32_prepares_nothing_and_tiles_the_adapter_on_few_rows(tmp_path, on_onednn, monkeypatch):
     folder = make_checkpoint(tmp_path)
     assert process.num_products(case_of(folder, torch.float32), True) == 0
     monkeypatch.setattr(native, "has_tiles", lambda: True)
-    assert process.num_products(case_of(folder), True) == 0
+    few = len({9, 6, 2, 1})  # of the cache's probe; the prompt of 30 tokens goes on tiles
+    assert process.num_products(case_of(folder), True) == few * 2 == process.num_products(case_of(folder), False)
+    assert process.num_products(case_of(folder, target_modules=["q_proj"]), True) == few
 
 
 @pytest.mark.parametrize("adapted", [False, True])
