@@ -273,9 +273,12 @@ def test_a_run_trains_on_its_calibrated_base(tmp_path, chats):
         merge(str(base), str(result.adapter), str(tmp_path / "wrong"))
 
 
-@pytest.mark.parametrize("settings", [{"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}, {"r": 200}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}, {"r": 200}, {"weights_budget": "1MiB"}],
+)
 def test_the_start_fits_every_kind_of_lora(tmp_path, chats, settings):
-    """The scale of rslora, some targets, a rank above every width."""
+    """The scale of rslora, some targets, a rank above every width, a paged base."""
     base = make_checkpoint(tmp_path / "base")
     config = fields(base, chats, tmp_path / "run", init_lora_weights="loftq", max_steps=1, **settings)
     result = onecard.train(config)
@@ -386,6 +389,32 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, chats):
     with pytest.raises(UserError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: every parameter must be finite"):
         calibrated(base, chats, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_calibration_that_does_not_fit_is_refused(tmp_path, chats, monkeypatch):
+    base = make_checkpoint(tmp_path / "base")
+    monkeypatch.setattr(module, "available_bytes", lambda device: 1 << 20)
+    with pytest.raises(UserError, match="a calibration must fit in memory"):
+        calibrated(base, chats, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_gpu_calibrates_as_well_as_a_cpu(tmp_path, chats, family):
+    """Other sums give other codes here and there. The losses are those of the CPU's base, to a tenth of the gap."""
+    base = make_checkpoint(tmp_path / "base", family)
+    training, validation = rows_of(base, chats).split(0.25, 0)
+    losses = []
+    for device in ("cpu", "cuda"):
+        rows = (training, validation, load_tokenizer(str(base)))
+        found = calibrate_base(str(base), tmp_path / device, QUANT, *rows, None, device, LoraSettings(r=2))
+        losses.append({form: loss.data for form, loss in found.bill.losses.items()})
+    gap = abs(losses[0][NEAREST] - losses[0][SIXTEEN])
+    for form in losses[0]:
+        assert abs(losses[0][form] - losses[1][form]) <= max(0.1 * gap, 1e-3), form
+    onecard.load_model(str(tmp_path / "cuda"), device="cuda")
 
 
 def test_an_existing_output_is_refused(tmp_path, chats):
