@@ -133,8 +133,8 @@ def before_child(args: argparse.Namespace) -> dict[str, Any]:
     training = Dataset(shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed), [], "messages", LENGTH)
     held_out = Dataset(examples(folder, DATA / "eval_100.jsonl"), [], "messages", LENGTH)
     chosen = rows.choose_rows(training, held_out, load_tokenizer(str(folder)), True, TOKENS)
-    chosen.data = rows.first_batches(held_out.examples, LENGTH, True, 10**9)
-    chosen.general = rows.first_batches(general(folder), LENGTH, True, 10**9)
+    chosen.data, _ = rows.first_batches(held_out.examples, LENGTH, True, 10**9)
+    chosen.general, _ = rows.first_batches(general(folder), LENGTH, True, 10**9)
     found = make_trial(args, folder).run(chosen, Nowhere(), lambda done, total: None)
     return {form: (loss.data, loss.general) for form, loss in found.items()}
 
@@ -147,18 +147,20 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
     from onecard.export.calibrated.base import calibrate_base
     from onecard.hf.load import load_tokenizer
 
-    folder, start = make_model(), {}
+    folder, start = make_model(), dict[str, Any]()
     rows = shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed)
     held_out, others = examples(folder, DATA / "eval_100.jsonl"), general(folder)
     settings = argparse.Namespace(child="lora", length=LENGTH, steps=max(args.steps), recompute=False)
     with tempfile.TemporaryDirectory() as temporary:
         if args.variant in ("both", "start"):
-            sets = [Dataset(part, [], "messages", LENGTH) for part in (rows, held_out)]
+            learned, kept = (Dataset(part, [], "messages", LENGTH) for part in (rows, held_out))
             lora = LoraSettings(r=RANK) if args.variant == "start" else None
             output = Path(temporary) / "base"
             tokenizer = load_tokenizer(str(folder))
             with torch.no_grad():
-                found = calibrate_base(str(folder), output, QuantConfig(), *sets, tokenizer, TOKENS, "cpu", lora)
+                found = calibrate_base(
+                    str(folder), output, QuantConfig(), learned, kept, tokenizer, TOKENS, "cpu", lora
+                )
             folder, start = found.folder, found.start
         ours = args.variant != "16 bits"
         if ours:
@@ -196,7 +198,7 @@ def time_child(args: argparse.Namespace) -> dict[str, Any]:
     return_large_blocks()
     folder = make_checkpoint(args.shape)
     rows = Dataset(examples(folder, DATA / "train_300.jsonl"), [], "messages", LENGTH)
-    found = {}
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, torch.no_grad(), anonymous_peak() as peak:
         first, start = peak[0], time.perf_counter()
         if args.variant == "nearest":

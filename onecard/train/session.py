@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
 from onecard.adapter.start import Start, set_start
 from onecard.config import TrainConfig
+from onecard.data.dataset import Dataset
 from onecard.data.preview import render_notices, render_preview
 from onecard.errors import Stopped, UserError
 from onecard.hf.fingerprint import fingerprint
@@ -49,7 +51,26 @@ from onecard.train.result import Result
 from onecard.train.run import Run, make_graphs
 from onecard.train.samples import answer_samples
 
-MakeBase = Callable[[Prepared, Console], tuple[Path, Start, dict[str, str]]]
+
+@dataclass
+class CalibratedBase:
+    """The base that a run trains on instead of its checkpoint.
+
+    Attributes:
+        start: LoRA's start; may be empty.
+        facts: lines for the report.
+        measured: rows of which the calibration has measured `loss`. None: not in this run.
+        loss: at which training begins.
+    """
+
+    folder: Path
+    start: Start
+    facts: dict[str, str]
+    measured: Dataset | None
+    loss: float
+
+
+MakeBase = Callable[[Prepared, Console], CalibratedBase]
 
 
 def run_training(
@@ -66,8 +87,7 @@ def run_training(
         resuming: continue from the newest checkpoint in the output folder.
         report_extra: called as f(result, "before" | "after") -> dict of lines for the report.
         answers: the answers that report_extra generates, for the plan.
-        make_base: for `calibrate`: writes the calibrated base, or finds it. Returns its folder, LoRA's start on it (may
-            be empty) and lines for the report.
+        make_base: for `calibrate`: writes the calibrated base, or finds it.
 
     Raises:
         UserError: an input is wrong; raised before training where possible.
@@ -93,15 +113,16 @@ def run_locked(
         check_unchanged(config, prepared.identity, state)
     return_large_blocks()
     show(prepared, console)
-    start, facts = {}, {}
+    base = None
     if config.calibrate:
         assert make_base is not None, "calibrate needs make_base"
-        folder, start, facts = make_base(prepared, console)
-        config = config.model_copy(update={"model": str(folder)})
+        base = make_base(prepared, console)
+        config = config.model_copy(update={"model": str(base.folder)})
         return_free_memory()
         prepared.process_bytes = begin_peak(pick_device(config.device))  # the report's peak is of the training
     model = load_adapted(config, prepared, console)
-    set_start(model, start)
+    if base is not None:
+        set_start(model, base.start)
     origin = origin_of(model.get_base_model(), config.model)  # before the training, so that unreadable files fail early
     loader = make_loader(config, prepared.training)
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity, strategy=prepared.strategy)
@@ -109,6 +130,8 @@ def run_locked(
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
+    if base is not None:
+        check_calibration(base, model, run)
     run.graphs = make_graphs(run, prepared.plan.device_memory_bytes or 0)
     result = Result(model, prepared.tokenizer, empty_report(prepared.config, prepared), output / "adapter")
     before = measure(result, prepared, "before", report_extra, run)
@@ -122,9 +145,21 @@ def run_locked(
     result.report.seconds = time.perf_counter() - begin
     save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}))
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run), run)
-    result.report.facts |= facts
+    result.report.facts |= base.facts if base is not None else {}
     write_report(output, result.report)
     return result
+
+
+def check_calibration(base: CalibratedBase, model: Any, run: Run) -> None:
+    """Raise UserError unless the loaded base has the loss that its calibration measured one layer at a time. The two
+    may differ by what 16-bit products round, same as in `choose_loss`."""
+    if base.measured is None:
+        return
+    found, eps = evaluate(model, base.measured, run.loss), torch.finfo(run.compute_dtype).eps
+    if abs(found - base.loss) > max(4 * eps, 1e-4) * max(1.0, base.loss):
+        must = "a calibrated base must compute what its calibration measured"
+        do = "leave calibrate out: its layers cannot be run one by one"
+        raise UserError(must, f"a loss of {found:.4f}, measured {base.loss:.4f}", do, str(base.folder))
 
 
 def resume_shown(run: Run, state: State, console: Console) -> None:

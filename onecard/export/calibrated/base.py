@@ -64,6 +64,7 @@ from onecard.quant.state import QuantState
 from onecard.train.evaluate import model_size
 from onecard.train.loss import head_loss, supervised
 from onecard.train.prepare import Prepared
+from onecard.train.session import CalibratedBase
 
 START = (
     "start/start.safetensors"  # in a folder of its own, as other tools read each safetensors file beside config.json
@@ -73,12 +74,13 @@ LEAST_TOKENS = 4096  # of calibration, where the number is not given
 
 
 @dataclass
-class CalibratedBase:
-    """A written base. `start` is empty if none was wanted."""
+class Written:
+    """A written base. `start` is empty if none was wanted. `measured` is None if an earlier run wrote it."""
 
     folder: Path
     bill: Bill
     start: Start
+    measured: Dataset | None = None
 
 
 def calibrate_base(
@@ -92,7 +94,7 @@ def calibrate_base(
     device: str,
     lora: LoraSettings | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> CalibratedBase:
+) -> Written:
     """Write a calibrated 4-bit checkpoint, or return the one in `output` if it was made from the same.
 
     Args:
@@ -138,12 +140,11 @@ def calibrate_base(
             (folder / START).parent.mkdir()
             both = {f"{name}.{key}": t for name, pair in pass_.start.items() for key, t in zip("AB", pair)}
             save_file({name: tensor.contiguous() for name, tensor in both.items()}, folder / START)
-    return CalibratedBase(output, bill, pass_.start)
+    return Written(output, bill, pass_.start, rows.measured)
 
 
-def base_of_run(prepared: Prepared, console: Console) -> tuple[Path, Start, dict[str, str]]:
-    """Calibrate the base of a training run in its output folder, or find it there. Return its folder, LoRA's start and
-    lines for the report."""
+def base_of_run(prepared: Prepared, console: Console) -> CalibratedBase:
+    """Calibrate the base of a training run in its output folder, or find it there."""
     config = prepared.config
     lora = config if config.init_lora_weights == "loftq" else None
     console.rule("calibration", align="left")
@@ -153,7 +154,8 @@ def base_of_run(prepared: Prepared, console: Console) -> tuple[Path, Start, dict
         found = calibrate_base(*where, config.calibration_tokens, config.device, lora, shown)
     for line in found.bill.lines():
         console.print(line, highlight=False, markup=False)
-    return found.folder, found.start, found.bill.facts()
+    bill = found.bill
+    return CalibratedBase(output, found.start, bill.facts(), found.measured, bill.losses[bill.best].data)
 
 
 def quantize_calibrated(model: str, output: str, config: QuantizeConfig, dataset: Dataset, console: Console) -> Bill:
@@ -201,7 +203,7 @@ def identity(
     return found
 
 
-def read_base(folder: Path, made_from: dict[str, str]) -> CalibratedBase:
+def read_base(folder: Path, made_from: dict[str, str]) -> Written:
     """Read a base that an earlier run has written. Raises UserError if it was made from something else."""
     bill = read_bill(folder)
     for key in sorted(bill.made_from.keys() | made_from.keys()):
@@ -214,7 +216,7 @@ def read_base(folder: Path, made_from: dict[str, str]) -> CalibratedBase:
         tensors = load_file(folder / START)
         names = {name.rpartition(".")[0] for name in tensors}
         start = {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
-    return CalibratedBase(folder, bill, start)
+    return Written(folder, bill, start)
 
 
 class Pass:

@@ -130,7 +130,10 @@ def meta_decoder(merged: Merged) -> tuple[Any, dict[str, nn.Module]]:
     config = AutoConfig.for_model(merged.config["model_type"], **fields)
     model = meta_model(config, "config.json").eval().requires_grad_(False)
     layers = list(getattr(model.get_decoder(), layers_name(model)))
-    return model, {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
+    found = {name: module for name, module in model.named_modules() if any(module is layer for layer in layers)}
+    if len(found) != len(layers):
+        raise not_in_one_list(model)
+    return model, found
 
 
 def layers_name(model: Any) -> str:
@@ -138,10 +141,14 @@ def layers_name(model: Any) -> str:
     text, found = model.config.get_text_config(), model.get_decoder().named_children()
     names = [n for n, child in found if isinstance(child, nn.ModuleList) and len(child) == text.num_hidden_layers]
     if len(names) != 1:
-        what = f"{model.config.model_type}, whose decoder keeps them elsewhere"
-        do = "use a format that is not calibrated"
-        raise UserError("a model to calibrate must have its decoder's layers in one list", what, do, "config.json")
+        raise not_in_one_list(model)
     return names[0]
+
+
+def not_in_one_list(model: Any) -> UserError:
+    must = "a model to calibrate must have its decoder's layers in one list, each once"
+    found, do = f"{model.config.model_type}, whose layers are elsewhere", "use a format that is not calibrated"
+    return UserError(must, found, do, "config.json")
 
 
 def calibrate(

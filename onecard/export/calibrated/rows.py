@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pydoc_data.topics import topics
 from typing import Any
 
 from onecard.data.chat.mask import IGNORE, Example, text_ids
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
 from onecard.data.packing import collate
+from onecard.errors import UserError
 from onecard.export.calibrated.calibration import SEED
 
 GENERAL_SHARE = 4  # one token of general text for so many of the user's
@@ -27,11 +27,16 @@ Batch = dict[str, Any]
 
 @dataclass
 class Rows:
-    """Packed rows by their use: calibration, measured rows of the data and of general text."""
+    """Packed rows by their use: calibration, measured rows of the data and of general text.
+
+    Attributes:
+        measured: the documents of `data`; `measured_on`: what they are.
+    """
 
     calibration: list[Batch]
     data: list[Batch]
     general: list[Batch]
+    measured: Dataset
     measured_on: str
 
 
@@ -53,17 +58,23 @@ def choose_rows(
     length = training.max_seq_length
     pieces = general_pieces(tokenizer, min(length, PIECE_TOKENS))
 
-    def rows(examples: list[Example], most: int) -> list[Batch]:
+    def rows(examples: list[Example], most: int) -> tuple[list[Batch], list[int]]:
         return first_batches(examples, length, is_packed, most)
 
-    calibration = rows(training.examples, num_tokens)
-    general = rows(pieces[::2], count_tokens(calibration) // GENERAL_SHARE)
-    measured = rows(held.examples, MEASURED_TOKENS), rows(pieces[1::2], MEASURED_GENERAL_TOKENS)
-    return Rows(calibration + general, *measured, measured_on)
+    calibration, _ = rows(training.examples, num_tokens)
+    general, _ = rows(pieces[::2], count_tokens(calibration) // GENERAL_SHARE)
+    data, indices = rows(held.examples, MEASURED_TOKENS)
+    other, _ = rows(pieces[1::2], MEASURED_GENERAL_TOKENS)
+    return Rows(calibration + general, data, other, held.take(indices), measured_on)
 
 
 def general_pieces(tokenizer: Any, most: int) -> list[Example]:
     """Return pieces of general text, of at most so many tokens: the beginnings of the topics of Python's own help."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        must, do = "Python must have its own help, which is the general text", "install Python's whole standard library"
+        raise UserError(must, str(error), do, "pydoc_data") from None
     pieces = []
     for topic in sorted(topics):
         ids = text_ids(topics[topic][: 16 * most], tokenizer, "general text")[:most]
@@ -72,14 +83,16 @@ def general_pieces(tokenizer: Any, most: int) -> list[Example]:
     return pieces
 
 
-def first_batches(examples: list[Example], length: int, is_packed: bool, most: int) -> list[Batch]:
-    """Return the first rows of the examples in random order, up to the row that reaches `most` tokens."""
-    loader, found = Loader(examples, length, is_packed, 1, SEED), []
+def first_batches(examples: list[Example], length: int, is_packed: bool, most: int) -> tuple[list[Batch], list[int]]:
+    """Return the first rows of the examples in random order, up to the row that reaches `most` tokens, and the indices
+    of their examples."""
+    loader, found, used = Loader(examples, length, is_packed, 1, SEED), [], []
     for indices in loader.batches(0):
         found.append(collate([examples[index] for index in indices]))
+        used += indices
         if count_tokens(found) >= most:
             break
-    return found
+    return found, used
 
 
 def count_tokens(rows: Iterable[Batch]) -> int:

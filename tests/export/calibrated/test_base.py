@@ -273,6 +273,19 @@ def test_a_run_trains_on_its_calibrated_base(tmp_path, chats):
         merge(str(base), str(result.adapter), str(tmp_path / "wrong"))
 
 
+def test_a_base_that_computes_something_else_is_refused(tmp_path, chats, monkeypatch):
+    """A wrong weight of the last layer is written, behind the measurement: the run's own check sees it."""
+    base = make_checkpoint(tmp_path / "base")
+    add = module.Writer4bit.add
+
+    def wrong(self, name, packed, state):
+        add(self, name, packed.flip(0) if name == "model.layers.1.mlp.down_proj.weight" else packed, state)
+
+    monkeypatch.setattr(module.Writer4bit, "add", wrong)
+    with pytest.raises(UserError, match="must compute what its calibration measured"):
+        onecard.train(fields(base, chats, tmp_path / "run"))
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"use_rslora": True}, {"target_modules": ["q_proj", "down_proj"]}, {"r": 200}, {"weights_budget": "1MiB"}],
