@@ -94,11 +94,11 @@ def make_trial(args: argparse.Namespace, folder: Path) -> Any:
     from onecard.export.calibrated import base, feedback
     from onecard.export.merge.merged import open_merged
 
-    class Trial(base.Pass):
+    class Trial(base.Calibrator):
         def quantized(self, layer: Any, name: str, factor: Any) -> Any:
             return super().quantized(layer, name, without_feedback(factor) if args.variant == "scales" else factor)
 
-    class MxTrial(base.Pass):
+    class MxTrial(base.Calibrator):
         def quantize(self, layer: Any, streams: Any, writer: Any) -> None:
             layer.advance(streams[base.SIXTEEN], self.workers)
             found: dict[str, Any] = self.linears(layer)

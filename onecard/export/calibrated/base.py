@@ -66,9 +66,7 @@ from onecard.train.loss import head_loss, supervised
 from onecard.train.prepare import Prepared
 from onecard.train.session import CalibratedBase
 
-START = (
-    "start/start.safetensors"  # in a folder of its own, as other tools read each safetensors file beside config.json
-)
+START = "start/start.safetensors"  # not beside config.json, where other tools read every safetensors file
 LIBRARY_BYTES = 80 << 20  # code of libraries that a calibration touches first
 LEAST_TOKENS = 4096  # of calibration, where the number is not given
 
@@ -117,16 +115,16 @@ def calibrate_base(
     if output.exists():
         return read_base(output, made_from)
     begin = time.perf_counter()
-    pass_ = Pass(merged, quant, lora, pick_device(device))
+    calibrator = Calibrator(merged, quant, lora, pick_device(device))
     num_tokens = num_tokens or max(LEAST_TOKENS, *map(width, merged.model.quantized.values()))
-    rows = choose_rows(training, validation, tokenizer, supports_packing(pass_.skeleton), num_tokens)
+    rows = choose_rows(training, validation, tokenizer, supports_packing(calibrator.skeleton), num_tokens)
     check_room(output, merged.nbytes // 2)
-    check_memory(pass_, rows)
+    check_memory(calibrator, rows)
     with new_folder(output) as folder:
         writer = Writer4bit(merged, folder, quant)
-        losses = pass_.run(rows, writer, on_layer)
+        losses = calibrator.run(rows, writer, on_layer)
         left = [name for name in writer.left if name in merged.linears or name in merged.experts.stacks]
-        nearest = [*left, *pass_.nearest_weights]
+        nearest = [*left, *calibrator.nearest_weights]
         writer.finish()
         tokens = {"calibration": count_tokens(rows.calibration), "data": count_tokens(rows.data)}
         tokens["general text"] = count_tokens(rows.general)
@@ -136,11 +134,11 @@ def calibrate_base(
             seconds=seconds,
         )  # fmt: skip
         (folder / FILE).write_text(bill.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        if pass_.start:
+        if calibrator.start:
             (folder / START).parent.mkdir()
-            both = {f"{name}.{key}": t for name, pair in pass_.start.items() for key, t in zip("AB", pair)}
+            both = {f"{name}.{key}": t for name, pair in calibrator.start.items() for key, t in zip("AB", pair)}
             save_file({name: tensor.contiguous() for name, tensor in both.items()}, folder / START)
-    return Written(output, bill, pass_.start, rows.measured)
+    return Written(output, bill, calibrator.start, rows.measured)
 
 
 def base_of_run(prepared: Prepared, console: Console) -> CalibratedBase:
@@ -181,9 +179,9 @@ def layers_shown(console: Console) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
-def check_memory(pass_: Pass, rows: Rows) -> None:
+def check_memory(calibrator: Calibrator, rows: Rows) -> None:
     """Raise UserError unless a calibration fits in memory."""
-    needed, free = pass_.needed_bytes(rows), available_bytes(pass_.device)
+    needed, free = calibrator.needed_bytes(rows), available_bytes(calibrator.device)
     if needed > free:
         found = f"{format_bytes(needed)} for its largest layer and {count_tokens(rows.calibration):,} tokens"
         do = "free some memory, lower calibration_tokens, or leave calibrate out"
@@ -219,7 +217,7 @@ def read_base(folder: Path, made_from: dict[str, str]) -> Written:
     return Written(folder, bill, start)
 
 
-class Pass:
+class Calibrator:
     """One pass through the layers: quantizes their weights, and measures what that costs."""
 
     def __init__(self, merged: Merged, quant: QuantConfig, lora: LoraSettings | None, device: torch.device):

@@ -333,9 +333,9 @@ def test_a_killed_calibration_leaves_nothing_and_begins_again(tmp_path, chats):
     base = make_checkpoint(tmp_path / "base", num_hidden_layers=3)
     code = (
         "import sys, time; from onecard.export.calibrated import base as module; import onecard;"
-        "from tests.export.calibrated.test_base import fields; whole = module.Pass.quantize;"
-        "module.Pass.quantize = lambda self, layer, *rest: (whole(self, layer, *rest), print('layer', flush=True),"
-        " time.sleep(60 if layer.index else 0));"
+        "from tests.export.calibrated.test_base import fields; whole = module.Calibrator.quantize;"
+        "module.Calibrator.quantize = lambda self, layer, *rest: (whole(self, layer, *rest),"
+        " print('layer', flush=True), time.sleep(60 if layer.index else 0));"
         f"onecard.train(fields({str(base)!r}, {str(chats)!r}, {str(tmp_path / 'run')!r}))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path.cwd())
