@@ -95,24 +95,24 @@ def make_trial(args: argparse.Namespace, folder: Path) -> Any:
     from onecard.export.merge.merged import open_merged
 
     class Trial(base.Calibrator):
-        def quantized(self, layer: Any, name: str, factor: Any) -> Any:
-            return super().quantized(layer, name, without_feedback(factor) if args.variant == "scales" else factor)
+        def quantized(self, name: str, factor: Any) -> Any:
+            return super().quantized(name, without_feedback(factor) if args.variant == "scales" else factor)
 
     class MxTrial(base.Calibrator):
         def quantize(self, layer: Any, streams: Any, writer: Any) -> None:
-            layer.advance(streams[base.SIXTEEN], self.workers)
+            layer.advance(streams[base.SIXTEEN])
             found: dict[str, Any] = self.linears(layer)
             for name in found:
-                W = self.matrix(layer, name).float()
+                W = self.matrix(name).float()
                 plain = feedback.Factor.of(torch.eye(W.shape[1]))
-                self.put(layer, name, mx_rounded(W, mx_scales(W), plain))
-            layer.advance(streams[base.NEAREST], self.workers)
+                self.put(name, mx_rounded(W, mx_scales(W), plain))
+            layer.advance(streams[base.NEAREST])
             for name, W_hat in found.items():
-                self.put(layer, name, W_hat)
-            layer.advance(streams[base.CALIBRATED], self.workers)
+                self.put(name, W_hat)
+            layer.advance(streams[base.CALIBRATED])
 
-        def quantized(self, layer: Any, name: str, factor: Any) -> Any:
-            return mx_calibrated(self.matrix(layer, name).float(), factor, args.variant)
+        def quantized(self, name: str, factor: Any) -> Any:
+            return mx_calibrated(self.matrix(name).float(), factor, args.variant)
 
     if args.variant == "feedback":
         feedback.SHARES = (1.0,)
@@ -125,16 +125,17 @@ def make_trial(args: argparse.Namespace, folder: Path) -> Any:
 def before_child(args: argparse.Namespace) -> dict[str, Any]:
     """Return the losses of a variant of one kind before training, and those of 16 bits and nearest codes."""
     from onecard.data.dataset import Dataset
-    from onecard.export.calibrated import rows
+    from onecard.export.calibrated.calibration import first_batches
+    from onecard.export.calibrated.rows import choose_rows
     from onecard.hf.load import load_tokenizer
 
     torch.set_grad_enabled(False)
     folder = make_model()
     training = Dataset(shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed), [], "messages", LENGTH)
     held_out = Dataset(examples(folder, DATA / "eval_100.jsonl"), [], "messages", LENGTH)
-    chosen = rows.choose_rows(training, held_out, load_tokenizer(str(folder)), True, TOKENS)
-    chosen.data, _ = rows.first_batches(held_out.examples, LENGTH, True, 10**9)
-    chosen.general, _ = rows.first_batches(general(folder), LENGTH, True, 10**9)
+    chosen = choose_rows(training, held_out, load_tokenizer(str(folder)), True, TOKENS)
+    chosen.data, _ = first_batches(held_out.examples, LENGTH, True)
+    chosen.general, _ = first_batches(general(folder), LENGTH, True)
     found = make_trial(args, folder).run(chosen, Nowhere(), lambda done, total: None)
     return {form: (loss.data, loss.general) for form, loss in found.items()}
 

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,38 +31,22 @@ from onecard.config import LoraSettings, QuantConfig, QuantizeConfig
 from onecard.data.dataset import Dataset
 from onecard.errors import UserError
 from onecard.export.calibrated.bill import CALIBRATED, FILE, NEAREST, SIXTEEN, STARTED, Bill, Losses, read_bill
-from onecard.export.calibrated.calibration import (
-    GROUP_TOKENS,
-    Layer,
-    Recorder,
-    Row,
-    Workers,
-    calibrate,
-    decode,
-    first_rows,
-    load,
-    meta_decoder,
-    packing,
-    shape_of,
-    without_layers,
-)
+from onecard.export.calibrated.calibration import GROUP_TOKENS, Layer, calibrate, count_tokens
 from onecard.export.calibrated.experts import RoutedExperts
 from onecard.export.calibrated.feedback import PIECE_ROWS, Factor, quantize, quantize_with_start
 from onecard.export.calibrated.hessian import Inputs
-from onecard.export.calibrated.rows import Batch, Rows, choose_rows, count_tokens
-from onecard.export.folder import DTYPES, check_room, exists, new_folder
-from onecard.export.merge.merged import Merged, common_dtype, open_merged
+from onecard.export.calibrated.layers import LayeredModel, Row, check_layers
+from onecard.export.calibrated.rows import Rows, choose_rows
+from onecard.export.folder import check_room, exists, new_folder
+from onecard.export.merge.merged import Merged, open_merged
 from onecard.export.merge.quantized import Writer4bit, check_type
-from onecard.hf.attention import supports_packing
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, load_tokenizer, pick_device
 from onecard.hf.skeleton import read_config
 from onecard.kernels import ops
-from onecard.kernels.cpu_info import product_dtype
 from onecard.memory.measure import available_bytes, format_bytes
 from onecard.quant.state import QuantState
 from onecard.train.evaluate import model_size
-from onecard.train.loss import head_loss, supervised
 from onecard.train.prepare import Prepared
 from onecard.train.session import CalibratedBase
 
@@ -116,15 +100,16 @@ def calibrate_base(
         return read_base(output, made_from)
     begin = time.perf_counter()
     calibrator = Calibrator(merged, quant, lora, pick_device(device))
+    check_layers(calibrator.layered, training.examples)
     num_tokens = num_tokens or max(LEAST_TOKENS, *map(width, merged.model.quantized.values()))
-    rows = choose_rows(training, validation, tokenizer, supports_packing(calibrator.skeleton), num_tokens)
+    rows = choose_rows(training, validation, tokenizer, calibrator.layered.is_packed, num_tokens)
     check_room(output, merged.nbytes // 2)
     check_memory(calibrator, rows)
     with new_folder(output) as folder:
         writer = Writer4bit(merged, folder, quant)
         losses = calibrator.run(rows, writer, on_layer)
         left = [name for name in writer.left if name in merged.linears or name in merged.experts.stacks]
-        nearest = [*left, *calibrator.nearest_weights]
+        nearest = [*left, *calibrator.idle]
         writer.finish()
         tokens = {"calibration": count_tokens(rows.calibration), "data": count_tokens(rows.data)}
         tokens["general text"] = count_tokens(rows.general)
@@ -181,7 +166,7 @@ def layers_shown(console: Console) -> Iterator[Callable[[int, int], None]]:
 
 def check_memory(calibrator: Calibrator, rows: Rows) -> None:
     """Raise UserError unless a calibration fits in memory."""
-    needed, free = calibrator.needed_bytes(rows), available_bytes(calibrator.device)
+    needed, free = calibrator.needed_bytes(rows), available_bytes(calibrator.layered.device)
     if needed > free:
         found = f"{format_bytes(needed)} for its largest layer and {count_tokens(rows.calibration):,} tokens"
         do = "free some memory, lower calibration_tokens, or leave calibrate out"
@@ -221,33 +206,46 @@ class Calibrator:
     """One pass through the layers: quantizes their weights, and measures what that costs."""
 
     def __init__(self, merged: Merged, quant: QuantConfig, lora: LoraSettings | None, device: torch.device):
-        self.merged, self.quant, self.device = merged, quant, device
-        self.skeleton, self.layers = meta_decoder(merged)
-        self.workers = Workers(device)
+        self.merged, self.quant = merged, quant
+        self.layered = LayeredModel(merged, device)
+        self.workers = self.layered.workers
         self.rank = 0 if lora is None else lora.r
         self.forms = (SIXTEEN, NEAREST, CALIBRATED, STARTED) if self.rank else (SIXTEEN, NEAREST, CALIBRATED)
         self.targets = () if lora is None else start_targets(merged, lora)
         self.start: Start = {}
-        self.nearest_weights: list[str] = []  # experts without tokens
+        self.idle: list[str] = []  # experts without tokens
+        inside = tuple(f"{name}." for name in self.layered.layers)
+        decoder = f"{self.layered.name_of(self.layered.decoder)}."
+        self.beside = [n for n in merged.model.linears if n.startswith(decoder) and not n.startswith(inside)]
 
     def run(self, rows: Rows, writer: Writer4bit, on_layer: Callable[[int, int], None]) -> dict[str, Losses]:
         """Write each calibrated weight. Return the losses by form of the base."""
-        measured = [*rows.data, *rows.general]
-        first = first_rows(self.merged, self.skeleton, [*rows.calibration, *measured], self.device)
+        measured, layered = [*rows.data, *rows.general], self.layered
+        sixteen = layered.first_rows(measured)
+        first = layered.first_rows([*rows.calibration, *measured], self.round_beside)
         calibration, others = first[: len(rows.calibration)], first[len(rows.calibration) :]
-        streams = {form: [replace(row) for row in others] for form in self.forms}
-        for layer in calibrate(self.merged, self.skeleton, self.layers, calibration, self.device, self.workers):
+        streams = {form: [row.copy() for row in others] for form in self.forms[1:]}
+        streams = {SIXTEEN: sixteen, **streams}
+        for layer in calibrate(layered, calibration):
             self.quantize(layer, streams, writer)
-            on_layer(layer.index + 1, len(self.layers))
+            on_layer(layer.index + 1, len(layered.layers))
         return self.losses(streams, rows)
+
+    def round_beside(self) -> None:
+        """Round the linears beside the layers, which the file has in 4 bits, to the nearest codes."""
+        how = (self.quant.quant_type, self.quant.blocksize, self.quant.double_quant)
+        for name in self.beside:
+            W_NK = self.merged.matrix(self.stored(name))
+            self.put(name, ops.dequantize_4bit(*ops.quantize_4bit(W_NK, *how, name)))
 
     def needed_bytes(self, rows: Rows) -> int:
         """Estimate the memory of the pass: the rows' hidden states, and the largest layer with the most that one of its
         three steps holds. The steps collect the H of its inputs, factor them, and quantize."""
-        dtype = product_dtype(DTYPES[common_dtype(self.merged.shapes)], self.device.type)
+        dtype = self.layered.dtype
         tokens = count_tokens(rows.calibration) + len(self.forms) * count_tokens([*rows.data, *rows.general])
         hidden = tokens * self.merged.model.text.hidden_size * dtype.itemsize
-        return hidden + LIBRARY_BYTES + max(self.layer_bytes(n, m, dtype.itemsize) for n, m in self.layers.items())
+        layers = self.layered.layers.items()
+        return hidden + LIBRARY_BYTES + max(self.layer_bytes(name, m, dtype.itemsize) for name, m in layers)
 
     def layer_bytes(self, name: str, module: Any, c: int) -> int:
         """Return the bytes of `needed_bytes` for a layer. `c` is the size of a value in products."""
@@ -268,21 +266,21 @@ class Calibrator:
     def quantize(self, layer: Layer, streams: dict[str, list[Row]], writer: Writer4bit) -> None:
         """Write a layer's calibrated weights, and advance the measured rows. The layer keeps the weights that training
         begins with."""
-        layer.advance(streams[SIXTEEN], self.workers)
+        layer.advance(streams[SIXTEEN])
         found = {**self.linears(layer), **self.experts(layer)}
         names = [name for name in self.merged.model.quantized if name.startswith(f"{layer.name}.")]
-        self.workers.map(lambda name: self.put(layer, name, self.nearest(layer, name)), names)
-        layer.advance(streams[NEAREST], self.workers)
+        self.workers.map(lambda name: self.put(name, self.nearest(name)), names)
+        layer.advance(streams[NEAREST])
         for name, (packed, state) in found.items():
             writer.add(self.stored(name), packed.cpu(), state.to("cpu"))
-            self.put(layer, name, ops.dequantize_4bit(packed, state))
-        layer.advance(streams[CALIBRATED], self.workers)
+            self.put(name, ops.dequantize_4bit(packed, state))
+        layer.advance(streams[CALIBRATED])
         if self.rank:
             for name, (packed, state) in found.items():
                 if name in self.start:
                     A_RK, B_NR = self.start[name]
-                    self.put(layer, name, torch.addmm(ops.dequantize_4bit(packed, state).float(), B_NR, A_RK))
-            layer.advance(streams[STARTED], self.workers)
+                    self.put(name, torch.addmm(ops.dequantize_4bit(packed, state).float(), B_NR, A_RK))
+            layer.advance(streams[STARTED])
 
     def linears(self, layer: Layer) -> dict[str, tuple[Tensor, QuantState]]:
         """Return the calibrated linears' codes and states by weight. Frees their H."""
@@ -295,12 +293,12 @@ class Calibrator:
         layer.inputs.clear()
         factors = {name: factor for (_, weights), factor in zip(called, found) for name in weights}
         largest_first = sorted(factors, key=lambda name: -self.merged.model.quantized[name].weight.numel())
-        results = self.workers.map(lambda name: self.quantized(layer, name, factors[name]), largest_first)
+        results = self.workers.map(lambda name: self.quantized(name, factors[name]), largest_first)
         return dict(zip(largest_first, results))
 
-    def quantized(self, layer: Layer, name: str, factor: Factor) -> tuple[Tensor, QuantState]:
+    def quantized(self, name: str, factor: Factor) -> tuple[Tensor, QuantState]:
         """Quantize a linear's weight for its inputs. Keep its start if it has one."""
-        W_NK = self.matrix(layer, name)
+        W_NK = self.matrix(name)
         if name not in self.targets:
             return quantize(W_NK, factor, self.quant, name)
         packed, state, *pair = quantize_with_start(W_NK, factor, self.quant, name, self.rank)
@@ -317,64 +315,46 @@ class Calibrator:
                 where = (self.quant, layer.dtype, self.workers, name)
                 found[name] = experts.quantize(name.rpartition(".")[2], *where)
             if experts.idle and names:
-                self.nearest_weights.append(f"{layer.name}.{path}: experts {', '.join(map(str, experts.idle))}")
+                self.idle.append(f"{layer.name}.{path}: experts {', '.join(map(str, experts.idle))}")
         layer.routed.clear()
         return found
 
     def stored(self, name: str) -> str:
         """Return a weight's name in the checkpoint, or a stack's own."""
-        return self.merged.model.stored.get(name, name)
+        return name if name in self.merged.experts.stacks else self.merged.model.stored.get(name, name)
 
-    def parameter(self, layer: Layer, name: str) -> Tensor:
-        return layer.module.get_parameter(name.removeprefix(f"{layer.name}."))
+    def matrix(self, name: str) -> Tensor:
+        """Return a linear's weight, (N, K) in its dtype in the checkpoint."""
+        return self.merged.matrix(self.stored(name)).to(self.layered.device)
 
-    def matrix(self, layer: Layer, name: str) -> Tensor:
-        """Return a linear's weight as the layer has it, (N, K) in the checkpoint's dtype."""
-        W = self.parameter(layer, name).to(layer.dtype)
-        return W.T.contiguous() if self.stored(name) in self.merged.turned else W
-
-    def nearest(self, layer: Layer, name: str) -> Tensor:
-        """Return a weight after quantization to the nearest codes."""
+    def nearest(self, name: str) -> Tensor:
+        """Return a weight of a loaded layer after quantization to the nearest codes."""
         how = (self.quant.quant_type, self.quant.blocksize, self.quant.double_quant)
         if name in self.merged.experts.stacks:
-            stack = self.parameter(layer, name)
-            return ops.dequantize_4bit(*ops.quantize_stack(stack.to(layer.dtype), stack.shape, *how, name))
-        return ops.dequantize_4bit(*ops.quantize_4bit(self.matrix(layer, name), *how, name))
+            stack = self.layered.model.get_parameter(name)
+            return ops.dequantize_4bit(*ops.quantize_stack(stack.to(self.layered.stored), stack.shape, *how, name))
+        return ops.dequantize_4bit(*ops.quantize_4bit(self.matrix(name), *how, name))
 
-    def put(self, layer: Layer, name: str, W: Tensor) -> None:
-        """Set a weight of the layer, (N, K) for a linear."""
-        self.parameter(layer, name).copy_(W.T if self.stored(name) in self.merged.turned else W)
+    def put(self, name: str, W: Tensor) -> None:
+        """Set a loaded weight of the model, (N, K) for a linear."""
+        self.layered.model.get_parameter(name).copy_(W.T if self.stored(name) in self.merged.turned else W)
 
     def losses(self, streams: dict[str, list[Row]], rows: Rows) -> dict[str, Losses]:
         """Return the losses from the last layer's outputs, by form of the base."""
-        with packing(self.skeleton), without_layers(self.merged, self.skeleton, self.device) as recorders:
-            self.load_head()
-            found = {}
-            for form, hidden in streams.items():
-                pairs = list(zip(hidden, [*rows.data, *rows.general]))
-                parts = pairs[: len(rows.data)], pairs[len(rows.data) :]
-                data, general = (self.mean_loss(part, recorders[-1]) for part in parts)
+        batches, found = [*rows.data, *rows.general], {}
+        with self.layered.recorded(with_head=True) as recorders:
+            for form in self.forms:
+                if form == NEAREST:  # the first one in 4 bits
+                    self.round_beside()
+                each = list(self.layered.losses(streams[form], batches, recorders[-1]))
+                data, general = mean(each[: len(rows.data)]), mean(each[len(rows.data) :])
                 found[form] = Losses(data=data, general=general)
         return found
 
-    def load_head(self) -> None:
-        head = self.skeleton.get_output_embeddings()
-        name = next(name for name, module in self.skeleton.named_modules() if module is head)
-        if shape_of(f"{name}.weight", self.merged) is None:
-            head.weight = self.skeleton.get_input_embeddings().weight
-        else:
-            load(head, f"{name}.", self.merged, self.device)
 
-    def mean_loss(self, pairs: list[tuple[Row, Batch]], last: Recorder) -> float:
-        """Return the mean loss of the supervised tokens. `last` stands for the last layer."""
-        total, count = 0.0, 0
-        for row, batch in pairs:
-            last.output = row.hidden.to(self.device)
-            position, target = (t.to(self.device) for t in supervised(batch["labels"]))
-            hidden, labelled = decode(self.skeleton, batch, self.device), {"supervised": (position, target)}
-            total += float(head_loss(self.skeleton, hidden, labelled, 1))
-            count += len(target)
-        return total / count
+def mean(losses: list[tuple[float, int]]) -> float:
+    """Return the mean of sums of losses over their numbers of tokens."""
+    return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
 def width(weight: Any) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from onecard.config import StoredConfig
 from onecard.errors import UserError
-from onecard.export.calibrated.calibration import Routed, Workers
+from onecard.export.calibrated.calibration import Routed
 from onecard.export.calibrated.feedback import (
     PIECE_ROWS,
     Factor,
@@ -23,6 +23,7 @@ from onecard.export.calibrated.feedback import (
     packed_values,
     spread,
 )
+from onecard.export.calibrated.layers import Workers
 from onecard.quant.blockwise import make_state, state_absmax
 from onecard.quant.state import QuantState
 

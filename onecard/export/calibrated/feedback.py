@@ -33,7 +33,7 @@ from onecard.quant.codebook import decision_bounds, quant_map
 from onecard.quant.state import QuantState
 
 SHARES = tuple(1 - step / 20 for step in range(9))  # of a block's largest weight: 1.00 ... 0.60
-DAMP_PERCENT = 0.01  # of H's mean diagonal, as in GPTQ
+DAMPING = 0.01  # of H's mean diagonal, as in GPTQ
 COLUMNS = 64  # that are rounded between two large products
 PIECE_ROWS = 1024
 SPARE, ITERATIONS = 8, 4  # of the search for singular vectors
@@ -60,7 +60,7 @@ class Factor:
     def of(cls, H_KK: Tensor) -> Factor:
         """Factor H, float32 (K, K). Raises UserError, same as `damped_cholesky`."""
         order, weight_K = H_KK.diagonal().argsort(stable=True), column_weights(H_KK.diagonal())
-        L_KK = damped_cholesky(H_KK[order[:, None], order], DAMP_PERCENT)
+        L_KK = damped_cholesky(H_KK[order[:, None], order], DAMPING)
         d_K = L_KK.diagonal().clone()
         return cls(order, L_KK.div_(d_K).T.contiguous(), d_K, weight_K)
 
@@ -76,7 +76,7 @@ class Factor:
 def column_weights(diagonal_K: Tensor) -> Tensor:
     """Return the weights of the columns' squared errors: H's diagonal with damping, float32 (K,)."""
     mean = diagonal_K.mean()
-    return torch.where(diagonal_K == 0, mean, diagonal_K) + torch.where(mean > 0, DAMP_PERCENT * mean, 1.0)
+    return torch.where(diagonal_K == 0, mean, diagonal_K) + torch.where(mean > 0, DAMPING * mean, 1.0)
 
 
 def row_pieces(N: int, K: int, blocksize: int) -> list[tuple[int, int]]:

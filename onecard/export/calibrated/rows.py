@@ -6,23 +6,19 @@ own help, which every machine has.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from onecard.data.chat.mask import IGNORE, Example, text_ids
 from onecard.data.dataset import Dataset
-from onecard.data.loader import Loader
-from onecard.data.packing import collate
 from onecard.errors import UserError
-from onecard.export.calibrated.calibration import SEED
+from onecard.export.calibrated.calibration import SEED, count_tokens, first_batches
+from onecard.export.calibrated.layers import Batch
 
 GENERAL_SHARE = 4  # one token of general text for so many of the user's
 MEASURED_TOKENS, MEASURED_GENERAL_TOKENS = 4096, 1024
 HELD_OUT = 0.1  # share of the rows that is measured if there is no validation data
 PIECE_TOKENS = 256  # of a piece of general text
-
-Batch = dict[str, Any]
 
 
 @dataclass
@@ -59,7 +55,7 @@ def choose_rows(
     pieces = general_pieces(tokenizer, min(length, PIECE_TOKENS))
 
     def rows(examples: list[Example], most: int) -> tuple[list[Batch], list[int]]:
-        return first_batches(examples, length, is_packed, most)
+        return first_batches(examples, length, is_packed, num_tokens=most)
 
     calibration, _ = rows(training.examples, num_tokens)
     general, _ = rows(pieces[::2], count_tokens(calibration) // GENERAL_SHARE)
@@ -81,19 +77,3 @@ def general_pieces(tokenizer: Any, most: int) -> list[Example]:
         if len(ids) > 1:
             pieces.append(Example(ids, [IGNORE, *ids[1:]], topic))
     return pieces
-
-
-def first_batches(examples: list[Example], length: int, is_packed: bool, most: int) -> tuple[list[Batch], list[int]]:
-    """Return the first rows of the examples in random order, up to the row that reaches `most` tokens, and the indices
-    of their examples."""
-    loader, found, used = Loader(examples, length, is_packed, 1, SEED), [], []
-    for indices in loader.batches(0):
-        found.append(collate([examples[index] for index in indices]))
-        used += indices
-        if count_tokens(found) >= most:
-            break
-    return found, used
-
-
-def count_tokens(rows: Iterable[Batch]) -> int:
-    return sum(row["input_ids"].numel() for row in rows)

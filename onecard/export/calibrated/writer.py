@@ -13,7 +13,8 @@ from onecard.config import CalibrationConfig, DataConfig, QuantConfig, make_conf
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq
-from onecard.export.calibrated.calibration import Workers, batches, calibrate, first_rows, meta_decoder
+from onecard.export.calibrated.calibration import calibrate, first_batches
+from onecard.export.calibrated.layers import LayeredModel, check_layers
 from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, write_others
 from onecard.export.merge.merged import Base, Merged, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
@@ -55,8 +56,8 @@ def export_calibrated(
     if merged.experts.stacks:
         do = "merge it in 16 bits, or use quantize, which has experts in 4 bits"
         raise UserError(f"a model for {format} must be without experts", next(iter(merged.experts.stacks)), do, model)
-    skeleton, layers = meta_decoder(merged)
-    linears = linears_of(layers)
+    layered = LayeredModel(merged, device)
+    linears = linears_of(layered.layers)
     config = config.model_copy(update={"group_size": pick_group_size(linears, config.group_size)})
     fitting = {n: m for n, m in linears.items() if m.out_features % 8 == 0 and m.in_features % config.group_size == 0}
     if not fitting:
@@ -71,9 +72,10 @@ def export_calibrated(
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
-        workers, chosen = Workers(device), batches(dataset, skeleton, config.num_rows)
-        rows = first_rows(merged, skeleton, chosen, device)
-        for layer in calibrate(merged, skeleton, layers, rows, device, workers):
+        check_layers(layered, dataset.examples)
+        shape = (config.max_seq_length, layered.is_packed)
+        chosen, _ = first_batches(dataset.examples, *shape, config.num_rows)
+        for layer in calibrate(layered, layered.first_rows(chosen)):
             names = {n.removeprefix(f"{layer.name}.") for n in fitting if n.startswith(f"{layer.name}.")}
             for name, tensor in method.quantize_layer(layer, names, config):
                 writer.write(f"{layer.name}.{name}", tensor)

@@ -24,7 +24,7 @@ from onecard.errors import UserError
 from onecard.export.calibrated import base as module
 from onecard.export.calibrated.base import calibrate_base, quantize_calibrated
 from onecard.export.calibrated.bill import CALIBRATED, NEAREST, SIXTEEN, STARTED, read_bill
-from onecard.export.calibrated.calibration import Workers
+from onecard.export.calibrated.layers import Workers
 from onecard.export.calibrated.rows import choose_rows, general_pieces
 from onecard.export.merge.merged import merge, read_4bit
 from onecard.export.merge.quantized import quantize_checkpoint

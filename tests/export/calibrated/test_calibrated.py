@@ -17,8 +17,9 @@ from onecard.data.dataset import load_dataset
 from onecard.data.loader import Loader
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq, writer
-from onecard.export.calibrated.calibration import SEED, Workers, batches, calibrate, first_rows, meta_decoder
+from onecard.export.calibrated.calibration import SEED, calibrate, first_batches
 from onecard.export.calibrated.grouped import Grouped, round_to_nearest
+from onecard.export.calibrated.layers import LayeredModel
 from onecard.export.calibrated.writer import export_calibrated, pick_group_size
 from onecard.export.merge.merged import merge, open_merged
 from onecard.hf.load import load_tokenizer
@@ -96,9 +97,9 @@ def calibration_rows(base, chats, num_rows=128):
 
 def run_layers(merged, dataset, num_rows=2):
     """The layers of `calibrate`, and its model."""
-    model, layers = meta_decoder(merged)
-    rows = first_rows(merged, model, batches(dataset, model, num_rows), CPU)
-    return calibrate(merged, model, layers, rows, CPU, Workers(CPU)), model
+    layered = LayeredModel(merged, CPU)
+    chosen, _ = first_batches(dataset.examples, CONFIG.max_seq_length, layered.is_packed, num_rows)
+    return calibrate(layered, layered.first_rows(chosen)), layered.model
 
 
 @torch.no_grad()
@@ -326,7 +327,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, chats):
     for layer in layers:
         real = {n for n, p in model.named_parameters() if p.device.type != "meta"}
         seen.append(layer.name)
-        assert real == {"model.norm.weight"} | {f"{layer.name}.{n}" for n, _ in layer.module.named_parameters()}
+        assert real == {f"{layer.name}.{n}" for n, _ in layer.module.named_parameters()}
     assert seen == [f"model.layers.{i}" for i in range(4)]
 
 

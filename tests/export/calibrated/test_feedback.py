@@ -9,7 +9,7 @@ import torch
 from onecard.config import StoredConfig
 from onecard.export.calibrated import feedback
 from onecard.export.calibrated.feedback import (
-    DAMP_PERCENT,
+    DAMPING,
     SHARES,
     Factor,
     balanced,
@@ -37,7 +37,7 @@ def damped(H):
     H = H.double().clone()
     mean = H.diagonal().mean()
     H.diagonal()[H.diagonal() == 0] = mean
-    return H + DAMP_PERCENT * mean * torch.eye(len(H)).double()
+    return H + DAMPING * mean * torch.eye(len(H)).double()
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
