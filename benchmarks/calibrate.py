@@ -218,6 +218,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, nargs="*", default=[80, 300])
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS[1:], default=list(VARIANTS[1:]), help="of the first kind"
+    )
     parser.add_argument("--shape", default="1.1b")
     parser.add_argument("--child", choices=("before", "after", "time"))
     parser.add_argument("--variant", choices=TITLES)
@@ -244,11 +247,11 @@ def before(args: argparse.Namespace) -> None:
     for kind in args.kinds:
         found: dict[str, list[tuple[float, float]]] = {}
         for seed in range(args.seeds if kind == args.kinds[0] else 1):
-            for variant in VARIANTS[1:] if kind != "mxfp4" else VARIANTS[1:-1]:
+            for variant in args.variants if kind == args.kinds[0] else ["both"]:
                 losses = call("before", variant, "--kind", kind, "--seed", str(seed))
                 last = losses.pop(list(losses)[-1])
                 found.setdefault(variant, []).append(last)
-                if variant == VARIANTS[1]:
+                if "nearest" not in found or len(found["nearest"]) == seed:
                     found.setdefault("16 bits", []).append(losses["16 bits"])
                     found.setdefault("nearest", []).append(losses["nearest codes"])
         low, high = found["16 bits"][0], found["nearest"][0]
@@ -264,7 +267,7 @@ def before(args: argparse.Namespace) -> None:
     body = (
         f"SmolLM2-135M-Instruct ({PACKAGE}); calibrated on {TOKENS:,} tokens of GSM8K's training rows and a quarter as "
         f"many of general text. Losses of 100 held-out rows and of {GENERAL_TOKENS:,} tokens of other general text, in "
-        f"nats a token: for {args.kinds[0]} the mean of {args.seeds} seeds (least to most), else one seed.\n\n"
+        f"nats a token: for {args.kinds[0]} the mean of {args.seeds} seeds (least to most), else of one seed.\n\n"
         f"{table(header, rows)}"
     )
     print(write_result("calibrate_before_135m", "A calibrated base before training", body))

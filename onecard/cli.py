@@ -357,7 +357,8 @@ def quantize(model: str, output: str, *, fields: QuantizeFields = None) -> None:
     if config.calibrate:
         from onecard.export.calibrated.base import quantize_calibrated
 
-        reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "quantize")
+        fields_of_data = config.model_dump(include=set(DataConfig.model_fields))
+        reading = make_config(DataConfig, fields_of_data, "quantize")
         dataset = read_data(str(config.data), model, None, reading)
         lines = quantize_calibrated(model, output, config, dataset, make_console()).lines()
     else:

@@ -143,25 +143,28 @@ class RowConfig(Strict):
     packing: bool = Field(default=True, description="several examples a row; they never attend to each other")
 
 
-class DataConfig(RowConfig):
-    """Data: rows to tokens and labels."""
+class ReadConfig(Strict):
+    """Reading of a data file."""
 
     format: DataFormat = Field(default="auto", description="format of the data file's rows; auto recognises it")
     on_bad_rows: Literal["error", "skip"] = Field(default="error", description="rows that cannot be read")
     on_long_rows: Literal["cut", "drop", "error"] = Field(default="cut", description="rows longer than max_seq_length")
 
 
+class DataConfig(RowConfig, ReadConfig):
+    """Data: rows to tokens and labels."""
+
+
 class BaseCalibration(Strict):
     """Calibration of the 4-bit base on the user's data."""
 
     calibrate: bool = Field(
-        default=False,
-        description="choose 4-bit codes with which the layers' outputs on the data stay closest to the 16-bit model's",
+        default=False, description="choose the 4-bit codes for the outputs of the linears on the data"
     )
     calibration_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="calibrate: tokens of the data that are run; default: the model's widest input, at least 4096",
+        description="calibrate: tokens of the data; default: the model's widest input, at least 4096",
     )
 
     @model_validator(mode="after")
@@ -171,7 +174,7 @@ class BaseCalibration(Strict):
         return self
 
 
-class QuantizeConfig(QuantConfig, BaseCalibration):
+class QuantizeConfig(QuantConfig, BaseCalibration, ReadConfig):
     """A checkpoint with its linears in 4 bits."""
 
     data: str | None = Field(default=None, description="calibrate: data file, best that of the training")
@@ -183,7 +186,7 @@ class QuantizeConfig(QuantConfig, BaseCalibration):
     @model_validator(mode="after")
     def _calibrated_on_data(self) -> QuantizeConfig:
         if self.calibrate != (self.data is not None):
-            raise ValueError("calibrate and data go together")
+            raise ValueError("calibrate needs data, and data is for calibrate only")
         return self
 
 
@@ -324,7 +327,6 @@ class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, Memory
     device_memory: str | None = Field(
         default=None, description="memory for the whole run, such as 6GiB; default: most of what is free"
     )
-
     cuda_graphs: bool = Field(default=True, description="record and replay a CUDA GPU's work where memory allows")
     num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="updates; overrides num_train_epochs")

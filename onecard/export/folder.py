@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
     "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",
 )  # fmt: skip
 OTHER_FILES = (*TOKENIZER_FILES, "*.json", "*.txt", "*.md", "LICENSE*", "NOTICE*")
-STALE_FILES = ("*.index.json", "onecard.json")  # they describe the base's files, not the result's
+STALE_FILES = ("*.index.json", "onecard.json", "calibration.json")  # they describe the base's files, not the result's
 
 
 @contextmanager

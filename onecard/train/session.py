@@ -106,6 +106,9 @@ def run_locked(
 ) -> Result:
     """Same as `run_training`, in an output folder that is already locked."""
     output = Path(config.output)
+    if not config.calibrate and (output / "base").exists():
+        do = "pass --calibrate as before, or choose another --output"
+        raise UserError("a run must go on with the base that it calibrated", "calibrate is off", do, str(output))
     state = load_newest(output / "checkpoints") if resuming else None
     prepared = prepare(config, position_of(state).date if state else None, answers)
     config = prepared.config

@@ -152,10 +152,12 @@ def with_kinds(found: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     return {**found, **cut, "num_hidden_layers": count}
 
 
-def make_family(folder: Path, family: str) -> Path:
-    """Write a family's tiny checkpoint with random norms and biases."""
+def make_family(folder: Path, family: str, **fields: Any) -> Path:
+    """Write a family's tiny checkpoint with random norms and biases. `fields` are other values of its config."""
     torch.manual_seed(0)
     config = tiny_config(family)
+    for key, value in fields.items():
+        setattr(config, key, value)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     for parameter in model.parameters():
         if parameter.ndim == 1:

@@ -11,7 +11,6 @@ are measured.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,29 +28,31 @@ from onecard.adapter.origin import sample_base
 from onecard.adapter.start import Start
 from onecard.config import LoraSettings, QuantConfig, QuantizeConfig
 from onecard.data.dataset import Dataset
-from onecard.errors import UserError
+from onecard.errors import Stopped, UserError
 from onecard.export.calibrated.bill import CALIBRATED, FILE, NEAREST, SIXTEEN, STARTED, Bill, Losses, read_bill
-from onecard.export.calibrated.calibration import GROUP_TOKENS, Layer, calibrate, count_tokens
+from onecard.export.calibrated.calibration import Layer, calibrate, count_tokens
+from onecard.export.calibrated.check import check_layers
 from onecard.export.calibrated.experts import RoutedExperts
-from onecard.export.calibrated.feedback import PIECE_ROWS, Factor, quantize, quantize_with_start
+from onecard.export.calibrated.feedback import Factor, quantize, quantize_with_start
 from onecard.export.calibrated.hessian import Inputs
-from onecard.export.calibrated.layers import LayeredModel, Row, check_layers
+from onecard.export.calibrated.layers import LayeredModel, Row
+from onecard.export.calibrated.room import check_memory, width
 from onecard.export.calibrated.rows import Rows, choose_rows
 from onecard.export.folder import check_room, exists, new_folder
 from onecard.export.merge.merged import Merged, open_merged
 from onecard.export.merge.quantized import Writer4bit, check_type
+from onecard.files import sha256
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, load_tokenizer, pick_device
 from onecard.hf.skeleton import read_config
 from onecard.kernels import ops
-from onecard.memory.measure import available_bytes, format_bytes
 from onecard.quant.state import QuantState
+from onecard.train import signals
 from onecard.train.evaluate import model_size
 from onecard.train.prepare import Prepared
 from onecard.train.session import CalibratedBase
 
 START = "start/start.safetensors"  # not beside config.json, where other tools read every safetensors file
-LIBRARY_BYTES = 80 << 20  # code of libraries that a calibration touches first
 LEAST_TOKENS = 4096  # of calibration, where the number is not given
 
 
@@ -95,7 +96,7 @@ def calibrate_base(
         do = "pass the 16-bit checkpoint, or leave calibrate out"
         raise UserError("a model to calibrate must be in 16 or 32 bits", "4 bits", do, model)
     merged = open_merged(model, None, "original")
-    made_from = identity(merged, quant, training, num_tokens, lora)
+    made_from = identity(merged, quant, training, validation, num_tokens, lora)
     if output.exists():
         return read_base(output, made_from)
     begin = time.perf_counter()
@@ -104,25 +105,25 @@ def calibrate_base(
     num_tokens = num_tokens or max(LEAST_TOKENS, *map(width, merged.model.quantized.values()))
     rows = choose_rows(training, validation, tokenizer, calibrator.layered.is_packed, num_tokens)
     check_room(output, merged.nbytes // 2)
-    check_memory(calibrator, rows)
+    check_memory(calibrator.layered, rows, len(calibrator.forms), calibrator.rank)
     with new_folder(output) as folder:
         writer = Writer4bit(merged, folder, quant)
         losses = calibrator.run(rows, writer, on_layer)
         left = [name for name in writer.left if name in merged.linears or name in merged.experts.stacks]
         nearest = [*left, *calibrator.idle]
         writer.finish()
-        tokens = {"calibration": count_tokens(rows.calibration), "data": count_tokens(rows.data)}
-        tokens["general text"] = count_tokens(rows.general)
-        seconds = time.perf_counter() - begin
-        bill = Bill(
-            made_from=made_from, measured_on=rows.measured_on, tokens=tokens, losses=losses, nearest=nearest,
-            seconds=seconds,
-        )  # fmt: skip
-        (folder / FILE).write_text(bill.model_dump_json(indent=1) + "\n", encoding="utf-8")
         if calibrator.start:
             (folder / START).parent.mkdir()
             both = {f"{name}.{key}": t for name, pair in calibrator.start.items() for key, t in zip("AB", pair)}
             save_file({name: tensor.contiguous() for name, tensor in both.items()}, folder / START)
+        tokens = {"calibration": count_tokens(rows.calibration), "data": count_tokens(rows.data)}
+        tokens["general text"] = count_tokens(rows.general)
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        bill = Bill(
+            made_from=made_from, measured_on=rows.measured_on, tokens=tokens, losses=losses, nearest=nearest,
+            seconds=time.perf_counter() - begin, files={name: sha256(folder / name) for name in files},
+        )  # fmt: skip
+        (folder / FILE).write_text(bill.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return Written(output, bill, calibrator.start, rows.measured)
 
 
@@ -146,56 +147,72 @@ def quantize_calibrated(model: str, output: str, config: QuantizeConfig, dataset
 
     Raises:
         UserError: an output that exists; a token that the model does not have; same as `calibrate_base`.
+        Stopped: Ctrl-C, SIGTERM or SIGHUP.
     """
     target = Path(output)
     if target.exists():
         raise exists(target)
     dataset.check_fits(*model_size(read_config(find_checkpoint(model))))
     where = (model, target, config, dataset, None, load_tokenizer(model))
-    with layers_shown(console) as shown:
-        return calibrate_base(*where, config.calibration_tokens, config.device, None, shown).bill
+    try:
+        with signals.raised(), layers_shown(console) as shown:
+            return calibrate_base(*where, config.calibration_tokens, config.device, None, shown).bill
+    except signals.Signalled as error:
+        raise Stopped(error.number, "nothing is kept", "start again", output) from None
 
 
 @contextmanager
 def layers_shown(console: Console) -> Iterator[Callable[[int, int], None]]:
     """Show a bar. Yield a function that sets it to a number of layers out of their count."""
-    with Progress(*Progress.get_default_columns(), console=console, transient=True) as progress:
+    quiet = not console.is_terminal
+    if quiet:
+        console.print("the decoder layers, one after another")
+    with Progress(*Progress.get_default_columns(), console=console, transient=True, disable=quiet) as progress:
         bar = progress.add_task("decoder layers")
         yield lambda done, total: progress.update(bar, completed=done, total=total)
 
 
-def check_memory(calibrator: Calibrator, rows: Rows) -> None:
-    """Raise UserError unless a calibration fits in memory."""
-    needed, free = calibrator.needed_bytes(rows), available_bytes(calibrator.layered.device)
-    if needed > free:
-        found = f"{format_bytes(needed)} for its largest layer and {count_tokens(rows.calibration):,} tokens"
-        do = "free some memory, lower calibration_tokens, or leave calibrate out"
-        must = "a calibration must fit in memory"
-        raise UserError(must, f"{found}; {format_bytes(free)} free", do, "calibrate")
-
-
 def identity(
-    merged: Merged, quant: QuantConfig, training: Dataset, num_tokens: int | None, lora: LoraSettings | None
+    merged: Merged,
+    quant: QuantConfig,
+    training: Dataset,
+    validation: Dataset | None,
+    num_tokens: int | None,
+    lora: LoraSettings | None,
 ) -> dict[str, str]:
-    """Return what determines a calibrated base, apart from the general text."""
+    """Return what determines a calibrated base and its measurement, apart from the general text."""
     how = {key: str(getattr(quant, key)) for key in ("quant_type", "blocksize", "double_quant")}
     sample = sample_base(merged.checkpoint, merged.model.modules, merged.model.linears, "nf4", 64)
     found = {"model": sample, "rows": training.fingerprint(), "calibration_tokens": str(num_tokens), **how}
+    found |= {"max_seq_length": str(training.max_seq_length)}
+    if validation is not None:
+        found["validation rows"] = validation.fingerprint()
     if lora is not None:
-        found |= {"r": str(lora.r), "target_modules": str(lora.target_modules)}
+        found |= {"init_lora_weights": "loftq", "r": str(lora.r), "target_modules": str(lora.target_modules)}
     return found
 
 
 def read_base(folder: Path, made_from: dict[str, str]) -> Written:
-    """Read a base that an earlier run has written. Raises UserError if it was made from something else."""
+    """Read a base that an earlier run has written.
+
+    Raises:
+        UserError: it was made from something else; a file is missing or has changed.
+    """
     bill = read_bill(folder)
     for key in sorted(bill.made_from.keys() | made_from.keys()):
-        if bill.made_from.get(key) != made_from.get(key):
-            found = f"{key} {bill.made_from.get(key, 'none')}, now {made_from.get(key, 'none')}"
+        before, now = bill.made_from.get(key, "none"), made_from.get(key, "none")
+        if before != now:
+            found = f"other {key}" if key in ("model", "rows", "validation rows") else f"{key} {before}, now {now}"
             do = "go on with the same model, data and settings, or choose another --output"
             raise UserError("a run must go on with the base that it calibrated", found, do, str(folder))
+    for name, digest in bill.files.items():
+        path = folder / name
+        if not path.is_file() or sha256(path) != digest:
+            found = "other bytes" if path.is_file() else "no such file"
+            do = f"delete {folder}, so that it is calibrated again, or choose another --output"
+            raise UserError("a calibrated base's files must be as the run wrote them", found, do, str(path))
     start: Start = {}
-    if (folder / START).is_file():
+    if START in bill.files:
         tensors = load_file(folder / START)
         names = {name.rpartition(".")[0] for name in tensors}
         start = {name: (tensors[f"{name}.A"], tensors[f"{name}.B"]) for name in names}
@@ -237,31 +254,6 @@ class Calibrator:
         for name in self.beside:
             W_NK = self.merged.matrix(self.stored(name))
             self.put(name, ops.dequantize_4bit(*ops.quantize_4bit(W_NK, *how, name)))
-
-    def needed_bytes(self, rows: Rows) -> int:
-        """Estimate the memory of the pass: the rows' hidden states, and the largest layer with the most that one of its
-        three steps holds. The steps collect the H of its inputs, factor them, and quantize."""
-        dtype = self.layered.dtype
-        tokens = count_tokens(rows.calibration) + len(self.forms) * count_tokens([*rows.data, *rows.general])
-        hidden = tokens * self.merged.model.text.hidden_size * dtype.itemsize
-        layers = self.layered.layers.items()
-        return hidden + LIBRARY_BYTES + max(self.layer_bytes(name, m, dtype.itemsize) for name, m in layers)
-
-    def layer_bytes(self, name: str, module: Any, c: int) -> int:
-        """Return the bytes of `needed_bytes` for a layer. `c` is the size of a value in products."""
-        own = {n: w for n, w in self.merged.model.quantized.items() if n.startswith(f"{name}.")}
-        linears = {n: w for n, w in own.items() if n not in self.merged.experts.stacks}
-        counts = Counter((n.split(".")[:-2][-1], width(w)) for n, w in linears.items())
-        widths = sorted((K for (_, K), count in counts.items() for _ in range(min(count, 2))), reverse=True)
-        H = sum(4 * K * K for K in widths)
-        collected = H + GROUP_TOKENS * sum(widths) * (c + 4)
-        factored = 2 * H + sum(2 * 4 * K * K for K in widths[: self.workers.count])
-        largest = max((w.weight.numel() // getattr(w, "num_experts", 1) for w in own.values()), default=0)
-        widest = max(map(width, own.values()), default=0)
-        experts = 0 if len(own) == len(linears) else 3 * 4 * widest**2  # each worker collects and factors its own H
-        weight = experts + 32 * PIECE_ROWS * widest + (20 if self.rank else 4) * largest
-        quantized = H + self.workers.count * weight
-        return c * sum(p.numel() for p in module.parameters()) + max(collected, factored, quantized)
 
     def quantize(self, layer: Layer, streams: dict[str, list[Row]], writer: Writer4bit) -> None:
         """Write a layer's calibrated weights, and advance the measured rows. The layer keeps the weights that training
@@ -355,11 +347,6 @@ class Calibrator:
 def mean(losses: list[tuple[float, int]]) -> float:
     """Return the mean of sums of losses over their numbers of tokens."""
     return sum(total for total, _ in losses) / sum(count for _, count in losses)
-
-
-def width(weight: Any) -> int:
-    """Return the number of inputs of a linear, or of each matrix of a stack."""
-    return weight.in_features // getattr(weight, "num_experts", 1)
 
 
 def start_targets(merged: Merged, lora: LoraSettings) -> set[str]:

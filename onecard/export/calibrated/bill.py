@@ -26,10 +26,11 @@ class Bill(Own):
     Attributes:
         made_from: what determines the base: the rows, the model and the settings.
         measured_on: which rows `losses` are of.
-        tokens: number of tokens by use.
+        tokens: number of tokens: of the calibration, and those measured: "data" and "general text".
         losses: by form of the base.
-        nearest: weights in 4 bits that stay as nearest codes, because no calibration token reaches them.
+        nearest: weights in 4 bits with the nearest codes: beside the decoder layers, or experts without a token.
         seconds: time of the calibration, with the measurements.
+        files: sha256 of each other file of the base.
     """
 
     made_from: dict[str, str]
@@ -38,6 +39,7 @@ class Bill(Own):
     losses: dict[str, Losses]
     nearest: list[str] = Field(default_factory=list)
     seconds: float
+    files: dict[str, str]
 
     @property
     def closed(self) -> float | None:
@@ -56,12 +58,14 @@ class Bill(Own):
         found = {f"base in {name}": f"{x.data:.4f}; general text {x.general:.4f}" for name, x in self.losses.items()}
         if self.closed is not None:
             found["gap to 16 bits closed"] = f"{self.closed:.0%}"
-        found["loss of the base measured on"] = self.measured_on
-        tokens = ", ".join(f"{count:,} {name}" for name, count in self.tokens.items())
-        found["calibrated"] = f"{self.seconds:,.0f} s; tokens: {tokens}"
+        tokens = self.tokens
+        found["measured on"] = (
+            f"{tokens['data']:,} tokens of {self.measured_on}, {tokens['general text']:,} of general text"
+        )
+        found["calibrated on"] = f"{tokens['calibration']:,} tokens in {self.seconds:,.0f} s"
         if self.nearest:
             more = f" and {len(self.nearest) - 4} more" if len(self.nearest) > 4 else ""
-            found["not calibrated"] = ", ".join(self.nearest[:4]) + more
+            found["with the nearest codes"] = ", ".join(self.nearest[:4]) + more
         return found
 
     def lines(self) -> list[str]:
@@ -70,7 +74,7 @@ class Bill(Own):
 
 def read_bill(folder: Path) -> Bill:
     """Read a calibrated base's calibration.json. Raises UserError for a missing or damaged file."""
-    path, do = folder / FILE, "calibrate the base again in a new folder"
+    path, do = folder / FILE, f"delete {folder}, so that a run calibrates it again"
     return hold(Bill, read_object(path, do, missing=do), str(path), do)
 
 

@@ -9,9 +9,11 @@ packed in rows and never attend to each other, as in training.
 from __future__ import annotations
 
 import threading
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -84,20 +86,20 @@ def calibrate(layered: LayeredModel, rows: list[Row]) -> Iterator[Layer]:
 def first_batches(
     examples: list[Example], length: int, is_packed: bool, num_rows: int | None = None, num_tokens: int | None = None
 ) -> tuple[list[Batch], list[int]]:
-    """Return the first rows of the examples in random order, and the indices of their examples.
+    """Return rows of the examples in random order, and the indices of their examples.
 
     Args:
         length: tokens of a row of several documents.
         is_packed: whether rows may have several documents.
-        num_rows: at most; num_tokens: up to the row that reaches it.
+        num_rows: rows at most; num_tokens: examples up to the one that reaches it.
     """
-    loader, found, used = Loader(examples, length, is_packed, 1, SEED), [], []
-    for indices in loader.batches(0)[:num_rows]:
-        found.append(collate([examples[index] for index in indices]))
-        used += indices
-        if num_tokens is not None and count_tokens(found) >= num_tokens:
-            break
-    return found, used
+    chosen = torch.randperm(len(examples), generator=torch.Generator().manual_seed(SEED)).tolist()
+    if num_tokens is not None:
+        totals = list(accumulate(len(examples[index].input_ids) for index in chosen))
+        chosen = chosen[: bisect_left(totals, num_tokens) + 1]
+    loader = Loader([examples[index] for index in chosen], length, is_packed, 1, SEED)
+    rows = [[chosen[place] for place in row] for row in loader.batches(0)[:num_rows]]
+    return [collate([examples[index] for index in row]) for row in rows], list(chain(*rows))
 
 
 def count_tokens(rows: list[Batch]) -> int:

@@ -2,8 +2,8 @@
 
 The model's forward runs once with recorders in place of its layers: they record the first hidden states and the other
 arguments of each layer's call. Then each layer runs alone on the hidden states of the layer before it. Last, the
-model's forward runs again with the last layer's outputs, for the logits. `check_layers` compares such a run with the
-model's own forward.
+model's forward runs again with the last layer's outputs, for the logits. check.py compares such a run with the model's
+own forward.
 """
 
 from __future__ import annotations
@@ -23,21 +23,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from onecard.config import LOSS_PROBE_TOKENS
-from onecard.data.chat.mask import IGNORE, Example
-from onecard.data.packing import collate
-from onecard.errors import UserError, first_line
+from onecard.errors import UserError
 from onecard.export.folder import DTYPES
 from onecard.export.merge.merged import Merged, common_dtype
 from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.hf.quantizer import check_finite
 from onecard.hf.skeleton import meta_model, read_config
 from onecard.kernels.cpu_info import product_dtype
-from onecard.memory.measure import is_out_of_memory
 from onecard.train.loss import supervised
 
 LOGIT_ROWS = 256  # positions whose logits are in memory together
-CLOSE = 1e-4  # of two losses in float32, of 46 tokens
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
@@ -164,7 +159,7 @@ class LayeredModel:
             UserError: a tensor of the model is not in the checkpoint, has another shape or is not finite.
         """
         prefix = f"{name}." if name else ""
-        self.fill_buffers(module)
+        self.fill_buffers(module, name)
         kept = set(module.state_dict())
         parameters = {key for key, _ in module.named_parameters()}
         wanted = {**dict(module.named_parameters()), **{k: b for k, b in module.named_buffers() if k in kept}}
@@ -184,21 +179,32 @@ class LayeredModel:
             if tensor.is_floating_point():
                 check_finite(prefix + key, tensor)
         module.load_state_dict(state, strict=False, assign=True)
+        for key, tensor in module.state_dict(keep_vars=True).items():
+            if key in state:
+                tensor._is_hf_initialized = True  # transformers' initialization leaves it as it is
         left = [key for key, tensor in [*module.named_parameters(), *module.named_buffers()] if tensor.is_meta]
         if left:
             raise self.refused(f"{prefix}{left[0]}, which gets no value")
 
-    def fill_buffers(self, module: nn.Module) -> None:
+    def fill_buffers(self, module: nn.Module, name: str) -> None:
         """Compute the buffers that no checkpoint holds, such as rotary frequencies, as transformers does after a load.
-        A buffer that it does not compute is NaN."""
-        kept = set(module.state_dict())
+        A model may compute those of its layers. A buffer that none computes is NaN."""
+        kept, made = set(module.state_dict()), []
         for path, part in module.named_modules():
             own = [key for key, _ in part.named_buffers(recurse=False)]
             for key in own:
                 buffer = getattr(part, key)
                 value = float("nan") if buffer.is_floating_point() else 0
                 setattr(part, key, torch.full_like(buffer, value, device=self.device))
-            if any(f"{path}.{key}".lstrip(".") not in kept for key in own):
+            missing = [key for key in own if f"{path}.{key}".lstrip(".") not in kept]
+            if missing:
+                self.owners[part]._init_weights(part)
+                made += [getattr(part, key) for key in missing]
+        if any(buffer.is_floating_point() and buffer.isnan().any() for buffer in made):
+            above = [
+                found for path, found in self.model.named_modules() if not path or f"{name}.".startswith(f"{path}.")
+            ]
+            for part in above[:-1]:
                 self.owners[part]._init_weights(part)
 
     def shape_of(self, name: str) -> tuple[int, ...] | None:
@@ -327,64 +333,3 @@ class LayeredModel:
         """Replace the rows' hidden states by a layer's outputs."""
         for row, out in zip(rows, self.workers.map(partial(self.run, index, module), rows)):
             row.hidden = out.to(row.hidden.device)
-
-
-@torch.no_grad()
-def check_layers(layered: LayeredModel, examples: list[Example]) -> None:
-    """Compare the losses of two short documents, layer by layer, with those of the model's own forward, in float32. If
-    they differ in one row, each document gets a row of its own.
-
-    Raises:
-        UserError: they differ in rows of their own, too.
-    """
-    two = [*examples[:2], examples[0]][:2]
-    length = min(LOSS_PROBE_TOKENS, *(len(example.input_ids) for example in two))
-    ids = [example.input_ids[:length] for example in two]
-    documents = [Example(piece, [IGNORE, *piece[1:]], "probe") for piece in ids]
-    before, layered.dtype, why = layered.dtype, torch.float32, ""
-    try:
-        expected = own_loss(layered, torch.tensor(ids))
-        for is_packed in sorted({layered.is_packed, False}, reverse=True):
-            layered.is_packed = is_packed
-            try:
-                found = layered_loss(layered, [documents] if is_packed else [documents[:1], documents[1:]])
-            except UserError:
-                raise
-            except Exception as error:  # a model's code may ask for anything of its layers
-                if is_out_of_memory(error):
-                    raise
-                why = f"{type(error).__name__}: {first_line(error)}"
-                continue
-            if abs(found - expected) <= CLOSE * max(1.0, abs(expected)):
-                return
-            why = f"a loss of {found:.5f} layer by layer, and of {expected:.5f} as a whole"
-    finally:
-        layered.dtype = before
-    raise layered.refused(why)
-
-
-def layered_loss(layered: LayeredModel, documents: list[list[Example]]) -> float:
-    """Return the mean loss of rows of documents, run layer by layer."""
-    batches = [collate(row) for row in documents]
-    rows = layered.first_rows(batches)
-    for index, _, module in layered.each():
-        layered.advance(index, module, rows)
-    with layered.recorded(with_head=True) as recorders:
-        sums, counts = zip(*layered.losses(rows, batches, recorders[-1]))
-    return sum(sums) / sum(counts)
-
-
-def own_loss(layered: LayeredModel, ids: Tensor) -> float:
-    """Return the mean loss of documents of one length, (B, T), by the model's own forward. Each layer is loaded when it
-    is called, and freed when it has returned."""
-    hooks = []
-    for name, module in layered.layers.items():
-        hooks.append(module.register_forward_pre_hook(lambda module, args, name=name: layered.load(module, name)))
-        hooks.append(module.register_forward_hook(lambda module, args, out: module.to("meta") and None))
-    try:
-        with layered.rest_loaded(with_head=True):
-            logits = layered.model(input_ids=ids.to(layered.device), use_cache=False).logits.float()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(logits.device)))

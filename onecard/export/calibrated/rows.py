@@ -6,7 +6,7 @@ own help, which every machine has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onecard.data.chat.mask import IGNORE, Example, text_ids
@@ -61,7 +61,8 @@ def choose_rows(
     general, _ = rows(pieces[::2], count_tokens(calibration) // GENERAL_SHARE)
     data, indices = rows(held.examples, MEASURED_TOKENS)
     other, _ = rows(pieces[1::2], MEASURED_GENERAL_TOKENS)
-    return Rows(calibration + general, data, other, held.take(indices), measured_on)
+    documents = replace(held, examples=[held.examples[index] for index in indices], records=[])
+    return Rows(calibration + general, data, other, documents, measured_on)
 
 
 def general_pieces(tokenizer: Any, most: int) -> list[Example]:

@@ -14,7 +14,8 @@ from onecard.data.dataset import Dataset, load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq
 from onecard.export.calibrated.calibration import calibrate, first_batches
-from onecard.export.calibrated.layers import LayeredModel, check_layers
+from onecard.export.calibrated.check import check_layers
+from onecard.export.calibrated.layers import LayeredModel
 from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, write_others
 from onecard.export.merge.merged import Base, Merged, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device

@@ -78,7 +78,7 @@ class Merged:
 
     def read(self, name: str) -> Tensor:
         """Return one whole tensor of the result."""
-        return torch.cat(list(self.slabs(name))).view(self.shapes[name][1])
+        return torch.cat([slab.reshape(-1) for slab in self.slabs(name)]).view(self.shapes[name][1])
 
     def matrix(self, name: str) -> Tensor:
         """Return a linear's whole weight of the result, (N, K)."""

@@ -22,6 +22,7 @@ from onecard.config import DataConfig, LoraSettings, QuantConfig, QuantizeConfig
 from onecard.data.dataset import load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import base as module
+from onecard.export.calibrated import room
 from onecard.export.calibrated.base import calibrate_base, quantize_calibrated
 from onecard.export.calibrated.bill import CALIBRATED, NEAREST, SIXTEEN, STARTED, read_bill
 from onecard.export.calibrated.layers import Workers
@@ -194,7 +195,7 @@ def test_experts_without_tokens_are_named(tmp_path, chats):
     base = make_checkpoint(tmp_path / "base", "qwen3_moe", num_experts=32, num_experts_per_tok=1)
     found, _ = calibrated(base, chats, tmp_path / "out", num_tokens=1)
     assert all("mlp.experts: experts " in line for line in found.bill.nearest) and found.bill.nearest
-    assert "not calibrated" in found.bill.facts()
+    assert "with the nearest codes" in found.bill.facts()
     onecard.load_model(str(tmp_path / "out"), device="cpu")
 
 
@@ -269,6 +270,7 @@ def test_a_run_trains_on_its_calibrated_base(tmp_path, chats):
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu"), result.adapter
         )
         assert (plain.train()(ids).logits - expected).norm() <= 1e-5 * expected.norm(), "plain peft over bitsandbytes"
+    assert not (merged / "calibration.json").exists(), "it describes another model"
     with pytest.raises(UserError, match="must be the one that the adapter was trained on"):
         merge(str(base), str(result.adapter), str(tmp_path / "wrong"))
 
@@ -321,10 +323,14 @@ def test_a_base_of_other_rows_or_settings_is_refused(tmp_path, chats):
     onecard.train(fields(base, chats, tmp_path / "run", max_steps=1))
     subprocess.run(["rm", "-rf", str(tmp_path / "run" / "checkpoints")], check=True)
     other = write_rows(tmp_path / "other.jsonl", chat_rows(30))
-    with pytest.raises(UserError, match=r"the base that it calibrated[^\0]*rows [0-9a-f]"):
+    with pytest.raises(UserError, match=r"the base that it calibrated[^\0]*other rows"):
         onecard.train(fields(base, other, tmp_path / "run", max_steps=1), resume=True)
     with pytest.raises(UserError, match=r"the base that it calibrated[^\0]*double_quant True, now False"):
         onecard.train(fields(base, chats, tmp_path / "run", max_steps=1, double_quant=False), resume=True)
+    with pytest.raises(UserError, match="calibrate is off"):
+        onecard.train(fields(base, chats, tmp_path / "run", max_steps=1, calibrate=False), resume=True)
+    with pytest.raises(UserError, match="init_lora_weights none, now loftq"):
+        onecard.train(fields(base, chats, tmp_path / "run", max_steps=1, init_lora_weights="loftq"), resume=True)
     onecard.train(fields(base, chats, tmp_path / "run", max_steps=1), resume=True)
 
 
@@ -352,7 +358,9 @@ def test_a_killed_calibration_leaves_nothing_and_begins_again(tmp_path, chats):
 def test_a_plain_quantization_is_calibrated_from_the_command_line(tmp_path, chats):
     base = make_checkpoint(tmp_path / "base", dtype=torch.bfloat16)
     command = [sys.executable, "-m", "onecard.cli", "quantize", str(base), str(tmp_path / "out")]
-    flags = ["--calibrate", "--data", str(chats), "--max-seq-length", "128", "--device", "cpu"]
+    bad = tmp_path / "rows.jsonl"
+    bad.write_text(chats.read_text() + "{}\n")
+    flags = ["--calibrate", "--data", str(bad), "--max-seq-length", "128", "--device", "cpu", "--on-bad-rows", "skip"]
     done = subprocess.run([*command, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "base in calibrated: " in done.stdout and "rows held out of the calibration" in done.stdout
@@ -372,8 +380,8 @@ def test_a_plain_quantization_is_calibrated_from_the_command_line(tmp_path, chat
 @pytest.mark.parametrize(
     "kind, settings, must",
     [
-        (QuantizeConfig, {"calibrate": True}, "calibrate and data go together"),
-        (QuantizeConfig, {"data": "rows.jsonl"}, "calibrate and data go together"),
+        (QuantizeConfig, {"calibrate": True}, "calibrate needs data"),
+        (QuantizeConfig, {"data": "rows.jsonl"}, "calibrate needs data"),
         (QuantizeConfig, {"calibrate": True, "data": "rows.jsonl", "quant_type": "int4"}, "not int4"),
         (TrainConfig, {"init_lora_weights": "loftq"}, "made with the base: pass calibrate"),
         (TrainConfig, {"init_lora_weights": "loftq", "calibrate": True, "use_dora": True}, "no use_dora"),
@@ -406,7 +414,7 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path, chats):
 
 def test_a_calibration_that_does_not_fit_is_refused(tmp_path, chats, monkeypatch):
     base = make_checkpoint(tmp_path / "base")
-    monkeypatch.setattr(module, "available_bytes", lambda device: 1 << 20)
+    monkeypatch.setattr(room, "available_bytes", lambda device: 1 << 20)
     with pytest.raises(UserError, match="a calibration must fit in memory"):
         calibrated(base, chats, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -438,9 +446,28 @@ def test_an_existing_output_is_refused(tmp_path, chats):
         quantize_calibrated(str(base), str(tmp_path / "out"), config, rows_of(base, chats), None)
 
 
-def test_a_damaged_bill_is_refused(tmp_path, chats):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda base: (base / "calibration.json").write_text("{}"),
+        lambda base: (base / "calibration.json").unlink(),
+        lambda base: (base / module.START).unlink(),
+        lambda base: (base / module.START).write_bytes(b"short"),
+        lambda base: flip(base / "model.safetensors"),
+    ],
+)
+def test_a_damaged_base_is_refused(tmp_path, chats, damage):
+    """In a resumed run, also before its first checkpoint."""
     base = make_checkpoint(tmp_path / "base")
-    onecard.train(fields(base, chats, tmp_path / "run", max_steps=1))
-    (tmp_path / "run" / "base" / "calibration.json").write_text("{}")
-    with pytest.raises(UserError, match=r"calibration\.json"):
-        onecard.train(fields(base, chats, tmp_path / "run", max_steps=1), resume=True)
+    config = fields(base, chats, tmp_path / "run", max_steps=1, init_lora_weights="loftq")
+    onecard.train(config)
+    subprocess.run(["rm", "-rf", str(tmp_path / "run" / "checkpoints")], check=True)
+    damage(tmp_path / "run" / "base")
+    with pytest.raises(UserError, match=r"calibration\.json|as the run wrote them"):
+        onecard.train(config, resume=True)
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(raw)

@@ -14,10 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
 from onecard.config import CalibrationConfig, DataConfig
 from onecard.data.dataset import load_dataset
-from onecard.data.loader import Loader
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq, writer
-from onecard.export.calibrated.calibration import SEED, calibrate, first_batches
+from onecard.export.calibrated.calibration import calibrate, first_batches
 from onecard.export.calibrated.grouped import Grouped, round_to_nearest
 from onecard.export.calibrated.layers import LayeredModel
 from onecard.export.calibrated.writer import export_calibrated, pick_group_size
@@ -91,8 +90,7 @@ def make_rounded(folder, group_size, sym):
 
 def calibration_rows(base, chats, num_rows=128):
     dataset = load_dataset(str(chats), load_tokenizer(str(base)), DataConfig(max_seq_length=CONFIG.max_seq_length))
-    order = Loader(dataset.examples, CONFIG.max_seq_length, False, 1, SEED).batches(0)[:num_rows]
-    return dataset, [torch.tensor([dataset.examples[index].input_ids]) for (index,) in order]
+    return dataset, [batch["input_ids"] for batch in first_batches(dataset.examples, 128, False, num_rows)[0]]
 
 
 def run_layers(merged, dataset, num_rows=2):
