@@ -112,10 +112,10 @@ def families() -> list[str]:
     return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(family: str) -> Any:
-    """The family's config, small and not neutral."""
+def tiny_config(family: str, **fields: Any) -> Any:
+    """The family's config, small and not neutral. `fields` are other values of it."""
     kind = CONFIG_MAPPING[family]
-    return kind(**shrunk(kind(), family))
+    return kind(**{**shrunk(kind(), family), **fields})
 
 
 def shrunk(config: Any, family: str) -> dict[str, Any]:
@@ -155,9 +155,7 @@ def with_kinds(found: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 def make_family(folder: Path, family: str, **fields: Any) -> Path:
     """Write a family's tiny checkpoint with random norms and biases. `fields` are other values of its config."""
     torch.manual_seed(0)
-    config = tiny_config(family)
-    for key, value in fields.items():
-        setattr(config, key, value)
+    config = tiny_config(family, **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
     for parameter in model.parameters():
         if parameter.ndim == 1:

@@ -26,6 +26,7 @@ DEFAULT = (
     "hyperclovax jamba mixtral nemotron opt phimoe qwen3_next rwkv xlnet zamba"
 ).split()
 KINDS = ["sliding_attention", "full_attention"] * 2
+SHARED = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": KINDS}
 QUANT = QuantConfig(compute_dtype="float32")
 LORA = LoraSettings(r=4, lora_alpha=12)
 
@@ -74,7 +75,8 @@ def test_a_family_is_calibrated_or_refused(family, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "family, fields",
     [
-        ("gemma4_text", {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": KINDS}),
+        ("gemma4_text", SHARED),
+        ("gemma4_text", {**SHARED, "hidden_size_per_layer_input": 16}),
         ("opt", {"word_embed_proj_dim": 32}),
     ],
 )

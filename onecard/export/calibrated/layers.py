@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -66,10 +67,14 @@ class Row:
 
     def copy(self) -> Row:
         """Return a row with the same hidden states, whose layers share state with each other but with no other row."""
-        copies: dict[int, dict[Any, Any]] = {}
+        copies: dict[int, Any] = {}
 
         def own(value: Any) -> Any:
-            return copies.setdefault(id(value), dict(value)) if isinstance(value, dict) else value
+            if value is None or isinstance(value, (Tensor, tuple, str, int, float)):
+                return value
+            if id(value) not in copies:
+                copies[id(value)] = copy(value)
+            return copies[id(value)]
 
         calls: list[Call] = []
         for args, kwargs in self.calls:
