@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.measure import anonymous_peak, run_child, table, write_result
-from benchmarks.real import DATA, LENGTH, PACKAGE, batches, examples, make_loader, make_model, our_loss, plain_loss
+from benchmarks.real import DATA, LENGTH, PACKAGE, examples, make_loader, make_model
 from benchmarks.shapes import make_checkpoint
-from benchmarks.train import RANK, RATE, load_onecard, load_peer, onecard_steps, peer_steps, start_adapter
+from benchmarks.train import RANK, RATE, keep_16_bits, load_onecard, onecard_steps, start_adapter
 
 TOKENS, GENERAL_TOKENS = 8192, 4096  # of calibration on the data; measured
 VARIANTS = ("nearest", "scales", "feedback", "both", "start")
@@ -142,16 +142,21 @@ def before_child(args: argparse.Namespace) -> dict[str, Any]:
 
 def after_child(args: argparse.Namespace) -> dict[str, Any]:
     """Return the losses of a contender before training and after each of `args.steps`."""
+    from safetensors.torch import load_file
+
     from onecard.adapter.start import set_start
     from onecard.config import LoraSettings, QuantConfig
     from onecard.data.dataset import Dataset
     from onecard.export.calibrated.base import calibrate_base
     from onecard.hf.load import load_tokenizer
+    from onecard.train.evaluate import mean_loss
+    from onecard.train.loss import packed_loss
 
     folder, start = make_model(), dict[str, Any]()
     rows = shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed)
     held_out, others = examples(folder, DATA / "eval_100.jsonl"), general(folder)
-    settings = argparse.Namespace(child="lora", length=LENGTH, steps=max(args.steps), recompute=False)
+    settings = argparse.Namespace(child="onecard", length=LENGTH, steps=max(args.steps), recompute=False)
+    own = load_file(folder / "model.safetensors") if args.variant == "16 bits" else {}
     with tempfile.TemporaryDirectory() as temporary:
         if args.variant in ("both", "start"):
             learned, kept = (Dataset(part, [], "messages", LENGTH) for part in (rows, held_out))
@@ -163,28 +168,28 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
                     str(folder), output, QuantConfig(), learned, kept, tokenizer, TOKENS, "cpu", lora
                 )
             folder, start = found.folder, found.start
-        ours = args.variant != "16 bits"
-        if ours:
-            settings.child = "onecard"
-        base = (load_onecard if ours else load_peer)(settings, folder)
+        base = load_onecard(settings, folder)
 
     def begin(model: Any) -> None:
         start_adapter(model, 2 + args.seed)
         if start:
             set_start(model, start)
+        if own:
+            keep_16_bits(model, lambda name, module: own[f"{plain_name(name)}.weight"])
 
-    validate, losses = our_loss if ours else plain_loss, {}
-    loader = make_loader(rows, args.seed)
-    if ours:
-        steps = onecard_steps(settings, folder, base, loader, begin)
-    else:
-        steps = peer_steps(settings, base.train(), batches(loader), begin)
-    for number, _ in enumerate(steps, 1):
+    def measure(documents: list[Any]) -> float:  # the steps keep packed attention on
+        return mean_loss(base, Dataset(documents, [], "messages", LENGTH), packed_loss)
+
+    losses: dict[str, tuple[float, float]] = {}
+    for number, _ in enumerate(onecard_steps(settings, folder, base, make_loader(rows, args.seed), begin), 1):
         if number in args.steps:
-            losses[number] = (validate(base, held_out), validate(base, others))
-        if number == max(args.steps):
-            break
+            losses[str(number)] = (measure(held_out), measure(others))
     return losses
+
+
+def plain_name(name: str) -> str:
+    """Return a module's name without peft's wrappers."""
+    return name.removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
 def time_child(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,7 +203,8 @@ def time_child(args: argparse.Namespace) -> dict[str, Any]:
 
     return_large_blocks()
     folder = make_checkpoint(args.shape)
-    rows = Dataset(examples(folder, DATA / "train_300.jsonl"), [], "messages", LENGTH)
+    every = examples(folder, DATA / "train_300.jsonl")
+    sets = [Dataset(part, [], "messages", LENGTH) for part in (every[30:], every[:30])]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, torch.no_grad(), anonymous_peak() as peak:
         first, start = peak[0], time.perf_counter()
@@ -206,7 +212,7 @@ def time_child(args: argparse.Namespace) -> dict[str, Any]:
             quantize_checkpoint(str(folder), f"{temporary}/out", QuantConfig())
         else:
             tokenizer, output = load_tokenizer(str(folder)), Path(temporary) / "out"
-            bill = calibrate_base(str(folder), output, QuantConfig(), rows, None, tokenizer, None, "cpu").bill
+            bill = calibrate_base(str(folder), output, QuantConfig(), sets[0], sets[1], tokenizer, None, "cpu").bill
             found = dict(bill.tokens)
         found["seconds"] = time.perf_counter() - start
     return {**found, "peak": peak[0] - first}
@@ -295,9 +301,9 @@ def after(args: argparse.Namespace) -> None:
         header += [f"held out, {number} steps", "to 16 bits", f"general text, {number} steps", "to 16 bits"]
     body = (
         f"SmolLM2-135M-Instruct ({PACKAGE}) on 300 rows of GSM8K, NF4 with double quantization; rows of about {LENGTH} "
-        f"tokens a step, rank {RANK} on all linears, AdamW at {RATE}, bfloat16. 16 bits is peft's LoRA. Losses as in "
-        f"table before training: after {numbers[0]} steps the mean of {args.seeds} seeds (least to most), then one "
-        f"seed.\n\n{table(header, rows)}"
+        f"tokens a step, rank {RANK} on all linears, AdamW at {RATE}, bfloat16. 16 bits is the same step on the "
+        f"checkpoint's own weights. Losses as in the table before training: after {numbers[0]} steps the mean of "
+        f"{args.seeds} seeds (least to most), then of one seed.\n\n{table(header, rows)}"
     )
     print(write_result("calibrate_after_135m", "A calibrated base after training", body))
 

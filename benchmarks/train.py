@@ -112,14 +112,21 @@ def onecard_steps(
             yield step["seconds"], step["loss"]
 
 
-def keep_16_bits(model: Any) -> None:
-    """Dequantize every weight once, so that the step is LoRA on a 16-bit base, with the fastest product there: torch's,
-    or (on AMX) our own."""
+def keep_16_bits(
+    model: Any, weight: Callable[[str, Any], torch.Tensor] = lambda name, module: module.dequantize()
+) -> None:
+    """Multiply by 16-bit weights, so that the step is LoRA on a 16-bit base, with the fastest product there: torch's,
+    or (on AMX) our own.
+
+    Args:
+        weight: returns the weight of a 4-bit linear, whose name it gets. The default dequantizes it once.
+    """
     from onecard.kernels import dequantize
     from onecard.kernels.cpu import native
     from onecard.nn.linear import Linear4bit
 
-    kept = {m.weight.data_ptr(): m.dequantize() for m in model.modules() if isinstance(m, Linear4bit)}
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    kept = {module.weight.data_ptr(): weight(name, module) for name, module in linears}
     dequantize.dequantize_to_scratch = lambda weight, dtype: kept[weight.codes.data_ptr()]
     for name in ("linear", "linear_backward"):
         on_dense(native, name, kept)
