@@ -302,8 +302,8 @@ def after(args: argparse.Namespace) -> None:
     body = (
         f"SmolLM2-135M-Instruct ({PACKAGE}) on 300 rows of GSM8K, NF4 with double quantization; rows of about {LENGTH} "
         f"tokens a step, rank {RANK} on all linears, AdamW at {RATE}, bfloat16. 16 bits is the same step on the "
-        f"checkpoint's own weights. Losses as in the table before training: after {numbers[0]} steps the mean of "
-        f"{args.seeds} seeds (least to most), then of one seed.\n\n{table(header, rows)}"
+        f"checkpoint's own weights. Losses are those of 100 held-out rows and of {GENERAL_TOKENS:,} tokens of general "
+        f"text, in nats a token; seeds: {args.seeds} for {numbers[0]} steps, else one.\n\n{table(header, rows)}"
     )
     print(write_result("calibrate_after_135m", "A calibrated base after training", body))
 
