@@ -36,9 +36,8 @@ app = App(
     version_flags=["--version"],
 )
 if TYPE_CHECKING:
-    TrainFields = DataFields = PlanFields = QuantFields = QuantizeFields = StoredFields = ExportFields = ServeFields = (
-        Any
-    )
+    TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
+    QuantizeFields = Any
 else:
     flags = Parameter(name="*", negative_iterable=(), consume_multiple=True)
     TrainFields = Annotated[partial(TrainConfig) | None, flags]

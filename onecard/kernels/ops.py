@@ -16,19 +16,17 @@ Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from math import prod
 
 import torch
 from torch import Tensor
 
-from onecard.errors import UserError
 from onecard.kernels import dequantize as weights
 from onecard.kernels import reference
 from onecard.kernels.backend import CodeProduct, FusedLinear, backend
 from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.operator import Operator
 from onecard.kernels.reference import Lora
-from onecard.quant.blockwise import check_quantizable, make_state
+from onecard.quant.blockwise import check_quantizable, check_stack, make_state
 from onecard.quant.state import PackedWeight, QuantState
 
 
@@ -73,10 +71,7 @@ def quantize_stack(
     Raises:
         UserError: same as quantize_4bit, with the part's name; a part that is not whole blocks.
     """
-    numel = prod(shape[1:])
-    if numel % blocksize:
-        found = f"{numel:,} weights of shape {list(shape[1:])}, blocks of {blocksize}"
-        raise UserError("an expert's weights must be whole blocks", found, "use a smaller blocksize", name)
+    numel = check_stack(shape, blocksize, name)
     packed = absmax = dtype = None
     for number, W in enumerate(parts):
         codes, state = quantize_4bit(W, quant_type, blocksize, False, f"{name}, expert {number}")

@@ -72,6 +72,15 @@ def check_quantizable(W: Tensor, quant_type: str, blocksize: int, name: str) -> 
             raise UserError(must, found, "pass a supported value", name)
 
 
+def check_stack(shape: torch.Size, blocksize: int, name: str) -> int:
+    """Return the number of weights of a part of a stack. Raises UserError unless a part is whole blocks."""
+    numel = shape[1:].numel()
+    if numel % blocksize:
+        found = f"{numel:,} weights of shape {list(shape[1:])}, blocks of {blocksize}"
+        raise UserError("an expert's weights must be whole blocks", found, "use a smaller blocksize", name)
+    return numel
+
+
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
     """Return the codes, uint8 (ceil(numel/2), 1), and absmax, float32 (ceil(numel/blocksize),)."""
     flat = W.detach().reshape(-1)

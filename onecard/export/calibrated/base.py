@@ -136,9 +136,9 @@ def base_of_run(prepared: Prepared, console: Console) -> CalibratedBase:
     where = (config.model, output, config, prepared.training, prepared.validation, prepared.tokenizer)
     with layers_shown(console) as shown:
         found = calibrate_base(*where, config.calibration_tokens, config.device, lora, shown)
-    for line in found.bill.lines():
-        console.print(line, highlight=False, markup=False)
     bill = found.bill
+    for line in bill.lines():
+        console.print(line, highlight=False, markup=False)
     return CalibratedBase(output, found.start, bill.facts(), found.measured, bill.losses[bill.best].data)
 
 
@@ -184,7 +184,7 @@ def identity(
     how = {key: str(getattr(quant, key)) for key in ("quant_type", "blocksize", "double_quant")}
     sample = sample_base(merged.checkpoint, merged.model.modules, merged.model.linears, "nf4", 64)
     found = {"model": sample, "rows": training.fingerprint(), "calibration_tokens": str(num_tokens), **how}
-    found |= {"max_seq_length": str(training.max_seq_length)}
+    found["max_seq_length"] = str(training.max_seq_length)
     if validation is not None:
         found["validation rows"] = validation.fingerprint()
     if lora is not None:
@@ -238,11 +238,11 @@ class Calibrator:
     def run(self, rows: Rows, writer: Writer4bit, on_layer: Callable[[int, int], None]) -> dict[str, Losses]:
         """Write each calibrated weight. Return the losses by form of the base."""
         measured, layered = [*rows.data, *rows.general], self.layered
-        sixteen = layered.first_rows(measured)
         first = layered.first_rows([*rows.calibration, *measured], self.round_beside)
         calibration, others = first[: len(rows.calibration)], first[len(rows.calibration) :]
-        streams = {form: [row.copy() for row in others] for form in self.forms[1:]}
-        streams = {SIXTEEN: sixteen, **streams}
+        streams = {form: [row.copy() for row in others] for form in self.forms}
+        if self.beside:
+            streams[SIXTEEN] = layered.first_rows(measured)
         for layer in calibrate(layered, calibration):
             self.quantize(layer, streams, writer)
             on_layer(layer.index + 1, len(layered.layers))
@@ -250,10 +250,8 @@ class Calibrator:
 
     def round_beside(self) -> None:
         """Round the linears beside the layers, which the file has in 4 bits, to the nearest codes."""
-        how = (self.quant.quant_type, self.quant.blocksize, self.quant.double_quant)
         for name in self.beside:
-            W_NK = self.merged.matrix(self.stored(name))
-            self.put(name, ops.dequantize_4bit(*ops.quantize_4bit(W_NK, *how, name)))
+            self.put(name, self.nearest(name))
 
     def quantize(self, layer: Layer, streams: dict[str, list[Row]], writer: Writer4bit) -> None:
         """Write a layer's calibrated weights, and advance the measured rows. The layer keeps the weights that training
@@ -320,7 +318,7 @@ class Calibrator:
         return self.merged.matrix(self.stored(name)).to(self.layered.device)
 
     def nearest(self, name: str) -> Tensor:
-        """Return a weight of a loaded layer after quantization to the nearest codes."""
+        """Return a loaded weight after quantization to the nearest codes."""
         how = (self.quant.quant_type, self.quant.blocksize, self.quant.double_quant)
         if name in self.merged.experts.stacks:
             stack = self.layered.model.get_parameter(name)

@@ -32,11 +32,12 @@ def check_layers(layered: LayeredModel, examples: list[Example]) -> None:
     ids = [example.input_ids[:length] for example in two]
     documents = [Example(piece, [IGNORE, *piece[1:]], "probe") for piece in ids]
     before, layered.dtype, why = layered.dtype, torch.float32, ""
+    expected = None
     try:
         for is_packed in sorted({layered.is_packed, False}, reverse=True):
             layered.is_packed = is_packed
             try:
-                expected = own_loss(layered, torch.tensor(ids))
+                expected = own_loss(layered, torch.tensor(ids)) if expected is None else expected
                 found = layered_loss(layered, [documents] if is_packed else [documents[:1], documents[1:]])
             except (UserError, OSError):
                 raise

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from onecard.config import StoredConfig
-from onecard.errors import UserError
 from onecard.export.calibrated.calibration import Routed
 from onecard.export.calibrated.feedback import (
     PIECE_ROWS,
@@ -24,7 +23,7 @@ from onecard.export.calibrated.feedback import (
     spread,
 )
 from onecard.export.calibrated.layers import Workers
-from onecard.quant.blockwise import make_state, state_absmax
+from onecard.quant.blockwise import check_stack, make_state, state_absmax
 from onecard.quant.state import QuantState
 
 
@@ -53,9 +52,7 @@ class RoutedExperts:
             UserError: an expert's matrix is not whole blocks.
         """
         stack = self.module.get_parameter(name)
-        if stack[0].numel() % quant.blocksize:
-            found = f"{stack[0].numel():,} weights of shape {list(stack[0].shape)}, blocks of {quant.blocksize}"
-            raise UserError("an expert's weights must be whole blocks", found, "use a smaller blocksize", where)
+        check_stack(stack.shape, quant.blocksize, where)
         scales = workers.map(partial(self.scales, name, quant, where), range(len(stack)))
         how = (quant.quant_type, quant.blocksize, quant.double_quant)
         state = make_state(torch.cat(scales), stack.shape, dtype, *how)

@@ -182,12 +182,6 @@ def quantize_with_start(
     return packed, replace(state, dtype=W_NK.dtype), A_RK, B_NR
 
 
-def state_of(scales: list[Tensor], W_NK: Tensor, quant: StoredConfig) -> QuantState:
-    """Return a weight's state from the scales of its pieces."""
-    how = (quant.quant_type, quant.blocksize, quant.double_quant)
-    return make_state(torch.cat(scales), W_NK.shape, W_NK.dtype, *how)
-
-
 def low_rank(D_NK: Tensor, factor: Factor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (R, K) and B (N, R), float32, of the B A with the least output error of D - B A, float32 (N, K).
 
