@@ -1,0 +1,73 @@
+"""Every setting, its default and its check. No other module has its own default for a setting.
+
+The field names are those of transformers, peft and bitsandbytes, with the same meaning.
+A YAML file and the command line's flags set the same fields; an unknown key is an error.
+"""
+
+from onecard.config.constants import (
+    CACHE_PROBE,
+    FUSION_PROBE_TOKENS,
+    LOGITS_CHUNK_BYTES,
+    LOSS_PROBE_TOKENS,
+    NESTED_BLOCKSIZE,
+    NUM_SAMPLES,
+    PREFILL_TOKENS,
+    ROW_MULTIPLE,
+    SAMPLE_TOKENS,
+    logits_chunk_bytes,
+)
+from onecard.config.data import DataConfig, DataFormat, ReadConfig, RowConfig
+from onecard.config.export import CalibrationConfig, ExportConfig, GgufConfig
+from onecard.config.infer import SamplingConfig, ServeConfig
+from onecard.config.lora import LoraSettings
+from onecard.config.quant import (
+    BLOCKSIZES,
+    QUANT_TYPES,
+    BaseCalibration,
+    ComputeDtype,
+    QuantConfig,
+    QuantizeConfig,
+    QuantType,
+    StoredConfig,
+)
+from onecard.config.strict import Strict, is_loopback, make_config, parse_bytes
+from onecard.config.train import MemorySettings, Optim, PlanConfig, TrainConfig
+
+__all__ = [
+    "BLOCKSIZES",
+    "CACHE_PROBE",
+    "FUSION_PROBE_TOKENS",
+    "LOGITS_CHUNK_BYTES",
+    "LOSS_PROBE_TOKENS",
+    "NESTED_BLOCKSIZE",
+    "NUM_SAMPLES",
+    "PREFILL_TOKENS",
+    "QUANT_TYPES",
+    "ROW_MULTIPLE",
+    "SAMPLE_TOKENS",
+    "BaseCalibration",
+    "CalibrationConfig",
+    "ComputeDtype",
+    "DataConfig",
+    "DataFormat",
+    "ExportConfig",
+    "GgufConfig",
+    "LoraSettings",
+    "MemorySettings",
+    "Optim",
+    "PlanConfig",
+    "QuantConfig",
+    "QuantType",
+    "QuantizeConfig",
+    "ReadConfig",
+    "RowConfig",
+    "SamplingConfig",
+    "ServeConfig",
+    "StoredConfig",
+    "Strict",
+    "TrainConfig",
+    "is_loopback",
+    "logits_chunk_bytes",
+    "make_config",
+    "parse_bytes",
+]

@@ -1,0 +1,65 @@
+"""Settings of a model in another tool's format."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from onecard.config.quant import StoredConfig
+from onecard.config.strict import Strict
+
+
+class CalibrationConfig(Strict):
+    """Calibration of GPTQ and AWQ on the user's data."""
+
+    num_rows: int = Field(default=128, ge=1, description="gptq, awq: packed rows of examples that are run")
+    max_seq_length: int = Field(default=1024, ge=8, description="gptq, awq: tokens a row")
+    group_size: Literal[128, 64, 32] = Field(
+        default=128, description="gptq, awq: weights that share a scale; less where a width is not a multiple of it"
+    )
+    sym: bool = Field(default=True, description="gptq: levels on both sides of zero alike, as most kernels need")
+    desc_act: bool = Field(default=False, description="gptq: inputs of large activations first; slower to read")
+    damp_percent: float = Field(
+        default=0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it"
+    )
+    device: str = Field(
+        default="auto", description="gptq, awq: where a decoder layer is run: auto, cpu, cuda or cuda:N"
+    )
+
+
+class GgufConfig(Strict):
+    """Contents of a GGUF file."""
+
+    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field(default="bf16", description="gguf: how matrices are stored")
+    adapter_only: bool = Field(default=False, description="gguf: the adapter as a LoRA file of its own, in float32")
+
+    @model_validator(mode="after")
+    def _an_adapter_is_float32(self) -> GgufConfig:
+        if self.adapter_only and "outtype" in self.model_fields_set:
+            raise ValueError("adapter_only writes float32: leave outtype out")
+        return self
+
+
+class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
+    """A model, with or without an adapter, in another tool's format."""
+
+    format: Literal["gguf", "gptq", "awq"] = Field(
+        description="gguf: llama.cpp, Ollama, LM Studio; gptq, awq: vLLM and transformers"
+    )
+    model: str = Field(description="checkpoint folder, or a hub id where a network is")
+    adapter: str | None = Field(default=None, description="folder of a trained adapter")
+    output: str = Field(description="new folder; gguf: a name that ends in .gguf is a new file")
+    base: Literal["dequantized", "original"] | None = Field(
+        default=None,
+        description="what the adapter is merged into: what training saw (default), or the original weights",
+    )
+    data: str | None = Field(
+        default=None, description="gptq, awq: data file to calibrate on, best that of the training"
+    )
+
+    @model_validator(mode="after")
+    def _calibrated_on_data(self) -> ExportConfig:
+        if self.format != "gguf" and self.data is None:
+            raise ValueError("gptq and awq are calibrated on your data: give data")
+        return self

@@ -1,0 +1,72 @@
+"""Settings of the frozen 4-bit base."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from onecard.config.data import ReadConfig
+from onecard.config.strict import Strict
+
+QUANT_TYPES = ("nf4", "fp4", "int4")
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+QuantType = Literal["nf4", "fp4", "int4"]
+ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class StoredConfig(Strict):
+    """Storage of the frozen base (QLoRA, arXiv 2305.14314, section 3)."""
+
+    quant_type: QuantType = Field(default="nf4", description="the 16 levels that weights are rounded to")
+    blocksize: int = Field(default=64, description="weights that share a scale: 32, 64, 128, ... 4096")
+    double_quant: bool = Field(default=True, description="store the scales in 8 bits")
+
+    @field_validator("blocksize")
+    @classmethod
+    def _known_blocksize(cls, value: int) -> int:
+        if value not in BLOCKSIZES:
+            raise ValueError(f"must be one of {', '.join(map(str, BLOCKSIZES))}")
+        return value
+
+
+class QuantConfig(StoredConfig):
+    """Storage of the frozen base, and the dtype of computation."""
+
+    compute_dtype: ComputeDtype = Field(default="auto", description="dtype of the products; auto: what is fast there")
+
+
+class BaseCalibration(Strict):
+    """Calibration of the 4-bit base on the user's data."""
+
+    calibrate: bool = Field(
+        default=False, description="choose the 4-bit codes for the outputs of the linears on the data"
+    )
+    calibration_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="calibrate: tokens of the data; default: the model's widest input, at least 4096",
+    )
+
+    @model_validator(mode="after")
+    def _a_format_of_bitsandbytes(self) -> BaseCalibration:
+        if self.calibrate and getattr(self, "quant_type", None) == "int4":
+            raise ValueError("calibrate writes bitsandbytes' format, which has nf4 and fp4, not int4")
+        return self
+
+
+class QuantizeConfig(QuantConfig, BaseCalibration, ReadConfig):
+    """A checkpoint with its linears in 4 bits."""
+
+    data: str | None = Field(default=None, description="calibrate: data file, best that of the training")
+    max_seq_length: int = Field(default=1024, ge=8, description="calibrate: tokens a row")
+    device: str = Field(
+        default="auto", description="calibrate: where a decoder layer is run: auto, cpu, cuda or cuda:N"
+    )
+
+    @model_validator(mode="after")
+    def _calibrated_on_data(self) -> QuantizeConfig:
+        if self.calibrate != (self.data is not None):
+            raise ValueError("calibrate needs data, and data is for calibrate only")
+        return self

@@ -1,0 +1,108 @@
+"""Settings of a training run and of its plan."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from onecard.config.data import DataConfig, RowConfig
+from onecard.config.lora import LoraSettings
+from onecard.config.quant import BaseCalibration, QuantConfig
+from onecard.config.strict import Strict, parse_bytes
+
+Optim = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
+Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+class MemorySettings(Strict):
+    """Device, batch size and memory."""
+
+    device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    weights_budget: str | None = Field(
+        default=None,
+        description="memory for the base, such as 2GiB; the rest is paged; default: the plan decides",
+    )
+    per_device_train_batch_size: int = Field(default=1, ge=1, description="rows a micro-batch")
+    gradient_accumulation_steps: int = Field(default=8, ge=1, description="micro-batches an update")
+    optim: Optim = Field(
+        default="adamw",
+        description="8bit: states of 2 bytes a weight; paged: states are offloaded when memory is short",
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        description="recompute activations: less memory, more time; default: the plan decides",
+    )
+    eval_data: str | None = Field(default=None, description="file for the validation loss")
+    validation_split: float = Field(
+        default=0.0, ge=0, lt=1, description="share of --data held out for the validation loss"
+    )
+    save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
+
+    @field_validator("weights_budget", "device_memory", check_fields=False)  # a subclass has the latter
+    @classmethod
+    def _a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            parse_bytes(value)
+        return value
+
+
+class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings):
+    """Settings of `onecard plan`: those settings of train that determine its memory."""
+
+
+class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, MemorySettings):
+    """One training run."""
+
+    model: str = Field(description="checkpoint folder, or a hub id where a network is")
+    data: str = Field(description="JSONL, JSON, CSV or Parquet file")
+    output: str = Field(description="folder for the adapter, checkpoints, metrics and report")
+    device_memory: str | None = Field(
+        default=None, description="memory for the whole run, such as 6GiB; default: most of what is free"
+    )
+    cuda_graphs: bool = Field(default=True, description="record and replay a CUDA GPU's work where memory allows")
+    num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(default=None, ge=1, description="updates; overrides num_train_epochs")
+    init_lora_weights: Literal["default", "loftq"] = Field(
+        default="default", description="start of LoRA; loftq: corrects what calibrate's 4 bits leave (arXiv 2310.08659)"
+    )
+    seed: int = Field(default=42, ge=0, lt=2**63, description="of the start of LoRA, the order of rows and dropout")
+
+    learning_rate: float = Field(default=2e-4, gt=0, description="the largest of the schedule")
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
+        default="cosine", description="course of the learning rate after the warm-up"
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="share of the updates in which the rate rises")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled from the gradient, as AdamW has it")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the mean of squared gradients")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="added to the root in the denominator")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="largest global gradient norm; above it, gradients are scaled"
+    )
+
+    eval_steps: int | None = Field(
+        default=None, ge=1, description="updates between validation losses; default: at the end"
+    )
+    save_steps: int | None = Field(default=None, ge=1, description="updates between checkpoints; default: ten a run")
+    logging_steps: int = Field(default=1, ge=1, description="updates between rows of the metrics")
+    loggers: list[Logger] = Field(default_factory=list, description="besides metrics.jsonl and metrics.csv")
+    sample_prompts: list[str] | None = Field(default=None, description="answered before and after, for the report")
+
+    @model_validator(mode="after")
+    def _whole_modules_stay(self) -> TrainConfig:
+        if self.modules_to_save and self.weights_budget is not None:
+            raise ValueError("modules_to_save are trained where they are: leave weights_budget out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_start_for_a_calibrated_base(self) -> TrainConfig:
+        if self.init_lora_weights == "loftq" and (not self.calibrate or self.use_dora):
+            raise ValueError("init_lora_weights loftq is made with the base: pass calibrate, and no use_dora")
+        return self
+
+    @model_validator(mode="after")
+    def _one_validation_source(self) -> TrainConfig:
+        if self.eval_data is not None and self.validation_split > 0:
+            raise ValueError("give eval_data or validation_split, not both")
+        return self
