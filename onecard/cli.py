@@ -156,11 +156,13 @@ def preview(model: str, data: str, *, fields: DataFields = None, num_examples: i
     """
     config = make_config(DataConfig, given(fields), "command line")
     console = make_console()
+    from onecard.data.chat.template import set_template
     from onecard.data.dataset import load_dataset
     from onecard.data.preview import render_preview
     from onecard.hf.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
+    set_template(tokenizer, config.chat_template, config.template_variables)
     dataset = load_dataset(data, tokenizer, config)
     colour = console.color_system is not None
     console.print(render_preview(dataset, tokenizer, config.packing, num_examples, colour))

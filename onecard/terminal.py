@@ -175,10 +175,13 @@ def quiet_process() -> Iterator[None]:
 def read_data(path: str, model: str, adapter: str | None, config: Any) -> Any:
     """Load a data file's dataset with the adapter's tokenizer, and print its notices."""
     quiet_libraries()
+    from onecard.data.chat.template import set_template
     from onecard.data.dataset import load_dataset
     from onecard.hf.load import load_tokenizer
 
-    dataset = load_dataset(path, load_tokenizer(model, adapter), config)
+    tokenizer = load_tokenizer(model, adapter)
+    set_template(tokenizer, config.chat_template, config.template_variables)
+    dataset = load_dataset(path, tokenizer, config)
     tell(dataset)
     return dataset
 

@@ -11,14 +11,19 @@ from onecard.adapter.origin import Origin, write_origin
 from onecard.files import sync, sync_folder
 
 
-def save_adapter(model: Any, folder: Path, origin: Origin) -> None:
+def save_adapter(model: Any, folder: Path, origin: Origin, tokenizer: Any = None) -> None:
     """Write peft's adapter folder under a temporary name, sync it, then replace an older folder by renaming.
+
+    Args:
+        tokenizer: saved with the adapter, if it is not the checkpoint's.
 
     The older folder is removed after the new one has its name: at each moment the disk holds a complete one.
     """
     temporary, older = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(temporary)
     write_origin(temporary, origin)
     for path in temporary.iterdir():
         sync(path)

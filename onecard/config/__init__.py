@@ -16,7 +16,7 @@ from onecard.config.constants import (
     SAMPLE_TOKENS,
     logits_chunk_bytes,
 )
-from onecard.config.data import DataConfig, DataFormat, ReadConfig, RowConfig
+from onecard.config.data import DataConfig, DataFormat, ReadConfig, RowConfig, TrainOn
 from onecard.config.export import CalibrationConfig, ExportConfig, GgufConfig
 from onecard.config.infer import SamplingConfig, ServeConfig
 from onecard.config.lora import LoraSettings
@@ -66,6 +66,7 @@ __all__ = [
     "StoredConfig",
     "Strict",
     "TrainConfig",
+    "TrainOn",
     "is_loopback",
     "logits_chunk_bytes",
     "make_config",

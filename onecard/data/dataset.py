@@ -122,7 +122,7 @@ def prepare(read: Records, tokenizer: Any, config: DataConfig) -> Dataset:
     notes: Counter[str] = Counter()
     for record in read.records:
         try:
-            example = encode(record, tokenizer, config.max_seq_length)
+            example = encode(record, tokenizer, config.max_seq_length, config.train_on)
             if len(example.input_ids) < 2:
                 short = BadRow("row", "an example must have two tokens", str(len(example.input_ids)))
                 raise row_error(record.file, record.line, short)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from onecard.adapter.form import form_of, template_digest
 from onecard.adapter.origin import Form
 from onecard.adapter.targets import check_names
 from onecard.config import TrainConfig, parse_bytes
+from onecard.data.chat.template import set_template
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.loader import Loader
 from onecard.errors import UserError
@@ -56,6 +58,7 @@ class Prepared:
     form: Form
     date: str
     process_bytes: int  # memory of the process itself, which the plan does not count
+    own_tokenizer: Any = None  # saved with the adapter, as its chat template is not the checkpoint's
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
 
 
@@ -73,7 +76,9 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     checkpoint = inspect_checkpoint(folder)
     dtype = pick_compute_dtype(config.compute_dtype, pick_device(config.device))
     tokenizer = load_tokenizer(config.model)
+    own = set_template(tokenizer, config.chat_template, config.template_variables)
     template = template_digest(tokenizer)
+    saved = deepcopy(tokenizer) if own else None
     fix_date(tokenizer, datetime.date.fromisoformat(date))
     training, validation = load_dataset(config.data, tokenizer, config), None
     if config.eval_data is not None:
@@ -90,6 +95,8 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         "tokenizer": tokenizer_fingerprint(folder),
         "data": training.fingerprint(),
     }
+    if own:
+        identity["chat template"] = str(template)
     model = read_model(checkpoint)
     check_names(model, config)
     loader = make_loader(config, training)
@@ -116,6 +123,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         form,
         date,
         process,
+        saved,
         unmerged,
     )
 

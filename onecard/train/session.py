@@ -146,7 +146,7 @@ def run_locked(
     begin = time.perf_counter()
     train_shown(run, prepared, result, console, output)
     result.report.seconds = time.perf_counter() - begin
-    save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}))
+    save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}), prepared.own_tokenizer)
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run), run)
     result.report.facts |= base.facts if base is not None else {}
     write_report(output, result.report)

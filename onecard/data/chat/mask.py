@@ -30,6 +30,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
+from onecard.config import TrainOn
 from onecard.data.chat.control import (
     BREAK,
     as_text,
@@ -77,16 +78,27 @@ class Example:
         return sum(label != IGNORE for label in self.labels)
 
 
-def encode(record: Record, tokenizer: Any, max_seq_length: int) -> Example:
+def encode(record: Record, tokenizer: Any, max_seq_length: int, train_on: TrainOn = "completion") -> Example:
     """Tokenize a record and mask what is not learned.
 
+    Args:
+        train_on: "completion": the completion, or the assistant's turns of a chat, are learned; "last": of these the
+            last turn; "all": all tokens.
+
     Raises:
-        UserError: no chat template for a chat; a template that refuses the chat; control tokens in the text;
-            assistant words that cannot be found in the template's output.
+        UserError: no chat template for a chat; turns with weight 0 where all is learned; a template that refuses the
+            chat; control tokens in the text; assistant words that cannot be found in the template's output.
     """
     refuse_control_tokens(record, tokenizer)
+    if train_on == "last":
+        record = replace(record, unlearned=(*record.unlearned, *learned_turns(record)[:-1]))
+    if train_on == "all" and record.unlearned:
+        must, do = "a row must have no turns of weight 0 where train_on is all", "leave the weight or train_on out"
+        raise UserError(must, "one", do, f"{record.where}:messages[{record.unlearned[0]}]")
     chat = prompt_form(record, tokenizer) == "chat"
     ids, labels, cut, notes = (encode_chat if chat else encode_text_record)(record, tokenizer, max_seq_length)
+    if train_on == "all":
+        labels = list(ids)
     if labels:
         labels[0] = IGNORE  # the first token is never predicted: no token precedes it
     truncated = len(ids) > max_seq_length
