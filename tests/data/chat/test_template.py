@@ -19,9 +19,9 @@ from onecard.train.session import run_training
 from tests.conftest import make_tokenizer, write_rows
 
 ASKS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if "
-    "add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n"
-    "{% endif %}{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 )
 CHAT = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, ("a", "one", "b", "two"))]
 FIELDS = {"max_seq_length": 96, "sample_prompts": [], "max_steps": 1, "gradient_accumulation_steps": 1, "r": 4}
