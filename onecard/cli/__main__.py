@@ -1,0 +1,5 @@
+"""`python -m onecard.cli`."""
+
+from onecard.cli import main
+
+main()

@@ -1,0 +1,126 @@
+"""The commands that compute with a model: answers, a chat, a server, a loss."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from onecard.cli.app import DataFields, QuantFields, ServeFields, app
+from onecard.config import DataConfig, ServeConfig, make_config
+from onecard.errors import UserError, printable
+from onecard.terminal import given, load, load_base, make_console, read_data
+
+
+@app.command
+def generate(
+    model: str,
+    prompt: str,
+    adapter: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    *,
+    quant: QuantFields = None,
+    device: str = "auto",
+    raw: bool | None = None,
+) -> None:
+    """Answer one prompt, streaming.
+
+    Args:
+        model: Checkpoint folder or hub id.
+        prompt: The user's message, written as the adapter's training rows were; without an adapter, with the chat
+            template, or as it is where the tokenizer has none.
+        adapter: Folder of a trained adapter.
+        temperature: 0 takes the likeliest token each time.
+        raw: Go on from the prompt as it is; --no-raw: with the chat template. Default: as the adapter was trained.
+    """
+    from onecard.adapter.form import ask
+    from onecard.adapter.origin import form_beside
+    from onecard.infer.generate import generate as run
+
+    shown = printable if sys.stdout.isatty() else str  # a file gets the text unchanged
+    loaded, tokenizer = load(model, adapter, quant, device)
+    form = form_beside(adapter)
+    ids, goes_on, note = ask(prompt, tokenizer, form, raw)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    how = (max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True), goes_on)
+    run(loaded, tokenizer, ids, *how, form.end_tokens if form else ())
+    print()
+
+
+@app.command
+def chat(
+    model: str,
+    adapter: str | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.7,
+    *,
+    quant: QuantFields = None,
+    device: str = "auto",
+) -> None:
+    """Talk with a model in the terminal.
+
+    Args:
+        model: Checkpoint folder or hub id.
+        adapter: Folder of a trained adapter.
+    """
+    from onecard.adapter.origin import form_beside
+    from onecard.infer.chat import chat as run
+
+    loaded, tokenizer = load(model, adapter, quant, device)
+    run(loaded, tokenizer, make_console(), max_new_tokens, temperature, form_beside(adapter))
+
+
+@app.command
+def serve(
+    model: str,
+    adapter: list[str] | None = None,
+    *,
+    fields: ServeFields = None,
+    quant: QuantFields = None,
+    device: str = "auto",
+) -> None:
+    """Answer OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, with streaming.
+
+    Args:
+        model: Checkpoint folder or hub id.
+        adapter: Folder of a trained adapter, or NAME=FOLDER; NAME is the model that requests ask for. May be repeated.
+    """
+    given_fields = {"api_key": os.environ.get("ONECARD_API_KEY"), **given(fields)}
+    config = make_config(ServeConfig, given_fields, "serve")
+    try:
+        from onecard.infer.server import name_models
+        from onecard.infer.server import serve as run
+    except ImportError as error:
+        raise UserError("serving needs fastapi and uvicorn", str(error), "pip install 'onecard[serve]'") from None
+
+    folders = name_models(model, adapter or [])
+    first = next(filter(None, folders.values()), None)
+    run(load_base(model, first, quant, device), model, folders, config)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: str,
+    data: str,
+    adapter: str | None = None,
+    *,
+    fields: DataFields = None,
+    quant: QuantFields = None,
+    device: str = "auto",
+) -> None:
+    """Loss and perplexity of a data file's supervised tokens.
+
+    Args:
+        model: Checkpoint folder or hub id.
+        data: JSONL, JSON, CSV or Parquet file.
+        adapter: Folder of a trained adapter.
+    """
+    from math import exp
+
+    from onecard.train.evaluate import evaluate as run
+
+    dataset = read_data(data, model, adapter, make_config(DataConfig, given(fields), "command line"))
+    loaded, _ = load(model, adapter, quant, device)
+    loss = run(loaded, dataset)
+    print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")

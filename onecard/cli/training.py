@@ -1,0 +1,130 @@
+"""The commands of a training run: before it, the run, and figures of it."""
+
+from __future__ import annotations
+
+import signal
+from typing import Literal
+
+from onecard.cli.app import DataFields, PlanFields, TrainFields, app
+from onecard.config import DataConfig, TrainConfig, make_config, parse_bytes
+from onecard.documents import read_yaml
+from onecard.errors import Stopped
+from onecard.terminal import finish, given, make_console, quiet_libraries
+
+
+@app.command
+def demo(output: str = "demo-run") -> None:
+    """Embedded model and data: the whole way in about two minutes on two CPU cores."""
+    console = make_console()
+    from onecard.demo.run import run_demo
+
+    finish(run_demo(output, console), console)
+
+
+@app.command
+def train(
+    *,
+    fields: TrainFields = None,
+    config: str | None = None,
+    resume: bool = False,
+) -> None:
+    """Train a LoRA adapter over a 4-bit base.
+
+    Ctrl-C, SIGTERM and SIGHUP finish the step and write a checkpoint, from which --resume goes on; the exit status is
+    130, 143 or 129. A second one ends the run at once.
+
+    Args:
+        config: YAML file of the same fields; flags win over it.
+        resume: Go on from the newest whole checkpoint in the output folder.
+    """
+    merged = {**(read_yaml(config) if config else {}), **given(fields)}
+    checked = make_config(TrainConfig, merged, config or "command line")
+    try:
+        console = make_console()
+        from onecard.export.calibrated.base import base_of_run
+        from onecard.train.session import run_training
+    except KeyboardInterrupt:
+        raise Stopped(signal.SIGINT, "nothing was begun", "start again", checked.output) from None
+
+    finish(run_training(checked, resume, console, make_base=base_of_run), console)
+
+
+@app.command
+def plan(
+    model: str,
+    *,
+    fields: PlanFields = None,
+    method: Literal["full", "lora", "qlora", "generate"] = "qlora",
+    device_memory: str | None = None,
+    json: bool = False,
+    plot: str | None = None,
+) -> None:
+    """Say what memory training takes, term by term with its formula, before anything is loaded.
+
+    Args:
+        model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
+        method: qlora; generate (its KV cache for max_seq_length tokens); lora (16-bit base) and full, to compare.
+        device_memory: What there is, such as 24GiB: plans for what train would keep, recompute, offload and page in it.
+        json: Print JSON.
+        plot: PNG file for the terms as bars.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from onecard.memory.plan import plan as run
+
+    quiet_libraries()
+    limit = None if device_memory is None else parse_bytes(device_memory)
+    found = run(model, method, limit, **given(fields))
+    if plot:
+        from onecard.memory.figures import plot_plan
+
+        plot_plan(plot, found, f"{model}, {method}")
+    if json:
+        print(dumps({**asdict(found), "total_bytes": found.total_bytes, "fits": found.fits}))
+        return
+    from onecard.memory.show import plan_lines
+
+    console = make_console()
+    for line in plan_lines(found):
+        console.print(line, highlight=False)
+
+
+@app.command
+def figures(output: str = "figures", model: str | None = None) -> None:
+    """Draw where a 7B model's training memory goes, and NF4 against Int4 over a real layer's weights.
+
+    Args:
+        output: Folder for memory_bill.png and nf4_int4.png.
+        model: Checkpoint folder or hub id whose largest linear is taken; default: the demo's. Of a calibrated base,
+            what its 4 bits cost is drawn in bill.png, and the demo's linear is taken.
+    """
+    from onecard.export.calibrated.bill import draw_if_there
+    from onecard.memory.figures import draw_figures
+
+    quiet_libraries()
+    bill = draw_if_there(model, output) if model else []
+    print("\n".join([*bill, *draw_figures(output, None if bill else model)]))
+
+
+@app.command
+def preview(model: str, data: str, *, fields: DataFields = None, num_examples: int = 3) -> None:
+    """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
+
+    Args:
+        model: Checkpoint folder or hub id; only its tokenizer is read.
+        data: JSONL, JSON, CSV or Parquet file.
+        num_examples: Examples shown.
+    """
+    config = make_config(DataConfig, given(fields), "command line")
+    console = make_console()
+    from onecard.data.chat.template import set_template
+    from onecard.data.dataset import load_dataset
+    from onecard.data.preview import render_preview
+    from onecard.hf.load import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    set_template(tokenizer, config.chat_template, config.template_variables)
+    dataset = load_dataset(data, tokenizer, config)
+    colour = console.color_system is not None
+    console.print(render_preview(dataset, tokenizer, config.packing, num_examples, colour))
