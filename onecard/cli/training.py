@@ -27,6 +27,7 @@ def train(
     fields: TrainFields = None,
     config: str | None = None,
     resume: bool = False,
+    validate: bool = False,
 ) -> None:
     """Train a LoRA adapter over a 4-bit base.
 
@@ -36,17 +37,35 @@ def train(
     Args:
         config: YAML file of the same fields; flags win over it.
         resume: Go on from the newest whole checkpoint in the output folder.
+        validate: Check settings, data, template, memory plan, disk and output folder; train and write nothing.
     """
     merged = {**(read_yaml(config) if config else {}), **given(fields)}
     checked = make_config(TrainConfig, merged, config or "command line")
     try:
         console = make_console()
-        from onecard.export.calibrated.base import base_of_run
-        from onecard.train.session import run_training
+        from onecard.export.calibrated.base import base_of_run, check_base_of_run
+        from onecard.train.session import run_training, validate_training
     except KeyboardInterrupt:
         raise Stopped(signal.SIGINT, "nothing was begun", "start again", checked.output) from None
 
+    if validate:
+        return validate_training(checked, resume, console, check_base_of_run)
     finish(run_training(checked, resume, console, make_base=base_of_run), console)
+
+
+@app.command(name="config")
+def show_config(dump: str | None = None, *, fields: TrainFields = None) -> None:
+    """Print every setting of a training run as YAML, with its default and its description, for `train --config`.
+
+    Args:
+        dump: YAML file of fields, whose values are printed in place of the defaults; flags win over it.
+    """
+    from onecard.config.document import config_yaml
+
+    merged = {**(read_yaml(dump) if dump else {}), **given(fields)}
+    missing = {name: "" for name, info in TrainConfig.model_fields.items() if info.is_required() and name not in merged}
+    checked = make_config(TrainConfig, {**missing, **merged}, dump or "command line")
+    print(config_yaml(TrainConfig, checked.model_dump(mode="json", exclude=set(missing))), end="")
 
 
 @app.command

@@ -19,7 +19,7 @@ CONTINUE = "run the same command with --resume to continue from there"
 
 @contextmanager
 def lock_output(output: Path, resuming: bool) -> Iterator[None]:
-    """Create the folder and lock it against other runs. A new folder that stays empty is removed at the end.
+    """Create the folder and lock it against other runs. New folders that stay empty are removed at the end.
 
     Raises:
         UserError: it is not a folder, is not writable, another run uses it, or it has entries without `resuming`; a
@@ -27,7 +27,7 @@ def lock_output(output: Path, resuming: bool) -> Iterator[None]:
         Stopped: Ctrl-C, SIGTERM or SIGHUP.
     """
     with as_user_error(output, lambda: what_is_kept(output)), signals.raised(), ExitStack() as stack:
-        new = not output.exists()
+        new = [folder for folder in (output, *output.parents) if not folder.exists()]
         try:
             output.mkdir(parents=True, exist_ok=True)
             entries = len(list(output.iterdir()))
@@ -48,9 +48,9 @@ def lock_output(output: Path, resuming: bool) -> Iterator[None]:
         except signals.Signalled as error:
             raise Stopped(error.number, *what_is_kept(output), str(output)) from None
         finally:
-            if new:
-                with suppress(OSError):  # not empty
-                    output.rmdir()
+            with suppress(OSError):  # not empty
+                for folder in new:
+                    folder.rmdir()
 
 
 def what_is_kept(output: Path) -> tuple[str, str]:

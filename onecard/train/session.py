@@ -96,6 +96,40 @@ def run_training(
         return run_locked(config, resuming, console, report_extra, answers, make_base)
 
 
+def validate_training(
+    config: TrainConfig, resuming: bool, console: Console, check_base: Callable[[Prepared], None]
+) -> None:
+    """Make and show every check of `run_training` that it makes before the weights load. Leave no file.
+
+    Args:
+        check_base: for `calibrate`: checks the model and a base that is already there.
+
+    Raises:
+        UserError: same as `run_training`.
+    """
+    with lock_output(Path(config.output), resuming):
+        prepared, state = check(config, resuming, None)
+        show(prepared, console)
+        if config.calibrate:
+            check_base(prepared)
+        if state is not None:
+            console.print(f"would resume at step {state.step}", highlight=False)
+        console.print("valid: nothing was trained or written", style="bold green", highlight=False)
+
+
+def check(config: TrainConfig, resuming: bool, answers: Answers | None) -> tuple[Prepared, State | None]:
+    """Make all checks that need no weights. Return what they found, and the checkpoint to resume from."""
+    output = Path(config.output)
+    if not config.calibrate and (output / "base").exists():
+        do = "pass --calibrate as before, or choose another --output"
+        raise UserError("a run must go on with the base that it calibrated", "calibrate is off", do, str(output))
+    state = load_newest(output / "checkpoints") if resuming else None
+    prepared = prepare(config, position_of(state).date if state else None, answers)
+    if state is not None:
+        check_unchanged(config, prepared.identity, state)
+    return prepared, state
+
+
 def run_locked(
     config: TrainConfig,
     resuming: bool,
@@ -106,14 +140,8 @@ def run_locked(
 ) -> Result:
     """Same as `run_training`, in an output folder that is already locked."""
     output = Path(config.output)
-    if not config.calibrate and (output / "base").exists():
-        do = "pass --calibrate as before, or choose another --output"
-        raise UserError("a run must go on with the base that it calibrated", "calibrate is off", do, str(output))
-    state = load_newest(output / "checkpoints") if resuming else None
-    prepared = prepare(config, position_of(state).date if state else None, answers)
+    prepared, state = check(config, resuming, answers)
     config = prepared.config
-    if state is not None:  # before the weights load
-        check_unchanged(config, prepared.identity, state)
     return_large_blocks()
     show(prepared, console)
     base = None

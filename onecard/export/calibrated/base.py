@@ -91,12 +91,7 @@ def calibrate_base(
         UserError: a checkpoint in 4 bits; int4; a folder that was made from something else; no room on the disk;
             a weight that is not in the checkpoint.
     """
-    check_type(quant)
-    if inspect_checkpoint(find_checkpoint(model)).is_4bit:
-        do = "pass the 16-bit checkpoint, or leave calibrate out"
-        raise UserError("a model to calibrate must be in 16 or 32 bits", "4 bits", do, model)
-    merged = open_merged(model, None, "original")
-    made_from = identity(merged, quant, training, validation, num_tokens, lora)
+    merged, made_from = open_base(model, quant, training, validation, num_tokens, lora)
     if output.exists():
         return read_base(output, made_from)
     begin = time.perf_counter()
@@ -125,6 +120,33 @@ def calibrate_base(
         )  # fmt: skip
         (folder / FILE).write_text(bill.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return Written(output, bill, calibrator.start, rows.measured)
+
+
+def open_base(
+    model: str,
+    quant: QuantConfig,
+    training: Dataset,
+    validation: Dataset | None,
+    num_tokens: int | None,
+    lora: LoraSettings | None,
+) -> tuple[Merged, dict[str, Any]]:
+    """Check a model to calibrate. Return it, and what its calibrated base would be made from."""
+    check_type(quant)
+    if inspect_checkpoint(find_checkpoint(model)).is_4bit:
+        do = "pass the 16-bit checkpoint, or leave calibrate out"
+        raise UserError("a model to calibrate must be in 16 or 32 bits", "4 bits", do, model)
+    merged = open_merged(model, None, "original")
+    return merged, identity(merged, quant, training, validation, num_tokens, lora)
+
+
+def check_base_of_run(prepared: Prepared) -> None:
+    """Make the checks of `base_of_run` that need no weights."""
+    config, output = prepared.config, Path(prepared.config.output) / "base"
+    lora = config if config.init_lora_weights == "loftq" else None
+    data = (prepared.training, prepared.validation, config.calibration_tokens)
+    _, made_from = open_base(config.model, config, *data, lora)
+    if output.exists():
+        read_base(output, made_from)
 
 
 def base_of_run(prepared: Prepared, console: Console) -> CalibratedBase:
