@@ -20,6 +20,7 @@ from onecard.config.data import DataConfig, DataFormat, ReadConfig, RowConfig, T
 from onecard.config.export import CalibrationConfig, ExportConfig, GgufConfig
 from onecard.config.infer import SamplingConfig, ServeConfig
 from onecard.config.lora import LoraSettings
+from onecard.config.optim import OptimSettings
 from onecard.config.quant import (
     BLOCKSIZES,
     QUANT_TYPES,
@@ -55,6 +56,7 @@ __all__ = [
     "LoraSettings",
     "MemorySettings",
     "Optim",
+    "OptimSettings",
     "PlanConfig",
     "QuantConfig",
     "QuantType",

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from onecard.config.data import DataConfig, RowConfig
 from onecard.config.lora import LoraSettings
+from onecard.config.optim import OptimSettings
 from onecard.config.quant import BaseCalibration, QuantConfig
 from onecard.config.strict import Strict, parse_bytes
 
@@ -51,7 +52,7 @@ class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings):
     """Settings of `onecard plan`: those settings of train that determine its memory."""
 
 
-class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, MemorySettings):
+class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, MemorySettings, OptimSettings):
     """One training run."""
 
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
@@ -67,19 +68,6 @@ class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, Memory
         default="default", description="start of LoRA; loftq: corrects what calibrate's 4 bits leave (arXiv 2310.08659)"
     )
     seed: int = Field(default=42, ge=0, lt=2**63, description="of the start of LoRA, the order of rows and dropout")
-
-    learning_rate: float = Field(default=2e-4, gt=0, description="the largest of the schedule")
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="course of the learning rate after the warm-up"
-    )
-    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="share of the updates in which the rate rises")
-    weight_decay: float = Field(default=0.0, ge=0, description="decoupled from the gradient, as AdamW has it")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="decay of the mean of squared gradients")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="added to the root in the denominator")
-    max_grad_norm: float = Field(
-        default=1.0, gt=0, description="largest global gradient norm; above it, gradients are scaled"
-    )
 
     eval_steps: int | None = Field(
         default=None, ge=1, description="updates between validation losses; default: at the end"
