@@ -144,6 +144,6 @@ def preview(model: str, data: str, *, fields: DataFields = None, num_examples: i
 
     tokenizer = load_tokenizer(model)
     set_template(tokenizer, config.chat_template, config.template_variables)
-    dataset = load_dataset(data, tokenizer, config)
+    dataset = load_dataset(data, tokenizer, config, loss=None)
     colour = console.color_system is not None
     console.print(render_preview(dataset, tokenizer, config.packing, num_examples, colour))

@@ -16,11 +16,12 @@ from onecard.config.constants import (
     SAMPLE_TOKENS,
     logits_chunk_bytes,
 )
-from onecard.config.data import DataConfig, DataFormat, ReadConfig, RowConfig, TrainOn
+from onecard.config.data import FORMATS_OF, DataConfig, DataFormat, ReadConfig, RowConfig, TrainOn
 from onecard.config.export import CalibrationConfig, ExportConfig, GgufConfig
 from onecard.config.infer import SamplingConfig, ServeConfig
 from onecard.config.lora import LoraSettings
 from onecard.config.optim import OptimSettings
+from onecard.config.preference import LossSettings, PreferenceSettings
 from onecard.config.quant import (
     BLOCKSIZES,
     QUANT_TYPES,
@@ -37,6 +38,7 @@ from onecard.config.train import MemorySettings, Optim, PlanConfig, TrainConfig
 __all__ = [
     "BLOCKSIZES",
     "CACHE_PROBE",
+    "FORMATS_OF",
     "FUSION_PROBE_TOKENS",
     "LOGITS_CHUNK_BYTES",
     "LOSS_PROBE_TOKENS",
@@ -54,10 +56,12 @@ __all__ = [
     "ExportConfig",
     "GgufConfig",
     "LoraSettings",
+    "LossSettings",
     "MemorySettings",
     "Optim",
     "OptimSettings",
     "PlanConfig",
+    "PreferenceSettings",
     "QuantConfig",
     "QuantType",
     "QuantizeConfig",

@@ -10,7 +10,16 @@ from pydantic import Field, field_validator
 from onecard.config.strict import Strict
 
 TrainOn = Literal["completion", "last", "all"]
-DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+DataFormat = Literal[
+    "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "unpaired_preference"
+]
+SFT_FORMATS = ("messages", "prompt_completion", "alpaca", "sharegpt", "text")
+PAIRS = ("preference",)
+FORMATS_OF: dict[str, tuple[str, ...]] = {  # the formats that a loss reads
+    "sft": SFT_FORMATS,
+    **dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIRS),
+    "kto": ("unpaired_preference", *PAIRS),
+}
 
 
 class RowConfig(Strict):

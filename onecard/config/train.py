@@ -6,9 +6,10 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from onecard.config.data import DataConfig, RowConfig
+from onecard.config.data import FORMATS_OF, DataConfig, RowConfig
 from onecard.config.lora import LoraSettings
 from onecard.config.optim import OptimSettings
+from onecard.config.preference import LossSettings, PreferenceSettings
 from onecard.config.quant import BaseCalibration, QuantConfig
 from onecard.config.strict import Strict, parse_bytes
 
@@ -48,11 +49,11 @@ class MemorySettings(Strict):
         return value
 
 
-class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings):
+class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings, LossSettings):
     """Settings of `onecard plan`: those settings of train that determine its memory."""
 
 
-class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, MemorySettings, OptimSettings):
+class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, MemorySettings, OptimSettings, PreferenceSettings):
     """One training run."""
 
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
@@ -87,6 +88,20 @@ class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, Memory
     def _a_start_for_a_calibrated_base(self) -> TrainConfig:
         if self.init_lora_weights == "loftq" and (not self.calibrate or self.use_dora):
             raise ValueError("init_lora_weights loftq is made with the base: pass calibrate, and no use_dora")
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_preference_takes(self) -> TrainConfig:
+        if self.format not in ("auto", *FORMATS_OF[self.loss]):
+            raise ValueError(f"loss {self.loss} reads rows of format {' or '.join(FORMATS_OF[self.loss])}")
+        if self.loss == "sft":
+            return self
+        if self.calibrate:
+            raise ValueError(f"calibrate is for loss sft: run `onecard quantize` first, then train with {self.loss}")
+        if self.train_on == "all":
+            raise ValueError(f"loss {self.loss} scores answers: leave train_on out, or give last")
+        if self.lora_dropout > 0:
+            raise ValueError(f"loss {self.loss} compares log-probabilities without dropout: leave lora_dropout out")
         return self
 
     @model_validator(mode="after")

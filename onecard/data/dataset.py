@@ -10,10 +10,21 @@ from typing import Any
 
 import torch
 
-from onecard.config import DataConfig
+from onecard.config import FORMATS_OF, DataConfig
 from onecard.data.chat.mask import Example, encode
 from onecard.data.files import BadRow
-from onecard.data.records import Record, Records, counted, line_of, raise_bad_rows, read_records, row_error
+from onecard.data.records import (
+    KEYS,
+    LOSSES,
+    Record,
+    Records,
+    counted,
+    line_of,
+    raise_bad_rows,
+    read_records,
+    row_error,
+    unpaired,
+)
 from onecard.errors import UserError
 
 
@@ -41,6 +52,11 @@ class Dataset:
         return len(self.bad)
 
     @property
+    def row_tokens(self) -> int:
+        """The most tokens in a packed row: those of one example."""
+        return self.max_seq_length * (len(self.examples[0].lengths) if self.examples else 1)
+
+    @property
     def num_tokens(self) -> int:
         return sum(len(example.input_ids) for example in self.examples)
 
@@ -53,6 +69,7 @@ class Dataset:
         return {
             "format": self.format,
             "examples": len(self.examples),
+            **self.judged(),
             "tokens": self.num_tokens,
             "supervised tokens": self.num_supervised_tokens,
             "truncated": self.num_truncated,
@@ -62,12 +79,19 @@ class Dataset:
             **({"long rows dropped": self.num_dropped} if self.num_dropped else {}),
         }
 
+    def judged(self) -> dict[str, int]:
+        """Return the numbers of desirable and undesirable answers; nothing if none is undesirable."""
+        count = sum(not example.label for example in self.examples)
+        return {"desirable": len(self.examples) - count, "undesirable": count} if count else {}
+
     def fingerprint(self) -> str:
         """Return the sha256 of all tokens and labels, which shows whether a resumed run has the same data."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(array("q", [len(example.input_ids)]).tobytes())
             digest.update(array("q", example.input_ids).tobytes() + array("q", example.labels).tobytes())
+            if example.second or not example.label:
+                digest.update(array("q", [example.second, example.label]).tobytes())
         return digest.hexdigest()
 
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -91,7 +115,7 @@ class Dataset:
                 "use the tokenizer that belongs to the model, or resize its embeddings first",
                 at,
             )
-        length, at = max((len(example.input_ids), example.where) for example in self.examples)
+        length, at = max((max(example.lengths), example.where) for example in self.examples)
         if max_positions is not None and length > max_positions:
             raise UserError(
                 "an example must fit in the model's max_position_embeddings",
@@ -106,9 +130,18 @@ class Dataset:
         return replace(self, examples=examples, records=records, num_truncated=truncated)
 
 
-def load_dataset(path: str, tokenizer: Any, config: DataConfig) -> Dataset:
-    """Read, check and tokenize a data file. Raises UserError, same as read_records and prepare."""
-    return prepare(read_records(path, config.format, "skip"), tokenizer, config)
+def load_dataset(path: str, tokenizer: Any, config: DataConfig, loss: str | None = "sft") -> Dataset:
+    """Read, check and tokenize a data file. Raises UserError, same as read_records and prepare.
+
+    Args:
+        loss: the loss that learns the data. "kto" makes two examples of a pair. None: any, to show the data.
+    """
+    formats = tuple(KEYS) if loss is None else FORMATS_OF[loss]
+    if config.format not in ("auto", *formats):
+        must = f"the rows must have a format that is learned with loss {loss}: {', '.join(formats)}"
+        raise UserError(must, config.format, f"train on such rows with {LOSSES[config.format]}", "format")
+    read = read_records(path, config.format, "skip", formats)
+    return prepare(unpaired(read) if loss == "kto" else read, tokenizer, config)
 
 
 def prepare(read: Records, tokenizer: Any, config: DataConfig) -> Dataset:
@@ -123,8 +156,8 @@ def prepare(read: Records, tokenizer: Any, config: DataConfig) -> Dataset:
     for record in read.records:
         try:
             example = encode(record, tokenizer, config.max_seq_length, config.train_on)
-            if len(example.input_ids) < 2:
-                short = BadRow("row", "an example must have two tokens", str(len(example.input_ids)))
+            if min(example.lengths) < 2:
+                short = BadRow("row", "an example must have two tokens", str(min(example.lengths)))
                 raise row_error(record.file, record.line, short)
             if example.truncated and config.on_long_rows == "error":
                 raise row_error(record.file, record.line, long_row(config.max_seq_length))

@@ -19,11 +19,14 @@ class Loader:
 
     A micro-batch is `batch_size` packed rows (without packing: examples), concatenated into one row. The position is
     two integers, so a resumed run reads the same micro-batches as an uninterrupted run.
+
+    Args:
+        row_tokens: the most tokens in a packed row.
     """
 
-    def __init__(self, examples: list[Example], max_seq_length: int, packing: bool, batch_size: int, seed: int):
+    def __init__(self, examples: list[Example], row_tokens: int, packing: bool, batch_size: int, seed: int):
         assert examples, "a loader needs examples"
-        self.examples, self.max_seq_length, self.packing = examples, max_seq_length, packing
+        self.examples, self.row_tokens, self.packing = examples, row_tokens, packing
         self.batch_size, self.seed = batch_size, seed
         self.epoch = self.batch = 0
         self.batches = lru_cache(maxsize=2)(self._batches)
@@ -35,7 +38,7 @@ class Loader:
         rows = [[index] for index in order]
         if self.packing:
             lengths = [len(self.examples[index].input_ids) for index in order]
-            rows = [[order[i] for i in row] for row in pack(lengths, self.max_seq_length)]
+            rows = [[order[i] for i in row] for row in pack(lengths, self.row_tokens)]
         starts = range(0, len(rows), self.batch_size)
         return [list(chain(*rows[start : start + self.batch_size])) for start in starts]
 
@@ -48,11 +51,11 @@ class Loader:
             yield self.next_batch()
 
     def next_batch(self) -> dict[str, Any]:
-        """Return the next micro-batch, in the form of `collate`."""
+        """Return the next micro-batch, in the form of `collate`, with the `indices` of its examples."""
         if self.batch >= self.num_batches(self.epoch):
             self.epoch, self.batch = self.epoch + 1, 0
         indices = self.batches(self.epoch)[self.batch]
-        batch = collate([self.examples[index] for index in indices], ROW_MULTIPLE)
+        batch = {**collate([self.examples[index] for index in indices], ROW_MULTIPLE), "indices": indices}
         self.batch += 1
         return batch
 

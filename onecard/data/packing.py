@@ -43,34 +43,40 @@ def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]
 
     Returns:
         input_ids, labels, position_ids: int64 (1, T), positions starting at 0 in each document;
-        cu_seqlens: list of int, 0 and the documents' ends.
+        cu_seqlens: list of int, 0 and the documents' ends;
+        documents_per_example: 2 for pairs of answers, whose documents stand side by side, else 1.
     """
     input_ids, labels, positions, ends = [], [], [], [0]
     for example in examples:
         input_ids += example.input_ids
         labels += [IGNORE, *example.labels[1:]]  # never predicted: the token before it is of another document
-        positions += range(len(example.input_ids))
-        ends.append(len(input_ids))
+        for length in example.lengths:
+            positions += range(length)
+            ends.append(ends[-1] + length)
     batch = {
         "input_ids": torch.tensor([input_ids]),
         "labels": torch.tensor([labels]),
         "position_ids": torch.tensor([positions]),
         "cu_seqlens": ends,
+        "documents_per_example": len(examples[0].lengths),
     }
     return padded_batch(batch, multiple_of)
 
 
 def split(batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]:
-    """Cut a batch at document ends into parts of at most max_tokens tokens. A longer document is a part by itself.
+    """Cut a batch at the ends of examples into parts of at most max_tokens tokens. A longer example is its own part.
 
     Parts without a supervised token are dropped. The others are filled in the same way as the loader's rows. Documents
-    never attend to each other, so the sum of the parts' losses is the loss of the whole batch.
+    never attend to each other, so the sum of the parts' losses is the loss of the whole batch. The two documents of a
+    pair stay in one part.
     """
     total = batch["cu_seqlens"][-1]
     if max_tokens is None or total <= max_tokens:
         return [batch]
+    ends = batch["cu_seqlens"][:: batch["documents_per_example"]]
+    ends += [total] * (ends[-1] < total)  # a filler is one document
     cuts = [0]
-    for begin, end in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]):
+    for begin, end in zip(ends, ends[1:]):
         if end - cuts[-1] > max_tokens and begin > cuts[-1]:
             cuts.append(begin)
     parts = []
@@ -79,7 +85,9 @@ def split(batch: dict[str, Any], max_tokens: int | None) -> list[dict[str, Any]]
         if (labels != IGNORE).any():
             pieces = {key: batch[key][:, first:last] for key in ("input_ids", "position_ids")}
             inside = [end - first for end in batch["cu_seqlens"] if first <= end <= last]
-            parts.append(padded_batch({**pieces, "labels": labels, "cu_seqlens": inside}, ROW_MULTIPLE))
+            number = [index for begin, index in zip(ends, batch.get("indices", ())) if first <= begin < last]
+            part = {**batch, **pieces, "labels": labels, "cu_seqlens": inside, "indices": number}
+            parts.append(padded_batch(part, ROW_MULTIPLE))
     return parts
 
 
@@ -95,4 +103,4 @@ def padded_batch(batch: dict[str, Any], multiple_of: int) -> dict[str, Any]:
     last = {"input_ids": batch["input_ids"][:, -1:].repeat(1, filler), "position_ids": torch.arange(filler)[None]}
     last["labels"] = torch.full((1, filler), IGNORE)
     joined = {key: torch.cat([batch[key], tensor], 1) for key, tensor in last.items()}
-    return {**joined, "cu_seqlens": [*batch["cu_seqlens"], total + filler]}
+    return {**batch, **joined, "cu_seqlens": [*batch["cu_seqlens"], total + filler]}

@@ -17,17 +17,30 @@ SHOWN_TOKENS = 400
 SHOWN_BAD = 10
 
 
-def render_example(example: Example, tokenizer: Any, colour: bool) -> Text:
-    """Render an example's tokens: supervised ones bold green, or in double brackets without colour; masked ones dim."""
+def render_example(example: Example, tokenizer: Any, colour: bool) -> list[Text]:
+    """Render each document of an example, under its place in the file."""
+    if not example.second:
+        verdict = "" if example.label else ", undesirable"
+        title = Text(f"\n{example.where}{verdict}", style="underline")
+        return [title, render_document(example.input_ids, example.labels, tokenizer, colour)]
+    shown_texts = []
+    for name, part in (("chosen", slice(example.second)), ("rejected", slice(example.second, None))):
+        shown_texts.append(Text(f"\n{example.where}, {name}", style="underline"))
+        shown_texts.append(render_document(example.input_ids[part], example.labels[part], tokenizer, colour))
+    return shown_texts
+
+
+def render_document(input_ids: list[int], labels: list[int], tokenizer: Any, colour: bool) -> Text:
+    """Render tokens: supervised ones bold green, or in double brackets without colour; masked ones dim."""
     text = Text()
-    for start, end, learned in runs(example.labels[:SHOWN_TOKENS]):
-        piece = tokenizer.decode(example.input_ids[start:end], skip_special_tokens=False)
+    for start, end, learned in runs(labels[:SHOWN_TOKENS]):
+        piece = tokenizer.decode(input_ids[start:end], skip_special_tokens=False)
         piece = piece.replace("\n", "↵\n").replace("\t", "→\t")
         piece = "".join(c if c in "\n\t" else shown(c) for c in piece)
         if not colour and learned:
             piece = f"[[{piece}]]"
         text.append(piece, style="bold green" if learned else "dim")
-    rest = len(example.input_ids) - SHOWN_TOKENS
+    rest = len(input_ids) - SHOWN_TOKENS
     if rest > 0:
         text.append(f" … {rest} tokens more", style="italic")
     return text
@@ -58,8 +71,8 @@ def render_counts(dataset: Dataset, packing: bool) -> Table:
         "share truncated", f"{dataset.num_truncated / (len(dataset.examples) + dataset.num_unsupervised):.1%}"
     )
     if packing:
-        rows = pack([len(example.input_ids) for example in dataset.examples], dataset.max_seq_length)
-        table.add_row("packed rows", f"{len(rows):,}, {tokens / (len(rows) * dataset.max_seq_length):.1%} full")
+        rows = pack([len(example.input_ids) for example in dataset.examples], dataset.row_tokens)
+        table.add_row("packed rows", f"{len(rows):,}, {tokens / (len(rows) * dataset.row_tokens):.1%} full")
     return table
 
 
@@ -73,7 +86,7 @@ def render_preview(dataset: Dataset, tokenizer: Any, packing: bool, num_examples
     parts: list[RenderableType] = [render_counts(dataset, packing)]
     parts += render_notices(dataset)
     for example in dataset.examples[:num_examples]:
-        parts += [Text(f"\n{example.where}", style="underline"), render_example(example, tokenizer, colour)]
+        parts += render_example(example, tokenizer, colour)
     for error in dataset.bad[:SHOWN_BAD]:
         parts.append(Text(f"skipped {error.where}: {error.must}; found {error.found}", style="yellow"))
     if len(dataset.bad) > SHOWN_BAD:

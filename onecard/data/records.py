@@ -1,8 +1,9 @@
 """Convert a data file's rows to records, each with its file and line. An error names a bad row as file:line:field.
 
 The keys of the rows show the format: chat `messages` (OpenAI), `prompt`/`completion`, alpaca (`instruction`, `input`,
-`output`, and question/answer pairs with other names), ShareGPT `conversations`, plain `text`. `files.py` reads the
-files, and `turns.py` reads the turns of a chat.
+`output`, and question/answer pairs with other names), ShareGPT `conversations`, plain `text`, and preferences
+(`chosen` and `rejected`, or an answer with a `label`). `files.py` reads the files, `turns.py` the turns of a chat, and
+`preference.py` the parts of a preference.
 
 Nothing in a row is silently dropped. A column or a turn's key is read, or refused if it changes the meaning of the row,
 or named in `notices` with its count.
@@ -11,13 +12,15 @@ or named in `notices` with its count.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from onecard.config.data import SFT_FORMATS
 from onecard.data.calls import check_text, check_tools, is_absent, without_united_nulls
 from onecard.data.files import FIX, BadRow, describe, is_arrow, read_rows, shown
+from onecard.data.preference import as_messages, read_answer, read_label, read_pair
 from onecard.data.turns import MEDIA, Chat, read_chat
 from onecard.errors import UserError
 
@@ -33,6 +36,8 @@ KEYS = {  # keys of each format; several sets where tools use other names
     ),
     "sharegpt": (("conversations",), ("conversation",)),
     "text": (("text",),),
+    "preference": (("chosen", "rejected"),),
+    "unpaired_preference": (("prompt", "completion", "label"), ("prompt", "completion", "kto_tag")),
 }
 USED = {  # columns that are read in addition to a format's own keys
     "messages": ("tools", "functions", "system", "system_prompt"),
@@ -40,8 +45,11 @@ USED = {  # columns that are read in addition to a format's own keys
     "alpaca": ("input", "context", "system", "system_prompt", "history"),
     "prompt_completion": ("tools", "functions", "system", "system_prompt"),
     "text": (),
+    "preference": ("prompt", "tools", "functions", "system", "system_prompt"),
+    "unpaired_preference": ("tools", "functions", "system", "system_prompt"),
 }
 VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is good
+LOSSES = {**dict.fromkeys(SFT_FORMATS, "--loss sft"), "preference": "--loss dpo", "unpaired_preference": "--loss kto"}
 SHOWN_ERRORS = 20
 
 
@@ -55,6 +63,8 @@ class Record:
         unlearned: indices of the assistant's messages with weight 0, which are read but not learned.
         tools: tools that the assistant may call, for the chat template.
         fields: the file's name of each message's content, for errors; empty if it is messages[i].content.
+        rejected: of a row of preferences: the same prompt with the rejected answer. This record has the chosen one.
+        label: of an answer by itself: whether it is desirable.
     """
 
     file: str
@@ -68,6 +78,8 @@ class Record:
     unlearned: tuple[int, ...] = ()
     tools: list[dict[str, Any]] | None = None
     fields: tuple[str, ...] = ()
+    rejected: Record | None = None
+    label: bool = True
 
     @property
     def kind(self) -> str:
@@ -100,12 +112,15 @@ class Records:
         return len(self.bad)
 
 
-def read_records(path: str | Path, format: str = "auto", on_bad_rows: str = "error") -> Records:
+def read_records(
+    path: str | Path, format: str = "auto", on_bad_rows: str = "error", formats: Sequence[str] = tuple(KEYS)
+) -> Records:
     """Read a data file.
 
     Args:
         path: a file or folder that files.read_rows reads.
         format: a key of KEYS, or "auto".
+        formats: the formats that "auto" may recognise.
         on_bad_rows: "error" raises one UserError that lists the bad rows; "skip" leaves them in `bad`.
 
     Raises:
@@ -119,7 +134,7 @@ def read_records(path: str | Path, format: str = "auto", on_bad_rows: str = "err
             rows.append((line, row))
     if not rows and not bad:
         raise UserError("the data file must have rows", "none", "check the file", str(path))
-    name = recognise(rows, path) if format == "auto" and rows else format
+    name = recognise(rows, path, formats) if format == "auto" and rows else format
     keys = keys_of(name, rows)
     records: list[Record] = []
     unused: Counter[str] = Counter()
@@ -161,18 +176,20 @@ def raise_bad_rows(bad: list[UserError]) -> None:
     raise UserError("every row must be usable", f"{len(bad)} bad rows\n    " + "\n    ".join(lines), do)
 
 
-def recognise(rows: list[tuple[int, dict[str, Any]]], path: str | Path) -> str:
-    """Return the format whose keys occur in the largest number of the first hundred rows."""
+def recognise(rows: list[tuple[int, dict[str, Any]]], path: str | Path, known: Sequence[str]) -> str:
+    """Return the format, of those `known`, whose keys occur in the largest number of the first hundred rows."""
     first = [row for _, row in rows[:100]]
-    counts = {name: count_with(first, keys_of(name, rows)) for name in KEYS}
+    counts = {name: count_with(first, keys_of(name, rows)) for name in known}
     best = max(counts, key=lambda name: counts[name])
     if counts[best] == 0:
         keys = sorted({shown(str(key))[:40] for row in first for key in row})
-        formats = "; ".join(f"{name}: {' or '.join(', '.join(keys) for keys in each)}" for name, each in KEYS.items())
+        formats = "; ".join(f"{name}: {' or '.join(', '.join(keys) for keys in KEYS[name])}" for name in known)
+        others = {name: losses for name, losses in LOSSES.items() if name not in known}
+        fitting = [losses for name, losses in others.items() if count_with(first, keys_of(name, rows))]
         raise UserError(
             f"rows must have the keys of a known format ({formats})",
             f"keys {', '.join(keys[:12]) or 'none'}",
-            "rename the keys",
+            f"train on such rows with {fitting[0]}" if fitting else "rename the keys",
             str(path),
         )
     return best
@@ -226,10 +243,10 @@ def refuse_changed_meaning(row: dict[str, Any], format: str) -> None:
     for key in MEDIA:
         if not is_absent(row.get(key)) and format != "text":
             raise BadRow(key, "rows must be text: images, videos and audio are not learned", f"a column {key}")
-    for key in VERDICTS:
+    for key in () if format == "unpaired_preference" else VERDICTS:
         if row.get(key) in (False, 0) and row.get(key) is not None:
             must = f"{key} must be true: training learns every answer, and false marks a bad one"
-            raise BadRow(key, must, describe(row[key]))
+            raise BadRow(key, must, describe(row[key]), "leave the bad answers out, or learn from them with --loss kto")
 
 
 def text_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, None]:
@@ -263,24 +280,31 @@ def system_of(row: dict[str, Any]) -> tuple[str, str]:
 
 def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
     """Read prompt and completion: two strings, or two lists of messages. Only the completion is learned."""
-    prompt, completion = row["prompt"], row["completion"]
+    return answered(row["prompt"], row["completion"], "completion", row, file, line)
+
+
+def answered(
+    prompt: Any, completion: Any, key: str, row: dict[str, Any], file: str, line: int, implicit: int | None = None
+) -> tuple[Record, Chat | None]:
+    """Make the record of a prompt and its answer, a column `key`, of which the first `implicit` messages are the
+    prompt."""
     columns = [key for key in USED["prompt_completion"] if not is_absent(row.get(key))]
     if not (isinstance(prompt, list) and isinstance(completion, list)):
-        prompt, completion = check_text("prompt", prompt, empty=True), check_text("completion", completion)
+        prompt, completion = check_text("prompt", prompt, empty=True), check_text(key, completion)
         if columns:
             raise BadRow(
                 columns[0], "a row with a text prompt must have no other input columns", f"a column {columns[0]}"
             )
         return Record(file, line, prompt=prompt, completion=completion), None
     if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion):
-        raise BadRow("completion", "a completion must have an assistant message", describe(completion))
-    if key := system_of(row)[0]:
-        raise BadRow(key, "a prompt of messages must hold its system message", f"a column {key}")
-    names = [f"prompt[{i}]" for i in range(len(prompt))]
-    names += [f"completion[{i}]" for i in range(len(completion))]
+        raise BadRow(key, f"a {key} must have an assistant message", describe(completion))
+    if system := system_of(row)[0]:
+        raise BadRow(system, "a prompt of messages must hold its system message", f"a column {system}")
+    names = [f"{'prompt' if implicit is None else key}[{i}]" for i in range(len(prompt))]
+    names += [f"{key}[{(implicit or 0) + i}]" for i in range(len(completion))]
     chat = read_chat("prompt", prompt + completion, names)
     if all(i in chat.unlearned for i in range(len(prompt), len(names)) if chat.messages[i]["role"] == "assistant"):
-        raise BadRow("completion", "an assistant message must have a weight other than 0", "all are 0")
+        raise BadRow(key, "an assistant message must have a weight other than 0", "all are 0")
     fields = {"unlearned": chat.unlearned, "fields": chat.fields, "tools": check_tools(row)}
     return Record(file, line, messages=chat.messages, num_prompt_messages=len(prompt), **fields), chat
 
@@ -312,10 +336,42 @@ def alpaca_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: i
     return Record(file, line, messages=tuple(turns), alpaca=True, fields=(*fields, asking, answering)), None
 
 
+def preference_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
+    """Read a prompt with its chosen and its rejected answer."""
+    pair = read_pair(row)
+    chosen, chat = answered(pair.prompt, pair.chosen, "chosen", row, file, line, pair.implicit)
+    rejected, other = answered(pair.prompt, pair.rejected, "rejected", row, file, line, pair.implicit)
+    if chat and other:
+        chat = replace(chat, unused=chat.unused | other.unused)
+    return replace(chosen, rejected=rejected), chat
+
+
+def judged_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
+    """Read a prompt with one answer and its label."""
+    prompt, answer = read_answer("prompt", row["prompt"]), read_answer("completion", row["completion"])
+    if isinstance(prompt, list) != isinstance(answer, list):
+        prompt, answer = as_messages(prompt), as_messages(answer, "assistant")
+    record, chat = answered(prompt, answer, "completion", row, file, line)
+    return replace(record, label=read_label(keys[2], row[keys[2]])), chat
+
+
+def unpaired(read: Records) -> Records:
+    """Make two judged answers of each row of preferences: all chosen ones, then all rejected ones, as trl does."""
+    pairs = [record for record in read.records if record.rejected is not None]
+    if not pairs:
+        return read
+    chosen = [replace(record, rejected=None) for record in read.records]
+    rejected = [replace(record.rejected, label=False) for record in pairs if record.rejected is not None]
+    notice = f"each pair is read as a desirable and an undesirable answer: {counted(len(pairs))}"
+    return replace(read, records=chosen + rejected, notices=[*read.notices, notice])
+
+
 READERS: dict[str, Callable[..., tuple[Record, Chat | None]]] = {
     "messages": chat_record,
     "sharegpt": chat_record,
     "alpaca": alpaca_record,
     "prompt_completion": pair_record,
     "text": text_record,
+    "preference": preference_record,
+    "unpaired_preference": judged_record,
 }

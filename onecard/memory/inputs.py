@@ -83,9 +83,14 @@ class PlanInputs:
         return min(self.config.max_seq_length, self.model.longest_context)
 
     @property
+    def row_tokens(self) -> int:
+        """Tokens of a row. A row of preferences has room for the two answers of a pair."""
+        return self.length * self.config.documents_per_example
+
+    @property
     def batch_tokens(self) -> int:
         """Tokens of a micro-batch, with the loader's padding."""
-        return multiple(self.length * self.config.per_device_train_batch_size)
+        return multiple(self.row_tokens * self.config.per_device_train_batch_size)
 
     def tokens(self, strategy: MemoryStrategy) -> int:
         """Return the most tokens in one forward."""

@@ -157,7 +157,7 @@ def part_sizes(inputs: PlanInputs, whole: bool) -> list[int | None]:
     rows = inputs.config.per_device_train_batch_size
     while rows > 1 and not whole:
         rows = -(-rows // 2)
-        sizes.append(rows * inputs.length)
+        sizes.append(rows * inputs.row_tokens)
     return sizes
 
 

@@ -109,9 +109,10 @@ def assumed(config: TrainConfig, length: int) -> Workload:
             return frozenset(range(ROW_MULTIPLE, full + 1, ROW_MULTIPLE))
         return frozenset({full, max(full - ROW_MULTIPLE, ROW_MULTIPLE), ROW_MULTIPLE})
 
-    trained = sizes(length * config.per_device_train_batch_size, config.packing)
+    row = length * config.documents_per_example
+    trained = sizes(row * config.per_device_train_batch_size, config.packing)
     checked = config.eval_data is not None or config.validation_split > 0
-    validated = sizes(length, True) if checked else frozenset()
+    validated = sizes(row, True) if checked else frozenset()
     load = Workload(trained, trained, validated, validated)
     longest = min(length, PREFILL_TOKENS) // 2
     count = NUM_SAMPLES if config.sample_prompts is None else len(config.sample_prompts)
@@ -123,7 +124,7 @@ def known(loader: Loader, epochs: float, validation: Dataset | None, prompts: li
     """Return the workload of a run with its data and its sample prompts."""
     load = Workload(*sizes_of(loader, max(1, min(int(epochs), MOST_EPOCHS))))
     if validation is not None:
-        checked = Loader(validation.examples, validation.max_seq_length, True, 1, 0)
+        checked = Loader(validation.examples, validation.row_tokens, True, 1, 0)
         load = Workload(load.trained, load.trained_heads, *sizes_of(checked, 1))
     return load.with_answers(Answers(1, tuple(len(ids) for ids in prompts), SAMPLE_TOKENS))
 

@@ -16,9 +16,8 @@ from onecard.hf.attention import NotPacked, supports_packing, use_packed_attenti
 from onecard.hf.fused import unfuse, unfused
 from onecard.infer.check import check_computes
 from onecard.kernels.cpu.contention import sharing_cores
-from onecard.train.loss import IGNORE, packed_loss, plain_loss
+from onecard.train.loss import IGNORE, packed_loss, plain_loss, to_device
 from onecard.train.run import LossFunction
-from onecard.train.step import to_device
 
 
 def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None]:
@@ -65,7 +64,7 @@ def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None
 def probe_batch(examples: Dataset) -> dict[str, Any]:
     """Build a row of two short documents; all tokens but each document's first are supervised."""
     batch = collate([*examples.examples[:2], examples.examples[0]][:2])
-    spans = list(zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]))
+    spans = list(zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]))[:2]
     ids = [batch["input_ids"][0, start : min(end, start + LOSS_PROBE_TOKENS)] for start, end in spans]
     labels = [torch.cat([torch.tensor([IGNORE]), piece[1:]]) for piece in ids]
     return {
@@ -82,7 +81,7 @@ def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> f
     model.eval()
     total, num_tokens = 0.0, 0
     device = next(model.parameters()).device
-    loader = Loader(dataset.examples, dataset.max_seq_length, True, 1, 0)
+    loader = Loader(dataset.examples, dataset.row_tokens, True, 1, 0)
     with torch.no_grad():
         for _ in range(loader.num_batches(0)):
             batch = to_device(loader.next_batch(), device)

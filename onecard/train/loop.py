@@ -13,6 +13,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
@@ -57,6 +59,10 @@ def train(
     config = run.config
     save_steps = config.save_steps or max(1, math.ceil(run.num_steps / 10))
     run.model.train()
+    if run.preference is not None:  # log-probabilities are compared without dropout, as in trl
+        for module in run.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
     strategy = run.strategy
     recompute_layers(
         run.base, strategy.num_recomputed, run.offload, strategy.num_offloaded, strategy.keep_dequantized_weights
@@ -67,7 +73,7 @@ def train(
             row = optimizer_step(run)
             last = run.step == run.num_steps
             if validation and (last or (config.eval_steps and run.step % config.eval_steps == 0)):
-                row["eval_loss"] = mean_loss(run.base, validation, run.loss)
+                row |= check(run, validation)
             if last or run.step % config.logging_steps == 0 or "eval_loss" in row:
                 metrics.log(**row)
             if last or run.step % save_steps == 0 or interrupted:
@@ -77,6 +83,13 @@ def train(
                 raise Interrupted(interrupted[0])
     recompute_layers(run.base, 0)
     run.model.eval()
+
+
+def check(run: Run, validation: Dataset) -> dict[str, float]:
+    """Return the validation loss, and preferences' metrics, in the attention that `run.loss` needs."""
+    if run.held_out is not None:
+        return run.held_out.evaluate()
+    return {"eval_loss": mean_loss(run.base, validation, run.loss)}
 
 
 @contextmanager

@@ -7,13 +7,18 @@ them, N dz = softmax(z) - onehot(target), and the gradient of h is computed from
 chunk of logits, for any length and vocabulary. N counts the whole accumulation window, so that 8 x 1, 4 x 2 and 1 x 8
 are the same update.
 
+A loss on preferences weighs each token's loss by a factor that is known only after all of them. A token's loss depends
+on its own row of h alone, so the backward multiplies that row's gradient by the factor. The memory is the same.
+
 Shape suffixes: P supervised positions, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +31,7 @@ from onecard.kernels.cpu import allocator
 from onecard.nn.embedding import project, project_back
 
 IGNORE = -100
+ROWS_SCALED = 256  # rows of gradients that exist in float32 at a time
 
 
 @dataclass(frozen=True)
@@ -56,31 +62,54 @@ class LogitTransform:
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_PH, W_VH, bias, target_P, transform, num_tokens):
-        num_positions = len(target_P)
-        filler = -num_positions % ROW_MULTIPLE
-        h_PH, target_P = nn.functional.pad(h_PH, (0, 0, 0, filler)), nn.functional.pad(target_P, (0, filler))
-        grad_PH = torch.empty_like(h_PH)
-        losses = []
-        itemsize = h_PH.dtype.itemsize if transform == LogitTransform() else 4
-        rows = chunk_rows(len(target_P), W_VH.shape[0], itemsize, h_PH.device)
-        for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
-            z = project(h, W_VH, bias)
-            if transform != LogitTransform():
-                z = transform(z.float())
-            dz = z.clone() if transform.softcap is not None else z
-            losses.append(ops.cross_entropy_(dz, target))
-            grad.copy_(project_back(transform.backward(dz, z).to(h.dtype), W_VH))
-            del z, dz  # before the next chunk allocates its own
-        ctx.save_for_backward(grad_PH[:num_positions])
+        losses_P, grad_PH = losses_and_gradients(h_PH, W_VH, bias, target_P, transform)
+        ctx.save_for_backward(grad_PH)
         ctx.num_tokens = num_tokens
-        loss = torch.cat(losses)[:num_positions].double().sum()
-        return (loss / num_tokens).float()
+        return (losses_P.double().sum() / num_tokens).float()
 
     @staticmethod
     def backward(ctx, grad_loss):
         # Divide here, where grad_loss includes the loss scale: 1 / N alone can underflow in float16.
         (grad_PH,) = ctx.saved_tensors
         return (grad_PH * (grad_loss / ctx.num_tokens)).to(grad_PH.dtype), None, None, None, None, None
+
+
+class _ChunkedTokenLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_PH, W_VH, bias, target_P, transform):
+        losses_P, grad_PH = losses_and_gradients(h_PH, W_VH, bias, target_P, transform)
+        ctx.save_for_backward(grad_PH)
+        return losses_P
+
+    @staticmethod
+    def backward(ctx, grad_P):
+        (grad_PH,) = ctx.saved_tensors
+        scaled_PH = torch.empty_like(grad_PH)
+        for out, rows, factors in zip(*(t.split(ROWS_SCALED) for t in (scaled_PH, grad_PH, grad_P))):
+            out.copy_(rows * factors[:, None])  # in float32, for a few rows at a time
+        return scaled_PH, None, None, None, None
+
+
+def losses_and_gradients(
+    h_PH: Tensor, W_VH: Tensor, bias: Tensor | None, target_P: Tensor, transform: LogitTransform
+) -> tuple[Tensor, Tensor]:
+    """Return each position's cross-entropy, float32 (P,), and its gradient in that position's row of h, (P, H)."""
+    num_positions = len(target_P)
+    filler = -num_positions % ROW_MULTIPLE
+    h_PH, target_P = nn.functional.pad(h_PH, (0, 0, 0, filler)), nn.functional.pad(target_P, (0, filler))
+    grad_PH = torch.empty_like(h_PH)
+    losses = []
+    itemsize = h_PH.dtype.itemsize if transform == LogitTransform() else 4
+    rows = chunk_rows(len(target_P), W_VH.shape[0], itemsize, h_PH.device)
+    for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
+        z = project(h, W_VH, bias)
+        if transform != LogitTransform():
+            z = transform(z.float())
+        dz = z.clone() if transform.softcap is not None else z
+        losses.append(ops.cross_entropy_(dz, target))
+        grad.copy_(project_back(transform.backward(dz, z).to(h.dtype), W_VH))
+        del z, dz  # before the next chunk allocates its own
+    return torch.cat(losses)[:num_positions], grad_PH[:num_positions]
 
 
 def chunked_cross_entropy(
@@ -94,17 +123,35 @@ def chunked_cross_entropy(
             full) goes through autograd and recomputes its logits.
         target_P: int64, the token that each position must predict.
     """
-    if isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters()):
+    if is_frozen_linear(head):
         return _ChunkedCrossEntropy.apply(h_PH, head.weight, head.bias, target_P, transform, num_tokens)
+    parts = recomputed_losses(h_PH, head, target_P, transform, "sum")
+    return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens
+
+
+def chunked_token_losses(h_PH: Tensor, head: nn.Module, target_P: Tensor, transform: LogitTransform) -> Tensor:
+    """Return the cross-entropy of each position, float32 (P,). The arguments are those of `chunked_cross_entropy`."""
+    if is_frozen_linear(head):
+        return _ChunkedTokenLosses.apply(h_PH, head.weight, head.bias, target_P, transform)  # type: ignore[return-value]
+    return torch.cat(recomputed_losses(h_PH, head, target_P, transform, "none"))
+
+
+def is_frozen_linear(head: nn.Module) -> TypeGuard[nn.Linear]:
+    return isinstance(head, nn.Linear) and not any(p.requires_grad for p in head.parameters())
+
+
+def recomputed_losses(
+    h_PH: Tensor, head: nn.Module, target_P: Tensor, transform: LogitTransform, reduction: str
+) -> list[Tensor]:
+    """Return the cross-entropy of each chunk, for any head. The backward recomputes the logits."""
 
     def part(h: Tensor, target: Tensor) -> Tensor:
         z = transform(head(h).float())
-        return nn.functional.cross_entropy(z, target, reduction="sum")
+        return nn.functional.cross_entropy(z, target, reduction=reduction)
 
     rows = chunk_rows(len(target_P), getattr(head, "out_features", None) or 1 << 16, 4, h_PH.device)
     pairs = zip(h_PH.split(rows), target_P.split(rows))
-    parts = [checkpoint(part, h, target, use_reentrant=False) for h, target in pairs]
-    return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens
+    return [checkpoint(part, h, target, use_reentrant=False) for h, target in pairs]
 
 
 def chunk_rows(num_positions: int, vocab_size: int, itemsize: int, device: torch.device) -> int:
@@ -123,6 +170,18 @@ def supervised(labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     position = (labels[0, 1:] != IGNORE).nonzero()[:, 0]
     return position, labels[0, position + 1]
+
+
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy a micro-batch to the device without a sync. Labels stay on the host (`supervised` says why)."""
+    position, target = supervised(batch["labels"])
+    tensors = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    moved = {key: upload(tensor, device) for key, tensor in tensors.items()}
+    return {**batch, **moved, "supervised": (upload(position, device), upload(target, device))}
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -> Tensor:
@@ -145,22 +204,46 @@ def decode(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
 
 def head_loss(model: PreTrainedModel, hidden: Tensor, batch: dict[str, Any], num_tokens: int) -> Tensor:
     """Compute the loss from a row's hidden states, (1, T or more, H). Positions after the row's own T are ignored."""
+    with released_blocks():
+        return chunked_cross_entropy(*head_inputs(model, hidden, batch), num_tokens)
+
+
+def head_token_losses(model: PreTrainedModel, hidden: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Same as `head_loss`, for each supervised position: float32 (P,)."""
+    with released_blocks():
+        return chunked_token_losses(*head_inputs(model, hidden, batch))
+
+
+@contextmanager
+def released_blocks() -> Iterator[None]:
+    """Release free blocks of memory before and after the head."""
     allocator.release()  # logits cannot reuse the layers' blocks, which have other sizes
+    yield
+    allocator.release()  # the logits' blocks would stay unused for the whole backward
+
+
+def head_inputs(model: PreTrainedModel, hidden: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Any, Tensor, Any]:
+    """Return the hidden states of the supervised positions, the head, the tokens to predict, and the transform."""
     position, target = batch["supervised"]
     head: Any = model.get_output_embeddings()
-    rows = hidden[0].index_select(0, position)
-    loss = chunked_cross_entropy(rows, head, target, LogitTransform.of(model.config), num_tokens)
-    allocator.release()  # the logits' blocks would stay unused for the whole backward
-    return loss
+    return hidden[0].index_select(0, position), head, target, LogitTransform.of(model.config)
 
 
 def plain_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -> Tensor:
     """Same as `packed_loss`, slower but for any model: its own forward, one document at a time, with full logits."""
     total = torch.zeros((), device=batch["input_ids"].device)
+    return sum(document_losses(model, batch, "sum"), total) / num_tokens
+
+
+def plain_token_losses(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
+    """Same as `plain_loss`, for each supervised position: float32 (P,)."""
+    return torch.cat(list(document_losses(model, batch, "none")))
+
+
+def document_losses(model: PreTrainedModel, batch: dict[str, Any], reduction: str) -> Iterator[Tensor]:
+    """Yield the losses of each document's supervised positions, from the model's own forward."""
     for start, end in zip(batch["cu_seqlens"], batch["cu_seqlens"][1:]):
-        position, target = (t.to(total.device) for t in supervised(batch["labels"][:, start:end]))
-        if len(position) == 0:
-            continue
-        logits = model(input_ids=batch["input_ids"][:, start:end], use_cache=False).logits[0, position]
-        total = total + nn.functional.cross_entropy(logits.float(), target, reduction="sum")
-    return total / num_tokens
+        position, target = (t.to(batch["input_ids"].device) for t in supervised(batch["labels"][:, start:end]))
+        if len(position):
+            logits = model(input_ids=batch["input_ids"][:, start:end], use_cache=False).logits[0, position]
+            yield nn.functional.cross_entropy(logits.float(), target, reduction=reduction)

@@ -23,6 +23,11 @@ COLUMNS = (
     "supervised_tokens_per_second", "memory_bytes", "eval_loss", "seconds",
     "paged_in_bytes", "paged_out_bytes", "page_hit_rate", "page_stall_seconds",
 )  # fmt: skip
+PREFERENCE_COLUMNS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    "nll_loss", "kl",
+)  # fmt: skip
+ALL_COLUMNS = (*COLUMNS, *PREFERENCE_COLUMNS, *(f"eval_{name}" for name in PREFERENCE_COLUMNS))
 ROW = TypeAdapter(dict[str, int | float], config=ConfigDict(strict=True))
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
@@ -33,23 +38,24 @@ class Metrics:
     def __init__(self, output: Path, loggers: Sequence[str], config: dict[str, Any], resume_step: int = 0):
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / "metrics.jsonl"
+        self.columns = COLUMNS if config.get("loss", "sft") == "sft" else ALL_COLUMNS
         self.rows = [row for row in read_rows(self.path) if row["step"] <= resume_step]
         replace_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        replace_text(output / "metrics.csv", csv_text([dict.fromkeys(COLUMNS, None), *self.rows], header=True))
+        replace_text(output / "metrics.csv", csv_text(self.columns, [dict.fromkeys(self.columns), *self.rows], True))
         self.jsonl = self.path.open("a", encoding="utf-8")
         self.csv = (output / "metrics.csv").open("a", encoding="utf-8", newline="")
         self.loggers = [started(name, output, config) for name in loggers]
 
     def log(self, step: int, **values: float | None) -> None:
-        """Write one row. Every name must be one of COLUMNS."""
+        """Write one row. Every name must be one of the run's columns."""
         row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
-        assert set(row) <= set(COLUMNS), row
+        assert set(row) <= set(self.columns), row
         self.rows.append(row)
         with about(self.path):
             self.jsonl.write(json.dumps(row) + "\n")
             self.jsonl.flush()
         with about(self.path.with_suffix(".csv")):
-            self.csv.write(csv_text([row]))
+            self.csv.write(csv_text(self.columns, [row]))
             self.csv.flush()
         for log, _ in self.loggers:
             log({key: value for key, value in row.items() if key != "step"}, step)
@@ -68,15 +74,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = ROW.validate_python(parse_json(line, infinities=True))
         except ValueError:  # includes ValidationError
             continue
-        if type(row.get("step")) is int and set(row) <= set(COLUMNS):
+        if type(row.get("step")) is int and set(row) <= set(ALL_COLUMNS):
             rows.append(row)
     return rows
 
 
-def csv_text(rows: list[dict[str, Any]], header: bool = False) -> str:
+def csv_text(columns: Sequence[str], rows: list[dict[str, Any]], header: bool = False) -> str:
     """Format rows as CSV lines. With `header`, the column names replace the first row."""
     buffer = io.StringIO()
-    writer: Any = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+    writer: Any = csv.DictWriter(buffer, columns, lineterminator="\n")
     if header:
         writer.writeheader()
         rows = rows[1:]

@@ -36,6 +36,7 @@ from onecard.memory.terms import Term
 from onecard.memory.workload import Answers, known
 from onecard.train.evaluate import model_size
 from onecard.train.metrics import import_logger
+from onecard.train.reference import FILE, ROW_BYTES
 from onecard.train.samples import Sample, make_samples
 
 FREE_MEMORY_SHARE = 0.8  # part of the free memory that a run may plan to use
@@ -59,6 +60,7 @@ class Prepared:
     date: str
     process_bytes: int  # memory of the process itself, which the plan does not count
     own_tokenizer: Any = None  # saved with the adapter, as its chat template is not the checkpoint's
+    precompute: bool = False  # whether the reference of preferences is computed before the training
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
 
 
@@ -80,15 +82,18 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     template = template_digest(tokenizer)
     saved = deepcopy(tokenizer) if own else None
     fix_date(tokenizer, datetime.date.fromisoformat(date))
-    training, validation = load_dataset(config.data, tokenizer, config), None
+    training, validation = load_dataset(config.data, tokenizer, config, config.loss), None
     if config.eval_data is not None:
-        validation = load_dataset(config.eval_data, tokenizer, config)
+        validation = load_dataset(config.eval_data, tokenizer, config, config.loss)
     elif config.validation_split > 0:
         training, validation = training.split(config.validation_split, config.seed)
     size = model_size(read_config(folder))
     for dataset in (training, validation):
         if dataset is not None:
             dataset.check_fits(*size)
+    if config.loss == "kto" and len(training.examples) < 2:
+        must = "loss kto needs two answers, as it compares each with the prompt of another"
+        raise UserError(must, "one", "add rows", config.data)
     samples = make_samples(config.sample_prompts, validation or training, tokenizer)
     identity = {
         "model config": config_fingerprint(checkpoint),
@@ -105,6 +110,12 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     strategy, plan, why = choose_memory(PlanInputs(model, config, dtype, load), checkpoint.is_4bit or config.calibrate)
     if config.calibrate:
         plan.disk.append(Term("calibrated base", checkpoint.nbytes // 2, "at most half of the checkpoint"))
+    precompute = config.has_reference and config.precompute_reference is not False
+    if precompute:
+        num_bytes = ROW_BYTES * sum(len(each.examples) for each in (training, validation) if each is not None)
+        term = Term("reference", num_bytes, f"{ROW_BYTES} bytes an example")
+        precompute = config.precompute_reference is True or has_room([*plan.disk, term], Path(config.output))
+        plan.disk.extend([term] * precompute)
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
     form = form_of(training, tokenizer, template)
@@ -124,6 +135,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         date,
         process,
         saved,
+        precompute,
         unmerged,
     )
 
@@ -154,10 +166,7 @@ def choose_memory(inputs: PlanInputs, paged_from_file: bool) -> tuple[MemoryStra
 
 def check_disk(plan: Plan, output: Path) -> None:
     """Raise UserError if the run's files do not fit on the disk."""
-    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
-    free, needed = shutil.disk_usage(there).free, sum(term.num_bytes for term in plan.disk)
-    written = (file for kind in ("checkpoints/*/*", "base/*") for file in output.glob(kind))
-    free += sum(file.stat().st_size for file in written if file.is_file())  # a resumed run replaces or keeps these
+    free, needed = free_bytes(output), sum(term.num_bytes for term in plan.disk)
     if needed > free:
         parts = ", ".join(f"{term.name} {format_bytes(term.num_bytes)}" for term in plan.disk)
         raise UserError(
@@ -168,7 +177,20 @@ def check_disk(plan: Plan, output: Path) -> None:
         )
 
 
+def free_bytes(output: Path) -> int:
+    """Return the bytes that a run may write: those that are free, and those of its own files, which a resumed run
+    replaces or keeps."""
+    there = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
+    written = (file for kind in ("checkpoints/*/*", "base/*", FILE) for file in output.glob(kind))
+    return shutil.disk_usage(there).free + sum(file.stat().st_size for file in written if file.is_file())
+
+
+def has_room(terms: list[Term], output: Path) -> bool:
+    return sum(term.num_bytes for term in terms) <= free_bytes(output)
+
+
 def make_loader(config: TrainConfig, training: Dataset) -> Loader:
     """Create the loader of the training rows, at the first row."""
     batch = config.per_device_train_batch_size
-    return Loader(training.examples, config.max_seq_length, config.packing, batch, config.seed)
+    row_tokens = config.max_seq_length * config.documents_per_example
+    return Loader(training.examples, row_tokens, config.packing, batch, config.seed)

@@ -21,11 +21,13 @@ TIME_WIDTH, BAR_WIDTH, SMALL_BAR_WIDTH = 8, 12, 5  # columns, each with the spac
 WANTED = (
     "step",
     "loss",
+    "margin",
     "memory",
     "validation",
     "speed",
     "rate",
     "norm",
+    "accuracy",
     "process",
 )  # parts of a line, the most important first
 
@@ -88,6 +90,10 @@ class Progress:
             "memory": f"memory {format_bytes(used)} of {format_bytes(self.planned_bytes)} planned",
             "process": f"process {format_bytes(self.process_bytes)}",
         }
+        if "rewards/margins" in row:
+            parts["margin"] = f"margin {row['rewards/margins']:.4f}"
+        if "rewards/accuracies" in row:
+            parts["accuracy"] = f"accuracy {row['rewards/accuracies']:.0%}"
         if "eval_loss" in row:
             parts["validation"] = f"validation {row['eval_loss']:.4f}"
         return parts

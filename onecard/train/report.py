@@ -54,7 +54,7 @@ def write_report(output: Path, report: Report) -> None:
     """Write the curve and both reports under `output`."""
     picture = output / "loss_curve.png"
     with about(picture):
-        draw_curve(picture, report.metrics)
+        draw_curve(picture, report.metrics, "loss (nats a token)" if report.config["loss"] == "sft" else "loss")
     sections = make_sections(report)
     for name, text in (
         ("report.md", to_markdown(report.title, sections)),
@@ -64,7 +64,7 @@ def write_report(output: Path, report: Report) -> None:
             (output / name).write_text(text, encoding="utf-8")
 
 
-def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
+def draw_curve(path: Path, metrics: list[dict[str, Any]], unit: str) -> None:
     """Plot each step's loss (thin), the smoothed loss, validation points, and the learning rate on a second axis."""
     import matplotlib
 
@@ -86,7 +86,7 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]]) -> None:
     if above:
         label = f"above the axis, up to {max(loss for _, loss in above):.4g}"
         top.plot([step for step, _ in above], [high] * len(above), "^", color="#9db4d0", clip_on=False, label=label)
-    top.set_ylabel("loss (nats a token)")
+    top.set_ylabel(unit)
     top.set_ylim(low, high)
     top.grid(alpha=0.25)
     top.legend(frameon=False)
@@ -141,7 +141,9 @@ def make_sections(report: Report) -> list[Section]:
     rows = [("steps", f"{report.num_steps:,}"), ("time", f"{report.seconds:,.1f} s")]
     for when, loss in (("before", report.loss_before), ("after", report.loss_after)):
         if loss is not None:
-            rows += [(f"loss {when}", f"{loss:.4f}"), (f"perplexity {when}", f"{exp(min(loss, 50)):.3f}")]
+            rows.append((f"loss {when}", f"{loss:.4f}"))
+            if report.config["loss"] == "sft":
+                rows.append((f"perplexity {when}", f"{exp(min(loss, 50)):.3f}"))
     rows += list(report.facts.items())
     memory = [(name, format_bytes(num_bytes)) for name, num_bytes in report.memory]
     data = [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in report.data.items()]

@@ -25,6 +25,7 @@ from onecard.paging.pager import Pager
 from onecard.paging.states import PagedStates
 from onecard.train.graphs import DecoderGraphs
 from onecard.train.loss import packed_loss
+from onecard.train.preference import Preference
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
 LARGEST_SCALE = 2.0**16
@@ -45,6 +46,8 @@ class Run:
     step: int = 0
     loss_scale: float = 1.0
     graphs: DecoderGraphs | None = None
+    preference: Preference | None = None  # if the loss is not sft
+    held_out: Preference | None = None  # its validation rows
     max_forward_tokens: int | None = field(init=False)  # most tokens in one forward
     offload: Offload | None = field(init=False, default=None)
     paged: Statistics = field(default_factory=Statistics)  # in all steps so far

@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
 from onecard.data.preview import render_notices, render_preview
 from onecard.errors import Stopped, UserError
+from onecard.hf.attention import use_packed_attention
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.load import (
     load_model,
     pick_device,
 )
+from onecard.kernels.cpu.contention import sharing_cores
 from onecard.kernels.cpu_info import arithmetic
 from onecard.memory.measure import (
     begin_peak,
@@ -41,11 +44,14 @@ from onecard.optim.schedule import learning_rate
 from onecard.paging.mover import Statistics
 from onecard.train.checkpoint import State, check_unchanged, load_newest, position_of, resume
 from onecard.train.evaluate import choose_loss, evaluate
-from onecard.train.loop import Interrupted, count_steps, train
+from onecard.train.loop import Interrupted, check, count_steps, train
+from onecard.train.loss import packed_loss
 from onecard.train.metrics import Metrics
 from onecard.train.output import CONTINUE, lock_output
+from onecard.train.preference import Preference
 from onecard.train.prepare import Prepared, make_loader, prepare
 from onecard.train.progress import Progress
+from onecard.train.reference import reference_identity, set_references
 from onecard.train.report import Report, write_report
 from onecard.train.result import Result
 from onecard.train.run import Run, make_graphs
@@ -161,6 +167,8 @@ def run_locked(
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
+    if config.loss != "sft":
+        set_preferences(run, prepared, console)
     if base is not None:
         check_calibration(base, model, run)
     run.graphs = make_graphs(run, prepared.plan.device_memory_bytes or 0)
@@ -179,6 +187,29 @@ def run_locked(
     result.report.facts |= base.facts if base is not None else {}
     write_report(output, result.report)
     return result
+
+
+def set_preferences(run: Run, prepared: Prepared, console: Console) -> None:
+    """Give the run its preferences, with their reference if it is to be computed before the training."""
+    config, validation, packed = run.config, prepared.validation, run.loss is packed_loss
+    run.preference = Preference(config, run.model, prepared.training.examples, packed)
+    if validation is not None:
+        run.held_out = Preference(config, run.model, validation.examples, packed)
+    if not prepared.precompute:
+        return
+    loader = make_loader(config, prepared.training)
+    batches = (loader.next_batch() for _ in range(loader.num_batches(0)))
+    checked = None if validation is None else validation.fingerprint()
+    identity = reference_identity(run.preference, prepared.identity, checked)
+    start = time.perf_counter()
+    with attention_of(run), sharing_cores():
+        done = set_references(run, batches, Path(config.output), identity)
+    console.print(f"{done}, {time.perf_counter() - start:.1f} s", highlight=False, markup=False)
+
+
+def attention_of(run: Run) -> AbstractContextManager:
+    """Return the attention that the run's loss needs."""
+    return use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
 
 
 def check_calibration(base: CalibratedBase, model: Any, run: Run) -> None:
@@ -238,7 +269,7 @@ def show(prepared: Prepared, console: Console) -> None:
     dtype = str(prepared.compute_dtype).removeprefix("torch.")
     console.print(
         f"{steps:,} updates of {config.gradient_accumulation_steps} x {config.per_device_train_batch_size} rows"
-        f" of up to {config.max_seq_length:,} tokens; {loader.num_batches(0):,} micro-batches an epoch\n"
+        f" of up to {loader.row_tokens:,} tokens; {loader.num_batches(0):,} micro-batches an epoch\n"
         f"learning rate {config.lr_scheduler_type}, peak {peak:.2e}; computing in {dtype}"
         f" on {pick_device(config.device)}, {torch.get_num_threads()} threads",
         highlight=False,
@@ -290,10 +321,12 @@ def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, 
 
 def measure(result: Result, prepared: Prepared, when: str, extra: Any, run: Run) -> dict[str, Any]:
     """Return the validation loss and the answers to the sample prompts, with the current adapter."""
-    last = result.report.metrics[-1:]
-    found: dict[str, Any] = {"facts": {}, "loss": last[0].get("eval_loss") if last else None}
-    if prepared.validation and found["loss"] is None:
-        found["loss"] = evaluate(result.model, prepared.validation, run.loss)
+    last = result.report.metrics[-1] if result.report.metrics else {}
+    checked = {name: value for name, value in last.items() if name.startswith("eval_")}
+    if prepared.validation and not checked:
+        with attention_of(run), sharing_cores():
+            checked = check(run, prepared.validation)
+    found: dict[str, Any] = {"facts": {}, "loss": checked.get("eval_loss"), "checked": checked}
     result.model.eval()  # no dropout in the samples; the loop sets training mode again
     found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
     if extra:
@@ -322,6 +355,10 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     prompts = [text for text, _ in prepared.samples]
     report.samples = list(zip(prompts, before["answers"], after["answers"]))
     report.facts = {**before["facts"], **after["facts"]}
+    for name in ("eval_rewards/accuracies", "eval_rewards/margins"):
+        for when, found in (("before", before), ("after", after)):
+            if name in found["checked"]:
+                report.facts[f"{name.removeprefix('eval_')} {when}"] = f"{found['checked'][name]:.4f}"
     report.facts |= paging_facts(run.paged)
     report.memory += [
         ("plan: total", prepared.plan.total_bytes),
@@ -332,7 +369,7 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     report.next_commands = [
         f"onecard generate --model {model} --adapter {adapter} --prompt '…'",
         f"onecard chat --model {model} --adapter {adapter}",
-        f"onecard eval --model {model} --adapter {adapter} --data {data}",
+        *([f"onecard eval --model {model} --adapter {adapter} --data {data}"] if run.preference is None else []),
     ]
 
 

@@ -4,12 +4,15 @@ With N supervised tokens in the window:
 
     for each micro-batch: backward(loss / N)       loss.py
     stop on NaN or Inf, clip, AdamW on the float32 master weights, schedule
+
+A loss on preferences divides by the window's examples instead of N (preference.py).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,21 +22,10 @@ from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.memory.measure import peak_memory_bytes
 from onecard.optim.schedule import learning_rate
-from onecard.train.loss import IGNORE, head_loss, supervised
+from onecard.train.loss import IGNORE, head_loss, to_device
+from onecard.train.preference import Preference, Totals
 from onecard.train.recovery import retry_on_oom
 from onecard.train.run import Run, random_state, restore_random
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Copy a micro-batch to the device without a sync. Labels stay on the host (`supervised` says why)."""
-    position, target = supervised(batch["labels"])
-    tensors = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
-    moved = {key: upload(tensor, device) for key, tensor in tensors.items()}
-    return {**batch, **moved, "supervised": (upload(position, device), upload(target, device))}
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def optimizer_step(run: Run) -> dict[str, Any]:
@@ -41,7 +33,7 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     start, epoch = time.perf_counter(), run.epoch
     window, num_tokens = retry_on_oom(run, lambda: next_window(run))
     rate = learning_rate(run.step, run.num_steps, run.config)
-    loss, norm = gradients(run, window, num_tokens)
+    loss, norm, more = gradients(run, window, num_tokens)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     retry_on_oom(run, run.optimizer.step)
@@ -52,6 +44,7 @@ def optimizer_step(run: Run) -> dict[str, Any]:
         "step": run.step,
         "epoch": epoch,
         "loss": loss,
+        **more,
         "learning_rate": rate,
         "grad_norm": norm,
         "num_supervised_tokens": num_tokens,
@@ -74,17 +67,17 @@ def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
         raise
 
 
-def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[float, float]:
-    """Fill .grad with clipped gradients. Return the window's loss and gradient norm.
+def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[float, float, dict[str, float]]:
+    """Fill .grad with clipped gradients. Return the window's loss, the gradient norm, and preferences' metrics.
 
     In float16 the loss is scaled against underflow. An overflow halves the scale and repeats the window with the same
     random numbers.
     """
     generators = random_state(run.device)
     while True:
-        total, norm = retry_on_oom(run, lambda: try_gradients(run, window, num_tokens, generators), window)
+        total, norm, more = retry_on_oom(run, lambda: try_gradients(run, window, num_tokens, generators), window)
         if math.isfinite(total) and math.isfinite(norm):
-            return total, norm
+            return total, norm, more
         if run.loss_scale <= 1.0 or not math.isfinite(total):
             raise not_finite(run, total, norm)
         run.loss_scale /= 2
@@ -92,32 +85,45 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
 
 def try_gradients(
     run: Run, window: list[dict[str, Any]], num_tokens: int, generators: dict[str, Tensor]
-) -> tuple[float, float]:
+) -> tuple[float, float, dict[str, float]]:
     """Same as `gradients`, without the retries. `generators` are the random states at the window's start."""
     run.optimizer.zero_grad(set_to_none=True)
     if run.graphs is not None:
         run.graphs.attach_gradients()
     restore_random(generators, run.device)
-    losses = [micro_batch(run, part, num_tokens) for batch in window for part in split(batch, run.max_forward_tokens)]
+    divisor: Any = num_tokens if run.preference is None else run.preference.totals(window)
+    parts = [part for batch in window for part in split(batch, run.max_forward_tokens)]
+    values = torch.stack([micro_batch(run, part, divisor) for part in parts], 1).sum(1)
     for parameter in run.trainable.values():
         if parameter.grad is not None and run.loss_scale != 1.0:
             parameter.grad /= run.loss_scale
     clipped = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
     # The update's only device sync. Only AdamW follows, in one or two launches.
-    total, norm = torch.stack([torch.stack(losses).sum(), clipped.float()]).tolist()
-    return total, norm
+    total, norm, *more = torch.cat([values[:1], clipped[None].to(values.dtype), values[1:]]).tolist()
+    return total, norm, {} if run.preference is None else run.preference.metrics(more, divisor)
 
 
-def micro_batch(run: Run, batch: dict[str, Any], num_tokens: int) -> Tensor:
-    """Accumulate one micro-batch's gradients. Return its loss."""
+def micro_batch(run: Run, batch: dict[str, Any], divisor: Any) -> Tensor:
+    """Accumulate one micro-batch's gradients. Return its loss, and for preferences the parts of their metrics."""
+    if run.preference is not None:
+        return preferences(run, run.preference, batch, divisor)
     batch = to_device(batch, run.device)
     if run.graphs is not None:
-        loss = head_loss(run.base, run.graphs(batch), batch, num_tokens)
+        loss = head_loss(run.base, run.graphs(batch), batch, divisor)
     else:
         with run.saved_as_pages():
-            loss = run.loss(run.base, batch, num_tokens)
+            loss = run.loss(run.base, batch, divisor)
     (loss * run.loss_scale).backward()
-    return loss.detach()
+    return loss.detach()[None]
+
+
+def preferences(run: Run, preference: Preference, batch: dict[str, Any], totals: Totals) -> Tensor:
+    """Same as `micro_batch`, for preferences."""
+    batch = preference.to_device(batch)
+    with nullcontext() if run.graphs is not None else run.saved_as_pages():
+        loss, metrics = preference.loss(batch, totals, run.graphs(batch) if run.graphs is not None else None)
+    (loss * run.loss_scale).backward()
+    return torch.cat([loss.detach()[None], metrics])
 
 
 def not_finite(run: Run, loss: float, norm: float) -> UserError:

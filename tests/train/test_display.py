@@ -84,7 +84,7 @@ def test_the_curve_is_drawn(tmp_path, monkeypatch):
     for count in (1, 2, 90):
         rows = [{"step": n + 1, "loss": 1 + 12 / (n + 1), "learning_rate": 1e-3 / (n + 1)} for n in range(count)]
         rows.append({"step": count, "eval_loss": 1.1})
-        draw_curve(tmp_path / "curve.png", rows)
+        draw_curve(tmp_path / "curve.png", rows, "loss")
         top, bottom = figures.pop().axes
         lines = {line.get_label(): line.get_xydata().tolist() for line in top.lines}
         losses = [row["loss"] for row in rows if "loss" in row]

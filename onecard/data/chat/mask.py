@@ -59,9 +59,12 @@ NO_THOUGHTS = "the chat template leaves out the thoughts of turns before the las
 
 @dataclass(frozen=True)
 class Example:
-    """One document: int tokens and labels of equal length; labels[0] is always masked.
+    """One document: int tokens and labels of equal length; labels[0] is always masked. A pair of answers is two
+    documents, of which the second begins with a masked label, too.
 
     Attributes:
+        second: the index at which the second document, with the rejected answer, begins; 0 if there is none.
+        label: of an answer by itself: whether it is desirable.
         truncated, answer_cut: whether it was cut to max_seq_length, and whether that removed supervised tokens.
         notes: what the user should know about it.
     """
@@ -72,6 +75,13 @@ class Example:
     truncated: bool = False
     answer_cut: bool = False
     notes: tuple[str, ...] = ()
+    second: int = 0
+    label: bool = True
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document."""
+        return (self.second, len(self.input_ids) - self.second) if self.second else (len(self.input_ids),)
 
     @property
     def num_supervised(self) -> int:
@@ -79,7 +89,33 @@ class Example:
 
 
 def encode(record: Record, tokenizer: Any, max_seq_length: int, train_on: TrainOn = "completion") -> Example:
-    """Tokenize a record and mask what is not learned.
+    """Tokenize a record, with its rejected answer if it has one, and mask what is not learned.
+
+    A pair that has lost an answer, or the difference of its answers, by a cut has no supervised token.
+
+    Raises:
+        UserError: same as `encode_document`.
+    """
+    first = encode_document(record, tokenizer, max_seq_length, train_on)
+    if record.rejected is None:
+        return replace(first, label=record.label)
+    second = encode_document(record.rejected, tokenizer, max_seq_length, train_on)
+    labels = first.labels + second.labels
+    if not (first.num_supervised and second.num_supervised) or first.input_ids == second.input_ids:
+        labels = [IGNORE] * len(labels)
+    return replace(
+        first,
+        input_ids=first.input_ids + second.input_ids,
+        labels=labels,
+        truncated=first.truncated or second.truncated,
+        answer_cut=first.answer_cut or second.answer_cut,
+        notes=tuple(dict.fromkeys(first.notes + second.notes)),
+        second=len(first.input_ids),
+    )
+
+
+def encode_document(record: Record, tokenizer: Any, max_seq_length: int, train_on: TrainOn = "completion") -> Example:
+    """Tokenize a record's prompt and its own answer, and mask what is not learned.
 
     Args:
         train_on: "completion": the completion, or the assistant's turns of a chat, are learned; "last": of these the
