@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import torch
 
+from onecard.config import REFERENCE_BYTES
 from onecard.kernels.cpu.native import LARGEST_M
 from onecard.memory.inputs import PlanInputs, Term
 from onecard.nn.experts import num_filled_rows
@@ -31,7 +32,9 @@ CODE_BYTES = 19 << 20  # pages of torch's libraries that a step touches first
 def process_terms(inputs: PlanInputs, learns: bool) -> list[Term]:
     """Return a CPU process's terms. `learns`: whether it trains, or only answers."""
     number = min(num_products(inputs, learns), MOST_PRODUCTS)
+    reference = REFERENCE_BYTES * inputs.workload.referenced
     return [
+        *([Term("reference", reference, f"{REFERENCE_BYTES} bytes an example")] if reference else []),
         *([Term("prepared products", number * PRODUCT_BYTES, f"{number} shapes x 650 KiB")] if number else []),
         Term("Python's objects", MODEL_BYTES + len(inputs.adapted) * MODULE_BYTES, "4 MiB + adapted linears x 40 KiB"),
         Term("libraries' code", CODE_BYTES, "pages that a step touches first"),

@@ -47,6 +47,7 @@ class Workload:
         prompts: tokens of the pieces of prompts.
         answered: rows, and tokens of prompt and answer, of the largest answers in memory at a time.
         prompt_tokens: tokens of the largest piece of prompts in one forward, over all rows.
+        referenced: examples whose reference is kept in host memory.
     """
 
     trained: frozenset[int]
@@ -56,6 +57,7 @@ class Workload:
     prompts: frozenset[int] = frozenset()
     answered: tuple[int, int] = (1, 0)
     prompt_tokens: int = 0
+    referenced: int = 0
 
     @property
     def forward(self) -> frozenset[int]:

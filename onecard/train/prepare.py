@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import shutil
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from onecard.adapter.form import form_of, template_digest
 from onecard.adapter.origin import Form
 from onecard.adapter.targets import check_names
-from onecard.config import TrainConfig, parse_bytes
+from onecard.config import REFERENCE_BYTES, TrainConfig, parse_bytes
 from onecard.data.chat.template import set_template
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.loader import Loader
@@ -36,7 +36,7 @@ from onecard.memory.terms import Term
 from onecard.memory.workload import Answers, known
 from onecard.train.evaluate import model_size
 from onecard.train.metrics import import_logger
-from onecard.train.reference import FILE, ROW_BYTES
+from onecard.train.reference import FILE
 from onecard.train.samples import Sample, make_samples
 
 FREE_MEMORY_SHARE = 0.8  # part of the free memory that a run may plan to use
@@ -107,13 +107,14 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     loader = make_loader(config, training)
     load = known(loader, config.num_train_epochs, validation, [ids for _, ids in samples])
     load = load.with_answers(answers) if answers else load
+    if config.has_reference:
+        load = replace(load, referenced=sum(len(each.examples) for each in (training, validation) if each is not None))
     strategy, plan, why = choose_memory(PlanInputs(model, config, dtype, load), checkpoint.is_4bit or config.calibrate)
     if config.calibrate:
         plan.disk.append(Term("calibrated base", checkpoint.nbytes // 2, "at most half of the checkpoint"))
     precompute = config.has_reference and config.precompute_reference is not False
     if precompute:
-        num_bytes = ROW_BYTES * sum(len(each.examples) for each in (training, validation) if each is not None)
-        term = Term("reference", num_bytes, f"{ROW_BYTES} bytes an example")
+        term = Term("reference", REFERENCE_BYTES * load.referenced, f"{REFERENCE_BYTES} bytes an example")
         precompute = config.precompute_reference is True or has_room([*plan.disk, term], Path(config.output))
         plan.disk.extend([term] * precompute)
     check_disk(plan, Path(config.output))

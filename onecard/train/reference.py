@@ -26,7 +26,6 @@ from onecard.train.preference import Preference, batches_of
 from onecard.train.run import Run
 
 FILE = "reference.safetensors"
-ROW_BYTES = 16  # two numbers of an example
 
 
 def set_references(run: Run, batches: Iterator[dict[str, Any]], output: Path, identity: dict[str, str]) -> str:

@@ -1,4 +1,4 @@
-"""Behaviour: transformers' Trainer, TRL's SFTTrainer and DPOTrainer train adapters on our 4-bit models."""
+"""Behaviour: transformers' Trainer, and TRL's trainers (SFT, DPO, GRPO, reward) train adapters on our 4-bit models."""
 
 import pytest
 import torch
@@ -100,6 +100,75 @@ def test_dpo_trainer(wrapped, checkpoint, tmp_path):
     )
     trainer.train()
     check_learned(trainer, checkpoint, tmp_path, 0.1)
+
+
+@pytest.mark.slow
+def test_grpo_trainer(checkpoint, tmp_path):
+    """The reward counts a token's text, so that the adapter learns to write it."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model, tokenizer = load(checkpoint)
+    prompts = [{"prompt": [{"role": "user", "content": f"how many mugs? {i}"}]} for i in range(24)]
+
+    def reward(completions, **kwargs):
+        return [float(turns[0]["content"].count("mug")) - 0.01 * len(turns[0]["content"]) for turns in completions]
+
+    config = {**COMMON, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=trl.GRPOConfig(str(tmp_path / "out"), num_generations=4, max_completion_length=12, beta=0.05, **config),
+        train_dataset=Dataset.from_list(prompts),
+        processing_class=tokenizer,
+        peft_config=lora(),
+    )
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    losses = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == COMMON["max_steps"] and all("kl" in row and "reward" in row for row in losses)
+    after = dict(trainer.model.named_parameters())
+    assert any(not torch.equal(after[name], old) for name, old in before.items() if "lora_B" in name)
+    assert all(p.isfinite().all() for name, p in after.items() if "lora" in name)
+
+
+@pytest.mark.slow
+def test_reward_trainer(checkpoint, tmp_path):
+    """A model with a head of one number, which learns in full, on our 4-bit linears."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+
+    quantization = load(checkpoint)[0].config.quantization_config
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        str(checkpoint), quantization_config=quantization, dtype=torch.float32, num_labels=1
+    )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    rows = [
+        {
+            "chosen": [
+                {"role": "user", "content": f"{i}?"},
+                {"role": "assistant", "content": f"{i} blue mugs, please"},
+            ],
+            "rejected": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "the lazy dog"}],
+        }
+        for i in range(24)
+    ]
+    settings = LoraConfig(
+        r=8, lora_alpha=16, target_modules="all-linear", task_type="SEQ_CLS", modules_to_save=["score"]
+    )
+    trainer = trl.RewardTrainer(
+        model=model,
+        args=trl.RewardConfig(str(tmp_path / "out"), max_length=96, **{**COMMON, "learning_rate": 1e-2}),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=settings,
+    )
+    assert any(isinstance(module, onecard.nn.linear.Linear4bit) for module in model.modules())
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert len(losses) == COMMON["max_steps"] and losses[-1] < losses[0] - 0.1, losses
 
 
 def test_transformers_trainer_after_prepare_model_for_kbit_training(checkpoint, tmp_path):

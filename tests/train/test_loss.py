@@ -16,7 +16,15 @@ from onecard.memory.terms import logits_term
 from onecard.train import loss as loss_module
 from onecard.train.evaluate import choose_loss, evaluate
 from onecard.train.graphs import DecoderGraphs, size_of
-from onecard.train.loss import LogitTransform, chunked_cross_entropy, decode, head_loss, packed_loss, plain_loss
+from onecard.train.loss import (
+    LogitTransform,
+    chunked_cross_entropy,
+    chunked_token_losses,
+    decode,
+    head_loss,
+    packed_loss,
+    plain_loss,
+)
 from onecard.train.step import to_device
 from tests.conftest import FAMILIES, make_checkpoint
 
@@ -47,6 +55,34 @@ def test_chunked_cross_entropy(transform, dtype, trained_head, monkeypatch):
     assert (grad.double() - true_grad).abs().max() <= 2 * worst + eps * true_grad.abs().max()
 
 
+@pytest.mark.parametrize("transform", [TRANSFORMS[0], TRANSFORMS[3]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_chunked_token_losses(transform, dtype, trained_head, monkeypatch):
+    """Each position's loss, and the gradient of any weighted sum of them."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(loss_module, "logits_chunk_bytes", lambda device: 1)  # 64 rows a chunk
+    monkeypatch.setattr(loss_module, "ROWS_SCALED", 37)
+    head = torch.nn.Linear(32, 50).to(dtype).requires_grad_(trained_head)
+    h, target = torch.randn(150, 32, dtype=dtype, requires_grad=True), torch.randint(0, 50, (150,))
+    factors = torch.randn(150, dtype=torch.float64)
+    ours = chunked_token_losses(h, head, target, transform)
+    (grad,) = torch.autograd.grad((ours.double() * factors).sum(), h)
+
+    def plain(to):
+        x = h.detach().to(to).requires_grad_()
+        z = transform(x @ head.weight.detach().to(to).T + head.bias.detach().to(to))
+        z = z if to == torch.float64 else z.float()
+        value = torch.nn.functional.cross_entropy(z, target, reduction="none")
+        return value, torch.autograd.grad((value.double() * factors).sum(), x)[0]
+
+    (truth, true_grad), (same, same_grad) = plain(torch.float64), plain(dtype)
+    eps = torch.finfo(dtype).eps
+    assert ((ours - truth).abs() <= 2 * (same - truth).abs().max() + eps * truth.abs()).all()
+    worst = (same_grad.double() - true_grad).abs().max()
+    assert (grad.double() - true_grad).abs().max() <= 2 * worst + 2 * eps * true_grad.abs().max()
+
+
 def test_the_full_logits_never_exist(monkeypatch):
     monkeypatch.setattr(loss_module, "logits_chunk_bytes", lambda device: 4 * 1000 * 64)
     largest = 0
@@ -62,7 +98,9 @@ def test_the_full_logits_never_exist(monkeypatch):
     head = torch.nn.Linear(16, 1000, bias=False).requires_grad_(False)
     h = torch.randn(1024, 16, requires_grad=True)
     with Watch():
-        chunked_cross_entropy(h, head, torch.randint(0, 1000, (1024,)), LogitTransform(), 1024).backward()
+        target = torch.randint(0, 1000, (1024,))
+        chunked_cross_entropy(h, head, target, LogitTransform(), 1024).backward()
+        (chunked_token_losses(h, head, target, LogitTransform()) * torch.randn(1024)).sum().backward()
     assert largest <= 64_000  # one chunk; all logits would be 1,024,000
 
 

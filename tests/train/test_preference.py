@@ -13,11 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import onecard
 from onecard.adapter.layers import lora_config
 from onecard.config import TrainConfig, make_config
+from onecard.data.chat.mask import Example
+from onecard.data.packing import collate
 from onecard.errors import UserError
+from onecard.hf.attention import use_packed_attention
 from onecard.nn.linear import Linear4bit
+from onecard.train.preference import Preference
 from onecard.train.preference_loss import DPO_LOSSES, dpo_losses
 from onecard.train.session import run_training
-from tests.conftest import write_rows
+from tests.conftest import make_checkpoint, write_rows
 from tests.train.test_loop import adapter_bytes, quiet
 
 STEPS, COUNT = 4, 6
@@ -305,6 +309,38 @@ def test_the_reference_in_the_step_is_that_of_before(loss, checkpoint, tmp_path)
     else:
         assert before == step
         assert adapter_bytes(tmp_path / "before") == adapter_bytes(tmp_path / "step")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+@pytest.mark.parametrize("more", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head", "embed_tokens"]}], ids=str)
+def test_the_reference_is_the_base(family, more, tmp_path):
+    """Whatever an adapter has learned: experts, DoRA, whole modules."""
+    if family == "qwen3_moe":
+        more = {**more, "target_parameters": ["gate_up_proj", "down_proj"]}
+        if "use_dora" in more:
+            pytest.skip("refused: target_parameters take no use_dora")
+    folder = make_checkpoint(tmp_path / "m", family)
+    config = make_config(TrainConfig, fields(folder, "-", "-", loss="dpo", **more), "test")
+    base = onecard.load_model(str(folder), compute_dtype=torch.float32, device="cpu")
+    ids = torch.randint(5, 99, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = base(ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0].double()
+    model = get_peft_model(base, lora_config(config, base))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+    half = ids[0].tolist()[:32], ids[0].tolist()[32:]
+    example = Example([*half[0], *half[0]], 2 * [*[-100] * 16, *half[0][16:]], "row", second=32)
+    preference = Preference(config, model, [example], packed=True)
+    batch = preference.to_device({**collate([example], 64), "indices": [0]})
+    with use_packed_attention(preference.base):
+        found = preference.compute_reference(batch)
+        with torch.no_grad():
+            learned = preference.log_probs(batch).sum()
+    assert found[0] == pytest.approx([wanted[15:31].sum()] * 2, rel=1e-5)
+    assert abs(learned - found.sum()) > 1
+    assert all(p.requires_grad for name, p in model.named_parameters() if "lora" in name)
 
 
 def test_a_run_shorter_than_an_epoch_computes_only_its_references(checkpoint, tmp_path):
