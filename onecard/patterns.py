@@ -10,10 +10,12 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from onecard.errors import UserError, shortened
 
+T = TypeVar("T")
 PLAIN = re.compile(r"[\w.-]*")
 MAX_CHARACTERS = 20_000  # of all expressions together: a megabyte takes minutes to compile
 MAX_SECONDS = 5
@@ -41,6 +43,13 @@ def check_syntax(expressions: list[str]) -> None:
             re.compile(expression)
         except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"must be a regular expression, not {shortened(expression, 100)!r}: {error}") from None
+
+
+def first_match(values: Mapping[str, T], name: str, default: T) -> T:
+    """Return the value of the first expression that matches the end of a module's name after a dot, or the whole name:
+    peft's rule for rank_pattern and alpha_pattern."""
+    found = (value for expression, value in values.items() if re.match(rf"(.*\.)?({expression})$", name))
+    return next(found, default)
 
 
 def check_time(expressions: list[str], names: Iterable[str], where: str) -> None:

@@ -1,5 +1,12 @@
 """The LoRA layers that peft puts around a Linear4bit and around an Experts4bit's stacked weights.
 
+PiSSA (arXiv 2404.02948) and OLoRA (arXiv 2406.01775) start from parts of W itself, B0 A0, and train over W - s B0 A0.
+Here W is in 4 bits and stays as it is. The start is frozen beside the adapter, and the layer computes
+
+    y = W x + s (B A - B0 A0) x = W x + s [B, -B0] [A; A0] x
+
+which is a plain LoRA of rank 2 r over W. It is saved as such, so that merge, exports and peft need not know of it.
+
 `lora_config` registers them as LoraConfig's custom modules. Plain LoRA on a linear runs as one fused operator. DoRA and
 the other variants, several active adapters and mixed batches use peft's own forward around Linear4bit. Adapters are
 saved in peft's own format in both cases.
@@ -8,7 +15,7 @@ saved in peft's own format in both cases.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +24,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as PeftLinear
 from peft.tuners.lora.layer import ParamWrapper as PeftParamWrapper
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 
@@ -29,16 +37,22 @@ from onecard.nn.linears import beside_text, read_directly
 
 
 class LoraLinear4bit(PeftLinear):
-    """y = W x + s B A dropout(x) over a frozen 4-bit W; A and B are float32, cast for the products."""
+    """y = W x + s B A dropout(x) over a frozen 4-bit W; A and B are float32, cast for the products.
+
+    Attributes:
+        starts: A0 and -B0 of the adapters that started from W.
+    """
+
+    starts: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012  # peft makes the start before __init__ ends
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.plain_adapter()
         if name is None or args or kwargs:
+            assert self.disable_adapters or not self.starts, "an adapter with a frozen start computes alone"
             return super().forward(x, *args, **kwargs)
         base: Any = self.get_base_layer()
         x_in = x.to(base.compute_dtype or x.dtype)
         dropout = self.lora_dropout[name]
-        adapter_A: Any = self.lora_A[name]
         adapter_B: Any = self.lora_B[name]
         active = self.training and not isinstance(dropout, nn.Identity)
         packed, state = base.stored()
@@ -47,11 +61,12 @@ class LoraLinear4bit(PeftLinear):
             packed,
             state,
             base.bias,
-            adapter_A.weight,
-            adapter_B.weight,
+            *self.factors(name),
             self.scaling[name],
             dropout(x_in) if active else None,
         )
+        if adapter_B.bias is not None:
+            y = y + (self.scaling[name] * adapter_B.bias).to(y.dtype)
         return y.to(x.dtype)
 
     def plain_adapter(self) -> str | None:
@@ -59,16 +74,56 @@ class LoraLinear4bit(PeftLinear):
         if self.disable_adapters or self.merged:
             return None
         names = [name for name in self.active_adapters if name in self.lora_A]
-        if len(names) != 1 or names[0] in self.lora_variant or self.lora_B[names[0]].bias is not None:
+        if len(names) != 1 or names[0] in self.lora_variant:
             return None
         return names[0]
 
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the A and B that are added to W: the adapter's, with its frozen start if it has one."""
+        adapter_A: Any = self.lora_A[name]
+        adapter_B: Any = self.lora_B[name]
+        A, B = adapter_A.weight, adapter_B.weight
+        if name not in self.starts:
+            return A, B
+        A0, minus_B0 = self.starts[name]
+        return torch.cat([A, A0]), torch.cat([B, minus_B0], dim=1)
+
+    def pissa_init(self, adapter_name: str, init_lora_weights: str) -> None:
+        with self.base_in_float32():
+            super().pissa_init(adapter_name, init_lora_weights)
+        self.keep_start(adapter_name)
+
+    def olora_init(self, adapter_name: str) -> None:
+        with self.base_in_float32():
+            super().olora_init(adapter_name)
+        self.keep_start(adapter_name)
+
+    def orthogonal_init(self, adapter_name: str) -> None:
+        with self.base_in_float32(device="meta"):  # peft reads its dtype
+            super().orthogonal_init(adapter_name)
+
+    @contextmanager
+    def base_in_float32(self, device: str | None = None) -> Iterator[None]:
+        """Put a linear of the dequantized weight, which peft changes, in the base's place. On "meta" it is empty."""
+        base: Any = self.base_layer
+        dense = nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+        if device is None:
+            dense.weight = nn.Parameter(base.dequantize().float(), requires_grad=False)
+        self.base_layer = dense
+        try:
+            yield
+        finally:
+            self.base_layer = base
+
+    def keep_start(self, name: str) -> None:
+        A, B = self.factors(name)
+        self.starts = {**self.starts, name: (A.detach().clone(), -B.detach())}
+
     def rests_on_weight(self, *args: Any, **kwargs: Any) -> None:
         must, found = "an adapter's start must leave a 4-bit base as it is", "one that is made from its 16-bit weights"
-        raise UserError(must, found, "use peft's default or gaussian", "init_lora_weights")
+        raise UserError(must, found, "use gaussian, orthogonal, pissa or olora", "init_lora_weights")
 
-    pissa_init = corda_init = olora_init = loftq_init = lora_ga_init = rests_on_weight  # peft's names
-    orthogonal_init = rests_on_weight  # it casts the adapter to the weight's dtype
+    corda_init = loftq_init = lora_ga_init = mica_init = rests_on_weight  # peft's names
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise not_into_4_bits()
@@ -132,6 +187,12 @@ class ParamWrapper(PeftParamWrapper):
         A_ERK = torch.cat([each.A_ERK for each in found], dim=1)
         return Factors(A_ERK, torch.cat([each.scaling * each.B_NRE for each in found], dim=1), 1.0)
 
+    def rests_on_weight(self, *args: Any, **kwargs: Any) -> None:
+        must, found = "an adapter of experts starts without their weights", "another start"
+        raise UserError(must, found, "use default or gaussian", "init_lora_weights")
+
+    pissa_init = olora_init = orthogonal_init = corda_init = loftq_init = lora_ga_init = rests_on_weight
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise not_into_4_bits()
 
@@ -154,26 +215,62 @@ def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
     Raises:
         UserError: target_modules name a linear whose weight the model's code reads directly.
     """
-    target_modules, exclude_modules = settings.target_modules, None
+    targets, excluded, start = settings.target_modules, settings.exclude_modules, settings.init_lora_weights
     if model is not None:
-        if target_modules == "all-linear":
-            target_modules = all_linear(model, [n for n, m in model.named_modules() if isinstance(m, Linear4bit)])
+        if targets == "all-linear":
+            targets = all_linear(model, [n for n, m in model.named_modules() if isinstance(m, Linear4bit)])
+            targets = [n for n in targets if "." not in n or is_adapted(n, settings, [n.rpartition(".")[2]])]
         else:
-            check_called(model, target_modules)
-            exclude_modules = without_text(model, target_modules)
+            check_called(model, targets)
+            beside = without_text(model, targets)
+            excluded = excluded if beside is None else "|".join([beside, *as_pattern(excluded)])
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]
         lora_dropout=settings.lora_dropout,
-        target_modules=target_modules,
-        exclude_modules=exclude_modules,
+        target_modules=targets,
+        exclude_modules=excluded,
+        layers_to_transform=settings.layers_to_transform,
+        layers_pattern=settings.layers_pattern,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        lora_bias=settings.lora_bias,
         target_parameters=settings.target_parameters,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
         modules_to_save=settings.modules_to_save,
+        init_lora_weights=True if start in ("default", "loftq") else start,  # type: ignore[arg-type]
         task_type="CAUSAL_LM",
     )
     return register_fused(config)
+
+
+def as_pattern(names: list[str] | str | None) -> list[str]:
+    """Return exclude_modules as a pattern of whole names, in a list; an empty list for none."""
+    if names is None or isinstance(names, str):
+        return [names] if names else []
+    return [rf"(.+\.)?({'|'.join(map(re.escape, names))})"]
+
+
+def adapted_linears(settings: LoraSettings, linears: Iterable[str]) -> list[str]:
+    """Return those of a model's 4-bit linears that the settings give a LoRA, by peft's own rules."""
+    linears, targets = list(linears), settings.target_modules
+    if targets == "all-linear":
+        targets = sorted({name.rpartition(".")[2] for name in linears})
+    return [name for name in linears if is_adapted(name, settings, targets)]
+
+
+def is_adapted(name: str, settings: LoraSettings, targets: list[str] | str) -> bool:
+    """Whether a linear gets a LoRA: target_modules name it, in one of the layers, and nothing excludes it."""
+    rules = SimpleNamespace(
+        target_modules=targets,
+        exclude_modules=settings.exclude_modules,
+        layers_to_transform=settings.layers_to_transform,
+        layers_pattern=settings.layers_pattern,
+        modules_to_save=settings.modules_to_save,
+        target_parameters=None,
+    )
+    return bool(check_target_module_exists(rules, name))
 
 
 def all_linear(model: Any, linears: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import FLOATS, TensorInfo, read_header
 from onecard.hf.load import resize_vocabulary
 from onecard.hf.quantizer import check_finite
-from onecard.patterns import check_syntax, check_time, is_plain
+from onecard.patterns import check_syntax, check_time, first_match, is_plain
 
 WEIGHTS = "adapter_model.safetensors"
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # peft's initializations that change the base
@@ -76,8 +76,7 @@ class AdapterDocument(Foreign):
         return [form.replace("%s", text) for form, texts in made.items() for text in texts if not is_plain(text)]
 
     def rank_of(self, module: str) -> int | None:
-        """Return a module's rank: by the first pattern that matches the end of its name, as in peft, else r."""
-        return next((rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", module)), self.r)
+        return first_match(self.rank_pattern, module, self.r)
 
 
 def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:

@@ -10,16 +10,18 @@ from peft.utils.transformers_weight_conversion import convert_peft_config_for_tr
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from onecard.adapter.layers import adapted_linears, as_pattern
 from onecard.config import LoraSettings
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.skeleton import Model
-from onecard.patterns import check_time
+from onecard.patterns import check_time, first_match
 
 
 def check_names(model: Model, lora: LoraSettings) -> None:
     """Raise UserError unless target_modules are linears, modules_to_save modules without 4-bit weights, and
     target_parameters experts' weights."""
     check_targets(model.modules, lora, bool(model.stacks))
+    check_patterns(model, lora)
     for name in lora.modules_to_save or ():
         paths = [path for path, _ in model.modules.named_modules() if f".{path}".endswith(f".{name}")]
         if not paths:
@@ -35,6 +37,55 @@ def check_names(model: Model, lora: LoraSettings) -> None:
             found = f'none is called "{name}"; there are {", ".join(sorted(model.stacks)) or "no experts"}'
             must = "target_parameters must name stacked weights of the model's experts"
             raise UserError(must, found[:200], "correct it", "target_parameters")
+
+
+def check_patterns(model: Model, lora: LoraSettings) -> None:
+    """Raise UserError if exclude_modules, layers_to_transform, rank_pattern or alpha_pattern have an entry without
+    effect, if they leave nothing to train, or if lora_bias is wanted for linears without a bias.
+
+    peft warns of the first and trains on. A bias of lora_B on a linear without one cannot be merged.
+    """
+    names = [name for name, _ in model.modules.named_modules()]
+    excluded = as_pattern(lora.exclude_modules) if isinstance(lora.exclude_modules, str) else lora.exclude_modules or []
+    layers = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in lora.layers_pattern or ()]
+    keys = [rf"(.*\.)?({key})$" for key in (*lora.rank_pattern, *lora.alpha_pattern)]
+    whole = excluded if isinstance(lora.exclude_modules, str) else []
+    check_time([*whole, *layers, *keys], names, "rank_pattern, alpha_pattern, exclude_modules or layers_pattern")
+    for entry in excluded:
+        if not any(matches(name, entry, bool(whole)) for name in names):
+            raise without_effect("exclude_modules", entry)
+    linears = [path.removesuffix(".weight") for path in model.linears]
+    for layer in lora.layers_to_transform or ():
+        alone = lora.model_copy(update={"layers_to_transform": [layer]})
+        if not adapted_linears(alone, linears):
+            raise without_effect("layers_to_transform", f"{layer}: no target is in that layer")
+    found = adapted_linears(lora, linears)
+    if not found and not lora.target_parameters and not model.stacks:
+        must, do = "some linear must get a LoRA", "exclude less, or target more"
+        raise UserError(must, "exclude_modules and modules_to_save leave none", do, "target_modules")
+    ends = tuple(lora.target_parameters or ())
+    trained = [*found, *(path for path in model.stacks if not lora.target_parameters or path.endswith(ends))]
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(lora, setting):
+            if not any(first_match({key: True}, name, False) for name in trained):
+                raise without_effect(setting, key)
+    for name in found if lora.has_frozen_start else ():
+        linear, rank = model.linears[f"{name}.weight"], lora.rank_of(name)
+        if rank > min(linear.in_features, linear.out_features):
+            must = f"init_lora_weights {lora.init_lora_weights} needs a rank that each weight has"
+            found_shape = f"r {rank} for {name}, {linear.out_features} x {linear.in_features}"
+            raise UserError(must, found_shape, "lower r, or set rank_pattern for it", "r")
+    bare = [name for name in found if lora.lora_bias and model.linears[f"{name}.weight"].bias is None]
+    if bare:
+        others = sorted({name.rpartition(".")[2] for name in set(found) - set(bare)})
+        do = f"name {', '.join(others)} in target_modules" if others else "leave lora_bias out"
+        must = "lora_bias needs linears with a bias, to which merge adds it"
+        raise UserError(must, f"{bare[0]} has none", do, "lora_bias")
+
+
+def without_effect(setting: str, entry: str) -> UserError:
+    must = f"each entry of {setting} must match a module that it changes"
+    return UserError(must, f"{entry!r} has no effect", "correct it or leave it out", setting)
 
 
 def check_targets(modules: Any, lora: LoraSettings, has_experts: bool) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from onecard.adapter.load import WEIGHTS, modules_of, read_config, stored_tensors
 from onecard.errors import UserError
 from onecard.hf.quantizer import check_finite
+from onecard.patterns import first_match
 
 PREFIX = "base_model.model."
 TOKENS = ".token_adapter.trainable_tokens_delta"  # despite its name it holds the rows, not differences
@@ -45,17 +46,18 @@ class Adapter:
     folder: Path | None = None
     updates: dict[str, Update] = field(default_factory=dict)  # by the name of the weight
     saved: dict[str, Tensor] = field(default_factory=dict)  # trained in full: they replace the base's
+    biases: dict[str, Tensor] = field(default_factory=dict)  # lora_bias, scaled: they are added to the base's biases
     tokens: dict[str, tuple[list[int], Tensor]] = field(default_factory=dict)  # an embedding's trained rows
     stays_tied: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # adapter_config.json
 
     def renamed(self, names: dict[str, str]) -> Adapter:
         """Return the adapter under other names for the model's weights, such as a checkpoint's."""
-        updates, saved, tokens = (
+        updates, saved, biases, tokens = (
             {names.get(name, name): value for name, value in found.items()}
-            for found in (self.updates, self.saved, self.tokens)
+            for found in (self.updates, self.saved, self.biases, self.tokens)
         )
-        return replace(self, updates=updates, saved=saved, tokens=tokens)
+        return replace(self, updates=updates, saved=saved, biases=biases, tokens=tokens)
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -78,7 +80,7 @@ def read_adapter(folder: Path) -> Adapter:
             tensor = file.get_tensor(key)
             check_finite(f"{path}: {key}", tensor)
             name = key.removeprefix(PREFIX)
-            match = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?", name)
+            match = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector|lora_B\.bias)(?:\.weight)?", name)
             if match:
                 parts.setdefault(match[1], {})[match[2]] = tensor.float()
             elif "lora_" in name or not key.startswith(PREFIX):
@@ -96,6 +98,8 @@ def read_adapter(folder: Path) -> Adapter:
         A, B = part["lora_A"], part["lora_B"]
         scaling = scale_of(module, config, A.shape[0])
         adapter.updates[f"{module}.weight"] = Update(A, B, scaling, part.get("lora_magnitude_vector"))
+        if "lora_B.bias" in part:
+            adapter.biases[f"{module}.bias"] = scaling * part["lora_B.bias"]
     return adapter
 
 
@@ -108,10 +112,6 @@ def token_indices(module: str, config: dict[str, Any]) -> list[int]:
 
 
 def scale_of(module: str, config: dict[str, Any], rank: int) -> float:
-    """Return alpha / r, or alpha / sqrt(r) with rsLoRA. alpha_pattern may set a module's alpha; peft's rule matches."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
+    """Return alpha / r, or alpha / sqrt(r) with rsLoRA. alpha_pattern may set a module's alpha."""
+    alpha = first_match(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
     return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank

@@ -61,8 +61,8 @@ class OptimSettings(Strict):
         for key, item in named.items():
             if key not in WORDS:
                 try:
-                    named[key] = int(item) if key in WHOLE else float(item)
-                    right = float(item) == named[key] >= 0
+                    named[key] = number = int(item) if key in WHOLE else float(item)
+                    right = float(item) == number >= 0
                 except ValueError:
                     right = False
                 if not right:

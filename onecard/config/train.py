@@ -65,9 +65,6 @@ class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, Memory
     cuda_graphs: bool = Field(default=True, description="record and replay a CUDA GPU's work where memory allows")
     num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="updates; overrides num_train_epochs")
-    init_lora_weights: Literal["default", "loftq"] = Field(
-        default="default", description="start of LoRA; loftq: corrects what calibrate's 4 bits leave (arXiv 2310.08659)"
-    )
     seed: int = Field(default=42, ge=0, lt=2**63, description="of the start of LoRA, the order of rows and dropout")
 
     eval_steps: int | None = Field(

@@ -82,6 +82,13 @@ def saved_tensors(
         W = saved[name].clone() if name in saved else read_tensor(stored)
         W[rows] = values.to(W.dtype)
         saved[name] = W
+    for name, bias in adapter.biases.items():
+        stored = checkpoint.tensors.get(name)
+        if stored is None or stored.shape != tuple(bias.shape):
+            found = f"no bias {name} of shape {list(bias.shape)} in the checkpoint"
+            do = "use the model that the adapter was trained on; for linears without a bias, train without lora_bias"
+            raise UserError("a bias of lora_B must have a bias to be added to", found, do, str(adapter.folder))
+        saved[name] = read_tensor(stored).float() + bias
     both = (ends.embedding, ends.head)
     for name in set(saved) - set(shapes) - {ends.head}:
         raise UserError("a module saved in full must be the model's", name, "use its own model", str(adapter.folder))

@@ -54,9 +54,16 @@ class Activations:
 
 
 def layer_activations(
-    modules: Any, adapted: dict[str, Any], r: int, dropout: bool, dora: bool, dtype: torch.dtype, device: str
+    modules: Any,
+    adapted: dict[str, Any],
+    ranks: dict[str, int],
+    r: int,
+    dropout: bool,
+    dora: bool,
+    dtype: torch.dtype,
+    device: str,
 ) -> Activations:
-    """Count for transformers' model on the meta device, with LoRA of rank r on the linears and stacks `adapted`."""
+    """Count for transformers' model on the meta device, with LoRA of `ranks` on the linears and stacks `adapted`."""
     text, c = modules.config.get_text_config(), dtype.itemsize
     layers = text.num_hidden_layers
     heads, key_heads, head = heads_of(text)
@@ -82,7 +89,7 @@ def layer_activations(
         parent, leaf = name.removesuffix(".weight").rsplit(".", 1)
         attention, inner = "attn" in parent or "attention" in parent, leaf in INNER
         symbol = "d" if not inner else "a" if attention else "f"
-        count["r"] += 1 / layers
+        count["r"] += ranks[name] / r / layers
         if dropout:
             count[symbol] += (2 if device == "cpu" else 1 + 1 / c) / layers
         elif (parent, inner) not in shared and not (attention and inner):

@@ -5,13 +5,13 @@ Letters are the same as in terms.py.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from onecard.adapter.layers import adapted_linears
 from onecard.config import NESTED_BLOCKSIZE, TrainConfig, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import pick_device
@@ -99,22 +99,23 @@ class PlanInputs:
     @cached_property
     def adapted(self) -> dict[str, Any]:
         """The linears and stacks that get an adapter, by their weight's name."""
-        names, linears = self.config.target_modules, self.model.linears
         ends = tuple(self.config.target_parameters or ())
         stacks = {path: stack for path, stack in self.model.stacks.items() if path.endswith(ends)}
-        if names == "all-linear":
-            return {**linears, **stacks}
-        if isinstance(names, str):  # a pattern for whole names, same as in peft
-            found = {path: m for path, m in linears.items() if re.fullmatch(names, path.removesuffix(".weight"))}
-        else:
-            named = tuple(f".{name}.weight" for name in names)
-            found = {path: m for path, m in linears.items() if f".{path}".endswith(named)}
-        return found | stacks
+        linears = self.model.linears
+        names = adapted_linears(self.config, (path.removesuffix(".weight") for path in linears))
+        return {f"{name}.weight": linears[f"{name}.weight"] for name in names} | stacks
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The rank of each adapter, by its weight's name."""
+        return {path: self.config.rank_of(path.removesuffix(".weight")) for path in self.adapted}
 
     @cached_property
     def lora_sizes(self) -> list[int]:
-        """Number of weights of each LoRA matrix."""
-        return [self.config.r * n for m in self.adapted.values() for n in (m.in_features, m.out_features)]
+        """Number of weights of each LoRA matrix, and of each bias of a lora_B."""
+        pairs = [(self.ranks[path], m.in_features, m.out_features) for path, m in self.adapted.items()]
+        biases = [N for _, _, N in pairs] if self.config.lora_bias else []
+        return [r * n for r, K, N in pairs for n in (K, N)] + biases
 
     @cached_property
     def num_shapes(self) -> tuple[int, int]:
@@ -162,8 +163,9 @@ class PlanInputs:
     @cached_property
     def expert_factors(self) -> int:
         """Bytes of a layer's LoRA on experts during its backward: weights and gradients in the compute dtype."""
-        stacked = sum(m.in_features + m.out_features for name, m in self.adapted.items() if name in self.model.stacks)
-        return 2 * self.c * self.config.r * stacked // self.model.num_layers
+        stacked = [(self.ranks[name], m) for name, m in self.adapted.items() if name in self.model.stacks]
+        num_weights = sum(rank * (m.in_features + m.out_features) for rank, m in stacked)
+        return 2 * self.c * num_weights // self.model.num_layers
 
     @cached_property
     def sizes(self) -> list[int]:
@@ -176,8 +178,8 @@ class PlanInputs:
         per_token = getattr(self.model.text, "num_experts_per_tok", None) or 1
         share = {name: per_token / stack.num_experts for name, stack in self.model.stacks.items()}
         frozen = sum(m.weight.numel() * share.get(name, 1) for name, m in self.model.quantized.items())
-        lora = sum((m.in_features + m.out_features) * share.get(name, 1) for name, m in self.adapted.items())
-        return frozen, self.config.r * lora
+        pairs = ((name, self.ranks[name] * (m.in_features + m.out_features)) for name, m in self.adapted.items())
+        return frozen, sum(num_weights * share.get(name, 1) for name, num_weights in pairs)
 
     @cached_property
     def pages(self) -> list[int]:
@@ -227,6 +229,7 @@ class PlanInputs:
         return layer_activations(
             self.model.modules,
             self.adapted,
+            {path: (2 if config.has_frozen_start else 1) * rank for path, rank in self.ranks.items()},
             config.r,
             config.lora_dropout > 0,
             config.use_dora,

@@ -60,9 +60,19 @@ def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStr
         )
         if inputs.num_saved:
             gradients = Term("gradients", gradients.num_bytes + saved.num_bytes, "4 P_l + c P_s")
-        own = [lora, *([saved] if inputs.num_saved else []), state_term(inputs, strategy)]
+        own = [lora, *start_terms(inputs, strategy), *([saved] if inputs.num_saved else [])]
+        own.append(state_term(inputs, strategy))
         step = step_terms(inputs, strategy, gradients)
     return [*base, *own, *step, *device_terms(inputs, step, method != "generate")]
+
+
+def start_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
+    """Return the term of a frozen start: its matrices, and those of each kept layer joined with the adapter's."""
+    if not inputs.config.has_frozen_start:
+        return []
+    P_l, layers = inputs.num_lora, inputs.model.num_layers
+    kept = max(layers - strategy.num_recomputed, 1)
+    return [Term("LoRA's start", 4 * P_l + 8 * P_l * kept // layers, f"4 P_l + 8 P_l x {kept} / L")]
 
 
 def device_terms(inputs: PlanInputs, step: list[Term], learns: bool) -> list[Term]:
@@ -186,10 +196,11 @@ def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
 
 def disk_terms(inputs: PlanInputs, strategy: MemoryStrategy, paged_from_file: bool) -> list[Term]:
     """Return what a run writes. `paged_from_file`: whether a paged base uses the checkpoint's own 4-bit files."""
-    adapter = 4 * inputs.num_lora + inputs.c * inputs.num_saved
+    lora = "8 P_l" if inputs.config.has_frozen_start else "4 P_l"
+    adapter = int(lora[0]) * inputs.num_lora + inputs.c * inputs.num_saved
     one = adapter + sum(inputs.state_sizes)
     count = inputs.config.save_total_limit + 1  # the next one is complete before the oldest is removed
-    learned = "4 P_l + c P_s" if inputs.num_saved else "4 P_l"
+    learned = f"{lora} + c P_s" if inputs.num_saved else lora
     terms = [Term("checkpoints", count * one, f"{count} x ({learned} + AdamW states)"),
              Term("adapter", adapter, learned)]  # fmt: skip
     if strategy.weights_budget is not None and not paged_from_file:

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from onecard.adapter.layers import LoraLinear4bit
 from onecard.config import TrainConfig
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
@@ -235,7 +236,9 @@ def position_of(state: State) -> Position:
 def checkpoint(run: Run, root: Path) -> None:
     """Write a checkpoint of all that the next update depends on."""
     tensors = {
-        "adapter": {name: p.detach().cpu().contiguous() for name, p in run.trainable.items()},
+        "adapter": {
+            name: tensor.detach().cpu().contiguous() for name, tensor in (run.trainable | starts(run.model)).items()
+        },
         "optimizer": {
             f"{name}.{key}": value.contiguous()
             for name, p in run.trainable.items()
@@ -258,6 +261,13 @@ def checkpoint(run: Run, root: Path) -> None:
     save_state(root, run.step, tensors, documents, run.config.save_total_limit)
 
 
+def starts(model: Any) -> dict[str, Tensor]:
+    """Return the frozen starts of LoRA, which another machine's decomposition may not give again."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, LoraLinear4bit)]
+    pairs = {f"{path}.start": pair for path, layer in layers for pair in layer.starts.values()}
+    return {f"{path}_{key}": tensor for path, pair in pairs.items() for key, tensor in zip("AB", pair)}
+
+
 def resume(run: Run, state: State) -> None:
     """Restore a run from a checkpoint. Raises UserError, same as `check_unchanged`."""
     check_unchanged(run.config, run.identity, state)
@@ -266,6 +276,8 @@ def resume(run: Run, state: State) -> None:
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
         found = {key.rpartition(".")[2]: value.clone() for key, value in found.items()}  # not a view of the file
         run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
+    for name, tensor in starts(run.model).items():
+        tensor.copy_(state.tensors["adapter"][name])
     position = position_of(state)
     run.step, run.loss_scale = position.step, position.loss_scale
     before = position.max_forward_tokens
@@ -280,7 +292,8 @@ def check_unchanged(config: TrainConfig, identity: dict[str, str], state: State)
     now = {k: v for k, v in config.model_dump().items() if k not in FREE_TO_CHANGE}
     before = state.documents["config"]
     fields = TrainConfig.model_fields  # a checkpoint of an older release lacks the newest
-    compared = [(key, before.get(key, fields[key].default), value) for key, value in now.items()]
+    defaults = {key: fields[key].get_default(call_default_factory=True) for key in now}
+    compared = [(key, before.get(key, defaults[key]), value) for key, value in now.items()]
     changed = [(key, old, new) for key, old, new in compared if old != new]
     if changed:
         key, old, new = changed[0]

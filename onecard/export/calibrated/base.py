@@ -23,7 +23,7 @@ from rich.progress import Progress
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from onecard.adapter.layers import all_linear, is_target
+from onecard.adapter.layers import adapted_linears, all_linear, is_target
 from onecard.adapter.origin import sample_base
 from onecard.adapter.start import Start
 from onecard.config import LoraSettings, QuantConfig, QuantizeConfig
@@ -211,6 +211,8 @@ def identity(
         found["validation rows"] = validation.fingerprint()
     if lora is not None:
         found |= {"init_lora_weights": "loftq", "r": str(lora.r), "target_modules": str(lora.target_modules)}
+        more = ("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern")
+        found |= {key: str(getattr(lora, key)) for key in more if getattr(lora, key)}
     return found
 
 
@@ -248,9 +250,9 @@ class Calibrator:
         self.merged, self.quant = merged, quant
         self.layered = LayeredModel(merged, device)
         self.workers = self.layered.workers
-        self.rank = 0 if lora is None else lora.r
+        self.targets = {} if lora is None else start_targets(merged, lora)
+        self.rank = max(self.targets.values(), default=0)
         self.forms = (SIXTEEN, NEAREST, CALIBRATED, STARTED) if self.rank else (SIXTEEN, NEAREST, CALIBRATED)
-        self.targets = () if lora is None else start_targets(merged, lora)
         self.start: Start = {}
         self.idle: list[str] = []  # experts without tokens
         inside = tuple(f"{name}." for name in self.layered.layers)
@@ -313,7 +315,7 @@ class Calibrator:
         W_NK = self.matrix(name)
         if name not in self.targets:
             return quantize(W_NK, factor, self.quant, name)
-        packed, state, *pair = quantize_with_start(W_NK, factor, self.quant, name, self.rank)
+        packed, state, *pair = quantize_with_start(W_NK, factor, self.quant, name, self.targets[name])
         self.start[name] = (pair[0], pair[1])
         return packed, state
 
@@ -369,10 +371,11 @@ def mean(losses: list[tuple[float, int]]) -> float:
     return sum(total for total, _ in losses) / sum(count for _, count in losses)
 
 
-def start_targets(merged: Merged, lora: LoraSettings) -> set[str]:
-    """Return the weights that LoRA trains, of those in 4 bits."""
+def start_targets(merged: Merged, lora: LoraSettings) -> dict[str, int]:
+    """Return the weights that LoRA trains, of those in 4 bits, with their ranks."""
     linears = [name.removesuffix(".weight") for name in merged.model.linears]
-    targets = lora.target_modules
-    if targets == "all-linear":
+    found = adapted_linears(lora, linears)
+    if lora.target_modules == "all-linear":
         targets = all_linear(merged.model.modules, linears)
-    return {f"{name}.weight" for name in linears if is_target(name, targets)}
+        found = [name for name in found if is_target(name, targets)]
+    return {f"{name}.weight": lora.rank_of(name) for name in found}
