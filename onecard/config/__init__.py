@@ -18,6 +18,7 @@ from onecard.config.constants import (
     logits_chunk_bytes,
 )
 from onecard.config.data import FORMATS_OF, DataConfig, DataFormat, ReadConfig, RowConfig, TrainOn
+from onecard.config.evaluation import EvaluationData, EvaluationSettings, eval_key
 from onecard.config.export import CalibrationConfig, ExportConfig, GgufConfig
 from onecard.config.infer import SamplingConfig, ServeConfig
 from onecard.config.lora import LoraSettings
@@ -55,6 +56,8 @@ __all__ = [
     "ComputeDtype",
     "DataConfig",
     "DataFormat",
+    "EvaluationData",
+    "EvaluationSettings",
     "ExportConfig",
     "GgufConfig",
     "LoraSettings",
@@ -75,6 +78,7 @@ __all__ = [
     "Strict",
     "TrainConfig",
     "TrainOn",
+    "eval_key",
     "is_loopback",
     "logits_chunk_bytes",
     "make_config",

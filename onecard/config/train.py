@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, field_validator, model_validator
 
 from onecard.config.data import FORMATS_OF, DataConfig, RowConfig
+from onecard.config.evaluation import EvaluationData, EvaluationSettings, Interval
 from onecard.config.lora import LoraSettings
 from onecard.config.optim import OptimSettings
 from onecard.config.preference import LossSettings, PreferenceSettings
@@ -35,10 +36,6 @@ class MemorySettings(Strict):
         default=None,
         description="recompute activations: less memory, more time; default: the plan decides",
     )
-    eval_data: str | None = Field(default=None, description="file for the validation loss")
-    validation_split: float = Field(
-        default=0.0, ge=0, lt=1, description="share of --data held out for the validation loss"
-    )
     save_total_limit: int = Field(default=2, ge=1, description="checkpoints kept")
 
     @field_validator("weights_budget", "device_memory", check_fields=False)  # a subclass has the latter
@@ -49,11 +46,20 @@ class MemorySettings(Strict):
         return value
 
 
-class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings, LossSettings):
+class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings, EvaluationData, LossSettings):
     """Settings of `onecard plan`: those settings of train that determine its memory."""
 
 
-class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, MemorySettings, OptimSettings, PreferenceSettings):
+class TrainConfig(
+    QuantConfig,
+    BaseCalibration,
+    LoraSettings,
+    DataConfig,
+    MemorySettings,
+    OptimSettings,
+    PreferenceSettings,
+    EvaluationSettings,
+):
     """One training run."""
 
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
@@ -67,8 +73,10 @@ class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, Memory
     max_steps: int | None = Field(default=None, ge=1, description="updates; overrides num_train_epochs")
     seed: int = Field(default=42, ge=0, lt=2**63, description="of the start of LoRA, the order of rows and dropout")
 
-    eval_steps: int | None = Field(
-        default=None, ge=1, description="updates between validation losses; default: at the end"
+    save_strategy: Interval = Field(
+        default="steps",
+        description="when to write a checkpoint: each save_steps updates, at the end of each epoch, or (no) only after "
+        "a signal",
     )
     save_steps: int | None = Field(default=None, ge=1, description="updates between checkpoints; default: ten a run")
     logging_steps: int = Field(default=1, ge=1, description="updates between rows of the metrics")
@@ -99,10 +107,14 @@ class TrainConfig(QuantConfig, BaseCalibration, LoraSettings, DataConfig, Memory
             raise ValueError(f"loss {self.loss} scores answers: leave train_on out, or give last")
         if self.lora_dropout > 0:
             raise ValueError(f"loss {self.loss} compares log-probabilities without dropout: leave lora_dropout out")
+        if self.metric:
+            raise ValueError(f"metric compares answers with the rows' own: it is for loss sft, not {self.loss}")
         return self
 
     @model_validator(mode="after")
-    def _one_validation_source(self) -> TrainConfig:
-        if self.eval_data is not None and self.validation_split > 0:
-            raise ValueError("give eval_data or validation_split, not both")
+    def _checkpoints_at_one_interval(self) -> TrainConfig:
+        if self.save_steps is not None and self.save_strategy != "steps":
+            raise ValueError(f"save_steps is for save_strategy steps, not {self.save_strategy}")
+        if self.save_strategy == "no" and self.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end needs checkpoints: leave save_strategy no out")
         return self

@@ -199,7 +199,8 @@ def disk_terms(inputs: PlanInputs, strategy: MemoryStrategy, paged_from_file: bo
     lora = "8 P_l" if inputs.config.has_frozen_start else "4 P_l"
     adapter = int(lora[0]) * inputs.num_lora + inputs.c * inputs.num_saved
     one = adapter + sum(inputs.state_sizes)
-    count = inputs.config.save_total_limit + 1  # the next one is complete before the oldest is removed
+    limit = inputs.config.save_total_limit
+    count = 1 + (max(limit, 2) if inputs.config.load_best_model_at_end else limit)  # the next one is complete first
     learned = f"{lora} + c P_s" if inputs.num_saved else lora
     terms = [Term("checkpoints", count * one, f"{count} x ({learned} + AdamW states)"),
              Term("adapter", adapter, learned)]  # fmt: skip

@@ -6,6 +6,7 @@ ROW_MULTIPLE less, and the last row of an epoch. Without packing: rows of every 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from onecard.config import (
@@ -113,8 +114,7 @@ def assumed(config: TrainConfig, length: int) -> Workload:
 
     row = length * config.documents_per_example
     trained = sizes(row * config.per_device_train_batch_size, config.packing)
-    checked = config.eval_data is not None or config.validation_split > 0
-    validated = sizes(row, True) if checked else frozenset()
+    validated = sizes(row, True) if config.eval_names else frozenset()
     load = Workload(trained, trained, validated, validated)
     longest = min(length, PREFILL_TOKENS) // 2
     count = NUM_SAMPLES if config.sample_prompts is None else len(config.sample_prompts)
@@ -122,12 +122,12 @@ def assumed(config: TrainConfig, length: int) -> Workload:
     return load.with_answers(Answers(1, prompts, SAMPLE_TOKENS))
 
 
-def known(loader: Loader, epochs: float, validation: Dataset | None, prompts: list[list[int]]) -> Workload:
+def known(loader: Loader, epochs: float, validation: Iterable[Dataset], prompts: list[list[int]]) -> Workload:
     """Return the workload of a run with its data and its sample prompts."""
     load = Workload(*sizes_of(loader, max(1, min(int(epochs), MOST_EPOCHS))))
-    if validation is not None:
-        checked = Loader(validation.examples, validation.row_tokens, True, 1, 0)
-        load = Workload(load.trained, load.trained_heads, *sizes_of(checked, 1))
+    for dataset in validation:
+        tokens, heads = sizes_of(Loader(dataset.examples, dataset.row_tokens, True, 1, 0), 1)
+        load = replace(load, validated=load.validated | tokens, validated_heads=load.validated_heads | heads)
     return load.with_answers(Answers(1, tuple(len(ids) for ids in prompts), SAMPLE_TOKENS))
 
 

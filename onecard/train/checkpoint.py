@@ -29,6 +29,7 @@ from onecard.errors import UserError
 from onecard.faults import about
 from onecard.files import sha256, sync, sync_folder, write_synced
 from onecard.kernels.cpu_info import arithmetic
+from onecard.train.best import BestPosition
 from onecard.train.run import Run, random_state, restore_random
 
 FREE_TO_CHANGE = {
@@ -40,13 +41,20 @@ FREE_TO_CHANGE = {
     "weights_budget",
     "cuda_graphs",
     "output",
+    "save_strategy",
     "save_steps",
     "save_total_limit",
     "logging_steps",
+    "eval_strategy",
     "eval_steps",
+    "per_device_eval_batch_size",
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
     "loggers",
     "sample_prompts",
 }
+FREE_WITHOUT_BEST = {"metric", "metric_max_rows", "metric_max_new_tokens"}  # else the best may be measured by them
 
 PREFIX = "checkpoint-"
 TEMPORARY = ".tmp-checkpoint-"
@@ -85,10 +93,12 @@ def save_state(
     tensors: dict[str, dict[str, Tensor]],
     documents: dict[str, dict[str, Any]],
     keep: int,
+    best: int | None = None,
 ) -> Path:
     """Write checkpoint-<step> under `root`. Remove all checkpoints with a later step, and all but the newest `keep`.
 
     Args:
+        best: step of a checkpoint that is kept, as one of the `keep` but beside the newest, same as in transformers.
         tensors: file stem -> named tensors, each a safetensors file.
         documents: file stem -> JSON object.
 
@@ -122,7 +132,10 @@ def save_state(
     sync_folder(root)
     there = numbered(root)
     newer = there[: there.index(final)]  # broken checkpoints that a resumed run skipped
-    for old in [*newer, *there[len(newer) + keep :]]:
+    older = [folder for folder in there[len(newer) :] if folder.name != f"{PREFIX}{best}" or folder == final]
+    if len(newer) + len(older) < len(there):
+        keep = max(1, keep - 1)
+    for old in [*newer, *older[keep:]]:
         remove(old)
     return final
 
@@ -215,6 +228,7 @@ class Position(Own):
     arithmetic: str | None = None
     date: str = ""
     loader: LoaderPosition
+    best: BestPosition | None = None
 
     @field_validator("date")
     @classmethod
@@ -255,10 +269,12 @@ def checkpoint(run: Run, root: Path) -> None:
         arithmetic=arithmetic(run.device),
         date=run.date,
         loader=LoaderPosition(**run.loader.state_dict()),
+        best=run.best.position if run.best else None,
     )
     config = run.config.model_dump()
     documents = {"progress": position.model_dump(), "config": config, "identity": run.identity}
-    save_state(root, run.step, tensors, documents, run.config.save_total_limit)
+    best = run.best.position.step if run.best else None
+    save_state(root, run.step, tensors, documents, run.config.save_total_limit, best)
 
 
 def starts(model: Any) -> dict[str, Tensor]:
@@ -284,12 +300,42 @@ def resume(run: Run, state: State) -> None:
     if run.max_forward_tokens is None or (before is not None and before < run.max_forward_tokens):
         run.max_forward_tokens = before  # the earlier split, for bit-identical results
     run.loader.load_state_dict(position.loader.model_dump())
+    if run.best is not None and position.best is not None:
+        run.best.position = position.best
     restore_random(state.tensors["random"], run.device)
+
+
+def check_best(config: TrainConfig, state: State) -> None:
+    """Raise UserError unless the checkpoint of the best evaluation, which a run would end with, is whole."""
+    best = position_of(state).best
+    if not config.load_best_model_at_end or best is None or best.step in (None, state.step):
+        return
+    folder = state.path.with_name(f"{PREFIX}{best.step}")
+    try:
+        verified(folder)
+    except ValueError as error:
+        do = "put it back, or start a new run in another folder"
+        raise UserError("the best checkpoint must be there to resume", str(error), do, str(folder)) from None
+
+
+def load_best(run: Run, root: Path) -> None:
+    """Set the adapter to that of the best evaluation. Raises UserError or OSError if its checkpoint cannot be read."""
+    assert run.best is not None and run.best.position.step is not None
+    folder = root / f"{PREFIX}{run.best.position.step}"
+    try:
+        verified(folder)
+    except ValueError as error:
+        do = "resume with --no-load-best-model-at-end for the last adapter"
+        raise UserError("the best checkpoint must be whole", str(error), do, str(folder)) from None
+    tensors = read_tensors(folder / "adapter.safetensors")
+    for name, parameter in run.trainable.items():
+        parameter.data.copy_(tensors[name])
 
 
 def check_unchanged(config: TrainConfig, identity: dict[str, str], state: State) -> None:
     """Raise UserError for the first setting or `identity` entry that differs from the checkpoint's."""
-    now = {k: v for k, v in config.model_dump().items() if k not in FREE_TO_CHANGE}
+    free = FREE_TO_CHANGE | (FREE_WITHOUT_BEST if config.best_metric is None else set())
+    now = {k: v for k, v in config.model_dump().items() if k not in free}
     before = state.documents["config"]
     fields = TrainConfig.model_fields  # a checkpoint of an older release lacks the newest
     defaults = {key: fields[key].get_default(call_default_factory=True) for key in now}
@@ -304,7 +350,10 @@ def check_unchanged(config: TrainConfig, identity: dict[str, str], state: State)
             str(state.path),
         )
     for what, digest in identity.items():
-        if state.documents["identity"].get(what) != digest:
+        before = state.documents["identity"].get(what)
+        if before is None and what.startswith("eval data"):
+            continue  # no best was sought before
+        if before != digest:
             raise UserError(
                 f"a resumed run must have the {what} it began with",
                 f"the {what} has changed",

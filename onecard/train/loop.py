@@ -16,18 +16,19 @@ from typing import Any
 import torch
 
 from onecard.config import TrainConfig
-from onecard.data.dataset import Dataset
+from onecard.config.evaluation import Interval
 from onecard.data.loader import Loader
 from onecard.hf.attention import use_packed_attention
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.train import signals
 from onecard.train.checkpoint import checkpoint
-from onecard.train.evaluate import mean_loss
 from onecard.train.loss import packed_loss
 from onecard.train.metrics import Metrics
 from onecard.train.recompute import recompute_layers
 from onecard.train.run import Run, count_batches
 from onecard.train.step import optimizer_step
+
+Evaluate = Callable[[Run], dict[str, float]]
 
 
 class Interrupted(Exception):
@@ -46,11 +47,14 @@ def count_steps(loader: Loader, config: TrainConfig) -> int:
 def train(
     run: Run,
     metrics: Metrics,
-    validation: Dataset | None,
+    evaluate: Evaluate | None,
     on_step: Callable[[dict[str, Any]], None],
     checkpoints: Path,
 ) -> None:
-    """Run the remaining updates, and write metrics and checkpoints.
+    """Run the remaining updates, and write metrics and checkpoints. Early stopping may end them before num_steps.
+
+    Args:
+        evaluate: returns each metric of an evaluation by its name; None without eval data.
 
     Raises:
         UserError: NaN or Inf in a loss or gradient, before the update.
@@ -69,27 +73,33 @@ def train(
     )
     packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
     with packed, frozen_objects(), sharing_cores(), signals.noted() as interrupted:
-        while run.step < run.num_steps:
+        while not run.is_over:
+            epochs = run.num_epochs_done
             row = optimizer_step(run)
-            last = run.step == run.num_steps
-            if validation and (last or (config.eval_steps and run.step % config.eval_steps == 0)):
-                row |= check(run, validation)
-            if last or run.step % config.logging_steps == 0 or "eval_loss" in row:
+            at_end, last = run.num_epochs_done > epochs, run.step == run.num_steps
+            is_best = False
+            evaluates = is_due(config.eval_strategy, config.eval_steps, run.step, at_end, last)
+            if evaluate is not None and evaluates:
+                scores = evaluate(run)
+                row |= scores
+                is_best = run.best is not None and run.best.update(run.step, scores.get(run.best.metric, math.nan))
+            if run.is_over or run.step % config.logging_steps == 0 or (evaluate is not None and evaluates):
                 metrics.log(**row)
-            if last or run.step % save_steps == 0 or interrupted:
+            saves = is_due(config.save_strategy, save_steps, run.step, at_end, run.is_over)
+            if saves or (is_best and config.load_best_model_at_end) or interrupted:
                 checkpoint(run, checkpoints)
             on_step(row)  # after the checkpoint: after a signal, the terminal may be closed
-            if interrupted and not last:
+            if interrupted and not run.is_over:
                 raise Interrupted(interrupted[0])
     recompute_layers(run.base, 0)
     run.model.eval()
 
 
-def check(run: Run, validation: Dataset) -> dict[str, float]:
-    """Return the validation loss, and preferences' metrics, in the attention that `run.loss` needs."""
-    if run.held_out is not None:
-        return run.held_out.evaluate()
-    return {"eval_loss": mean_loss(run.base, validation, run.loss)}
+def is_due(strategy: Interval, steps: int | None, step: int, epoch_ended: bool, last: bool) -> bool:
+    """Whether a strategy acts after an update. All but "no" act after the last one."""
+    if strategy == "no":
+        return False
+    return last or (epoch_ended if strategy == "epoch" else steps is not None and step % steps == 0)
 
 
 @contextmanager

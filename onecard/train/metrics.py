@@ -6,14 +6,17 @@ import csv
 import io
 import json
 import os
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter
 
+from onecard.config import TrainConfig, eval_key
 from onecard.documents import parse_json
 from onecard.errors import UserError
 from onecard.faults import about
@@ -27,27 +30,39 @@ PREFERENCE_COLUMNS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
     "nll_loss", "kl",
 )  # fmt: skip
-ALL_COLUMNS = (*COLUMNS, *PREFERENCE_COLUMNS, *(f"eval_{name}" for name in PREFERENCE_COLUMNS))
+SCORE = re.compile(r"eval_[\w/-]{1,200}")  # what an evaluation computes
 ROW = TypeAdapter(dict[str, int | float], config=ConfigDict(strict=True))
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
 class Metrics:
-    """Writes the numbers of each logged step. A resumed run first drops the rows of the steps that it repeats."""
+    """Writes the numbers of each logged step. A resumed run first drops the rows of the steps that it repeats.
 
-    def __init__(self, output: Path, loggers: Sequence[str], config: dict[str, Any], resume_step: int = 0):
+    Args:
+        scores: names of what an evaluation computes.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        loggers: Sequence[str],
+        config: dict[str, Any],
+        resume_step: int = 0,
+        scores: Sequence[str] = (),
+    ):
         output.mkdir(parents=True, exist_ok=True)
         self.path = output / "metrics.jsonl"
-        self.columns = COLUMNS if config.get("loss", "sft") == "sft" else ALL_COLUMNS
         self.rows = [row for row in read_rows(self.path) if row["step"] <= resume_step]
+        own = COLUMNS if config.get("loss", "sft") == "sft" else (*COLUMNS, *PREFERENCE_COLUMNS)
+        self.columns = tuple(dict.fromkeys([*own, *scores, *chain(*self.rows)]))
         replace_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
-        replace_text(output / "metrics.csv", csv_text(self.columns, [dict.fromkeys(self.columns), *self.rows], True))
+        replace_text(output / "metrics.csv", csv_text(self.columns, self.rows, header=True))
         self.jsonl = self.path.open("a", encoding="utf-8")
         self.csv = (output / "metrics.csv").open("a", encoding="utf-8", newline="")
         self.loggers = [started(name, output, config) for name in loggers]
 
     def log(self, step: int, **values: float | None) -> None:
-        """Write one row. Every name must be one of the run's columns."""
+        """Write one row. Every name must be a column."""
         row = {"step": step, **{key: value for key, value in values.items() if value is not None}}
         assert set(row) <= set(self.columns), row
         self.rows.append(row)
@@ -66,6 +81,13 @@ class Metrics:
                 stack.callback(each)
 
 
+def score_columns(config: TrainConfig) -> list[str]:
+    """Return the names of all that an evaluation may compute."""
+    more = () if config.loss == "sft" else PREFERENCE_COLUMNS
+    names = ("loss", *config.metric_names, *more)
+    return [eval_key(data, name) for data in config.eval_names for name in names]
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the rows of a metrics.jsonl. Skip a line that a kill has cut."""
     rows = []
@@ -74,18 +96,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
             row = ROW.validate_python(parse_json(line, infinities=True))
         except ValueError:  # includes ValidationError
             continue
-        if type(row.get("step")) is int and set(row) <= set(ALL_COLUMNS):
+        if type(row.get("step")) is int and all(
+            name in (*COLUMNS, *PREFERENCE_COLUMNS) or SCORE.fullmatch(name) for name in row
+        ):
             rows.append(row)
     return rows
 
 
 def csv_text(columns: Sequence[str], rows: list[dict[str, Any]], header: bool = False) -> str:
-    """Format rows as CSV lines. With `header`, the column names replace the first row."""
+    """Format rows as CSV lines, after a line of the column names if `header`."""
     buffer = io.StringIO()
     writer: Any = csv.DictWriter(buffer, columns, lineterminator="\n")
     if header:
         writer.writeheader()
-        rows = rows[1:]
     writer.writerows(rows)
     return buffer.getvalue()
 

@@ -38,6 +38,7 @@ from onecard.train.evaluate import model_size
 from onecard.train.metrics import import_logger
 from onecard.train.reference import FILE
 from onecard.train.samples import Sample, make_samples
+from onecard.train.scoring import Question, Score, make_questions, make_score
 
 FREE_MEMORY_SHARE = 0.8  # part of the free memory that a run may plan to use
 
@@ -49,7 +50,7 @@ class Prepared:
     config: TrainConfig
     tokenizer: Any
     training: Dataset
-    validation: Dataset | None
+    validation: dict[str, Dataset]  # by name; "" without a name
     plan: Plan
     strategy: MemoryStrategy
     why: str
@@ -59,6 +60,8 @@ class Prepared:
     form: Form
     date: str
     process_bytes: int  # memory of the process itself, which the plan does not count
+    questions: dict[str, list[Question]]  # of each eval file, what the model answers for the metrics
+    scores: list[Score]
     own_tokenizer: Any = None  # saved with the adapter, as its chat template is not the checkpoint's
     precompute: bool = False  # whether the reference of preferences is computed before the training
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
@@ -73,6 +76,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     """
     for name in config.loggers:
         import_logger(name)
+    scores = [make_score(metric) for metric in config.metric]
     date = date or datetime.date.today().isoformat()
     folder = find_checkpoint(config.model)
     checkpoint = inspect_checkpoint(folder)
@@ -82,19 +86,23 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     template = template_digest(tokenizer)
     saved = deepcopy(tokenizer) if own else None
     fix_date(tokenizer, datetime.date.fromisoformat(date))
-    training, validation = load_dataset(config.data, tokenizer, config, config.loss), None
-    if config.eval_data is not None:
-        validation = load_dataset(config.eval_data, tokenizer, config, config.loss)
-    elif config.validation_split > 0:
-        training, validation = training.split(config.validation_split, config.seed)
+    training = load_dataset(config.data, tokenizer, config, config.loss)
+    validation = {
+        name: load_dataset(path, tokenizer, config, config.loss) for name, path in config.eval_sources.items()
+    }
+    if config.validation_split > 0:
+        training, validation[""] = training.split(config.validation_split, config.seed)
     size = model_size(read_config(folder))
-    for dataset in (training, validation):
-        if dataset is not None:
-            dataset.check_fits(*size)
+    for dataset in (training, *validation.values()):
+        dataset.check_fits(*size)
     if config.loss == "kto" and len(training.examples) < 2:
         must = "loss kto needs two answers, as it compares each with the prompt of another"
         raise UserError(must, "one", "add rows", config.data)
-    samples = make_samples(config.sample_prompts, validation or training, tokenizer)
+    samples = make_samples(config.sample_prompts, next(iter(validation.values()), training), tokenizer)
+    questions = {
+        name: make_questions(dataset, tokenizer, config.metric_max_rows)
+        for name, dataset in (validation if scores else {}).items()
+    }
     identity = {
         "model config": config_fingerprint(checkpoint),
         "tokenizer": tokenizer_fingerprint(folder),
@@ -102,13 +110,20 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     }
     if own:
         identity["chat template"] = str(template)
+    if config.best_metric is not None:  # values on other rows cannot be compared
+        identity |= {f"eval data {name}".rstrip(): dataset.fingerprint() for name, dataset in validation.items()}
     model = read_model(checkpoint)
     check_names(model, config)
     loader = make_loader(config, training)
-    load = known(loader, config.num_train_epochs, validation, [ids for _, ids in samples])
+    load = known(loader, config.num_train_epochs, validation.values(), [ids for _, ids in samples])
     load = load.with_answers(answers) if answers else load
     if config.has_reference:
-        load = replace(load, referenced=sum(len(each.examples) for each in (training, validation) if each is not None))
+        load = replace(load, referenced=sum(len(each.examples) for each in (training, *validation.values())))
+    for asked in questions.values():
+        lengths = tuple(sorted(len(question.ids) for question in asked))
+        size = min(config.per_device_eval_batch_size, len(asked))
+        widths = tuple(lengths[min(i + size, len(asked)) - 1] for i in range(0, len(asked), size))
+        load = load.with_answers(Answers(size, widths, config.metric_max_new_tokens))
     strategy, plan, why = choose_memory(PlanInputs(model, config, dtype, load), checkpoint.is_4bit or config.calibrate)
     if config.calibrate:
         plan.disk.append(Term("calibrated base", checkpoint.nbytes // 2, "at most half of the checkpoint"))
@@ -135,6 +150,8 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         form,
         date,
         process,
+        questions,
+        scores,
         saved,
         precompute,
         unmerged,

@@ -73,7 +73,8 @@ class Progress:
             self.bar.update(self.task, completed=row["step"], text=text)
             return
         now = time.perf_counter()
-        if now - self.shown >= SECONDS_BETWEEN_LINES or row["step"] in (self.first + 1, self.num_steps):
+        ends = row["step"] in (self.first + 1, self.num_steps)
+        if ends or scores_of(row) or now - self.shown >= SECONDS_BETWEEN_LINES:
             self.shown = now
             left = (now - self.start) / (row["step"] - self.first) * (self.num_steps - row["step"])
             self.console.print(f"{'  '.join(parts.values())}  {left:.0f} s left", highlight=False, soft_wrap=True)
@@ -94,9 +95,15 @@ class Progress:
             parts["margin"] = f"margin {row['rewards/margins']:.4f}"
         if "rewards/accuracies" in row:
             parts["accuracy"] = f"accuracy {row['rewards/accuracies']:.0%}"
-        if "eval_loss" in row:
-            parts["validation"] = f"validation {row['eval_loss']:.4f}"
+        scores = [f"{name[5:].removesuffix('loss').strip('_')} {row[name]:.4f}" for name in scores_of(row)]
+        if scores:
+            parts["validation"] = " ".join(["validation", *(score.strip() for score in scores)])
         return parts
+
+
+def scores_of(row: dict[str, Any]) -> list[str]:
+    """Return the names of what an evaluation computed, in a row of metrics."""
+    return [name for name in row if name.startswith("eval_") and "/" not in name]
 
 
 def fitted(parts: dict[str, str], width: int) -> str:

@@ -43,18 +43,22 @@ def set_references(run: Run, batches: Iterator[dict[str, Any]], output: Path, id
         training = run.model.training
         run.model.eval()
         stored = {"training": run.preference.compute_references(first, run.max_forward_tokens)}
-        if run.held_out is not None:
-            rows = batches_of(run.held_out.examples, run.config)
-            stored["validation"] = run.held_out.compute_references(rows, None)
+        for name, held_out in run.held_out.items():
+            stored[table_of(name)] = held_out.compute_references(batches_of(held_out.examples, run.config), None)
         run.model.train(training)
         write(path, key, stored)
         done = f"the reference's log-probabilities of {len(needed):,} rows are computed"
     else:
         done = f"the reference's log-probabilities are those of {path.name}"
     run.preference.reference = stored["training"]
-    if run.held_out is not None:
-        run.held_out.reference = stored["validation"]
+    for name, held_out in run.held_out.items():
+        held_out.reference = stored[table_of(name)]
     return done
+
+
+def table_of(name: str) -> str:
+    """Return the name of an eval file's table."""
+    return f"validation {name}".rstrip()
 
 
 def read(path: Path, key: str) -> dict[str, Tensor] | None:

@@ -17,6 +17,8 @@ from onecard.faults import about
 from onecard.memory.measure import format_bytes
 
 MOST_NEIGHBOURS = 50  # on each side of a smoothed loss
+VALIDATION_COLOURS = ("#c2410c", "#7c3aed", "#0f766e", "#a16207", "#be185d")
+SHOWN_REWARDS = ("rewards/accuracies", "rewards/margins")  # of what preferences measure
 LEAST_SHARE = 0.6  # part of the loss axis that nine tenths of the steps fill at least
 
 
@@ -32,11 +34,24 @@ class Report:
     metrics: list[dict[str, Any]]
     num_steps: int
     seconds: float
-    loss_before: float | None = None
-    loss_after: float | None = None
+    before: dict[str, float] = field(default_factory=dict)  # each metric of an evaluation by its name
+    after: dict[str, float] = field(default_factory=dict)
     samples: list[tuple[str, str, str]] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     next_commands: list[str] = field(default_factory=list)
+
+    @property
+    def loss_before(self) -> float | None:
+        return first_loss(self.before)
+
+    @property
+    def loss_after(self) -> float | None:
+        return first_loss(self.after)
+
+
+def first_loss(scores: dict[str, float]) -> float | None:
+    """Return the loss of the first eval file."""
+    return next((value for name, value in scores.items() if name.endswith("loss")), None)
 
 
 def versions() -> dict[str, str]:
@@ -73,15 +88,17 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]], unit: str) -> None:
 
     steps = [row["step"] for row in metrics if "loss" in row]
     losses = [row["loss"] for row in metrics if "loss" in row]
-    checked = [(row["step"], row["eval_loss"]) for row in metrics if "eval_loss" in row]
+    names = dict.fromkeys(name for row in metrics for name in row if re.fullmatch("eval_(.*_)?loss", name))
+    checked = {name: [(row["step"], row[name]) for row in metrics if name in row] for name in names}
     figure, (top, bottom) = pyplot.subplots(
         2, 1, figsize=(8, 5), sharex=True, height_ratios=[4, 1], layout="constrained"
     )
-    low, high = limits(losses, [loss for _, loss in checked])
+    low, high = limits(losses, [loss for points in checked.values() for _, loss in points])
     top.plot(steps, losses, color="#9db4d0", linewidth=0.8, label="loss a step")
     top.plot(steps, smooth(losses), color="#1f4e8c", linewidth=2, label="smoothed")
-    if checked:
-        top.plot(*zip(*checked), "o", color="#c2410c", markersize=6, label="validation")
+    for i, (name, points) in enumerate(checked.items()):
+        label = f"validation {name.removeprefix('eval').removesuffix('loss').strip('_')}".rstrip()
+        top.plot(*zip(*points), "o", color=VALIDATION_COLOURS[i % len(VALIDATION_COLOURS)], markersize=6, label=label)
     above = [(step, loss) for step, loss in zip(steps, losses) if loss > high]
     if above:
         label = f"above the axis, up to {max(loss for _, loss in above):.4g}"
@@ -139,11 +156,15 @@ Section = tuple[str, str, Any]  # heading; "table", "code" or "samples"; content
 
 def make_sections(report: Report) -> list[Section]:
     rows = [("steps", f"{report.num_steps:,}"), ("time", f"{report.seconds:,.1f} s")]
-    for when, loss in (("before", report.loss_before), ("after", report.loss_after)):
-        if loss is not None:
-            rows.append((f"loss {when}", f"{loss:.4f}"))
-            if report.config["loss"] == "sft":
-                rows.append((f"perplexity {when}", f"{exp(min(loss, 50)):.3f}"))
+    for name in {**report.before, **report.after}:
+        if "/" in name and not name.endswith(SHOWN_REWARDS):
+            continue
+        shown = name.removeprefix("eval_").replace("_", " ")
+        for when, scores in (("before", report.before), ("after", report.after)):
+            if name in scores:
+                rows.append((f"{shown} {when}", f"{scores[name]:.4f}"))
+                if name.endswith("loss") and report.config["loss"] == "sft":
+                    rows.append((f"{shown.removesuffix('loss')}perplexity {when}", f"{exp(min(scores[name], 50)):.3f}"))
     rows += list(report.facts.items())
     memory = [(name, format_bytes(num_bytes)) for name, num_bytes in report.memory]
     data = [(name, f"{value:,}" if isinstance(value, int) else str(value)) for name, value in report.data.items()]

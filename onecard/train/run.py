@@ -23,6 +23,7 @@ from onecard.paging.activations import Offload
 from onecard.paging.mover import Statistics
 from onecard.paging.pager import Pager
 from onecard.paging.states import PagedStates
+from onecard.train.best import Best, best_of
 from onecard.train.graphs import DecoderGraphs
 from onecard.train.loss import packed_loss
 from onecard.train.preference import Preference
@@ -44,10 +45,11 @@ class Run:
     date: str = ""  # the date that chat templates use
     strategy: MemoryStrategy = field(default_factory=MemoryStrategy)  # what is recomputed, offloaded and split
     step: int = 0
+    best: Best | None = field(init=False)  # the best evaluation so far; None if none is sought
     loss_scale: float = 1.0
     graphs: DecoderGraphs | None = None
     preference: Preference | None = None  # if the loss is not sft
-    held_out: Preference | None = None  # its validation rows
+    held_out: dict[str, Preference] = field(default_factory=dict)  # its eval files by name
     max_forward_tokens: int | None = field(init=False)  # most tokens in one forward
     offload: Offload | None = field(init=False, default=None)
     paged: Statistics = field(default_factory=Statistics)  # in all steps so far
@@ -59,6 +61,7 @@ class Run:
         self.optimizer = make_optimizer(self.trainable, self.config)
         if self.optimizer.paged is not None:
             self.optimizer.paged.crowded = self.strategy.offload_optimizer_states
+        self.best = best_of(self.config)
         self.max_forward_tokens = self.strategy.max_forward_tokens
         if self.strategy.num_offloaded:
             self.offload = Offload(self.device, Path(self.config.output))
@@ -103,6 +106,16 @@ class Run:
     def num_batches(self) -> int:
         """Micro-batches in the whole run; the last window may be short."""
         return count_batches(self.loader, self.config)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no update follows: all are made, or early stopping ends the run."""
+        return self.step >= self.num_steps or (self.best is not None and self.best.is_over)
+
+    @property
+    def num_epochs_done(self) -> int:
+        """Complete passes over the data so far."""
+        return self.loader.epoch + (self.loader.batch == self.loader.num_batches(self.loader.epoch))
 
     @property
     def epoch(self) -> float:

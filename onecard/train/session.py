@@ -42,11 +42,13 @@ from onecard.memory.show import plan_table
 from onecard.memory.workload import Answers
 from onecard.optim.schedule import learning_rate
 from onecard.paging.mover import Statistics
-from onecard.train.checkpoint import State, check_unchanged, load_newest, position_of, resume
-from onecard.train.evaluate import choose_loss, evaluate
-from onecard.train.loop import Interrupted, check, count_steps, train
+from onecard.train.checkpoint import State, check_best, check_unchanged, load_best, load_newest, position_of, resume
+from onecard.train.evaluate import choose_loss
+from onecard.train.evaluate import evaluate as measured_loss
+from onecard.train.evaluator import Evaluator, make_evaluator
+from onecard.train.loop import Interrupted, count_steps, train
 from onecard.train.loss import packed_loss
-from onecard.train.metrics import Metrics
+from onecard.train.metrics import Metrics, score_columns
 from onecard.train.output import CONTINUE, lock_output
 from onecard.train.preference import Preference
 from onecard.train.prepare import Prepared, make_loader, prepare
@@ -133,6 +135,7 @@ def check(config: TrainConfig, resuming: bool, answers: Answers | None) -> tuple
     prepared = prepare(config, position_of(state).date if state else None, answers)
     if state is not None:
         check_unchanged(config, prepared.identity, state)
+        check_best(config, state)
     return prepared, state
 
 
@@ -173,17 +176,20 @@ def run_locked(
         check_calibration(base, model, run)
     run.graphs = make_graphs(run, prepared.plan.device_memory_bytes or 0)
     result = Result(model, prepared.tokenizer, empty_report(prepared.config, prepared), output / "adapter")
-    before = measure(result, prepared, "before", report_extra, run)
+    evaluate = make_evaluator(prepared, run) if prepared.validation else None
+    before = measure(result, prepared, "before", report_extra, run, evaluate)
     if state is not None:
         resume_shown(run, state, console)
         del state  # frees the loaded optimizer states: the run has its own copies
     elif resuming:
         console.print("no checkpoint yet: starting at step 0")
     begin = time.perf_counter()
-    train_shown(run, prepared, result, console, output)
+    train_shown(run, prepared, result, console, output, evaluate)
     result.report.seconds = time.perf_counter() - begin
+    for line in end_at_best(run, result, output):
+        console.print(line, highlight=False)
     save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}), prepared.own_tokenizer)
-    finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run), run)
+    finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run, evaluate), run)
     result.report.facts |= base.facts if base is not None else {}
     write_report(output, result.report)
     return result
@@ -193,13 +199,14 @@ def set_preferences(run: Run, prepared: Prepared, console: Console) -> None:
     """Give the run its preferences, with their reference if it is to be computed before the training."""
     config, validation, packed = run.config, prepared.validation, run.loss is packed_loss
     run.preference = Preference(config, run.model, prepared.training.examples, packed)
-    if validation is not None:
-        run.held_out = Preference(config, run.model, validation.examples, packed)
+    run.held_out = {
+        name: Preference(config, run.model, dataset.examples, packed) for name, dataset in validation.items()
+    }
     if not prepared.precompute:
         return
     loader = make_loader(config, prepared.training)
     batches = (loader.next_batch() for _ in range(loader.num_batches(0)))
-    checked = None if validation is None else validation.fingerprint()
+    checked = " ".join(dataset.fingerprint() for dataset in validation.values()) or None
     identity = reference_identity(run.preference, prepared.identity, checked)
     start = time.perf_counter()
     with attention_of(run), sharing_cores():
@@ -217,7 +224,7 @@ def check_calibration(base: CalibratedBase, model: Any, run: Run) -> None:
     may differ by what 16-bit products round, same as in `choose_loss`."""
     if base.measured is None:
         return
-    found, eps = evaluate(model, base.measured, run.loss), torch.finfo(run.compute_dtype).eps
+    found, eps = measured_loss(model, base.measured, run.loss), torch.finfo(run.compute_dtype).eps
     if abs(found - base.loss) > max(4 * eps, 1e-4) * max(1.0, base.loss):
         must = "a calibrated base must compute what its calibration measured"
         do = "leave calibrate out: its layers cannot be run one by one"
@@ -251,10 +258,14 @@ def show(prepared: Prepared, console: Console) -> None:
     console.rule("data", align="left")
     colour = console.color_system is not None
     console.print(render_preview(prepared.training, prepared.tokenizer, config.packing, 1, colour))
-    if prepared.validation:
-        console.print(f"validation: {len(prepared.validation.examples):,} examples")
-        for notice in render_notices(prepared.validation) if config.eval_data is not None else ():
+    for name, dataset in prepared.validation.items():
+        shown = f"validation {name}".rstrip()
+        console.print(f"{shown}: {len(dataset.examples):,} examples", markup=False, highlight=False)
+        for notice in render_notices(dataset) if config.eval_data is not None else ():
             console.print(notice)
+        if name in prepared.questions:
+            line = f"{', '.join(config.metric_names)} on generated answers to {len(prepared.questions[name]):,} rows"
+            console.print(f"{shown}: {line}", markup=False, highlight=False)
     console.rule("memory plan", align="left")
     console.print(plan_table(prepared.plan))
     console.print(prepared.why, highlight=False)
@@ -305,13 +316,15 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
     return model
 
 
-def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, output: Path) -> None:
+def train_shown(
+    run: Run, prepared: Prepared, result: Result, console: Console, output: Path, evaluate: Evaluator | None
+) -> None:
     """Run the loop with metrics and progress. A signal raises Stopped, which says how to resume."""
-    metrics = Metrics(output, run.config.loggers, run.config.model_dump(), run.step)
+    metrics = Metrics(output, run.config.loggers, run.config.model_dump(), run.step, score_columns(run.config))
     try:
         planned, process = prepared.plan.measured_bytes, prepared.process_bytes
         with Progress(console, run.num_steps, run.step, planned, process) as progress:
-            train(run, metrics, prepared.validation, progress.step, output / "checkpoints")
+            train(run, metrics, evaluate, progress.step, output / "checkpoints")
     except Interrupted as error:
         raise Stopped(error.number, f"step {run.step} of {run.num_steps} is saved", CONTINUE, str(output)) from None
     finally:
@@ -319,19 +332,46 @@ def train_shown(run: Run, prepared: Prepared, result: Result, console: Console, 
         result.report.metrics = metrics.rows
 
 
-def measure(result: Result, prepared: Prepared, when: str, extra: Any, run: Run) -> dict[str, Any]:
-    """Return the validation loss and the answers to the sample prompts, with the current adapter."""
-    last = result.report.metrics[-1] if result.report.metrics else {}
-    checked = {name: value for name, value in last.items() if name.startswith("eval_")}
-    if prepared.validation and not checked:
-        with attention_of(run), sharing_cores():
-            checked = check(run, prepared.validation)
-    found: dict[str, Any] = {"facts": {}, "loss": checked.get("eval_loss"), "checked": checked}
+def end_at_best(run: Run, result: Result, output: Path) -> list[str]:
+    """Set the adapter to the best evaluation's, if the settings ask for it. Return lines for the screen."""
+    lines, facts, best = [], result.report.facts, run.best
+    if run.step < run.num_steps and best is not None:
+        count = best.position.num_without_improvement
+        facts["stopped early"] = f"at step {run.step:,} of {run.num_steps:,}: {count} evaluations without improvement"
+        lines.append(f"stopped early {facts['stopped early']}")
+    if best is None or best.position.step is None:
+        return lines
+    facts |= best.facts()
+    lines.append(f"best {best.metric} {best.position.value:.4f} at step {best.position.step:,}")
+    if run.config.load_best_model_at_end:
+        if best.position.step != run.step:
+            load_best(run, output / "checkpoints")
+        facts["the adapter is that of step"] = f"{best.position.step:,}"
+        lines[-1] += ": the adapter is that of this step"
+    return lines
+
+
+def measure(
+    result: Result, prepared: Prepared, when: str, extra: Any, run: Run, evaluate: Evaluator | None
+) -> dict[str, Any]:
+    """Return the evaluation and the answers to the sample prompts, with the current adapter."""
+    found: dict[str, Any] = {"facts": {}, "scores": {}}
+    if evaluate is not None:
+        found["scores"] = last_scores(result, run) or evaluate(run)
     result.model.eval()  # no dropout in the samples; the loop sets training mode again
     found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
     if extra:
         found["facts"] = extra(result, when)
     return found
+
+
+def last_scores(result: Result, run: Run) -> dict[str, float]:
+    """Return the evaluation of the current adapter from the metrics; empty if there is none."""
+    best = run.best
+    step = best.position.step if run.config.load_best_model_at_end and best is not None else None
+    rows = [row for row in result.report.metrics if row["step"] == (step or run.step)]
+    scores = {name: value for name, value in (rows[-1] if rows else {}).items() if name.startswith("eval_")}
+    return scores if set(run.config.eval_losses) <= set(scores) else {}
 
 
 def empty_report(config: TrainConfig, prepared: Prepared) -> Report:
@@ -350,15 +390,11 @@ def empty_report(config: TrainConfig, prepared: Prepared) -> Report:
 def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], after: dict[str, Any], run: Run) -> None:
     """Fill the report with what was measured."""
     report = result.report
-    report.num_steps = run.num_steps
-    report.loss_before, report.loss_after = before["loss"], after["loss"]
+    report.num_steps = run.step
+    report.before, report.after = before["scores"], after["scores"]
     prompts = [text for text, _ in prepared.samples]
     report.samples = list(zip(prompts, before["answers"], after["answers"]))
-    report.facts = {**before["facts"], **after["facts"]}
-    for name in ("eval_rewards/accuracies", "eval_rewards/margins"):
-        for when, found in (("before", before), ("after", after)):
-            if name in found["checked"]:
-                report.facts[f"{name.removeprefix('eval_')} {when}"] = f"{found['checked'][name]:.4f}"
+    report.facts |= {**before["facts"], **after["facts"]}
     report.facts |= paging_facts(run.paged)
     report.memory += [
         ("plan: total", prepared.plan.total_bytes),

@@ -143,10 +143,15 @@ def check_base_of_run(prepared: Prepared) -> None:
     """Make the checks of `base_of_run` that need no weights."""
     config, output = prepared.config, Path(prepared.config.output) / "base"
     lora = config if config.init_lora_weights == "loftq" else None
-    data = (prepared.training, prepared.validation, config.calibration_tokens)
+    data = (prepared.training, held_out(prepared), config.calibration_tokens)
     _, made_from = open_base(config.model, config, *data, lora)
     if output.exists():
         read_base(output, made_from)
+
+
+def held_out(prepared: Prepared) -> Dataset | None:
+    """Return the rows that a run's calibration is measured on: its first eval file."""
+    return next(iter(prepared.validation.values()), None)
 
 
 def base_of_run(prepared: Prepared, console: Console) -> CalibratedBase:
@@ -155,7 +160,7 @@ def base_of_run(prepared: Prepared, console: Console) -> CalibratedBase:
     lora = config if config.init_lora_weights == "loftq" else None
     console.rule("calibration", align="left")
     output = Path(config.output) / "base"
-    where = (config.model, output, config, prepared.training, prepared.validation, prepared.tokenizer)
+    where = (config.model, output, config, prepared.training, held_out(prepared), prepared.tokenizer)
     with layers_shown(console) as shown:
         found = calibrate_base(*where, config.calibration_tokens, config.device, lora, shown)
     bill = found.bill
