@@ -19,6 +19,7 @@ from onecard.hf.quantizer import check_finite
 from onecard.patterns import check_syntax, check_time, first_match, is_plain
 
 WEIGHTS = "adapter_model.safetensors"
+OTHER_BASE = "use the base model that the adapter was trained on"
 CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # peft's initializations that change the base
 
 Rank = Annotated[int, Field(ge=1, le=1 << 16)]  # peft allocates it even for a module without tensors
@@ -91,7 +92,7 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     """
     if adapter is None:
         return model
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftModel
 
     from onecard.adapter.origin import check_origin
 
@@ -104,7 +105,6 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     num_rows = max((stored[key].shape[0] for key in embeddings), default=0)
     if num_rows > base.get_input_embeddings().weight.shape[0]:  # tokens that training added
         resize_vocabulary(base, num_rows)
-    do = "use the base model that the adapter was trained on"
     try:
         if isinstance(model, PeftModel):
             tuned = model
@@ -113,17 +113,28 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
         else:
             tuned = PeftModel.from_pretrained(model, adapter, name, config=config)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UserError("the adapter must fit the model", first_line(error), do, str(weights)) from None
+        raise UserError("the adapter must fit the model", first_line(error), OTHER_BASE, str(weights)) from None
+    fill(tuned, Path(adapter), stored, name)
+    return tuned.eval()
+
+
+def fill(tuned: Any, folder: Path, stored: dict[str, TensorInfo], name: str) -> None:
+    """Copy an adapter folder's tensors into a peft model's adapter. Raises UserError unless each has its place."""
+    from peft import get_peft_model_state_dict
+
+    weights = folder / WEIGHTS
     loaded = get_peft_model_state_dict(tuned, adapter_name=name)
     wrong = sorted(set(stored) ^ set(loaded))
     if wrong:
         found = f"{len(wrong)} differ, first {wrong[0]}"
-        raise UserError("the adapter's tensors must be the model's", found, do, str(weights))
+        raise UserError("the adapter's tensors must be the model's", found, OTHER_BASE, str(weights))
     with torch.no_grad(), safe_open(weights, "pt") as file:
         for key, tensor in loaded.items():
+            if tuple(tensor.shape) != tuple(stored[key].shape):
+                found = f"{list(stored[key].shape)}, {list(tensor.shape)} in the model"
+                raise UserError("the adapter's tensors must be the model's", found, OTHER_BASE, f"{weights}: {key}")
             tensor.copy_(file.get_tensor(key))  # peft renames keys of some families, and then skips them
             check_finite(f"{weights}: {key}", tensor)
-    return tuned.eval()
 
 
 def stored_tensors(folder: Path) -> dict[str, TensorInfo]:

@@ -65,6 +65,9 @@ class TrainConfig(
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
     data: str = Field(description="JSONL, JSON, CSV or Parquet file")
     output: str = Field(description="folder for the adapter, checkpoints, metrics and report")
+    adapter: str | None = Field(
+        default=None, description="folder of a trained adapter to go on from, with a new optimizer"
+    )
     device_memory: str | None = Field(
         default=None, description="memory for the whole run, such as 6GiB; default: most of what is free"
     )
@@ -109,6 +112,14 @@ class TrainConfig(
             raise ValueError(f"loss {self.loss} compares log-probabilities without dropout: leave lora_dropout out")
         if self.metric:
             raise ValueError(f"metric compares answers with the rows' own: it is for loss sft, not {self.loss}")
+        return self
+
+    @model_validator(mode="after")
+    def _an_adapter_of_the_same_base(self) -> TrainConfig:
+        if self.adapter is not None and self.calibrate:
+            raise ValueError("adapter was trained on a base as it is: leave calibrate out")
+        if self.adapter is not None and self.init_lora_weights != "default":
+            raise ValueError("adapter is the start of LoRA: leave init_lora_weights out")
         return self
 
     @model_validator(mode="after")

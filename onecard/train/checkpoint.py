@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -24,18 +25,22 @@ from torch import Tensor
 
 from onecard.adapter.layers import LoraLinear4bit
 from onecard.config import TrainConfig
+from onecard.data.loader import Loader
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 from onecard.faults import about
 from onecard.files import sha256, sync, sync_folder, write_synced
 from onecard.kernels.cpu_info import arithmetic
 from onecard.train.best import BestPosition
-from onecard.train.run import Run, random_state, restore_random
+from onecard.train.run import Run, count_batches, random_state, restore_random
 
 FREE_TO_CHANGE = {
     "model",  # the path may change: `identity` verifies that model and data are the same
     "data",
     "eval_data",
+    "adapter",
+    "num_train_epochs",  # but not to fewer than are done
+    "max_steps",
     "gradient_checkpointing",  # the results are bit-identical with and without it
     "device_memory",
     "weights_budget",
@@ -295,6 +300,7 @@ def resume(run: Run, state: State) -> None:
     for name, tensor in starts(run.model).items():
         tensor.copy_(state.tensors["adapter"][name])
     position = position_of(state)
+    run.num_steps = steps_of_resumed(position, run.loader, run.config)
     run.step, run.loss_scale = position.step, position.loss_scale
     before = position.max_forward_tokens
     if run.max_forward_tokens is None or (before is not None and before < run.max_forward_tokens):
@@ -303,6 +309,22 @@ def resume(run: Run, state: State) -> None:
     if run.best is not None and position.best is not None:
         run.best.position = position.best
     restore_random(state.tensors["random"], run.device)
+
+
+def steps_of_resumed(position: Position, loader: Loader, config: TrainConfig) -> int:
+    """Return the updates of a resumed run, from its first one. Its settings may ask for more than before.
+
+    Raises:
+        UserError: they ask for fewer than are done.
+    """
+    before = sum(loader.num_batches(epoch) for epoch in range(position.loader.epoch)) + position.loader.batch
+    left = count_batches(loader, config) - before
+    steps = config.max_steps or position.step + math.ceil(left / config.gradient_accumulation_steps)
+    if steps < position.step:
+        asked = f"max_steps {config.max_steps}" if config.max_steps else f"num_train_epochs {config.num_train_epochs:g}"
+        must = f"a resumed run must not end before the {position.step:,} updates that are done"
+        raise UserError(must, asked, "ask for more, or use the adapter as it is", "max_steps")
+    return steps
 
 
 def check_best(config: TrainConfig, state: State) -> None:
@@ -349,7 +371,7 @@ def check_unchanged(config: TrainConfig, identity: dict[str, str], state: State)
             "give the old value, or start a new run in another folder",
             str(state.path),
         )
-    for what, digest in identity.items():
+    for what, digest in {"adapter": None, **identity}.items():
         before = state.documents["identity"].get(what)
         if before is None and what.startswith("eval data"):
             continue  # no best was sought before

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 
 from onecard.adapter.form import form_of, template_digest
+from onecard.adapter.load import WEIGHTS
 from onecard.adapter.origin import Form
 from onecard.adapter.targets import check_names
+from onecard.adapter.trained import check_trained
 from onecard.config import REFERENCE_BYTES, TrainConfig, parse_bytes
 from onecard.data.chat.template import set_template
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.loader import Loader
 from onecard.errors import UserError
+from onecard.files import sha256
 from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.load import (
     find_checkpoint,
@@ -62,6 +65,7 @@ class Prepared:
     process_bytes: int  # memory of the process itself, which the plan does not count
     questions: dict[str, list[Question]]  # of each eval file, what the model answers for the metrics
     scores: list[Score]
+    notes: list[str]  # for the screen
     own_tokenizer: Any = None  # saved with the adapter, as its chat template is not the checkpoint's
     precompute: bool = False  # whether the reference of preferences is computed before the training
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
@@ -124,7 +128,12 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         size = min(config.per_device_eval_batch_size, len(asked))
         widths = tuple(lengths[min(i + size, len(asked)) - 1] for i in range(0, len(asked), size))
         load = load.with_answers(Answers(size, widths, config.metric_max_new_tokens))
-    strategy, plan, why = choose_memory(PlanInputs(model, config, dtype, load), checkpoint.is_4bit or config.calibrate)
+    inputs = PlanInputs(model, config, dtype, load)
+    notes: list[str] = []
+    if config.adapter is not None:
+        notes = check_trained(config, model, list(inputs.adapted), checkpoint)
+        identity["adapter"] = sha256(Path(config.adapter) / WEIGHTS)
+    strategy, plan, why = choose_memory(inputs, checkpoint.is_4bit or config.calibrate)
     if config.calibrate:
         plan.disk.append(Term("calibrated base", checkpoint.nbytes // 2, "at most half of the checkpoint"))
     precompute = config.has_reference and config.precompute_reference is not False
@@ -152,6 +161,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         process,
         questions,
         scores,
+        notes,
         saved,
         precompute,
         unmerged,

@@ -19,9 +19,9 @@ from onecard.adapter.layers import lora_config
 from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
 from onecard.adapter.start import Start, set_start
+from onecard.adapter.trained import set_trained
 from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
-from onecard.data.preview import render_notices, render_preview
 from onecard.errors import Stopped, UserError
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.fingerprint import fingerprint
@@ -30,7 +30,6 @@ from onecard.hf.load import (
     pick_device,
 )
 from onecard.kernels.cpu.contention import sharing_cores
-from onecard.kernels.cpu_info import arithmetic
 from onecard.memory.measure import (
     begin_peak,
     format_bytes,
@@ -38,11 +37,17 @@ from onecard.memory.measure import (
     return_free_memory,
     return_large_blocks,
 )
-from onecard.memory.show import plan_table
 from onecard.memory.workload import Answers
-from onecard.optim.schedule import learning_rate
 from onecard.paging.mover import Statistics
-from onecard.train.checkpoint import State, check_best, check_unchanged, load_best, load_newest, position_of, resume
+from onecard.train.checkpoint import (
+    State,
+    check_best,
+    check_unchanged,
+    load_best,
+    load_newest,
+    position_of,
+    steps_of_resumed,
+)
 from onecard.train.evaluate import choose_loss
 from onecard.train.evaluate import evaluate as measured_loss
 from onecard.train.evaluator import Evaluator, make_evaluator
@@ -58,6 +63,7 @@ from onecard.train.report import Report, write_report
 from onecard.train.result import Result
 from onecard.train.run import Run, make_graphs
 from onecard.train.samples import answer_samples
+from onecard.train.show import resume_shown, show
 
 
 @dataclass
@@ -136,6 +142,7 @@ def check(config: TrainConfig, resuming: bool, answers: Answers | None) -> tuple
     if state is not None:
         check_unchanged(config, prepared.identity, state)
         check_best(config, state)
+        steps_of_resumed(position_of(state), make_loader(config, prepared.training), config)
     return prepared, state
 
 
@@ -231,62 +238,6 @@ def check_calibration(base: CalibratedBase, model: Any, run: Run) -> None:
         raise UserError(must, f"a loss of {found:.4f}, measured {base.loss:.4f}", do, str(base.folder))
 
 
-def resume_shown(run: Run, state: State, console: Console) -> None:
-    """Restore a run from a checkpoint, and print what differs from then."""
-    resume(run, state)
-    position = position_of(state)
-    for line in state.skipped:
-        console.print(f"skipped a broken checkpoint: {line}", style="yellow", markup=False)
-    console.print(f"resumed at step {run.step} of {run.num_steps}")
-    threads = position.num_threads
-    if run.device.type == "cpu" and threads != torch.get_num_threads():
-        line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
-        console.print(line, style="yellow")
-    before, now = position.arithmetic, arithmetic(run.device)
-    if before is not None and before != now:
-        line = f"saved on {before}, now {now}: equal to rounding, not to the bit"
-        console.print(line, style="yellow", markup=False)
-    if run.max_forward_tokens != position.max_forward_tokens:
-        same = "with other dropout masks" if run.config.lora_dropout else "equal to rounding, not to the bit"
-        line = f"micro-batches now go in parts of {run.max_forward_tokens} tokens: {same}"
-        console.print(line, style="yellow")
-
-
-def show(prepared: Prepared, console: Console) -> None:
-    """Print data, one sample, plan and schedule, before the weights load."""
-    config = prepared.config
-    console.rule("data", align="left")
-    colour = console.color_system is not None
-    console.print(render_preview(prepared.training, prepared.tokenizer, config.packing, 1, colour))
-    for name, dataset in prepared.validation.items():
-        shown = f"validation {name}".rstrip()
-        console.print(f"{shown}: {len(dataset.examples):,} examples", markup=False, highlight=False)
-        for notice in render_notices(dataset) if config.eval_data is not None else ():
-            console.print(notice)
-        if name in prepared.questions:
-            line = f"{', '.join(config.metric_names)} on generated answers to {len(prepared.questions[name]):,} rows"
-            console.print(f"{shown}: {line}", markup=False, highlight=False)
-    console.rule("memory plan", align="left")
-    console.print(plan_table(prepared.plan))
-    console.print(prepared.why, highlight=False)
-    if prepared.unmerged:
-        line = f"merge and export will refuse this adapter: the checkpoint has no {prepared.unmerged} by itself"
-        line += "; generate, chat and serve take it"
-        console.print(line, style="yellow", markup=False, highlight=False)
-    console.rule("schedule", align="left")
-    loader = make_loader(config, prepared.training)
-    steps = count_steps(loader, config)
-    peak = max(learning_rate(step, steps, config) for step in range(steps))
-    dtype = str(prepared.compute_dtype).removeprefix("torch.")
-    console.print(
-        f"{steps:,} updates of {config.gradient_accumulation_steps} x {config.per_device_train_batch_size} rows"
-        f" of up to {loader.row_tokens:,} tokens; {loader.num_batches(0):,} micro-batches an epoch\n"
-        f"learning rate {config.lr_scheduler_type}, peak {peak:.2e}; computing in {dtype}"
-        f" on {pick_device(config.device)}, {torch.get_num_threads()} threads",
-        highlight=False,
-    )
-
-
 def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> Any:
     """Load the 4-bit base with a new adapter. The seed sets LoRA's random start."""
     start = time.perf_counter()
@@ -307,6 +258,8 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
     except ValueError as error:
         must = "target_modules must name linears of the model, target_parameters stacked weights of its experts"
         raise UserError(must, str(error), "correct it", "target_modules") from None
+    if config.adapter is not None:
+        set_trained(model, config.adapter)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.rule("training", align="left")
     console.print(
@@ -395,6 +348,8 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     prompts = [text for text, _ in prepared.samples]
     report.samples = list(zip(prompts, before["answers"], after["answers"]))
     report.facts |= {**before["facts"], **after["facts"]}
+    if run.config.adapter is not None:
+        report.facts["went on from"] = run.config.adapter
     report.facts |= paging_facts(run.paged)
     report.memory += [
         ("plan: total", prepared.plan.total_bytes),

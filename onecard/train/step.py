@@ -60,7 +60,7 @@ def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
     before = run.loader.state_dict()
     try:
         size = run.config.gradient_accumulation_steps
-        window = [run.loader.next_batch() for _ in range(min(size, run.num_batches - run.step * size))]
+        window = [run.loader.next_batch() for _ in range(min(size, run.num_batches - run.num_batches_done))]
         return window, sum(int((batch["labels"] != IGNORE).sum()) for batch in window)
     except BaseException:
         run.loader.load_state_dict(before)
