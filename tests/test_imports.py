@@ -14,6 +14,7 @@ ORDER = [
     "documents",
     "patterns",
     "config",
+    "recipes",
     "quant",
     "kernels",
     "nn",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
-from typing import Literal
+import sys
+from typing import Any, Literal
 
 from onecard.cli.app import DataFields, PlanFields, TrainFields, app
 from onecard.config import DataConfig, TrainConfig, make_config, parse_bytes
 from onecard.documents import read_yaml
-from onecard.errors import Stopped
+from onecard.errors import Stopped, UserError, one_line
 from onecard.terminal import finish, given, make_console, quiet_libraries
 
 
@@ -26,6 +27,8 @@ def train(
     *,
     fields: TrainFields = None,
     config: str | None = None,
+    from_llamafactory: str | None = None,
+    from_axolotl: str | None = None,
     resume: bool = False,
     validate: bool = False,
 ) -> None:
@@ -36,11 +39,13 @@ def train(
 
     Args:
         config: YAML file of the same fields; flags win over it.
+        from_llamafactory: LLaMA-Factory's YAML file of a run; --config and flags win over it.
+        from_axolotl: Axolotl's YAML file of a run; --config and flags win over it.
         resume: Go on from the newest whole checkpoint in the output folder.
         validate: Check settings, data, template, memory plan, disk and output folder; train and write nothing.
     """
-    merged = {**(read_yaml(config) if config else {}), **given(fields)}
-    checked = make_config(TrainConfig, merged, config or "command line")
+    merged = merge_fields(config, from_llamafactory, from_axolotl, fields)
+    checked = make_config(TrainConfig, merged, config or from_llamafactory or from_axolotl or "command line")
     try:
         console = make_console()
         from onecard.export.calibrated.base import base_of_run, check_base_of_run
@@ -53,16 +58,44 @@ def train(
     finish(run_training(checked, resume, console, make_base=base_of_run), console)
 
 
+def merge_fields(
+    config: str | None, from_llamafactory: str | None, from_axolotl: str | None, fields: Any
+) -> dict[str, Any]:
+    """Return the fields of another tool's file, a YAML file and the flags; later ones win. Print notes on stderr."""
+    from onecard.recipes.axolotl import read_axolotl
+    from onecard.recipes.llamafactory import read_llamafactory
+
+    if from_llamafactory and from_axolotl:
+        must, do = "one file of another tool can be read", "leave one out"
+        raise UserError(must, "--from-llamafactory and --from-axolotl", do)
+    merged: dict[str, Any] = {}
+    for path, read in ((from_llamafactory, read_llamafactory), (from_axolotl, read_axolotl)):
+        if path:
+            recipe = read(path)
+            merged |= recipe.fields
+            for note in recipe.notes:
+                print(f"note: {one_line(note)}", file=sys.stderr)
+    return {**merged, **(read_yaml(config) if config else {}), **given(fields)}
+
+
 @app.command(name="config")
-def show_config(dump: str | None = None, *, fields: TrainFields = None) -> None:
+def show_config(
+    dump: str | None = None,
+    *,
+    fields: TrainFields = None,
+    from_llamafactory: str | None = None,
+    from_axolotl: str | None = None,
+) -> None:
     """Print every setting of a training run as YAML, with its default and its description, for `train --config`.
 
     Args:
         dump: YAML file of fields, whose values are printed in place of the defaults; flags win over it.
+        from_llamafactory: LLaMA-Factory's YAML file of a run, as our settings.
+        from_axolotl: Axolotl's YAML file of a run, as our settings.
     """
     from onecard.config.document import config_yaml
 
-    merged = {**(read_yaml(dump) if dump else {}), **given(fields)}
+    merged = merge_fields(dump, from_llamafactory, from_axolotl, fields)
     missing = {name: "" for name, info in TrainConfig.model_fields.items() if info.is_required() and name not in merged}
     checked = make_config(TrainConfig, {**missing, **merged}, dump or "command line")
     print(config_yaml(TrainConfig, checked.model_dump(mode="json", exclude=set(missing))), end="")

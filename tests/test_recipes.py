@@ -1,0 +1,245 @@
+"""Exact: what files of LLaMA-Factory and Axolotl, as their users write them, become; and what is refused."""
+
+import json
+
+import pytest
+import yaml
+
+from onecard.config import TrainConfig, make_config
+from onecard.errors import UserError
+from onecard.recipes.axolotl import read_axolotl
+from onecard.recipes.llamafactory import read_llamafactory
+from tests.forks import onecard
+
+FACTORY = """
+### model
+model_name_or_path: meta-llama/Meta-Llama-3-8B-Instruct
+quantization_bit: 4
+quantization_method: bnb
+trust_remote_code: true
+
+### method
+stage: sft
+do_train: true
+finetuning_type: lora
+lora_rank: 8
+lora_target: all
+
+### dataset
+dataset: shop
+template: llama3
+cutoff_len: 2048
+overwrite_cache: true
+preprocessing_num_workers: 16
+
+### output
+output_dir: saves/llama3-8b/lora/sft
+logging_steps: 10
+save_steps: 500
+plot_loss: true
+overwrite_output_dir: true
+report_to: none
+
+### train
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+ddp_timeout: 180000000
+
+### eval
+val_size: 0.1
+per_device_eval_batch_size: 1
+eval_strategy: steps
+eval_steps: 500
+"""
+AXOLOTL = """
+base_model: NousResearch/Meta-Llama-3-8B
+model_type: LlamaForCausalLM
+tokenizer_type: AutoTokenizer
+load_in_8bit: false
+load_in_4bit: true
+strict: false
+datasets:
+  - path: data/shop.jsonl
+    type: chat_template
+    field_messages: messages
+    message_property_mappings:
+      role: role
+      content: content
+dataset_prepared_path:
+val_set_size: 0.05
+output_dir: ./outputs/qlora-out
+adapter: qlora
+lora_model_dir:
+sequence_len: 4096
+sample_packing: true
+pad_to_sequence_len: true
+lora_r: 32
+lora_alpha: 16
+lora_dropout: 0.05
+lora_target_linear: true
+wandb_project:
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 4
+optimizer: paged_adamw_32bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+flash_attention: true
+warmup_steps: 10
+evals_per_epoch: 1
+saves_per_epoch: 1
+weight_decay: 0.0
+special_tokens:
+  pad_token: "<|end_of_text|>"
+"""
+
+
+def factory(tmp_path, text=FACTORY, entry=None, **more):
+    (tmp_path / "data").mkdir(exist_ok=True)
+    info = {"shop": {"file_name": "shop.json", **(entry or {})}, "other": {"file_name": "other.json"}}
+    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(text), "dataset_dir": str(tmp_path / "data"), **more}))
+    return read_llamafactory(str(path))
+
+
+def axolotl(tmp_path, **more):
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(AXOLOTL), **more}))
+    return read_axolotl(str(path))
+
+
+def test_a_file_of_llamafactory(tmp_path):
+    recipe = factory(tmp_path)
+    config = make_config(TrainConfig, recipe.fields)
+    expected = {
+        "model": "meta-llama/Meta-Llama-3-8B-Instruct", "data": str(tmp_path / "data" / "shop.json"), "r": 8,
+        "lora_alpha": 16, "target_modules": "all-linear", "max_seq_length": 2048, "packing": False,
+        "output": "saves/llama3-8b/lora/sft", "per_device_train_batch_size": 1, "gradient_accumulation_steps": 8,
+        "learning_rate": 1e-4, "num_train_epochs": 3, "lr_scheduler_type": "cosine", "warmup_ratio": 0.1,
+        "compute_dtype": "bfloat16", "validation_split": 0.1, "eval_steps": 500, "save_steps": 500, "loggers": [],
+        "quant_type": "nf4", "double_quant": True, "optim": "adamw", "logging_steps": 10, "seed": 42,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert recipe.notes[0].startswith("template llama3")
+    assert "ddp_timeout" in recipe.notes[-1] and recipe.notes[-1].startswith("without effect here")
+
+
+def test_the_defaults_of_llamafactory(tmp_path):
+    """A file that relies on them, and has no eval data."""
+    config = make_config(TrainConfig, factory(tmp_path, "model_name_or_path: m\noutput_dir: o\ndataset: shop\n").fields)
+    expected = {
+        "r": 8, "lora_alpha": 16, "lora_dropout": 0, "max_seq_length": 2048, "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1, "learning_rate": 5e-5, "num_train_epochs": 3, "lr_scheduler_type": "linear",
+        "warmup_ratio": 0, "weight_decay": 0, "packing": False, "eval_strategy": "no", "save_steps": 500,
+        "logging_steps": 500, "train_on": "completion", "max_steps": None,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+def test_datasets_of_llamafactory(tmp_path):
+    entry = {"formatting": "sharegpt", "columns": {"messages": "conversations"}}
+    assert factory(tmp_path, entry=entry).fields["data"] == str(tmp_path / "data" / "shop.json")
+    entry = {"columns": {"prompt": "question", "response": "answer"}, "num_samples": 50}
+    (source,) = factory(tmp_path, entry=entry | {"file_name": "shop.json"}).fields["data"]
+    assert source["columns"] == {"prompt": "question", "completion": "answer"} and source["max_rows"] == 50
+    sources = factory(tmp_path, dataset="shop, other", max_samples=10).fields["data"]
+    assert [source["max_rows"] for source in sources] == [10, 10]
+    with pytest.raises(UserError, match="did you mean"):
+        factory(tmp_path, dataset="shopp")
+    with pytest.raises(UserError, match="dataset shop: columns"):
+        factory(tmp_path, entry={"columns": {"prompt": "q", "query": "i", "response": "a"}})
+    assert factory(tmp_path, train_on_prompt=True).fields["train_on"] == "all"
+    assert factory(tmp_path, mask_history=True).fields["train_on"] == "last"
+    assert factory(tmp_path, neat_packing=True).fields["packing"] is True
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"stage": "ppo"}, "stage: 'ppo'"),
+        ({"finetuning_type": "full"}, "onecard trains LoRA"),
+        ({"quantization_bit": 8}, "quantization_bit: 8"),
+        ({"use_galore": True}, "use_galore"),
+        ({"rope_scaling": "dynamic"}, "rope_scaling"),
+        ({"val_size": 100}, "a share below 1"),
+        ({"adapter_name_or_path": "a,b"}, "one adapter"),
+        ({"eval_steps": 0.1}, "a number of updates"),
+        ({"add_tokens": "a,b"}, "changes the vocabulary"),
+    ],
+)
+def test_what_changes_the_result_is_refused(more, said, tmp_path):
+    with pytest.raises(UserError) as error:
+        factory(tmp_path, **more)
+    assert said in str(error.value)
+
+
+def test_harmless_values_of_refused_keys_and_unknown_keys_are_read(tmp_path):
+    recipe = factory(tmp_path, use_galore=False, rope_scaling=None, add_tokens="", lora_rnk=4)
+    assert "not known and not used: lora_rnk" in recipe.notes
+
+
+def test_a_file_of_axolotl(tmp_path):
+    recipe = axolotl(tmp_path)
+    config = make_config(TrainConfig, recipe.fields)
+    expected = {
+        "model": "NousResearch/Meta-Llama-3-8B", "data": "data/shop.jsonl", "r": 32, "lora_alpha": 16,
+        "lora_dropout": 0.05, "target_modules": "all-linear", "max_seq_length": 4096, "packing": True,
+        "output": "./outputs/qlora-out", "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4,
+        "learning_rate": 2e-4, "num_train_epochs": 4, "lr_scheduler_type": "cosine", "warmup_steps": 10,
+        "validation_split": 0.05, "optim": "paged_adamw_32bit", "eval_strategy": "epoch", "save_strategy": "epoch",
+        "compute_dtype": "auto", "train_on": "completion",
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert any("special_tokens" in note for note in recipe.notes)
+    assert "pad_to_sequence_len" in recipe.notes[-1]
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"adapter": None}, "not the whole model"),
+        ({"load_in_8bit": True}, "load_in_8bit: True"),
+        ({"rl": "dpo"}, "rl: 'dpo'"),
+        ({"datasets": [{"path": "a", "type": "input_output"}]}, "type 'input_output'"),
+        ({"datasets": [{"path": "a", "type": {"field_instruction": "x"}}]}, "type {'field_instruction'"),
+        ({"lora_target_linear": False}, "name the modules"),
+        ({"relora_steps": 10}, "relora_steps"),
+        ({"evals_per_epoch": 4, "early_stopping_patience": 2}, "give eval_steps"),
+    ],
+)
+def test_what_changes_the_result_is_refused_of_axolotl(more, said, tmp_path):
+    with pytest.raises(UserError) as error:
+        axolotl(tmp_path, **more)
+    assert said in str(error.value)
+
+
+def test_batch_and_mappings_of_axolotl(tmp_path):
+    fields = axolotl(tmp_path, gradient_accumulation_steps=None, batch_size=16).fields
+    assert (fields["per_device_train_batch_size"], fields["gradient_accumulation_steps"]) == (2, 8)
+    fields = axolotl(tmp_path, train_on_inputs=True, lora_target_modules=["q_proj"], lora_target_linear=False).fields
+    assert fields["train_on"] == "all" and fields["target_modules"] == ["q_proj"]
+    data = [{"path": "a", "type": "alpaca"}, {"path": "b.jsonl", "type": "completion", "field": "body"}]
+    first, second = axolotl(tmp_path, datasets=data).fields["data"]
+    assert first == {"path": "a", "format": "alpaca"}
+    assert second == {"path": "b.jsonl", "format": "text", "columns": {"text": "body"}}
+
+
+def test_the_command_prints_it_as_our_settings(tmp_path):
+    factory(tmp_path)
+    code, out, err = onecard("config", "--from-llamafactory", tmp_path / "run.yaml", "--r", 4)
+    assert code == 0, err
+    found = yaml.safe_load(out)
+    assert (found["r"], found["lora_alpha"], found["learning_rate"]) == (4, 16, 1e-4)
+    assert "note: template llama3" in err and "note: without effect here" in err
+    make_config(TrainConfig, found)
+    code, _, err = onecard("train", "--from-axolotl", tmp_path / "none.yaml", "--output", tmp_path / "o")
+    assert code == 2 and "none.yaml" in err
