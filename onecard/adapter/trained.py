@@ -21,6 +21,8 @@ COMPARED = (
     "lora_alpha",
     "use_rslora",
     "use_dora",
+    "lora_bias",
+    "layers_to_transform",
     "target_parameters",
     "modules_to_save",
     "rank_pattern",
@@ -46,7 +48,7 @@ def check_trained(config: TrainConfig, model: Model, adapted: list[str], checkpo
     if found.peft_type != "LORA":
         raise UserError("a run can go on from a LoRA adapter", found.peft_type, "start without --adapter", path)
     for name in COMPARED:
-        wanted, before = getattr(config, name, None), getattr(found, name)
+        wanted, before = getattr(config, name, None), getattr(found, name, None)
         if same_form(wanted) != same_form(before):
             raise different(name, before, wanted, path)
     trained = {module.rpartition(".")[2] for module in modules_of(key for key in stored if ".lora_A" in key)}

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from onecard.config.data import FORMATS_OF, DataConfig, RowConfig
 from onecard.config.evaluation import EvaluationData, EvaluationSettings, Interval
+from onecard.config.hub import HubSettings
 from onecard.config.lora import LoraSettings
 from onecard.config.optim import OptimSettings
 from onecard.config.preference import LossSettings, PreferenceSettings
@@ -59,6 +60,7 @@ class TrainConfig(
     OptimSettings,
     PreferenceSettings,
     EvaluationSettings,
+    HubSettings,
 ):
     """One training run."""
 

@@ -34,7 +34,7 @@ from onecard.paging.weights import PagedBase
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 SUSPICIOUS_ZEROS = 1 << 16
 STRFTIME_NOW = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
-SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*")
+SMALL_FILES = ("*.json", "*.model", "*.txt", "*.jinja", "tokenizer*", "README.md")
 OTHER_WEIGHTS = ("*/*.safetensors", "consolidated*")  # duplicates for other programs; a hub's * also matches /
 
 

@@ -72,7 +72,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without eff
     "add_tokens": ((), "changes the vocabulary"),
     "add_special_tokens": ((), "changes the vocabulary"),
     "new_special_tokens": ((), "changes the vocabulary"),
-    "pissa_init": ((), "pass --init-lora-weights"),
     "moe_aux_loss_coef": ((0, 0.0), "adds a loss of the router"),
     "label_smoothing_factor": ((0, 0.0), "another loss"),
     "mix_strategy": (("concat",), "give each file a weight in --data"),
@@ -93,7 +92,7 @@ WITHOUT_EFFECT = frozenset(
     "swanlab_api_key compute_accuracy print_param_status ignore_pad_token_for_loss save_safetensors "
     "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules freeze_vision_tower "
     "eval_accumulation_steps full_determinism tf32 disable_tqdm device_map use_cache ray_run_name "
-    "loraplus_lr_embedding pissa_iter".split()
+    "loraplus_lr_embedding".split()
 )
 
 
@@ -106,6 +105,9 @@ def read_llamafactory(path: str) -> Recipe:
     rank = reader.take("lora_rank", 8)
     reader.put("r", "lora_rank", rank)
     reader.put("lora_alpha", "lora_alpha", reader.take("lora_alpha", 2 * rank))
+    iterations = reader.take("pissa_iter", 16)
+    if reader.take("pissa_init", False):
+        reader.put("init_lora_weights", "pissa_init", "pissa" if iterations == -1 else f"pissa_niter_{iterations}")
     target = reader.take("lora_target", "all")
     reader.put("target_modules", "lora_target", "all-linear" if target == "all" else names_of(target))
     reader.put("modules_to_save", "additional_target", names_of(reader.take("additional_target")) or None)

@@ -58,6 +58,9 @@ FREE_TO_CHANGE = {
     "early_stopping_threshold",
     "loggers",
     "sample_prompts",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private_repo",
 }
 FREE_WITHOUT_BEST = {"metric", "metric_max_rows", "metric_max_new_tokens"}  # else the best may be measured by them
 

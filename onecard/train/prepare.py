@@ -38,6 +38,7 @@ from onecard.memory.strategy import strategy_within, total_bytes
 from onecard.memory.terms import Term
 from onecard.memory.workload import Answers, known
 from onecard.train.evaluate import model_size
+from onecard.train.hub import check_login
 from onecard.train.metrics import import_logger
 from onecard.train.reference import FILE
 from onecard.train.samples import Sample, make_samples
@@ -66,6 +67,7 @@ class Prepared:
     questions: dict[str, list[Question]]  # of each eval file, what the model answers for the metrics
     scores: list[Score]
     notes: list[str]  # for the screen
+    folder: Path  # the checkpoint's
     own_tokenizer: Any = None  # saved with the adapter, as its chat template is not the checkpoint's
     precompute: bool = False  # whether the reference of preferences is computed before the training
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
@@ -80,6 +82,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     """
     for name in config.loggers:
         import_logger(name)
+    check_login(config)
     scores = [make_score(metric) for metric in config.metric]
     date = date or datetime.date.today().isoformat()
     folder = find_checkpoint(config.model)
@@ -162,6 +165,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         questions,
         scores,
         notes,
+        folder,
         saved,
         precompute,
         unmerged,

@@ -39,6 +39,7 @@ from onecard.memory.measure import (
 )
 from onecard.memory.workload import Answers
 from onecard.paging.mover import Statistics
+from onecard.train.card import write_card
 from onecard.train.checkpoint import (
     State,
     check_best,
@@ -51,6 +52,7 @@ from onecard.train.checkpoint import (
 from onecard.train.evaluate import choose_loss
 from onecard.train.evaluate import evaluate as measured_loss
 from onecard.train.evaluator import Evaluator, make_evaluator
+from onecard.train.hub import push
 from onecard.train.loop import Interrupted, count_steps, train
 from onecard.train.loss import packed_loss
 from onecard.train.metrics import Metrics, score_columns
@@ -199,6 +201,9 @@ def run_locked(
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run, evaluate), run)
     result.report.facts |= base.facts if base is not None else {}
     write_report(output, result.report)
+    write_card(result.adapter, prepared.config, prepared.folder, result.report)
+    if config.push_to_hub:
+        console.print(f"pushed to {push(result.adapter, config)}", highlight=False, markup=False, soft_wrap=True)
     return result
 
 
