@@ -7,14 +7,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from onecard.config import TrainConfig, make_config
 from onecard.data.chat.mask import prompt_ids
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
-from onecard.infer.decoding import end_tokens
+from onecard.infer.batch import answer_all
 from onecard.memory.workload import Answers
 from onecard.train.report import format_bytes
 from onecard.train.result import Result
@@ -77,11 +76,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def exact_match(model: Any, tokenizer: Any, rows: list[dict[str, Any]]) -> float:
     """Return the share of rows whose greedy answer equals the reference in every character."""
-    hits = 0
-    for batch in in_batches(ordered_prompts(rows, tokenizer)):
-        answers = generate_batch(model, tokenizer, [ids for ids, _ in batch])
-        hits += sum(answer == expected for answer, (_, expected) in zip(answers, batch))
-    return hits / len(rows)
+    pairs = ordered_prompts(rows, tokenizer)
+    prompts = [ids for ids, _ in pairs]
+    answers = answer_all(model, tokenizer, prompts, ANSWER_TOKENS, BATCH_SIZE, [False] * len(prompts))
+    return sum(answer == expected for answer, (_, expected) in zip(answers, pairs)) / len(rows)
 
 
 def ordered_prompts(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[list[int], str]]:
@@ -92,20 +90,3 @@ def ordered_prompts(rows: list[dict[str, Any]], tokenizer: Any) -> list[tuple[li
 
 def in_batches(prompts: list[tuple[list[int], str]]) -> list[list[tuple[list[int], str]]]:
     return [prompts[start : start + BATCH_SIZE] for start in range(0, len(prompts), BATCH_SIZE)]
-
-
-def generate_batch(model: Any, tokenizer: Any, prompts: list[list[int]]) -> list[str]:
-    """Generate greedy answers to several prompts at once, with padding on the left."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    device = model.get_input_embeddings().weight.device
-    out = model.generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=ANSWER_TOKENS,
-        do_sample=False,
-        eos_token_id=end_tokens(model.generation_config.eos_token_id, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)

@@ -69,9 +69,9 @@ def answer_batch(
     active = list(range(len(prompts)))
     with sharing_cores():
         while active:
-            logits_BV, going_on = rows.logits(), []
-            for row, i in enumerate(active):
-                token = sampler.pick(tokens[i], logits_BV[row : row + 1])
+            going_on: list[int] = []
+            picked = pick_all(sampler, [tokens[i] for i in active], rows.logits())
+            for row, (i, token) in enumerate(zip(active, picked)):
                 tokens[i].append(token)
                 left[i] -= 1
                 if token not in stop:
@@ -83,6 +83,13 @@ def answer_batch(
             active = [active[row] for row in going_on]
             rows.go_on(going_on, [tokens[i][-1] for i in active])
     return said
+
+
+def pick_all(sampler: Sampler, tokens: list[list[int]], logits_BV: Tensor) -> list[int]:
+    """Return each row's likeliest token, with one transfer from the device if no processor shapes the logits."""
+    if not sampler.shape:
+        return logits_BV.argmax(-1).tolist()
+    return [sampler.pick(ids, logits_BV[row : row + 1]) for row, ids in enumerate(tokens)]
 
 
 class Rows:
