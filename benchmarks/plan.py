@@ -165,7 +165,7 @@ def child(name: str, folder: str) -> None:
     length, batch = config.max_seq_length, config.per_device_train_batch_size
     rows = torch.randint(4, shape["vocab_size"], (2 * batch, length)).tolist()
     loader = Loader([Example(row, row, "random") for row in rows], length, False, batch, 0)
-    load = known(loader, 1, None, [rows[0][:-4]] if method == "generate" else [])
+    load = known(loader, 1, (), [rows[0][:-4]] if method == "generate" else [])
     terms = plan_terms(PlanInputs(model, config, dtype, load), method, strategy)
     before = begin_peak(device)
     base = onecard.load_model(folder, compute_dtype=dtype, device="cpu", weights_budget=budget)

@@ -81,10 +81,11 @@ def run_onecard(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
 
 def run_trl(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    import trl
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     seconds: list[float] = []
 
@@ -104,7 +105,7 @@ def run_trl(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     )
     checkpoint = make_model()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=quantization)
-    settings = trl.DPOConfig(
+    settings = DPOConfig(
         output_dir=f"{folder}/trl",
         max_steps=args.steps,
         per_device_train_batch_size=args.pairs,
@@ -121,7 +122,7 @@ def run_trl(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         disable_tqdm=True,
     )
     torch.manual_seed(SEED)  # peft's start of the adapter is the next to draw from it, as in onecard
-    trainer = trl.DPOTrainer(
+    trainer = DPOTrainer(
         model=model,
         args=settings,
         train_dataset=Dataset.from_list(pairs(args.pairs)),

@@ -22,7 +22,7 @@ from onecard.config.evaluation import EvaluationData, EvaluationSettings, eval_k
 from onecard.config.export import CalibrationConfig, ExportConfig, GgufConfig
 from onecard.config.infer import SamplingConfig, ServeConfig
 from onecard.config.lora import LoraSettings
-from onecard.config.optim import OptimSettings
+from onecard.config.optim import ADAMW, Optim, OptimSettings
 from onecard.config.preference import LossSettings, PreferenceSettings
 from onecard.config.quant import (
     BLOCKSIZES,
@@ -35,9 +35,10 @@ from onecard.config.quant import (
     StoredConfig,
 )
 from onecard.config.strict import Strict, is_loopback, make_config, parse_bytes
-from onecard.config.train import MemorySettings, Optim, PlanConfig, TrainConfig
+from onecard.config.train import MemorySettings, PlanConfig, TrainConfig
 
 __all__ = [
+    "ADAMW",
     "BLOCKSIZES",
     "CACHE_PROBE",
     "FORMATS_OF",

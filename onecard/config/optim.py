@@ -28,6 +28,16 @@ WHOLE = {"num_decay_steps", "num_stable_steps", "timescale"}  # those that count
 WARMUP_RATIO = 0.03
 
 
+Optim = Literal[
+    "adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit",
+    "paged_adamw_8bit", "lion", "lion_32bit", "muon", "schedule_free_adamw", "sgd", "adafactor",
+]  # fmt: skip
+ADAMW = (
+    "adamw", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_32bit",
+    "paged_adamw_8bit",
+)  # fmt: skip
+
+
 class OptimSettings(Strict):
     """The optimizer's settings, and the learning rate of each update."""
 
@@ -44,6 +54,14 @@ class OptimSettings(Strict):
     )
     warmup_steps: int | None = Field(
         default=None, ge=0, description="updates in which the rate rises; takes the place of warmup_ratio"
+    )
+    loraplus_lr_ratio: float | None = Field(
+        default=None,
+        gt=0,
+        description="LoRA+: learning rate of lora_B over the others' (arXiv 2402.12354)",
+    )
+    neftune_noise_alpha: float | None = Field(
+        default=None, gt=0, description="NEFTune: size of the noise on embeddings in training (arXiv 2310.05914)"
     )
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled from the gradient, as AdamW has it")
     adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="decay of the mean of gradients")

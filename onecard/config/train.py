@@ -10,12 +10,11 @@ from onecard.config.data import FORMATS_OF, DataConfig, RowConfig
 from onecard.config.evaluation import EvaluationData, EvaluationSettings, Interval
 from onecard.config.hub import HubSettings
 from onecard.config.lora import LoraSettings
-from onecard.config.optim import OptimSettings
+from onecard.config.optim import ADAMW, Optim, OptimSettings
 from onecard.config.preference import LossSettings, PreferenceSettings
 from onecard.config.quant import BaseCalibration, QuantConfig
 from onecard.config.strict import Strict, parse_bytes
 
-Optim = Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"]
 Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -31,7 +30,8 @@ class MemorySettings(Strict):
     gradient_accumulation_steps: int = Field(default=8, ge=1, description="micro-batches an update")
     optim: Optim = Field(
         default="adamw",
-        description="8bit: states of 2 bytes a weight; paged: states are offloaded when memory is short",
+        description="8bit: states of 2 bytes a weight; paged: states are offloaded when memory is short; "
+        "adamw_torch and adamw_torch_fused are adamw, adamw_bnb_8bit is adamw_8bit",
     )
     gradient_checkpointing: bool | None = Field(
         default=None,
@@ -92,6 +92,23 @@ class TrainConfig(
     def _whole_modules_stay(self) -> TrainConfig:
         if self.modules_to_save and self.weights_budget is not None:
             raise ValueError("modules_to_save are trained where they are: leave weights_budget out")
+        return self
+
+    @model_validator(mode="after")
+    def _an_optimizer_that_fits(self) -> TrainConfig:
+        if self.modules_to_save and self.optim not in (*ADAMW, "muon"):
+            raise ValueError(f"modules_to_save need the float32 masters of AdamW, which optim {self.optim} has not")
+        if self.neftune_noise_alpha is not None and self.loss != "sft":
+            raise ValueError(f"neftune_noise_alpha is for sft: with {self.loss} the noise would move the reference too")
+        if self.optim == "muon" and self.target_parameters:
+            raise ValueError("optim muon takes matrices, and target_parameters have the experts' matrices in stacks")
+        if self.optim == "schedule_free_adamw":
+            if self.lr_scheduler_type not in ("constant", "constant_with_warmup"):
+                raise ValueError(
+                    "optim schedule_free_adamw averages instead of a decay: it needs lr_scheduler_type constant"
+                )
+            if self.adam_beta1 == 0:
+                raise ValueError("optim schedule_free_adamw needs an adam_beta1 above 0")
         return self
 
     @model_validator(mode="after")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import torch
@@ -19,10 +20,9 @@ from onecard.hf.skeleton import Model
 from onecard.kernels.cpu import native
 from onecard.memory.activations import Activations, intermediate, layer_activations
 from onecard.memory.workload import Workload, assumed, multiple
-from onecard.optim.adamw import SMALL
+from onecard.optim.make import state_bytes
 from onecard.paging.files import ALIGNMENT
 from onecard.paging.weights import layer_of
-from onecard.quant.dynamic import STATE_BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,19 @@ class PlanInputs:
         return {path: self.config.rank_of(path.removesuffix(".weight")) for path in self.adapted}
 
     @cached_property
+    def lora_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each LoRA matrix, and of each bias of a lora_B."""
+        shapes: list[tuple[int, ...]] = []
+        for path, m in self.adapted.items():
+            r, experts = self.ranks[path], getattr(m, "num_experts", 1)
+            shapes += [(r * experts, m.in_features // experts), (m.out_features // experts, r * experts)]
+            shapes += [(m.out_features,)] if self.config.lora_bias else []
+        return shapes
+
+    @cached_property
     def lora_sizes(self) -> list[int]:
         """Number of weights of each LoRA matrix, and of each bias of a lora_B."""
-        pairs = [(self.ranks[path], m.in_features, m.out_features) for path, m in self.adapted.items()]
-        biases = [N for _, _, N in pairs] if self.config.lora_bias else []
-        return [r * n for r, K, N in pairs for n in (K, N)] + biases
+        return [prod(shape) for shape in self.lora_shapes]
 
     @cached_property
     def num_shapes(self) -> tuple[int, int]:
@@ -217,11 +225,10 @@ class PlanInputs:
 
     @cached_property
     def state_sizes(self) -> list[int]:
-        """Bytes of AdamW's states: of each LoRA matrix, and of each saved parameter with its float32 master weight."""
+        """Bytes of the optimizer's states: of each LoRA matrix, and of each saved parameter with its float32 master
+        weight."""
         saved = [(8 if self.c == 4 else 12) * n for n in self.saved_sizes]
-        if not self.config.optim.endswith("8bit"):
-            return [8 * n for n in self.lora_sizes] + saved
-        return [8 * n if n < SMALL else 2 * n + 8 * -(-n // STATE_BLOCKSIZE) for n in self.lora_sizes] + saved
+        return [state_bytes(self.config.optim, shape) for shape in self.lora_shapes] + saved
 
     @cached_property
     def layer(self) -> Activations:

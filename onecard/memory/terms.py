@@ -20,14 +20,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
+from onecard.config import ADAMW, ROW_MULTIPLE, logits_chunk_bytes
 from onecard.hf.attention import supports_packing
 from onecard.kernels.cpu import allocator
 from onecard.memory.activations import heads_of
 from onecard.memory.inputs import MemoryStrategy, PlanInputs, Term
 from onecard.memory.process import process_terms
+from onecard.optim.make import state_formula
 from onecard.paging.activations import ACTIVATIONS_AHEAD
-from onecard.quant.dynamic import STATE_BLOCKSIZE
 
 Method = Literal["full", "lora", "qlora", "generate"]
 END_TENSORS = 4  # tensors of a token's hidden size that exist around the loss
@@ -171,13 +171,12 @@ def logits_term(inputs: PlanInputs, tokens: int) -> Term:
 
 
 def state_term(inputs: PlanInputs, strategy: MemoryStrategy) -> Term:
-    """Return AdamW's states of all trainable weights."""
+    """Return the optimizer's states of all trainable weights."""
+    name = "AdamW states" if inputs.config.optim in ADAMW else f"{inputs.config.optim} states"
     if strategy.offload_optimizer_states:
-        return Term("AdamW states", max(inputs.state_sizes, default=0), "one tensor's at a time")
-    eight = f"(2 + 8 / {STATE_BLOCKSIZE}) P_l, small tensors 8 P_l"
-    formula = eight if inputs.config.optim.endswith("8bit") else "8 P_l"
+        return Term(name, max(inputs.state_sizes, default=0), "one tensor's at a time")
     saved = f" + {8 if inputs.c == 4 else 12} P_s" if inputs.num_saved else ""
-    return Term("AdamW states", sum(inputs.state_sizes), formula + saved)
+    return Term(name, sum(inputs.state_sizes), state_formula(inputs.config.optim) + saved)
 
 
 def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:

@@ -15,6 +15,7 @@ master weight, and the parameter is the master weight rounded once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[torch.nn.Parameter],
+        params: Iterable[Any],
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -107,6 +108,17 @@ class AdamW(torch.optim.Optimizer):
         """Return a parameter's states in host memory, from the device or offloaded."""
         state = self.state[p]
         return self.paged.look(p, state) if self.paged is not None else {k: t.cpu() for k, t in state.items()}
+
+    def load_state(self, p: torch.nn.Parameter, stored: dict[str, Tensor]) -> None:
+        """Restore what `state_tensors` returned."""
+        self.state[p] = self.placed(p, stored)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """AdamW has no average of the parameters: nothing changes."""
+        return nullcontext()
+
+    def finish(self) -> None:
+        """Nothing is left to do after the last step."""
 
     def page_out(self) -> bool:
         """Offload all states. Return whether that freed device memory."""

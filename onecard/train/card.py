@@ -103,7 +103,8 @@ def base_metadata(base: Path) -> dict[str, Any]:
             metadata = parse_yaml(text[4 : text.index("\n---", 4)].encode())
         except ValueError:  # another's file: the card can do without
             metadata = None
-        for key in ("license", "license_name", "license_link") if isinstance(metadata, dict) else ():
+        metadata = metadata if isinstance(metadata, dict) else {}
+        for key in ("license", "license_name", "license_link"):
             if isinstance(metadata.get(key), str):
                 found[key] = metadata[key]
     name = read_object(base / "config.json").get("_name_or_path")

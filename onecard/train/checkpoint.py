@@ -258,9 +258,6 @@ def position_of(state: State) -> Position:
 def checkpoint(run: Run, root: Path) -> None:
     """Write a checkpoint of all that the next update depends on."""
     tensors = {
-        "adapter": {
-            name: tensor.detach().cpu().contiguous() for name, tensor in (run.trainable | starts(run.model)).items()
-        },
         "optimizer": {
             f"{name}.{key}": value.contiguous()
             for name, p in run.trainable.items()
@@ -282,7 +279,10 @@ def checkpoint(run: Run, root: Path) -> None:
     config = run.config.model_dump()
     documents = {"progress": position.model_dump(), "config": config, "identity": run.identity}
     best = run.best.position.step if run.best else None
-    save_state(root, run.step, tensors, documents, run.config.save_total_limit, best)
+    with run.optimizer.averaged():
+        weights = run.trainable | starts(run.model)
+        tensors["adapter"] = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_state(root, run.step, tensors, documents, run.config.save_total_limit, best)
 
 
 def starts(model: Any) -> dict[str, Tensor]:
@@ -299,7 +299,7 @@ def resume(run: Run, state: State) -> None:
         parameter.data.copy_(state.tensors["adapter"][name])
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
         found = {key.rpartition(".")[2]: value.clone() for key, value in found.items()}  # not a view of the file
-        run.optimizer.state[parameter] = run.optimizer.placed(parameter, found)
+        run.optimizer.load_state(parameter, found)
     for name, tensor in starts(run.model).items():
         tensor.copy_(state.tensors["adapter"][name])
     position = position_of(state)

@@ -80,7 +80,8 @@ def train(
             is_best = False
             evaluates = is_due(config.eval_strategy, config.eval_steps, run.step, at_end, last)
             if evaluate is not None and evaluates:
-                scores = evaluate(run)
+                with run.optimizer.averaged():
+                    scores = evaluate(run)
                 row |= scores
                 is_best = run.best is not None and run.best.update(run.step, scores.get(run.best.metric, math.nan))
             if run.is_over or run.step % config.logging_steps == 0 or (evaluate is not None and evaluates):
@@ -92,6 +93,9 @@ def train(
             if interrupted and not run.is_over:
                 raise Interrupted(interrupted[0])
     recompute_layers(run.base, 0)
+    run.optimizer.finish()
+    if run.noise is not None:
+        run.noise.remove()
     run.model.eval()
 
 

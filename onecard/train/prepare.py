@@ -37,6 +37,7 @@ from onecard.memory.plan import Plan, fitted
 from onecard.memory.strategy import strategy_within, total_bytes
 from onecard.memory.terms import Term
 from onecard.memory.workload import Answers, known
+from onecard.optim.make import check_package
 from onecard.train.evaluate import model_size
 from onecard.train.hub import check_login
 from onecard.train.metrics import import_logger
@@ -84,6 +85,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         import_logger(name)
     check_login(config)
     scores = [make_score(metric) for metric in config.metric]
+    check_package(config.optim)
     date = date or datetime.date.today().isoformat()
     folder = find_checkpoint(config.model)
     checkpoint = inspect_checkpoint(folder)

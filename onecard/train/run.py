@@ -18,14 +18,14 @@ from onecard.config import TrainConfig
 from onecard.data.loader import Loader
 from onecard.memory.inputs import MemoryStrategy
 from onecard.nn.experts import has_experts
-from onecard.optim.adamw import AdamW
+from onecard.optim.make import Optimizer, make_optimizer
 from onecard.paging.activations import Offload
 from onecard.paging.mover import Statistics
 from onecard.paging.pager import Pager
-from onecard.paging.states import PagedStates
 from onecard.train.best import Best, best_of
 from onecard.train.graphs import DecoderGraphs
 from onecard.train.loss import packed_loss
+from onecard.train.noise import EmbeddingNoise
 from onecard.train.preference import Preference
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
@@ -53,7 +53,8 @@ class Run:
     max_forward_tokens: int | None = field(init=False)  # most tokens in one forward
     offload: Offload | None = field(init=False, default=None)
     paged: Statistics = field(default_factory=Statistics)  # in all steps so far
-    optimizer: AdamW = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    noise: EmbeddingNoise | None = field(init=False, default=None)
     trainable: dict[str, torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -62,6 +63,8 @@ class Run:
         if self.optimizer.paged is not None:
             self.optimizer.paged.crowded = self.strategy.offload_optimizer_states
         self.best = best_of(self.config)
+        if self.config.neftune_noise_alpha is not None:
+            self.noise = EmbeddingNoise(self.base, self.config.neftune_noise_alpha)
         self.max_forward_tokens = self.strategy.max_forward_tokens
         if self.strategy.num_offloaded:
             self.offload = Offload(self.device, Path(self.config.output))
@@ -136,26 +139,15 @@ def count_batches(loader: Loader, config: TrainConfig) -> int:
     return batches + (math.ceil(part * loader.num_batches(int(whole))) if part else 0)
 
 
-def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig) -> AdamW:
-    """Create the optimizer that `optim` names, for the trainable weights."""
-    return AdamW(
-        trainable.values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.weight_decay,
-        state_bits=8 if config.optim.endswith("8bit") else 32,
-        paged=PagedStates(Path(config.output)) if config.optim.startswith("paged") else None,
-    )
-
-
 def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
-    """Return CUDA graphs if enabled and possible: on a GPU, with the packed loss, all resident and kept, no experts.
+    """Return CUDA graphs if enabled and possible: on a GPU, with the packed loss, all resident and kept, no experts,
+    no noise on embeddings.
 
     Args:
         limit: bytes of device memory that the run may use.
     """
     held = run.strategy == MemoryStrategy() and run.loss is packed_loss and not has_experts(run.base)
+    held = held and run.noise is None
     if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
         return None
     return DecoderGraphs(run.base, run.trainable.values(), limit)

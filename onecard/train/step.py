@@ -20,9 +20,10 @@ from torch import Tensor
 
 from onecard.data.packing import split
 from onecard.errors import UserError
-from onecard.memory.measure import peak_memory_bytes
+from onecard.memory.measure import is_out_of_memory, peak_memory_bytes
+from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
-from onecard.train.loss import IGNORE, head_loss, to_device
+from onecard.train.loss import IGNORE, head_loss, packed_loss, to_device
 from onecard.train.preference import Preference, Totals
 from onecard.train.recovery import retry_on_oom
 from onecard.train.run import Run, random_state, restore_random
@@ -35,8 +36,8 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     rate = learning_rate(run.step, run.num_steps, run.config)
     loss, norm, more = gradients(run, window, num_tokens)
     for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    retry_on_oom(run, run.optimizer.step)
+        group["lr"] = rate * group["lr_ratio"]
+    update(run)
     run.optimizer.zero_grad(set_to_none=True)
     run.step += 1
     seconds = time.perf_counter() - start
@@ -53,6 +54,20 @@ def optimizer_step(run: Run) -> dict[str, Any]:
         "seconds": seconds,
         **run.take_statistics(),
     }
+
+
+def update(run: Run) -> None:
+    """Step the optimizer. AdamW continues after a failed allocation. The others may have updated some parameters."""
+    if isinstance(run.optimizer, AdamW):
+        return retry_on_oom(run, run.optimizer.step)
+    try:
+        run.optimizer.step()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        found = f"not at step {run.step + 1} with optim {run.config.optim}, which cannot go on within a step"
+        do = "--resume with a smaller --device-memory, or start again with --optim paged_adamw_8bit"
+        raise UserError("a step must fit in memory", found, do) from None
 
 
 def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
@@ -108,6 +123,8 @@ def micro_batch(run: Run, batch: dict[str, Any], divisor: Any) -> Tensor:
     if run.preference is not None:
         return preferences(run, run.preference, batch, divisor)
     batch = to_device(batch, run.device)
+    if run.noise is not None:
+        run.noise.cu_seqlens = batch["cu_seqlens"] if run.loss is packed_loss else None
     if run.graphs is not None:
         loss = head_loss(run.base, run.graphs(batch), batch, divisor)
     else:
