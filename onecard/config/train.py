@@ -125,6 +125,8 @@ class TrainConfig(
             return self
         if self.calibrate:
             raise ValueError(f"calibrate is for loss sft: run `onecard quantize` first, then train with {self.loss}")
+        if self.adapter is not None and self.precompute_reference is False:
+            raise ValueError("adapter is the reference, which the training changes: leave precompute_reference out")
         if self.train_on == "all":
             raise ValueError(f"loss {self.loss} scores answers: leave train_on out, or give last")
         if self.lora_dropout > 0:

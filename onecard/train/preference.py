@@ -4,9 +4,11 @@ A micro-batch holds whole examples: pairs, whose two answers are neighbouring do
 sums and counts of the whole accumulation window normalize the loss, so that any split of it is the same update. trl
 normalizes each micro-batch by itself. The two agree where a window is one micro-batch, and for equal micro-batches.
 
-The reference is the same model with its adapter off. kto also needs an estimate of how far the model is from it: the
-mean log-ratio of answers to other prompts, here the prompt of each example with the answer of the example before it,
-over the whole window. trl takes the answers of a micro-batch.
+The reference is the same model with its adapter off, or the adapter that the run goes on from, as in trl.
+
+kto also needs an estimate of how far the model is from the reference: the mean log-ratio of answers to other prompts,
+here the prompt of each example with the answer of the example before it, over the whole window. trl takes the answers
+of a micro-batch.
 
 A reward is beta times the log-ratio. Shape suffixes: P scored positions, D documents, E examples.
 """
@@ -14,6 +16,7 @@ A reward is beta times the log-ratio. Shape suffixes: P scored positions, D docu
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,8 +158,8 @@ class Preference:
 
     @torch.no_grad()
     def compute_reference(self, batch: dict[str, Any]) -> Tensor:
-        """Same as `reference_of`, with the model itself, its adapter off."""
-        with self.model.disable_adapter():
+        """Same as `reference_of`, by the model itself."""
+        with self.as_reference():
             return sums(self.log_probs(batch), batch["counts"]).view(len(batch["indices"]), -1)
 
     def totals(self, window: list[dict[str, Any]]) -> Totals:
@@ -185,8 +188,13 @@ class Preference:
         """Same as `mismatched`, of the reference."""
         if self.reference is not None:
             return upload(self.reference[indices, 1], self.device)
-        with self.model.disable_adapter():
+        with self.as_reference():
             return self.mismatched(indices)
+
+    def as_reference(self) -> AbstractContextManager:
+        """Make the model the reference: the base, its adapter off. In a run that goes on from an adapter, it is that
+        adapter, which the model is only before the training."""
+        return nullcontext() if self.config.adapter is not None else self.model.disable_adapter()
 
     def metrics(self, parts: list[float], totals: Totals) -> dict[str, float]:
         """Return a window's metrics by name, without those that it cannot have."""

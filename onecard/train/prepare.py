@@ -144,7 +144,8 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     precompute = config.has_reference and config.precompute_reference is not False
     if precompute:
         term = Term("reference", REFERENCE_BYTES * load.referenced, f"{REFERENCE_BYTES} bytes an example")
-        precompute = config.precompute_reference is True or has_room([*plan.disk, term], Path(config.output))
+        must = config.precompute_reference is True or config.adapter is not None
+        precompute = must or has_room([*plan.disk, term], Path(config.output))
         plan.disk.extend([term] * precompute)
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))

@@ -374,6 +374,22 @@ def test_a_run_learns_what_is_preferred(checkpoint, tmp_path):
     assert difference <= 1e-4  # float32 sums in another order
 
 
+def test_a_trained_adapter_is_the_reference_of_its_run(checkpoint, tmp_path):
+    """Exact: the start is the reference, so that the first loss is log 2; a resumed run has the same reference."""
+    data = write_rows(tmp_path / "d.jsonl", PAIRS)
+    trained = run(checkpoint, data, tmp_path / "first", loss="dpo", max_steps=4).adapter
+    more = {"loss": "dpo", "adapter": str(trained), "max_steps": 3, "packing": False}
+    found = run(checkpoint, data, tmp_path / "second", save_steps=1, save_total_limit=9, **more).metrics
+    assert found[0]["loss"] == pytest.approx(0.693147, abs=1e-6) and found[0]["rewards/margins"] == 0.0
+    assert found[-1]["rewards/margins"] != 0.0
+    expected = adapter_bytes(tmp_path / "second")
+    for lost in ("adapter", "checkpoints/checkpoint-3", "checkpoints/checkpoint-2"):
+        shutil.rmtree(tmp_path / "second" / lost)
+    (tmp_path / "second" / "reference.safetensors").unlink()
+    run(checkpoint, data, tmp_path / "second", resuming=True, save_steps=1, save_total_limit=9, **more)
+    assert adapter_bytes(tmp_path / "second") == expected
+
+
 def test_what_cannot_be_is_refused_before_the_load(checkpoint, tmp_path):
     pairs = write_rows(tmp_path / "p.jsonl", PAIRS)
     judged = write_rows(tmp_path / "j.jsonl", JUDGED)
@@ -387,6 +403,8 @@ def test_what_cannot_be_is_refused_before_the_load(checkpoint, tmp_path):
         (pairs, {"loss": "dpo", "format": "messages"}, "rows of format preference"),
         (pairs, {"format": "preference"}, "rows of format messages or"),
         (pairs, {}, "--loss dpo"),
+        (pairs, {"loss": "dpo", "train_on": "all"}, "leave train_on out"),
+        (pairs, {"loss": "dpo", "adapter": "a", "precompute_reference": False}, "leave precompute_reference out"),
         (judged, {"loss": "dpo"}, "--loss"),
         (write_rows(tmp_path / "one.jsonl", JUDGED[:1]), {"loss": "kto"}, "two answers"),
     ]
