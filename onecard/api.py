@@ -83,7 +83,7 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
 
     Args:
         config: the format (gguf, gptq or awq), the model, the adapter, the new output, and the format's settings.
-        quiet: print nothing. False prints on stderr how the data file of gptq and awq was read.
+        quiet: print nothing. False prints on stderr how the data of gptq and awq was read.
 
     Returns:
         An Exported: the path, and the text that `onecard export` prints.
@@ -106,6 +106,7 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
             return Exported(written.file, written.lines())
         from onecard.export.calibrated.writer import export_calibrated, lines
 
-        where = (config.model, config.adapter, str(config.data), config.output)
+        assert config.data is not None, "checked by the config"
+        where = (config.model, config.adapter, config.data, config.output)
         folder, left_out = export_calibrated(config.format, *where, config, config.base, quant, None if quiet else tell)
         return Exported(folder, lines(config.format, folder, left_out))

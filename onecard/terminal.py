@@ -9,7 +9,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Optional, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Optional, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -28,10 +29,28 @@ def partial(kind: type[BaseModel]) -> type[BaseModel]:
         if info.default_factory is not None:
             default = "default: none"
         help = "; ".join(part for part in (info.description, default) if part)
-        kinds = get_args(info.annotation)  # if a flag may be a list, it is one, so that it can be repeated
-        annotation = next((kind for kind in kinds if get_origin(kind) is list), info.annotation)
-        fields[name] = (Optional[annotation], Field(None, description=help))  # noqa: UP045
+        fields[name] = (Optional[flag_kind(info.annotation)], Field(None, description=help))  # noqa: UP045
     return create_model(f"{kind.__name__}Flags", __config__=ConfigDict(protected_namespaces=()), **fields)
+
+
+def flag_kind(annotation: Any) -> Any:
+    """Return the type of a field's flag. If it may be a list, it is one, so that it can be repeated. A mapping of
+    texts, and a list that may have mappings, is a list of texts, which the field's own check reads."""
+    kinds = alternatives(annotation)
+    if dict[str, str] in kinds:
+        return list[str]
+    found = next((kind for kind in kinds if get_origin(kind) is list), annotation)
+    inside = get_args(found)[0] if get_origin(found) is list else None
+    return list[str] if str in get_args(inside) else found
+
+
+def alternatives(annotation: Any) -> list[Any]:
+    """Return the types that a union may have, without what annotates them."""
+    if get_origin(annotation) is Annotated:
+        return alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for each in get_args(annotation) for kind in alternatives(each)]
+    return [annotation]
 
 
 def given(flags: Any) -> dict[str, Any]:
@@ -172,8 +191,8 @@ def quiet_process() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def read_data(path: str, model: str, adapter: str | None, config: Any) -> Any:
-    """Load a data file's dataset with the adapter's tokenizer, and print its notices."""
+def read_data(data: Any, model: str, adapter: str | None, config: Any) -> Any:
+    """Load a dataset with the adapter's tokenizer, and print its notices."""
     quiet_libraries()
     from onecard.data.chat.template import set_template
     from onecard.data.dataset import load_dataset
@@ -181,13 +200,13 @@ def read_data(path: str, model: str, adapter: str | None, config: Any) -> Any:
 
     tokenizer = load_tokenizer(model, adapter)
     set_template(tokenizer, config.chat_template, config.template_variables)
-    dataset = load_dataset(path, tokenizer, config)
+    dataset = load_dataset(data, tokenizer, config)
     tell(dataset)
     return dataset
 
 
 def tell(dataset: Any) -> None:
-    """Print the notices about how a data file was read, on stderr and not in the result."""
+    """Print the notices about how data was read, on stderr and not in the result."""
     for notice in dataset.notices:
         print(f"note: {one_line(notice)}", file=sys.stderr)
 

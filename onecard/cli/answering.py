@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from onecard.cli.app import DataFields, QuantFields, ServeFields, app
+from onecard.cli.app import DataFields, DataWords, QuantFields, ServeFields, app
 from onecard.config import DataConfig, ServeConfig, make_config
 from onecard.errors import UserError, printable
 from onecard.terminal import given, load, load_base, make_console, read_data
@@ -102,18 +102,18 @@ def serve(
 @app.command(name="eval")
 def evaluate(
     model: str,
-    data: str,
-    adapter: str | None = None,
+    data: DataWords,
     *,
+    adapter: str | None = None,
     fields: DataFields = None,
     quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
-    """Loss and perplexity of a data file's supervised tokens.
+    """Loss and perplexity of the data's supervised tokens.
 
     Args:
         model: Checkpoint folder or hub id.
-        data: JSONL, JSON, CSV or Parquet file.
+        data: Files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture.
         adapter: Folder of a trained adapter.
     """
     from math import exp

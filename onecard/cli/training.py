@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import Any, Literal
 
-from onecard.cli.app import DataFields, PlanFields, TrainFields, app
+from onecard.cli.app import DataFields, DataWords, PlanFields, TrainFields, app
 from onecard.config import DataConfig, TrainConfig, make_config, parse_bytes
 from onecard.documents import read_yaml
 from onecard.errors import Stopped, UserError, one_line
@@ -160,12 +160,12 @@ def figures(output: str = "figures", model: str | None = None) -> None:
 
 
 @app.command
-def preview(model: str, data: str, *, fields: DataFields = None, num_examples: int = 3) -> None:
+def preview(model: str, data: DataWords, *, fields: DataFields = None, num_examples: int = 3) -> None:
     """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
 
     Args:
         model: Checkpoint folder or hub id; only its tokenizer is read.
-        data: JSONL, JSON, CSV or Parquet file.
+        data: Files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture.
         num_examples: Examples shown.
     """
     config = make_config(DataConfig, given(fields), "command line")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from shlex import quote
 from typing import Any, Literal
 
-from onecard.cli.app import ExportFields, QuantizeFields, StoredFields, app
+from onecard.cli.app import DataWords, ExportFields, QuantizeFields, ReadFields, StoredFields, app
 from onecard.config import DataConfig, ExportConfig, QuantizeConfig, make_config
 from onecard.terminal import given, make_console, quiet_libraries, read_data
 
@@ -17,8 +17,9 @@ def merge(
     output: str,
     *,
     base: Literal["dequantized", "original"] | None = None,
-    verify: str | None = None,
+    verify: DataWords | None = None,
     requantize: Literal["nf4", "fp4"] | None = None,
+    fields: ReadFields = None,
     quant: StoredFields = None,
     device: str = "cpu",
 ) -> None:
@@ -30,8 +31,8 @@ def merge(
         output: New folder for the merged checkpoint.
         base: dequantized (default): what training saw, the nearest to the live adapter; original: the checkpoint's own
             weights. With --verify and no --base, both are tried and the better one is kept.
-        verify: Data file on whose first rows, 32 and some 8,000 tokens at most, the result is compared with the live
-            adapter.
+        verify: Data, as of train, on whose first rows, 32 and some 8,000 tokens at most, the result is compared with
+            the live adapter.
         requantize: Store the result in 4 bits again, which loses part of the update. The share that remains is printed.
         device: Where --verify computes.
     """
@@ -47,7 +48,7 @@ def merge(
     if verify is not None:
         from onecard.export.merge.verify import bases_of, merge_verified, rows_line
 
-        dataset = read_data(verify, model, adapter, make_config(DataConfig, {}, "merge"))
+        dataset = read_data(verify, model, adapter, make_config(DataConfig, given(fields), "merge"))
         bases: list[Any] = [base] if base is not None else bases_of(model, small)
         print(rows_line(dataset), flush=True)
         found = merge_verified(model, adapter, output, dataset, bases, config, small, device)
@@ -87,7 +88,8 @@ def quantize(model: str, output: str, *, fields: QuantizeFields = None) -> None:
 
         fields_of_data = config.model_dump(include=set(DataConfig.model_fields))
         reading = make_config(DataConfig, fields_of_data, "quantize")
-        dataset = read_data(str(config.data), model, None, reading)
+        assert config.data is not None, "checked by the config"
+        dataset = read_data(config.data, model, None, reading)
         lines = quantize_calibrated(model, output, config, dataset, make_console()).lines()
     else:
         from onecard.export.merge.quantized import quantize_checkpoint

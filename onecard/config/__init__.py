@@ -17,7 +17,19 @@ from onecard.config.constants import (
     SAMPLE_TOKENS,
     logits_chunk_bytes,
 )
-from onecard.config.data import FORMATS_OF, DataConfig, DataFormat, ReadConfig, RowConfig, TrainOn
+from onecard.config.data import (
+    FORMATS_OF,
+    ROLES,
+    SFT_FORMATS,
+    Data,
+    DataConfig,
+    DataFormat,
+    FormatConfig,
+    ReadConfig,
+    RowConfig,
+    Source,
+    TrainOn,
+)
 from onecard.config.evaluation import EvaluationData, EvaluationSettings, eval_key
 from onecard.config.export import CalibrationConfig, ExportConfig, GgufConfig
 from onecard.config.infer import SamplingConfig, ServeConfig
@@ -50,16 +62,20 @@ __all__ = [
     "PREFILL_TOKENS",
     "QUANT_TYPES",
     "REFERENCE_BYTES",
+    "ROLES",
     "ROW_MULTIPLE",
     "SAMPLE_TOKENS",
+    "SFT_FORMATS",
     "BaseCalibration",
     "CalibrationConfig",
     "ComputeDtype",
+    "Data",
     "DataConfig",
     "DataFormat",
     "EvaluationData",
     "EvaluationSettings",
     "ExportConfig",
+    "FormatConfig",
     "GgufConfig",
     "LoraSettings",
     "LossSettings",
@@ -75,6 +91,7 @@ __all__ = [
     "RowConfig",
     "SamplingConfig",
     "ServeConfig",
+    "Source",
     "StoredConfig",
     "Strict",
     "TrainConfig",

@@ -6,10 +6,11 @@ The names and their meanings are those of transformers' TrainingArguments and Ea
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from onecard.config.data import Data, Source, parse_data
 from onecard.config.strict import Strict
 
 Interval = Literal["no", "steps", "epoch"]
@@ -20,36 +21,37 @@ OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 NAMED = re.compile(r"(\w[\w-]*)=(.+)", re.DOTALL)
 
 
+def parse_named(value: Any) -> Any:
+    """Check eval data: NAME=FILE, a list of it, a mapping of names to data, or data. Raises ValueError."""
+    if isinstance(value, dict) and "path" not in value:
+        if not (value and all(isinstance(name, str) and re.fullmatch(r"\w[\w-]*", name) for name in value)):
+            raise ValueError("must have names of letters, digits, - and _")
+        return {name: parse_data(each) for name, each in value.items()}
+    items = [value] if isinstance(value, str) else value
+    matches = [NAMED.fullmatch(item) for item in items if isinstance(item, str)] if isinstance(items, list) else []
+    pairs = [(match[1], match[2]) for match in matches if match]
+    if not pairs:
+        return parse_data(value)
+    if len(pairs) < len(items):
+        raise ValueError("either all eval files or none must have a name: NAME=FILE")
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("each eval file needs a name of its own")
+    return dict(pairs)
+
+
+NamedData = Annotated[str | list[str | Source] | dict[str, Data], BeforeValidator(parse_named)]
+
+
 class EvaluationData(Strict):
     """Data that is held out for evaluation."""
 
-    eval_data: str | list[str] | dict[str, str] | None = Field(
-        default=None, description="file for the validation loss, or several with names: NAME=FILE, each with its own"
+    eval_data: NamedData | None = Field(
+        default=None,
+        description="for the validation loss: the forms of data, or several with names: NAME=FILE, each with its own",
     )
     validation_split: float = Field(
         default=0.0, ge=0, lt=1, description="share of --data held out for the validation loss"
     )
-
-    @field_validator("eval_data", mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        """Convert NAME=FILE, or a list of it, to a mapping."""
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            return value
-        pairs = [(match[1], match[2]) for item in items if (match := NAMED.fullmatch(item))]
-        if len(pairs) < len(items) > 1:
-            raise ValueError("each of several eval files needs a name: NAME=FILE")
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise ValueError("each eval file needs a name of its own")
-        return dict(pairs) if pairs else (items[0] if items else None)
-
-    @field_validator("eval_data")
-    @classmethod
-    def _plain_names(cls, value: Any) -> Any:
-        if isinstance(value, dict) and not (value and all(re.fullmatch(r"\w[\w-]*", name) for name in value)):
-            raise ValueError("must have names of letters, digits, - and _")
-        return value
 
     @model_validator(mode="after")
     def _one_validation_source(self) -> EvaluationData:
@@ -58,11 +60,11 @@ class EvaluationData(Strict):
         return self
 
     @property
-    def eval_sources(self) -> dict[str, str]:
-        """The eval files by name; the one without a name is "". Empty without eval_data."""
+    def eval_sources(self) -> dict[str, Data]:
+        """The eval data by name; that without a name is "". Empty without eval_data."""
         if isinstance(self.eval_data, dict):
             return self.eval_data
-        return {} if self.eval_data is None else {"": str(self.eval_data)}
+        return {} if self.eval_data is None else {"": self.eval_data}
 
     @property
     def eval_names(self) -> list[str]:

@@ -6,11 +6,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from onecard.config.data import Data, ReadConfig
 from onecard.config.quant import StoredConfig
 from onecard.config.strict import Strict
 
 
-class CalibrationConfig(Strict):
+class CalibrationConfig(ReadConfig):
     """Calibration of GPTQ and AWQ on the user's data."""
 
     num_rows: int = Field(default=128, ge=1, description="gptq, awq: packed rows of examples that are run")
@@ -54,8 +55,8 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
         default=None,
         description="what the adapter is merged into: what training saw (default), or the original weights",
     )
-    data: str | None = Field(
-        default=None, description="gptq, awq: data file to calibrate on, best that of the training"
+    data: Data | None = Field(
+        default=None, description="gptq, awq: data as of train to calibrate on, best that of the training"
     )
 
     @model_validator(mode="after")

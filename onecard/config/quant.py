@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from onecard.config.data import ReadConfig
+from onecard.config.data import Data, FormatConfig
 from onecard.config.strict import Strict
 
 QUANT_TYPES = ("nf4", "fp4", "int4")
@@ -56,10 +56,10 @@ class BaseCalibration(Strict):
         return self
 
 
-class QuantizeConfig(QuantConfig, BaseCalibration, ReadConfig):
+class QuantizeConfig(QuantConfig, BaseCalibration, FormatConfig):
     """A checkpoint with its linears in 4 bits."""
 
-    data: str | None = Field(default=None, description="calibrate: data file, best that of the training")
+    data: Data | None = Field(default=None, description="calibrate: data as of train, best that of the training")
     max_seq_length: int = Field(default=1024, ge=8, description="calibrate: tokens a row")
     device: str = Field(
         default="auto", description="calibrate: where a decoder layer is run: auto, cpu, cuda or cuda:N"

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from onecard.config.data import FORMATS_OF, DataConfig, RowConfig
+from onecard.config.data import FORMATS_OF, Data, DataConfig, RowConfig
 from onecard.config.evaluation import EvaluationData, EvaluationSettings, Interval
 from onecard.config.hub import HubSettings
 from onecard.config.lora import LoraSettings
@@ -65,8 +65,8 @@ class TrainConfig(
     """One training run."""
 
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
-    data: str = Field(description="JSONL, JSON, CSV or Parquet file")
-    output: str = Field(description="folder for the adapter, checkpoints, metrics and report")
+    data: Data = Field(description="files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture")
+    output: str = Field(default="run", description="folder for the adapter, checkpoints, metrics and report")
     adapter: str | None = Field(
         default=None, description="folder of a trained adapter to go on from, with a new optimizer"
     )
@@ -76,7 +76,6 @@ class TrainConfig(
     cuda_graphs: bool = Field(default=True, description="record and replay a CUDA GPU's work where memory allows")
     num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="updates; overrides num_train_epochs")
-    seed: int = Field(default=42, ge=0, lt=2**63, description="of the start of LoRA, the order of rows and dropout")
 
     save_strategy: Interval = Field(
         default="steps",

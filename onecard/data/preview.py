@@ -65,7 +65,7 @@ def render_counts(dataset: Dataset, packing: bool) -> Table:
     table.add_column(justify="right")
     tokens = dataset.num_tokens
     for name, value in dataset.summary().items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else value)
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else shown(value))
     table.add_row("share supervised", f"{dataset.num_supervised_tokens / tokens:.1%}")
     table.add_row(
         "share truncated", f"{dataset.num_truncated / (len(dataset.examples) + dataset.num_unsupervised):.1%}"
@@ -76,14 +76,27 @@ def render_counts(dataset: Dataset, packing: bool) -> Table:
     return table
 
 
+def render_sources(dataset: Dataset) -> list[RenderableType]:
+    """Render the table of a mixture's sources; nothing if there is one source."""
+    if not dataset.shares:
+        return []
+    table = Table(box=None, pad_edge=False)
+    for name in dataset.shares[0].cells():
+        is_text = name in ("source", "format", "columns")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold", header_style="dim")
+    for share in dataset.shares:
+        table.add_row(*map(Text, map(shown, share.cells().values())))
+    return [table]
+
+
 def render_notices(dataset: Dataset) -> list[RenderableType]:
     """Render the notices about how the rows were read."""
     return [Text(f"note: {shown(notice)}", style="yellow") for notice in dataset.notices]
 
 
 def render_preview(dataset: Dataset, tokenizer: Any, packing: bool, num_examples: int, colour: bool) -> RenderableType:
-    """Render the counts, the notices, some examples, and the skipped bad rows."""
-    parts: list[RenderableType] = [render_counts(dataset, packing)]
+    """Render the sources, the counts, the notices, some examples, and the skipped bad rows."""
+    parts: list[RenderableType] = [*render_sources(dataset), render_counts(dataset, packing)]
     parts += render_notices(dataset)
     for example in dataset.examples[:num_examples]:
         parts += render_example(example, tokenizer, colour)

@@ -1,9 +1,9 @@
-"""Convert a data file's rows to records, each with its file and line. An error names a bad row as file:line:field.
+"""Convert a source's rows to records, each with its file and line. An error names a bad row as file:line:field.
 
-The keys of the rows show the format: chat `messages` (OpenAI), `prompt`/`completion`, alpaca (`instruction`, `input`,
-`output`, and question/answer pairs with other names), ShareGPT `conversations`, plain `text`, and preferences
-(`chosen` and `rejected`, or an answer with a `label`). `files.py` reads the files, `turns.py` the turns of a chat, and
-`preference.py` the parts of a preference.
+The keys of the rows show the format (`columns.py`): chat `messages` (OpenAI), `prompt`/`completion`, alpaca
+(`instruction`, `input`, `output`, and question/answer pairs with other names), ShareGPT `conversations`, plain `text`,
+and preferences (`chosen` and `rejected`, or an answer with a `label`). `sources.py` finds and reads the files,
+`turns.py` reads the turns of a chat, and `preference.py` the parts of a preference.
 
 Nothing in a row is silently dropped. A column or a turn's key is read, or refused if it changes the meaning of the row,
 or named in `notices` with its count.
@@ -17,28 +17,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from onecard.config.data import SFT_FORMATS
+from onecard.config import Source
 from onecard.data.calls import check_text, check_tools, is_absent, without_united_nulls
-from onecard.data.files import FIX, BadRow, describe, is_arrow, read_rows, shown
+from onecard.data.columns import KEYS, Layout, layout_of, renamed
+from onecard.data.files import FIX, BadRow, Reading, describe, is_arrow, shown
 from onecard.data.preference import as_messages, read_answer, read_label, read_pair
+from onecard.data.sources import rows_of
 from onecard.data.turns import MEDIA, Chat, read_chat
 from onecard.errors import UserError
 
-KEYS = {  # keys of each format; several sets where tools use other names
-    "messages": (("messages",),),
-    "prompt_completion": (("prompt", "completion"),),
-    "alpaca": (
-        ("instruction", "output"),
-        ("instruction", "response"),
-        ("question", "answer"),
-        ("question", "response"),
-        ("query", "response"),
-    ),
-    "sharegpt": (("conversations",), ("conversation",)),
-    "text": (("text",),),
-    "preference": (("chosen", "rejected"),),
-    "unpaired_preference": (("prompt", "completion", "label"), ("prompt", "completion", "kto_tag")),
-}
 USED = {  # columns that are read in addition to a format's own keys
     "messages": ("tools", "functions", "system", "system_prompt"),
     "sharegpt": ("tools", "functions", "system", "system_prompt"),
@@ -49,7 +36,6 @@ USED = {  # columns that are read in addition to a format's own keys
     "unpaired_preference": ("tools", "functions", "system", "system_prompt"),
 }
 VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is good
-LOSSES = {**dict.fromkeys(SFT_FORMATS, "--loss sft"), "preference": "--loss dpo", "unpaired_preference": "--loss kto"}
 SHOWN_ERRORS = 20
 
 
@@ -62,9 +48,10 @@ class Record:
         num_prompt_messages: number of first messages that are never learned: a prompt of messages, as in trl.
         unlearned: indices of the assistant's messages with weight 0, which are read but not learned.
         tools: tools that the assistant may call, for the chat template.
-        fields: the file's name of each message's content, for errors; empty if it is messages[i].content.
+        fields: our name of each message's content, for errors; empty if it is messages[i].content.
         rejected: of a row of preferences: the same prompt with the rejected answer. This record has the chosen one.
         label: of an answer by itself: whether it is desirable.
+        templated: whether the chat template wrote the text, so that its control tokens are meant.
     """
 
     file: str
@@ -80,6 +67,7 @@ class Record:
     fields: tuple[str, ...] = ()
     rejected: Record | None = None
     label: bool = True
+    templated: bool = False
 
     @property
     def kind(self) -> str:
@@ -99,68 +87,86 @@ class Record:
 
 @dataclass
 class Records:
-    """The good rows of a file, its format's name, the errors of the bad rows, and notices about how rows were read."""
+    """The good rows of a source, how they were read, the errors of the bad rows, and notices."""
 
     records: list[Record]
-    format: str
+    layout: Layout
     bad: list[UserError] = field(default_factory=list)
-    file: str = ""
+    source: str = ""
+    files: list[str] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
+
+    @property
+    def format(self) -> str:
+        return self.layout.format
 
     @property
     def num_skipped(self) -> int:
         return len(self.bad)
 
+    def sort_bad(self, bad: list[UserError]) -> None:
+        """Sort errors of bad rows in place, in the order of the files and their lines."""
+        numbers = {file: number for number, file in enumerate(self.files)}
+
+        def place(error: UserError) -> tuple[int, int]:
+            where = error.where or ""
+            file = next(file for file in self.files if where.startswith(f"{file}:"))
+            return numbers[file], int(where.removeprefix(f"{file}:").split(":")[0])
+
+        bad.sort(key=place)
+
 
 def read_records(
-    path: str | Path, format: str = "auto", on_bad_rows: str = "error", formats: Sequence[str] = tuple(KEYS)
+    source: str | Path | Source,
+    on_bad_rows: str = "error",
+    formats: Sequence[str] = tuple(KEYS),
+    reading: Reading | None = None,
 ) -> Records:
-    """Read a data file.
+    """Read the rows of a source.
 
     Args:
-        path: a file or folder that files.read_rows reads.
-        format: a key of KEYS, or "auto".
-        formats: the formats that "auto" may recognise.
+        source: a path, or a source whose settings are complete, as of sources.sources_of.
+        formats: the formats that may be recognised.
         on_bad_rows: "error" raises one UserError that lists the bad rows; "skip" leaves them in `bad`.
 
     Raises:
         UserError: file missing, empty, of another kind or of no known format; bad rows.
     """
-    rows, bad = [], []
-    for line, row in read_rows(Path(path)):
+    source = source if isinstance(source, Source) else Source(path=str(source))
+    reading = reading or Reading(source.encoding, split=source.split)
+    rows, bad, files = [], [], {}
+    for file, line, row in rows_of(source, reading):
+        files[file] = files.get(file, 0) + 1
         if isinstance(row, BadRow):
-            bad.append(row_error(path, line, row))
+            bad.append(row_error(file, line, row))
         else:
-            rows.append((line, row))
+            rows.append((file, line, row))
     if not rows and not bad:
-        raise UserError("the data file must have rows", "none", "check the file", str(path))
-    name = recognise(rows, path, formats) if format == "auto" and rows else format
-    keys = keys_of(name, rows)
-    records: list[Record] = []
+        raise UserError("the data file must have rows", "none", "check the file", source.path)
+    found, told = Records([], Layout(source.format or "auto", ()), bad, source.path, list(files)), Counter[str]()
+    if rows:
+        first = [row for _, _, row in rows]
+        found.layout = layout_of(first, source.format or "auto", source.columns, source.path, formats)
     unused: Counter[str] = Counter()
-    num_nulls, arrow = 0, is_arrow(Path(path))
-    for line, row in rows:
-        row, taken = without_united_nulls(row) if arrow else (row, 0)
-        num_nulls += taken > 0
+    layout = found.layout
+    for file, line, row in rows:
+        row, taken = without_united_nulls(row) if is_arrow(Path(file)) else (row, 0)
+        told["nulls"] += taken > 0
         try:
-            record, rest = to_record(name, keys, row, str(path), line)
+            record, rest = to_record(layout, row, file, line)
             unused.update(rest)
-            records.append(record)
+            found.records.append(record)
         except BadRow as error:
-            bad.append(row_error(path, line, error))
-    bad.sort(key=lambda error: line_of(error, str(path)))
-    if on_bad_rows == "error" or not records:
+            bad.append(row_error(file, line, error))
+    found.sort_bad(bad)
+    if on_bad_rows == "error" or not found.records:
         raise_bad_rows(bad)
-    return Records(records, name, bad, str(path), tell(name, keys, records, unused, num_nulls))
+    found.notices = tell(found, reading, unused, told["nulls"])
+    return found
 
 
 def row_error(path: str | Path, line: int, error: BadRow) -> UserError:
     return UserError(error.must, shown(error.found), error.do, f"{path}:{line}:{shown(error.field)}")
-
-
-def line_of(error: UserError, file: str) -> int:
-    """Return the line that a bad row's error names."""
-    return int((error.where or "").removeprefix(f"{file}:").split(":")[0])
 
 
 def raise_bad_rows(bad: list[UserError]) -> None:
@@ -176,40 +182,11 @@ def raise_bad_rows(bad: list[UserError]) -> None:
     raise UserError("every row must be usable", f"{len(bad)} bad rows\n    " + "\n    ".join(lines), do)
 
 
-def recognise(rows: list[tuple[int, dict[str, Any]]], path: str | Path, known: Sequence[str]) -> str:
-    """Return the format, of those `known`, whose keys occur in the largest number of the first hundred rows."""
-    first = [row for _, row in rows[:100]]
-    counts = {name: count_with(first, keys_of(name, rows)) for name in known}
-    best = max(counts, key=lambda name: counts[name])
-    if counts[best] == 0:
-        keys = sorted({shown(str(key))[:40] for row in first for key in row})
-        formats = "; ".join(f"{name}: {' or '.join(', '.join(keys) for keys in KEYS[name])}" for name in known)
-        others = {name: losses for name, losses in LOSSES.items() if name not in known}
-        fitting = [losses for name, losses in others.items() if count_with(first, keys_of(name, rows))]
-        raise UserError(
-            f"rows must have the keys of a known format ({formats})",
-            f"keys {', '.join(keys[:12]) or 'none'}",
-            f"train on such rows with {fitting[0]}" if fitting else "rename the keys",
-            str(path),
-        )
-    return best
-
-
-def keys_of(format: str, rows: list[tuple[int, dict[str, Any]]]) -> tuple[str, ...]:
-    """Return the format's set of keys that occurs in the largest number of the first hundred rows."""
-    first = [row for _, row in rows[:100]]
-    return max(KEYS.get(format, ((),)), key=lambda keys: count_with(first, keys))
-
-
-def count_with(rows: list[dict[str, Any]], keys: tuple[str, ...]) -> int:
-    return sum(all(key in row for key in keys) for row in rows)
-
-
-def tell(format: str, keys: tuple[str, ...], records: list[Record], unused: Counter[str], num_nulls: int) -> list[str]:
+def tell(found: Records, reading: Reading, unused: Counter[str], num_nulls: int) -> list[str]:
     """Return the notices about how the rows were read, one line each."""
-    lines = []
-    if keys not in (KEYS[format][0], ()):
-        lines.append(f"read {' and '.join(keys)} as {' and '.join(KEYS[format][0])}")
+    num_files = len(found.files)
+    lines = [text + f": {count:,} of {num_files:,} files" * (num_files > 1) for text, count in reading.told.items()]
+    lines += found.layout.told
     if num_nulls:
         rows = counted(num_nulls)
         lines.append(f"left out null arguments of calls, which Arrow writes where a row has none: {rows}")
@@ -222,10 +199,27 @@ def counted(count: int) -> str:
     return f"{count:,} row{'s' if count != 1 else ''}"
 
 
-def to_record(
+def to_record(layout: Layout, row: dict[str, Any], file: str, line: int) -> tuple[Record, Counter[str]]:
+    """Check one row and convert it to a Record. Also return its unused columns and keys.
+
+    Raises:
+        BadRow: the row cannot be used. Its field has the file's name.
+        UserError: a column is mapped onto another one.
+    """
+    row = renamed(row, layout.columns, f"{file}:{line}")
+    try:
+        record, rest = as_format(layout.format, layout.keys, row, file, line)
+    except BadRow as error:
+        name = layout.in_file(error.field)
+        must = name + error.must.removeprefix(error.field) if error.must.startswith(error.field) else error.must
+        raise BadRow(name, must, error.found, error.do) from None
+    return record, rest
+
+
+def as_format(
     format: str, keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
 ) -> tuple[Record, Counter[str]]:
-    """Check one row and convert it to a Record. Also return its unused columns and keys. Raises BadRow."""
+    """Convert a row with our names to a Record, and return what is not used. Raises BadRow."""
     for key in keys:
         if key not in row:
             found = f"keys {', '.join(list(row)[:12]) or 'none'}"
@@ -312,7 +306,8 @@ def answered(
 def alpaca_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, None]:
     """Read one question and answer, with the row's system message and the earlier questions and answers before them."""
     asking, answering = keys
-    more = ["" if row.get(key) is None else check_text(key, row[key], empty=True) for key in ("input", "context")]
+    beside = [key for key in ("input", "context") if key not in keys and row.get(key) is not None]
+    more = [check_text(key, row[key], empty=True) for key in beside]
     more = [text for text in more if text.strip()]
     if len(more) == 2:
         raise BadRow("context", "a row must have either input or context, not both", "both")

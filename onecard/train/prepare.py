@@ -20,6 +20,7 @@ from onecard.config import REFERENCE_BYTES, TrainConfig, parse_bytes
 from onecard.data.chat.template import set_template
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.data.loader import Loader
+from onecard.data.sources import name_of
 from onecard.errors import UserError
 from onecard.files import sha256
 from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
@@ -106,7 +107,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         dataset.check_fits(*size)
     if config.loss == "kto" and len(training.examples) < 2:
         must = "loss kto needs two answers, as it compares each with the prompt of another"
-        raise UserError(must, "one", "add rows", config.data)
+        raise UserError(must, "one", "add rows", name_of(config.data))
     samples = make_samples(config.sample_prompts, next(iter(validation.values()), training), tokenizer)
     questions = {
         name: make_questions(dataset, tokenizer, config.metric_max_rows)

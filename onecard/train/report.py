@@ -39,6 +39,7 @@ class Report:
     samples: list[tuple[str, str, str]] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     next_commands: list[str] = field(default_factory=list)
+    sources: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def loss_before(self) -> float | None:
@@ -151,7 +152,7 @@ def limits(losses: list[float], checked: list[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-Section = tuple[str, str, Any]  # heading; "table", "code" or "samples"; content
+Section = tuple[str, str, Any]  # heading; "table", "grid", "code" or "samples"; content
 
 
 def make_sections(report: Report) -> list[Section]:
@@ -173,6 +174,7 @@ def make_sections(report: Report) -> list[Section]:
         ("Before and after", "samples", report.samples),
         ("Memory", "table", memory),
         ("Data", "table", data),
+        ("Sources", "grid", report.sources),
         ("Next", "code", "\n".join(report.next_commands)),
         ("Command", "code", report.command),
         ("Settings", "code", json.dumps(report.config, indent=1, default=str)),
@@ -195,6 +197,10 @@ def to_markdown(title: str, sections: list[Section]) -> str:
         if kind == "table":
             cells = [(str(a).replace("|", "\\|"), str(b).replace("|", "\\|").replace("\n", " ")) for a, b in content]
             parts.append("| | |\n|---|---:|\n" + "".join(f"| {a} | {b} |\n" for a, b in cells))
+        elif kind == "grid":
+            lines = [list(content[0]), ["---"] * len(content[0]), *(list(row.values()) for row in content)]
+            cells = (" | ".join(cell.replace("|", "\\|") for cell in line) for line in lines)
+            parts.append("".join(f"| {line} |\n" for line in cells))
         elif kind == "code":
             parts.append(fence(content))
         else:
@@ -230,6 +236,10 @@ def to_html(title: str, sections: list[Section], picture: Path) -> str:
         if kind == "table":
             cells = "".join(f"<tr><td>{escape(str(a))}</td><td>{escape(str(b))}</td></tr>" for a, b in content)
             parts.append(f"<table>{cells}</table>")
+        elif kind == "grid":
+            lines = [content[0], *(row.values() for row in content)]
+            cells = ("".join(f"<td>{escape(cell)}</td>" for cell in line) for line in lines)
+            parts.append(f"<table>{''.join(f'<tr>{line}</tr>' for line in cells)}</table>")
         elif kind == "code":
             parts.append(f"<pre>{escape(content)}</pre>")
         else:

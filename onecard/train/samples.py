@@ -20,8 +20,8 @@ def make_samples(prompts: list[str] | None, dataset: Dataset, tokenizer: Any) ->
     """Return the user's prompts as chats, or the prompts of the first records that fit max_seq_length."""
     if prompts is not None:
         return [(text, prompt_ids([{"role": "user", "content": text}], tokenizer)) for text in prompts]
-    samples = []
-    for record in dataset.records[: 10 * NUM_SAMPLES]:
+    samples, first = [], {record.where: record for record in dataset.records[: 10 * NUM_SAMPLES]}
+    for record in first.values():  # a long text is the record of several examples
         text, ids = record_prompt(record, tokenizer)
         if 0 < len(ids) <= dataset.max_seq_length:
             samples.append((text, ids))
@@ -30,6 +30,8 @@ def make_samples(prompts: list[str] | None, dataset: Dataset, tokenizer: Any) ->
 
 def record_prompt(record: Record, tokenizer: Any) -> tuple[str, list[int]]:
     """Return the prompt before a record's first learned answer, as text and tokens, in the form that inference uses."""
+    if record.templated:
+        return "", []
     if record.messages is None:
         text = record.prompt if record.prompt is not None else (record.text or "")[:SHOWN_TEXT]
         return text, text_ids(text, tokenizer)

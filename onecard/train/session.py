@@ -22,6 +22,7 @@ from onecard.adapter.start import Start, set_start
 from onecard.adapter.trained import set_trained
 from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
+from onecard.data.sources import flags_of, name_of
 from onecard.errors import Stopped, UserError
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.fingerprint import fingerprint
@@ -334,10 +335,11 @@ def last_scores(result: Result, run: Run) -> dict[str, float]:
 
 def empty_report(config: TrainConfig, prepared: Prepared) -> Report:
     return Report(
-        title=f"{Path(config.model).name} tuned on {Path(config.data).name}",
+        title=f"{Path(config.model).name} tuned on {name_of(config.data)}",
         command=shlex.join(sys.argv),
         config=config.model_dump(),
         data=prepared.training.summary(),
+        sources=[share.cells() for share in prepared.training.shares],
         memory=[(f"plan: {term.name}", term.num_bytes) for term in prepared.plan.terms],
         metrics=[],
         num_steps=0,
@@ -361,11 +363,12 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
         ("measured: peak beside the process", peak_memory_bytes(run.device) - prepared.process_bytes),
         ("the process itself", prepared.process_bytes),
     ]  # fmt: skip
-    model, adapter, data = map(shlex.quote, (run.config.model, str(result.adapter), run.config.data))
+    model, adapter = map(shlex.quote, (run.config.model, str(result.adapter)))
+    data = flags_of(run.config.data, run.config)
     report.next_commands = [
         f"onecard generate --model {model} --adapter {adapter} --prompt '…'",
         f"onecard chat --model {model} --adapter {adapter}",
-        *([f"onecard eval --model {model} --adapter {adapter} --data {data}"] if run.preference is None else []),
+        *([f"onecard eval --model {model} --adapter {adapter} {data}"] if data and run.preference is None else []),
     ]
 
 

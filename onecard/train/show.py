@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from rich.console import Console
 
-from onecard.data.preview import render_notices, render_preview
+from onecard.data.preview import render_notices, render_preview, render_sources
 from onecard.hf.load import pick_device
 from onecard.kernels.cpu_info import arithmetic
 from onecard.memory.show import plan_table
@@ -49,6 +49,8 @@ def show(prepared: Prepared, console: Console) -> None:
     for name, dataset in prepared.validation.items():
         shown = f"validation {name}".rstrip()
         console.print(f"{shown}: {len(dataset.examples):,} examples", markup=False, highlight=False)
+        for table in render_sources(dataset) if config.eval_data is not None else ():
+            console.print(table)
         for notice in render_notices(dataset) if config.eval_data is not None else ():
             console.print(notice)
         if name in prepared.questions:

@@ -109,7 +109,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path):
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("d.txt", b"x", "must end in"),
+        ("d.md", b"x", "must end in"),
         ("d.jsonl", b"", "empty file"),
         ("d.jsonl", b"\n\n", "none"),
         ("d.jsonl", b'{"a": 1}\n', "known format"),

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from onecard.config import DataConfig
+from onecard.data.columns import Layout
 from onecard.data.dataset import prepare
 from onecard.data.records import Record, Records
 from onecard.errors import UserError
@@ -77,7 +78,8 @@ class TokenizerFiles:
 
         def use(path: Path) -> str:
             tokenizer = load_tokenizer(str(path.parent))
-            found = prepare(Records([Record("d.jsonl", 1, TURNS)], "messages", file="d.jsonl"), tokenizer, DataConfig())
+            read = Records([Record("d.jsonl", 1, TURNS)], Layout("messages", ("messages",)), files=["d.jsonl"])
+            found = prepare(read, tokenizer, DataConfig())
             text = Text(tokenizer)
             return "".join(map(text.push, found.examples[0].input_ids)) + text.finish()
 

@@ -21,6 +21,7 @@ from onecard.data.records import FIX, Record
 from onecard.errors import UserError
 from onecard.hf.load import tokenizing
 
+TEMPLATED = "pass --text-is-templated if the chat template wrote the text, or correct the row"
 BREAK = "\ufdd0"  # a Unicode noncharacter, which text for exchange does not contain
 END_NAMES = (  # tokens that end a turn, for templates where the position of a special token does not show it
     "<|im_end|>",
@@ -127,6 +128,8 @@ def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
 
     The model would learn to write the token as letters. Usually a chat template was already applied to the row.
     """
+    if record.templated:
+        return
     pattern = specials_of(tokenizer).pattern
     for field, text in learned_texts(record):
         match = pattern.search(text)
@@ -134,7 +137,9 @@ def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
             raise UserError(
                 "supervised text must not contain control tokens",
                 f"{match.group()!r} at {match.start()}",
-                FIX,
+                FIX
+                if field != "text"
+                else "pass --text-is-templated if the chat template wrote the text, or remove it",
                 f"{record.where}:{field}",
             )
 

@@ -55,6 +55,8 @@ BREAKS = re.compile("object'? has no |can only concatenate|not iterable")  # jin
 OTHER_PROMPT = "the chat template asks for an answer with another prompt than it writes before the learned one"
 NO_NAMES = "the chat template leaves out the names of those who speak"
 NO_THOUGHTS = "the chat template leaves out the thoughts of turns before the last, and they are not learned"
+ALL_LEARNED = "all tokens of templated text are learned, those of the user too"
+NO_CONTROL = "templated text has no control token of the tokenizer"
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,9 @@ def encode_document(record: Record, tokenizer: Any, max_seq_length: int, train_o
     if train_on == "all" and record.unlearned:
         must, do = "a row must have no turns of weight 0 where train_on is all", "leave the weight or train_on out"
         raise UserError(must, "one", do, f"{record.where}:messages[{record.unlearned[0]}]")
-    chat = prompt_form(record, tokenizer) == "chat"
-    ids, labels, cut, notes = (encode_chat if chat else encode_text_record)(record, tokenizer, max_seq_length)
+    chat = record.messages is not None and prompt_form(record, tokenizer) == "chat"
+    how = encode_templated if record.templated else encode_chat if chat else encode_text_record
+    ids, labels, cut, notes = how(record, tokenizer, max_seq_length)
     if train_on == "all":
         labels = list(ids)
     if labels:
@@ -146,7 +149,7 @@ def prompt_form(record: Record, tokenizer: Any) -> str:
     """Return how a record's prompt is written: "chat" (by the chat template), "alpaca" (under headings),
     "completion" or "text" (unchanged)."""
     if record.messages is None:
-        return record.kind
+        return "chat" if record.templated else record.kind
     return "alpaca" if record.alpaca and not tokenizer.chat_template else "chat"
 
 
@@ -158,6 +161,20 @@ def encode_text_record(record: Record, tokenizer: Any, most: int) -> Encoded:
         prompt, answer = record.prompt or "", record.completion or record.text or ""
     ids, labels = encode_pair(prompt, answer, tokenizer, record.where, most)
     return ids, labels, True, ()
+
+
+def encode_templated(record: Record, tokenizer: Any, most: int) -> Encoded:
+    """Encode text that the chat template wrote: its control tokens become tokens. Every token is learned.
+
+    If the text ends with a control token, the white space after it is left out, else EOS is appended.
+    """
+    text, stops = (record.text or "").replace(BREAK, ""), specials_of(tokenizer)
+    ended = text.rstrip().endswith(tuple(stops.names))
+    text = text.rstrip() if ended else text
+    ids = encode_text(head(text, most, tokenizer, record.where), tokenizer, record.where)[0]
+    ids = missing_bos(text, tokenizer) + ids + ([] if ended else eos(tokenizer))
+    notes = (ALL_LEARNED,) if stops.pattern.search(text) else (ALL_LEARNED, NO_CONTROL)
+    return ids, list(ids), True, notes
 
 
 def alpaca_text(record: Record) -> tuple[str, str]:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from onecard.config import CalibrationConfig, DataConfig, QuantConfig, make_config
+from onecard.config import CalibrationConfig, Data, DataConfig, QuantConfig, make_config
+from onecard.data.chat.template import set_template
 from onecard.data.dataset import Dataset, load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq
@@ -30,7 +31,7 @@ def export_calibrated(
     format: Format,
     model: str,
     adapter: str | None,
-    data: str,
+    data: Data,
     output: str,
     config: CalibrationConfig,
     base: Base | None = None,
@@ -40,7 +41,7 @@ def export_calibrated(
     """Write a 4-bit checkpoint in GPTQ's or AWQ's format.
 
     Args:
-        data: the file of the calibration examples.
+        data: the calibration examples.
         base, quant: same as in `open_merged`.
         on_data: called with the dataset after it is read.
 
@@ -65,8 +66,10 @@ def export_calibrated(
         raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", model)
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, num_bytes(shapes))
-    reading = make_config(DataConfig, {"max_seq_length": config.max_seq_length}, "export")
+    shared = CalibrationConfig.model_fields.keys() & DataConfig.model_fields.keys()
+    reading = make_config(DataConfig, config.model_dump(include=set(shared)), "export")
     tokenizer = load_tokenizer(str(merged.checkpoint.folder), merged.adapter.folder)
+    set_template(tokenizer, config.chat_template, config.template_variables)
     dataset = load_dataset(data, tokenizer, reading)
     if on_data:
         on_data(dataset)
