@@ -113,7 +113,7 @@ def own_metric(metric: str) -> Score:
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, same as for python -c
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Any = getattr(importlib.import_module(module), name)
         names = list(inspect.signature(function).parameters)
     except Exception as error:  # the module is the user's code
         raise UserError(must, f"{type(error).__name__}: {first_line(error)}", do, f"metric {metric}") from None
