@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from onecard.config import TrainConfig, make_config
-from onecard.train import session, signals
+from onecard.train import session, show, signals
 from onecard.train.checkpoint import load_newest
 from tests.forks import Forked
 from tests.train.test_loop import count_lines, fields, on_one_thread, run
@@ -93,7 +93,7 @@ def test_other_instructions_are_told_when_a_run_is_resumed(checkpoint, chats, tm
     run(checkpoint, chats, tmp_path / "o", max_steps=2)
     for there, told in ((None, False), ("neon, torch NO AVX", True)):
         if there is not None:
-            monkeypatch.setattr(session, "arithmetic", lambda device, there=there: there)
+            monkeypatch.setattr(show, "arithmetic", lambda device, there=there: there)
         config = make_config(TrainConfig, fields(checkpoint, chats, tmp_path / "o", max_steps=2))
         said = StringIO()
         session.run_training(config, True, Console(file=said, width=200))
