@@ -107,7 +107,7 @@ class LoraSettings(Strict):
     def _a_known_start(cls, value: str) -> str:
         known = ("default", "gaussian", "orthogonal", "olora", "loftq")
         if value == "eva":
-            raise ValueError("eva redistributes ranks over activations while the plan needs them before: use pissa")
+            raise ValueError("eva is not offered: its passes over the data have no place in the memory plan; use pissa")
         if value not in known and not PISSA.fullmatch(value):
             raise ValueError(f"must be {', '.join(known)}, pissa or pissa_niter_N, not {value!r}")
         return value
