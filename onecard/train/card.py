@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config import TrainConfig
+from onecard.data.sources import name_of
 from onecard.documents import MAX_YAML_BYTES, parse_yaml, read_object
 from onecard.hf.load import is_hub_id
 from onecard.train.report import Report, versions
@@ -61,7 +62,7 @@ def card_text(config: TrainConfig, base: Path, report: Report) -> str:
         "## Results\n",
         table(results),
         "## Data\n",
-        table([("file", file_names(config.data)), *report.data.items()]),
+        table([("file", name_of(config.data)), *report.data.items()]),
         "## Settings\n",
         "Those that differ from the defaults; seed and rank in any case.\n",
         table([(key, settings[key]) for key in ("r", "lora_alpha", "seed") if key not in chosen] + [*chosen.items()]),

@@ -177,7 +177,7 @@ def test_kill_9_keeps_the_best_value_and_the_patience(checkpoint, chats, held_ou
 @pytest.mark.parametrize(
     "more, said",
     [
-        ({"eval_data": ["a.jsonl", "b.jsonl"]}, "needs a name"),
+        ({"eval_data": ["a.jsonl", "b=b.jsonl"]}, "must have a name"),
         ({"eval_data": ["a=x", "a=y"]}, "name of its own"),
         ({"eval_data": {"a b": "x"}}, "letters, digits"),
         ({"load_best_model_at_end": True}, "needs eval_data"),
