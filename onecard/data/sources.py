@@ -141,8 +141,9 @@ def rows_of(source: Source, reading: Reading) -> Iterator[tuple[str, int, dict[s
 def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, int, dict[str, Any] | BadRow]]:
     path = Path(source.path).expanduser()
     if not there(source.path) and may_be_hub_id(source.path):
+        name = source.path + f":{source.split}" * (source.split is not None)  # rows of two splits differ
         for number, row in hub_rows(source):
-            yield source.path, number, row
+            yield name, number, row
         return
     for file in files_of(path, reading):
         for number, row in read_rows(file, reading):

@@ -184,7 +184,8 @@ def test_a_hub_dataset_of_the_cache(hub):
     cached(hub, "main", train=[{"text": "one"}, {"text": "two"}], test=[{"text": "three"}])
     found, read = texts("org/tiny")
     assert found == ["one", "two"] and read.records[1].where == "org/tiny:2"
-    assert texts("org/tiny:main", split="test")[0] == ["three"]
+    found, read = texts("org/tiny:main", split="test")
+    assert found == ["three"] and read.records[0].where == "org/tiny:main:test:1"
     assert texts("org/tiny:main", split="train[1:]")[0] == ["two"]
     for path, split, said in (
         ("org/tiny", "dev", "dev"),
