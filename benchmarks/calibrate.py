@@ -131,8 +131,8 @@ def before_child(args: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_grad_enabled(False)
     folder = make_model()
-    training = Dataset(shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed), [], "messages", LENGTH)
-    held_out = Dataset(examples(folder, DATA / "eval_100.jsonl"), [], "messages", LENGTH)
+    training = Dataset(shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed), "messages", LENGTH)
+    held_out = Dataset(examples(folder, DATA / "eval_100.jsonl"), "messages", LENGTH)
     chosen = choose_rows(training, held_out, load_tokenizer(str(folder)), True, TOKENS)
     chosen.data, _ = first_batches(held_out.examples, LENGTH, True)
     chosen.general, _ = first_batches(general(folder), LENGTH, True)
@@ -159,7 +159,7 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
     own = load_file(folder / "model.safetensors") if args.variant == "16 bits" else {}
     with tempfile.TemporaryDirectory() as temporary:
         if args.variant in ("both", "start"):
-            learned, kept = (Dataset(part, [], "messages", LENGTH) for part in (rows, held_out))
+            learned, kept = (Dataset(part, "messages", LENGTH) for part in (rows, held_out))
             lora = LoraSettings(r=RANK) if args.variant == "start" else None
             output = Path(temporary) / "base"
             tokenizer = load_tokenizer(str(folder))
@@ -178,7 +178,7 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
             keep_16_bits(model, lambda name, module: own[f"{plain_name(name)}.weight"])
 
     def measure(documents: list[Any]) -> float:  # the steps keep packed attention on
-        return mean_loss(base, Dataset(documents, [], "messages", LENGTH), packed_loss)
+        return mean_loss(base, Dataset(documents, "messages", LENGTH), packed_loss)
 
     losses: dict[str, tuple[float, float]] = {}
     for number, _ in enumerate(onecard_steps(settings, folder, base, make_loader(rows, args.seed), begin), 1):
@@ -204,7 +204,7 @@ def time_child(args: argparse.Namespace) -> dict[str, Any]:
     return_large_blocks()
     folder = make_checkpoint(args.shape)
     every = examples(folder, DATA / "train_300.jsonl")
-    sets = [Dataset(part, [], "messages", LENGTH) for part in (every[30:], every[:30])]
+    sets = [Dataset(part, "messages", LENGTH) for part in (every[30:], every[:30])]
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary, torch.no_grad(), anonymous_peak() as peak:
         first, start = peak[0], time.perf_counter()

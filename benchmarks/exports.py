@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 from benchmarks.measure import table, write_result
 from onecard.adapter.load import with_adapter
 from onecard.config import CalibrationConfig, DataConfig
-from onecard.data.dataset import Dataset, load_dataset
+from onecard.data.dataset import Dataset
+from onecard.data.load import load_dataset
 from onecard.demo.run import SETTINGS, exact_match, read_rows, run_demo
 from onecard.export.calibrated.grouped import round_to_nearest
 from onecard.export.calibrated.writer import export_calibrated

@@ -27,7 +27,7 @@ from benchmarks.measure import MB, run_child, status_bytes, table, write_result
 from benchmarks.shapes import SHAPES, make_checkpoint
 from benchmarks.train import RANK, RATE
 from onecard.config import TrainConfig, make_config
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.loader import Loader
 from onecard.demo.run import FOLDER
 from onecard.hf.load import load_tokenizer

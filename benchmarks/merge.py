@@ -96,7 +96,7 @@ def measure(base: str, adapter: str, folders: dict[str, str], num_tokens: int) -
 
     vocab_size = read_model(inspect_checkpoint(Path(base))).text.vocab_size
     ids = torch.randint(5, vocab_size, (num_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    dataset = Dataset([Example(ids, [-100, *ids[1:]], "random")], [], "text", num_tokens)
+    dataset = Dataset([Example(ids, [-100, *ids[1:]], "random")], "text", num_tokens)
     with tempfile.TemporaryFile() as file:
         live = run_live(base, adapter, QuantConfig(), dataset, dataset.examples, "cpu", file)
         found = {name: compare(live, name, Path(folder), "cpu") for name, folder in folders.items()}

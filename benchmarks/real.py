@@ -62,7 +62,7 @@ def make_model(folder: Path = CACHE / "smollm2-135m") -> Path:
 def examples(model: Path, data: Path) -> list[Any]:
     """Return GSM8K's rows, which onecard tokenizes with the model's chat template."""
     from onecard.config import DataConfig, make_config
-    from onecard.data.dataset import load_dataset
+    from onecard.data.load import load_dataset
     from onecard.hf.load import load_tokenizer
 
     rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
@@ -74,7 +74,7 @@ def examples(model: Path, data: Path) -> list[Any]:
                 messages = [{"role": role, "content": content} for role, content in turns]
                 out.write(json.dumps({"messages": messages}) + "\n")
         config = make_config(DataConfig, {"max_seq_length": LENGTH}, "benchmark")
-        return load_dataset(str(path), load_tokenizer(str(model)), config).examples
+        return list(load_dataset(str(path), load_tokenizer(str(model)), config).examples)
 
 
 def make_loader(rows: list[Any], seed: int = 0) -> Any:
@@ -120,7 +120,7 @@ def our_loss(model: Any, rows: list[Any]) -> float:
     from onecard.data.dataset import Dataset
     from onecard.train.evaluate import evaluate
 
-    return evaluate(model, Dataset(rows, [], "messages", LENGTH))
+    return evaluate(model, Dataset(rows, "messages", LENGTH))
 
 
 def train_child(args: argparse.Namespace) -> dict[str, Any]:

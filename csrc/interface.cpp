@@ -1,4 +1,5 @@
 // The plain C interface that onecard/kernels/cpu/library.py loads.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <memory>
@@ -256,4 +257,25 @@ EXPORT void onecard_dense_product(const void* W, const void* x, int dtype, int64
 EXPORT void onecard_adamw_8bit(const AdamW8bit* a, int num_threads) {
     parallel_for((a->size + kStateBlock - 1) / kStateBlock, 16, num_threads,
                  [&](int64_t begin, int64_t end) { current->adamw_8bit(*a, begin, end); });
+}
+
+// First fit (data/packing.py): each document goes into the first row with room for it. `free` is a tree over 2 * size
+// nodes, of which each is the largest room below it; `size` is a power of two, at least the number of documents.
+// Returns the number of rows.
+EXPORT int64_t onecard_first_fit(const int32_t* lengths, int64_t num_documents, int64_t room, int32_t* free, int64_t size,
+                                 int32_t* row_of, int) {
+    std::fill(free, free + 2 * size, static_cast<int32_t>(room));
+    int64_t num_rows = 0;
+    for (int64_t document = 0; document < num_documents; document++) {
+        int64_t node = 1;
+        while (node < size) node = 2 * node + (free[2 * node] < lengths[document]);
+        row_of[document] = static_cast<int32_t>(node - size);
+        num_rows = std::max(num_rows, node - size + 1);
+        free[node] -= lengths[document];
+        while (node > 1) {
+            node /= 2;
+            free[node] = std::max(free[2 * node], free[2 * node + 1]);
+        }
+    }
+    return num_rows;
 }

@@ -195,7 +195,7 @@ def read_data(data: Any, model: str, adapter: str | None, config: Any) -> Any:
     """Load a dataset with the adapter's tokenizer, and print its notices."""
     quiet_libraries()
     from onecard.data.chat.template import set_template
-    from onecard.data.dataset import load_dataset
+    from onecard.data.load import load_dataset
     from onecard.hf.load import load_tokenizer
 
     tokenizer = load_tokenizer(model, adapter)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onecard
 from onecard.config import DataConfig, LoraSettings, make_config
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from tests.conftest import make_checkpoint, make_tokenizer
 from tests.data.bad_data import CHAT_LINES, FILES, chat_file

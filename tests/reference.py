@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 from unittest.mock import patch
 
 from pydantic import BaseModel
@@ -13,6 +14,7 @@ from pydantic import BaseModel
 import onecard
 from onecard import api, config
 from onecard.cli import app
+from onecard.terminal import alternatives
 from onecard.train.result import Result
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -69,6 +71,10 @@ def vars_of(bound: Any) -> list[Any]:
 
 def type_name(annotation: Any) -> str:
     """`int`, `str or None`, `"nf4", "fp4" or "int4"`."""
+    if get_origin(annotation) in (Annotated, Union, UnionType):
+        return " or ".join(dict.fromkeys(map(type_name, alternatives(annotation))))
+    if get_origin(annotation) in (list, dict):
+        return f"{get_origin(annotation).__name__}[{', '.join(map(type_name, get_args(annotation)))}]"
     text = (
         annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
     )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from onecard.adapter.origin import Form
 from onecard.data.chat.control import specials_of
-from onecard.data.chat.mask import IGNORE, Example, alpaca_prompt, prompt_form, prompt_ids, text_ids
+from onecard.data.chat.mask import alpaca_prompt, prompt_ids, text_ids
 from onecard.data.dataset import Dataset
 from onecard.errors import UserError
 
@@ -29,30 +27,11 @@ def form_of(dataset: Dataset, tokenizer: Any, template: str | None) -> Form:
     Args:
         template: `template_digest` of the tokenizer that inference loads.
     """
-    kinds = Counter(prompt_form(record, tokenizer) for record in dataset.records)
-    prompt: Any = kinds.most_common(1)[0][0]
-    ends, inside = Counter[int](), set[int]()
-    specials = specials_of(tokenizer).ids
-    for example in dataset.examples:
-        for turn, whole in learned_runs(example):
-            inside.update(turn[:-1] if whole else turn)
-            if whole and turn[-1] in specials:
-                ends[turn[-1]] += 1
-    found = tuple(token for token, _ in ends.most_common() if token not in inside)
+    prompt: Any = dataset.stored.prompts.most_common(1)[0][0]
+    specials, turns = specials_of(tokenizer).ids, dataset.stored.turns
+    ends = (token for token, _ in turns.ends.most_common() if token in specials)
+    found = tuple(token for token in ends if token not in turns.inside)
     return Form(prompt=prompt, template=template if prompt == "chat" else None, end_tokens=found)
-
-
-def learned_runs(example: Example) -> Iterator[tuple[list[int], bool]]:
-    """Yield each run of supervised tokens and whether it is complete. The last run of a truncated row is not."""
-    run: list[int] = []
-    for label in example.labels:
-        if label != IGNORE:
-            run.append(label)
-        elif run:
-            yield run, True
-            run = []
-    if run:
-        yield run, not example.truncated
 
 
 def template_digest(tokenizer: Any) -> str | None:

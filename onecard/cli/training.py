@@ -171,7 +171,7 @@ def preview(model: str, data: DataWords, *, fields: DataFields = None, num_examp
     config = make_config(DataConfig, given(fields), "command line")
     console = make_console()
     from onecard.data.chat.template import set_template
-    from onecard.data.dataset import load_dataset
+    from onecard.data.load import load_dataset
     from onecard.data.preview import render_preview
     from onecard.hf.load import load_tokenizer
 

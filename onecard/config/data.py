@@ -126,6 +126,10 @@ class ReadConfig(Strict):
     seed: int = Field(
         default=42, ge=0, lt=2**63, description="of the start of LoRA, the order of rows, dropout, and weighted sources"
     )
+    data_cache: str = Field(
+        default="auto",
+        description="folder for tokenized data of more than a million tokens; auto: onecard/data in the user's cache",
+    )
     on_bad_rows: Literal["error", "skip"] = Field(default="error", description="rows that cannot be read")
     on_long_rows: Literal["auto", "cut", "split", "drop", "error"] = Field(
         default="auto", description="rows longer than max_seq_length; auto: split of plain text, cut of others"

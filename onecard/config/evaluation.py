@@ -31,7 +31,7 @@ def parse_named(value: Any) -> Any:
     matches = [NAMED.fullmatch(item) for item in items if isinstance(item, str)] if isinstance(items, list) else []
     pairs = [(match[1], match[2]) for match in matches if match]
     if not pairs:
-        return parse_data(value)
+        return parse_data(items[0] if isinstance(items, list) and len(items) == 1 else value)
     if len(pairs) < len(items):
         raise ValueError("either all eval files or none must have a name: NAME=FILE")
     if len({name for name, _ in pairs}) < len(pairs):

@@ -2,16 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from onecard.config import ROW_MULTIPLE
 from onecard.data.chat.mask import Example
+from onecard.data.examples import Examples
 from onecard.data.packing import collate, pack
+
+
+class Batches(Sequence[list[int]]):
+    """The micro-batches of an epoch, each as the indices of its examples.
+
+    Args:
+        order: indices of the examples, in the order in which they are read, int64.
+        starts: where each micro-batch starts in `order`, and its end, int64 (batches + 1,).
+    """
+
+    def __init__(self, order: NDArray[np.int64], starts: NDArray[np.int64]):
+        self.order, self.starts = order, starts
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.order[self.starts[index] : self.starts[index + 1]].tolist()
+
+    def sums(self, values: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Return the sum of the examples' values in each micro-batch, int64 (batches,)."""
+        return np.add.reduceat(values[self.order], self.starts[:-1], dtype=np.int64)
 
 
 class Loader:
@@ -24,23 +52,24 @@ class Loader:
         row_tokens: the most tokens in a packed row.
     """
 
-    def __init__(self, examples: list[Example], row_tokens: int, packing: bool, batch_size: int, seed: int):
-        assert examples, "a loader needs examples"
-        self.examples, self.row_tokens, self.packing = examples, row_tokens, packing
+    def __init__(self, examples: Iterable[Example], row_tokens: int, packing: bool, batch_size: int, seed: int):
+        self.examples, self.row_tokens, self.packing = Examples.of(examples), row_tokens, packing
+        assert len(self.examples), "a loader needs examples"
         self.batch_size, self.seed = batch_size, seed
         self.epoch = self.batch = 0
         self.batches = lru_cache(maxsize=2)(self._batches)
 
-    def _batches(self, epoch: int) -> list[list[int]]:
-        """Return the epoch's micro-batches as lists of example indices."""
+    def _batches(self, epoch: int) -> Batches:
+        """Return the epoch's micro-batches."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(self.examples), generator=generator).tolist()
-        rows = [[index] for index in order]
+        order = torch.randperm(len(self.examples), generator=generator).numpy()
+        rows = np.arange(len(order))
         if self.packing:
-            lengths = [len(self.examples[index].input_ids) for index in order]
-            rows = [[order[i] for i in row] for row in pack(lengths, self.row_tokens)]
-        starts = range(0, len(rows), self.batch_size)
-        return [list(chain(*rows[start : start + self.batch_size])) for start in starts]
+            row_of = pack(self.examples.lengths[order], self.row_tokens)
+            first = np.argsort(row_of, kind="stable")  # row by row, each in the order of arrival
+            order, rows = order[first], row_of[first]
+        starts = np.searchsorted(rows, np.arange(0, rows[-1] + 1, self.batch_size))
+        return Batches(order, np.append(starts, len(order)))
 
     def num_batches(self, epoch: int) -> int:
         return len(self.batches(epoch))

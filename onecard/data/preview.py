@@ -71,8 +71,8 @@ def render_counts(dataset: Dataset, packing: bool) -> Table:
         "share truncated", f"{dataset.num_truncated / (len(dataset.examples) + dataset.num_unsupervised):.1%}"
     )
     if packing:
-        rows = pack([len(example.input_ids) for example in dataset.examples], dataset.row_tokens)
-        table.add_row("packed rows", f"{len(rows):,}, {tokens / (len(rows) * dataset.row_tokens):.1%} full")
+        rows = int(pack(dataset.stored.lengths, dataset.row_tokens).max()) + 1
+        table.add_row("packed rows", f"{rows:,}, {tokens / (rows * dataset.row_tokens):.1%} full")
     return table
 
 

@@ -12,8 +12,9 @@ or named in `notices` with its count.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ USED = {  # columns that are read in addition to a format's own keys
 }
 VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is good
 SHOWN_ERRORS = 20
+FIRST_ROWS = 1000  # rows that show the format
 
 
 @dataclass(frozen=True)
@@ -87,9 +89,12 @@ class Record:
 
 @dataclass
 class Records:
-    """The good rows of a source, how they were read, the errors of the bad rows, and notices."""
+    """The good rows of a source, how they are read, the errors of the bad rows, and notices.
 
-    records: list[Record]
+    `bad`, `files` and `notices` are complete once `records` were read to their end.
+    """
+
+    records: Iterable[Record]
     layout: Layout
     bad: list[UserError] = field(default_factory=list)
     source: str = ""
@@ -132,37 +137,58 @@ def read_records(
     Raises:
         UserError: file missing, empty, of another kind or of no known format; bad rows.
     """
+    found = open_records(source, formats, reading)
+    found.records = list(found.records)
+    found.sort_bad(found.bad)
+    if on_bad_rows == "error" or not found.records:
+        raise_bad_rows(found.bad)
+    return found
+
+
+def open_records(
+    source: str | Path | Source, formats: Sequence[str] = tuple(KEYS), reading: Reading | None = None
+) -> Records:
+    """Begin to read the rows of a source. Its first rows show the format; the rest are read as `records` is.
+
+    Raises:
+        UserError: same as `read_records`, but not for bad rows, which `bad` lists.
+    """
     source = source if isinstance(source, Source) else Source(path=str(source))
     reading = reading or Reading(source.encoding, split=source.split)
-    rows, bad, files = [], [], {}
-    for file, line, row in rows_of(source, reading):
-        files[file] = files.get(file, 0) + 1
-        if isinstance(row, BadRow):
-            bad.append(row_error(file, line, row))
-        else:
-            rows.append((file, line, row))
-    if not rows and not bad:
+    rows, first, good = rows_of(source, reading), [], []
+    for row in rows:
+        first.append(row)
+        good += [] if isinstance(row[2], BadRow) else [row[2]]
+        if len(good) == FIRST_ROWS:
+            break
+    if not first:
         raise UserError("the data file must have rows", "none", "check the file", source.path)
-    found, told = Records([], Layout(source.format or "auto", ()), bad, source.path, list(files)), Counter[str]()
-    if rows:
-        first = [row for _, _, row in rows]
-        found.layout = layout_of(first, source.format or "auto", source.columns, source.path, formats)
-    unused: Counter[str] = Counter()
-    layout = found.layout
-    for file, line, row in rows:
-        row, taken = without_united_nulls(row) if is_arrow(Path(file)) else (row, 0)
-        told["nulls"] += taken > 0
-        try:
-            record, rest = to_record(layout, row, file, line)
-            unused.update(rest)
-            found.records.append(record)
-        except BadRow as error:
-            bad.append(row_error(file, line, error))
-    found.sort_bad(bad)
-    if on_bad_rows == "error" or not found.records:
-        raise_bad_rows(bad)
-    found.notices = tell(found, reading, unused, told["nulls"])
+    found = Records([], Layout(source.format or "auto", ()), source=source.path)
+    if good:
+        found.layout = layout_of(good, source.format or "auto", source.columns, source.path, formats)
+    found.records = converted(chain(first, rows), found, reading)
     return found
+
+
+def converted(rows: Iterable[tuple[str, int, Any]], found: Records, reading: Reading) -> Iterator[Record]:
+    """Yield the rows as records, and complete `found`."""
+    unused, num_nulls, files = Counter[str](), 0, dict[str, None]()
+    for file, line, row in rows:
+        if file not in files:
+            files[file] = None
+            found.files = list(files)
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            row, taken = without_united_nulls(row) if is_arrow(Path(file)) else (row, 0)
+            num_nulls += taken > 0
+            record, rest = to_record(found.layout, row, file, line)
+        except BadRow as error:
+            found.bad.append(row_error(file, line, error))
+            continue
+        unused.update(rest)
+        yield record
+    found.notices += tell(found, reading, unused, num_nulls)
 
 
 def row_error(path: str | Path, line: int, error: BadRow) -> UserError:
@@ -352,10 +378,11 @@ def judged_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: i
 
 def unpaired(read: Records) -> Records:
     """Make two judged answers of each row of preferences: all chosen ones, then all rejected ones, as trl does."""
-    pairs = [record for record in read.records if record.rejected is not None]
+    records = list(read.records)
+    pairs = [record for record in records if record.rejected is not None]
     if not pairs:
-        return read
-    chosen = [replace(record, rejected=None) for record in read.records]
+        return replace(read, records=records)
+    chosen = [replace(record, rejected=None) for record in records]
     rejected = [replace(record.rejected, label=False) for record in pairs if record.rejected is not None]
     notice = f"each pair is read as a desirable and an undesirable answer: {counted(len(pairs))}"
     return replace(read, records=chosen + rejected, notices=[*read.notices, notice])

@@ -150,6 +150,16 @@ def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, int, dict[
             yield str(file), number, row
 
 
+def local_files(source: Source) -> list[Path] | None:
+    """Return the files of a source on this disk, also those inside a folder of save_to_disk; None for a hub dataset."""
+    path = Path(source.path).expanduser()
+    if not there(source.path) and may_be_hub_id(source.path):
+        return None
+    found = files_of(path, Reading())
+    inside = [sorted(each.rglob("*")) if each.is_dir() else [each] for each in found]
+    return [each for files in inside for each in files if each.is_file()]
+
+
 def may_be_hub_id(path: str) -> bool:
     name = path.split(":")[0]
     return HUB_ID.fullmatch(name) is not None and kind_of(Path(name)) not in {*READERS, *SPREADSHEETS}

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from onecard.config import (
     CACHE_PROBE,
     FUSION_PROBE_TOKENS,
@@ -133,10 +135,9 @@ def known(loader: Loader, epochs: float, validation: Iterable[Dataset], prompts:
 
 def sizes_of(loader: Loader, epochs: int) -> tuple[frozenset[int], frozenset[int]]:
     """Return tokens and supervised positions of the micro-batches, rounded up to ROW_MULTIPLE."""
-    learned = [example.num_supervised for example in loader.examples]
-    tokens, heads = set(), set()
+    tokens, heads = set[int](), set[int]()
     for epoch in range(epochs):
-        for batch in loader.batches(epoch):
-            tokens.add(multiple(sum(len(loader.examples[index].input_ids) for index in batch)))
-            heads.add(multiple(sum(learned[index] for index in batch)))
+        batches = loader.batches(epoch)
+        tokens.update(map(multiple, np.unique(batches.sums(loader.examples.lengths)).tolist()))
+        heads.update(map(multiple, np.unique(batches.sums(loader.examples.num_supervised)).tolist()))
     return frozenset(tokens), frozenset(heads - {0})

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = {
     "model",  # the path may change: `identity` verifies that model and data are the same
     "data",
     "eval_data",
+    "data_cache",
     "adapter",
     "num_train_epochs",  # but not to fewer than are done
     "max_steps",

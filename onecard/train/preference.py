@@ -15,7 +15,7 @@ A reward is beta times the log-ratio. Shape suffixes: P scored positions, D docu
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 from onecard.config import ROW_MULTIPLE, TrainConfig
 from onecard.data.chat.mask import IGNORE, Example
 from onecard.data.loader import Loader
-from onecard.data.packing import collate, pack, split
+from onecard.data.packing import collate, packed, split
 from onecard.train.loss import decode, head_token_losses, plain_token_losses, supervised, to_device, upload
 from onecard.train.preference_loss import dpo_losses, kto_losses, mean_losses
 
@@ -64,7 +64,7 @@ class Preference:
 
     config: TrainConfig
     model: Any
-    examples: list[Example]
+    examples: Sequence[Example]
     packed: bool
     reference: Tensor | None = None
 
@@ -178,7 +178,7 @@ class Preference:
         """Return the log-probability of the example before as the answer to each example's prompt, float64 (E,)."""
         documents = [mismatch(self.examples, index, self.config.max_seq_length) for index in indices]
         found = torch.empty(len(documents), dtype=torch.float64, device=self.device)
-        for row in pack([len(each.input_ids) for each in documents], self.config.max_seq_length):
+        for row in packed([len(each.input_ids) for each in documents], self.config.max_seq_length):
             batch = {**collate([documents[i] for i in row], ROW_MULTIPLE), "indices": row}
             batch = self.to_device(batch)
             found[row] = sums(self.log_probs(batch), batch["counts"])
@@ -237,7 +237,7 @@ class Preference:
         return table
 
 
-def batches_of(examples: list[Example], config: TrainConfig) -> Iterable[dict[str, Any]]:
+def batches_of(examples: Sequence[Example], config: TrainConfig) -> Iterable[dict[str, Any]]:
     """Yield packed rows of all examples, once."""
     loader = Loader(examples, config.max_seq_length * config.documents_per_example, True, 1, 0)
     return (loader.next_batch() for _ in range(loader.num_batches(0)))
@@ -262,7 +262,7 @@ def with_prompts(batch: dict[str, Any]) -> Tensor:
     return labels
 
 
-def mismatch(examples: list[Example], index: int, most: int) -> Example:
+def mismatch(examples: Sequence[Example], index: int, most: int) -> Example:
     """Return the prompt of an example with the answer of the example before it, cut to `most` tokens."""
     own, other = examples[index], examples[index - 1]
     begin, start = (next(i for i, label in enumerate(each.labels) if label != IGNORE) for each in (own, other))

@@ -18,7 +18,8 @@ from onecard.adapter.targets import check_names
 from onecard.adapter.trained import check_trained
 from onecard.config import REFERENCE_BYTES, TrainConfig, parse_bytes
 from onecard.data.chat.template import set_template
-from onecard.data.dataset import Dataset, load_dataset
+from onecard.data.dataset import Dataset
+from onecard.data.load import load_dataset
 from onecard.data.loader import Loader
 from onecard.data.sources import name_of
 from onecard.errors import UserError

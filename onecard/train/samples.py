@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import Any
 
 from onecard.config import NUM_SAMPLES, SAMPLE_TOKENS
@@ -20,7 +21,7 @@ def make_samples(prompts: list[str] | None, dataset: Dataset, tokenizer: Any) ->
     """Return the user's prompts as chats, or the prompts of the first records that fit max_seq_length."""
     if prompts is not None:
         return [(text, prompt_ids([{"role": "user", "content": text}], tokenizer)) for text in prompts]
-    samples, first = [], {record.where: record for record in dataset.records[: 10 * NUM_SAMPLES]}
+    samples, first = [], {record.where: record for record in islice(dataset.records, 10 * NUM_SAMPLES)}
     for record in first.values():  # a long text is the record of several examples
         text, ids = record_prompt(record, tokenizer)
         if 0 < len(ids) <= dataset.max_seq_length:

@@ -55,7 +55,7 @@ def make_questions(dataset: Dataset, tokenizer: Any, most: int | None) -> list[Q
     if not questions:
         must = "a metric needs rows with a prompt and an answer"
         do = "leave metric out, or pass eval data of chats or of prompt and completion"
-        raise UserError(must, f"none, in rows of format {dataset.format}", do, dataset.records[0].where)
+        raise UserError(must, f"none, in rows of format {dataset.format}", do, dataset.examples[0].where)
     return questions
 
 

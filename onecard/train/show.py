@@ -54,7 +54,7 @@ def show(prepared: Prepared, console: Console) -> None:
         for notice in render_notices(dataset) if config.eval_data is not None else ():
             console.print(notice)
         if name in prepared.questions:
-            asked = f"{len(prepared.questions[name]):,} of {len(dataset.records):,} rows"
+            asked = f"{len(prepared.questions[name]):,} of {dataset.num_documents:,} rows"
             line = f"{', '.join(config.metric_names)} on generated answers to {asked}"
             console.print(f"{shown}: {line}", markup=False, highlight=False)
     for note in prepared.notes:

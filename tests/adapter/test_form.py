@@ -15,7 +15,7 @@ from onecard.adapter.origin import FILE, Form, form_beside, read_origin
 from onecard.adapter.save import save_adapter
 from onecard.config import DataConfig, GgufConfig, TrainConfig, make_config
 from onecard.data.chat.mask import prompt_ids, text_ids
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.gguf.modelfile import modelfile
 from onecard.export.gguf.writer import export_gguf

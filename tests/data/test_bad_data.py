@@ -7,8 +7,9 @@ import pytest
 from onecard.config import DataConfig
 from onecard.data.chat import mask
 from onecard.data.chat.mask import encode
-from onecard.data.dataset import load_dataset, prepare
+from onecard.data.load import load_dataset
 from onecard.data.records import read_records
+from onecard.data.tokens import prepare
 from onecard.errors import UserError
 from tests.conftest import make_tokenizer, write_rows
 from tests.data.bad_data import ASKED, CHAT_LINES, FILES, GOOD, SAID, chat_file

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from onecard.config import DataConfig, Source
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.records import read_records
 from onecard.errors import UserError
 from tests.conftest import make_tokenizer, write_rows

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from onecard.config import DataConfig
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.records import read_records
 from onecard.errors import UserError
 from tests.conftest import make_tokenizer, write_rows

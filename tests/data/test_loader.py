@@ -7,9 +7,9 @@ import torch
 
 from onecard.config import DataConfig
 from onecard.data.chat.mask import Example
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.loader import Loader
-from onecard.data.packing import collate, pack
+from onecard.data.packing import collate, packed
 from onecard.data.preview import render_preview
 from tests.conftest import make_tokenizer
 
@@ -36,7 +36,7 @@ def test_first_fit(seed):
             expected.append([])
         free[row] -= length
         expected[row].append(i)
-    assert pack(lengths, 64) == expected
+    assert packed(lengths, 64) == expected
 
 
 def test_rows_restart_positions_and_mask_first_tokens():

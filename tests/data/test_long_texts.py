@@ -6,8 +6,9 @@ import pytest
 
 from onecard.config import DataConfig
 from onecard.data.chat.mask import IGNORE, Example, encode
-from onecard.data.dataset import load_dataset, pieces
+from onecard.data.load import load_dataset
 from onecard.data.records import Record
+from onecard.data.tokens import pieces
 from onecard.errors import UserError
 from onecard.train.samples import make_samples
 from tests.conftest import chat_rows, make_tokenizer, write_rows
@@ -31,7 +32,7 @@ def test_the_pieces_of_a_text_are_its_tokens(most, tmp_path):
         assert all(len(example.input_ids) >= most - 1 for example in found[:-1])
         assert all(e.labels == [IGNORE, *e.input_ids[1:]] and not e.truncated for e in found)
     assert dataset.num_records == len(rows) and dataset.num_truncated == 0
-    assert len(dataset.records) == len(dataset.examples)
+    assert len(list(dataset.records)) == len(dataset.examples)
     assert any("split into pieces" in notice for notice in dataset.notices)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from onecard.config import DataConfig, Source, TrainConfig
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.mixture import mixed
 from onecard.data.sources import flags_of, sources_of
 from onecard.errors import UserError
@@ -71,7 +71,7 @@ def test_a_mixture_of_three_sources(tmp_path):
         (5, 4, 0.25),
         (4, 4, 0.25),
     ]
-    assert len(dataset.examples) == len(dataset.records) == 16
+    assert len(dataset.examples) == len(list(dataset.records)) == 16
     assert all(example.where == record.where for example, record in zip(dataset.examples, dataset.records))
     assert dataset.shares[2].cells()["columns"] == "prompt=Frage,completion=Antwort"
     assert any("leave out 1 examples" in notice for notice in dataset.notices)

@@ -6,7 +6,7 @@ import pytest
 
 from onecard.config import DataConfig
 from onecard.data.chat.mask import IGNORE
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.data.preview import render_preview

@@ -5,7 +5,7 @@ import pytest
 from onecard.config import DataConfig
 from onecard.data.chat import mask as module
 from onecard.data.chat.mask import IGNORE, NO_THOUGHTS, OTHER_PROMPT, prompt_ids
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from tests.conftest import CHATML, make_tokenizer, write_rows
 

@@ -11,8 +11,8 @@ import pytest
 from datasets.arrow_writer import ArrowWriter
 
 from onecard.config import DataConfig, Source
-from onecard.data.dataset import load_dataset
 from onecard.data.files import Reading
+from onecard.data.load import load_dataset
 from onecard.data.records import read_records
 from onecard.errors import UserError
 from tests.conftest import make_tokenizer, write_rows

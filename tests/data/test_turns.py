@@ -7,7 +7,7 @@ from tokenizers import processors
 
 from onecard.config import DataConfig
 from onecard.data.chat.mask import encode, prompt_ids
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.records import Record, read_records
 from onecard.errors import UserError
 from tests.conftest import CHATML, make_tokenizer, write_rows

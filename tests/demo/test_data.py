@@ -7,7 +7,7 @@ import pytest
 
 from onecard.config import DataConfig, TrainConfig, make_config
 from onecard.data.chat.mask import prompt_ids
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.demo.run import FOLDER, SETTINGS, read_rows
 from onecard.hf.load import load_tokenizer
 

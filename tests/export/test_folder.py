@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import onecard
 from onecard.config import DataConfig, QuantConfig, TrainConfig, make_config
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.folder import new_file, new_folder
 from onecard.export.merge import merged

@@ -76,7 +76,7 @@ def rows() -> Dataset:
     for number, length in enumerate((23, 31, 17, 40, 29, 12)):
         ids = torch.randint(5, 250, (length,), generator=generator).tolist()
         examples.append(Example(ids, [IGNORE] * 4 + ids[4:], f"row {number}"))
-    return Dataset(examples, [], "text", SETTINGS["max_seq_length"])
+    return Dataset(examples, "text", SETTINGS["max_seq_length"])
 
 
 def check(family: str, folder: Path, **settings: Any) -> Outcome:

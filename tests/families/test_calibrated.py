@@ -54,7 +54,7 @@ def calibrated(base, output, monkeypatch):
     """The calibration's losses by form, and its start. The validation rows are the last ones."""
     monkeypatch.setattr(module, "general_pieces", pieces)
     every = rows()
-    training, held = (Dataset(part, [], "text", 64) for part in (every.examples[:4], every.examples[4:]))
+    training, held = (Dataset(part, "text", 64) for part in (every.examples[:4], every.examples[4:]))
     found = calibrate_base(str(base), output, QUANT, training, held, None, 100, "cpu", LORA)
     documents = [(torch.tensor([row.input_ids]), torch.tensor([row.labels])) for row in held.examples]
     return {form: losses.data for form, losses in found.bill.losses.items()}, found.start, documents

@@ -178,7 +178,7 @@ def test_config_refuses_what_it_cannot_do(kwargs):
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_of_a_hub_s_files_only_what_is_used_is_fetched(weights, monkeypatch):
-    """Weights that lie there again for other programs are not; for its tokenizer no weights at all."""
+    """Weights that lie there again for other programs are not; for its tokenizer no weights. The README has the licence."""
     there = ["config.json", "tokenizer.model", "tokenizer_config.json", "additional_chat_templates/tool.jinja",
              "model-00001-of-00002.safetensors", "model.safetensors.index.json", "consolidated.safetensors",
              "consolidated.00.pth", "original/model.safetensors", "pytorch_model.bin", "README.md"]  # fmt: skip
@@ -191,4 +191,4 @@ def test_of_a_hub_s_files_only_what_is_used_is_fetched(weights, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(UserError, match="out of reach"):
         onecard.load_model("org/name", device="cpu") if weights else load_tokenizer("org/name")
-    assert fetched == [*there[:4], *(there[4:6] if weights else there[5:6])]
+    assert fetched == [*there[:4], *(there[4:6] if weights else there[5:6]), "README.md"]

@@ -14,8 +14,8 @@ import pytest
 
 from onecard.config import DataConfig
 from onecard.data.columns import Layout
-from onecard.data.dataset import prepare
 from onecard.data.records import Record, Records
+from onecard.data.tokens import prepare
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.infer.decoding import Text

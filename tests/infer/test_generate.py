@@ -68,7 +68,7 @@ DAMAGES = {
     "integers": (edit(lambda t: t.update({NAME: t[NAME].to(torch.int32)})), f"{NAME}: an adapter's tensors"),
     "NaN": (edit(lambda t: t[NAME].view(-1)[5].fill_(float("nan"))), f"{NAME}: every parameter"),
     "trained over a changed base": (edit_config(init_lora_weights="pissa_niter_4"), "pissa_niter_4"),
-    "an init that reads 16-bit weights": (edit_config(init_lora_weights="mica"), "MiCA"),
+    "an init that reads 16-bit weights": (edit_config(init_lora_weights="mica"), "leave a 4-bit base as it is"),
 }
 
 

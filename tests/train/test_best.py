@@ -116,7 +116,7 @@ def test_epochs_end_with_an_evaluation_and_a_checkpoint(checkpoint, chats, held_
         save_steps=None, num_train_epochs=3, gradient_accumulation_steps=3,
     )  # fmt: skip
     from onecard.config import DataConfig
-    from onecard.data.dataset import load_dataset
+    from onecard.data.load import load_dataset
     from onecard.data.loader import Loader
     from onecard.hf.load import load_tokenizer
 

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import onecard
 from onecard.config import DataConfig, make_config
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.hf.load import load_tokenizer
 from tests.families.check import EQUAL, dequantized
 from tests.train.test_loop import run

@@ -6,7 +6,7 @@ import torch
 import onecard
 from onecard.adapter.layers import lora_config
 from onecard.config import LoraSettings, TrainConfig, make_config
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.packing import collate
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.load import load_tokenizer

@@ -156,7 +156,7 @@ def fresh_gradients(made, window, num_tokens, spike=None):
     made.optimizer.zero_grad(set_to_none=True)
     torch.manual_seed(3)
     with use_packed_attention(made.base), spike or nullcontext():
-        loss, _ = gradients(made, window, num_tokens)
+        loss, *_ = gradients(made, window, num_tokens)
     return loss, {name: p.grad for name, p in made.trainable.items()}  # a copy could be what a Spike hits
 
 

@@ -412,7 +412,7 @@ def test_what_cannot_be_is_refused_before_the_load(checkpoint, tmp_path):
         with pytest.raises(UserError, match=words):
             run(checkpoint, data, tmp_path / "o", **more)
     from onecard.config import DataConfig
-    from onecard.data.dataset import load_dataset
+    from onecard.data.load import load_dataset
     from onecard.hf.load import load_tokenizer
 
     with pytest.raises(UserError, match="--loss dpo"):  # eval, merge --verify and calibration read their rows so

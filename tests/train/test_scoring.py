@@ -7,7 +7,7 @@ import pytest
 
 from onecard.config import DataConfig, TrainConfig, make_config
 from onecard.data.chat.mask import IGNORE
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.train.scoring import exact_match, make_questions, make_rouge, make_score

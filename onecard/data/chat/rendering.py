@@ -61,6 +61,10 @@ class Sandbox:
             command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, start_new_session=True
         )
 
+    def renew(self) -> None:
+        """Forget the process, which belongs to the process that this one was forked from."""
+        self.lock, self.process = threading.Lock(), None
+
     def stop(self) -> int:
         """End the process and return its exit status."""
         process, self.process = self.process, None

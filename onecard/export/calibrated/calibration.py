@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, chain
@@ -84,7 +84,11 @@ def calibrate(layered: LayeredModel, rows: list[Row]) -> Iterator[Layer]:
 
 
 def first_batches(
-    examples: list[Example], length: int, is_packed: bool, num_rows: int | None = None, num_tokens: int | None = None
+    examples: Sequence[Example],
+    length: int,
+    is_packed: bool,
+    num_rows: int | None = None,
+    num_tokens: int | None = None,
 ) -> tuple[list[Batch], list[int]]:
     """Return rows of the examples in random order, and the indices of their examples.
 

@@ -6,6 +6,8 @@ would show it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +22,7 @@ CLOSE = 1e-4  # of two losses in float32, of 46 tokens
 
 
 @torch.no_grad()
-def check_layers(layered: LayeredModel, examples: list[Example]) -> None:
+def check_layers(layered: LayeredModel, examples: Sequence[Example]) -> None:
     """Compare the losses of two short documents, layer by layer, with those of the model's own forward, in float32. If
     they differ in one row, each document gets a row of its own.
 

@@ -6,6 +6,7 @@ own help, which every machine has.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,14 +55,14 @@ def choose_rows(
     length = training.max_seq_length
     pieces = general_pieces(tokenizer, min(length, PIECE_TOKENS))
 
-    def rows(examples: list[Example], most: int) -> tuple[list[Batch], list[int]]:
+    def rows(examples: Sequence[Example], most: int) -> tuple[list[Batch], list[int]]:
         return first_batches(examples, length, is_packed, num_tokens=most)
 
     calibration, _ = rows(training.examples, num_tokens)
     general, _ = rows(pieces[::2], count_tokens(calibration) // GENERAL_SHARE)
     data, indices = rows(held.examples, MEASURED_TOKENS)
     other, _ = rows(pieces[1::2], MEASURED_GENERAL_TOKENS)
-    documents = replace(held, examples=[held.examples[index] for index in indices], records=[])
+    documents = replace(held, examples=held.stored.take(indices))
     return Rows(calibration + general, data, other, documents, measured_on)
 
 

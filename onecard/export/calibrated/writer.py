@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from onecard.config import CalibrationConfig, Data, DataConfig, QuantConfig, make_config
 from onecard.data.chat.template import set_template
-from onecard.data.dataset import Dataset, load_dataset
+from onecard.data.dataset import Dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq
 from onecard.export.calibrated.calibration import calibrate, first_batches

@@ -15,7 +15,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -174,7 +174,7 @@ def merge_verified(
     return Verified(target, kept, live.agreement, tried, in_weights)
 
 
-def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> list[Example]:
+def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> Sequence[Example]:
     """Return the first examples with at most num_tokens together. The first one is truncated to that."""
     first = dataset.examples[0]
     rows = [replace(first, input_ids=first.input_ids[:num_tokens], labels=first.labels[:num_tokens])]
@@ -217,7 +217,7 @@ def better(tried: list[Agreement]) -> str:
 
 @torch.no_grad()
 def run_live(
-    model: str, adapter: str, quant: QuantConfig, dataset: Dataset, rows: list[Example], device: str, file: BinaryIO
+    model: str, adapter: str, quant: QuantConfig, dataset: Dataset, rows: Sequence[Example], device: str, file: BinaryIO
 ) -> Live:
     """Run the 4-bit base with its adapter disabled and enabled."""
     base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)

@@ -90,6 +90,7 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_rope": (None, *[c_void_p] * 4, c_int, c_int64, c_int64, c_int64, c_int64, c_int, c_int),
     "onecard_dense_product": (None, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
     "onecard_adamw_8bit": (None, c_void_p, c_int),
+    "onecard_first_fit": (c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int),
     "onecard_attention": (c_int, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip
 

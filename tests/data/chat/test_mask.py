@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 
 from onecard.config import DataConfig
 from onecard.data.chat.mask import IGNORE, encode, prompt_ids
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.records import Record
 from onecard.errors import UserError
 from tests.conftest import CHATML, make_tokenizer, write_rows

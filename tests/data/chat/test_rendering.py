@@ -6,7 +6,7 @@ from onecard.config import DataConfig
 from onecard.data.chat import rendering
 from onecard.data.chat.mask import prompt_ids
 from onecard.data.chat.rendering import Renderings, Sandbox
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from tests.conftest import chat_rows, make_tokenizer, write_rows
 from tests.data.chat.test_mask import TEMPLATES

@@ -10,7 +10,7 @@ from onecard.adapter.origin import form_beside
 from onecard.config import DataConfig, TrainConfig, make_config
 from onecard.data.chat.mask import IGNORE, encode, prompt_ids
 from onecard.data.chat.template import set_template
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.data.records import Record
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer

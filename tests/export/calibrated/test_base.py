@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config
 
 import onecard
 from onecard.config import DataConfig, LoraSettings, QuantConfig, QuantizeConfig, TrainConfig
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import base as module
 from onecard.export.calibrated import room

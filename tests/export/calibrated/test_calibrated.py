@@ -13,7 +13,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
 
 from onecard.config import CalibrationConfig, DataConfig
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq, writer
 from onecard.export.calibrated.calibration import calibrate, first_batches

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import onecard
 from onecard.config import DataConfig, QuantConfig
-from onecard.data.dataset import load_dataset
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.merge.merged import merge
 from onecard.export.merge.quantized import requantize

@@ -1,0 +1,60 @@
+"""Load data: each source is tokenized to a dataset of its own, or read from disk where it was tokenized before. With
+several sources, the examples are a mixture of theirs (`mixture.py`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onecard.config import FORMATS_OF, Data, DataConfig, Source
+from onecard.data.columns import KEYS, LOSSES
+from onecard.data.dataset import Dataset, mix
+from onecard.data.files import Reading
+from onecard.data.records import open_records, unpaired
+from onecard.data.sources import local_files, sources_of
+from onecard.data.store import Store, key_of
+from onecard.data.tokens import prepare
+from onecard.errors import UserError
+
+
+def load_dataset(data: Data, tokenizer: Any, config: DataConfig, loss: str | None = "sft") -> Dataset:
+    """Read, check and tokenize data. Several sources become a mixture.
+
+    Args:
+        loss: the loss that learns the data. "kto" makes two examples of a pair. None: any, to show the data.
+
+    Raises:
+        UserError: same as sources_of, read_records and prepare; a format that the loss does not learn;
+            text_is_templated, and no source is text.
+    """
+    sources, found = sources_of(data, config), []
+    formats = tuple(KEYS) if loss is None else FORMATS_OF[loss]
+    for source in sources:
+        if source.format is not None and source.format not in ("auto", *formats):
+            must = f"the rows must have a format that is learned with loss {loss}: {', '.join(formats)}"
+            raise UserError(must, source.format, f"train on such rows with {LOSSES[source.format]}", "format")
+    for source in sources:
+        found.append(load_source(source, tokenizer, config, formats, loss))
+    if config.text_is_templated and all(dataset.format != "text" for dataset in found):
+        must = "text_is_templated is for rows of text, which the chat template has written"
+        raise UserError(must, f"rows of {found[0].format}", "leave it out", sources[0].path)
+    if len(found) == 1:
+        return found[0]
+    weights = [source.weight for source in sources]
+    return mix(found, [source.path for source in sources], weights, config)
+
+
+def load_source(
+    source: Source, tokenizer: Any, config: DataConfig, formats: tuple[str, ...], loss: str | None
+) -> Dataset:
+    """Tokenize a source, or read it from the disk. Raises UserError, same as open_records and prepare."""
+    reading = Reading(source.encoding, config.sample_by, source.split)
+    key = key_of(local_files(source), tokenizer, source, config, [*formats, loss])
+    store = Store(config.data_cache, key)
+    if (found := store.read()) is not None:
+        return found
+    try:
+        read = open_records(source, formats, reading)
+        return store.keep(prepare(unpaired(read) if loss == "kto" else read, tokenizer, config, store))
+    except BaseException:
+        store.discard()
+        raise

@@ -1,0 +1,188 @@
+"""Tokenized sources on disk, mapped into memory: data of any size is tokenized once and needs little memory.
+
+Up to a million tokens stay in memory. More go into a folder of the cache, whose name is a hash of all that the tokens
+depend on: the files' places, sizes and times, the tokenizer with its chat template, the settings, and this code. The
+folder is complete once it has its name. A source without such a hash, such as a hub dataset, has a file that is gone at
+the end of the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from importlib.metadata import version
+from itertools import chain, islice
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import pyarrow as pa
+
+from onecard.config import DataConfig, Source
+from onecard.data.dataset import Dataset
+from onecard.data.examples import SCHEMA, Digest, Examples, Stored, Turns, record_batches
+from onecard.errors import UserError
+from onecard.files import locked, sync, sync_folder, write_synced
+
+FILE, SUMMARY, TEMPORARY = "examples.arrow", "summary.json", ".tmp-"
+FRESH_SECONDS = 2.0  # a file that changed so lately may change again without another time
+KEPT = ("format", "max_seq_length", "num_unsupervised", "num_dropped", "num_lost", "mapping", "notices")
+
+
+class Store:
+    """Where the examples of one source are written.
+
+    Args:
+        folder: of the cache; None: everything stays in memory.
+        key: of the source; None: it is not kept.
+    """
+
+    def __init__(self, folder: str | None = None, key: str | None = None):
+        self.root, self.key = None if folder is None else cache_folder(folder), key
+        self.temporary: Path | None = None
+        self.lock = ExitStack()
+
+    @property
+    def entry(self) -> Path | None:
+        return None if self.root is None or self.key is None else self.root / self.key
+
+    def read(self) -> Dataset | None:
+        """Return the dataset of a source that was tokenized before; None if there is none, or it is not whole."""
+        if self.entry is None or not (self.entry / SUMMARY).is_file():
+            return None
+        try:
+            summary = json.loads((self.entry / SUMMARY).read_bytes())
+            if (self.entry / FILE).stat().st_size != summary["size"]:
+                return None
+            turns = Turns(Counter(dict(map(tuple, summary["ends"]))), set(summary["inside"]))
+            examples = mapped(self.entry / FILE, summary["digest"], turns)
+            bad = [UserError(*parts) for parts in summary["bad"]]
+            dataset = Dataset(examples, **{name: summary[name] for name in KEPT}, bad=bad)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+            return None  # it is tokenized again
+        dataset.notices.append(f"tokenized before, read from {self.entry}")
+        return dataset
+
+    def write(self, stored: Iterable[Stored]) -> Examples:
+        """Write examples, and return them: in memory if they are few. Raises UserError if the disk is full."""
+        turns, digest = Turns(Counter(), set()), Digest()
+        batches = record_batches(noted(stored, turns))
+        first = list(islice(batches, 2))
+        if len(first) < 2 or self.root is None:
+            return Examples(pa.Table.from_batches([*first, *batches], SCHEMA), None, turns)
+        try:
+            path = self.begin() / FILE
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+                for batch in chain(first, batches):
+                    writer.write_batch(batch)
+                    digest.add(batch)
+            sync(path)
+        except OSError as error:
+            do = "free some space, or choose another folder with --data-cache"
+            raise UserError("tokenized data must fit on the disk", str(error), do, str(self.root)) from None
+        return mapped(path, digest.hexdigest(), turns)
+
+    def begin(self) -> Path:
+        """Create a folder to write in, locked by this process. Remove those that no process has."""
+        assert self.root is not None
+        self.root.mkdir(parents=True, exist_ok=True)
+        for stale in self.root.glob(f"{TEMPORARY}*"):
+            try:
+                with locked(stale) as held:
+                    if held:
+                        shutil.rmtree(stale, ignore_errors=True)
+            except OSError:  # another process removed it
+                continue
+        self.temporary = Path(mkdtemp(prefix=TEMPORARY, dir=self.root))
+        self.lock.enter_context(locked(self.temporary))
+        return self.temporary
+
+    def keep(self, dataset: Dataset) -> Dataset:
+        """Keep a written dataset for later runs; one without a key loses its file, which stays mapped until the end."""
+        if self.temporary is None:
+            return dataset
+        if self.entry is None:
+            self.discard()
+            return dataset
+        turns = dataset.stored.turns
+        summary = {
+            **{name: getattr(dataset, name) for name in KEPT},
+            "size": (self.temporary / FILE).stat().st_size,
+            "digest": dataset.stored.digest,
+            "ends": list(turns.ends.items()),
+            "inside": sorted(turns.inside),
+            "bad": [[error.must, error.found, error.do, error.where] for error in dataset.bad],
+        }
+        write_synced(self.temporary / SUMMARY, json.dumps(summary).encode())
+        sync_folder(self.temporary)
+        shutil.rmtree(self.entry, ignore_errors=True)  # one that is not whole
+        try:
+            os.rename(self.temporary, self.entry)
+        except OSError:  # another run has just kept the same
+            self.discard()
+            return dataset
+        self.lock.close()
+        dataset.notices.append(f"tokenized data is kept in {self.entry}")
+        return dataset
+
+    def discard(self) -> None:
+        """Remove what was written; a mapped file stays readable."""
+        if self.temporary is not None:
+            shutil.rmtree(self.temporary, ignore_errors=True)
+        self.lock.close()
+
+
+def mapped(path: Path, digest: str, turns: Turns) -> Examples:
+    return Examples(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), digest, turns)
+
+
+def noted(stored: Iterable[Stored], turns: Turns) -> Iterator[Stored]:
+    for row in stored:
+        turns.add(row[0])
+        yield row
+
+
+def cache_folder(folder: str) -> Path:
+    """Return the folder of tokenized data; "auto" is the user's cache folder."""
+    if folder != "auto":
+        return Path(folder).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "onecard" / "data"
+
+
+def key_of(
+    files: list[Path] | None, tokenizer: Any, source: Source, config: DataConfig, formats: list[str | None]
+) -> str | None:
+    """Return the hash of all that a source's tokens depend on; None if something of it cannot be told.
+
+    Args:
+        files: of the source; None: not on this disk.
+        formats: that may be recognised, and the loss.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not files or backend is None:
+        return None
+    stats = [file.stat() for file in files]
+    if max(stat.st_mtime for stat in stats) > time.time() - FRESH_SECONDS:
+        return None
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    parts = {
+        "files": [
+            (str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
+            for file, stat in zip(files, stats)
+        ],
+        "tokenizer": [type(tokenizer).__name__, backend.to_str(), tokenizer.special_tokens_map],
+        "chat template": tokenizer.chat_template,
+        "source": source.model_dump(exclude={"weight"}),
+        "settings": config.model_dump(include=set(DataConfig.model_fields) - {"data_cache", "packing", "seed"}),
+        "formats": formats,
+        "code": [code.hexdigest(), *map(version, ("transformers", "tokenizers", "jinja2"))],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
