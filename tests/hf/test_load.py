@@ -178,7 +178,7 @@ def test_config_refuses_what_it_cannot_do(kwargs):
 
 @pytest.mark.parametrize("weights", [True, False])
 def test_of_a_hub_s_files_only_what_is_used_is_fetched(weights, monkeypatch):
-    """Weights that lie there again for other programs are not; for its tokenizer no weights. The README has the licence."""
+    """Weights that lie there again for other programs are not; for its tokenizer none. The README has the licence."""
     there = ["config.json", "tokenizer.model", "tokenizer_config.json", "additional_chat_templates/tool.jinja",
              "model-00001-of-00002.safetensors", "model.safetensors.index.json", "consolidated.safetensors",
              "consolidated.00.pth", "original/model.safetensors", "pytorch_model.bin", "README.md"]  # fmt: skip
