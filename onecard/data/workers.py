@@ -84,6 +84,7 @@ def begin(function: Callable[[Any], Any], renew: Callable[[], None]) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads are not in a fork, and it says so once a process
     renew()
 
 
