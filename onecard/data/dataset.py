@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -151,8 +151,12 @@ class Dataset:
         num_held = min(len(order) - 1, max(1, round(share * len(order))))
         is_held = np.isin(self.stored.rows, order[:num_held])
         counts = {"num_unsupervised": 0, "num_dropped": 0, "num_lost": 0, "bad": []}  # only the rest keeps these
-        rest, held = (replace(self, examples=self.stored.take(np.flatnonzero(side))) for side in (~is_held, is_held))
+        rest, held = (self.take(np.flatnonzero(side)) for side in (~is_held, is_held))
         return rest, replace(held, **counts)
+
+    def take(self, indices: Iterable[int]) -> Dataset:
+        """Return the dataset with the examples at `indices` only."""
+        return replace(self, examples=self.stored.take(indices))
 
     def check_fits(self, vocab_size: int | None, max_positions: int | None) -> None:
         """Raise UserError if a token is outside the vocabulary or an example has more tokens than max_positions."""

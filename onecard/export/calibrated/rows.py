@@ -7,7 +7,7 @@ own help, which every machine has.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from onecard.data.chat.mask import IGNORE, Example, text_ids
@@ -62,7 +62,7 @@ def choose_rows(
     general, _ = rows(pieces[::2], count_tokens(calibration) // GENERAL_SHARE)
     data, indices = rows(held.examples, MEASURED_TOKENS)
     other, _ = rows(pieces[1::2], MEASURED_GENERAL_TOKENS)
-    documents = replace(held, examples=held.stored.take(indices))
+    documents = held.take(indices)
     return Rows(calibration + general, data, other, documents, measured_on)
 
 
