@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -75,6 +75,11 @@ def probe_batch(examples: Dataset) -> dict[str, Any]:
     }
 
 
+def attention_of(model: PreTrainedModel, loss: LossFunction) -> AbstractContextManager:
+    """Return the attention that a loss needs: packed for the packed loss, else the model's own."""
+    return use_packed_attention(model) if loss is packed_loss else nullcontext()
+
+
 def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> float:
     """Return the mean cross-entropy per supervised token, in nats. The caller sets the attention that `loss` needs."""
     training = model.training
@@ -112,5 +117,5 @@ def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None) -> 
     base = inner(model)
     dataset.check_fits(*model_size(base.config))
     loss = loss or choose_loss(model, dataset)[0]
-    with use_packed_attention(base) if loss is packed_loss else nullcontext(), sharing_cores():
+    with attention_of(base, loss), sharing_cores():
         return mean_loss(base, dataset, loss)

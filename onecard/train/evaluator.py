@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from onecard.config import TrainConfig, eval_key
 from onecard.data.dataset import Dataset
-from onecard.hf.attention import use_attention, use_packed_attention
+from onecard.hf.attention import use_attention
 from onecard.infer.batch import answer_all
 from onecard.kernels.cpu.contention import sharing_cores
-from onecard.train.evaluate import mean_loss
-from onecard.train.loss import packed_loss
+from onecard.train.evaluate import attention_of, mean_loss
 from onecard.train.prepare import Prepared
 from onecard.train.run import Run
 from onecard.train.scoring import Question, Score
@@ -40,8 +38,7 @@ class Evaluator:
     def __call__(self, run: Run) -> dict[str, float]:
         """Return each metric by its name, with the model as it is. It works inside the training loop and outside."""
         found: dict[str, float] = {}
-        packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
-        with packed, sharing_cores():
+        with attention_of(run.base, run.loss), sharing_cores():
             for name, dataset in self.validation.items():
                 if name in run.held_out:
                     scores = run.held_out[name].evaluate()

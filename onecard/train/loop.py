@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ import torch
 from onecard.config import TrainConfig
 from onecard.config.evaluation import Interval
 from onecard.data.loader import Loader
-from onecard.hf.attention import use_packed_attention
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.train import signals
 from onecard.train.checkpoint import checkpoint
-from onecard.train.loss import packed_loss
+from onecard.train.evaluate import attention_of
 from onecard.train.metrics import Metrics
 from onecard.train.recompute import recompute_layers
 from onecard.train.run import Run, count_batches
@@ -71,8 +70,7 @@ def train(
     recompute_layers(
         run.base, strategy.num_recomputed, run.offload, strategy.num_offloaded, strategy.keep_dequantized_weights
     )
-    packed = use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
-    with packed, frozen_objects(), sharing_cores(), signals.noted() as interrupted:
+    with attention_of(run.base, run.loss), frozen_objects(), sharing_cores(), signals.noted() as interrupted:
         while not run.is_over:
             epochs = run.num_epochs_done
             row = optimizer_step(run)

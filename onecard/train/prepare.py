@@ -57,6 +57,7 @@ class Prepared:
     config: TrainConfig
     tokenizer: Any
     training: Dataset
+    loader: Loader  # of the training rows, at the first row
     validation: dict[str, Dataset]  # by name; "" without a name
     plan: Plan
     strategy: MemoryStrategy
@@ -157,6 +158,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         config,
         tokenizer,
         training,
+        loader,
         validation,
         plan,
         strategy,

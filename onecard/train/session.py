@@ -6,7 +6,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
 from onecard.data.sources import flags_of, name_of
 from onecard.errors import Stopped, UserError
-from onecard.hf.attention import use_packed_attention
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.load import (
     load_model,
@@ -50,7 +48,7 @@ from onecard.train.checkpoint import (
     position_of,
     steps_of_resumed,
 )
-from onecard.train.evaluate import choose_loss
+from onecard.train.evaluate import attention_of, choose_loss
 from onecard.train.evaluate import evaluate as measured_loss
 from onecard.train.evaluator import Evaluator, make_evaluator
 from onecard.train.hub import push
@@ -145,7 +143,7 @@ def check(config: TrainConfig, resuming: bool, answers: Answers | None) -> tuple
     if state is not None:
         check_unchanged(config, prepared.identity, state)
         check_best(config, state)
-        steps_of_resumed(position_of(state), make_loader(config, prepared.training), config)
+        steps_of_resumed(position_of(state), prepared.loader, config)
     return prepared, state
 
 
@@ -174,7 +172,7 @@ def run_locked(
     if base is not None:
         set_start(model, base.start)
     origin = origin_of(model.get_base_model(), config.model)  # before the training, so that unreadable files fail early
-    loader = make_loader(config, prepared.training)
+    loader = prepared.loader
     run = Run(config, model, loader, count_steps(loader, config), prepared.identity, strategy=prepared.strategy)
     run.date = prepared.date
     run.loss, slow = choose_loss(model, prepared.training)
@@ -217,19 +215,14 @@ def set_preferences(run: Run, prepared: Prepared, console: Console) -> None:
     }
     if not prepared.precompute:
         return
-    loader = make_loader(config, prepared.training)
+    loader = make_loader(config, prepared.training)  # not the run's, which stays at the first row
     batches = (loader.next_batch() for _ in range(loader.num_batches(0)))
     checked = " ".join(dataset.fingerprint() for dataset in validation.values()) or None
     identity = reference_identity(run.preference, prepared.identity, checked)
     start = time.perf_counter()
-    with attention_of(run), sharing_cores():
+    with attention_of(run.base, run.loss), sharing_cores():
         done = set_references(run, batches, Path(config.output), identity)
     console.print(f"{done}, {time.perf_counter() - start:.1f} s", highlight=False, markup=False)
-
-
-def attention_of(run: Run) -> AbstractContextManager:
-    """Return the attention that the run's loss needs."""
-    return use_packed_attention(run.base) if run.loss is packed_loss else nullcontext()
 
 
 def check_calibration(base: CalibratedBase, model: Any, run: Run) -> None:

@@ -12,7 +12,7 @@ from onecard.memory.show import plan_table
 from onecard.optim.schedule import learning_rate
 from onecard.train.checkpoint import State, position_of, resume
 from onecard.train.loop import count_steps
-from onecard.train.prepare import Prepared, make_loader
+from onecard.train.prepare import Prepared
 from onecard.train.run import Run
 
 
@@ -69,8 +69,7 @@ def show(prepared: Prepared, console: Console) -> None:
         line += "; generate, chat and serve take it"
         console.print(line, style="yellow", markup=False, highlight=False)
     console.rule("schedule", align="left")
-    loader = make_loader(config, prepared.training)
-    steps = count_steps(loader, config)
+    loader, steps = prepared.loader, count_steps(prepared.loader, config)
     peak = max(learning_rate(step, steps, config) for step in range(steps))
     dtype = str(prepared.compute_dtype).removeprefix("torch.")
     console.print(
