@@ -68,8 +68,13 @@ class Dataset:
     notices: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.stored = Examples.of(self.examples)
-        self.examples = self.stored
+        self.examples = Examples.of(self.examples)
+
+    @property
+    def stored(self) -> Examples:
+        """The examples, with their columns."""
+        assert isinstance(self.examples, Examples)
+        return self.examples
 
     @property
     def records(self) -> Iterator[Record]:
