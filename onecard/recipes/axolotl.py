@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from onecard.recipes.recipe import (
+    TRANSFORMERS,
     Reader,
     Recipe,
     as_number,
@@ -14,9 +15,11 @@ from onecard.recipes.recipe import (
     put_loggers,
     put_optim,
     put_sources,
+    put_split,
 )
 
 SAME = {  # their key -> our field, their default
+    **TRANSFORMERS,
     "output_dir": ("output", "./model-out"),
     "lora_r": ("r", 8),
     "lora_alpha": ("lora_alpha", 8),
@@ -29,27 +32,14 @@ SAME = {  # their key -> our field, their default
     "peft_layers_to_transform": ("layers_to_transform", None),
     "peft_layers_pattern": ("layers_pattern", None),
     "peft_init_lora_weights": ("init_lora_weights", None),
-    "loraplus_lr_ratio": ("loraplus_lr_ratio", None),
     "sequence_len": ("max_seq_length", 512),
     "sample_packing": ("packing", False),
     "num_epochs": ("num_train_epochs", 1.0),
     "max_steps": ("max_steps", None),
     "lr_scheduler": ("lr_scheduler_type", "cosine"),
-    "lr_scheduler_kwargs": ("lr_scheduler_kwargs", None),
-    "weight_decay": ("weight_decay", 0.0),
-    "adam_beta1": ("adam_beta1", 0.9),
-    "adam_beta2": ("adam_beta2", 0.999),
-    "max_grad_norm": ("max_grad_norm", 1.0),
-    "seed": ("seed", 42),
-    "save_total_limit": ("save_total_limit", None),
-    "load_best_model_at_end": ("load_best_model_at_end", None),
-    "metric_for_best_model": ("metric_for_best_model", None),
-    "greater_is_better": ("greater_is_better", None),
     "early_stopping_patience": ("early_stopping_patience", None),
-    "neftune_noise_alpha": ("neftune_noise_alpha", None),
     "logging_steps": ("logging_steps", None),
     "eval_batch_size": ("per_device_eval_batch_size", None),
-    "hub_model_id": ("hub_model_id", None),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without effect, why others are refused
     "load_in_8bit": ((), "the frozen base is stored in 4 bits"),
@@ -172,14 +162,7 @@ def put_data(reader: Reader) -> None:
     put_sources(reader, "datasets", "data", [s for d in reader.take("datasets", []) if (s := source_of(reader, d))])
     held = [s for d in reader.take("test_datasets", []) if (s := source_of(reader, d))]
     put_sources(reader, "test_datasets", "eval_data", held)
-    size = reader.take("val_set_size", 0)
-    if size >= 1:
-        reader.refuse("val_set_size", "a number of rows: give a share below 1")
-    elif size:
-        reader.put("validation_split", "val_set_size", size)
-    if not held and not size:
-        reader.fields.pop("eval_steps", None)
-        reader.fields["eval_strategy"] = "no"
+    put_split(reader, "val_set_size", bool(held))
     if reader.take("train_on_inputs", False):
         reader.put("train_on", "train_on_inputs", "all")
     template = str(reader.take("chat_template", "tokenizer_default"))

@@ -8,6 +8,7 @@ from typing import Any
 from onecard.documents import read_object
 from onecard.errors import UserError, did_you_mean
 from onecard.recipes.recipe import (
+    TRANSFORMERS,
     Reader,
     Recipe,
     as_number,
@@ -17,10 +18,12 @@ from onecard.recipes.recipe import (
     put_loggers,
     put_optim,
     put_sources,
+    put_split,
     put_warmup,
 )
 
 SAME = {  # their key -> our field, their default
+    **TRANSFORMERS,
     "output_dir": ("output", None),
     "lora_dropout": ("lora_dropout", 0.0),
     "use_rslora": ("use_rslora", False),
@@ -31,23 +34,10 @@ SAME = {  # their key -> our field, their default
     "gradient_accumulation_steps": ("gradient_accumulation_steps", 1),
     "num_train_epochs": ("num_train_epochs", 3.0),
     "lr_scheduler_type": ("lr_scheduler_type", "linear"),
-    "lr_scheduler_kwargs": ("lr_scheduler_kwargs", None),
-    "weight_decay": ("weight_decay", 0.0),
-    "adam_beta1": ("adam_beta1", 0.9),
-    "adam_beta2": ("adam_beta2", 0.999),
-    "max_grad_norm": ("max_grad_norm", 1.0),
-    "seed": ("seed", 42),
-    "save_total_limit": ("save_total_limit", None),
-    "load_best_model_at_end": ("load_best_model_at_end", None),
-    "metric_for_best_model": ("metric_for_best_model", None),
-    "greater_is_better": ("greater_is_better", None),
     "early_stopping_steps": ("early_stopping_patience", None),
-    "loraplus_lr_ratio": ("loraplus_lr_ratio", None),
-    "neftune_noise_alpha": ("neftune_noise_alpha", None),
     "quantization_type": ("quant_type", "nf4"),
     "double_quantization": ("double_quant", True),
     "push_to_hub": ("push_to_hub", None),
-    "hub_model_id": ("hub_model_id", None),
     "hub_private_repo": ("hub_private_repo", None),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without effect, why others are refused
@@ -161,14 +151,7 @@ def put_data(reader: Reader) -> None:
         )
     else:
         put_sources(reader, "eval_dataset", "eval_data", sources["eval_dataset"])
-    size = reader.take("val_size", 0)
-    if size >= 1:
-        reader.refuse("val_size", "a number of rows: give a share below 1")
-    elif size:
-        reader.put("validation_split", "val_size", size)
-    if not sources["eval_dataset"] and not size:
-        reader.fields.pop("eval_steps", None)
-        reader.fields["eval_strategy"] = "no"
+    put_split(reader, "val_size", bool(sources["eval_dataset"]))
     whole, last = reader.take("train_on_prompt", False), reader.take("mask_history", False)
     reader.put("train_on", "train_on_prompt" if whole else "mask_history", "all" if whole else "last" if last else None)
     neat = reader.take("neat_packing", False)

@@ -17,6 +17,21 @@ from onecard.documents import read_yaml
 from onecard.errors import UserError
 
 MOST_SHOWN = 20
+TRANSFORMERS: dict[str, tuple[str, Any]] = {  # keys of transformers in both tools -> our field, their default
+    "lr_scheduler_kwargs": ("lr_scheduler_kwargs", None),
+    "weight_decay": ("weight_decay", 0.0),
+    "adam_beta1": ("adam_beta1", 0.9),
+    "adam_beta2": ("adam_beta2", 0.999),
+    "max_grad_norm": ("max_grad_norm", 1.0),
+    "seed": ("seed", 42),
+    "save_total_limit": ("save_total_limit", None),
+    "load_best_model_at_end": ("load_best_model_at_end", None),
+    "metric_for_best_model": ("metric_for_best_model", None),
+    "greater_is_better": ("greater_is_better", None),
+    "loraplus_lr_ratio": ("loraplus_lr_ratio", None),
+    "neftune_noise_alpha": ("neftune_noise_alpha", None),
+    "hub_model_id": ("hub_model_id", None),
+}
 
 
 @dataclass
@@ -177,3 +192,15 @@ def put_sources(reader: Reader, key: str, name: str, sources: list[dict[str, Any
         reader.put(name, key, plain[0])
     elif sources:
         reader.put(name, key, sources)
+
+
+def put_split(reader: Reader, key: str, has_eval_data: bool) -> None:
+    """Set the share of the data that is held out. Without it and without eval data, nothing is evaluated."""
+    size = reader.take(key, 0)
+    if size >= 1:
+        reader.refuse(key, "a number of rows: give a share below 1")
+    elif size:
+        reader.put("validation_split", key, size)
+    if not has_eval_data and not size:
+        reader.fields.pop("eval_steps", None)
+        reader.fields["eval_strategy"] = "no"
