@@ -1,7 +1,6 @@
 """Exact, and no worse than plain: what LoRA starts from, and that each start ends as a plain LoRA over the base."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.terms import start_terms
 from tests.adapter.test_lora_settings import IDS, gap, logits
 from tests.families.check import dequantized
-from tests.train.test_loop import adapter_bytes, run
+from tests.train.test_loop import adapter_bytes, copy_at, run
 
 FROZEN = [
     {"init_lora_weights": "pissa"},
@@ -100,10 +99,7 @@ def test_gradients_are_those_of_a_linear_over_the_residual_weight(checkpoint):
 def test_a_run_with_a_start_resumes_to_the_bit(start, checkpoint, chats, tmp_path):
     settings = {"init_lora_weights": start, "lora_dropout": 0.0, "max_steps": 4}
     run(checkpoint, chats, tmp_path / "a", **settings)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b" / "adapter")
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / "b" / "checkpoints" / f"checkpoint-{step}")
+    copy_at(tmp_path / "a", tmp_path / "b", 2)
     run(checkpoint, chats, tmp_path / "b", resuming=True, **settings)
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
 

@@ -54,6 +54,16 @@ def run(checkpoint, chats, output, resuming=False, **more):
     return run_training(make_config(TrainConfig, fields(checkpoint, chats, output, **more)), resuming, quiet())
 
 
+def copy_at(finished, output, step):
+    """A copy of a finished run as it was when it stopped after `step`."""
+    shutil.copytree(finished, output)
+    shutil.rmtree(output / "adapter")
+    for folder in (output / "checkpoints").iterdir():
+        if int(folder.name.split("-")[1]) > step:
+            shutil.rmtree(folder)
+    return output
+
+
 def adapter_bytes(output):
     return (output / "adapter" / "adapter_model.safetensors").read_bytes()
 
@@ -122,12 +132,7 @@ def test_straight_is_stop_and_resume(more, everywhere, checkpoint, chats, tmp_pa
     steps = result.report.num_steps
     assert steps > 6
     for k in (1, steps // 2, steps // 2 + 1, steps - 1, steps) if everywhere else (steps // 2,):
-        output = tmp_path / f"resumed-{k}"
-        shutil.copytree(straight, output)
-        shutil.rmtree(output / "adapter")
-        for folder in (output / "checkpoints").iterdir():
-            if int(folder.name.split("-")[1]) > k:
-                shutil.rmtree(folder)
+        output = copy_at(straight, tmp_path / f"resumed-{k}", k)
         again = run(checkpoint, chats, output, resuming=True, **more)
         assert adapter_bytes(output) == adapter_bytes(straight)
         rows = [json.loads(line)["step"] for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -166,9 +171,7 @@ def test_a_changed_run_is_not_resumed(checkpoint, chats, tmp_path):
 
 
 def test_not_finite_stops_before_the_update(checkpoint, chats, tmp_path, monkeypatch):
-    import onecard.train.loop as loop
-
-    whole = loop.packed_loss
+    from onecard.train.loss import packed_loss as whole
 
     def broken(model, batch, num_tokens):
         return whole(model, batch, num_tokens) * float("nan")

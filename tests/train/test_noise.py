@@ -1,14 +1,12 @@
 """Exact to rounding: NEFTune's noise is transformers' for one document, and each packed document's own."""
 
-import shutil
-
 import pytest
 import torch
 from torch import nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from onecard.train.noise import EmbeddingNoise
-from tests.train.test_loop import adapter_bytes, run
+from tests.train.test_loop import adapter_bytes, copy_at, run
 
 
 class Model:
@@ -59,9 +57,6 @@ def test_a_run_with_noise_resumes_to_the_bit_and_evaluates_without(more, checkpo
     plain = run(checkpoint, chats, tmp_path / "plain", max_steps=4, validation_split=0.2, eval_steps=2)
     assert first.report.loss_before == plain.report.loss_before
     assert first.report.metrics[0]["loss"] != plain.report.metrics[0]["loss"]
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    shutil.rmtree(tmp_path / "b" / "adapter")
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / "b" / "checkpoints" / f"checkpoint-{step}")
+    copy_at(tmp_path / "a", tmp_path / "b", 2)
     run(checkpoint, chats, tmp_path / "b", resuming=True, **settings)
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")

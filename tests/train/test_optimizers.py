@@ -1,12 +1,10 @@
 """Exact: a run with each optimizer learns, and ends in the same bits after a stop."""
 
-import shutil
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.test_loop import adapter_bytes, run
+from tests.train.test_loop import adapter_bytes, copy_at, run
 
 SCHEDULE_FREE = {
     "optim": "schedule_free_adamw",
@@ -28,16 +26,12 @@ KINDS = [
 @pytest.mark.parametrize("more", KINDS, ids=lambda more: more["optim"])
 def test_straight_is_stop_and_resume(more, checkpoint, chats, tmp_path):
     more = {"num_train_epochs": 2, "lora_dropout": 0.0, **more}
-    straight, output = tmp_path / "straight", tmp_path / "resumed"
+    straight = tmp_path / "straight"
     result = run(checkpoint, chats, straight, **more)
     losses = [row["loss"] for row in result.report.metrics]
     assert losses[-1] < losses[0] - 0.1
     middle = result.report.num_steps // 2
-    shutil.copytree(straight, output)
-    shutil.rmtree(output / "adapter")
-    for folder in (output / "checkpoints").iterdir():
-        if int(folder.name.split("-")[1]) > middle:
-            shutil.rmtree(folder)
+    output = copy_at(straight, tmp_path / "resumed", middle)
     again = run(checkpoint, chats, output, resuming=True, **more)
     assert adapter_bytes(output) == adapter_bytes(straight)
     assert [row.get("eval_loss") for row in again.report.metrics] == [r.get("eval_loss") for r in result.report.metrics]
