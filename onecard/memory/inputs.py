@@ -112,12 +112,12 @@ class PlanInputs:
 
     @cached_property
     def lora_shapes(self) -> list[tuple[int, ...]]:
-        """Shape of each LoRA matrix, and of each bias of a lora_B."""
+        """Shape of each LoRA matrix, and of each bias of a lora_B and each magnitude vector of DoRA."""
         shapes: list[tuple[int, ...]] = []
         for path, m in self.adapted.items():
             r, experts = self.ranks[path], getattr(m, "num_experts", 1)
             shapes += [(r * experts, m.in_features // experts), (m.out_features // experts, r * experts)]
-            shapes += [(m.out_features,)] if self.config.lora_bias else []
+            shapes += [(m.out_features,)] * (self.config.lora_bias + self.config.use_dora)
         return shapes
 
     @cached_property

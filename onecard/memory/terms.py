@@ -197,16 +197,20 @@ def disk_terms(inputs: PlanInputs, strategy: MemoryStrategy, paged_from_file: bo
     """Return what a run writes. `paged_from_file`: whether a paged base uses the checkpoint's own 4-bit files."""
     lora = "8 P_l" if inputs.config.has_frozen_start else "4 P_l"
     adapter = int(lora[0]) * inputs.num_lora + inputs.c * inputs.num_saved
-    one = adapter + sum(inputs.state_sizes)
+    states = state_term(inputs, MemoryStrategy())
+    trained = (
+        4 * (inputs.num_lora + inputs.num_saved) * (inputs.config.optim == "schedule_free_adamw")
+    )  # beside the average
+    one = adapter + states.num_bytes + trained
     limit = inputs.config.save_total_limit
     count = 1 + (max(limit, 2) if inputs.config.load_best_model_at_end else limit)  # the next one is complete first
     learned = f"{lora} + c P_s" if inputs.num_saved else lora
-    terms = [Term("checkpoints", count * one, f"{count} x ({learned} + AdamW states)"),
-             Term("adapter", adapter, learned)]  # fmt: skip
+    formula = f"{count} x ({learned} + {'4 P_l + ' * bool(trained)}{states.name})"
+    terms = [Term("checkpoints", count * one, formula), Term("adapter", adapter, learned)]
     if strategy.weights_budget is not None and not paged_from_file:
         terms.append(Term("base's pages", sum(inputs.pages), "P_q / 2 + scales"))
     if inputs.device == "cpu" and inputs.config.optim.startswith("paged"):
-        terms.append(Term("states paged out", sum(inputs.state_sizes), "AdamW states"))
+        terms.append(Term("states paged out", states.num_bytes, states.name))
     if inputs.device == "cpu" and strategy.num_offloaded:
         terms.append(
             Term(

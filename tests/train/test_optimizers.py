@@ -1,10 +1,14 @@
 """Exact: a run with each optimizer learns, and ends in the same bits after a stop."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.test_loop import adapter_bytes, copy_at, run
+from onecard.config import TrainConfig, make_config
+from onecard.train.prepare import prepare
+from tests.train.test_loop import adapter_bytes, copy_at, fields, run
 
 SCHEDULE_FREE = {
     "optim": "schedule_free_adamw",
@@ -30,11 +34,23 @@ def test_straight_is_stop_and_resume(more, checkpoint, chats, tmp_path):
     result = run(checkpoint, chats, straight, **more)
     losses = [row["loss"] for row in result.report.metrics]
     assert losses[-1] < losses[0] - 0.1
+    check_plan_of_disk(make_config(TrainConfig, fields(checkpoint, chats, straight, **more)))
     middle = result.report.num_steps // 2
     output = copy_at(straight, tmp_path / "resumed", middle)
     again = run(checkpoint, chats, output, resuming=True, **more)
     assert adapter_bytes(output) == adapter_bytes(straight)
     assert [row.get("eval_loss") for row in again.report.metrics] == [r.get("eval_loss") for r in result.report.metrics]
+
+
+def check_plan_of_disk(config):
+    """The plan's checkpoints have the bytes of the tensors that were written."""
+    planned = next(term for term in prepare(config).plan.disk if term.name == "checkpoints")
+    folder = max(Path(config.output, "checkpoints").iterdir(), key=lambda path: int(path.name.split("-")[1]))
+    tensors = [
+        tensor for name in ("adapter", "optimizer") for tensor in load_file(folder / f"{name}.safetensors").values()
+    ]
+    written = sum(tensor.nbytes for tensor in tensors if tensor.dim())
+    assert planned.num_bytes / (1 + config.save_total_limit) == pytest.approx(written, rel=0.03), planned
 
 
 def test_checkpoints_and_adapters_of_schedule_free_are_the_average(checkpoint, chats, tmp_path):
