@@ -7,7 +7,7 @@ import errno
 import resource
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -43,6 +43,17 @@ def return_free_memory() -> None:
             trim(0)
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Give work with blocks of other sizes, such as answers beside a training, the memory that is free: what each of
+    the two keeps for its own next block is returned to the system before and after."""
+    return_free_memory()
+    try:
+        yield
+    finally:
+        return_free_memory()
 
 
 def available_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from onecard.data.dataset import Dataset
 from onecard.hf.attention import use_attention
 from onecard.infer.batch import answer_all
 from onecard.kernels.cpu.contention import sharing_cores
+from onecard.memory.measure import apart
 from onecard.train.evaluate import attention_of, mean_loss
 from onecard.train.prepare import Prepared
 from onecard.train.run import Run
@@ -54,7 +55,7 @@ class Evaluator:
         asked, how = self.questions[name], self.config
         training = run.model.training
         run.model.eval()
-        with use_attention(run.base, self.attention):
+        with apart(), use_attention(run.base, self.attention):
             predictions = answer_all(
                 run.model,
                 self.tokenizer,

@@ -30,6 +30,7 @@ from onecard.hf.load import (
 )
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.memory.measure import (
+    apart,
     begin_peak,
     format_bytes,
     peak_memory_bytes,
@@ -311,9 +312,10 @@ def measure(
     if evaluate is not None:
         found["scores"] = last_scores(result, run) or evaluate(run)
     result.model.eval()  # no dropout in the samples; the loop sets training mode again
-    found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
-    if extra:
-        found["facts"] = extra(result, when)
+    with apart():
+        found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
+        if extra:
+            found["facts"] = extra(result, when)
     return found
 
 

@@ -10,6 +10,8 @@ from onecard.data.chat.mask import IGNORE
 from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
+from onecard.infer.batch import answer_all
+from onecard.kernels.cpu import allocator
 from onecard.train.scoring import exact_match, make_questions, make_rouge, make_score
 from tests.conftest import chat_rows, write_rows
 from tests.train.test_loop import run
@@ -76,11 +78,20 @@ def test_a_run_measures_answers_at_each_evaluation(checkpoint, tmp_path, monkeyp
     """A run that learns one answer by heart goes from 0 to 1, and the best is the first with the largest value."""
     data = write_rows(tmp_path / "d.jsonl", [{"prompt": f"{i % 4} mugs", "completion": " fox"} for i in range(32)])
     held = write_rows(tmp_path / "e.jsonl", [{"prompt": f"{i} mugs", "completion": " fox"} for i in range(4)])
+    held_at = {}
+
+    def watched(*args):
+        held_at["start"] = max(held_at.get("start", 0), sum(map(len, allocator._free.values())))
+        return answer_all(*args)
+
+    monkeypatch.setattr("onecard.train.evaluator.answer_all", watched)
+    monkeypatch.setattr(allocator, "SMALLEST", 1 << 10)  # a small model's results count as large
     result = run(
         checkpoint, data, tmp_path / "o", eval_data={"held": str(held)}, metric=["exact_match"], eval_steps=4,
         metric_max_new_tokens=4, num_train_epochs=24, max_seq_length=48, learning_rate=2e-2, lora_dropout=0.0,
         metric_for_best_model="held_exact_match", load_best_model_at_end=True, per_device_eval_batch_size=3,
     )  # fmt: skip
+    assert held_at == {"start": 0}, "blocks of a training step wait beside the answers"
     name = "eval_held_exact_match"
     values = {row["step"]: row[name] for row in result.metrics if name in row}
     assert result.report.before[name] == 0 and max(values.values()) == 1
