@@ -243,3 +243,11 @@ def test_the_command_prints_it_as_our_settings(tmp_path):
     make_config(TrainConfig, found)
     code, _, err = onecard("train", "--from-axolotl", tmp_path / "none.yaml", "--output", tmp_path / "o")
     assert code == 2 and "none.yaml" in err
+
+
+def test_streams_of_both(tmp_path):
+    fields = factory(tmp_path, streaming=True, max_steps=100).fields
+    assert (fields["streaming"], fields["buffer_size"], fields["max_steps"]) == (True, 16384, 100)
+    fields = axolotl(tmp_path, streaming=True, streaming_multipack_buffer_size=500).fields
+    assert (fields["streaming"], fields["buffer_size"]) == (True, 500)
+    assert not {"streaming", "buffer_size"} & (factory(tmp_path).fields.keys() | axolotl(tmp_path).fields.keys())

@@ -86,6 +86,10 @@ class TrainConfig(
     logging_steps: int = Field(default=1, ge=1, description="updates between rows of the metrics")
     loggers: list[Logger] = Field(default_factory=list, description="besides metrics.jsonl and metrics.csv")
     sample_prompts: list[str] | None = Field(default=None, description="answered before and after, for the report")
+    streaming: bool = Field(
+        default=False, description="read and tokenize a buffer of rows at a time, and store nothing; needs max_steps"
+    )
+    buffer_size: int = Field(default=16384, ge=1, description="streaming: rows that are shuffled and packed together")
 
     @model_validator(mode="after")
     def _whole_modules_stay(self) -> TrainConfig:
@@ -140,6 +144,20 @@ class TrainConfig(
             raise ValueError("adapter was trained on a base as it is: leave calibrate out")
         if self.adapter is not None and self.init_lora_weights != "default":
             raise ValueError("adapter is the start of LoRA: leave init_lora_weights out")
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_stream_takes(self) -> TrainConfig:
+        if not self.streaming:
+            return self
+        if self.max_steps is None:
+            raise ValueError("streaming needs max_steps: the length of the data is not known before its end")
+        if isinstance(self.data, list) and len(self.data) > 1:
+            raise ValueError("streaming reads one source: give a folder or a pattern for several files")
+        if self.loss != "sft":
+            raise ValueError(f"streaming is for loss sft: leave it out with {self.loss}")
+        if "epoch" in (self.eval_strategy, self.save_strategy):
+            raise ValueError("streaming does not know the end of an epoch: give eval_strategy and save_strategy steps")
         return self
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ BOM = b"\xef\xbb\xbf"
 HEAD_BYTES = 4096
 ARROW = (".parquet", ".arrow")
 PACKED = (".gz", ".xz", ".bz2", ".zst")
+SHOWN_ERRORS = 20
 FIX = "correct the row, or pass --on-bad-rows skip"
 TO_UTF8 = "name its encoding, such as --encoding cp1252, or convert the file to UTF-8"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
@@ -50,11 +51,16 @@ Rows = Iterator[tuple[int, dict[str, Any] | BadRow]]
 
 @dataclass
 class Reading:
-    """How files become rows: settings of a source, and `told`, the notices of its readers with the number of files."""
+    """How files become rows: settings of a source, and `told`, the notices of its readers with the number of files.
+
+    Attributes:
+        streaming: a hub dataset is not stored on the disk.
+    """
 
     encoding: str | None = None
     sample_by: str = "paragraph"
     split: str | None = None
+    streaming: bool = False
     told: Counter[str] = field(default_factory=Counter)
 
 
@@ -173,3 +179,20 @@ def describe(value: Any) -> str:
     except (RecursionError, ValueError):
         return type(value).__name__
     return f"{type(value).__name__} {text[:60]}{'…' if len(text) > 60 else ''}"
+
+
+def row_error(path: str | Path, line: int, error: BadRow) -> UserError:
+    return UserError(error.must, shown(error.found), error.do, f"{path}:{line}:{shown(error.field)}")
+
+
+def raise_bad_rows(bad: list[UserError]) -> None:
+    """Raise one UserError for all bad rows, with a list of the first ones. Do nothing if there are none."""
+    if not bad:
+        return
+    if len(bad) == 1:
+        raise bad[0]
+    lines = [f"{error.where}: {error.must}; found {error.found}" for error in bad[:SHOWN_ERRORS]]
+    if len(bad) > SHOWN_ERRORS:
+        lines.append(f"and {len(bad) - SHOWN_ERRORS} more")
+    do = bad[0].do if len({error.do for error in bad}) == 1 else FIX
+    raise UserError("every row must be usable", f"{len(bad)} bad rows\n    " + "\n    ".join(lines), do)

@@ -26,21 +26,31 @@ def load_dataset(data: Data, tokenizer: Any, config: DataConfig, loss: str | Non
         UserError: same as sources_of, read_records and prepare; a format that the loss does not learn;
             text_is_templated, and no source is text.
     """
-    sources, found = sources_of(data, config), []
+    sources, formats = learned_sources(data, config, loss)
+    found = [load_source(source, tokenizer, config, formats, loss) for source in sources]
+    check_templated(config, [dataset.format for dataset in found], sources[0])
+    if len(found) == 1:
+        return found[0]
+    weights = [source.weight for source in sources]
+    return mix(found, [source.path for source in sources], weights, config)
+
+
+def learned_sources(data: Data, config: DataConfig, loss: str | None) -> tuple[list[Source], tuple[str, ...]]:
+    """Return the sources and the formats that a loss learns. Raises UserError if a source has another format."""
+    sources = sources_of(data, config)
     formats = tuple(KEYS) if loss is None else FORMATS_OF[loss]
     for source in sources:
         if source.format is not None and source.format not in ("auto", *formats):
             must = f"the rows must have a format that is learned with loss {loss}: {', '.join(formats)}"
             raise UserError(must, source.format, f"train on such rows with {LOSSES[source.format]}", "format")
-    for source in sources:
-        found.append(load_source(source, tokenizer, config, formats, loss))
-    if config.text_is_templated and all(dataset.format != "text" for dataset in found):
+    return sources, formats
+
+
+def check_templated(config: DataConfig, formats: list[str], source: Source) -> None:
+    """Raise UserError for text_is_templated if no source is text."""
+    if config.text_is_templated and "text" not in formats:
         must = "text_is_templated is for rows of text, which the chat template has written"
-        raise UserError(must, f"rows of {found[0].format}", "leave it out", sources[0].path)
-    if len(found) == 1:
-        return found[0]
-    weights = [source.weight for source in sources]
-    return mix(found, [source.path for source in sources], weights, config)
+        raise UserError(must, f"rows of {formats[0]}", "leave it out", source.path)
 
 
 def load_source(

@@ -59,10 +59,13 @@ class Loader:
         self.epoch = self.batch = 0
         self.batches = lru_cache(maxsize=2)(self._batches)
 
+    def generator(self, epoch: int) -> torch.Generator:
+        """Return the generator of the epoch's order."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+
     def _batches(self, epoch: int) -> Batches:
         """Return the epoch's micro-batches."""
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-        order = torch.randperm(len(self.examples), generator=generator).numpy()
+        order = torch.randperm(len(self.examples), generator=self.generator(epoch)).numpy()
         rows = np.arange(len(order))
         if self.packing:
             row_of = pack(self.examples.lengths[order], self.row_tokens)
@@ -74,6 +77,21 @@ class Loader:
     def num_batches(self, epoch: int) -> int:
         return len(self.batches(epoch))
 
+    @property
+    def num_batches_done(self) -> int:
+        """Micro-batches before the position."""
+        return sum(self.num_batches(epoch) for epoch in range(self.epoch)) + self.batch
+
+    @property
+    def num_epochs_done(self) -> int:
+        """Complete passes over the data before the position."""
+        return self.epoch + (self.batch == self.num_batches(self.epoch))
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the data before the position."""
+        return self.epoch + self.batch / self.num_batches(self.epoch)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield micro-batches without end, from the current position."""
         while True:
@@ -82,11 +100,15 @@ class Loader:
     def next_batch(self) -> dict[str, Any]:
         """Return the next micro-batch, in the form of `collate`, with the `indices` of its examples."""
         if self.batch >= self.num_batches(self.epoch):
-            self.epoch, self.batch = self.epoch + 1, 0
+            self.advance()
         indices = self.batches(self.epoch)[self.batch]
         batch = {**collate([self.examples[index] for index in indices], ROW_MULTIPLE), "indices": indices}
         self.batch += 1
         return batch
+
+    def advance(self) -> None:
+        """Go to the first micro-batch of the next epoch."""
+        self.epoch, self.batch = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "batch": self.batch}

@@ -21,7 +21,7 @@ from typing import Any
 from onecard.config import Source
 from onecard.data.calls import check_text, check_tools, is_absent, without_united_nulls
 from onecard.data.columns import KEYS, Layout, layout_of, renamed
-from onecard.data.files import FIX, BadRow, Reading, describe, is_arrow, shown
+from onecard.data.files import BadRow, Reading, describe, is_arrow, raise_bad_rows, row_error, shown
 from onecard.data.preference import as_messages, read_answer, read_label, read_pair
 from onecard.data.sources import rows_of
 from onecard.data.turns import MEDIA, Chat, read_chat
@@ -37,7 +37,6 @@ USED = {  # columns that are read in addition to a format's own keys
     "unpaired_preference": ("tools", "functions", "system", "system_prompt"),
 }
 VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is good
-SHOWN_ERRORS = 20
 FIRST_ROWS = 1000  # rows that show the format
 
 
@@ -155,6 +154,16 @@ def open_records(
     """
     source = source if isinstance(source, Source) else Source(path=str(source))
     reading = reading or Reading(source.encoding, split=source.split)
+    layout, rows = begin_rows(source, formats, reading)
+    found = Records([], layout, source=source.path)
+    found.records = converted(rows, found, reading)
+    return found
+
+
+def begin_rows(
+    source: Source, formats: Sequence[str], reading: Reading
+) -> tuple[Layout, Iterator[tuple[str, int, Any]]]:
+    """Return how the first rows of a source are read, and all its rows. Raises UserError, same as `open_records`."""
     rows, first, good = rows_of(source, reading), [], []
     for row in rows:
         first.append(row)
@@ -163,11 +172,10 @@ def open_records(
             break
     if not first:
         raise UserError("the data file must have rows", "none", "check the file", source.path)
-    found = Records([], Layout(source.format or "auto", ()), source=source.path)
+    layout = Layout(source.format or "auto", ())
     if good:
-        found.layout = layout_of(good, source.format or "auto", source.columns, source.path, formats)
-    found.records = converted(chain(first, rows), found, reading)
-    return found
+        layout = layout_of(good, source.format or "auto", source.columns, source.path, formats)
+    return layout, chain(first, rows)
 
 
 def converted(rows: Iterable[tuple[str, int, Any]], found: Records, reading: Reading) -> Iterator[Record]:
@@ -189,23 +197,6 @@ def converted(rows: Iterable[tuple[str, int, Any]], found: Records, reading: Rea
         unused.update(rest)
         yield record
     found.notices += tell(found, reading, unused, num_nulls)
-
-
-def row_error(path: str | Path, line: int, error: BadRow) -> UserError:
-    return UserError(error.must, shown(error.found), error.do, f"{path}:{line}:{shown(error.field)}")
-
-
-def raise_bad_rows(bad: list[UserError]) -> None:
-    """Raise one UserError for all bad rows, with a list of the first ones. Do nothing if there are none."""
-    if not bad:
-        return
-    if len(bad) == 1:
-        raise bad[0]
-    lines = [f"{error.where}: {error.must}; found {error.found}" for error in bad[:SHOWN_ERRORS]]
-    if len(bad) > SHOWN_ERRORS:
-        lines.append(f"and {len(bad) - SHOWN_ERRORS} more")
-    do = bad[0].do if len({error.do for error in bad}) == 1 else FIX
-    raise UserError("every row must be usable", f"{len(bad)} bad rows\n    " + "\n    ".join(lines), do)
 
 
 def tell(found: Records, reading: Reading, unused: Counter[str], num_nulls: int) -> list[str]:

@@ -142,7 +142,7 @@ def all_rows(source: Source, reading: Reading) -> Iterator[tuple[str, int, dict[
     path = Path(source.path).expanduser()
     if not there(source.path) and may_be_hub_id(source.path):
         name = source.path + f":{source.split}" * (source.split is not None)  # rows of two splits differ
-        for number, row in hub_rows(source):
+        for number, row in hub_rows(source, reading.streaming):
             yield name, number, row
         return
     for file in files_of(path, reading):
@@ -235,13 +235,14 @@ def faults(path: Path, reading: Reading) -> Iterator[None]:
         raise UserError("the data file must be readable", str(error), "check the file", str(path)) from None
 
 
-def hub_rows(source: Source) -> Rows:
-    """Yield the rows of a hub dataset, which datasets downloads or finds in its cache. No code of the dataset runs."""
+def hub_rows(source: Source, streaming: bool) -> Rows:
+    """Yield the rows of a hub dataset, which datasets downloads or finds in its cache, or streams from the hub without
+    storing them. No code of the dataset runs."""
     import datasets
 
     name, _, config = source.path.partition(":")
     try:
-        loaded: Any = datasets.load_dataset(name, config or None, split=source.split)
+        loaded: Any = datasets.load_dataset(name, config or None, split=source.split, streaming=streaming)
     except Exception as error:
         must = "the data must be a file, a folder, or a hub dataset in reach"
         do = "check the path; a hub dataset is ID, ID:CONFIG or ID:CONFIG:SPLIT, and needs a network or a cache"

@@ -12,8 +12,8 @@ from onecard.data.chat.mask import IGNORE, Example, encode, prompt_form
 from onecard.data.chat.rendering import sandbox
 from onecard.data.dataset import Dataset
 from onecard.data.examples import Stored
-from onecard.data.files import BadRow
-from onecard.data.records import Record, Records, counted, raise_bad_rows, row_error
+from onecard.data.files import BadRow, raise_bad_rows, row_error
+from onecard.data.records import Record, Records, counted
 from onecard.data.store import Store
 from onecard.data.workers import in_processes
 from onecard.errors import UserError
@@ -21,18 +21,21 @@ from onecard.errors import UserError
 WHOLE = 1 << 40  # tokens, more than any document has
 
 
-def prepare(read: Records, tokenizer: Any, config: DataConfig, store: Store | None = None) -> Dataset:
+def prepare(
+    read: Records, tokenizer: Any, config: DataConfig, store: Store | None = None, num_processes: int | None = None
+) -> Dataset:
     """Tokenize records.
 
     Args:
         store: where many examples are written; default: none, they stay in memory.
+        num_processes: same as in `in_processes`.
 
     Raises:
         UserError: bad rows, from reading and tokenizing in one list, unless they are skipped and other rows remain;
             no example has a supervised token.
     """
     counts = Counts()
-    examples = (store or Store()).write(tokenized(read, tokenizer, config, counts))
+    examples = (store or Store()).write(tokenized(read, tokenizer, config, counts, num_processes))
     dataset = Dataset(
         examples,
         read.format,
@@ -71,7 +74,9 @@ class Counts:
     bad: list[UserError] = field(default_factory=list)
 
 
-def tokenized(read: Records, tokenizer: Any, config: DataConfig, counts: Counts) -> Iterator[Stored]:
+def tokenized(
+    read: Records, tokenizer: Any, config: DataConfig, counts: Counts, num_processes: int | None
+) -> Iterator[Stored]:
     """Yield the examples of records, tokenized in several processes where they are many, and count the rest."""
     waiting: deque[Record] = deque()
 
@@ -88,7 +93,7 @@ def tokenized(read: Records, tokenizer: Any, config: DataConfig, counts: Counts)
         except UserError as error:
             return error
 
-    for found in in_processes(encode, records(), sandbox.renew):
+    for found in in_processes(encode, records(), sandbox.renew, num_processes):
         record = waiting.popleft()
         if isinstance(found, UserError):
             field = (found.where or "").removeprefix(f"{record.where}:")

@@ -92,6 +92,11 @@ class Workload:
         largest = max(pieces | {self.prompt_tokens})
         return replace(self, prompts=self.prompts | pieces, answered=held, prompt_tokens=largest)
 
+    def with_rows(self, more: Workload) -> Workload:
+        """Return the workload with the trained rows of another one as well."""
+        heads = self.trained_heads | more.trained_heads
+        return replace(self, trained=self.trained | more.trained, trained_heads=heads)
+
 
 def pieces_of(tokens: int, num_rows: int) -> set[int]:
     """Return the sizes of a prompt's pieces. With several rows at a time, a prompt is one piece."""

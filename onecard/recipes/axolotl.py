@@ -16,6 +16,7 @@ from onecard.recipes.recipe import (
     put_optim,
     put_sources,
     put_split,
+    put_streaming,
 )
 
 SAME = {  # their key -> our field, their default
@@ -163,6 +164,7 @@ def put_data(reader: Reader) -> None:
     held = [s for d in reader.take("test_datasets", []) if (s := source_of(reader, d))]
     put_sources(reader, "test_datasets", "eval_data", held)
     put_split(reader, "val_set_size", bool(held))
+    put_streaming(reader, "streaming_multipack_buffer_size", 10_000)
     if reader.take("train_on_inputs", False):
         reader.put("train_on", "train_on_inputs", "all")
     template = str(reader.take("chat_template", "tokenizer_default"))

@@ -19,6 +19,7 @@ from onecard.recipes.recipe import (
     put_optim,
     put_sources,
     put_split,
+    put_streaming,
     put_warmup,
 )
 
@@ -66,7 +67,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without eff
     "label_smoothing_factor": ((0, 0.0), "another loss"),
     "mix_strategy": (("concat",), "give each file a weight in --data"),
     "interleave_probs": ((), "give each file a weight in --data"),
-    "streaming": ((), "pass --streaming, where the release has it"),
     "tool_format": ((), "the tokenizer's own chat template writes the tools"),
     "default_system": ((), "write the system message into the rows"),
 }
@@ -152,6 +152,7 @@ def put_data(reader: Reader) -> None:
     else:
         put_sources(reader, "eval_dataset", "eval_data", sources["eval_dataset"])
     put_split(reader, "val_size", bool(sources["eval_dataset"]))
+    put_streaming(reader, "buffer_size", 16384)
     whole, last = reader.take("train_on_prompt", False), reader.take("mask_history", False)
     reader.put("train_on", "train_on_prompt" if whole else "mask_history", "all" if whole else "last" if last else None)
     neat = reader.take("neat_packing", False)

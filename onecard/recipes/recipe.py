@@ -204,3 +204,11 @@ def put_split(reader: Reader, key: str, has_eval_data: bool) -> None:
     if not has_eval_data and not size:
         reader.fields.pop("eval_steps", None)
         reader.fields["eval_strategy"] = "no"
+
+
+def put_streaming(reader: Reader, buffer: str, default: int) -> None:
+    """Set whether data is streamed, and its buffer, whose key has another name in each tool."""
+    rows = reader.take(buffer, default)
+    if reader.take("streaming", False):
+        reader.put("streaming", "streaming", True)
+        reader.put("buffer_size", buffer, rows)

@@ -224,6 +224,8 @@ class LoaderPosition(Own):
 
     epoch: int = Field(ge=0)
     batch: int = Field(ge=0)
+    row: int = Field(default=0, ge=0)  # of streamed data: the first of its buffer
+    before: int = Field(default=0, ge=0)  # micro-batches of earlier buffers
 
 
 class Position(Own):
@@ -321,9 +323,11 @@ def steps_of_resumed(position: Position, loader: Loader, config: TrainConfig) ->
     Raises:
         UserError: they ask for fewer than are done.
     """
-    before = sum(loader.num_batches(epoch) for epoch in range(position.loader.epoch)) + position.loader.batch
-    left = count_batches(loader, config) - before
-    steps = config.max_steps or position.step + math.ceil(left / config.gradient_accumulation_steps)
+    steps = config.max_steps
+    if steps is None:
+        before = sum(loader.num_batches(epoch) for epoch in range(position.loader.epoch)) + position.loader.batch
+        left = count_batches(loader, config) - before
+        steps = position.step + math.ceil(left / config.gradient_accumulation_steps)
     if steps < position.step:
         asked = f"max_steps {config.max_steps}" if config.max_steps else f"num_train_epochs {config.num_train_epochs:g}"
         must = f"a resumed run must not end before the {position.step:,} updates that are done"

@@ -72,9 +72,9 @@ def train(
     )
     with attention_of(run.base, run.loss), frozen_objects(), sharing_cores(), signals.noted() as interrupted:
         while not run.is_over:
-            epochs = run.num_epochs_done
+            epochs = run.loader.num_epochs_done
             row = optimizer_step(run)
-            at_end, last = run.num_epochs_done > epochs, run.step == run.num_steps
+            at_end, last = run.loader.num_epochs_done > epochs, run.step == run.num_steps
             is_best = False
             evaluates = is_due(config.eval_strategy, config.eval_steps, run.step, at_end, last)
             if evaluate is not None and evaluates:

@@ -22,6 +22,7 @@ from onecard.data.dataset import Dataset
 from onecard.data.load import load_dataset
 from onecard.data.loader import Loader
 from onecard.data.sources import name_of
+from onecard.data.stream import Stream, StreamLoader
 from onecard.errors import UserError
 from onecard.files import sha256
 from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
@@ -38,7 +39,7 @@ from onecard.memory.measure import available_bytes, begin_peak, format_bytes
 from onecard.memory.plan import Plan, fitted
 from onecard.memory.strategy import strategy_within, total_bytes
 from onecard.memory.terms import Term
-from onecard.memory.workload import Answers, known
+from onecard.memory.workload import Answers, assumed, known
 from onecard.optim.make import check_package
 from onecard.train.evaluate import model_size
 from onecard.train.hub import check_login
@@ -98,13 +99,16 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     template = template_digest(tokenizer)
     saved = deepcopy(tokenizer) if own else None
     fix_date(tokenizer, datetime.date.fromisoformat(date))
-    training = load_dataset(config.data, tokenizer, config, config.loss)
+    size = model_size(read_config(folder))
+    stream = Stream(config, tokenizer, size) if config.streaming else None
+    training = stream.first[0] if stream else load_dataset(config.data, tokenizer, config, config.loss)
     validation = {
         name: load_dataset(path, tokenizer, config, config.loss) for name, path in config.eval_sources.items()
     }
-    if config.validation_split > 0:
+    if stream is not None and stream.held is not None:
+        validation[""] = stream.held
+    elif config.validation_split > 0:
         training, validation[""] = training.split(config.validation_split, config.seed)
-    size = model_size(read_config(folder))
     for dataset in (training, *validation.values()):
         dataset.check_fits(*size)
     if config.loss == "kto" and len(training.examples) < 2:
@@ -118,7 +122,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     identity = {
         "model config": config_fingerprint(checkpoint),
         "tokenizer": tokenizer_fingerprint(folder),
-        "data": training.fingerprint(),
+        "data": training.fingerprint() if stream is None else stream.fingerprint(),
     }
     if own:
         identity["chat template"] = str(template)
@@ -126,8 +130,9 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         identity |= {f"eval data {name}".rstrip(): dataset.fingerprint() for name, dataset in validation.items()}
     model = read_model(checkpoint)
     check_names(model, config)
-    loader = make_loader(config, training)
+    loader = make_loader(config, training, stream)
     load = known(loader, config.num_train_epochs, validation.values(), [ids for _, ids in samples])
+    load = load.with_rows(assumed(config, config.max_seq_length)) if stream else load
     load = load.with_answers(answers) if answers else load
     if config.has_reference:
         load = replace(load, referenced=sum(len(each.examples) for each in (training, *validation.values())))
@@ -228,8 +233,9 @@ def has_room(terms: list[Term], output: Path) -> bool:
     return sum(term.num_bytes for term in terms) <= free_bytes(output)
 
 
-def make_loader(config: TrainConfig, training: Dataset) -> Loader:
+def make_loader(config: TrainConfig, training: Dataset, stream: Stream | None = None) -> Loader:
     """Create the loader of the training rows, at the first row."""
     batch = config.per_device_train_batch_size
     row_tokens = config.max_seq_length * config.documents_per_example
-    return Loader(training.examples, row_tokens, config.packing, batch, config.seed)
+    how = (row_tokens, config.packing, batch, config.seed)
+    return Loader(training.examples, *how) if stream is None else StreamLoader(stream, *how)

@@ -111,23 +111,9 @@ class Run:
         return count_batches(self.loader, self.config)
 
     @property
-    def num_batches_done(self) -> int:
-        """Micro-batches so far. A run that was resumed with more epochs may have had a short window before."""
-        return sum(self.loader.num_batches(epoch) for epoch in range(self.loader.epoch)) + self.loader.batch
-
-    @property
     def is_over(self) -> bool:
         """Whether no update follows: all are made, or early stopping ends the run."""
         return self.step >= self.num_steps or (self.best is not None and self.best.is_over)
-
-    @property
-    def num_epochs_done(self) -> int:
-        """Complete passes over the data so far."""
-        return self.loader.epoch + (self.loader.batch == self.loader.num_batches(self.loader.epoch))
-
-    @property
-    def epoch(self) -> float:
-        return self.loader.epoch + self.loader.batch / self.loader.num_batches(self.loader.epoch)
 
 
 def count_batches(loader: Loader, config: TrainConfig) -> int:

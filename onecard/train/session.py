@@ -22,6 +22,7 @@ from onecard.adapter.trained import set_trained
 from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
 from onecard.data.sources import flags_of, name_of
+from onecard.data.stream import StreamLoader
 from onecard.errors import Stopped, UserError
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.load import (
@@ -346,6 +347,8 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     """Fill the report with what was measured."""
     report = result.report
     report.num_steps = run.step
+    if isinstance(run.loader, StreamLoader):
+        report.data = run.loader.stream.summary()
     report.before, report.after = before["scores"], after["scores"]
     prompts = [text for text, _ in prepared.samples]
     report.samples = list(zip(prompts, before["answers"], after["answers"]))

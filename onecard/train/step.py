@@ -31,7 +31,7 @@ from onecard.train.run import Run, random_state, restore_random
 
 def optimizer_step(run: Run) -> dict[str, Any]:
     """Make one update over one accumulation window. Return its row of metrics."""
-    start, epoch = time.perf_counter(), run.epoch
+    start, epoch = time.perf_counter(), run.loader.epochs
     window, num_tokens = retry_on_oom(run, lambda: next_window(run))
     rate = learning_rate(run.step, run.num_steps, run.config)
     loss, norm, more = gradients(run, window, num_tokens)
@@ -75,7 +75,7 @@ def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
     before = run.loader.state_dict()
     try:
         size = run.config.gradient_accumulation_steps
-        window = [run.loader.next_batch() for _ in range(min(size, run.num_batches - run.num_batches_done))]
+        window = [run.loader.next_batch() for _ in range(min(size, run.num_batches - run.loader.num_batches_done))]
         return window, sum(int((batch["labels"] != IGNORE).sum()) for batch in window)
     except BaseException:
         run.loader.load_state_dict(before)

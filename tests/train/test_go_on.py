@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onecard.errors import UserError
-from tests.conftest import make_checkpoint
-from tests.train.test_loop import adapter_bytes, count_lines, run
+from tests.conftest import chat_rows, make_checkpoint, write_rows
+from tests.train.test_loop import adapter_bytes, copy_at, count_lines, run
 
 MORE = {"max_steps": 2, "lora_dropout": 0.0, "validation_split": 0.2}
 CONSTANT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
@@ -102,7 +102,22 @@ def test_more_epochs_after_a_short_last_window(checkpoint, chats, tmp_path):
     result = run(checkpoint, chats, tmp_path / "o", resuming=True, num_train_epochs=2, **more)
     assert [row["step"] for row in result.metrics] == list(range(1, 13))
     progress = json.loads((tmp_path / "o" / "checkpoints" / "checkpoint-12" / "progress.json").read_text())
-    assert progress["loader"] == {"epoch": 1, "batch": 22} and progress["num_steps"] == 12
+    assert progress["loader"] == {"epoch": 1, "batch": 22, "row": 0, "before": 0} and progress["num_steps"] == 12
     sizes = [row["epoch"] for row in result.metrics][6:]
     assert sizes == pytest.approx([1.0, *(1 + 4 * i / 22 for i in range(1, 6))])
     assert torch.isfinite(torch.tensor([row["loss"] for row in result.metrics])).all()
+
+
+def test_a_streamed_run_goes_on_in_its_buffer(checkpoint, tmp_path):
+    """Stopped behind the first buffer, it ends in the bytes of the straight run, which reads each row once a pass."""
+    rows = write_rows(tmp_path / "d.jsonl", chat_rows(50))
+    more = {"streaming": True, "buffer_size": 20, "max_steps": 9, "packing": False, "gradient_accumulation_steps": 6}
+    result = run(checkpoint, rows, tmp_path / "straight", **more)
+    assert result.report.data["examples"] == 50 and result.report.data["buffers read"] == 3
+    for step in (4, 8):
+        output = copy_at(tmp_path / "straight", tmp_path / f"o{step}", step)
+        run(checkpoint, rows, output, resuming=True, **more)
+        assert adapter_bytes(output) == adapter_bytes(tmp_path / "straight")
+    write_rows(rows, chat_rows(49))
+    with pytest.raises(UserError, match="the data has changed"):
+        run(checkpoint, rows, copy_at(tmp_path / "straight", tmp_path / "o", 3), resuming=True, **more)

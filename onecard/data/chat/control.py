@@ -17,7 +17,8 @@ from functools import lru_cache
 from typing import Any
 
 from onecard.data.calls import strings_in
-from onecard.data.records import FIX, Record
+from onecard.data.files import FIX
+from onecard.data.records import Record
 from onecard.errors import UserError
 from onecard.hf.load import tokenizing
 

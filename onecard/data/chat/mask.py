@@ -41,8 +41,8 @@ from onecard.data.chat.control import (
 )
 from onecard.data.chat.rendering import Renderings
 from onecard.data.chat.spans import as_asked, assistant_turns, close_turn, learned_turns
-from onecard.data.files import describe
-from onecard.data.records import FIX, Record
+from onecard.data.files import FIX, describe
+from onecard.data.records import Record
 from onecard.data.shapes import Missing, Shape, check_words, find_words, thought_and_answer, ways
 from onecard.errors import UserError
 

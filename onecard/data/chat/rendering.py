@@ -12,8 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from onecard.data.files import shown
-from onecard.data.records import FIX
+from onecard.data.files import FIX, shown
 from onecard.data.shapes import USUAL, Shape
 from onecard.errors import UserError
 
