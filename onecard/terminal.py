@@ -85,7 +85,7 @@ def make_console(quiet: bool = False) -> Any:
     """Make the terminal's console, without libraries' bars and warnings. It escapes control characters from files.
 
     Args:
-        quiet: show nothing.
+        quiet: show nothing; nor does any but the first of several processes.
     """
     from rich.console import Console
 
@@ -95,7 +95,7 @@ def make_console(quiet: bool = False) -> Any:
             raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
 
     quiet_libraries()
-    console = Terminal(quiet=quiet)
+    console = Terminal(quiet=quiet or int(os.environ.get("RANK", 0)) > 0)
     console.push_render_hook(EscapeTexts())  # type: ignore[arg-type]  # follows rich's protocol, not its class
     return console
 

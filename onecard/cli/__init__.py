@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 
@@ -19,7 +20,8 @@ def main() -> None:
         run_app(app)
     except (UserError, CycloptsError) as error:
         with suppress(OSError):  # the terminal may be closed
-            print(f"error: {error}", file=sys.stderr)
+            rank = int(os.environ.get("RANK", 0))  # of several processes
+            print(f"error{f' in process {rank}' * (rank > 0)}: {error}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, UserError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,6 +7,7 @@ import sys
 from typing import Any, Literal
 
 from onecard.cli.app import DataFields, DataWords, PlanFields, TrainFields, app
+from onecard.cli.launch import is_started, launch
 from onecard.config import DataConfig, TrainConfig, make_config, parse_bytes
 from onecard.documents import read_yaml
 from onecard.errors import Stopped, UserError, one_line
@@ -31,6 +32,7 @@ def train(
     from_axolotl: str | None = None,
     resume: bool = False,
     validate: bool = False,
+    num_processes: int | None = None,
 ) -> None:
     """Train a LoRA adapter over a 4-bit base.
 
@@ -43,7 +45,11 @@ def train(
         from_axolotl: Axolotl's YAML file of a run; --config and flags win over it.
         resume: Go on from the newest whole checkpoint in the output folder.
         validate: Check settings, data, template, memory plan, disk and output folder; train and write nothing.
+        num_processes: Start so many processes with torchrun, each on a GPU of its own, or on a part of the CPU's cores;
+            they share out each update's micro-batches.
     """
+    if num_processes is not None and not is_started():
+        return launch(num_processes, sys.argv[1:])
     merged = merge_fields(config, from_llamafactory, from_axolotl, fields)
     checked = make_config(TrainConfig, merged, config or from_llamafactory or from_axolotl or "command line")
     try:

@@ -32,7 +32,7 @@ from onecard.faults import about
 from onecard.files import sha256, sync, sync_folder, write_synced
 from onecard.kernels.cpu_info import arithmetic
 from onecard.train.best import BestPosition
-from onecard.train.run import Run, count_batches, random_state, restore_random
+from onecard.train.run import Run, count_batches, gathered_random, restore_own_random
 
 FREE_TO_CHANGE = {
     "model",  # the path may change: `identity` verifies that model and data are the same
@@ -236,6 +236,7 @@ class Position(Own):
     loss_scale: float = Field(gt=0)
     max_forward_tokens: int | None = None
     num_threads: int | None = None
+    num_processes: int = 1
     arithmetic: str | None = None
     date: str = ""
     loader: LoaderPosition
@@ -259,14 +260,17 @@ def position_of(state: State) -> Position:
 
 
 def checkpoint(run: Run, root: Path) -> None:
-    """Write a checkpoint of all that the next update depends on."""
+    """Write a checkpoint of all that the next update depends on. Of several processes, the first one writes."""
+    random = gathered_random(run)
+    if not run.ranks.is_first:
+        return
     tensors = {
         "optimizer": {
             f"{name}.{key}": value.contiguous()
             for name, p in run.trainable.items()
             for key, value in run.optimizer.state_tensors(p).items()
         },
-        "random": random_state(run.device),
+        "random": random,
     }
     position = Position(
         step=run.step,
@@ -274,6 +278,7 @@ def checkpoint(run: Run, root: Path) -> None:
         loss_scale=run.loss_scale,
         max_forward_tokens=run.max_forward_tokens,
         num_threads=torch.get_num_threads(),
+        num_processes=run.ranks.count,
         arithmetic=arithmetic(run.device),
         date=run.date,
         loader=LoaderPosition(**run.loader.state_dict()),
@@ -314,7 +319,7 @@ def resume(run: Run, state: State) -> None:
     run.loader.load_state_dict(position.loader.model_dump())
     if run.best is not None and position.best is not None:
         run.best.position = position.best
-    restore_random(state.tensors["random"], run.device)
+    restore_own_random(run, state.tensors["random"])
 
 
 def steps_of_resumed(position: Position, loader: Loader, config: TrainConfig) -> int:

@@ -17,6 +17,7 @@ from onecard.hf.fused import unfuse, unfused
 from onecard.infer.check import check_computes
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.train.loss import IGNORE, packed_loss, plain_loss, to_device
+from onecard.train.ranks import Ranks
 from onecard.train.run import LossFunction
 
 
@@ -80,20 +81,25 @@ def attention_of(model: PreTrainedModel, loss: LossFunction) -> AbstractContextM
     return use_packed_attention(model) if loss is packed_loss else nullcontext()
 
 
-def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction) -> float:
-    """Return the mean cross-entropy per supervised token, in nats. The caller sets the attention that `loss` needs."""
-    training = model.training
+def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction, ranks: Ranks | None = None) -> float:
+    """Return the mean cross-entropy per supervised token, in nats. The caller sets the attention that `loss` needs.
+
+    Args:
+        ranks: the processes that share the rows; default: this one alone.
+    """
+    training, ranks = model.training, ranks or Ranks()
     model.eval()
-    total, num_tokens = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64)  # of losses, of tokens
     device = next(model.parameters()).device
     loader = Loader(dataset.examples, dataset.row_tokens, True, 1, 0)
     with torch.no_grad():
-        for _ in range(loader.num_batches(0)):
+        for number in ranks.share(list(range(loader.num_batches(0)))):
+            loader.load_state_dict({"epoch": 0, "batch": number})
             batch = to_device(loader.next_batch(), device)
             count = int((batch["labels"] != IGNORE).sum())
-            total += loss(model, batch, count).item() * count
-            num_tokens += count
+            sums += torch.tensor([loss(model, batch, count).item() * count, count], dtype=torch.float64)
     model.train(training)
+    total, num_tokens = ranks.sum(sums).tolist()
     return total / num_tokens
 
 

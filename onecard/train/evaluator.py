@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from onecard.config import TrainConfig, eval_key
@@ -45,14 +46,14 @@ class Evaluator:
                     scores = run.held_out[name].evaluate()
                     found |= {eval_key(name, key.removeprefix("eval_")): value for key, value in scores.items()}
                 else:
-                    found[eval_key(name, "loss")] = mean_loss(run.base, dataset, run.loss)
+                    found[eval_key(name, "loss")] = mean_loss(run.base, dataset, run.loss, run.ranks)
         for name in self.questions:
             found |= {eval_key(name, metric): value for metric, value in self.score(run, name).items()}
         return found
 
     def score(self, run: Run, name: str) -> dict[str, float]:
         """Return the metrics on the model's answers to the questions of a file."""
-        asked, how = self.questions[name], self.config
+        how, asked = self.config, run.ranks.share(self.questions[name])
         training = run.model.training
         run.model.eval()
         with apart(), use_attention(run.base, self.attention):
@@ -66,7 +67,8 @@ class Evaluator:
                 self.ends,
             )
         run.model.train(training)
-        references = [question.reference for question in asked]
+        pairs = [[text, question.reference] for text, question in zip(predictions, asked)]
+        predictions, references = map(list, zip(*chain(*run.ranks.gather(pairs))))
         return {key: value for score in self.scores for key, value in score(predictions, references).items()}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from onecard.kernels.cpu.contention import sharing_cores
 from onecard.train import signals
 from onecard.train.checkpoint import checkpoint
 from onecard.train.evaluate import attention_of
-from onecard.train.metrics import Metrics
+from onecard.train.metrics import Metrics, Rows
 from onecard.train.recompute import recompute_layers
 from onecard.train.run import Run, count_batches
 from onecard.train.step import optimizer_step
@@ -45,7 +46,7 @@ def count_steps(loader: Loader, config: TrainConfig) -> int:
 
 def train(
     run: Run,
-    metrics: Metrics,
+    metrics: Metrics | Rows,
     evaluate: Evaluate | None,
     on_step: Callable[[dict[str, Any]], None],
     checkpoints: Path,
@@ -85,11 +86,12 @@ def train(
             if run.is_over or run.step % config.logging_steps == 0 or (evaluate is not None and evaluates):
                 metrics.log(**row)
             saves = is_due(config.save_strategy, save_steps, run.step, at_end, run.is_over)
-            if saves or (is_best and config.load_best_model_at_end) or interrupted:
+            stops = run.ranks.any(bool(interrupted))  # a signal may reach only some of several processes
+            if saves or (is_best and config.load_best_model_at_end) or stops:
                 checkpoint(run, checkpoints)
             on_step(row)  # after the checkpoint: after a signal, the terminal may be closed
-            if interrupted and not run.is_over:
-                raise Interrupted(interrupted[0])
+            if stops and not run.is_over:
+                raise Interrupted(interrupted[0] if interrupted else signal.SIGTERM)
     recompute_layers(run.base, 0)
     run.optimizer.finish()
     if run.noise is not None:

@@ -35,6 +35,19 @@ ROW = TypeAdapter(dict[str, int | float], config=ConfigDict(strict=True))
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 
 
+class Rows:
+    """Keeps the numbers of each logged step in memory, for the processes that do not write."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def log(self, step: int, **values: float | None) -> None:
+        self.rows.append({"step": step, **{key: value for key, value in values.items() if value is not None}})
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class Metrics:
     """Writes the numbers of each logged step. A resumed run first drops the rows of the steps that it repeats.
 

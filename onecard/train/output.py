@@ -18,8 +18,11 @@ CONTINUE = "run the same command with --resume to continue from there"
 
 
 @contextmanager
-def lock_output(output: Path, resuming: bool) -> Iterator[None]:
+def lock_output(output: Path, resuming: bool, is_first: bool = True) -> Iterator[None]:
     """Create the folder and lock it against other runs. New folders that stay empty are removed at the end.
+
+    Args:
+        is_first: of several processes of a run, the first one locks the folder for all.
 
     Raises:
         UserError: it is not a folder, is not writable, another run uses it, or it has entries without `resuming`; a
@@ -27,6 +30,12 @@ def lock_output(output: Path, resuming: bool) -> Iterator[None]:
         Stopped: Ctrl-C, SIGTERM or SIGHUP.
     """
     with as_user_error(output, lambda: what_is_kept(output)), signals.raised(), ExitStack() as stack:
+        if not is_first:
+            try:
+                yield
+            except signals.Signalled as error:
+                raise Stopped(error.number, *what_is_kept(output), str(output)) from None
+            return
         new = [folder for folder in (output, *output.parents) if not folder.exists()]
         try:
             output.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ from onecard.optim.make import check_package
 from onecard.train.evaluate import model_size
 from onecard.train.hub import check_login
 from onecard.train.metrics import import_logger
+from onecard.train.ranks import num_beside
 from onecard.train.reference import FILE
 from onecard.train.samples import Sample, make_samples
 from onecard.train.scoring import Question, Score, make_questions, make_score
@@ -190,8 +191,8 @@ def choose_memory(inputs: PlanInputs, paged_from_file: bool) -> tuple[MemoryStra
     Raises:
         UserError: no strategy fits in device_memory, or, without that setting, in the free memory.
     """
-    config = inputs.config
-    free = available_bytes(pick_device(config.device))
+    config, device = inputs.config, pick_device(inputs.config.device)
+    free = available_bytes(device) // (num_beside() if device.type == "cpu" else 1)
     limit = parse_bytes(config.device_memory) if config.device_memory else int(FREE_MEMORY_SHARE * free)
     strategy = strategy_within(inputs, limit)
     plan = fitted(inputs, strategy, limit, paged_from_file)

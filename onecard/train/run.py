@@ -27,6 +27,7 @@ from onecard.train.graphs import DecoderGraphs
 from onecard.train.loss import packed_loss
 from onecard.train.noise import EmbeddingNoise
 from onecard.train.preference import Preference
+from onecard.train.ranks import Ranks
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
 LARGEST_SCALE = 2.0**16
@@ -48,6 +49,7 @@ class Run:
     best: Best | None = field(init=False)  # the best evaluation so far; None if none is sought
     loss_scale: float = 1.0
     graphs: DecoderGraphs | None = None
+    ranks: Ranks = field(default_factory=Ranks)
     preference: Preference | None = None  # if the loss is not sft
     held_out: dict[str, Preference] = field(default_factory=dict)  # its eval files by name
     max_forward_tokens: int | None = field(init=False)  # most tokens in one forward
@@ -151,3 +153,18 @@ def restore_random(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def gathered_random(run: Run) -> dict[str, Tensor]:
+    """Return the states of all processes' generators: cpu, cuda, and of process 1 cpu.1, cuda.1."""
+    states = run.ranks.gather({key: state.tolist() for key, state in random_state(run.device).items()})
+    named = {key + f".{i}" * (i > 0): state for i, each in enumerate(states) for key, state in each.items()}
+    return {key: torch.tensor(state, dtype=torch.uint8) for key, state in named.items()}
+
+
+def restore_own_random(run: Run, stored: dict[str, Tensor]) -> None:
+    """Restore this process's generators. Without a state, as of fewer processes before, they stay as they are."""
+    own = f".{run.ranks.number}" * (run.ranks.number > 0)
+    found = {key.removesuffix(own): state for key, state in stored.items() if key.endswith(own)}
+    if "cpu" in found:
+        restore_random(found, run.device)

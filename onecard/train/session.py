@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ from onecard.adapter.start import Start, set_start
 from onecard.adapter.trained import set_trained
 from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
-from onecard.data.sources import flags_of, name_of
-from onecard.data.stream import StreamLoader
 from onecard.errors import Stopped, UserError
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.load import (
@@ -30,16 +26,13 @@ from onecard.hf.load import (
     pick_device,
 )
 from onecard.kernels.cpu.contention import sharing_cores
+from onecard.memory.inputs import MemoryStrategy
 from onecard.memory.measure import (
-    apart,
     begin_peak,
-    format_bytes,
-    peak_memory_bytes,
     return_free_memory,
     return_large_blocks,
 )
 from onecard.memory.workload import Answers
-from onecard.paging.mover import Statistics
 from onecard.train.card import write_card
 from onecard.train.checkpoint import (
     State,
@@ -56,16 +49,17 @@ from onecard.train.evaluator import Evaluator, make_evaluator
 from onecard.train.hub import push
 from onecard.train.loop import Interrupted, count_steps, train
 from onecard.train.loss import packed_loss
-from onecard.train.metrics import Metrics, score_columns
+from onecard.train.metrics import Metrics, Rows, score_columns
+from onecard.train.outcome import empty_report, finish_report, measure
 from onecard.train.output import CONTINUE, lock_output
 from onecard.train.preference import Preference
 from onecard.train.prepare import Prepared, make_loader, prepare
 from onecard.train.progress import Progress
+from onecard.train.ranks import Ranks, join, leave
 from onecard.train.reference import reference_identity, set_references
-from onecard.train.report import Report, write_report
+from onecard.train.report import write_report
 from onecard.train.result import Result
 from onecard.train.run import Run, make_graphs
-from onecard.train.samples import answer_samples
 from onecard.train.show import resume_shown, show
 
 
@@ -109,8 +103,11 @@ def run_training(
     Raises:
         UserError: an input is wrong; raised before training where possible.
     """
-    with lock_output(Path(config.output), resuming):
-        return run_locked(config, resuming, console, report_extra, answers, make_base)
+    ranks = join(config.device)
+    with lock_output(Path(config.output), resuming, ranks.is_first):
+        result = run_locked(config, resuming, console, report_extra, answers, make_base, ranks)
+    leave(ranks)
+    return result
 
 
 def validate_training(
@@ -156,26 +153,43 @@ def run_locked(
     report_extra: Any,
     answers: Answers | None,
     make_base: MakeBase | None,
+    ranks: Ranks,
 ) -> Result:
-    """Same as `run_training`, in an output folder that is already locked."""
+    """Same as `run_training`, in an output folder that is already locked, by one of several processes."""
     output = Path(config.output)
-    prepared, state = check(config, resuming, answers)
+    check_ranks(config, ranks)
+    with ranks.first_alone():
+        prepared, state = check(config, resuming, answers)
+    prepared.strategy = MemoryStrategy(**ranks.gather(asdict(prepared.strategy))[0])
     config = prepared.config
     return_large_blocks()
     show(prepared, console)
     base = None
     if config.calibrate:
         assert make_base is not None, "calibrate needs make_base"
-        base = make_base(prepared, console)
+        with ranks.first_alone():
+            base = make_base(prepared, console)
         config = config.model_copy(update={"model": str(base.folder)})
         return_free_memory()
         prepared.process_bytes = begin_peak(pick_device(config.device))  # the report's peak is of the training
     model = load_adapted(config, prepared, console)
+    if not ranks.is_first:
+        torch.manual_seed(
+            (config.seed + 1_000_003 * ranks.number) % 2**63
+        )  # the first one's dropout is that of a run alone
     if base is not None:
         set_start(model, base.start)
     origin = origin_of(model.get_base_model(), config.model)  # before the training, so that unreadable files fail early
     loader = prepared.loader
-    run = Run(config, model, loader, count_steps(loader, config), prepared.identity, strategy=prepared.strategy)
+    run = Run(
+        config,
+        model,
+        loader,
+        count_steps(loader, config),
+        prepared.identity,
+        strategy=prepared.strategy,
+        ranks=ranks,
+    )
     run.date = prepared.date
     run.loss, slow = choose_loss(model, prepared.training)
     if slow:
@@ -198,14 +212,27 @@ def run_locked(
     result.report.seconds = time.perf_counter() - begin
     for line in end_at_best(run, result, output):
         console.print(line, highlight=False)
-    save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}), prepared.own_tokenizer)
+    if ranks.is_first:
+        save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}), prepared.own_tokenizer)
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run, evaluate), run)
     result.report.facts |= base.facts if base is not None else {}
+    if ranks.count > 1:
+        result.report.facts["processes"] = f"{ranks.count}, data parallel"
+    if not ranks.is_first:
+        return result
     write_report(output, result.report)
     write_card(result.adapter, prepared.config, prepared.folder, result.report)
     if config.push_to_hub:
         console.print(f"pushed to {push(result.adapter, config)}", highlight=False, markup=False, soft_wrap=True)
     return result
+
+
+def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
+    """Raise UserError if a window has fewer micro-batches than there are processes."""
+    if config.gradient_accumulation_steps < ranks.count:
+        found = f"gradient_accumulation_steps {config.gradient_accumulation_steps} for {ranks.count} processes"
+        do = f"pass --gradient-accumulation-steps {ranks.count} or more: the window is shared out over the processes"
+        raise UserError("each process must have a micro-batch of the window", found, do, "gradient_accumulation_steps")
 
 
 def set_preferences(run: Run, prepared: Prepared, console: Console) -> None:
@@ -222,7 +249,7 @@ def set_preferences(run: Run, prepared: Prepared, console: Console) -> None:
     checked = " ".join(dataset.fingerprint() for dataset in validation.values()) or None
     identity = reference_identity(run.preference, prepared.identity, checked)
     start = time.perf_counter()
-    with attention_of(run.base, run.loss), sharing_cores():
+    with run.ranks.first_alone(), attention_of(run.base, run.loss), sharing_cores():
         done = set_references(run, batches, Path(config.output), identity)
     console.print(f"{done}, {time.perf_counter() - start:.1f} s", highlight=False, markup=False)
 
@@ -274,7 +301,9 @@ def train_shown(
     run: Run, prepared: Prepared, result: Result, console: Console, output: Path, evaluate: Evaluator | None
 ) -> None:
     """Run the loop with metrics and progress. A signal raises Stopped, which says how to resume."""
-    metrics = Metrics(output, run.config.loggers, run.config.model_dump(), run.step, score_columns(run.config))
+    metrics: Metrics | Rows = Rows()
+    if run.ranks.is_first:
+        metrics = Metrics(output, run.config.loggers, run.config.model_dump(), run.step, score_columns(run.config))
     try:
         planned, process = prepared.plan.measured_bytes, prepared.process_bytes
         with Progress(console, run.num_steps, run.step, planned, process) as progress:
@@ -298,83 +327,9 @@ def end_at_best(run: Run, result: Result, output: Path) -> list[str]:
     facts |= best.facts()
     lines.append(f"best {best.metric} {best.position.value:.4f} at step {best.position.step:,}")
     if run.config.load_best_model_at_end:
+        run.ranks.wait()  # until the first process has written it
         if best.position.step != run.step:
             load_best(run, output / "checkpoints")
         facts["the adapter is that of step"] = f"{best.position.step:,}"
         lines[-1] += ": the adapter is that of this step"
     return lines
-
-
-def measure(
-    result: Result, prepared: Prepared, when: str, extra: Any, run: Run, evaluate: Evaluator | None
-) -> dict[str, Any]:
-    """Return the evaluation and the answers to the sample prompts, with the current adapter."""
-    found: dict[str, Any] = {"facts": {}, "scores": {}}
-    if evaluate is not None:
-        found["scores"] = last_scores(result, run) or evaluate(run)
-    result.model.eval()  # no dropout in the samples; the loop sets training mode again
-    with apart():
-        found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
-        if extra:
-            found["facts"] = extra(result, when)
-    return found
-
-
-def last_scores(result: Result, run: Run) -> dict[str, float]:
-    """Return the evaluation of the current adapter from the metrics; empty if there is none."""
-    best = run.best
-    step = best.position.step if run.config.load_best_model_at_end and best is not None else None
-    rows = [row for row in result.report.metrics if row["step"] == (step or run.step)]
-    scores = {name: value for name, value in (rows[-1] if rows else {}).items() if name.startswith("eval_")}
-    return scores if set(run.config.eval_losses) <= set(scores) else {}
-
-
-def empty_report(config: TrainConfig, prepared: Prepared) -> Report:
-    return Report(
-        title=f"{Path(config.model).name} tuned on {name_of(config.data)}",
-        command=shlex.join(sys.argv),
-        config=config.model_dump(),
-        data=prepared.training.summary(),
-        sources=[share.cells() for share in prepared.training.shares],
-        memory=[(f"plan: {term.name}", term.num_bytes) for term in prepared.plan.terms],
-        metrics=[],
-        num_steps=0,
-        seconds=0.0,
-    )
-
-
-def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], after: dict[str, Any], run: Run) -> None:
-    """Fill the report with what was measured."""
-    report = result.report
-    report.num_steps = run.step
-    if isinstance(run.loader, StreamLoader):
-        report.data = run.loader.stream.summary()
-    report.before, report.after = before["scores"], after["scores"]
-    prompts = [text for text, _ in prepared.samples]
-    report.samples = list(zip(prompts, before["answers"], after["answers"]))
-    report.facts |= {**before["facts"], **after["facts"]}
-    if run.config.adapter is not None:
-        report.facts["went on from"] = run.config.adapter
-    report.facts |= paging_facts(run.paged)
-    report.memory += [
-        ("plan: total", prepared.plan.total_bytes),
-        ("measured: peak beside the process", peak_memory_bytes(run.device) - prepared.process_bytes),
-        ("the process itself", prepared.process_bytes),
-    ]  # fmt: skip
-    model, adapter = map(shlex.quote, (run.config.model, str(result.adapter)))
-    data = flags_of(run.config.data, run.config)
-    report.next_commands = [
-        f"onecard generate --model {model} --adapter {adapter} --prompt '…'",
-        f"onecard chat --model {model} --adapter {adapter}",
-        *([f"onecard eval --model {model} --adapter {adapter} {data}"] if data and run.preference is None else []),
-    ]
-
-
-def paging_facts(paged: Statistics) -> dict[str, str]:
-    """Return what was paged, for the report. Empty if nothing was paged."""
-    if not paged.bytes_in and not paged.bytes_out:
-        return {}
-    facts = {"paged in, out": f"{format_bytes(paged.bytes_in)}, {format_bytes(paged.bytes_out)}"}
-    if paged.touches:
-        facts["pages there in time"] = f"{paged.hits / paged.touches:.1%}"
-    return {**facts, "waited for pages": f"{paged.stall_seconds:,.1f} s"}

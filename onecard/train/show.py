@@ -30,6 +30,9 @@ def resume_shown(run: Run, state: State, console: Console) -> None:
     if run.device.type == "cpu" and threads != torch.get_num_threads():
         line = f"saved with {threads} threads, now {torch.get_num_threads()}: equal to rounding, not to the bit"
         console.print(line, style="yellow")
+    if position.num_processes != run.ranks.count:
+        line = f"saved by {position.num_processes} processes, now {run.ranks.count}: equal to rounding, not to the bit"
+        console.print(line, style="yellow")
     before, now = position.arithmetic, arithmetic(run.device)
     if before is not None and before != now:
         line = f"saved on {before}, now {now}: equal to rounding, not to the bit"

@@ -24,7 +24,7 @@ from onecard.memory.measure import is_out_of_memory, peak_memory_bytes
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.train.loss import IGNORE, head_loss, packed_loss, to_device
-from onecard.train.preference import Preference, Totals
+from onecard.train.preference import NAMES, Preference, Totals
 from onecard.train.recovery import retry_on_oom
 from onecard.train.run import Run, random_state, restore_random
 
@@ -88,9 +88,13 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
     In float16 the loss is scaled against underflow. An overflow halves the scale and repeats the window with the same
     random numbers.
     """
-    generators = random_state(run.device)
+    generators, own = random_state(run.device), run.ranks.share(window)
+    divisor: Any = num_tokens
+    if (preference := run.preference) is not None:
+        divisor = retry_on_oom(run, lambda: preference.totals(window), window)
     while True:
-        total, norm, more = retry_on_oom(run, lambda: try_gradients(run, window, num_tokens, generators), window)
+        values = retry_on_oom(run, lambda: own_gradients(run, own, divisor, generators), own)
+        total, norm, more = clipped(run, values, divisor)
         if math.isfinite(total) and math.isfinite(norm):
             return total, norm, more
         if run.loss_scale <= 1.0 or not math.isfinite(total):
@@ -98,24 +102,34 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
         run.loss_scale /= 2
 
 
-def try_gradients(
-    run: Run, window: list[dict[str, Any]], num_tokens: int, generators: dict[str, Tensor]
-) -> tuple[float, float, dict[str, float]]:
-    """Same as `gradients`, without the retries. `generators` are the random states at the window's start."""
+def own_gradients(run: Run, own: list[dict[str, Any]], divisor: Any, generators: dict[str, Tensor]) -> Tensor:
+    """Fill .grad with the gradients of this process's micro-batches. Return the sum of what `micro_batch` returns.
+
+    Args:
+        generators: the random states at the window's start.
+    """
     run.optimizer.zero_grad(set_to_none=True)
     if run.graphs is not None:
         run.graphs.attach_gradients()
     restore_random(generators, run.device)
-    divisor: Any = num_tokens if run.preference is None else run.preference.totals(window)
-    parts = [part for batch in window for part in split(batch, run.max_forward_tokens)]
-    values = torch.stack([micro_batch(run, part, divisor) for part in parts], 1).sum(1)
+    parts = [part for batch in own for part in split(batch, run.max_forward_tokens)]
+    if not parts:  # the last window may have fewer micro-batches than there are processes
+        kind = torch.float32 if run.preference is None else torch.float64
+        return torch.zeros(1 if run.preference is None else 1 + len(NAMES), dtype=kind, device=run.device)
+    return torch.stack([micro_batch(run, part, divisor) for part in parts], 1).sum(1)
+
+
+def clipped(run: Run, values: Tensor, divisor: Any) -> tuple[float, float, dict[str, float]]:
+    """Sum gradients and values over the processes, and clip. Return the same as `gradients`."""
+    run.ranks.sum_gradients(run.trainable.values())
+    values = run.ranks.sum(values)
     for parameter in run.trainable.values():
         if parameter.grad is not None and run.loss_scale != 1.0:
             parameter.grad /= run.loss_scale
-    clipped = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
+    norm = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
     # The update's only device sync. Only AdamW follows, in one or two launches.
-    total, norm, *more = torch.cat([values[:1], clipped[None].to(values.dtype), values[1:]]).tolist()
-    return total, norm, {} if run.preference is None else run.preference.metrics(more, divisor)
+    total, found, *more = torch.cat([values[:1], norm[None].to(values.dtype), values[1:]]).tolist()
+    return total, found, {} if run.preference is None else run.preference.metrics(more, divisor)
 
 
 def micro_batch(run: Run, batch: dict[str, Any], divisor: Any) -> Tensor:
