@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onecard.quant.blockwise import dequantize_blocks, quantize_blocks
+from onecard.quant.blockwise import dequantize_blocks, quantize_blocks, state_absmax
 from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit
-from onecard.quant.nested import dequantize_absmax
 from onecard.quant.state import PackedWeight
 
 __all__ = ["adamw_8bit_", "cross_entropy_", "dequantize_into", "quantize_blocks"]
@@ -25,10 +24,7 @@ class Lora(NamedTuple):
 
 def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
     """Dequantize the weight into `out` (contiguous, any float dtype)."""
-    absmax = weight.absmax
-    if weight.nested_absmax is not None and weight.nested_offset is not None:
-        absmax = dequantize_absmax(absmax, weight.nested_absmax, weight.nested_offset)
-    dequantize_blocks(weight.codes, absmax, weight.quant_type, weight.blocksize, out)
+    dequantize_blocks(weight.codes, state_absmax(weight), weight.quant_type, weight.blocksize, out)
 
 
 def cross_entropy_(z_PV: Tensor, target_P: Tensor) -> Tensor:

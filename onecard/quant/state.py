@@ -52,11 +52,12 @@ class QuantState:
     """The scales of one weight and the meaning of its codes.
 
     Attributes:
-        absmax: one scale for each block: float32 (num_blocks,), or if nested its 8-bit code, uint8 (num_blocks,).
+        absmax: one scale for each block: float32 (num_blocks,), or if nested its 8-bit code, uint8 (num_blocks,); for
+            mxfp4 its exponent, uint8 (num_blocks,), never nested (mxfp4.py).
         shape: shape of the weight.
         dtype: dtype of the weight before quantization, and of dequantize_4bit's result.
         blocksize: weights that share a scale.
-        quant_type: "nf4", "fp4" or "int4".
+        quant_type: "nf4", "fp4", "int4" or "mxfp4".
         nested_absmax: float32 (ceil(num_blocks/256),), the scales of the scales; None if not nested.
         nested_offset: float32 (), the mean of absmax, subtracted before its quantization; None if not nested.
     """

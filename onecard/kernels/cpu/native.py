@@ -16,6 +16,7 @@ from onecard.kernels.reference import Lora
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 from onecard.quant.dynamic import midpoints
+from onecard.quant.mxfp4 import scale_tensors
 from onecard.quant.state import PackedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -49,8 +50,7 @@ def coding(quant_type: str) -> tuple[Tensor, Tensor]:
 
 def weight_tensors(weight: PackedWeight) -> tuple:
     """Return the arguments that describe a weight to every kernel."""
-    maps = dynamic_map("cpu"), weight.nested_offset, quant_map(weight.quant_type, "cpu")
-    return weight.codes, weight.absmax, weight.nested_absmax, *maps
+    return weight.codes, *scale_tensors(weight), quant_map(weight.quant_type, "cpu")
 
 
 def dequantize_into(weight: PackedWeight, out: Tensor) -> None:

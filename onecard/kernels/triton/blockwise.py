@@ -16,7 +16,8 @@ from torch import Tensor
 from onecard.config import NESTED_BLOCKSIZE
 from onecard.kernels.triton import launch
 from onecard.quant.blockwise import not_finite
-from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
+from onecard.quant.codebook import decision_bounds, quant_map
+from onecard.quant.mxfp4 import scale_tensors
 from onecard.quant.state import PackedWeight
 
 WEIGHTS_A_PROGRAM = {"quantize": 1024, "dequantize": 4096}  # measured on an H200 (LOG.md)
@@ -121,10 +122,13 @@ def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tu
 
 def weight_tensors(weight: PackedWeight) -> tuple[Tensor, ...]:
     """Return the arguments that describe a weight to every kernel. absmax replaces a tensor that is None."""
-    device = weight.codes.device
-    nested_absmax = weight.absmax if weight.nested_absmax is None else weight.nested_absmax
-    offset = weight.absmax if weight.nested_offset is None else weight.nested_offset
-    return weight.codes, weight.absmax, nested_absmax, dynamic_map(device), offset, quant_map(weight.quant_type, device)
+    scales = [weight.absmax if tensor is None else tensor for tensor in scale_tensors(weight)]
+    return weight.codes, *scales, quant_map(weight.quant_type, weight.codes.device)
+
+
+def is_nested(weight: PackedWeight) -> bool:
+    """Whether kernels read the scales as nested: those of double quantization, and exponents."""
+    return weight.absmax.dtype == torch.uint8
 
 
 def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
@@ -138,7 +142,7 @@ def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
         out.numel(),
         weight.codes.numel(),
         BLOCKSIZE=weight.blocksize,
-        NESTED=weight.nested_absmax is not None,
+        NESTED=is_nested(weight),
         NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
         BLOCKS=blocks,
         enable_fp_fusion=False,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from onecard.config import NESTED_BLOCKSIZE
 from onecard.kernels.triton import launch
-from onecard.kernels.triton.blockwise import block_scale, look_up, weight_tensors
+from onecard.kernels.triton.blockwise import block_scale, is_nested, look_up, weight_tensors
 from onecard.quant.state import PackedWeight
 
 LARGEST_M = 16  # rows of a tensor core's tile; fewer rows are padded to it
@@ -137,7 +137,7 @@ def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, flo
     launch(
         kernel, triton.cdiv(N, sizes["BLOCK_N"]),
         x_MK, *weight_tensors(weight), xA_MR.contiguous(), lora_B_NR.contiguous(), scaling, y_MN, *rows, N, R, K=K,
-        RANK=fused_rank, BLOCKSIZE=weight.blocksize, NESTED=weight.nested_absmax is not None,
+        RANK=fused_rank, BLOCKSIZE=weight.blocksize, NESTED=is_nested(weight),
         NESTED_BLOCKSIZE=NESTED_BLOCKSIZE, **sizes, enable_fp_fusion=False,
     )  # fmt: skip
     if lora is not None and R > LARGEST_RANK:

@@ -1,0 +1,102 @@
+"""MXFP4 (OCP Microscaling Formats 1.0): E2M1 codes in blocks of 32 with an E8M0 scale, as gpt-oss is released.
+
+    w[i] = level[code[i]] * 2^(e[i // 32] - 127),    level: 0, 0.5, 1, 1.5, 2, 3, 4, 6, and the same with a minus
+
+A scale is the exponent e alone, a uint8; 255 means NaN. A level has two significant bits, so that each product is exact
+in float32 and bfloat16. Blocks run along a weight's inputs. A QuantState holds the exponents as `absmax`, uint8 without
+nested_absmax: no other storage has this form, and kernels recognize it by that.
+
+For kernels that read nested scales, exponents are nested scales with another map: 2^(e-127) for the dynamic map, 1 for
+nested_absmax and no offset. So each such kernel reads them without a change, and no scale exists in float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from onecard.config import NESTED_BLOCKSIZE
+from onecard.errors import UserError
+from onecard.quant.codebook import dynamic_map
+from onecard.quant.state import PackedWeight, QuantState
+
+BLOCKSIZE = 32
+LARGEST_EXPONENT = 252  # 6 * 2^(252 - 127) is finite in float32 and bfloat16, 6 * 2^(253 - 127) is not
+SLAB = 1 << 22  # bytes in a slab
+
+
+@cache
+def exponent_map(device: torch.device | str = "cpu") -> Tensor:
+    """Return 2^(e-127) for each exponent e, float32 (256,): 2^-127 is subnormal, and the last is NaN."""
+    bits = torch.arange(256, dtype=torch.int32) << 23
+    bits[0], bits[255] = 1 << 22, 0x7FC00000
+    return bits.view(torch.float32).to(device)
+
+
+@cache
+def ones(count: int, device: torch.device) -> Tensor:
+    """Return float32 (count,) of ones. It is kept, because a captured CUDA graph may hold its address."""
+    return torch.ones(count, dtype=torch.float32, device=device)
+
+
+def has_exponents(absmax: Tensor, nested_absmax: Tensor | None) -> bool:
+    """Whether scales are exponents."""
+    return absmax.dtype == torch.uint8 and nested_absmax is None
+
+
+def scale_tensors(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return a weight's scales for kernels: absmax, nested_absmax, the map of nested scales, nested_offset."""
+    absmax, device = weight.absmax, weight.codes.device
+    if has_exponents(absmax, weight.nested_absmax):
+        groups = -(-absmax.numel() // NESTED_BLOCKSIZE)
+        return absmax, ones(groups, device), exponent_map(device), zero(device)
+    return absmax, weight.nested_absmax, dynamic_map(device), weight.nested_offset
+
+
+@cache
+def zero(device: torch.device) -> Tensor:
+    """Return float32 () of 0, which is kept (`ones`)."""
+    return torch.zeros((), dtype=torch.float32, device=device)
+
+
+def from_mxfp4(
+    name: str, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, QuantState]:
+    """Return the codes and the state of a checkpoint's tensors. No value changes.
+
+    Args:
+        blocks: uint8 (..., K / 32, 16), two codes a byte, the first in the low nibble.
+        scales: uint8 (..., K / 32), exponents.
+        dtype: dtype of dequantize_4bit's result.
+
+    Returns:
+        The codes, uint8 (numel/2, 1), the first in the high nibble, and the QuantState of shape (..., K), both in new
+        memory.
+
+    Raises:
+        UserError: shapes that do not fit together; a scale that is NaN or makes a weight infinite.
+    """
+    check_mxfp4(name, tuple(blocks.shape), tuple(scales.shape))
+    exponents = scales.flatten().clone()
+    if exponents.numel() and int(exponents.max()) > LARGEST_EXPONENT:
+        first = int((exponents > LARGEST_EXPONENT).nonzero()[0])
+        raise UserError(
+            f"every scale of MXFP4 must be finite: an exponent of at most {LARGEST_EXPONENT}",
+            f"{int(exponents[first])} at flat index {first} of shape {list(scales.shape)}",
+            "fetch the checkpoint again",
+            name,
+        )
+    packed = torch.empty(blocks.numel(), dtype=torch.uint8, device=blocks.device)
+    for piece, swapped in zip(blocks.reshape(-1).split(SLAB), packed.split(SLAB)):
+        torch.bitwise_or(piece << 4, piece >> 4, out=swapped)
+    shape = torch.Size([*blocks.shape[:-2], blocks.shape[-2] * BLOCKSIZE])
+    return packed.view(-1, 1), QuantState(exponents, shape, dtype, BLOCKSIZE, "mxfp4")
+
+
+def check_mxfp4(name: str, blocks: tuple[int, ...], scales: tuple[int, ...]) -> None:
+    """Raise UserError unless these are the shapes of a weight's blocks and scales."""
+    if len(blocks) < 3 or blocks[:-1] != scales or blocks[-1] != BLOCKSIZE // 2 or 0 in blocks:
+        must = f"MXFP4 must have blocks (..., {BLOCKSIZE // 2}) and a scale for each"
+        raise UserError(must, f"blocks {list(blocks)}, scales {list(scales)}", "fetch the checkpoint again", name)
