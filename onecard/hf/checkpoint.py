@@ -22,7 +22,8 @@ from pydantic import Field, field_validator, model_validator
 
 from onecard.documents import AGAIN, Foreign, brief, hold, parse_json, read_object
 from onecard.errors import UserError
-from onecard.hf.documents import Quantization, Size, read_generation_document, read_model_document
+from onecard.hf.documents import Mxfp4, Quantization, Size, read_generation_document, read_model_document
+from onecard.quant.mxfp4 import BLOCKS, SCALES, check_mxfp4
 
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
@@ -67,7 +68,21 @@ class Checkpoint:
     @property
     def is_4bit(self) -> bool:
         """Whether its linears have bitsandbytes' 4-bit format."""
-        return "quantization_config" in self.config
+        return "quantization_config" in self.config and not self.is_mxfp4
+
+    @property
+    def is_mxfp4(self) -> bool:
+        """Whether it stores experts in MXFP4. Its linears are in 16 bits."""
+        return is_mxfp4(self.config.get("quantization_config"))
+
+    @property
+    def weights(self) -> dict[str, TensorInfo]:
+        """`tensors`, in which the blocks of a weight in MXFP4 have the weight's name. Its scales have theirs."""
+        packed = self.is_mxfp4
+        return {
+            name.removesuffix(BLOCKS) if packed and info.dtype == "U8" else name: info
+            for name, info in self.tensors.items()
+        }
 
 
 class TensorEntry(Foreign):
@@ -285,23 +300,40 @@ def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None
     transformers would load the integers of a damaged or quantized tensor as weights.
     """
     quantization = config.get("quantization_config")
-    if quantization is not None and not quantization.get("load_in_4bit"):
+    if is_mxfp4(quantization):
+        hold(Mxfp4, quantization, "config.json: quantization_config")
+    elif quantization is not None and not quantization.get("load_in_4bit"):
         raise UserError(
-            "the base must be in 16 or 32 bits, or in bitsandbytes' 4-bit format",
+            "the base must be in 16 or 32 bits, in bitsandbytes' 4-bit format or in MXFP4",
             f"a checkpoint quantized with {quantization.get('quant_method', 'unknown')}",
             "use the original checkpoint",
             "config.json",
         )
-    if quantization is not None:
+    elif quantization is not None:
         hold(Quantization, quantization, "config.json: quantization_config")
     for name, info in tensors.items():
         in_4bit = f"{name}.absmax" in tensors or name.endswith(".absmax") or ".quant_state." in name
+        in_4bit = is_mxfp4_tensor(name, tensors) if is_mxfp4(quantization) else in_4bit
         packed = quantization is not None and info.dtype == "U8" and in_4bit
         is_counted = info.dtype in COUNTED and not name.endswith((".weight", ".bias"))
         if info.dtype not in FLOATS and not packed and not is_counted:
             raise UserError(
                 "weights must be float tensors", f"{info.dtype}", "use the original checkpoint", f"{info.file}: {name}"
             )
+
+
+def is_mxfp4(quantization: dict[str, Any] | None) -> bool:
+    return quantization is not None and quantization.get("quant_method") == "mxfp4"
+
+
+def is_mxfp4_tensor(name: str, tensors: dict[str, TensorInfo]) -> bool:
+    """Whether a tensor is the blocks or the scales of a weight in MXFP4. Raises UserError for shapes that do not fit."""
+    weight = name.removesuffix(BLOCKS).removesuffix(SCALES)
+    pair = [tensors.get(weight + suffix) for suffix in (BLOCKS, SCALES)]
+    if weight == name or pair[0] is None or pair[1] is None or any(info.dtype != "U8" for info in pair if info):
+        return False
+    check_mxfp4(weight, pair[0].shape, pair[1].shape)
+    return True
 
 
 def zeros_at_end(file: Path, step: int = 1 << 20) -> int:

@@ -24,6 +24,7 @@ from onecard.nn.experts import StackedWeight, weights_of
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
 from onecard.paging.weights import PagedBase
+from onecard.quant.mxfp4 import BLOCKS, SCALES, from_mxfp4
 from onecard.quant.state import QuantState, from_bnb
 
 paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
@@ -112,7 +113,7 @@ class Quantize4bit(ConversionOps):
 
 class Deserialize4bit(Quantize4bit):
     """Converts one weight's tensors of a bitsandbytes checkpoint to its codes. Experts, which bitsandbytes leaves in
-    16 bits, are quantized."""
+    16 bits, are quantized. So are all weights in 16 bits of a checkpoint with experts in MXFP4."""
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
@@ -127,9 +128,11 @@ class Deserialize4bit(Quantize4bit):
         if weight is None and f"{first}.absmax" in tensors:  # in 4 bits, but the model's code reads this weight
             suffixed = {key.removeprefix(first): tensor for key, tensor in tensors.items()}
             return {full_layer_name: ops.dequantize_4bit(*from_bnb(full_layer_name, suffixed))}
-        if weight is None:
-            return {full_layer_name: tensors[first]}
-        if tensors[first].is_floating_point() and isinstance(weight, StackedWeight):
+        if weight is None:  # transformers leaves its dtype to a converter
+            dtype = getattr(module, leaf).dtype
+            return {full_layer_name: tensors[first].to(dtype) if dtype.is_floating_point else tensors[first]}
+        in_16_bits = isinstance(weight, StackedWeight) or self.hf_quantizer.quantization_config.linears_in_16_bits
+        if tensors[first].is_floating_point() and in_16_bits:
             return super().convert({full_layer_name: tensors[first]}, full_layer_name, model)
         loaded: Any = module
         try:
@@ -152,6 +155,34 @@ class Deserialize4bit(Quantize4bit):
             found = [places.get(key) for key in (name, f"{name}.absmax")]
             base.take(weight, (found[0], found[1]) if found[0] and found[1] else None)
         release_file_pages(packed)
+
+
+class DeserializeMxfp4(Quantize4bit):
+    """Converts an experts' stack in MXFP4 to its codes. No value changes, only the order of the nibbles."""
+
+    def convert(
+        self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        found = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        module, leaf = get_module_from_name(model, full_layer_name)
+        weight: Any = dict(weights_of(module))[leaf]
+        loaded: Any = module
+        try:
+            blocks, scales = (
+                next((tensor for key, tensor in found.items() if key.endswith(suffix)), None)
+                for suffix in (BLOCKS, SCALES)
+            )
+            if blocks is None or scales is None:
+                must, what = "MXFP4 must have blocks and scales", "scales alone" if blocks is None else "blocks alone"
+                raise UserError(must, what, "fetch the checkpoint again", full_layer_name)
+            packed, state = from_mxfp4(full_layer_name, blocks.to(torch.uint8), scales.to(torch.uint8))
+            check_shape(torch.empty(state.shape, device="meta"), weight.stored_shape("mxfp4"), full_layer_name)
+            self.set(weight, packed, state)
+            release_file_pages(blocks, scales)
+        except UserError as error:
+            self.hf_quantizer.errors.append(error)
+        loaded._is_hf_initialized = True
+        return {full_layer_name: weight.weight}
 
 
 class Keep(ConversionOps):

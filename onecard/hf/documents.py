@@ -60,6 +60,13 @@ class Quantization(Foreign):
     llm_int8_skip_modules: list[str] | None = None
 
 
+class Mxfp4(Foreign):
+    """The quantization_config of a checkpoint whose experts are in MXFP4, such as gpt-oss."""
+
+    quant_method: Literal["mxfp4"]
+    modules_to_not_convert: list[str] | None = None
+
+
 class ModelDocument(GenerationDocument):
     """The fields that we check in config.json before transformers reads it."""
 

@@ -52,7 +52,7 @@ def load_model(
 
     Args:
         model: checkpoint folder, or a hub id if there is a network. Its linears are in 16 or 32 bits, or in
-            bitsandbytes' 4-bit format.
+            bitsandbytes' 4-bit format. Its experts may be in MXFP4, which they keep.
         quant_type, blocksize, double_quant: same as in quantize_4bit. A 4-bit checkpoint keeps its own.
         compute_dtype: dtype that weights are dequantized to. "auto" is bfloat16 if the device multiplies it
             natively, else float16 on GPUs and float32 on CPUs.
@@ -179,15 +179,17 @@ def from_pretrained(
 
 def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[str, Any]:
     """Return from_pretrained's arguments for a checkpoint to quantize, or for a quantized one."""
-    if not checkpoint.is_4bit:
+    if not checkpoint.is_4bit and not checkpoint.is_mxfp4:
         return {"quantization_config": config}
-    stored = checkpoint.config["quantization_config"]
-    config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
-    config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # 16-bit experts get the type of its linears
-    config.bnb_4bit_use_double_quant = stored.get("bnb_4bit_use_double_quant", False)
+    if checkpoint.is_4bit:
+        stored = checkpoint.config["quantization_config"]
+        config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
+        config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # also of its 16-bit experts
+        config.bnb_4bit_use_double_quant = stored.get("bnb_4bit_use_double_quant", False)
     model_config = read_config(checkpoint.folder)
-    fields = {key: value for key, value in vars(config).items() if key != "load_in_4bit"}
-    model_config.quantization_config = fields  # with that key, transformers would use bitsandbytes' quantizer
+    fields = {key: value for key, value in vars(config).items() if key not in ("load_in_4bit", "linears_in_16_bits")}
+    # With load_in_4bit or its own method, transformers would use bitsandbytes' or its own quantizer.
+    model_config.quantization_config = fields | {"_linears_in_16_bits": checkpoint.is_mxfp4}
     return {"config": model_config}
 
 

@@ -3,7 +3,7 @@
 transformers builds the model on the meta device. We replace its linears with Linear4bit. transformers then reads the
 checkpoint tensor by tensor. `Quantize4bit` quantizes each linear's weight, and its 16-bit form is freed before the next
 is read. Experts become Experts4bit and are quantized one by one. The checkpoint may store them separately or stacked,
-and its linears may be in 16 bits or in bitsandbytes' 4 bits.
+and its linears may be in 16 bits or in bitsandbytes' 4 bits. Experts in MXFP4 stay as they are.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
-from onecard.hf.convert import NOT_MORE, Deserialize4bit, Quantize4bit, check_shape
+from onecard.hf.convert import NOT_MORE, Deserialize4bit, DeserializeMxfp4, Quantize4bit, check_shape
 from onecard.hf.experts import GatherExperts, only_stacks
 from onecard.hf.fusion import fuse
 from onecard.nn.embedding import Head
 from onecard.nn.experts import Experts4bit, are_stacked_experts, weights_of
 from onecard.nn.linear import Linear4bit
 from onecard.nn.linears import beside_text, kept_names, linears_of, skipped_names
+from onecard.quant.mxfp4 import BLOCKS, SCALES
 from onecard.quant.state import BNB_KEYS, to_bnb
 
+MXFP4 = (BLOCKS, SCALES)
 METHOD = "onecard"
 
 
@@ -81,6 +83,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         self.bnb_4bit_use_double_quant = checked.double_quant
         self.bnb_4bit_blocksize = checked.blocksize
         self.llm_int8_skip_modules = llm_int8_skip_modules
+        self.linears_in_16_bits = bool(kwargs.get("_linears_in_16_bits"))  # of a quantized checkpoint: load.py sets it
 
     def to_dict(self) -> dict[str, Any]:
         """Return a 4-bit checkpoint's entry in config.json: bitsandbytes' fields, so that it can read our checkpoints.
@@ -182,6 +185,7 @@ class OnecardQuantizer(HfQuantizer):
             for stack in stacks:
                 whole = rf"(?<=\.){stack}"
                 names = [f"{whole}{NOT_MORE}", *(f"{whole}.{key}" for key in BNB_KEYS)]
+                updated.append(WeightConverter([f"{whole}{end}" for end in MXFP4], stack, [DeserializeMxfp4(self)]))
                 updated.append(WeightConverter(names, stack, [Deserialize4bit(self)]))
         return super().update_weight_conversions(updated, *model)
 

@@ -21,6 +21,7 @@ from onecard.hf.experts import expert_places
 from onecard.hf.names import stored_names
 from onecard.hf.stacks import Stack, stacks_of
 from onecard.nn.linears import linears_of
+from onecard.quant.mxfp4 import BLOCKS
 from onecard.quant.state import BNB_KEYS
 
 
@@ -31,6 +32,7 @@ class Model:
     modules: Any  # transformers' model on the meta device
     itemsize: dict[str, int]  # of a parameter as stored; 2 if it is not named
     stored: dict[str, str] = field(default_factory=dict)  # the checkpoint's name of each parameter that it holds
+    mxfp4: frozenset[str] = frozenset()  # names of the stacks that the checkpoint stores in MXFP4
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
@@ -52,7 +54,7 @@ class Model:
     def unmerged(self, checkpoint: Checkpoint) -> str | None:
         """Return a weight to quantize that the checkpoint stores neither as such nor as experts' matrices, or None.
         transformers makes it from other tensors, so the checkpoint has no tensor for its update."""
-        places = expert_places(self.modules, self.stacks, checkpoint.tensors) if self.stacks else {}
+        places = expert_places(self.modules, self.stacks, checkpoint.weights) if self.stacks else {}
         there = {*self.stored, *(place.stack for place in places.values())}
         return next(iter(sorted(set(self.quantized) - there)), None)
 
@@ -102,7 +104,10 @@ def named(modules: Any, sizes: dict[str, int]) -> Model:
     plain = [size for name, size in sizes.items() if size > 1 and name.rpartition(".")[2] not in BNB_KEYS]
     usual = Counter(plain).most_common(1)
     itemsize = {name: usual[0][0] for name, _ in modules.named_parameters()} if usual else {}
-    return Model(modules, itemsize | {own: sizes[name] for own, name in stored.items()}, stored)
+    packed = [name.removesuffix(BLOCKS) for name in sizes if name.endswith(BLOCKS)]
+    mxfp4 = expert_places(modules, stacks_of(modules), packed).values() if packed else ()
+    itemsize |= {own: sizes[name] for own, name in stored.items()}
+    return Model(modules, itemsize, stored, frozenset(place.stack for place in mxfp4))
 
 
 def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None) -> Any:

@@ -23,6 +23,7 @@ from onecard.memory.workload import Workload, assumed, multiple
 from onecard.optim.make import state_bytes
 from onecard.paging.files import ALIGNMENT
 from onecard.paging.weights import layer_of
+from onecard.quant.mxfp4 import BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,18 @@ class PlanInputs:
         return 2 * self.c * num_weights // self.model.num_layers
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """Number of weights of each quantized linear and stack."""
-        return [linear.weight.numel() for linear in self.model.quantized.values()]
+    def sizes(self) -> dict[str, int]:
+        """Number of weights of each linear and stack in 4 bits, by its weight's name."""
+        return {name: linear.weight.numel() for name, linear in self.model.quantized.items()}
+
+    def scale_bytes(self, name: str) -> tuple[int, int]:
+        """Return the bytes of a weight's scales, and of double quantization's own scales and offset."""
+        if name in self.model.mxfp4:
+            return self.sizes[name] // BLOCKSIZE, 0
+        blocks = -(-self.sizes[name] // self.config.blocksize)
+        if not self.config.double_quant:
+            return 4 * blocks, 0
+        return blocks, 4 * -(-blocks // NESTED_BLOCKSIZE) + 4
 
     @cached_property
     def num_met(self) -> tuple[float, float]:
@@ -195,8 +205,7 @@ class PlanInputs:
         pages: dict[str, int] = {}
         for name, linear in self.model.quantized.items():
             numel, layer = linear.weight.numel(), layer_of(name)
-            blocks = -(-numel // self.config.blocksize)
-            parts = ((numel + 1) // 2, blocks * (1 if self.config.double_quant else 4))
+            parts = ((numel + 1) // 2, self.scale_bytes(name)[0])
             pages[layer] = pages.get(layer, 0) + sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
         head = self.model.modules.get_output_embeddings()
         if head is not None:
@@ -247,18 +256,18 @@ class PlanInputs:
     @cached_property
     def resident(self) -> list[Term]:
         """The terms of a resident base."""
-        model, config = self.model, self.config
+        model = self.model
         others = [
             p.numel() * min(self.c, model.itemsize.get(name, 2))
             for name, p in model.modules.named_parameters()
             if name not in model.quantized
         ]
-        experts = sum(stack.weight.numel() for stack in model.stacks.values())
+        numel, experts = sum(self.sizes.values()), sum(self.sizes[name] for name in model.stacks)
         beside = f"P_e / 2; {2 * experts / 2**30:,.1f} GiB in 16 bits, as bitsandbytes leaves them"
         return [
-            Term("base, 4-bit codes", (sum(self.sizes) - experts) // 2, "(P_q - P_e) / 2" if experts else "P_q / 2"),
+            Term("base, 4-bit codes", (numel - experts) // 2, "(P_q - P_e) / 2" if experts else "P_q / 2"),
             *([Term("experts, 4-bit codes", experts // 2, beside)] if experts else []),
-            Term("base, scales", scale_bytes(self.sizes, config), scale_formula(config)),
+            Term("base, scales", sum(sum(self.scale_bytes(name)) for name in self.sizes), self.scale_formula),
             Term("embeddings, norms, head", sum(others), "P_o x bytes of its dtype, at most c"),
             self.scratch,
         ]
@@ -294,23 +303,13 @@ class PlanInputs:
         paged = {id(module.weight) for module in ends if module is not None}
         named = self.model.modules.named_parameters()
         others = sum(p.numel() for name, p in named if name not in self.model.quantized and id(p) not in paged)
-        return self.c * others + nested_bytes(self.sizes, self.config)
+        return self.c * others + sum(self.scale_bytes(name)[1] for name in self.sizes)
 
-
-def nested_bytes(sizes: list[int], config: TrainConfig) -> int:
-    """Count the bytes of double quantization's own scales and offsets."""
-    blocks = [-(-size // config.blocksize) for size in sizes]
-    return sum(4 * -(-b // NESTED_BLOCKSIZE) + 4 for b in blocks) if config.double_quant else 0
-
-
-def scale_bytes(sizes: list[int], config: TrainConfig) -> int:
-    blocks = [-(-size // config.blocksize) for size in sizes]
-    if not config.double_quant:
-        return 4 * sum(blocks)
-    return sum(blocks) + nested_bytes(sizes, config)
-
-
-def scale_formula(config: TrainConfig) -> str:
-    if not config.double_quant:
-        return f"4 P_q / {config.blocksize}"
-    return f"P_q / {config.blocksize} + 4 P_q / ({config.blocksize} x {NESTED_BLOCKSIZE})"
+    @property
+    def scale_formula(self) -> str:
+        """The formula of the scales' bytes. Experts in MXFP4 have one byte for 32 weights."""
+        blocksize, packed = self.config.blocksize, self.model.mxfp4
+        P = "(P_q - P_e)" if packed else "P_q"
+        nested = f"{P} / {blocksize} + 4 {P} / ({blocksize} x {NESTED_BLOCKSIZE})"
+        own = nested if self.config.double_quant else f"4 {P} / {blocksize}"
+        return f"{own} + P_e / {BLOCKSIZE} (MXFP4)" if packed else own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from transformers import AutoConfig
@@ -11,7 +12,7 @@ from onecard.errors import UserError, did_you_mean, first_line
 from onecard.hf.checkpoint import DTYPE_BITS, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, is_hub_id
 from onecard.hf.skeleton import Model, meta_model, named, read_model
-from onecard.memory.shapes import KNOWN
+from onecard.memory.shapes import KNOWN, MXFP4
 
 
 def known_config(name: str) -> Any:
@@ -27,7 +28,8 @@ def find_model(model: str) -> Model:
         UserError: there is no such model; the error has the nearest name of the table.
     """
     if model.lower() in KNOWN:
-        return Model(meta_model(known_config(model.lower()), model), {})
+        found = Model(meta_model(known_config(model.lower()), model), {})
+        return replace(found, mxfp4=frozenset(found.stacks)) if model.lower() in MXFP4 else found
     if is_hub_id(model):
         return read_hub(model)
     try:

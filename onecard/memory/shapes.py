@@ -32,6 +32,8 @@ def sparse(
     return {**dense(kind, *shape, head_dim=head_dim), number: experts, "num_experts_per_tok": per_token, **size}
 
 
+MXFP4 = ("gpt-oss-20b", "gpt-oss-120b")  # models whose experts are released in MXFP4
+
 KNOWN = {
     "llama-33b": dense("llama", 6656, 17920, 60, 52, 52, 32000, 2048),
     "llama-65b": dense("llama", 8192, 22016, 80, 64, 64, 32000, 2048),

@@ -48,7 +48,7 @@ def price(inputs: PlanInputs, strategy: MemoryStrategy) -> Price:
     """Count an update's seconds and moved bytes with a strategy."""
     rates, model, text = RATES[inputs.device], inputs.model, inputs.model.text
     layers, again = model.num_layers, strategy.num_recomputed / model.num_layers
-    P_q, (P_m, P_l), S = sum(inputs.sizes), inputs.num_met, inputs.length
+    P_q, (P_m, P_l), S = sum(inputs.sizes.values()), inputs.num_met, inputs.length
     heads, _, head = heads_of(text)
     a = heads * head
     forward = 2 * P_m + 2 * P_l + 2 * S * a * layers

@@ -67,9 +67,24 @@ class StackedWeight:
     def weight(self, parameter: nn.Parameter) -> None:
         setattr(self.experts, self.name, parameter)
 
+    @property
+    def is_transposed(self) -> bool:
+        """Whether the stored weight is (E, K, N)."""
+        return self.experts.is_transposed and not self.turns(self.loaded_state.quant_type)
+
+    def stored_shape(self, quant_type: str) -> torch.Size:
+        """Return the shape of the stored weight. MXFP4's blocks run along the inputs, so it is (E, N, K) of any model."""
+        E, *matrix = self.shape
+        return torch.Size([E, *(reversed(matrix) if self.turns(quant_type) else matrix)])
+
+    def turns(self, quant_type: str) -> bool:
+        """Whether the stored weight's matrices are the transposes of the model's."""
+        return self.experts.is_transposed and quant_type == "mxfp4"
+
     def set_weight(self, packed: Tensor, state: QuantState) -> None:
-        """Set the quantized weight, of shape `shape`."""
-        assert state.shape == self.shape, (state.shape, self.shape)
+        """Set the quantized weight, of `stored_shape`."""
+        expected = self.stored_shape(state.quant_type)
+        assert state.shape == expected, (state.shape, expected)
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.quant_state = state
 
@@ -85,14 +100,15 @@ class StackedWeight:
 
     def dequantize(self) -> Tensor:
         """Dequantize the weight, of shape `shape`, to the compute dtype."""
-        return ops.dequantize_4bit(*self.stored(), self.experts.compute_dtype)
+        W = ops.dequantize_4bit(*self.stored(), self.experts.compute_dtype)
+        return W.mT.contiguous() if self.turns(self.loaded_state.quant_type) else W
 
 
 class Experts4bit(nn.Module):
     """Replaces a model's experts that implement transformers' experts interface.
 
-    Parameters and children keep their names. `weights` holds the stacked weights, (E, N, K), or (E, K, N) if
-    `is_transposed`. While a LoRA layer computes, `factors` holds its LoRA terms by the weight's name.
+    Parameters and children keep their names. `weights` holds the stacked weights, (E, N, K), or (E, K, N) if the model
+    `is_transposed`; those in MXFP4 are stored as (E, N, K) in any model. While a LoRA layer computes, `factors` holds its LoRA terms by the weight's name.
     """
 
     def __init__(self, experts: Any, compute_dtype: torch.dtype | None):
@@ -148,7 +164,7 @@ class Product:
 
     def __init__(self, weight: StackedWeight, scaling: float, A_ERK: Tensor | None, B_NRE: Tensor | None, x: Tensor):
         self.packed, self.state = weight.stored()
-        self.transposed, self.scaling, self.dtype = weight.experts.is_transposed, scaling, x.dtype
+        self.transposed, self.scaling, self.dtype = weight.is_transposed, scaling, x.dtype
         bias: Tensor | None = getattr(weight.experts, f"{weight.name}_bias", None)
         self.bias_EN = None if bias is None else bias.to(x.dtype)
         self.A_ERK, self.B_ENR = A_ERK, None if B_NRE is None else B_NRE.permute(2, 0, 1).contiguous()

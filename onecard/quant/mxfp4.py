@@ -23,6 +23,7 @@ from onecard.quant.codebook import dynamic_map
 from onecard.quant.state import PackedWeight, QuantState
 
 BLOCKSIZE = 32
+BLOCKS, SCALES = "_blocks", "_scales"  # after a weight's name in a checkpoint
 LARGEST_EXPONENT = 252  # 6 * 2^(252 - 127) is finite in float32 and bfloat16, 6 * 2^(253 - 127) is not
 SLAB = 1 << 22  # bytes in a slab
 

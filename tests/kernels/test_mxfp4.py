@@ -13,14 +13,11 @@ from onecard.quant.blockwise import state_absmax
 from onecard.quant.mxfp4 import LARGEST_EXPONENT, from_mxfp4
 from onecard.quant.state import PackedWeight, part_of
 from tests.kernels.cpu.test_native import DTYPES, bits, isa  # noqa: F401  # a fixture
+from tests.mxfp4 import random_mxfp4
 
 
-def random_mxfp4(*shape, exponents=(0, LARGEST_EXPONENT + 1), seed=0):
-    """Blocks (..., K / 32, 16) and scales (..., K / 32) of a checkpoint, with every code and random exponents."""
-    generator = torch.Generator().manual_seed(seed)
-    *before, K = shape
-    blocks = torch.randint(0, 256, (*before, K // 32, 16), generator=generator, dtype=torch.uint8)
-    return blocks, torch.randint(*exponents, (*before, K // 32), generator=generator, dtype=torch.uint8)
+def codes_and_scales(*shape, exponents=(0, LARGEST_EXPONENT + 1)):
+    return random_mxfp4(*shape, exponents=exponents)
 
 
 def every_product():
@@ -43,7 +40,7 @@ def weight_of(blocks, scales):
 @pytest.mark.parametrize("backend", [reference, native], ids=["reference", "native"])
 def test_every_product_has_the_bits_of_transformers(isa, backend, dtype):  # noqa: F811
     """Zeros with their sign and subnormal scales included. float16 overflows in the same places."""
-    for blocks, scales in (every_product(), random_mxfp4(3, 5, 96), random_mxfp4(2, 7, 32 * 300)):
+    for blocks, scales in (every_product(), codes_and_scales(3, 5, 96), codes_and_scales(2, 7, 32 * 300)):
         weight = weight_of(blocks, scales)
         found = torch.empty(weight.shape, dtype=dtype)
         backend.dequantize_into(weight, found)
@@ -53,7 +50,7 @@ def test_every_product_has_the_bits_of_transformers(isa, backend, dtype):  # noq
 def test_triton_has_the_bits_too():
     codec = pytest.importorskip("onecard.kernels.triton.codec", reason="Triton is not installed")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for blocks, scales in (every_product(), random_mxfp4(2, 7, 320)):
+    for blocks, scales in (every_product(), codes_and_scales(2, 7, 320)):
         weight = weight_of(blocks.to(device), scales.to(device))
         found = torch.empty(weight.shape, device=device)
         codec.dequantize_into(weight, found)
@@ -61,7 +58,7 @@ def test_triton_has_the_bits_too():
 
 
 def test_blocks_and_scales_are_not_changed_and_not_shared():
-    blocks, scales = random_mxfp4(2, 4, 64)
+    blocks, scales = codes_and_scales(2, 4, 64)
     before = blocks.clone(), scales.clone()
     packed, state = from_mxfp4("w", blocks, scales)
     packed.zero_(), state.absmax.zero_()
@@ -69,20 +66,20 @@ def test_blocks_and_scales_are_not_changed_and_not_shared():
 
 
 def test_bytes_are_four_and_a_quarter_bits_a_weight():
-    packed, state = from_mxfp4("w", *random_mxfp4(2, 4, 64))
+    packed, state = from_mxfp4("w", *codes_and_scales(2, 4, 64))
     assert 8 * (packed.nbytes + state.nbytes) == 4.25 * state.numel
     assert not state.nested
 
 
 def test_a_part_of_a_stack_is_its_expert():
-    blocks, scales = random_mxfp4(3, 5, 96)
+    blocks, scales = codes_and_scales(3, 5, 96)
     packed, state = from_mxfp4("w", blocks, scales)
     codes, part, skip = part_of(packed, state, 1)
     assert skip == 0 and torch.equal(ops.dequantize_4bit(codes, part), theirs(blocks, scales, torch.bfloat16)[1])
 
 
 def product_is_within_its_rounding(multiply, num_rows, N, K):
-    blocks, scales = random_mxfp4(1, N, K, exponents=(110, 130))
+    blocks, scales = codes_and_scales(1, N, K, exponents=(110, 130))
     packed, state = from_mxfp4("w", blocks, scales)
     weight = PackedWeight.of(packed, state)._replace(shape=[N, K])
     W = theirs(blocks, scales, torch.float32)[0].double()
@@ -109,7 +106,7 @@ def test_product_of_triton_is_within_its_rounding(num_rows):
 @pytest.mark.skipif(library() is None or not call("onecard_has_linear"), reason="this CPU or build has no AMX")
 def test_the_weight_on_tiles_is_that_of_dequantize():
     """x the identity: every sum has one term that is not zero."""
-    blocks, scales = random_mxfp4(1, 96, 672, exponents=(100, 140))
+    blocks, scales = codes_and_scales(1, 96, 672, exponents=(100, 140))
     weight = weight_of(blocks, scales)._replace(shape=[96, 672])
     W = theirs(blocks, scales, torch.bfloat16)[0]
     y, _ = native.linear(torch.eye(672, dtype=torch.bfloat16), weight, None)
@@ -120,7 +117,7 @@ def test_the_weight_on_tiles_is_that_of_dequantize():
 @pytest.mark.parametrize("exponent", [LARGEST_EXPONENT + 1, 255])
 def test_a_scale_that_is_not_finite_is_refused(exponent):
     """The first such exponent would make a level infinite in silence; 255 is NaN."""
-    blocks, scales = random_mxfp4(2, 4, 64)
+    blocks, scales = codes_and_scales(2, 4, 64)
     scales[1, 2, 1] = exponent
     with pytest.raises(UserError, match=f"{exponent} at flat index 13"):
         from_mxfp4("w", blocks, scales)
@@ -129,7 +126,7 @@ def test_a_scale_that_is_not_finite_is_refused(exponent):
 
 
 def test_the_largest_exponent_is_finite():
-    blocks, scales = random_mxfp4(1, 1, 32, exponents=(LARGEST_EXPONENT, LARGEST_EXPONENT + 1))
+    blocks, scales = codes_and_scales(1, 1, 32, exponents=(LARGEST_EXPONENT, LARGEST_EXPONENT + 1))
     blocks[:] = 0x77  # the level 6
     weight = from_mxfp4("w", blocks, scales)
     assert ops.dequantize_4bit(*weight).isfinite().all() and state_absmax(weight[1]).item() == 2.0**125

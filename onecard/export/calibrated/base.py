@@ -132,7 +132,8 @@ def open_base(
 ) -> tuple[Merged, dict[str, Any]]:
     """Check a model to calibrate. Return it, and what its calibrated base would be made from."""
     check_type(quant)
-    if inspect_checkpoint(find_checkpoint(model)).is_4bit:
+    checkpoint = inspect_checkpoint(find_checkpoint(model))
+    if checkpoint.is_4bit or checkpoint.is_mxfp4:
         do = "pass the 16-bit checkpoint, or leave calibrate out"
         raise UserError("a model to calibrate must be in 16 or 32 bits", "4 bits", do, model)
     merged = open_merged(model, None, "original")

@@ -63,6 +63,10 @@ class Experts:
         """Whether a tensor is a whole stacked weight."""
         return name in self.places and self.places[name].expert is None
 
+    def is_transposed(self, name: str) -> bool:
+        """Whether a tensor's matrices are (K, N) in the model."""
+        return self.stacks[self.places[name].stack].is_transposed
+
     def parts(self, stack: str) -> list[tuple[int | None, list[str]]]:
         """Return each expert's tensors of a stack, in its order; the expert is None if one tensor holds all of them."""
         found: dict[int | None, list[tuple[int, str]]] = {}

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -30,12 +30,13 @@ from onecard.export.ends import Ends, saved_tensors
 from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, read_tensor, write_others
 from onecard.export.merge.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
-from onecard.hf.load import find_checkpoint
+from onecard.hf.load import find_checkpoint, stored_dtype
 from onecard.hf.skeleton import Model, read_model
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.kernels.backend import backend
 from onecard.quant.blockwise import state_absmax
+from onecard.quant.mxfp4 import SCALES, from_mxfp4
 from onecard.quant.state import BNB_KEYS, STATE_KEY, PackedWeight, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
@@ -64,6 +65,7 @@ class Merged:
     linears: set[str]  # weights that training has in 4 bits
     turned: set[str]  # weights that are (K, N) in the checkpoint, not (N, K)
     experts: Experts
+    mxfp4: set[str]  # stacked weights that the checkpoint has in MXFP4
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +121,10 @@ class Merged:
             return
         packed, state, skip = self.in_4bit(name, expert)
         absmax = state_absmax(state)
+        if name in self.mxfp4 and self.experts.is_transposed(name):  # its codes are those of the transpose
+            W = dequantize_part(packed, absmax, state, skip, N * K).view(K, N).T
+            yield from ((start, W[start : start + rows]) for start in range(0, N, rows))
+            return
         for start in range(0, N, rows):
             count = min(rows, N - start) * K
             yield start, dequantize_part(packed, absmax, state, skip + start * K, count).view(-1, K)
@@ -139,7 +145,8 @@ class Merged:
         info, place, quant = self.checkpoint.tensors[name], self.experts.places.get(name), self.quant
         how = (quant.quant_type, quant.blocksize, quant.double_quant)
         if place is not None:
-            read = (lambda: read_4bit(self.checkpoint, name)) if info.dtype == "U8" else None
+            load = read_mxfp4 if name in self.mxfp4 else read_4bit
+            read = (lambda: load(self.checkpoint, name)) if info.dtype == "U8" else None
             return part_in_4bit(*self.experts.in_4bit(place.stack, how, read), place, expert)
         if info.dtype == "U8":
             return *read_4bit(self.checkpoint, name), 0
@@ -176,7 +183,8 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
     Args:
         model: the checkpoint that the adapter was trained on, in 16 bits or in bitsandbytes' 4-bit format.
         base: the weights to add to: "dequantized", as in training, or "original", as in the checkpoint. None:
-            "original" for a 16-bit checkpoint without an adapter, else "dequantized".
+            "original" for a 16-bit checkpoint without an adapter, else "dequantized". Experts in MXFP4 are the same in
+            both.
         quant: how training quantized a 16-bit base; None: as the adapter's folder records, or the defaults.
 
     Raises:
@@ -192,9 +200,10 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
     known.check_stored(checkpoint)
     tuned = read_adapter(Path(adapter)).renamed(known.stored) if adapter is not None else Adapter()
     ends = Ends.of(known)
-    checkpoint = ends.with_true_ties(checkpoint)
-    turned = turned_weights(known)
-    shapes, experts = stored_shapes(checkpoint, turned), Experts.of(checkpoint, known)
+    checkpoint = ends.with_true_ties(replace(checkpoint, tensors=checkpoint.weights))
+    turned, experts = turned_weights(known), Experts.of(checkpoint, known)
+    packed = {name for name, place in experts.places.items() if place.stack in known.mxfp4}
+    shapes = stored_shapes(checkpoint, turned) | packed_shapes(checkpoint, experts, packed)
     experts.spread(tuned)
     check_belongs(tuned, shapes, turned, checkpoint.folder)
     owners = {name: own for own, name in known.stored.items()}
@@ -202,12 +211,12 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
     if not checkpoint.is_4bit:
         linears = {known.stored[own] for own in known.linears}
     quant = trained_over(checkpoint, known, {owners.get(name, name) for name in linears}, adapter, quant)
-    rounded = linears | set(experts.places) if base == "dequantized" else set()
+    rounded = linears | set(experts.places) if base == "dequantized" else packed
     full, config = saved_tensors(tuned, checkpoint, shapes, ends)
     for name, tensor in full.items():
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
         shapes[name] = (dtype, tuple(tensor.shape))
-    return Merged(checkpoint, known, tuned, quant, config, shapes, rounded, full, linears, turned, experts)
+    return Merged(checkpoint, known, tuned, quant, config, shapes, rounded, full, linears, turned, experts, packed)
 
 
 def turned_weights(known: Model) -> set[str]:
@@ -237,7 +246,7 @@ def trained_over(
 
 
 def stored_shapes(checkpoint: Checkpoint, turned: set[str]) -> Shapes:
-    """Return the dtype and shape of each tensor of a checkpoint before its quantization."""
+    """Return the dtype and shape of each tensor of a checkpoint before its quantization, without those of MXFP4."""
     shapes: Shapes = {}
     for name, info in checkpoint.tensors.items():
         if f"{name}.absmax" in checkpoint.tensors:
@@ -245,7 +254,7 @@ def stored_shapes(checkpoint: Checkpoint, turned: set[str]) -> Shapes:
             facts = read_facts(name, {suffix: read_tensor(state) for suffix, state in states.items() if state})
             shape = tuple(facts.shape)[::-1] if name in turned else tuple(facts.shape)
             shapes[name] = (NAMES[getattr(torch, facts.dtype)], shape)
-        elif not (checkpoint.is_4bit and name.endswith(SUFFIXES)):
+        elif not (checkpoint.is_4bit and name.endswith(SUFFIXES)) and not (checkpoint.is_mxfp4 and info.dtype == "U8"):
             shapes[name] = (info.dtype, info.shape)
     return shapes
 
@@ -254,6 +263,17 @@ def read_4bit(checkpoint: Checkpoint, name: str) -> tuple[Tensor, QuantState]:
     """Read the codes and state of a weight of a bitsandbytes checkpoint."""
     infos = {suffix: checkpoint.tensors.get(name + suffix) for suffix in ("", *SUFFIXES)}
     return from_bnb(name, {suffix: read_tensor(info) for suffix, info in infos.items() if info is not None})
+
+
+def packed_shapes(checkpoint: Checkpoint, experts: Experts, packed: set[str]) -> Shapes:
+    """Return the dtype and shape of stacked weights in MXFP4 once they are dequantized: those of the model."""
+    dtype = NAMES[stored_dtype(checkpoint.folder)]
+    return {name: (dtype, tuple(experts.stacks[experts.places[name].stack].weight.shape)) for name in packed}
+
+
+def read_mxfp4(checkpoint: Checkpoint, name: str) -> tuple[Tensor, QuantState]:
+    """Read the codes and state of a stacked weight in MXFP4, (E, N, K)."""
+    return from_mxfp4(name, *(read_tensor(checkpoint.tensors[name + suffix]) for suffix in ("", SCALES)))
 
 
 def common_dtype(shapes: Shapes) -> str:
