@@ -20,17 +20,28 @@ def random_mxfp4(*shape: int, exponents: tuple[int, int], seed: int = 0) -> tupl
     return blocks, torch.randint(*exponents, (*before, K // 32), generator=generator, dtype=torch.uint8)
 
 
-def make_mxfp4(folder: Path, **kwargs: Any) -> Path:
-    """A checkpoint of random weights: experts in MXFP4, all else in bfloat16."""
+def make_mxfp4(folder: Path, wide: tuple[int, int] | None = None, **kwargs: Any) -> Path:
+    """A checkpoint of random weights: experts in MXFP4, all else in bfloat16.
+
+    Args:
+        wide: number and intermediate size of its experts, if no model of them in 16 bits is to be made first.
+    """
     make_checkpoint(folder, "gpt_oss", dtype=torch.bfloat16, **kwargs)
-    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    E, I = wide or (config["num_local_experts"], config["intermediate_size"])
+    H, tensors = config["hidden_size"], load_file(folder / "model.safetensors")
     for seed, name in enumerate(sorted(tensors)):
         if name.endswith(("gate_up_proj", "down_proj")):
-            E, K, N = tensors.pop(name).shape
-            pair = random_mxfp4(E, N, K, exponents=(121, 124), seed=seed)
+            del tensors[name]
+            size = (E, 2 * I, H) if name.endswith("gate_up_proj") else (E, H, I)
+            pair = random_mxfp4(*size, exponents=(121, 124), seed=seed)
             tensors |= {name + suffix: tensor for suffix, tensor in zip(("_blocks", "_scales"), pair)}
+            tensors[f"{name}_bias"] = torch.randn(size[:2]).mul_(0.1).bfloat16()
+        elif "router" in name:
+            tensors[name] = torch.randn(E, *tensors[name].shape[1:]).mul_(0.2).bfloat16()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     kept = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    edit_config(folder, num_local_experts=E, intermediate_size=I)
     edit_config(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": kept})
     return folder
 

@@ -313,8 +313,8 @@ def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None
         hold(Quantization, quantization, "config.json: quantization_config")
     for name, info in tensors.items():
         in_4bit = f"{name}.absmax" in tensors or name.endswith(".absmax") or ".quant_state." in name
-        in_4bit = is_mxfp4_tensor(name, tensors) if is_mxfp4(quantization) else in_4bit
         packed = quantization is not None and info.dtype == "U8" and in_4bit
+        packed = packed or (is_mxfp4(quantization) and info.dtype == "U8" and is_mxfp4_tensor(name, tensors))
         is_counted = info.dtype in COUNTED and not name.endswith((".weight", ".bias"))
         if info.dtype not in FLOATS and not packed and not is_counted:
             raise UserError(
@@ -327,12 +327,17 @@ def is_mxfp4(quantization: dict[str, Any] | None) -> bool:
 
 
 def is_mxfp4_tensor(name: str, tensors: dict[str, TensorInfo]) -> bool:
-    """Whether a tensor is the blocks or the scales of a weight in MXFP4. Raises UserError for shapes that do not fit."""
+    """Whether a tensor is the blocks or the scales of a weight in MXFP4. Raises UserError unless it has both, and their
+    shapes fit."""
     weight = name.removesuffix(BLOCKS).removesuffix(SCALES)
-    pair = [tensors.get(weight + suffix) for suffix in (BLOCKS, SCALES)]
-    if weight == name or pair[0] is None or pair[1] is None or any(info.dtype != "U8" for info in pair if info):
+    if weight == name:
         return False
-    check_mxfp4(weight, pair[0].shape, pair[1].shape)
+    blocks, scales = (tensors.get(weight + suffix) for suffix in (BLOCKS, SCALES))
+    if blocks is None or scales is None or {blocks.dtype, scales.dtype} != {"U8"}:
+        pair = ((BLOCKS, blocks), (SCALES, scales))
+        found = ", ".join(f"{suffix} {info.dtype if info else 'missing'}" for suffix, info in pair)
+        raise UserError("a weight in MXFP4 must have blocks and scales in U8", found, AGAIN, weight)
+    check_mxfp4(weight, blocks.shape, scales.shape)
     return True
 
 

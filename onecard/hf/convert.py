@@ -163,19 +163,13 @@ class DeserializeMxfp4(Quantize4bit):
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", model: Any = None, **kwargs: Any
     ) -> dict[str, Tensor]:
-        found = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        found = {key[-len(BLOCKS) :]: v[0] if isinstance(v, list) else v for key, v in input_dict.items()}
+        blocks, scales = found[BLOCKS].to(torch.uint8), found[SCALES].to(torch.uint8)  # inspect_checkpoint saw both
         module, leaf = get_module_from_name(model, full_layer_name)
         weight: Any = dict(weights_of(module))[leaf]
         loaded: Any = module
         try:
-            blocks, scales = (
-                next((tensor for key, tensor in found.items() if key.endswith(suffix)), None)
-                for suffix in (BLOCKS, SCALES)
-            )
-            if blocks is None or scales is None:
-                must, what = "MXFP4 must have blocks and scales", "scales alone" if blocks is None else "blocks alone"
-                raise UserError(must, what, "fetch the checkpoint again", full_layer_name)
-            packed, state = from_mxfp4(full_layer_name, blocks.to(torch.uint8), scales.to(torch.uint8))
+            packed, state = from_mxfp4(full_layer_name, blocks, scales)
             check_shape(torch.empty(state.shape, device="meta"), weight.stored_shape("mxfp4"), full_layer_name)
             self.set(weight, packed, state)
             release_file_pages(blocks, scales)

@@ -73,7 +73,7 @@ class StackedWeight:
         return self.experts.is_transposed and not self.turns(self.loaded_state.quant_type)
 
     def stored_shape(self, quant_type: str) -> torch.Size:
-        """Return the shape of the stored weight. MXFP4's blocks run along the inputs, so it is (E, N, K) of any model."""
+        """Return the shape of the stored weight. MXFP4's blocks run along the inputs: it is (E, N, K) in any model."""
         E, *matrix = self.shape
         return torch.Size([E, *(reversed(matrix) if self.turns(quant_type) else matrix)])
 
@@ -108,7 +108,8 @@ class Experts4bit(nn.Module):
     """Replaces a model's experts that implement transformers' experts interface.
 
     Parameters and children keep their names. `weights` holds the stacked weights, (E, N, K), or (E, K, N) if the model
-    `is_transposed`; those in MXFP4 are stored as (E, N, K) in any model. While a LoRA layer computes, `factors` holds its LoRA terms by the weight's name.
+    `is_transposed`; those in MXFP4 are stored as (E, N, K) in any model. While a LoRA layer computes, `factors` holds
+    its LoRA terms by the weight's name.
     """
 
     def __init__(self, experts: Any, compute_dtype: torch.dtype | None):

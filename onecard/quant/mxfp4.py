@@ -25,7 +25,7 @@ from onecard.quant.state import PackedWeight, QuantState
 BLOCKSIZE = 32
 BLOCKS, SCALES = "_blocks", "_scales"  # after a weight's name in a checkpoint
 LARGEST_EXPONENT = 252  # 6 * 2^(252 - 127) is finite in float32 and bfloat16, 6 * 2^(253 - 127) is not
-SLAB = 1 << 22  # bytes in a slab
+SLAB = 1 << 18  # bytes in a slab: larger ones leave gaps in the heap, which grows the process
 
 
 @cache
@@ -91,7 +91,8 @@ def from_mxfp4(
         )
     packed = torch.empty(blocks.numel(), dtype=torch.uint8, device=blocks.device)
     for piece, swapped in zip(blocks.reshape(-1).split(SLAB), packed.split(SLAB)):
-        torch.bitwise_or(piece << 4, piece >> 4, out=swapped)
+        torch.bitwise_left_shift(piece, 4, out=swapped)
+        swapped |= piece >> 4
     shape = torch.Size([*blocks.shape[:-2], blocks.shape[-2] * BLOCKSIZE])
     return packed.view(-1, 1), QuantState(exponents, shape, dtype, BLOCKSIZE, "mxfp4")
 

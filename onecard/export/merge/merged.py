@@ -273,7 +273,8 @@ def packed_shapes(checkpoint: Checkpoint, experts: Experts, packed: set[str]) ->
 
 def read_mxfp4(checkpoint: Checkpoint, name: str) -> tuple[Tensor, QuantState]:
     """Read the codes and state of a stacked weight in MXFP4, (E, N, K)."""
-    return from_mxfp4(name, *(read_tensor(checkpoint.tensors[name + suffix]) for suffix in ("", SCALES)))
+    blocks, scales = (read_tensor(checkpoint.tensors[name + suffix]) for suffix in ("", SCALES))
+    return from_mxfp4(name, blocks, scales)
 
 
 def common_dtype(shapes: Shapes) -> str:
