@@ -38,6 +38,8 @@ from onecard.config.optim import ADAMW, Optim, OptimSettings
 from onecard.config.preference import LossSettings, PreferenceSettings
 from onecard.config.quant import (
     BLOCKSIZES,
+    BNB_TYPES,
+    MXFP4_STORAGE,
     QUANT_TYPES,
     BaseCalibration,
     ComputeDtype,
@@ -52,11 +54,13 @@ from onecard.config.train import MemorySettings, PlanConfig, TrainConfig
 __all__ = [
     "ADAMW",
     "BLOCKSIZES",
+    "BNB_TYPES",
     "CACHE_PROBE",
     "FORMATS_OF",
     "FUSION_PROBE_TOKENS",
     "LOGITS_CHUNK_BYTES",
     "LOSS_PROBE_TOKENS",
+    "MXFP4_STORAGE",
     "NESTED_BLOCKSIZE",
     "NUM_SAMPLES",
     "PREFILL_TOKENS",

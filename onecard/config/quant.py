@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from onecard.config.data import Data, FormatConfig
 from onecard.config.strict import Strict
 
-QUANT_TYPES = ("nf4", "fp4", "int4")
+QUANT_TYPES = ("nf4", "fp4", "int4", "mxfp4")
+BNB_TYPES = ("nf4", "fp4")  # those of bitsandbytes' format
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
-QuantType = Literal["nf4", "fp4", "int4"]
+MXFP4_STORAGE = {"blocksize": 32, "double_quant": False}  # the only one of quant_type mxfp4
+
+QuantType = Literal["nf4", "fp4", "int4", "mxfp4"]
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -20,8 +23,20 @@ class StoredConfig(Strict):
     """Storage of the frozen base (QLoRA, arXiv 2305.14314, section 3)."""
 
     quant_type: QuantType = Field(default="nf4", description="the 16 levels that weights are rounded to")
-    blocksize: int = Field(default=64, description="weights that share a scale: 32, 64, 128, ... 4096")
-    double_quant: bool = Field(default=True, description="store the scales in 8 bits")
+    blocksize: int = Field(default=64, description="weights that share a scale: 32, 64, 128, ... 4096; mxfp4: 32")
+    double_quant: bool = Field(default=True, description="store the scales in 8 bits; mxfp4 has its own such scales")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_mxfp4_is(cls, fields: Any) -> Any:
+        is_mxfp4 = isinstance(fields, dict) and fields.get("quant_type") == "mxfp4"
+        return {**MXFP4_STORAGE, **fields} if is_mxfp4 else fields
+
+    @model_validator(mode="after")
+    def _only_as_mxfp4_is(self) -> StoredConfig:
+        if self.quant_type == "mxfp4" and any(getattr(self, key) != value for key, value in MXFP4_STORAGE.items()):
+            raise ValueError("mxfp4 has blocks of 32 and scales of 8 bits: leave out blocksize and double_quant")
+        return self
 
     @field_validator("blocksize")
     @classmethod
@@ -51,8 +66,9 @@ class BaseCalibration(Strict):
 
     @model_validator(mode="after")
     def _a_format_of_bitsandbytes(self) -> BaseCalibration:
-        if self.calibrate and getattr(self, "quant_type", None) == "int4":
-            raise ValueError("calibrate writes bitsandbytes' format, which has nf4 and fp4, not int4")
+        quant_type = getattr(self, "quant_type", "nf4")
+        if self.calibrate and quant_type not in BNB_TYPES:
+            raise ValueError(f"calibrate writes bitsandbytes' format, which has nf4 and fp4, not {quant_type}")
         return self
 
 

@@ -95,9 +95,11 @@ class Quantize4bit(ConversionOps):
                 pieces = [value] if isinstance(value, Tensor) else value
                 for piece in pieces:
                     check_shape(piece, (shape[0] // len(pieces), *shape[1:]), f"{name}, expert {number}")
-                yield pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                W = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+                yield W.mT if weight.turns(self.quantization[0]) else W
 
-        self.set(weight, *ops.quantize_stack(experts(), weight.shape, *self.quantization, name))
+        stored_shape = weight.stored_shape(self.quantization[0])
+        self.set(weight, *ops.quantize_stack(experts(), stored_shape, *self.quantization, name))
         release_file_pages(*[piece for value in values for piece in ([value] if isinstance(value, Tensor) else value)])
 
     @property

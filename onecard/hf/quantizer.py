@@ -41,7 +41,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
 
     Args:
         load_in_4bit: must be True; 8-bit loading is not offered.
-        bnb_4bit_quant_type: "fp4" (also transformers' default), "nf4" or "int4".
+        bnb_4bit_quant_type: "fp4" (also transformers' default), "nf4", "int4", or "mxfp4" with a blocksize of 32.
         bnb_4bit_use_double_quant: store the scales in 8 bits.
         bnb_4bit_compute_dtype: dtype, or its name, that weights are dequantized to. None: float32.
         bnb_4bit_quant_storage: must be uint8.
@@ -137,7 +137,7 @@ class OnecardQuantizer(HfQuantizer):
         """Return what save_pretrained writes: linears and stacks as bitsandbytes' tensors, other tensors unchanged.
 
         Raises:
-            UserError: int4, which that format does not have; a paged base, which is not in memory.
+            UserError: int4 or mxfp4, which that format does not have; a paged base, which is not in memory.
         """
         tensors = model.state_dict()
         for path, module in model.named_modules():

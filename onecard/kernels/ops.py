@@ -26,7 +26,7 @@ from onecard.kernels.backend import CodeProduct, FusedLinear, backend
 from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.operator import Operator
 from onecard.kernels.reference import Lora
-from onecard.quant.blockwise import check_quantizable, check_stack, make_state
+from onecard.quant.blockwise import check_quantizable, check_stack, make_state, quantize_mxfp4
 from onecard.quant.state import PackedWeight, QuantState
 
 
@@ -41,9 +41,9 @@ def quantize_4bit(
 
     Args:
         W: float32, bfloat16 or float16, any shape with at least one element, every element finite.
-        quant_type: "nf4", "fp4" or "int4".
-        blocksize: weights that share a scale: a power of two from 32 to 4096.
-        double_quant: store the scales in 8 bits.
+        quant_type: "nf4", "fp4", "int4" or "mxfp4".
+        blocksize: weights that share a scale: a power of two from 32 to 4096; 32 for mxfp4.
+        double_quant: store the scales in 8 bits; False for mxfp4.
         name: the tensor's name in an error.
 
     Returns:
@@ -53,7 +53,9 @@ def quantize_4bit(
     Raises:
         UserError: an unknown quant_type or blocksize, another dtype, an empty tensor, NaN or Inf (with its index).
     """
-    check_quantizable(W, quant_type, blocksize, name)
+    check_quantizable(W, quant_type, blocksize, double_quant, name)
+    if quant_type == "mxfp4":
+        return quantize_mxfp4(W, name)
     packed, absmax = backend(W.device).codec.quantize_blocks(W, quant_type, blocksize, name)
     return packed, make_state(absmax, W.shape, W.dtype, quant_type, blocksize, double_quant)
 
@@ -72,6 +74,7 @@ def quantize_stack(
         UserError: same as quantize_4bit, with the part's name; a part that is not whole blocks.
     """
     numel = check_stack(shape, blocksize, name)
+    assert quant_type != "mxfp4" or not double_quant
     packed = absmax = dtype = None
     for number, W in enumerate(parts):
         codes, state = quantize_4bit(W, quant_type, blocksize, False, f"{name}, expert {number}")

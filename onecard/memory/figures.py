@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from onecard.config import QUANT_TYPES
+from onecard.config import MXFP4_STORAGE, QUANT_TYPES
 from onecard.errors import UserError
 from onecard.faults import as_user_error
 from onecard.hf.checkpoint import inspect_checkpoint
@@ -102,7 +102,8 @@ def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:
         {(quant_type, double_quant): ||W - W_hat|| / ||W||} of the model's largest linear.
     """
     name, W = largest_linear(model)
-    errors = {(kind, nested): relative_error(W, kind, nested) for kind in QUANT_TYPES for nested in (False, True)}
+    kinds = [(kind, nested) for kind in QUANT_TYPES for nested in ((False,) if kind == "mxfp4" else (False, True))]
+    errors = {(kind, nested): relative_error(W, kind, nested) for kind, nested in kinds}
     blocks = W.flatten()[: W.numel() // BLOCKSIZE * BLOCKSIZE].view(-1, BLOCKSIZE)
     scaled = (blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-38)).flatten()
     figure = Figure(figsize=(9, 5.4), layout="constrained")
@@ -132,7 +133,8 @@ def levels_and_density(path: Path, model: str) -> dict[tuple[str, bool], float]:
 
 def relative_error(W: Tensor, quant_type: str, double_quant: bool) -> float:
     """Return ||W - W_hat|| / ||W|| after quantization to 4 bits."""
-    back = ops.dequantize_4bit(*ops.quantize_4bit(W, quant_type, BLOCKSIZE, double_quant))
+    how = MXFP4_STORAGE if quant_type == "mxfp4" else {"blocksize": BLOCKSIZE, "double_quant": double_quant}
+    back = ops.dequantize_4bit(*ops.quantize_4bit(W, quant_type, **how))
     return ((W.double() - back.double()).norm() / W.double().norm()).item()
 
 
@@ -163,5 +165,5 @@ def draw_figures(output: str, model: str | None) -> list[str]:
         errors = levels_and_density(folder / "nf4_int4.png", base)
     lines = [f"{method:6s} {sum(groups.values()):6.1f} GB" for method, groups in bill.items()]
     for (kind, nested), error in errors.items():
-        lines.append(f"{kind:4s}{' double quantization' if nested else '':20s} error {error:.3%} of the weight's norm")
+        lines.append(f"{kind:5s}{' double quantization' if nested else '':20s} error {error:.3%} of the weight's norm")
     return [*lines, f"figures  {folder}"]

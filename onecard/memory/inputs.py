@@ -183,8 +183,8 @@ class PlanInputs:
 
     def scale_bytes(self, name: str) -> tuple[int, int]:
         """Return the bytes of a weight's scales, and of double quantization's own scales and offset."""
-        if name in self.model.mxfp4:
-            return self.sizes[name] // BLOCKSIZE, 0
+        if name in self.model.mxfp4 or self.config.quant_type == "mxfp4":
+            return -(-self.sizes[name] // BLOCKSIZE), 0
         blocks = -(-self.sizes[name] // self.config.blocksize)
         if not self.config.double_quant:
             return 4 * blocks, 0
@@ -309,6 +309,8 @@ class PlanInputs:
     def scale_formula(self) -> str:
         """The formula of the scales' bytes. Experts in MXFP4 have one byte for 32 weights."""
         blocksize, packed = self.config.blocksize, self.model.mxfp4
+        if self.config.quant_type == "mxfp4":
+            return f"P_q / {BLOCKSIZE}"
         P = "(P_q - P_e)" if packed else "P_q"
         nested = f"{P} / {blocksize} + 4 {P} / ({blocksize} x {NESTED_BLOCKSIZE})"
         own = nested if self.config.double_quant else f"4 {P} / {blocksize}"

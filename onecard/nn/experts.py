@@ -79,7 +79,7 @@ class StackedWeight:
 
     def turns(self, quant_type: str) -> bool:
         """Whether the stored weight's matrices are the transposes of the model's."""
-        return self.experts.is_transposed and quant_type == "mxfp4"
+        return turns(self.experts.is_transposed, quant_type)
 
     def set_weight(self, packed: Tensor, state: QuantState) -> None:
         """Set the quantized weight, of `stored_shape`."""
@@ -330,6 +330,11 @@ def expert_slices(counts: list[int]) -> Iterator[tuple[int, slice]]:
         if count:
             yield expert, slice(end, end + count)
         end += count
+
+
+def turns(is_transposed: bool, quant_type: str) -> bool:
+    """Whether a stacked weight in 4 bits has the transposes of the model's matrices: MXFP4's are always (N, K)."""
+    return is_transposed and quant_type == "mxfp4"
 
 
 def are_stacked_experts(module: Any) -> bool:

@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from onecard.config import BLOCKSIZES, QUANT_TYPES
+from onecard.config import BLOCKSIZES, MXFP4_STORAGE, QUANT_TYPES
 from onecard.errors import UserError
 from onecard.quant.codebook import decision_bounds, quant_map
-from onecard.quant.mxfp4 import exponent_map, has_exponents
+from onecard.quant.mxfp4 import BLOCKSIZE as MXFP4_BLOCKSIZE
+from onecard.quant.mxfp4 import encode_mxfp4, exponent_map, has_exponents
 from onecard.quant.nested import dequantize_absmax, quantize_absmax
 from onecard.quant.state import PackedWeight, QuantState
 
@@ -36,9 +37,9 @@ def quantize_4bit(
 
     Args:
         W: float32, bfloat16 or float16, any shape with at least one element, every element finite.
-        quant_type: "nf4", "fp4" or "int4".
-        blocksize: weights that share a scale: a power of two from 32 to 4096.
-        double_quant: store the scales in 8 bits (see nested.py).
+        quant_type: "nf4", "fp4", "int4" or "mxfp4".
+        blocksize: weights that share a scale: a power of two from 32 to 4096; 32 for mxfp4.
+        double_quant: store the scales in 8 bits (see nested.py); False for mxfp4.
         name: the tensor's name in an error.
 
     Returns:
@@ -47,7 +48,9 @@ def quantize_4bit(
     Raises:
         UserError: an unknown quant_type or blocksize, another dtype, an empty tensor, NaN or Inf (with its index).
     """
-    check_quantizable(W, quant_type, blocksize, name)
+    check_quantizable(W, quant_type, blocksize, double_quant, name)
+    if quant_type == "mxfp4":
+        return quantize_mxfp4(W, name)
     packed, absmax = quantize_blocks(W, quant_type, blocksize, name)
     return packed, make_state(absmax, W.shape, W.dtype, quant_type, blocksize, double_quant)
 
@@ -60,11 +63,14 @@ def dequantize_4bit(packed: Tensor, state: QuantState) -> Tensor:
     return out
 
 
-def check_quantizable(W: Tensor, quant_type: str, blocksize: int, name: str) -> None:
+def check_quantizable(W: Tensor, quant_type: str, blocksize: int, double_quant: bool, name: str) -> None:
     """Raise UserError unless W can be quantized with these settings. `quantize_blocks` finds NaN and Inf."""
+    storage = {"blocksize": blocksize, "double_quant": double_quant}
+    fits = quant_type != "mxfp4" or storage == MXFP4_STORAGE
     checks = (
         (quant_type in QUANT_TYPES, f"quant_type must be one of {QUANT_TYPES}", repr(quant_type)),
         (blocksize in BLOCKSIZES, f"blocksize must be one of {BLOCKSIZES}", repr(blocksize)),
+        (fits, "mxfp4 has blocks of 32 and no double quantization", str(storage)),
         (W.dtype in DTYPES, "a weight must be float32, bfloat16 or float16", str(W.dtype)),
         (W.numel() > 0, "a weight must have elements", f"shape {tuple(W.shape)}"),
     )
@@ -80,6 +86,23 @@ def check_stack(shape: torch.Size, blocksize: int, name: str) -> int:
         found = f"{numel:,} weights of shape {list(shape[1:])}, blocks of {blocksize}"
         raise UserError("an expert's weights must be whole blocks", found, "use a smaller blocksize", name)
     return numel
+
+
+def quantize_mxfp4(W: Tensor, name: str) -> tuple[Tensor, QuantState]:
+    """Quantize a tensor to MXFP4. Raises UserError for NaN or Inf."""
+    flat = W.detach().reshape(-1)
+    blocks = -(-flat.numel() // MXFP4_BLOCKSIZE)
+    packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=W.device)
+    exponents = torch.empty(blocks, dtype=torch.uint8, device=W.device)
+    for start in range(0, flat.numel(), SLAB):
+        x = flat[start : start + SLAB].float()
+        if not torch.isfinite(x).all():
+            raise not_finite(flat, W.shape, name)
+        codes, found = encode_mxfp4(x)
+        exponents[start // MXFP4_BLOCKSIZE :][: found.numel()] = found
+        slab_packed = pack(codes[: x.numel() + x.numel() % 2])
+        packed[start // 2 :][: slab_packed.shape[0]] = slab_packed
+    return packed, QuantState(exponents, W.shape, W.dtype, MXFP4_BLOCKSIZE, "mxfp4")
 
 
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,25 @@ def zero(device: torch.device) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=device)
 
 
+def encode_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize float32 weights (n,), finite, by section 6.3 of the specification.
+
+    The exponent is that of the block's largest magnitude less 2, the exponent of the largest level. A magnitude is
+    rounded to the nearest level, a tie to the even code, and beyond 6 to 6. A block of zeros has the exponent 0.
+
+    Returns:
+        Codes, uint8 (32 ceil(n / 32),), where those beyond n are zeros, and exponents, uint8 (ceil(n / 32),).
+    """
+    blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCKSIZE)).view(-1, BLOCKSIZE)
+    absmax = blocks.abs().amax(dim=1)
+    _, exponent = torch.frexp(absmax)  # absmax = m 2^exponent with m in [0.5, 1)
+    exponents = (exponent - 1 - 2 + 127).clamp(min=0).masked_fill(absmax == 0, 0).to(torch.uint8)
+    m = blocks.abs() / exponent_map(x.device)[exponents.long()][:, None]
+    codes = (m > 0.25).to(torch.uint8) + (m >= 0.75) + (m > 1.25) + (m >= 1.75) + (m > 2.5) + (m >= 3.5) + (m > 5)
+    codes += torch.signbit(blocks).to(torch.uint8) << 3
+    return codes.view(-1), exponents
+
+
 def from_mxfp4(
     name: str, blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, QuantState]:

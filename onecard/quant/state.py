@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from onecard.config import BLOCKSIZES, NESTED_BLOCKSIZE
+from onecard.config import BLOCKSIZES, BNB_TYPES, NESTED_BLOCKSIZE
 from onecard.documents import Foreign, hold, parse_json
 from onecard.errors import UserError
 from onecard.quant.codebook import dynamic_map, quant_map
@@ -142,9 +142,9 @@ def to_bnb(packed: Tensor, state: QuantState) -> dict[str, Tensor]:
     """Return one weight's tensors in a bitsandbytes checkpoint, by the suffix of their names ("" for the codes).
 
     Raises:
-        UserError: int4, which bitsandbytes does not have.
+        UserError: int4 or mxfp4, which bitsandbytes does not have.
     """
-    if state.quant_type not in ("nf4", "fp4"):
+    if state.quant_type not in BNB_TYPES:
         raise UserError("bitsandbytes' format holds nf4 and fp4", state.quant_type, "quantize to nf4", "quant_type")
     facts = {
         "quant_type": state.quant_type,

@@ -20,6 +20,7 @@ from onecard.hf.checkpoint import Checkpoint, TensorInfo
 from onecard.hf.experts import Place, expert_places
 from onecard.hf.stacks import Stack
 from onecard.kernels import ops
+from onecard.nn.experts import turns
 from onecard.quant.state import QuantState, part_of
 
 LAYER_STACKS = 2  # stacked weights of a layer; a checkpoint may interleave their matrices
@@ -92,8 +93,10 @@ class Experts:
         if stack not in self.held:
             if len(self.held) == LAYER_STACKS:
                 del self.held[next(iter(self.held))]
-            shape = self.stacks[stack].weight.shape
-            self.held[stack] = read() if read else ops.quantize_stack(self.matrices(stack), shape, *how, stack)
+            shape, matrices = self.stacks[stack].weight.shape, self.matrices(stack)
+            if turns(self.stacks[stack].is_transposed, how[0]):
+                shape, matrices = shape[:1] + shape[:0:-1], (W.mT for W in matrices)
+            self.held[stack] = read() if read else ops.quantize_stack(matrices, shape, *how, stack)
         return self.held[stack]
 
     def spread(self, adapter: Adapter) -> None:

@@ -35,6 +35,7 @@ from onecard.hf.skeleton import Model, read_model
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.kernels.backend import backend
+from onecard.nn.experts import turns
 from onecard.quant.blockwise import state_absmax
 from onecard.quant.mxfp4 import SCALES, from_mxfp4
 from onecard.quant.state import BNB_KEYS, STATE_KEY, PackedWeight, QuantState, from_bnb, read_facts
@@ -121,7 +122,7 @@ class Merged:
             return
         packed, state, skip = self.in_4bit(name, expert)
         absmax = state_absmax(state)
-        if name in self.mxfp4 and self.experts.is_transposed(name):  # its codes are those of the transpose
+        if expert is not None and turns(self.experts.is_transposed(name), state.quant_type):
             W = dequantize_part(packed, absmax, state, skip, N * K).view(K, N).T
             yield from ((start, W[start : start + rows]) for start in range(0, N, rows))
             return

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from onecard.config import NESTED_BLOCKSIZE, QuantConfig
+from onecard.config import BNB_TYPES, NESTED_BLOCKSIZE, QuantConfig
 from onecard.errors import UserError
 from onecard.export.folder import Shapes, check_room, new_folder, write_others
 from onecard.export.merge.experts import matrix_key, part_in_4bit
@@ -76,7 +76,7 @@ def quantize_checkpoint(model: str, output: str, quant: QuantConfig) -> Path:
         quant: its compute_dtype becomes config.json's bnb_4bit_compute_dtype; "auto": bfloat16.
 
     Raises:
-        UserError: a checkpoint that is not in 16 or 32 bits; int4; no room on the disk; an output that exists.
+        UserError: a checkpoint that is not in 16 or 32 bits; int4 or mxfp4; no room on the disk; an output that exists.
     """
     check_type(quant)
     if inspect_checkpoint(find_checkpoint(model)).is_4bit:
@@ -114,8 +114,8 @@ def requantize(
 
 
 def check_type(quant: QuantConfig) -> None:
-    if quant.quant_type == "int4":
-        raise UserError("bitsandbytes' format holds nf4 and fp4", "int4", "choose one of them", "quant_type")
+    if quant.quant_type not in BNB_TYPES:
+        raise UserError("bitsandbytes' format holds nf4 and fp4", quant.quant_type, "choose one of them", "quant_type")
 
 
 def write_quantized(merged: Merged, folder: Path, quant: QuantConfig) -> Kept:
