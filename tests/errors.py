@@ -14,9 +14,17 @@ from onecard.errors import UserError
 from tests.conftest import make_checkpoint, make_tokenizer
 from tests.data.bad_data import CHAT_LINES, FILES, chat_file
 from tests.hf.test_checkpoint import DAMAGES as CHECKPOINTS
+from tests.hf.test_load_mxfp4 import DAMAGES as PACKED
 from tests.infer.test_generate import DAMAGES as ADAPTERS
+from tests.mxfp4 import make_mxfp4
 
-KINDS = {"Data": [*CHAT_LINES, *FILES], "Checkpoints": list(CHECKPOINTS), "Adapters": list(ADAPTERS)}
+MXFP4 = "Checkpoints with experts in MXFP4"
+KINDS = {
+    "Data": [*CHAT_LINES, *FILES],
+    "Checkpoints": list(CHECKPOINTS),
+    MXFP4: list(PACKED),
+    "Adapters": list(ADAPTERS),
+}
 HEAD = """# What onecard says
 
 Every error has three parts: what must hold, what was found, what to do. These are the tests' own cases, printed by
@@ -73,6 +81,7 @@ def tables(folder: Path) -> dict[str, list[str]]:
     return {
         "Data": data_rows(folder),
         "Checkpoints": damaged_rows(sound, CHECKPOINTS, load),
+        MXFP4: damaged_rows(make_mxfp4(folder / "packed"), PACKED, load),
         "Adapters": damaged_rows(adapter, ADAPTERS, lambda path: with_adapter(base, path)),
     }
 

@@ -45,11 +45,12 @@ E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4 = E2M1_MAGNITUDES + tuple(-x for x in E2M1_MAGNITUDES)
 CODES = {"nf4": NF4, "fp4": FP4, "int4": INT4, "mxfp4": MXFP4}
 
-# Codes in ascending order of their level. FP4's two zeros are levels 7 and 8: code 0, then code 8.
+# Codes in ascending order of their level. FP4's two zeros are levels 7 and 8: code 0, then code 8. MXFP4's: -0.0, 0.0.
 ASCENDING = {
     "nf4": tuple(range(16)),
     "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
     "int4": tuple(range(16)),
+    "mxfp4": (15, 14, 13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7),
 }
 
 NF4_TAIL = 1 - (1 / 30 + 1 / 32) / 2  # the outermost quantile's probability: 1 - appendix E's delta

@@ -3,6 +3,7 @@ transformers on the same weights. Behaviour: damage is named; plan, memory and a
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from transformers import AutoModelForCausalLM
 import onecard
 from onecard.adapter.layers import lora_config
 from onecard.adapter.load import with_adapter
-from onecard.config import LoraSettings
+from onecard.config import LoraSettings, QuantConfig
 from onecard.errors import UserError
+from onecard.export.calibrated.base import open_base
 from onecard.export.merge.merged import merge, open_merged
+from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.skeleton import read_model
@@ -190,7 +193,7 @@ def edit(folder, change):
 
 
 BLOCKS, SCALES = (f"model.layers.1.mlp.experts.down_proj_{end}" for end in ("blocks", "scales"))
-DAMAGES = {
+CHANGES = {
     "a scale of NaN": (lambda t: t[SCALES][2, 3].fill_(255), r"down_proj.*255 at flat index 393"),
     "an infinite weight": (lambda t: t[SCALES][2, 3].fill_(253), r"down_proj.*253 at flat index"),
     "no scales": (lambda t: t.pop(SCALES), r"down_proj: .*_blocks U8, _scales missing"),
@@ -218,11 +221,14 @@ DAMAGES = {
 }
 
 
+DAMAGES = {kind: (partial(edit, change=change), expected) for kind, (change, expected) in CHANGES.items()}
+
+
 @pytest.mark.parametrize("kind", DAMAGES)
 def test_damage_is_named(kind, source, tmp_path):
-    change, expected = DAMAGES[kind]
+    damage, expected = DAMAGES[kind]
     shutil.copytree(source, tmp_path / "m")
-    edit(tmp_path / "m", change)
+    damage(tmp_path / "m")
     with pytest.raises(UserError, match=f"(?s){expected}"):
         onecard.load_model(str(tmp_path / "m"), device="cpu")
 
@@ -299,3 +305,28 @@ def test_a_run_on_packed_experts_ends_in_an_adapter_of_transformers_and_peft(sou
             if name == "weight":  # a linear, which training had in 4 bits
                 own.get_submodule(path.replace(".base_layer", "")).weight.data = weight.dequantize()
     assert torch.equal(PeftModel.from_pretrained(own, adapter)(IDS).logits, theirs)
+
+
+def test_quantize_writes_what_the_dequantized_experts_round_to(source, tmp_path):
+    """A second rounding, which the user asks for; without it there is no other 4-bit form to write."""
+    folder = quantize_checkpoint(str(source), str(tmp_path / "q"), QuantConfig())
+    theirs = transformers_own(source)
+    found = stacks_in(onecard.load_model(str(folder), compute_dtype="bfloat16", device="cpu"))
+    for name, weight in found.items():
+        packed, state = onecard.quantize_4bit(theirs.get_parameter(name))
+        assert torch.equal(weight.weight, packed) and torch.equal(weight.loaded_state.absmax, state.absmax), name
+
+
+def test_calibration_is_refused(source):
+    with pytest.raises(UserError, match="a model to calibrate must be in 16 or 32 bits"):
+        open_base(str(source), QuantConfig(), *[None] * 4)
+
+
+def test_experts_are_the_same_over_both_bases(source):
+    """The original weights are those of the linears; the experts have no others."""
+    one, other = (open_merged(str(source), None, base) for base in ("dequantized", "original"))
+    name = "model.layers.0.mlp.experts.down_proj"
+    assert torch.equal(one.read(name), other.read(name))
+    linear = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(other.read(linear), load_file(source / "model.safetensors")[linear])
+    assert not torch.equal(one.read(linear), other.read(linear))
