@@ -13,9 +13,10 @@ from safetensors import safe_open
 
 from onecard.documents import Foreign, hold, read_object
 from onecard.errors import UserError, first_line
-from onecard.hf.checkpoint import FLOATS, TensorInfo, read_header
+from onecard.hf.checkpoint import FLOATS, read_header
 from onecard.hf.load import resize_vocabulary
 from onecard.hf.quantizer import check_finite
+from onecard.hf.stored import TensorInfo
 from onecard.patterns import check_syntax, check_time, first_match, is_plain
 
 WEIGHTS = "adapter_model.safetensors"

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
-from safetensors import safe_open
 from transformers.pytorch_utils import Conv1D
 
 from onecard.config import QuantConfig, QuantType, make_config
@@ -28,6 +27,7 @@ from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.names import stored_names
 from onecard.hf.skeleton import meta_model, read_config
+from onecard.hf.stored import read_rows, read_tensor
 from onecard.kernels import ops
 from onecard.nn.linear import Linear4bit
 
@@ -199,14 +199,13 @@ def sample_base(checkpoint: Checkpoint, modules: Any, linears: Iterable[str], qu
     codes: dict[str, bytes] = {}
     stored = stored_names(modules, checkpoint.tensors)
     infos = {name: checkpoint.tensors[stored[name]] for name in linears if name in stored}
-    for file in checkpoint.files:
-        with safe_open(file, "pt") as tensors:
-            for name in (name for name, info in infos.items() if info.file == file):
-                is_4bit = infos[name].dtype == "U8"
-                is_turned = not is_4bit and isinstance(modules.get_submodule(name.removesuffix(".weight")), Conv1D)
-                num_values, width = SAMPLE_VALUES // (2 if is_4bit else 1), infos[name].shape[0 if is_turned else 1]
-                piece, rows = tensors.get_slice(stored[name]), -(-num_values // width)
-                head = (piece[:, :rows].T if is_turned else piece[:rows]).reshape(-1)[:num_values]
-                head = head if is_4bit else ops.quantize_4bit(head, quant_type, blocksize, False, name)[0]
-                codes[name] = name.encode() + head.numpy().tobytes()
+    for name, info in infos.items():
+        is_4bit = info.dtype == "U8"
+        is_turned = not is_4bit and isinstance(modules.get_submodule(name.removesuffix(".weight")), Conv1D)
+        num_values, width = SAMPLE_VALUES // (2 if is_4bit else 1), info.shape[0 if is_turned else 1]
+        rows = -(-num_values // width)
+        head = read_tensor(info)[:, :rows].T if is_turned else read_rows(info, 0, rows)
+        head = head.reshape(-1)[:num_values]
+        head = head if is_4bit else ops.quantize_4bit(head, quant_type, blocksize, False, name)[0]
+        codes[name] = name.encode() + head.numpy().tobytes()
     return hashlib.sha256(b"".join(codes[name] for name in sorted(codes))).hexdigest()

@@ -166,13 +166,16 @@ def figures(output: str = "figures", model: str | None = None) -> None:
 
 
 @app.command
-def preview(model: str, data: DataWords, *, fields: DataFields = None, num_examples: int = 3) -> None:
+def preview(
+    model: str, data: DataWords, *, fields: DataFields = None, num_examples: int = 3, tokenizer: str | None = None
+) -> None:
     """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
 
     Args:
         model: Checkpoint folder or hub id; only its tokenizer is read.
         data: Files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture.
         num_examples: Examples shown.
+        tokenizer: Folder of the tokenizer; default: the model's.
     """
     config = make_config(DataConfig, given(fields), "command line")
     console = make_console()
@@ -181,8 +184,8 @@ def preview(model: str, data: DataWords, *, fields: DataFields = None, num_examp
     from onecard.data.preview import render_preview
     from onecard.hf.load import load_tokenizer
 
-    tokenizer = load_tokenizer(model)
-    set_template(tokenizer, config.chat_template, config.template_variables)
-    dataset = load_dataset(data, tokenizer, config, loss=None)
+    loaded = load_tokenizer(model, tokenizer)
+    set_template(loaded, config.chat_template, config.template_variables)
+    dataset = load_dataset(data, loaded, config, loss=None)
     colour = console.color_system is not None
-    console.print(render_preview(dataset, tokenizer, config.packing, num_examples, colour))
+    console.print(render_preview(dataset, loaded, config.packing, num_examples, colour))

@@ -64,11 +64,14 @@ class TrainConfig(
 ):
     """One training run."""
 
-    model: str = Field(description="checkpoint folder, or a hub id where a network is")
+    model: str = Field(description="checkpoint folder, GGUF file, or a hub id where a network is")
     data: Data = Field(description="files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture")
     output: str = Field(default="run", description="folder for the adapter, checkpoints, metrics and report")
     adapter: str | None = Field(
         default=None, description="folder of a trained adapter to go on from, with a new optimizer"
+    )
+    tokenizer: str | None = Field(
+        default=None, description="folder of the tokenizer, which the adapter keeps; default: the model's"
     )
     device_memory: str | None = Field(
         default=None, description="memory for the whole run, such as 6GiB; default: most of what is free"

@@ -11,9 +11,10 @@ from torch import Tensor
 from onecard.adapter.targets import tied
 from onecard.adapter.update import Adapter
 from onecard.errors import UserError
-from onecard.export.folder import Shapes, read_tensor
-from onecard.hf.checkpoint import Checkpoint, TensorInfo
+from onecard.export.folder import Shapes
+from onecard.hf.checkpoint import Checkpoint
 from onecard.hf.skeleton import Model
+from onecard.hf.stored import TensorInfo, read_tensor
 
 HEAD = "lm_head.weight"
 TIE = "tie_word_embeddings"
@@ -124,6 +125,8 @@ def same_bytes(one: TensorInfo, other: TensorInfo) -> bool:
     """Whether two stored tensors have the same dtype, shape and bytes. It reads them piece by piece."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
+    if one.form is not None or other.form is not None:
+        return torch.equal(read_tensor(one), read_tensor(other))
     with one.file.open("rb") as first, other.file.open("rb") as second:
         first.seek(one.begin)
         second.seek(other.begin)

@@ -13,20 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from onecard.adapter.origin import Form, form_beside
 from onecard.documents import read_object
 from onecard.errors import UserError
-from onecard.faults import about, as_user_error
+from onecard.faults import as_user_error
 from onecard.files import locked, sync, sync_folder
-from onecard.hf.checkpoint import INDEX, Checkpoint, TensorInfo
-from onecard.hf.load import TORCH_DTYPES, tokenizer_folder
+from onecard.hf.checkpoint import INDEX, Checkpoint
+from onecard.hf.load import tokenizer_folder
 
 Shapes = dict[str, tuple[str, tuple[int, ...]]]  # by tensor: dtype in safetensors' spelling, shape
-DTYPES = {"F64": torch.float64, **TORCH_DTYPES}
-ALL_DTYPES = {**DTYPES, "U8": torch.uint8, "I64": torch.int64, "BOOL": torch.bool}  # of a checkpoint's tensors
 TOKENIZER_FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "additional_chat_templates",
     "*.jinja", "*.model", "*.tiktoken", "vocab*", "merges.txt",
@@ -130,15 +125,6 @@ def check_room(target: Path, num_bytes: int) -> None:
     if free < num_bytes * 1.02:
         found = f"{free / 1e9:.1f} GB free for {num_bytes / 1e9:.1f} GB"
         raise UserError("the disk must have room for the result", found, "make room", str(parent))
-
-
-def read_tensor(info: TensorInfo) -> Tensor:
-    """Read one tensor of a file. The file is not mapped, so that no other pages of it stay in memory."""
-    with about(info.file), info.file.open("rb") as stream:
-        stream.seek(info.begin)
-        buffer = bytearray(info.nbytes)
-        stream.readinto(buffer)
-    return torch.frombuffer(buffer, dtype=ALL_DTYPES[info.dtype]).view(info.shape)
 
 
 def write_others(

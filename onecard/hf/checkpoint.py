@@ -23,28 +23,17 @@ from pydantic import Field, field_validator, model_validator
 from onecard.documents import AGAIN, Foreign, brief, hold, parse_json, read_object
 from onecard.errors import UserError
 from onecard.hf.documents import Mxfp4, Quantization, Size, read_generation_document, read_model_document
+from onecard.hf.fp8 import without_fp8
+from onecard.hf.gguf.folder import source_in, tensors_of
+from onecard.hf.int4 import without_int4
+from onecard.hf.stored import DTYPE_BITS, TensorInfo, kinds_of
 from onecard.quant.mxfp4 import BLOCKS, SCALES, check_mxfp4
 
-DTYPE_BITS = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
-    "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
-}  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 COUNTED = ("I64", "BOOL")  # dtypes of positions, masks and tables that models hold in addition to weights
 MAX_HEADER_BYTES = 32 << 20  # also of an index; about 300,000 tensors
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"(.+)-(\d{5,9})-of-(\d{5,9})\.safetensors")
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as its header describes it. `begin` is its first byte in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    nbytes: int
-    file: Path
 
 
 @dataclass(frozen=True)
@@ -57,6 +46,11 @@ class Checkpoint:
     config: dict[str, Any]
 
     @property
+    def source(self) -> Path:
+        """What the user passes as the model: the folder, or a GGUF file."""
+        return source_in(self.folder) or self.folder
+
+    @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
@@ -64,6 +58,11 @@ class Checkpoint:
     def num_weights(self) -> int:
         """An upper bound of its number of weights: each uint8 value counts as two weights (codes)."""
         return sum(prod(info.shape) * (2 if info.dtype == "U8" else 1) for info in self.tensors.values())
+
+    @property
+    def kinds(self) -> list[str]:
+        """What the tensors are stored in that are converted to 16 bits when they are read, such as FP8."""
+        return kinds_of(self.tensors.values())
 
     @property
     def is_4bit(self) -> bool:
@@ -123,6 +122,8 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
     """
     config = read_model_document(folder)
     read_generation_document(folder)
+    if (file := source_in(folder)) is not None:
+        return Checkpoint(folder, *tensors_of(file, folder), config)
     if (folder / "adapter_config.json").exists():  # transformers would load the adapter's base instead
         found = "adapter_config.json among its files"
         raise UserError(
@@ -155,6 +156,7 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
             tensors[name] = info
     if mapping is not None:
         check_index(mapping, tensors, index)
+    tensors, config = without_int4(*without_fp8(tensors, config))
     check_dtypes(tensors, config)
     return Checkpoint(folder, files, tensors, config)
 
@@ -235,6 +237,10 @@ def no_weights(folder: Path) -> UserError:
             "load it with transformers on an isolated machine, and save it with save_pretrained()",
             str(folder),
         )
+    ggufs = sorted(p.name for p in folder.glob("*.gguf"))
+    if ggufs:
+        must = "a checkpoint folder must hold safetensors; a GGUF model is passed as its file"
+        return UserError(must, f"a folder with {ggufs[0]}", f"pass {folder / ggufs[0]}", str(folder))
     return UserError("a checkpoint must hold model.safetensors or its index", "neither", AGAIN, str(folder))
 
 
@@ -304,7 +310,7 @@ def check_dtypes(tensors: dict[str, TensorInfo], config: dict[str, Any]) -> None
         hold(Mxfp4, quantization, "config.json: quantization_config")
     elif quantization is not None and not quantization.get("load_in_4bit"):
         raise UserError(
-            "the base must be in 16 or 32 bits, in bitsandbytes' 4-bit format or in MXFP4",
+            "the base must be in 16 or 32 bits, or in a quantized format that docs/formats.md lists",
             f"a checkpoint quantized with {quantization.get('quant_method', 'unknown')}",
             "use the original checkpoint",
             "config.json",

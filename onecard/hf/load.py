@@ -23,8 +23,10 @@ from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint, as_indexed, inspect_checkpoint, zeros_at_end
 from onecard.hf.convert import paging, release_file_pages
 from onecard.hf.documents import read_model_document, read_tokenizer_document
+from onecard.hf.gguf.folder import check_tokenizer, check_tokens, gguf_folder, is_gguf, source_in
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.hf.skeleton import bad_config, meta_model, read_config
+from onecard.hf.stored import Lazy
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import Head, cast_output
 from onecard.nn.linear import Linear4bit
@@ -109,10 +111,10 @@ def load_paged(
     for module in modules:
         name = next((n for n, p in model.named_parameters() if p is module.weight), "")
         info = checkpoint.tensors.get(name)
-        stored = TORCH_DTYPES.get(info.dtype) if info else None
+        stored = TORCH_DTYPES.get(info.dtype) if info and info.form is None else None
         if stored is not None:
             found.append((places[name], stored))
-        else:  # the checkpoint has another name for it
+        else:  # the checkpoint has another name for it, or another form
             found.append((base.write(module.weight), module.weight.dtype))
         release_file_pages(module.weight)
     base.start(model, dtype, *found)
@@ -125,10 +127,13 @@ def is_hub_id(model: str) -> bool:
 
 
 def find_checkpoint(model: str, weights: bool = True) -> Path:
-    """Return a checkpoint's folder. For a hub id, download safetensors (if `weights`), config and tokenizer."""
+    """Return a checkpoint's folder. For a GGUF file, it is made in the cache. For a hub id, download safetensors (if
+    `weights`), config and tokenizer."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if is_gguf(path):
+        return gguf_folder(path)
     if is_hub_id(model):
         from huggingface_hub import snapshot_download
 
@@ -139,7 +144,8 @@ def find_checkpoint(model: str, weights: bool = True) -> Path:
             raise UserError(
                 "the model must be a folder or a hub id in reach", first_line(error), "check name and network", model
             ) from None
-    raise UserError("the model must be a checkpoint folder", "no such folder", "check the path", model)
+    must = "the model must be a checkpoint folder or a .gguf file"
+    raise UserError(must, "no such folder or file", "check the path", model)
 
 
 def from_pretrained(
@@ -151,15 +157,15 @@ def from_pretrained(
     narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
     warn_of_zeros(checkpoint)
     check_generation_config(folder)
-    meta_model(read_config(folder), str(folder / "config.json"), checkpoint)
+    modules = meta_model(read_config(folder), str(folder / "config.json"), checkpoint)
+    kind: Any = type(modules) if checkpoint.kinds else AutoModelForCausalLM  # the latter wants a folder with weights
     try:
-        with as_indexed(checkpoint) as indexed:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                indexed,
+        with source_of(checkpoint) as source:
+            loaded: Any = kind.from_pretrained(
+                **source,
                 **how_quantized(checkpoint, config),
                 dtype=narrow,
                 device_map={"": device},
-                use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # so that the report names them
@@ -170,15 +176,38 @@ def from_pretrained(
     except Exception as error:  # from transformers, about a value of the config
         raise bad_config(error, str(folder / "config.json")) from error
     model, report = loaded
-    model.name_or_path = model.config._name_or_path = str(folder)
+    model.name_or_path = model.config._name_or_path = str(checkpoint.source)
     check_report(report, folder)
+    if checkpoint.kinds:
+        set_generation_config(model, folder)
     if narrow != compute_dtype:
         compute_in(model, compute_dtype)
     return model
 
 
+@contextmanager
+def source_of(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """Yield from_pretrained's arguments for the weights: a folder, or tensors that are converted when it reads them."""
+    if checkpoint.kinds:
+        tensors = {name: Lazy(info) for name, info in checkpoint.tensors.items()}
+        yield {"pretrained_model_name_or_path": None, "state_dict": tensors}
+    else:
+        with as_indexed(checkpoint) as indexed:
+            yield {"pretrained_model_name_or_path": indexed, "use_safetensors": True}
+
+
+def set_generation_config(model: Any, folder: Path) -> None:
+    """Set the checkpoint's generation config, which transformers reads itself only with the weights."""
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
 def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[str, Any]:
     """Return from_pretrained's arguments for a checkpoint to quantize, or for a quantized one."""
+    if checkpoint.kinds:
+        model_config = read_config(checkpoint.folder)
+        vars(model_config).pop("quantization_config", None)
+        return {"quantization_config": config, "config": model_config}
     if not checkpoint.is_4bit and not checkpoint.is_mxfp4:
         return {"quantization_config": config}
     if checkpoint.is_4bit:
@@ -313,8 +342,19 @@ def tokenizer_folder(checkpoint: Path, adapter: str | Path | None) -> Path:
 
 
 def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
-    """Load the adapter's tokenizer, or else the checkpoint's. Raises UserError if none works."""
-    folder = tokenizer_folder(find_checkpoint(model, weights=False), adapter)
+    """Load the adapter's tokenizer, or else the checkpoint's.
+
+    Args:
+        adapter: an adapter's folder, or a folder of a tokenizer only.
+
+    Raises:
+        UserError: none works; a GGUF file says not all of its tokenizer, or has other tokens.
+    """
+    checkpoint = find_checkpoint(model, weights=False)
+    folder = tokenizer_folder(checkpoint, adapter)
+    file = source_in(checkpoint)
+    if file is not None and folder == checkpoint and not (folder / "tokenizer.json").is_file():
+        check_tokenizer(file)  # it raises
     read_tokenizer_document(folder)
     if (folder / "config.json").is_file():  # transformers may read it
         read_model_document(folder)
@@ -322,6 +362,8 @@ def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
     with tokenizing(must, do, str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("a")
+    if file is not None and folder != checkpoint:
+        check_tokens(file, tokenizer, folder)
     return tokenizer
 
 

@@ -15,11 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from onecard.errors import UserError, first_line
-from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint
+from onecard.hf.checkpoint import Checkpoint
 from onecard.hf.documents import far_more_refused, read_model_document
 from onecard.hf.experts import expert_places
 from onecard.hf.names import stored_names
 from onecard.hf.stacks import Stack, stacks_of
+from onecard.hf.stored import DTYPE_BITS
 from onecard.nn.linears import linears_of
 from onecard.quant.mxfp4 import BLOCKS
 from onecard.quant.state import BNB_KEYS

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from onecard.faults import about
-from onecard.hf.checkpoint import DTYPE_BITS, TensorInfo
+from onecard.hf.stored import DTYPE_BITS, TensorInfo
 
 STEP_BYTES = 1 << 24
 
@@ -55,7 +55,8 @@ class TensorFile:
         self.next[name] += len(piece)
 
     def copy(self, name: str, info: TensorInfo) -> None:
-        """Copy a whole tensor from another file."""
+        """Copy a whole tensor from another file, in which it has its dtype."""
+        assert info.form is None
         with about(info.file), info.file.open("rb") as source:
             source.seek(info.begin)
             for at in range(0, info.nbytes, STEP_BYTES):

@@ -15,6 +15,7 @@ from onecard.faults import as_user_error
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.skeleton import read_model
+from onecard.hf.stored import read_tensor
 from onecard.kernels import ops
 from onecard.memory.plan import Plan, plan
 from onecard.memory.terms import Method
@@ -140,16 +141,13 @@ def relative_error(W: Tensor, quant_type: str, double_quant: bool) -> float:
 
 def largest_linear(model: str) -> tuple[str, Tensor]:
     """Return name and float32 weight of the largest linear that is quantized. No other tensor is read."""
-    from safetensors import safe_open
-
     checkpoint = inspect_checkpoint(find_checkpoint(model))
     if checkpoint.is_4bit:
         do = "pass the checkpoint that it was made from"
         raise UserError("the figure must be of weights in 16 or 32 bits", "a checkpoint in 4 bits", do, model)
     linears = read_model(checkpoint).linears
     name = max((n for n in checkpoint.tensors if n in linears), key=lambda n: linears[n].weight.numel())
-    with safe_open(checkpoint.tensors[name].file, "pt") as file:
-        return name, file.get_tensor(name).to(torch.float32)
+    return name, read_tensor(checkpoint.tensors[name]).to(torch.float32)
 
 
 def draw_figures(output: str, model: str | None) -> list[str]:

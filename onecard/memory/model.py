@@ -9,9 +9,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from onecard.errors import UserError, did_you_mean, first_line
-from onecard.hf.checkpoint import DTYPE_BITS, inspect_checkpoint
+from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, is_hub_id
 from onecard.hf.skeleton import Model, meta_model, named, read_model
+from onecard.hf.stored import DTYPE_BITS
 from onecard.memory.shapes import KNOWN, MXFP4
 
 

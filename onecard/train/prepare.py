@@ -32,7 +32,9 @@ from onecard.hf.load import (
     load_tokenizer,
     pick_compute_dtype,
     pick_device,
+    tokenizer_folder,
 )
+from onecard.hf.rounding import second_rounding
 from onecard.hf.skeleton import read_config, read_model
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes
@@ -95,10 +97,13 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     folder = find_checkpoint(config.model)
     checkpoint = inspect_checkpoint(folder)
     dtype = pick_compute_dtype(config.compute_dtype, pick_device(config.device))
-    tokenizer = load_tokenizer(config.model)
+    if config.tokenizer is not None and tokenizer_folder(folder, config.tokenizer) == folder:
+        do = "pass one with tokenizer.json or tokenizer_config.json"
+        raise UserError("tokenizer must be a folder with a tokenizer", "neither of its files", do, config.tokenizer)
+    tokenizer = load_tokenizer(config.model, config.tokenizer)
     own = set_template(tokenizer, config.chat_template, config.template_variables)
     template = template_digest(tokenizer)
-    saved = deepcopy(tokenizer) if own else None
+    saved = deepcopy(tokenizer) if own or config.tokenizer else None
     fix_date(tokenizer, datetime.date.fromisoformat(date))
     size = model_size(read_config(folder))
     stream = Stream(config, tokenizer, size) if config.streaming else None
@@ -122,7 +127,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     }
     identity = {
         "model config": config_fingerprint(checkpoint),
-        "tokenizer": tokenizer_fingerprint(folder),
+        "tokenizer": tokenizer_fingerprint(tokenizer_folder(folder, config.tokenizer)),
         "data": training.fingerprint() if stream is None else stream.fingerprint(),
     }
     if own:
@@ -143,9 +148,10 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         widths = tuple(lengths[min(i + size, len(asked)) - 1] for i in range(0, len(asked), size))
         load = load.with_answers(Answers(size, widths, config.metric_max_new_tokens))
     inputs = PlanInputs(model, config, dtype, load)
-    notes: list[str] = []
+    rounding = second_rounding(checkpoint, model, config)
+    notes = [rounding] if rounding else []
     if config.adapter is not None:
-        notes = check_trained(config, model, list(inputs.adapted), checkpoint)
+        notes += check_trained(config, model, list(inputs.adapted), checkpoint)
         identity["adapter"] = sha256(Path(config.adapter) / WEIGHTS)
     strategy, plan, why = choose_memory(inputs, checkpoint.is_4bit or config.calibrate)
     if config.calibrate:

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 import onecard
 from onecard.errors import UserError
-from onecard.export.folder import read_tensor
 from onecard.hf.checkpoint import check_dtypes, inspect_checkpoint, read_header, zeros_at_end
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.load import load_tokenizer
 from onecard.hf.skeleton import read_config
+from onecard.hf.stored import read_tensor
 from tests.conftest import make_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -152,7 +152,7 @@ DAMAGES = {
     "a config of more layers": (edit_config(num_hidden_layers=3), "model.layers.2"),
     "an adapter among its files": (lambda f: (f / "adapter_config.json").write_text("{}"), "adapter_config.json"),
     "code of its own": (own_code, "config.json"),
-    "quantized by another": (edit_config(quantization_config={"quant_method": "gptq"}), "gptq"),
+    "quantized by another": (edit_config(quantization_config={"quant_method": "hqq"}), "hqq"),
     "config not JSON": (lambda f: (f / "config.json").write_text("{"), "config.json"),
     "no config": (lambda f: (f / "config.json").unlink(), "config.json"),
 }

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from onecard.errors import UserError
-from onecard.export.folder import DTYPES
 from onecard.export.merge.merged import Merged, common_dtype
 from onecard.hf.attention import supports_packing, use_packed_attention
 from onecard.hf.quantizer import check_finite
 from onecard.hf.skeleton import meta_model, read_config
+from onecard.hf.stored import FLOAT_DTYPES
 from onecard.kernels.cpu_info import product_dtype
 from onecard.train.loss import supervised
 
@@ -130,7 +130,7 @@ class LayeredModel:
         for outer in self.model.modules():
             if isinstance(outer, PreTrainedModel):
                 self.owners |= dict.fromkeys(outer.modules(), outer)
-        self.stored = DTYPES[common_dtype(merged.shapes)]
+        self.stored = FLOAT_DTYPES[common_dtype(merged.shapes)]
         self.dtype = product_dtype(self.stored, device.type)
         self.is_packed = supports_packing(self.model)
         self.in_tuple = False  # whether its layers return tuples

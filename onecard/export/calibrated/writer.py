@@ -18,9 +18,10 @@ from onecard.export.calibrated import awq, gptq
 from onecard.export.calibrated.calibration import calibrate, first_batches
 from onecard.export.calibrated.check import check_layers
 from onecard.export.calibrated.layers import LayeredModel
-from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, write_others
+from onecard.export.folder import Shapes, check_room, new_folder, write_others
 from onecard.export.merge.merged import Base, Merged, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
+from onecard.hf.stored import FLOAT_DTYPES
 from onecard.hf.writer import TensorFile
 
 Format = Literal["gptq", "awq"]
@@ -142,7 +143,9 @@ class Writer:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write a tensor that differs from the merged one."""
-        self.files[self.places[name]].append(name, tensor.to("cpu", DTYPES.get(self.shapes[name][0], tensor.dtype)))
+        self.files[self.places[name]].append(
+            name, tensor.to("cpu", FLOAT_DTYPES.get(self.shapes[name][0], tensor.dtype))
+        )
         del self.left[name]
 
     def copy_others(self) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from onecard.adapter.update import Adapter, Update, scale_of
 from onecard.errors import UserError
-from onecard.export.folder import read_tensor
-from onecard.hf.checkpoint import Checkpoint, TensorInfo
+from onecard.hf.checkpoint import Checkpoint
 from onecard.hf.experts import Place, expert_places
 from onecard.hf.stacks import Stack
+from onecard.hf.stored import TensorInfo, read_tensor
 from onecard.kernels import ops
 from onecard.nn.experts import turns
 from onecard.quant.state import QuantState, part_of
@@ -33,6 +33,7 @@ def matrix_key(name: str, expert: int | None) -> str:
 
 def matrix_info(info: TensorInfo, expert: int) -> TensorInfo:
     """Return the location of one expert's matrix in a stacked tensor."""
+    assert info.form is None, "forms have matrices only"
     size = info.nbytes // info.shape[0]
     return replace(info, shape=info.shape[1:], begin=info.begin + expert * size, nbytes=size)
 

@@ -27,11 +27,12 @@ from onecard.adapter.update import Adapter, read_adapter
 from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.ends import Ends, saved_tensors
-from onecard.export.folder import DTYPES, Shapes, check_room, new_folder, read_tensor, write_others
+from onecard.export.folder import Shapes, check_room, new_folder, write_others
 from onecard.export.merge.experts import Experts, matrix_info, matrix_key, part_in_4bit
-from onecard.hf.checkpoint import DTYPE_BITS, Checkpoint, inspect_checkpoint
+from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
 from onecard.hf.load import find_checkpoint, stored_dtype
 from onecard.hf.skeleton import Model, read_model
+from onecard.hf.stored import DTYPE_BITS, FLOAT_DTYPES, read_tensor
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.kernels.backend import backend
@@ -41,7 +42,7 @@ from onecard.quant.mxfp4 import SCALES, from_mxfp4
 from onecard.quant.state import BNB_KEYS, STATE_KEY, PackedWeight, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 SLAB_VALUES = 1 << 22
 SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
 
@@ -77,7 +78,10 @@ class Merged:
         infos, files = self.checkpoint.tensors, self.checkpoint.files
         for file in files:
             names = [n for n in self.shapes if (infos[n].file == file if n in infos else file == files[-1])]
-            yield file.name, names
+            if file.suffix != ".gguf":
+                yield file.name, names
+            else:
+                yield "model.safetensors" if len(files) == 1 else file.with_suffix(".safetensors").name, names
 
     def read(self, name: str) -> Tensor:
         """Return one whole tensor of the result."""
@@ -91,7 +95,7 @@ class Merged:
     def slabs(self, name: str) -> Iterator[Tensor]:
         """Yield consecutive rows of one tensor of the result."""
         if name in self.full:
-            yield self.full[name].to(DTYPES[self.shapes[name][0]])
+            yield self.full[name].to(FLOAT_DTYPES[self.shapes[name][0]])
         elif self.as_stored(name):
             yield read_tensor(self.checkpoint.tensors[name])
         elif name in self.turned:
@@ -105,7 +109,7 @@ class Merged:
         update = self.adapter.updates.get(matrix_key(name, expert))
         for start, piece in self.base_slabs(name, expert):
             piece = piece if update is None else update.add_to(piece, start)
-            yield piece.to(DTYPES[self.shapes[name][0]])
+            yield piece.to(FLOAT_DTYPES[self.shapes[name][0]])
 
     def as_stored(self, name: str) -> bool:
         """Whether the result has a tensor's values of the base unchanged."""
@@ -280,7 +284,7 @@ def read_mxfp4(checkpoint: Checkpoint, name: str) -> tuple[Tensor, QuantState]:
 
 def common_dtype(shapes: Shapes) -> str:
     """Return the dtype of most of a checkpoint's float tensors."""
-    return Counter(dtype for dtype, _ in shapes.values() if dtype in DTYPES).most_common(1)[0][0]
+    return Counter(dtype for dtype, _ in shapes.values() if dtype in FLOAT_DTYPES).most_common(1)[0][0]
 
 
 def merge(model: str, adapter: str, output: str, base: Base | None = None, quant: QuantConfig | None = None) -> Path:
@@ -310,8 +314,9 @@ def write_merged(merged: Merged, folder: Path) -> None:
 
 def write_tensor(file: TensorFile, merged: Merged, name: str) -> None:
     """Write one tensor of the result, some rows at a time."""
-    if merged.as_stored(name):
-        file.copy(name, merged.checkpoint.tensors[name])
+    info = merged.checkpoint.tensors.get(name)
+    if info is not None and info.form is None and merged.as_stored(name):
+        file.copy(name, info)
         return
     for slab in merged.slabs(name):
         file.append(name, slab)
@@ -324,7 +329,7 @@ def check_belongs(adapter: Adapter, shapes: Shapes, turned: set[str], folder: Pa
         dtype, found = shapes.get(name.partition("[")[0], (None, None))
         found = found and found[-2:]  # a stacked tensor's matrices
         found = found[::-1] if found and name in turned else found
-        if found != shape or dtype not in DTYPES:
+        if found != shape or dtype not in FLOAT_DTYPES:
             raise UserError(
                 f"the model must have the adapter's {name} of shape {list(shape)}",
                 "no such tensor" if found is None else f"{dtype} {list(found)}",

@@ -1,0 +1,170 @@
+"""Exact: GPTQ, AWQ and compressed-tensors checkpoints in 4 bits load as the 16-bit checkpoint that they mean."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import onecard
+from onecard.config import QuantConfig
+from onecard.errors import UserError
+from onecard.export.calibrated import awq, gptq
+from onecard.export.calibrated.grouped import Grouped, pack_int32
+from onecard.export.merge.merged import merge
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.fingerprint import fingerprint
+from onecard.hf.rounding import second_rounding
+from onecard.hf.skeleton import read_model
+from onecard.hf.stored import read_rows, read_tensor
+from tests.conftest import make_checkpoint
+from tests.export.merge.test_merged import make_adapter
+
+Q = "model.layers.0.self_attn.q_proj"
+GROUP = 32
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": False, "desc_act": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+
+
+def packed(strategy="group", group_size=GROUP, **more):
+    weights = {"num_bits": 4, "type": "int", "strategy": strategy, "group_size": group_size, **more}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+
+
+SCHEMES = {
+    "gptq": GPTQ,
+    "gptq version 2": {**GPTQ, "checkpoint_format": "gptq_v2"},
+    "awq": AWQ,
+    "compressed": packed(symmetric=True),
+    "compressed with zeros": packed(symmetric=False),
+    "compressed rows": packed("channel", None),
+}
+
+
+def random_grouped(N, K, size, generator):
+    draw = lambda low, high, *shape: torch.randint(low, high, shape, generator=generator, dtype=torch.uint8)  # noqa: E731
+    scales = (torch.rand(N, K // size, generator=generator) * 0.05 + 0.001).half()
+    group = (torch.arange(K, dtype=torch.int32) // size)[torch.randperm(K, generator=generator)]
+    return Grouped(draw(0, 16, N, K), scales, draw(1, 16, N, K // size), group)
+
+
+def stored_as(scheme, weight):
+    """The tensors of a weight in a scheme, by suffix, and the weight as it then is."""
+    plain = Grouped(weight.codes_NK, weight.scales_NG, weight.zeros_NG, weight.group_K.sort().values)
+    if scheme == "awq":
+        return {f".{key}": t for key, t in awq.tensors(plain).items()}, plain
+    if scheme.startswith("gptq"):
+        found = {f".{key}": t for key, t in gptq.tensors(weight).items()}
+        if scheme == "gptq version 2":
+            N = len(weight.zeros_NG)
+            found[".qzeros"] = pack_int32(weight.zeros_NG.T.contiguous().view(-1, N // 8, 8))
+        return found, weight
+    N, K = weight.codes_NK.shape
+    found = {
+        ".weight_packed": pack_int32(weight.codes_NK.view(N, K // 8, 8)),
+        ".weight_scale": weight.scales_NG,
+        ".weight_shape": torch.tensor([N, K]),
+    }
+    if scheme != "compressed with zeros":
+        return found, Grouped(plain.codes_NK, plain.scales_NG, torch.full_like(plain.zeros_NG, 8), plain.group_K)
+    found[".weight_zero_point"] = pack_int32(weight.zeros_NG.T.contiguous().view(-1, N // 8, 8)).T
+    found[".weight_g_idx"] = weight.group_K
+    return found, weight
+
+
+def make_int4(folder, scheme, change=None):
+    """A checkpoint of 4-bit integers, and beside it the float16 checkpoint that it means."""
+    model, twin = (make_checkpoint(folder / name, "qwen2", torch.float16) for name in ("int4", "twin"))
+    generator, stored, meant = torch.Generator().manual_seed(0), {}, {}
+    for name, W in load_file(model / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            size = W.shape[1] if scheme == "compressed rows" else GROUP
+            tensors, weight = stored_as(scheme, random_grouped(*W.shape, size, generator))
+            stored |= {name.removesuffix(".weight") + key: tensor.contiguous() for key, tensor in tensors.items()}
+            meant[name] = weight.dequantize().half()
+        else:
+            stored[name] = meant[name] = W
+    if change is not None:
+        change(stored)
+    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+    save_file(meant, twin / "model.safetensors", metadata={"format": "pt"})
+    set_quantization(model, SCHEMES[scheme])
+    return model, twin
+
+
+def set_quantization(model, quantization):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+
+
+def load(folder):
+    return onecard.load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_values_are_those_of_the_16_bit_checkpoint(tmp_path, scheme):
+    model, twin = make_int4(tmp_path, scheme)
+    found, wanted = inspect_checkpoint(model), load_file(twin / "model.safetensors")
+    assert set(found.tensors) == set(wanted) and "(4 bits)" in found.kinds[0]
+    for name, W in wanted.items():
+        assert torch.equal(read_tensor(found.tensors[name]), W), name
+        if W.ndim == 2:
+            assert torch.equal(read_rows(found.tensors[name], 3, 21), W[3:24]), name
+            assert torch.equal(read_rows(found.tensors[name], 8, 16), W[8:24]), name
+    assert fingerprint(load(model)) == fingerprint(load(twin))
+    line = second_rounding(found, read_model(found), QuantConfig())
+    assert line is not None and found.kinds[0] in line
+
+
+def test_an_adapter_is_merged_into_16_bits(tmp_path):
+    model, twin = make_int4(tmp_path, "gptq")
+    make_adapter(tmp_path / "adapter", model)
+    for name, base in (("ours", model), ("theirs", twin)):
+        merge(str(base), str(tmp_path / "adapter"), str(tmp_path / name), "original")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+
+
+DAMAGES = {
+    "no zeros": (lambda t: t.pop(f"{Q}.qzeros"), "scales and zeros"),
+    "no scales": (lambda t: t.pop(f"{Q}.scales"), "scales and zeros"),
+    "groups of another number": (lambda t: t.update({f"{Q}.scales": torch.ones(3, 64).half()}), "must fit it"),
+    "zeros of another dtype": (lambda t: t.update({f"{Q}.qzeros": t[f"{Q}.qzeros"].float()}), "must fit it"),
+    "codes of bytes": (lambda t: t.update({f"{Q}.qweight": t[f"{Q}.qweight"].byte()}), "a matrix of I32"),
+    "a group out of range": (lambda t: t[f"{Q}.g_idx"].fill_(2), "a group of 2 of 2"),
+    "a scale of Inf": (lambda t: t[f"{Q}.scales"].fill_(float("inf")), "NaN or Inf"),
+    "a zero of 16": (lambda t: t[f"{Q}.qzeros"].fill_(-1), "a zero of 0 or 16"),
+    "a weight twice": (lambda t: t.update({f"{Q}.weight": torch.ones(64, 64).half()}), "stored once"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parts_are_refused(tmp_path, damage):
+    change, expected = DAMAGES[damage]
+    model, _ = make_int4(tmp_path, "gptq", change)
+    with pytest.raises(UserError, match=expected) as caught:
+        load(model)
+    assert Q in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {**GPTQ, "bits": 8},
+        {**GPTQ, "checkpoint_format": "marlin"},
+        {**GPTQ, "dynamic": {".*down.*": {"bits": 8}}},
+        {**AWQ, "version": "gemv"},
+        {**AWQ, "zero_point": False},
+        packed(num_bits=8),
+        packed("tensor"),
+        packed("group", None),
+    ],
+    ids=str,
+)
+def test_other_layouts_are_refused(tmp_path, quantization):
+    model, _ = make_int4(tmp_path, "gptq")
+    set_quantization(model, quantization)
+    with pytest.raises(UserError, match="quantization_config"):
+        load(model)
