@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import onecard
@@ -13,6 +14,8 @@ from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from tests.conftest import make_checkpoint, make_tokenizer
 from tests.data.bad_data import CHAT_LINES, FILES, chat_file
+from tests.hf.test_added_tokens import WRONG as TOKENS
+from tests.hf.test_added_tokens import add
 from tests.hf.test_checkpoint import DAMAGES as CHECKPOINTS
 from tests.hf.test_load_mxfp4 import DAMAGES as PACKED
 from tests.infer.test_generate import DAMAGES as ADAPTERS
@@ -24,6 +27,7 @@ KINDS = {
     "Checkpoints": list(CHECKPOINTS),
     MXFP4: list(PACKED),
     "Adapters": list(ADAPTERS),
+    "New tokens": list(TOKENS),
 }
 HEAD = """# What onecard says
 
@@ -83,6 +87,7 @@ def tables(folder: Path) -> dict[str, list[str]]:
         "Checkpoints": damaged_rows(sound, CHECKPOINTS, load),
         MXFP4: damaged_rows(make_mxfp4(folder / "packed"), PACKED, load),
         "Adapters": damaged_rows(adapter, ADAPTERS, lambda path: with_adapter(base, path)),
+        "New tokens": [row(kind, partial(add, folder, kind), folder) for kind in TOKENS],
     }
 
 

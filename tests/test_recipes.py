@@ -173,7 +173,7 @@ def test_datasets_of_llamafactory(tmp_path):
         ({"val_size": 100}, "a share below 1"),
         ({"adapter_name_or_path": "a,b"}, "one adapter"),
         ({"eval_steps": 0.1}, "a number of updates"),
-        ({"add_tokens": "a,b"}, "changes the vocabulary"),
+        ({"resize_vocab": True}, "no tokens are added"),
     ],
 )
 def test_what_changes_the_result_is_refused(more, said, tmp_path):
@@ -185,6 +185,27 @@ def test_what_changes_the_result_is_refused(more, said, tmp_path):
 def test_harmless_values_of_refused_keys_and_unknown_keys_are_read(tmp_path):
     recipe = factory(tmp_path, use_galore=False, rope_scaling=None, add_tokens="", lora_rnk=4)
     assert "not known and not used: lora_rnk" in recipe.notes
+
+
+def test_new_tokens_of_llamafactory(tmp_path):
+    """There embedding and head are then trained in full, unless the file names other modules."""
+    recipe = factory(tmp_path, add_tokens="<a>, <b>", add_special_tokens="<|c|>", resize_vocab=True)
+    config = make_config(TrainConfig, recipe.fields)
+    assert config.add_tokens == ["<a>", "<b>"] and config.add_special_tokens == ["<|c|>"]
+    assert config.modules_to_save == ["embed_tokens", "lm_head"] and any("in full" in note for note in recipe.notes)
+    more = {"new_special_tokens": "<|c|>", "additional_target": "embed_tokens,lm_head,norm"}
+    config = make_config(TrainConfig, factory(tmp_path, **more).fields)
+    assert config.add_special_tokens == ["<|c|>"] and config.modules_to_save == ["embed_tokens", "lm_head", "norm"]
+    assert make_config(TrainConfig, factory(tmp_path).fields).modules_to_save is None
+
+
+def test_new_tokens_of_axolotl(tmp_path):
+    special = {"pad_token": "<p>", "additional_special_tokens": ["<|c|>"]}
+    recipe = axolotl(tmp_path, tokens=["<a>"], special_tokens=special, lora_modules_to_save=["embed_tokens", "lm_head"])
+    config = make_config(TrainConfig, recipe.fields)
+    assert (config.add_tokens, config.add_special_tokens) == (["<a>"], ["<|c|>"])
+    assert config.modules_to_save == ["embed_tokens", "lm_head"]
+    assert any(note.startswith("special_tokens {'pad_token': '<p>'}") for note in recipe.notes)
 
 
 def test_a_file_of_axolotl(tmp_path):

@@ -96,6 +96,7 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     from peft import PeftModel
 
     from onecard.adapter.origin import check_origin
+    from onecard.adapter.tokens import grown
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     check_origin(base, adapter)
@@ -107,12 +108,13 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     if num_rows > base.get_input_embeddings().weight.shape[0]:  # tokens that training added
         resize_vocabulary(base, num_rows)
     try:
-        if isinstance(model, PeftModel):
-            tuned = model
-            tuned.add_adapter(name, config)
-            tuned.load_adapter(adapter, name)
-        else:
-            tuned = PeftModel.from_pretrained(model, adapter, name, config=config)
+        with grown(base, config.trainable_token_indices):
+            if isinstance(model, PeftModel):
+                tuned = model
+                tuned.add_adapter(name, config)
+                tuned.load_adapter(adapter, name)
+            else:
+                tuned = PeftModel.from_pretrained(model, adapter, name, config=config)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError("the adapter must fit the model", first_line(error), OTHER_BASE, str(weights)) from None
     fill(tuned, Path(adapter), stored, name)

@@ -14,6 +14,7 @@ from onecard.adapter.layers import adapted_linears, as_pattern
 from onecard.config import LoraSettings
 from onecard.errors import UserError, did_you_mean
 from onecard.hf.skeleton import Model
+from onecard.hf.tokens import NewTokens
 from onecard.patterns import check_time, first_match
 
 
@@ -37,6 +38,46 @@ def check_names(model: Model, lora: LoraSettings) -> None:
             found = f'none is called "{name}"; there are {", ".join(sorted(model.stacks)) or "no experts"}'
             must = "target_parameters must name stacked weights of the model's experts"
             raise UserError(must, found[:200], "correct it", "target_parameters")
+
+
+def check_new_tokens(model: Model, lora: LoraSettings, new: NewTokens, size_before: int) -> None:
+    """Check that a model can get rows for new tokens.
+
+    Args:
+        size_before: tokens of the tokenizer without the new ones.
+
+    Raises:
+        UserError: an embedding or a head of another kind, or with LoRA; other tables of as many rows; fewer rows than
+            the tokenizer has tokens; one of embedding and head in modules_to_save without the other.
+    """
+    modules, where = model.modules, "add_tokens"
+    embedding, head = modules.get_input_embeddings(), modules.get_output_embeddings()
+    names = {module: name for name, module in modules.named_modules()}
+    if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or head.bias is not None:
+        must = "new tokens need an embedding, and a head that is a linear without a bias"
+        raise UserError(must, f"{type(embedding).__name__} and {head}", "leave add_tokens out", where)
+    tables = [m for m in names if isinstance(m, nn.Embedding) and m is not embedding]
+    for table in tables:
+        if table.num_embeddings >= embedding.num_embeddings:
+            must = "new tokens need a model with one table of tokens"
+            raise UserError(must, f"{names[table]} too", "leave add_tokens out", where)
+    if size_before > embedding.num_embeddings:
+        must = "the model must have a row for each token of its tokenizer, before others are added"
+        found = f"{size_before:,} tokens for {embedding.num_embeddings:,} rows"
+        raise UserError(must, found, "resize its embeddings with transformers, and save it", where)
+    targets = lora.target_modules
+    if targets != "all-linear" and any(matches(names[head], t, isinstance(targets, str)) for t in as_list(targets)):
+        must = "new tokens need a head without LoRA, as their rows in it are trained"
+        raise UserError(must, f"{names[head]} in target_modules", "leave it out", where)
+    saved = [f".{names[end]}".endswith(tuple(f".{n}" for n in lora.modules_to_save or ())) for end in (embedding, head)]
+    if any(saved) and not all(saved):
+        must = "with new tokens, modules_to_save must have embedding and head, or neither"
+        found, both = ", ".join(lora.modules_to_save or ()), f"{names[embedding]} and {names[head]}"
+        raise UserError(must, found, f"name {both}", "modules_to_save")
+
+
+def as_list(names: list[str] | str) -> list[str]:
+    return [names] if isinstance(names, str) else names
 
 
 def check_patterns(model: Model, lora: LoraSettings) -> None:

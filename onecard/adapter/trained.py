@@ -11,10 +11,12 @@ from typing import Any
 
 from onecard.adapter.load import AdapterDocument, check_ranks, fill, modules_of, read_config, stored_tensors
 from onecard.adapter.origin import check_origin, check_sample, read_origin, sample_base
+from onecard.adapter.tokens import indices_of
 from onecard.config import TrainConfig
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint
 from onecard.hf.skeleton import Model
+from onecard.hf.tokens import NewTokens
 
 COMPARED = (
     "r",
@@ -27,8 +29,7 @@ COMPARED = (
     "modules_to_save",
     "rank_pattern",
     "alpha_pattern",
-    "trainable_token_indices",
-)  # fields of peft's config that the settings have under the same names, or that a run does not have
+)  # fields of peft's config that the settings have under the same names
 
 
 def check_trained(config: TrainConfig, model: Model, adapted: list[str], checkpoint: Checkpoint) -> list[str]:
@@ -65,6 +66,24 @@ def check_trained(config: TrainConfig, model: Model, adapted: list[str], checkpo
         sample = sample_base(checkpoint, model.modules, model.linears, origin.quant_type, origin.blocksize)
         check_sample(sample, origin, folder, checkpoint.folder)
     return []
+
+
+def check_same_tokens(tokenizer: Any, new: NewTokens, before: Any, adapter: str) -> None:
+    """Raise UserError unless the run adds the tokens that a trained adapter has, and trains its rows.
+
+    Args:
+        tokenizer: the run's, with the new tokens.
+        before: the adapter's.
+    """
+    path = f"{adapter}/adapter_config.json"
+    trained = indices_of(AdapterDocument.model_validate(read_config(Path(adapter))).trainable_token_indices)
+    same = all(before.convert_ids_to_tokens(number) == text for number, text in new.texts.items())
+    if same and len(before) == len(tokenizer) and trained in ([], list(new.texts)):
+        return
+    had = before.convert_ids_to_tokens([number for number in trained if number < len(before)])
+    found = f"{', '.join(new.texts.values()) or 'none'}, the adapter's are {', '.join(map(str, had)) or 'none'}"
+    must, do = "a run that goes on from an adapter must add the adapter's tokens", "pass them as --add-tokens"
+    raise UserError(must, found, do, path)
 
 
 def same_form(value: Any) -> Any:

@@ -30,13 +30,14 @@ app = App(
 )
 if TYPE_CHECKING:
     TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
-    QuantizeFields = ReadFields = DataWords = Any
+    QuantizeFields = ReadFields = DataWords = TokenWords = Any
 else:
     flags = Parameter(name="*", negative_iterable=(), consume_multiple=True)
     TrainFields = Annotated[partial(TrainConfig) | None, flags]
     DataFields = Annotated[partial(DataConfig) | None, flags]
     ReadFields = Annotated[partial(ReadConfig) | None, flags]
     DataWords = Annotated[list[str], Parameter(consume_multiple=True, negative_iterable=())]
+    TokenWords = Annotated[list[str] | None, Parameter(consume_multiple=True, negative_iterable=())]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]
     QuantFields = Annotated[partial(QuantConfig) | None, flags]
     QuantizeFields = Annotated[partial(QuantizeConfig) | None, flags]

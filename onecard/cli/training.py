@@ -6,9 +6,9 @@ import signal
 import sys
 from typing import Any, Literal
 
-from onecard.cli.app import DataFields, DataWords, PlanFields, TrainFields, app
+from onecard.cli.app import DataFields, DataWords, PlanFields, TokenWords, TrainFields, app
 from onecard.cli.launch import is_started, launch
-from onecard.config import DataConfig, TrainConfig, make_config, parse_bytes
+from onecard.config import DataConfig, LoraSettings, TrainConfig, make_config, parse_bytes
 from onecard.documents import read_yaml
 from onecard.errors import Stopped, UserError, one_line
 from onecard.terminal import finish, given, make_console, quiet_libraries
@@ -167,7 +167,14 @@ def figures(output: str = "figures", model: str | None = None) -> None:
 
 @app.command
 def preview(
-    model: str, data: DataWords, *, fields: DataFields = None, num_examples: int = 3, tokenizer: str | None = None
+    model: str,
+    data: DataWords,
+    *,
+    fields: DataFields = None,
+    num_examples: int = 3,
+    tokenizer: str | None = None,
+    add_tokens: TokenWords = None,
+    add_special_tokens: TokenWords = None,
 ) -> None:
     """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
 
@@ -176,16 +183,26 @@ def preview(
         data: Files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture.
         num_examples: Examples shown.
         tokenizer: Folder of the tokenizer; default: the model's.
+        add_tokens: Tokens that train adds, or a .txt file of them.
+        add_special_tokens: Same, for control tokens.
     """
+    added = {"add_tokens": add_tokens, "add_special_tokens": add_special_tokens}
+    tokens = make_config(LoraSettings, added, "command line")
     config = make_config(DataConfig, given(fields), "command line")
     console = make_console()
     from onecard.data.chat.template import set_template
     from onecard.data.load import load_dataset
     from onecard.data.preview import render_preview
     from onecard.hf.load import load_tokenizer
+    from onecard.hf.tokens import add_tokens as extend
 
     loaded = load_tokenizer(model, tokenizer)
+    new = extend(loaded, tokens.add_tokens, tokens.add_special_tokens)
     set_template(loaded, config.chat_template, config.template_variables)
     dataset = load_dataset(data, loaded, config, loss=None)
     colour = console.color_system is not None
     console.print(render_preview(dataset, loaded, config.packing, num_examples, colour))
+    if new:
+        console.print(new.counts(dataset.stored.count(list(new.texts))), markup=False, highlight=False)
+    for note in new.notes():
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)

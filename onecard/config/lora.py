@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from onecard.config.strict import Strict
 from onecard.patterns import check_syntax, first_match
@@ -16,6 +16,31 @@ Names = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance
 Layers = Annotated[
     list[Annotated[int, Field(ge=0)]], BeforeValidator(lambda value: [value] if isinstance(value, int) else value)
 ]
+
+
+def split_tokens(value: Any) -> Any:
+    """Return the tokens of a text with commas, or of a list of such texts."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        return value
+    return [token.strip() for text in value for token in text.split(",")]
+
+
+def check_tokens(value: list[str]) -> list[str]:
+    """Raise ValueError for an empty token, one with white space, one that is listed twice, and a file beside tokens."""
+    if not value or not all(value):
+        raise ValueError("must list tokens that are not empty")
+    if bad := [text for text in value if not text.endswith(".txt") and any(char.isspace() for char in text)]:
+        raise ValueError(f"must be tokens without white space, not {bad[0]!r}")
+    if len(set(value)) < len(value):
+        raise ValueError(f"must list each token once, not {max(value, key=value.count)!r} again")
+    if len(value) > 1 and any(text.endswith(".txt") for text in value):
+        raise ValueError("must be tokens, or one .txt file alone")
+    return value
+
+
+Tokens = Annotated[list[str], BeforeValidator(split_tokens), AfterValidator(check_tokens)]
 
 
 class LoraSettings(Strict):
@@ -57,6 +82,16 @@ class LoraSettings(Strict):
     )
     modules_to_save: list[str] | None = Field(
         default=None, description="modules trained in full and saved with the adapter"
+    )
+
+    add_tokens: Tokens | None = Field(
+        default=None,
+        description="tokens that the tokenizer and the model get, such as '<think>,</think>', or a .txt file of one "
+        "a line; their rows of embedding and head are trained",
+    )
+    add_special_tokens: Tokens | None = Field(
+        default=None,
+        description="same, for control tokens, such as '<|im_start|>': text of a message never becomes one",
     )
 
     @field_validator("target_modules", "exclude_modules")
@@ -122,6 +157,10 @@ class LoraSettings(Strict):
         if start == "orthogonal" and any(rank % 2 for rank in ranks):
             raise ValueError("init_lora_weights orthogonal needs an even rank, as in peft")
         return self
+
+    @property
+    def adds_tokens(self) -> bool:
+        return bool(self.add_tokens or self.add_special_tokens)
 
     @property
     def has_frozen_start(self) -> bool:

@@ -119,6 +119,8 @@ class TrainConfig(
 
     @model_validator(mode="after")
     def _a_start_for_a_calibrated_base(self) -> TrainConfig:
+        if self.adds_tokens and self.calibrate:
+            raise ValueError("calibrate runs the base without new tokens: leave add_tokens out, or quantize first")
         if self.init_lora_weights == "loftq" and (not self.calibrate or self.use_dora):
             raise ValueError("init_lora_weights loftq is made with the base: pass calibrate, and no use_dora")
         return self

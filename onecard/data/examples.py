@@ -213,6 +213,19 @@ class Examples(Sequence[Example]):
             turns.add(example)
         return turns
 
+    def count(self, tokens: list[int]) -> list[int]:
+        """Return how often each of some tokens occurs in the chosen examples."""
+        times = np.ones(self.table.num_rows, np.int64)
+        if self.chosen is not None:
+            times = np.bincount(self.chosen, minlength=self.table.num_rows)
+        found = np.zeros(max(tokens, default=-1) + 1, np.int64)
+        for start, batch in zip(self.starts, self.batches):
+            ids = batch.ids[batch.offsets[0] : batch.offsets[-1]]
+            repeated = np.repeat(times[start : start + len(batch.offsets) - 1], np.diff(batch.offsets))
+            is_counted = np.isin(ids, tokens)
+            np.add.at(found, ids[is_counted], repeated[is_counted])
+        return found[tokens].tolist()
+
     @property
     def prompts(self) -> Counter[str]:
         """How many examples have each form of prompt."""

@@ -80,9 +80,7 @@ def saved_tensors(
         if stored is None or len(rows) != len(values):
             found = f"{len(values)} rows for {len(rows)} tokens of {name}"
             raise UserError("trained tokens must be an embedding's", found, "use their own model", str(adapter.folder))
-        W = saved[name].clone() if name in saved else read_tensor(stored)
-        W[rows] = values.to(W.dtype)
-        saved[name] = W
+        saved[name] = with_rows(saved[name] if name in saved else read_tensor(stored), rows, values, adapter)
     for name, bias in adapter.biases.items():
         stored = checkpoint.tensors.get(name)
         if stored is None or stored.shape != tuple(bias.shape):
@@ -93,8 +91,8 @@ def saved_tensors(
     both = (ends.embedding, ends.head)
     for name in set(saved) - set(shapes) - {ends.head}:
         raise UserError("a module saved in full must be the model's", name, "use its own model", str(adapter.folder))
-    trained = set(both) & set(adapter.saved)
-    if trained and ends.is_tied and ends.head not in shapes:
+    trained = set(both) & {*adapter.saved, *adapter.tokens}
+    if set(both) & set(adapter.saved) and ends.is_tied and ends.head not in shapes:
         stays = settle_ties(adapter, saved, ends, checkpoint)
         config = ends.changed(config, tie_word_embeddings=stays)
     if trained:
@@ -105,6 +103,25 @@ def saved_tensors(
             raise UserError("embedding and head must have the same tokens", str(found), do, str(adapter.folder))
         config = ends.changed(config, vocab_size=min(found.values()))
     return saved, config
+
+
+def with_rows(W_VH: Tensor, rows: list[int], values: Tensor, adapter: Adapter) -> Tensor:
+    """Return an embedding's or head's weight with trained rows; those of new tokens follow the others.
+
+    Raises:
+        UserError: they leave a gap.
+    """
+    num_rows = len(W_VH)
+    beyond = sorted(row for row in rows if row >= num_rows)
+    if beyond != list(range(num_rows, num_rows + len(beyond))):
+        must, found = (
+            "trained tokens must follow the base's own without a gap",
+            f"{beyond[-1]} behind {num_rows:,} rows",
+        )
+        raise UserError(must, found, "use the model that the adapter was trained on", str(adapter.folder))
+    W_VH = torch.cat([W_VH, W_VH.new_zeros(len(beyond), W_VH.shape[1])])
+    W_VH[rows] = values.to(W_VH.dtype)
+    return W_VH
 
 
 def settle_ties(adapter: Adapter, saved: dict[str, Tensor], ends: Ends, checkpoint: Checkpoint) -> bool:

@@ -23,6 +23,7 @@ from onecard.infer.decoding import CachedContext, Sampler, Text, end_tokens, roo
 from onecard.infer.generate import generate
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.memory.measure import is_out_of_memory
+from onecard.nn.embedding import device_of
 
 PROBE = ([1, 2, 3, 4, 5, 6, 7], [8, 9, 10])  # prompts, and then a token for each
 GREEDY = SamplingConfig(temperature=0.0)
@@ -97,7 +98,7 @@ class Rows:
 
     def __init__(self, model: Any, prompts: list[list[int]]):
         self.model, self.cache_name = model, cache_name(model)
-        self.device = model.get_input_embeddings().weight.device
+        self.device = device_of(model)
         width = max(map(len, prompts))
         self.ids_BT = torch.tensor([[0] * (width - len(ids)) + ids for ids in prompts], device=self.device)
         mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]

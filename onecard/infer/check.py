@@ -11,6 +11,7 @@ from onecard.config import CACHE_PROBE
 from onecard.errors import UserError, first_line
 from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.memory.measure import is_out_of_memory
+from onecard.nn.embedding import device_of
 from onecard.nn.linear import Linear4bit
 
 SEEN = 0.01  # of the logits' norm: rounding cannot change earlier positions by so much
@@ -62,7 +63,7 @@ def context_of(model: Any) -> type[CachedContext]:
         UserError: same as `check_computes`.
     """
     tokens = [token for piece in CACHE_PROBE for token in piece]
-    ids = torch.tensor([tokens], device=model.get_input_embeddings().weight.device)
+    ids = torch.tensor([tokens], device=device_of(model))
     try:
         whole = model(input_ids=ids, use_cache=False).logits
         for kind in (CachedContext, OneByOne):

@@ -27,6 +27,7 @@ from onecard.config import PREFILL_TOKENS, SamplingConfig
 from onecard.errors import UserError
 from onecard.hf.attention import cache_name
 from onecard.hf.load import tokenizing
+from onecard.nn.embedding import device_of
 
 
 class CachedContext:
@@ -56,7 +57,7 @@ class CachedContext:
     def feed(self, ids: list[int]) -> torch.Tensor:
         """Append `ids` to the cache. Return the next token's logits, (1, V) float32."""
         assert not self.model.training, "a cache needs a model in eval mode"
-        device = self.model.get_input_embeddings().weight.device
+        device = device_of(self.model)
         out = self.model(
             input_ids=torch.tensor([ids], device=device),
             use_cache=True,
@@ -88,7 +89,7 @@ class Uncached(CachedContext):
     @torch.no_grad()
     def feed(self, ids: list[int]) -> torch.Tensor:
         self.tokens += ids
-        device = self.model.get_input_embeddings().weight.device
+        device = device_of(self.model)
         out = self.model(input_ids=torch.tensor([self.tokens], device=device), use_cache=False)
         return out.logits[:, -1].float()
 

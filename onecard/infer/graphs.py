@@ -24,6 +24,7 @@ from onecard.hf.attention import cache_name, supports_packing, use_cached_attent
 from onecard.infer.check import MAX_RELATIVE_ERROR, agree, context_of
 from onecard.infer.decoding import CachedContext, Uncached, shared_prefix
 from onecard.kernels.cuda_graph import Recording, forbid_device_sync, on_side_stream, record_graph
+from onecard.nn.embedding import device_of
 from onecard.nn.experts import has_experts
 
 MIN_BUFFER_TOKENS = 256  # tokens of the first buffers
@@ -137,7 +138,7 @@ class FixedContext(CachedContext):
     @torch.no_grad()
     def feed(self, ids: list[int]) -> Tensor:
         assert not self.model.training, "a cache needs a model in eval mode"
-        start, device = len(self.tokens), self.model.get_input_embeddings().weight.device
+        start, device = len(self.tokens), device_of(self.model)
         buffers = self.reserve(start + len(ids), device)
         self.tokens += ids
         if len(ids) > 1 or not self.records:
@@ -209,7 +210,7 @@ def suits(model: Any) -> bool:
     """Whether a model is completely on a GPU, uses transformers' AttentionInterface, has no experts (their tokens are
     counted on the host), and has the same logits with a fixed cache."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    on_gpu = base.get_input_embeddings().weight.device.type == "cuda"
+    on_gpu = device_of(base).type == "cuda"
     paged = getattr(base, "pager", None) is not None
     return on_gpu and not paged and not has_experts(base) and supports_packing(base) and gives_the_same(model)
 

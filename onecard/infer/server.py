@@ -27,6 +27,7 @@ from starlette.types import Receive, Scope, Send
 from onecard.adapter.form import NAMES, difference, form_ids
 from onecard.adapter.load import with_adapter
 from onecard.adapter.origin import Form, form_beside
+from onecard.adapter.tokens import vocabulary_of
 from onecard.config import ServeConfig
 from onecard.data.chat.mask import LONGEST_TOKEN, text_ids
 from onecard.errors import UserError
@@ -64,7 +65,8 @@ class Service:
 
     def __init__(self, model: Any, models: dict[str, Served], config: ServeConfig):
         self.models, self.config = models, config
-        self.vocab_size, length = model.config.get_text_config().vocab_size, context_length(model)
+        self.vocab_sizes = {name: vocabulary_of(model, [str(served.adapter)]) for name, served in models.items()}
+        length = context_length(model)
         self.max_model_len = min(config.max_model_len or length, length)
         self.engine = Engine(model, config.max_num_seqs, config.max_queued)
         # One thread for short prompts and one for long ones, each with its own tokenizers: a tokenizer is not
@@ -87,7 +89,7 @@ class Service:
         except UserError as error:
             param = "messages" if isinstance(request, ChatRequest) else "prompt"
             raise ApiError(400, f"{error.must}; found: {error.found}", param, "invalid_value") from None
-        if not ids or not all(0 <= token < self.vocab_size for token in ids):
+        if not ids or not all(0 <= token < self.vocab_sizes[request.model] for token in ids):
             raise ApiError(400, "a prompt must have tokens, all of the vocabulary", "prompt", "invalid_value")
         return ids
 

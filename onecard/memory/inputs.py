@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from onecard.adapter.layers import adapted_linears
+from onecard.adapter.targets import tied
 from onecard.config import NESTED_BLOCKSIZE, TrainConfig, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import pick_device
@@ -64,6 +65,7 @@ class PlanInputs:
     config: TrainConfig
     dtype: torch.dtype
     known: Workload | None = None  # from the data; None if there is none: workload.py assumes one
+    num_new_tokens: int = 0  # that the run adds
 
     @cached_property
     def workload(self) -> Workload:
@@ -158,12 +160,32 @@ class PlanInputs:
     def num_lora(self) -> int:
         return sum(self.lora_sizes)
 
+    @property
+    def saves_ends(self) -> bool:
+        """Whether embedding and head are in modules_to_save."""
+        embedding = self.model.modules.get_input_embeddings()
+        name = next(name for name, module in self.model.modules.named_modules() if module is embedding)
+        return f".{name}".endswith(tuple(f".{saved}" for saved in self.config.modules_to_save or ()))
+
+    @cached_property
+    def row_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of the trained rows of new tokens: those of the embedding, and of a head that is not tied to it."""
+        if not self.num_new_tokens or self.saves_ends:
+            return []
+        return [(self.num_new_tokens, self.model.text.hidden_size)] * (1 if tied(self.model.modules) else 2)
+
+    @cached_property
+    def num_row_weights(self) -> int:
+        return sum(map(prod, self.row_shapes))
+
     @cached_property
     def saved_sizes(self) -> list[int]:
         """Number of weights of each parameter in modules_to_save."""
         names = tuple(f".{name}." for name in self.config.modules_to_save or ())
         found = [p for path, p in self.model.modules.named_parameters() if any(name in f".{path}" for name in names)]
-        return [p.numel() for p in found]
+        ends = (self.model.modules.get_input_embeddings(), self.model.modules.get_output_embeddings())
+        grown = {id(m.weight): self.num_new_tokens * m.weight.shape[1] for m in ends if m is not None}
+        return [p.numel() + grown.get(id(p), 0) for p in found]
 
     @cached_property
     def num_saved(self) -> int:
@@ -234,10 +256,12 @@ class PlanInputs:
 
     @cached_property
     def state_sizes(self) -> list[int]:
-        """Bytes of the optimizer's states: of each LoRA matrix, and of each saved parameter with its float32 master
-        weight."""
+        """Bytes of the optimizer's states: of each LoRA matrix, of new tokens' rows, and of each saved parameter with
+        its float32 master weight."""
         saved = [(8 if self.c == 4 else 12) * n for n in self.saved_sizes]
-        return [state_bytes(self.config.optim, shape) for shape in self.lora_shapes] + saved
+        optim = self.config.optim
+        rows = [state_bytes("adamw" if optim == "muon" else optim, shape) for shape in self.row_shapes]
+        return [*(state_bytes(optim, shape) for shape in self.lora_shapes), *rows, *saved]
 
     @cached_property
     def layer(self) -> Activations:

@@ -15,6 +15,7 @@ from onecard.adapter.targets import check_names
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import pick_compute_dtype
+from onecard.hf.tokens import read_tokens
 from onecard.memory.inputs import MemoryStrategy, PlanInputs, Term
 from onecard.memory.model import find_model
 from onecard.memory.shapes import KNOWN
@@ -110,7 +111,8 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
             "max_seq_length",
         )
     check_names(known, config)
-    inputs = PlanInputs(known, config, torch.bfloat16)
+    num_new = sum(len(read_tokens(named)) for named in (config.add_tokens, config.add_special_tokens))
+    inputs = PlanInputs(known, config, torch.bfloat16, num_new_tokens=num_new)
     if method != "full" and not inputs.adapted:
         raise UserError(
             "target_modules must name linears of the model",

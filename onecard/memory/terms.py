@@ -1,8 +1,8 @@
 """Bytes and formula of each term, from headers or a known shape and the settings only. docs/plan.md explains them.
 
-P_q quantized weights, P_e those of experts, P_o the other weights, P = P_q + P_o, P_l LoRA weights, P_s those of
-modules_to_save; T tokens in one forward, L layers, d hidden, k key heads x head size, f intermediate, V vocabulary;
-c bytes of the compute dtype. activations.py counts what a layer keeps for its backward.
+P_q quantized weights, P_e those of experts, P_o the other weights, P = P_q + P_o, P_l LoRA weights, P_n those of new
+tokens' rows, P_s those of modules_to_save; T tokens in one forward, L layers, d hidden, k key heads x head size,
+f intermediate, V vocabulary; c bytes of the compute dtype. activations.py counts what a layer keeps for its backward.
 The terms of a step are those at the moment of its peak, one of
 
     the loss                           all kept activations, the inputs of recomputed layers, the logits chunk
@@ -30,6 +30,7 @@ from onecard.optim.make import state_formula
 from onecard.paging.activations import ACTIVATIONS_AHEAD
 
 Method = Literal["full", "lora", "qlora", "generate"]
+ROW_TENSORS = 2  # more of them with rows of new tokens: the loss's input, the embedding's output
 END_TENSORS = 4  # tensors of a token's hidden size that exist around the loss
 CUDA_RESERVE = 0.04  # of what a step allocates and frees: rounding of blocks, and fragmentation
 
@@ -58,9 +59,12 @@ def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStr
             Term("modules saved", inputs.c * inputs.num_saved, "c P_s"),
             Term("LoRA gradients", 4 * P_l, "4 P_l"),
         )
+        rows = Term("new tokens' rows", 4 * inputs.num_row_weights, "4 P_n")
+        if rows.num_bytes:
+            gradients = Term("gradients", gradients.num_bytes + rows.num_bytes, "4 P_l + 4 P_n")
         if inputs.num_saved:
-            gradients = Term("gradients", gradients.num_bytes + saved.num_bytes, "4 P_l + c P_s")
-        own = [lora, *start_terms(inputs, strategy), *([saved] if inputs.num_saved else [])]
+            gradients = Term("gradients", gradients.num_bytes + saved.num_bytes, f"{gradients.formula} + c P_s")
+        own = [lora, *start_terms(inputs, strategy), *(term for term in (rows, saved) if term.num_bytes)]
         own.append(state_term(inputs, strategy))
         step = step_terms(inputs, strategy, gradients)
     return [*base, *own, *step, *device_terms(inputs, step, method != "generate")]
@@ -89,7 +93,8 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
     layers, tokens, length, layer = inputs.model.num_layers, inputs.tokens(strategy), inputs.length, inputs.layer
     kept = tokens * (layer.kept + length * layer.pair)
     whole = kept + tokens * (layer.working + length * layer.pair_working) + inputs.expert_factors
-    ends = END_TENSORS * tokens * layer.hidden  # the last norm's, the loss's gradient
+    num_ends = END_TENSORS + (ROW_TENSORS if inputs.row_shapes else 0)
+    ends = num_ends * tokens * layer.hidden  # the last norm's, the loss's gradient
     again, stay = strategy.num_recomputed, layers - strategy.num_recomputed
     waiting = again - max(0, strategy.num_offloaded - ACTIVATIONS_AHEAD)  # inputs on the device, not offloaded
     input_formula = f"{waiting} d" if waiting else ""
@@ -102,18 +107,18 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
             return gradients
         return Term(gradients.name, int(share * gradients.num_bytes), f"those so far of {gradients.formula}")
 
-    first = activations(whole + ends, f"{layer.formula} + 2 f + {2 + END_TENSORS} d")
+    first = activations(whole + ends, f"{layer.formula} + 2 f + {2 + num_ends} d")
     moments = [[so_far(1), first]]
     loss = activations(
         stay * kept + tokens * waiting * layer.hidden + ends,
         input_formula,
         f"{stay} x ({layer.formula})" if stay else "",
-        f"{END_TENSORS} d",
+        f"{num_ends} d",
     )
     moments.append([so_far(0), loss, logits_term(inputs, tokens)])
     if again:
         num_bytes = tokens * waiting * layer.hidden + whole + ends
-        last = activations(num_bytes, input_formula, f"{layer.formula} + 2 f + {2 + END_TENSORS} d")
+        last = activations(num_bytes, input_formula, f"{layer.formula} + 2 f + {2 + num_ends} d")
         weights = inputs.c * sum(linear.weight.numel() for linear in inputs.model.linears.values()) // layers
         saved_weights = [Term("a layer's weights", weights, "c P_q / L")] if strategy.keep_dequantized_weights else []
         moments.append([so_far(stay / layers), last, *saved_weights])
@@ -163,11 +168,10 @@ def logits_term(inputs: PlanInputs, tokens: int) -> Term:
     most = logits_chunk_bytes(inputs.device)
     rows = max(most // (size * vocabulary), ROW_MULTIPLE)
     chunk = size * vocabulary * min(rows, tokens)
-    if capped:
-        return Term("logits chunk", 4 * chunk, f"4 x min({most >> 20} MiB, 4 T V)")
-    if inputs.model.head_itemsize < c:
-        return Term("logits chunk", 2 * chunk, f"2 x min({most >> 20} MiB, c T V)")
-    return Term("logits chunk", chunk, f"min({most >> 20} MiB, c T V)")
+    copies = 4 if capped else 2 if inputs.model.head_itemsize < c else 1
+    copies += 1 if inputs.row_shapes else 0  # with the new tokens' logits, beside those without
+    bound = f"min({most >> 20} MiB, {'4' if capped else 'c'} T V)"
+    return Term("logits chunk", copies * chunk, f"{copies} x {bound}" if copies > 1 else bound)
 
 
 def state_term(inputs: PlanInputs, strategy: MemoryStrategy) -> Term:
@@ -176,6 +180,7 @@ def state_term(inputs: PlanInputs, strategy: MemoryStrategy) -> Term:
     if strategy.offload_optimizer_states:
         return Term(name, max(inputs.state_sizes, default=0), "one tensor's at a time")
     saved = f" + {8 if inputs.c == 4 else 12} P_s" if inputs.num_saved else ""
+    saved = (" and of P_n" if inputs.row_shapes else "") + saved
     return Term(name, sum(inputs.state_sizes), state_formula(inputs.config.optim) + saved)
 
 
@@ -196,15 +201,14 @@ def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
 def disk_terms(inputs: PlanInputs, strategy: MemoryStrategy, paged_from_file: bool) -> list[Term]:
     """Return what a run writes. `paged_from_file`: whether a paged base uses the checkpoint's own 4-bit files."""
     lora = "8 P_l" if inputs.config.has_frozen_start else "4 P_l"
-    adapter = int(lora[0]) * inputs.num_lora + inputs.c * inputs.num_saved
+    adapter = int(lora[0]) * inputs.num_lora + 4 * inputs.num_row_weights + inputs.c * inputs.num_saved
     states = state_term(inputs, MemoryStrategy())
-    trained = (
-        4 * (inputs.num_lora + inputs.num_saved) * (inputs.config.optim == "schedule_free_adamw")
-    )  # beside the average
+    num_trained = inputs.num_lora + inputs.num_row_weights + inputs.num_saved
+    trained = 4 * num_trained * (inputs.config.optim == "schedule_free_adamw")  # beside the average
     one = adapter + states.num_bytes + trained
     limit = inputs.config.save_total_limit
     count = 1 + (max(limit, 2) if inputs.config.load_best_model_at_end else limit)  # the next one is complete first
-    learned = f"{lora} + c P_s" if inputs.num_saved else lora
+    learned = lora + (" + 4 P_n" if inputs.row_shapes else "") + (" + c P_s" if inputs.num_saved else "")
     formula = f"{count} x ({learned} + {'4 P_l + ' * bool(trained)}{states.name})"
     terms = [Term("checkpoints", count * one, formula), Term("adapter", adapter, learned)]
     if strategy.weights_budget is not None and not paged_from_file:

@@ -1,6 +1,14 @@
-"""16-bit embeddings and heads in a model that computes in float32: cast at each use, never stored twice."""
+"""16-bit embeddings and heads in a model that computes in float32: cast at each use, never stored twice.
+
+NewRows are rows of tokens that an adapter has beside the model's matrix: in place of rows that it has, or behind them.
+
+Shape suffixes: P positions, V vocabulary of the model, N new rows, H hidden size.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,3 +61,44 @@ def cast_output(dtype: torch.dtype):
         return output.to(dtype)
 
     return hook
+
+
+def device_of(model: Any) -> torch.device:
+    """Return the device of a model's embedding. An adapter's wrapper around it makes its whole weight on each look."""
+    embedding = model.get_input_embeddings()
+    return getattr(embedding, "original_module", embedding).weight.device
+
+
+@dataclass(frozen=True, eq=False)
+class NewRows:
+    """Trained rows of a head, whose own matrix stays as it is.
+
+    Attributes:
+        rows_NH: float32.
+        index_N: int64, the token of each. Those from V on follow V without a gap.
+        low: those of index_N below V, whose own rows do not take part.
+        num_beyond: how many are not below V.
+        dtype: to which the rows are rounded before each use, the matrix's own.
+    """
+
+    rows_NH: Tensor
+    index_N: Tensor
+    low: Tensor
+    num_beyond: int
+    dtype: torch.dtype
+
+    def rounded(self, dtype: torch.dtype) -> Tensor:
+        """Return the rows in `dtype`, with the values that a merge writes."""
+        return self.rows_NH.to(self.dtype).to(dtype)
+
+    def extend(self, z_PV: Tensor, x_PH: Tensor) -> Tensor:
+        """Return the logits with those of the new rows, (P, V + num_beyond). It may overwrite `z_PV`."""
+        if self.num_beyond:
+            z_PV = torch.cat([z_PV, z_PV.new_empty(*z_PV.shape[:-1], self.num_beyond)], -1)
+        return z_PV.index_copy_(-1, self.index_N, x_PH @ self.rounded(x_PH.dtype).T)
+
+    def split_(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the parts of a gradient of `extend`'s result: (P, V) of the matrix, and (P, N). It overwrites `g`."""
+        g_PN = g.index_select(-1, self.index_N)
+        g_PV = g[:, : g.shape[1] - self.num_beyond].contiguous()
+        return (g_PV.index_fill_(-1, self.low, 0) if len(self.low) else g_PV), g_PN

@@ -78,12 +78,16 @@ class PagedEmbedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         ids, places = torch.unique(input_ids.cpu(), return_inverse=True)
+        return self.rows(ids.tolist())[places].to(self.place.device, self.compute_dtype)
+
+    def rows(self, ids: list[int]) -> Tensor:
+        """Return some rows, (len(ids), embedding_dim), on the host."""
         rows = torch.empty(len(ids), self.embedding_dim, dtype=self.file_dtype)
-        for row, number in zip(rows, ids.tolist()):
+        for row, number in zip(rows, ids):
             if not 0 <= number < self.num_embeddings:
                 raise IndexError(f"token {number} of a vocabulary of {self.num_embeddings}")
             read_into(self.part(number, 1), row.view(torch.uint8))
-        return rows.to(self.dtype)[places].to(self.place.device, self.compute_dtype)
+        return rows.to(self.dtype)
 
     def part(self, first: int, count: int) -> Segment:
         """Return the segment of `count` rows from row `first` on."""

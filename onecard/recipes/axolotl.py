@@ -54,7 +54,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without eff
     "unfrozen_parameters": ((), "for full training"),
     "peft_layer_replication": ((), "changes the model"),
     "peft_trainable_token_indices": ((), "trains rows of the embedding"),
-    "tokens": ((), "changes the vocabulary"),
     "added_tokens_overrides": ((), "changes the vocabulary"),
     "overrides_of_model_config": ((), "changes the model: set it in a copy of config.json"),
     "model_config": ((), "changes the model: set it in a copy of config.json"),
@@ -108,7 +107,11 @@ def read_axolotl(path: str) -> Recipe:
     reader.put("target_modules", "lora_target_linear", "all-linear" if whole else names_of(named) or None)
     if not whole and not named:
         reader.refuse("lora_target_modules", "peft's own choice for the family: name the modules")
-    special = reader.take("special_tokens", {})
+    special = dict(reader.take("special_tokens", {}))
+    reader.put("add_special_tokens", "special_tokens", special.pop("additional_special_tokens", None) or None)
+    reader.put("add_tokens", "tokens", reader.take("tokens"))
+    if reader.fields.keys() & {"add_tokens", "add_special_tokens"}:
+        reader.notes.append("new tokens: a row starts at the mean of its pieces, not at random")
     if special:
         reader.notes.append(f"special_tokens {special}: the tokenizer's own are used")
     rate = reader.take("learning_rate")

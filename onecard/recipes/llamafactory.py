@@ -59,10 +59,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without eff
     "shift_attn": ((), "another attention than the model's"),
     "mixture_of_depths": ((), "changes the model"),
     "rope_scaling": ((), "changes the model: set it in a copy of config.json"),
-    "resize_vocab": ((), "changes the vocabulary"),
-    "add_tokens": ((), "changes the vocabulary"),
-    "add_special_tokens": ((), "changes the vocabulary"),
-    "new_special_tokens": ((), "changes the vocabulary"),
     "moe_aux_loss_coef": ((0, 0.0), "adds a loss of the router"),
     "label_smoothing_factor": ((0, 0.0), "another loss"),
     "mix_strategy": (("concat",), "give each file a weight in --data"),
@@ -100,7 +96,7 @@ def read_llamafactory(path: str) -> Recipe:
         reader.put("init_lora_weights", "pissa_init", "pissa" if iterations == -1 else f"pissa_niter_{iterations}")
     target = reader.take("lora_target", "all")
     reader.put("target_modules", "lora_target", "all-linear" if target == "all" else names_of(target))
-    reader.put("modules_to_save", "additional_target", names_of(reader.take("additional_target")) or None)
+    put_tokens(reader)
     reader.put("learning_rate", "learning_rate", as_number(reader.take("learning_rate", 5e-5)))
     reader.put("adam_epsilon", "adam_epsilon", as_number(reader.take("adam_epsilon", 1e-8)))
     max_steps = reader.take("max_steps", -1)
@@ -114,6 +110,22 @@ def read_llamafactory(path: str) -> Recipe:
     put_loggers(reader, reader.take("report_to"))
     put_data(reader)
     return reader.finish(WITHOUT_EFFECT)
+
+
+def put_tokens(reader: Reader) -> None:
+    """Set the new tokens, and the modules that are trained in full: with new tokens embedding and head, as there."""
+    saved = names_of(reader.take("additional_target"))
+    special = [*names_of(reader.take("add_special_tokens")), *names_of(reader.take("new_special_tokens"))]
+    added = {"add_tokens": names_of(reader.take("add_tokens")), "add_special_tokens": special}
+    resizes = reader.take("resize_vocab", False)
+    for name, tokens in added.items():
+        reader.put(name, name, tokens or None)
+    if any(added.values()) and not saved:
+        saved = ["embed_tokens", "lm_head"]
+        reader.notes.append("new tokens: embedding and head are trained in full; a row starts at its pieces' mean")
+    elif resizes and not any(added.values()):
+        reader.refuse("resize_vocab", "no tokens are added: name the modules in additional_target")
+    reader.put("modules_to_save", "additional_target", saved or None)
 
 
 def put_model(reader: Reader) -> None:

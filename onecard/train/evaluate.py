@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from onecard.adapter.tokens import vocabulary_of
 from onecard.config import LOSS_PROBE_TOKENS
 from onecard.data.dataset import Dataset
 from onecard.data.loader import Loader
@@ -16,6 +17,7 @@ from onecard.hf.attention import NotPacked, supports_packing, use_packed_attenti
 from onecard.hf.fused import unfuse, unfused
 from onecard.infer.check import check_computes
 from onecard.kernels.cpu.contention import sharing_cores
+from onecard.nn.embedding import device_of
 from onecard.train.loss import IGNORE, packed_loss, plain_loss, to_device
 from onecard.train.ranks import Ranks
 from onecard.train.run import LossFunction
@@ -30,7 +32,7 @@ def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None
         the loss function, and the reason for the plain loss (None for the packed loss).
     """
     base = inner(model)
-    batch = to_device(probe_batch(examples), base.get_input_embeddings().weight.device)
+    batch = to_device(probe_batch(examples), device_of(base))
     check_computes(base, batch["input_ids"][:, : batch["cu_seqlens"][1]])
     num_tokens = int((batch["labels"] != IGNORE).sum())
     # A mean of about 46 losses. Their logits differ by a few roundings of the compute dtype, half an eps each.
@@ -121,7 +123,7 @@ def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None) -> 
         loss: the result of choose_loss for the model; None calls choose_loss, which runs a few short forwards.
     """
     base = inner(model)
-    dataset.check_fits(*model_size(base.config))
+    dataset.check_fits(vocabulary_of(base), model_size(base.config)[1])
     loss = loss or choose_loss(model, dataset)[0]
     with attention_of(base, loss), sharing_cores():
         return mean_loss(base, dataset, loss)

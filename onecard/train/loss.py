@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from onecard.adapter.tokens import head_parts
 from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
 from onecard.kernels import ops
 from onecard.kernels.cpu import allocator
-from onecard.nn.embedding import project, project_back
+from onecard.nn.embedding import NewRows, project, project_back
 
 IGNORE = -100
 ROWS_SCALED = 256  # rows of gradients that exist in float32 at a time
@@ -61,55 +62,73 @@ class LogitTransform:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_PH, W_VH, bias, target_P, transform, num_tokens):
-        losses_P, grad_PH = losses_and_gradients(h_PH, W_VH, bias, target_P, transform)
-        ctx.save_for_backward(grad_PH)
+    def forward(ctx, h_PH, W_VH, bias, rows_NH, target_P, transform, num_tokens, new):
+        losses_P, grad_PH, dz_PN = losses_and_gradients(h_PH, W_VH, bias, target_P, transform, new)
+        ctx.save_for_backward(grad_PH, dz_PN, None if new is None else h_PH)
         ctx.num_tokens = num_tokens
         return (losses_P.double().sum() / num_tokens).float()
 
     @staticmethod
     def backward(ctx, grad_loss):
         # Divide here, where grad_loss includes the loss scale: 1 / N alone can underflow in float16.
-        (grad_PH,) = ctx.saved_tensors
-        return (grad_PH * (grad_loss / ctx.num_tokens)).to(grad_PH.dtype), None, None, None, None, None
+        grad_PH, dz_PN, h_PH = ctx.saved_tensors
+        factor = grad_loss / ctx.num_tokens
+        grad_NH = None if dz_PN is None else factor * (dz_PN.T @ h_PH.float())
+        return (grad_PH * factor).to(grad_PH.dtype), None, None, grad_NH, None, None, None, None
 
 
 class _ChunkedTokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_PH, W_VH, bias, target_P, transform):
-        losses_P, grad_PH = losses_and_gradients(h_PH, W_VH, bias, target_P, transform)
-        ctx.save_for_backward(grad_PH)
+    def forward(ctx, h_PH, W_VH, bias, rows_NH, target_P, transform, new):
+        losses_P, grad_PH, dz_PN = losses_and_gradients(h_PH, W_VH, bias, target_P, transform, new)
+        ctx.save_for_backward(grad_PH, dz_PN, None if new is None else h_PH)
         return losses_P
 
     @staticmethod
     def backward(ctx, grad_P):
-        (grad_PH,) = ctx.saved_tensors
+        grad_PH, dz_PN, h_PH = ctx.saved_tensors
         scaled_PH = torch.empty_like(grad_PH)
         for out, rows, factors in zip(*(t.split(ROWS_SCALED) for t in (scaled_PH, grad_PH, grad_P))):
             out.copy_(rows * factors[:, None])  # in float32, for a few rows at a time
-        return scaled_PH, None, None, None, None
+        grad_NH = None if dz_PN is None else (dz_PN * grad_P[:, None]).T @ h_PH.float()
+        return scaled_PH, None, None, grad_NH, None, None, None
 
 
 def losses_and_gradients(
-    h_PH: Tensor, W_VH: Tensor, bias: Tensor | None, target_P: Tensor, transform: LogitTransform
-) -> tuple[Tensor, Tensor]:
-    """Return each position's cross-entropy, float32 (P,), and its gradient in that position's row of h, (P, H)."""
+    h_PH: Tensor,
+    W_VH: Tensor,
+    bias: Tensor | None,
+    target_P: Tensor,
+    transform: LogitTransform,
+    new: NewRows | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return each position's cross-entropy, float32 (P,), and its gradients: in that position's row of h, (P, H), and
+    in its logits of new rows, float32 (P, N), or None without such rows."""
     num_positions = len(target_P)
     filler = -num_positions % ROW_MULTIPLE
     h_PH, target_P = nn.functional.pad(h_PH, (0, 0, 0, filler)), nn.functional.pad(target_P, (0, filler))
     grad_PH = torch.empty_like(h_PH)
-    losses = []
+    losses, grads_PN = [], []
     itemsize = h_PH.dtype.itemsize if transform == LogitTransform() else 4
     rows = chunk_rows(len(target_P), W_VH.shape[0], itemsize, h_PH.device)
     for h, grad, target in zip(h_PH.split(rows), grad_PH.split(rows), target_P.split(rows)):
         z = project(h, W_VH, bias)
+        if new is not None:
+            z = new.extend(z, h)
         if transform != LogitTransform():
             z = transform(z.float())
         dz = z.clone() if transform.softcap is not None else z
         losses.append(ops.cross_entropy_(dz, target))
-        grad.copy_(project_back(transform.backward(dz, z).to(h.dtype), W_VH))
+        dz = transform.backward(dz, z).to(h.dtype)
+        if new is None:
+            grad.copy_(project_back(dz, W_VH))
+        else:
+            dz, dz_PN = new.split_(dz)
+            grad.copy_(project_back(dz, W_VH) + dz_PN @ new.rounded(h.dtype))
+            grads_PN.append(dz_PN.float())
         del z, dz  # before the next chunk allocates its own
-    return torch.cat(losses)[:num_positions], grad_PH[:num_positions]
+    dz_PN = torch.cat(grads_PN)[:num_positions] if grads_PN else None
+    return torch.cat(losses)[:num_positions], grad_PH[:num_positions], dz_PN
 
 
 def chunked_cross_entropy(
@@ -119,20 +138,24 @@ def chunked_cross_entropy(
 
     Args:
         h_PH: hidden states of the supervised positions, in the compute dtype.
-        head: the model's output embedding. A frozen linear uses the fast path. Any other head (with LoRA, or trained in
-            full) goes through autograd and recomputes its logits.
+        head: the model's output embedding. A frozen linear, also one with rows of new tokens, uses the fast path. Any
+            other head (with LoRA, or trained in full) goes through autograd and recomputes its logits.
         target_P: int64, the token that each position must predict.
     """
-    if is_frozen_linear(head):
-        return _ChunkedCrossEntropy.apply(h_PH, head.weight, head.bias, target_P, transform, num_tokens)
+    own, new = head_parts(head)
+    if is_frozen_linear(own):
+        rows_NH = None if new is None else new.rows_NH
+        return _ChunkedCrossEntropy.apply(h_PH, own.weight, own.bias, rows_NH, target_P, transform, num_tokens, new)  # type: ignore[return-value]
     parts = recomputed_losses(h_PH, head, target_P, transform, "sum")
     return sum(parts, h_PH.new_zeros((), dtype=torch.float32)) / num_tokens
 
 
 def chunked_token_losses(h_PH: Tensor, head: nn.Module, target_P: Tensor, transform: LogitTransform) -> Tensor:
     """Return the cross-entropy of each position, float32 (P,). The arguments are those of `chunked_cross_entropy`."""
-    if is_frozen_linear(head):
-        return _ChunkedTokenLosses.apply(h_PH, head.weight, head.bias, target_P, transform)  # type: ignore[return-value]
+    own, new = head_parts(head)
+    if is_frozen_linear(own):
+        rows_NH = None if new is None else new.rows_NH
+        return _ChunkedTokenLosses.apply(h_PH, own.weight, own.bias, rows_NH, target_P, transform, new)  # type: ignore[return-value]
     return torch.cat(recomputed_losses(h_PH, head, target_P, transform, "none"))
 
 

@@ -13,7 +13,7 @@ from onecard.data.stream import StreamLoader
 from onecard.memory.measure import apart, format_bytes, peak_memory_bytes
 from onecard.paging.mover import Statistics
 from onecard.train.evaluator import Evaluator
-from onecard.train.prepare import Prepared
+from onecard.train.prepare import Prepared, rows_of
 from onecard.train.report import Report
 from onecard.train.result import Result
 from onecard.train.run import Run
@@ -72,6 +72,9 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     report.facts |= {**before["facts"], **after["facts"]}
     if run.config.adapter is not None:
         report.facts["went on from"] = run.config.adapter
+    if prepared.new_tokens:
+        name, _, counts = prepared.new_tokens.counts(prepared.occurrences, rows_of(run.config)).partition(": ")
+        report.facts[name] = counts
     report.facts |= paging_facts(run.paged)
     report.memory += [
         ("plan: total", prepared.plan.total_bytes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import shutil
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from onecard.adapter.form import form_of, template_digest
 from onecard.adapter.load import WEIGHTS
 from onecard.adapter.origin import Form
-from onecard.adapter.targets import check_names
-from onecard.adapter.trained import check_trained
+from onecard.adapter.targets import check_names, check_new_tokens
+from onecard.adapter.trained import check_same_tokens, check_trained
 from onecard.config import REFERENCE_BYTES, TrainConfig, parse_bytes
 from onecard.data.chat.template import set_template
 from onecard.data.dataset import Dataset
@@ -36,6 +36,7 @@ from onecard.hf.load import (
 )
 from onecard.hf.rounding import second_rounding
 from onecard.hf.skeleton import read_config, read_model
+from onecard.hf.tokens import NewTokens, add_tokens
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes
 from onecard.memory.plan import Plan, fitted
@@ -79,6 +80,8 @@ class Prepared:
     own_tokenizer: Any = None  # saved with the adapter, as its chat template is not the checkpoint's
     precompute: bool = False  # whether the reference of preferences is computed before the training
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
+    new_tokens: NewTokens = field(default_factory=NewTokens)
+    occurrences: list[int] = field(default_factory=list)  # of each new token in the training rows
 
 
 def prepare(config: TrainConfig, date: str | None = None, answers: Answers | None = None) -> Prepared:
@@ -102,10 +105,12 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         raise UserError("tokenizer must be a folder with a tokenizer", "neither of its files", do, config.tokenizer)
     tokenizer = load_tokenizer(config.model, config.tokenizer)
     own = set_template(tokenizer, config.chat_template, config.template_variables)
-    template = template_digest(tokenizer)
-    saved = deepcopy(tokenizer) if own or config.tokenizer else None
+    template, size_before = template_digest(tokenizer), len(tokenizer)
+    new = add_tokens(tokenizer, config.add_tokens, config.add_special_tokens)
+    saved = deepcopy(tokenizer) if own or config.tokenizer or new else None
     fix_date(tokenizer, datetime.date.fromisoformat(date))
-    size = model_size(read_config(folder))
+    num_rows, longest = model_size(read_config(folder))
+    size = (num_rows and max(num_rows, new.num_rows), longest)
     stream = Stream(config, tokenizer, size) if config.streaming else None
     training = stream.first[0] if stream else load_dataset(config.data, tokenizer, config, config.loss)
     validation = {
@@ -132,10 +137,14 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     }
     if own:
         identity["chat template"] = str(template)
+    if new:
+        identity["new tokens"] = new.digest()
     if config.best_metric is not None:  # values on other rows cannot be compared
         identity |= {f"eval data {name}".rstrip(): dataset.fingerprint() for name, dataset in validation.items()}
     model = read_model(checkpoint)
     check_names(model, config)
+    if new:
+        check_new_tokens(model, config, new, size_before)
     loader = make_loader(config, training, stream)
     load = known(loader, config.num_train_epochs, validation.values(), [ids for _, ids in samples])
     load = load.with_rows(assumed(config, config.max_seq_length)) if stream else load
@@ -147,11 +156,18 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         size = min(config.per_device_eval_batch_size, len(asked))
         widths = tuple(lengths[min(i + size, len(asked)) - 1] for i in range(0, len(asked), size))
         load = load.with_answers(Answers(size, widths, config.metric_max_new_tokens))
-    inputs = PlanInputs(model, config, dtype, load)
+    inputs = PlanInputs(model, config, dtype, load, len(new))
     rounding = second_rounding(checkpoint, model, config)
-    notes = [rounding] if rounding else []
+    notes = ([rounding] if rounding else []) + new.notes()
+    occurrences = training.stored.count(list(new.texts))
+    notes += [
+        f"{text} is in none of {rows_of(config)}: all that is learned of it is that it does not come next"
+        for text, count in zip(new.texts.values(), occurrences)
+        if count == 0
+    ]
     if config.adapter is not None:
         notes += check_trained(config, model, list(inputs.adapted), checkpoint)
+        check_same_tokens(tokenizer, new, load_tokenizer(config.model, config.adapter), config.adapter)
         identity["adapter"] = sha256(Path(config.adapter) / WEIGHTS)
     strategy, plan, why = choose_memory(inputs, checkpoint.is_4bit or config.calibrate)
     if config.calibrate:
@@ -188,7 +204,14 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         saved,
         precompute,
         unmerged,
+        new,
+        occurrences,
     )
+
+
+def rows_of(config: TrainConfig) -> str:
+    """Return what new tokens are counted in: a stream's end is not known."""
+    return "the first buffer's rows" if config.streaming else "the training rows"
 
 
 def choose_memory(inputs: PlanInputs, paged_from_file: bool) -> tuple[MemoryStrategy, Plan, str]:

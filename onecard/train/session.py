@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model
 from rich.console import Console
 
 from onecard.adapter.layers import lora_config
 from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
 from onecard.adapter.start import Start, set_start
+from onecard.adapter.tokens import add_adapter
 from onecard.adapter.trained import set_trained
 from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
@@ -282,7 +282,7 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
     prepared.identity["base"] = fingerprint(base)
     torch.manual_seed(config.seed)
     try:
-        model = get_peft_model(base, lora_config(config, base))
+        model = add_adapter(base, lora_config(config, base), prepared.new_tokens)
     except ValueError as error:
         must = "target_modules must name linears of the model, target_parameters stacked weights of its experts"
         raise UserError(must, str(error), "correct it", "target_modules") from None

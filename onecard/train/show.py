@@ -12,7 +12,7 @@ from onecard.memory.show import plan_table
 from onecard.optim.schedule import learning_rate
 from onecard.train.checkpoint import State, position_of, resume
 from onecard.train.loop import count_steps
-from onecard.train.prepare import Prepared
+from onecard.train.prepare import Prepared, rows_of
 from onecard.train.run import Run
 
 
@@ -60,6 +60,8 @@ def show(prepared: Prepared, console: Console) -> None:
             asked = f"{len(prepared.questions[name]):,} of {dataset.num_documents:,} rows"
             line = f"{', '.join(config.metric_names)} on generated answers to {asked}"
             console.print(f"{shown}: {line}", markup=False, highlight=False)
+    if prepared.new_tokens:
+        console.print(prepared.new_tokens.counts(prepared.occurrences, rows_of(config)), markup=False, highlight=False)
     for note in prepared.notes:
         console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
     if config.adapter is not None:

@@ -21,12 +21,13 @@ def hashes(folder):
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
 
-def dequantized_twin(model, folder):
-    """transformers' own model whose linears hold what ours dequantize to."""
+def dequantized_twin(model, folder, inside=""):
+    """transformers' own model whose linears hold what ours dequantize to. `inside`: the end of their names that peft
+    has added."""
     twin = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit):
-            twin.get_submodule(name).weight.data = module.dequantize()
+            twin.get_submodule(name.removesuffix(inside)).weight.data = module.dequantize().float()
     return twin
 
 

@@ -201,6 +201,8 @@ def adapter_parts(adapter: Adapter, arch: Architecture) -> list[Part]:
         raise UserError("--adapter-only needs an adapter with LoRA weights", "none", "give --adapter", "adapter")
     if adapter.saved:
         raise UserError("a GGUF adapter holds LoRA only", f"{next(iter(adapter.saved))} trained in full", do)
+    if adapter.tokens:
+        raise UserError("a GGUF adapter holds A and B only", "rows of new tokens", do)
     if adapter.biases:
         raise UserError("a GGUF adapter holds A and B only", f"lora_bias, as in {next(iter(adapter.biases))}", do)
     if any(update.magnitude_N is not None for update in adapter.updates.values()):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from onecard.adapter.load import with_adapter
+from onecard.adapter.tokens import vocabulary_of, with_rows
 from onecard.config import LOGITS_CHUNK_BYTES, QuantConfig
 from onecard.data.chat.mask import Example
 from onecard.data.dataset import Dataset
@@ -38,7 +39,7 @@ from onecard.export.merge.quantized import Kept, check_type, write_quantized
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, load_model, pick_device
-from onecard.nn.embedding import Head, cast_output
+from onecard.nn.embedding import Head, cast_output, device_of
 from onecard.train.evaluate import choose_loss
 from onecard.train.loss import packed_loss, supervised
 
@@ -222,7 +223,7 @@ def run_live(
     """Run the 4-bit base with its adapter disabled and enabled."""
     base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)
     tuned = with_adapter(base, adapter)
-    vocab_size = base.config.get_text_config().vocab_size  # includes tokens that the adapter adds
+    vocab_size = vocabulary_of(base)
     examples = []
     for example in rows:
         positions, target = supervised(torch.tensor([example.labels]))
@@ -232,7 +233,7 @@ def run_live(
     packed = choose_loss(tuned, dataset)[0] is packed_loss
     with use_packed_attention(base) if packed else nullcontext():
         for ids, positions, target in shown(examples, "live adapter"):
-            with tuned.disable_adapter():
+            with tuned.disable_adapter(), with_rows(tuned):
                 before = logits(base, ids, positions, packed)
             live.write(before, logits(base, ids, positions, packed), target)
     del base, tuned
@@ -284,7 +285,7 @@ def load_written(folder: Path, device: str) -> Any:
 
 def logits(model: Any, ids: Tensor, positions: Tensor, packed: bool) -> Tensor:
     """Return float32 logits (P, V) at some positions of one document (1, T)."""
-    ids = ids.to(model.get_input_embeddings().weight.device)
+    ids = ids.to(device_of(model))
     how = {"cu_seqlens": [0, ids.shape[1]]} if packed else {}
     kept = positions.to(ids.device)
     return model(input_ids=ids, use_cache=False, logits_to_keep=kept, **how).logits[0].float().cpu()
