@@ -92,11 +92,13 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
         UserError: an adapter that does not belong to the model, a model that the format cannot hold, an output that
             exists, no disk space, a package that is not installed.
     """
+    from onecard.adapter.head import refuse_head
     from onecard.adapter.origin import STORED, stored_as
     from onecard.export.folder import need_package
     from onecard.terminal import quiet_process, tell
 
     quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
+    refuse_head(config.adapter, "export")
     with quiet_process():
         if config.format == "gguf":
             need_package("gguf", "gguf")

@@ -68,17 +68,28 @@ def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any,
     return with_adapter(base, adapter), load_tokenizer(model, adapter)
 
 
-def load_base(model: str, adapter: str | None, quant: Any, device: str) -> Any:
-    """Load a 4-bit model, quantized in the same way as in the adapter's run."""
+def load_headed(model: str, adapter: str | None, quant: Any, device: str, labels: tuple[str, ...]) -> Any:
+    """Load a 4-bit model with the classification head of a checkpoint or an adapter."""
+    from onecard.adapter.load import with_adapter
+
+    return with_adapter(load_base(model, adapter, quant, device, labels), adapter)
+
+
+def load_base(model: str, adapter: str | None, quant: Any, device: str, labels: tuple[str, ...] = ()) -> Any:
+    """Load a 4-bit model, quantized in the same way as in the adapter's run. An adapter with a classification head is
+    refused unless its labels are given."""
     from onecard.data.chat.rendering import sandbox
 
     sandbox.start()  # starts while the libraries load, which also takes a second
     quiet_libraries()
+    from onecard.adapter.head import refuse_head
     from onecard.adapter.origin import stored_as
     from onecard.hf.load import load_model
 
     config = stored_as(adapter, given(quant))
-    return load_model(model, **config.model_dump(), device=device)
+    if not labels:
+        refuse_head(adapter, "this command")
+    return load_model(model, **config.model_dump(), device=device, labels=labels)
 
 
 def make_console(quiet: bool = False) -> Any:
@@ -191,8 +202,12 @@ def quiet_process() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def read_data(data: Any, model: str, adapter: str | None, config: Any) -> Any:
-    """Load a dataset with the adapter's tokenizer, and print its notices."""
+def read_data(data: Any, model: str, adapter: str | None, config: Any, objective: str = "sft") -> Any:
+    """Load a dataset with the adapter's tokenizer, and print its notices.
+
+    Args:
+        objective: the loss, or the task of a head, that reads it.
+    """
     quiet_libraries()
     from onecard.data.chat.template import set_template
     from onecard.data.load import load_dataset
@@ -200,7 +215,7 @@ def read_data(data: Any, model: str, adapter: str | None, config: Any) -> Any:
 
     tokenizer = load_tokenizer(model, adapter)
     set_template(tokenizer, config.chat_template, config.template_variables)
-    dataset = load_dataset(data, tokenizer, config)
+    dataset = load_dataset(data, tokenizer, config, objective)
     tell(dataset)
     return dataset
 

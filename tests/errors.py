@@ -12,8 +12,8 @@ import onecard
 from onecard.config import DataConfig, LoraSettings, make_config
 from onecard.data.load import load_dataset
 from onecard.errors import UserError
-from tests.conftest import make_checkpoint, make_tokenizer
-from tests.data.bad_data import CHAT_LINES, FILES, chat_file
+from tests.conftest import make_checkpoint, make_tokenizer, write_rows
+from tests.data.bad_data import CHAT_LINES, FILES, LABELLED, chat_file
 from tests.hf.test_added_tokens import WRONG as TOKENS
 from tests.hf.test_added_tokens import add
 from tests.hf.test_checkpoint import DAMAGES as CHECKPOINTS
@@ -23,7 +23,7 @@ from tests.mxfp4 import make_mxfp4
 
 MXFP4 = "Checkpoints with experts in MXFP4"
 KINDS = {
-    "Data": [*CHAT_LINES, *FILES],
+    "Data": [*CHAT_LINES, *FILES, *LABELLED],
     "Checkpoints": list(CHECKPOINTS),
     MXFP4: list(PACKED),
     "Adapters": list(ADAPTERS),
@@ -48,13 +48,15 @@ def row(kind: str, call: Callable[[], object], folder: Path) -> str:
 
 
 def data_rows(folder: Path) -> list[str]:
-    def read(path: Path) -> Callable[[], object]:
-        return lambda: load_dataset(str(path), make_tokenizer(), DataConfig())
+    def read(path: Path, loss: str = "sft") -> Callable[[], object]:
+        return lambda: load_dataset(str(path), make_tokenizer(), DataConfig(), loss)
 
     rows = [row(kind, read(chat_file(folder, line)), folder) for kind, (line, _, _) in CHAT_LINES.items()]
     for kind, (name, raw, _, _) in FILES.items():
         (folder / name).write_bytes(raw)
         rows.append(row(kind, read(folder / name), folder))
+    for kind, (labelled, _, _) in LABELLED.items():
+        rows.append(row(kind, read(write_rows(folder / "d.jsonl", labelled), "classification"), folder))
     return rows
 
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from onecard.config import LoraSettings
 from onecard.errors import UserError
+from onecard.hf.head import is_headed
 from onecard.kernels import ops
 from onecard.nn.experts import Experts4bit, Factors
 from onecard.nn.linear import Linear4bit
@@ -238,9 +239,9 @@ def lora_config(settings: LoraSettings, model: Any = None) -> LoraConfig:
         target_parameters=settings.target_parameters,
         use_rslora=settings.use_rslora,
         use_dora=settings.use_dora,
-        modules_to_save=settings.modules_to_save,
+        modules_to_save=settings.modules_to_save and [*settings.modules_to_save],  # peft may change the list
         init_lora_weights=True if start in ("default", "loftq") else start,  # type: ignore[arg-type]
-        task_type="CAUSAL_LM",
+        task_type="SEQ_CLS" if model is not None and is_headed(model.config) else "CAUSAL_LM",
     )
     return register_fused(config)
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from onecard.documents import Foreign, hold, read_object
 from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import FLOATS, read_header
+from onecard.hf.head import is_headed
 from onecard.hf.load import resize_vocabulary
 from onecard.hf.quantizer import check_finite
 from onecard.hf.stored import TensorInfo
@@ -99,6 +100,9 @@ def with_adapter(model: Any, adapter: str | None, name: str = "default") -> Any:
     from onecard.adapter.tokens import grown
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if (read_config(Path(adapter)).get("task_type") == "SEQ_CLS") != is_headed(base.config):
+        must, found = "an adapter and its base must both have a classification head, or neither", "one of them has none"
+        raise UserError(must, found, "use the adapter with `onecard classify`, or another adapter", adapter)
     check_origin(base, adapter)
     weights = Path(adapter) / WEIGHTS
     stored, config = stored_tensors(Path(adapter)), peft_config(Path(adapter))

@@ -24,6 +24,7 @@ from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 from onecard.files import sha256
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
+from onecard.hf.head import labels_of
 from onecard.hf.load import find_checkpoint
 from onecard.hf.names import stored_names
 from onecard.hf.skeleton import meta_model, read_config
@@ -88,8 +89,9 @@ def origin_of(model: Any, name: str) -> Origin:
     linears = {f"{n.replace('.base_layer', '')}.weight": m for n, m in named if isinstance(m, Linear4bit)}
     state = next(iter(linears.values())).loaded_state
     quant = {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
-    checkpoint = inspect_checkpoint(find_checkpoint(model.name_or_path))
-    modules = meta_model(read_config(checkpoint.folder), str(checkpoint.folder / "config.json"), checkpoint)
+    checkpoint, labels = inspect_checkpoint(find_checkpoint(model.name_or_path)), labels_of(model.config)
+    where = str(checkpoint.folder / "config.json")
+    modules = meta_model(read_config(checkpoint.folder), where, checkpoint, labels)
     sample = sample_base(checkpoint, modules, linears, state.quant_type, state.blocksize)
     return Origin(model=name, **quant, sample=sample)
 

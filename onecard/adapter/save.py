@@ -28,6 +28,8 @@ def save_plain(model: Any, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=tensors)
     config: Any = LoraConfig.from_pretrained(str(folder))
     config.init_lora_weights = True
+    if config.task_type == "SEQ_CLS":  # peft adds the names that other families have
+        config.modules_to_save = sorted(set(config.modules_to_save) - {"classifier"})
     if layers:
         factor = 2**0.5 if config.use_rslora else 2  # so that the scale stays
         config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha
@@ -36,11 +38,12 @@ def save_plain(model: Any, folder: Path) -> None:
     config.save_pretrained(str(folder))
 
 
-def save_adapter(model: Any, folder: Path, origin: Origin, tokenizer: Any = None) -> None:
+def save_adapter(model: Any, folder: Path, origin: Origin, tokenizer: Any = None, config: Any = None) -> None:
     """Write peft's adapter folder under a temporary name, sync it, then replace an older folder by renaming.
 
     Args:
         tokenizer: saved with the adapter, if it is not the checkpoint's.
+        config: transformers' config of a model with a classification head, saved with the adapter.
 
     The older folder is removed after the new one has its name: at each moment the disk holds a complete one.
     """
@@ -49,6 +52,8 @@ def save_adapter(model: Any, folder: Path, origin: Origin, tokenizer: Any = None
     save_plain(model, temporary)
     if tokenizer is not None:
         tokenizer.save_pretrained(temporary)
+    if config is not None:
+        config.save_pretrained(temporary)
     write_origin(temporary, origin)
     for path in temporary.iterdir():
         sync(path)

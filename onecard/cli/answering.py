@@ -8,7 +8,7 @@ import sys
 from onecard.cli.app import DataFields, DataWords, QuantFields, ServeFields, app
 from onecard.config import DataConfig, ServeConfig, make_config
 from onecard.errors import UserError, printable
-from onecard.terminal import given, load, load_base, make_console, read_data
+from onecard.terminal import given, load, load_base, load_headed, make_console, read_data
 
 
 @app.command
@@ -72,6 +72,40 @@ def chat(
 
 
 @app.command
+def classify(
+    model: str,
+    text: str,
+    adapter: str | None = None,
+    *,
+    quant: QuantFields = None,
+    device: str = "auto",
+) -> None:
+    """Print the class of a text with the share of each class, or its reward, by a trained classification head.
+
+    Args:
+        model: Checkpoint folder or hub id; without an adapter, one with a classification head.
+        text: It is written as the adapter's training rows were: as it is, or as a user's message of a chat.
+        adapter: Folder of an adapter that was trained with --task classification or reward.
+    """
+    from onecard.adapter.head import labels_in
+    from onecard.adapter.origin import form_beside
+    from onecard.hf.load import load_tokenizer
+    from onecard.train.head import classify as run
+
+    labels = labels_in(model, adapter)
+    if not labels:
+        do = "pass an adapter that was trained with --task classification or reward"
+        raise UserError("classify needs a classification head", "none", do, adapter or model)
+    loaded = load_headed(model, adapter, quant, device, labels)
+    found = run(loaded, load_tokenizer(model, adapter), text, form_beside(adapter))
+    if len(labels) == 1:
+        return print(f"{labels[0]} {found[0]:.4f}")
+    shares = found.softmax(0).tolist()
+    first = sorted(range(len(labels)), key=lambda i: -shares[i])
+    print("  ".join(f"{printable(labels[i])} {shares[i]:.1%}" for i in first))
+
+
+@app.command
 def serve(
     model: str,
     adapter: list[str] | None = None,
@@ -109,7 +143,7 @@ def evaluate(
     quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
-    """Loss and perplexity of the data's supervised tokens.
+    """Loss and perplexity of the data's supervised tokens; with a classification head, its loss and metrics.
 
     Args:
         model: Checkpoint folder or hub id.
@@ -118,9 +152,19 @@ def evaluate(
     """
     from math import exp
 
+    from onecard.adapter.head import labels_in
     from onecard.train.evaluate import evaluate as run
 
-    dataset = read_data(data, model, adapter, make_config(DataConfig, given(fields), "command line"))
+    config = make_config(DataConfig, given(fields), "command line")
+    if labels := labels_in(model, adapter):
+        from onecard.train.head import check_classes, evaluate_head, task_of
+
+        dataset = read_data(data, model, adapter, config, task_of(labels))
+        check_classes(dataset, labels)
+        found = evaluate_head(load_headed(model, adapter, quant, device, labels), dataset, labels)
+        scores = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in found.items())
+        return print(f"{scores}  over {len(dataset.examples):,} rows")
+    dataset = read_data(data, model, adapter, config)
     loaded, _ = load(model, adapter, quant, device)
     loss = run(loaded, dataset)
     print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")

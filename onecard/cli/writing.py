@@ -36,9 +36,12 @@ def merge(
         requantize: Store the result in 4 bits again, which loses part of the update. The share that remains is printed.
         device: Where --verify computes.
     """
+    from onecard.adapter.head import labels_beside, refuse_head
     from onecard.adapter.origin import read_origin, stored_as
 
     quiet_libraries()
+    if verify is not None or requantize is not None:
+        refuse_head(adapter, "merge with --verify or --requantize")
     config = stored_as(adapter, given(quant))
     if read_origin(adapter) is None:
         stored = f"{config.quant_type}, {config.blocksize} a block"
@@ -65,7 +68,10 @@ def merge(
     print(f"merged   {output}  ({requantize or '16-bit'}, {kept} base)")
     if left is not None and left.share is not None:
         print(f"left     {left.share:.1%} of the update in the weights, with rounding errors of {left.noise:.1%} of it")
-    print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + quote(output))
+    if labels_beside(adapter):
+        print(f"next\n  AutoModelForSequenceClassification.from_pretrained(...), or: onecard classify {quote(output)}")
+    else:
+        print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + quote(output))
 
 
 @app.command

@@ -7,6 +7,7 @@ A YAML file and the command line's flags set the same fields; an unknown key is 
 from onecard.config.constants import (
     CACHE_PROBE,
     FUSION_PROBE_TOKENS,
+    HEAD,
     LOGITS_CHUNK_BYTES,
     LOSS_PROBE_TOKENS,
     NESTED_BLOCKSIZE,
@@ -58,6 +59,7 @@ __all__ = [
     "CACHE_PROBE",
     "FORMATS_OF",
     "FUSION_PROBE_TOKENS",
+    "HEAD",
     "LOGITS_CHUNK_BYTES",
     "LOSS_PROBE_TOKENS",
     "MXFP4_STORAGE",

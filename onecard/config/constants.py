@@ -8,6 +8,7 @@ FUSION_PROBE_TOKENS = 7  # that a loaded model reads to check its fused modules 
 LOSS_PROBE_TOKENS = 24  # at most, of each of two documents on which losses are compared (train/evaluate.py)
 PREFILL_TOKENS = 256  # of a prompt in one pass: other requests wait for at most one pass
 REFERENCE_BYTES = 16  # of an example of preferences: the reference's two log-probabilities
+HEAD = "score"  # name of the linear of a classification head in transformers' decoders
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96  # prompts that are answered in the report, and tokens of an answer
 
 

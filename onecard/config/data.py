@@ -14,14 +14,17 @@ from onecard.errors import UserError, did_you_mean
 
 TrainOn = Literal["completion", "last", "all"]
 DataFormat = Literal[
-    "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "unpaired_preference"
-]
+    "auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "unpaired_preference",
+    "classification",
+]  # fmt: skip
 SFT_FORMATS = ("messages", "prompt_completion", "alpaca", "sharegpt", "text")
 PAIRS = ("preference",)
-FORMATS_OF: dict[str, tuple[str, ...]] = {  # the formats that a loss reads
+FORMATS_OF: dict[str, tuple[str, ...]] = {  # the formats that a loss, or the task of a head, reads
     "sft": SFT_FORMATS,
     **dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIRS),
     "kto": ("unpaired_preference", *PAIRS),
+    "classification": ("classification",),
+    "reward": PAIRS,
 }
 Columns = dict[str, str]
 ROLES = ("prompt", "completion", "messages", "text", "system", "chosen", "rejected", "label")

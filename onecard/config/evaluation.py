@@ -16,7 +16,12 @@ from onecard.config.strict import Strict
 Interval = Literal["no", "steps", "epoch"]
 SCORES = {"exact_match": ("exact_match",), "rouge": ("rouge1", "rouge2", "rougeL")}  # values of each metric
 PAIR_REWARDS = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected")
-REWARDS = {**dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIR_REWARDS), "kto": PAIR_REWARDS[1:]}  # by loss
+EVALUATED = {  # what the best can be measured by besides the loss, by loss or by the task of a head
+    **dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIR_REWARDS),
+    "kto": PAIR_REWARDS[1:],
+    "classification": ("accuracy", "f1"),
+    "reward": ("accuracy", "margin"),
+}
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 NAMED = re.compile(r"(\w[\w-]*)=(.+)", re.DOTALL)
 
@@ -152,7 +157,7 @@ class EvaluationSettings(EvaluationData):
     @property
     def eval_metrics(self) -> list[str]:
         """The names of what the best can be measured by, as in the metrics."""
-        more = REWARDS.get(getattr(self, "loss", "sft"), ())
+        more = EVALUATED.get(getattr(self, "objective", "sft"), ())
         return [eval_key(name, metric) for name in self.eval_names for metric in ("loss", *self.metric_names, *more)]
 
     @property

@@ -1,4 +1,5 @@
-"""Settings of the loss: supervised fine-tuning, or one of the losses on preferences, with the names of trl."""
+"""Settings of the task and its loss: supervised fine-tuning, one of the losses on preferences, or a classification
+head, with the names of trl."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pydantic import Field, model_validator
 
 from onecard.config.strict import Strict
 
+Task = Literal["causal_lm", "classification", "reward"]
 Loss = Literal["sft", "dpo", "ipo", "orpo", "kto", "simpo"]
 LossType = Literal[
     "sigmoid", "hinge", "robust", "exo_pair", "nca_pair", "bco_pair", "apo_zero", "apo_down", "sigmoid_norm"
@@ -27,15 +29,30 @@ READ_BY = {  # the losses that read a setting
 
 
 class LossSettings(Strict):
-    """The loss."""
+    """The task and its loss."""
 
+    task: Task = Field(
+        default="causal_lm",
+        description="causal_lm writes text; classification learns labels, reward scores, with a head in place of the "
+        "vocabulary's",
+    )
     loss: Loss = Field(
         default="sft", description="sft learns answers; dpo, ipo, orpo and simpo pairs of answers; kto judged answers"
     )
 
     @property
+    def has_head(self) -> bool:
+        """Whether the model has a classification head."""
+        return self.task != "causal_lm"
+
+    @property
+    def objective(self) -> str:
+        """The task of a head, or else the loss."""
+        return self.task if self.has_head else self.loss
+
+    @property
     def is_paired(self) -> bool:
-        return self.loss in PAIRED
+        return self.objective in (*PAIRED, "reward")
 
     @property
     def has_reference(self) -> bool:
@@ -61,6 +78,9 @@ class PreferenceSettings(LossSettings):
     cpo_alpha: float = Field(default=0.0, ge=0, description="simpo: weight of the chosen answers' own loss")
     desirable_weight: float = Field(default=1.0, gt=0, description="kto: weight of answers whose label is true")
     undesirable_weight: float = Field(default=1.0, gt=0, description="kto: weight of answers whose label is false")
+    center_rewards_coefficient: float | None = Field(
+        default=None, gt=0, description="task reward: weight of the squared sum of a pair's rewards (arXiv 2312.09244)"
+    )
     precompute_reference: bool | None = Field(
         default=None,
         description="dpo, ipo, kto: compute the reference once, before the training; default: if the disk has room",
@@ -77,4 +97,6 @@ class PreferenceSettings(LossSettings):
             raise ValueError("label_smoothing is for dpo with loss_type robust or exo_pair, as in trl")
         if self.loss_type == "exo_pair" and not self.label_smoothing:
             raise ValueError("loss_type exo_pair needs a label_smoothing above 0, such as 0.001")
+        if self.center_rewards_coefficient is not None and self.task != "reward":
+            raise ValueError(f"center_rewards_coefficient is for task reward, not for {self.task}")
         return self

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from onecard.config.constants import HEAD
 from onecard.config.data import FORMATS_OF, Data, DataConfig, RowConfig
 from onecard.config.evaluation import EvaluationData, EvaluationSettings, Interval
 from onecard.config.hub import HubSettings
@@ -15,6 +16,7 @@ from onecard.config.preference import LossSettings, PreferenceSettings
 from onecard.config.quant import BaseCalibration, QuantConfig
 from onecard.config.strict import Strict, parse_bytes
 
+HEADS = ("classification", "reward")
 Logger = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
 
@@ -94,8 +96,19 @@ class TrainConfig(
     )
     buffer_size: int = Field(default=16384, ge=1, description="streaming: rows that are shuffled and packed together")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_head_learns_in_full(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict) or fields.get("task") not in HEADS:
+            return fields
+        saved = fields.get("modules_to_save") or []
+        return {**fields, "modules_to_save": [*saved, *([HEAD] if HEAD not in saved else [])]}
+
     @model_validator(mode="after")
     def _whole_modules_stay(self) -> TrainConfig:
+        if self.has_head and self.weights_budget is not None:
+            raise ValueError(f"task {self.task} trains its head in full, which a paged base does not have: leave "
+                             "weights_budget out")  # fmt: skip
         if self.modules_to_save and self.weights_budget is not None:
             raise ValueError("modules_to_save are trained where they are: leave weights_budget out")
         return self
@@ -127,8 +140,9 @@ class TrainConfig(
 
     @model_validator(mode="after")
     def _what_a_preference_takes(self) -> TrainConfig:
-        if self.format not in ("auto", *FORMATS_OF[self.loss]):
-            raise ValueError(f"loss {self.loss} reads rows of format {' or '.join(FORMATS_OF[self.loss])}")
+        if self.format not in ("auto", *FORMATS_OF[self.objective]):
+            what = f"task {self.task}" if self.has_head else f"loss {self.loss}"
+            raise ValueError(f"{what} reads rows of format {' or '.join(FORMATS_OF[self.objective])}")
         if self.loss == "sft":
             return self
         if self.calibrate:
@@ -141,6 +155,24 @@ class TrainConfig(
             raise ValueError(f"loss {self.loss} compares log-probabilities without dropout: leave lora_dropout out")
         if self.metric:
             raise ValueError(f"metric compares answers with the rows' own: it is for loss sft, not {self.loss}")
+        return self
+
+    @model_validator(mode="after")
+    def _what_a_head_takes(self) -> TrainConfig:
+        if not self.has_head:
+            return self
+        if self.loss != "sft":
+            raise ValueError(f"loss {self.loss} is for task causal_lm: leave loss out with task {self.task}")
+        if self.calibrate:
+            raise ValueError(f"calibrate is for task causal_lm: run `onecard quantize` first, then train {self.task}")
+        if self.metric or self.sample_prompts:
+            raise ValueError(f"task {self.task} writes no answers: leave metric and sample_prompts out")
+        if self.train_on != "completion" or self.text_is_templated:
+            raise ValueError(f"task {self.task} reads whole rows: leave train_on and text_is_templated out")
+        if self.on_long_rows == "split":
+            raise ValueError(f"task {self.task} needs rows as a whole: on_long_rows is cut, drop or error")
+        if self.neftune_noise_alpha is not None:
+            raise ValueError(f"neftune_noise_alpha is for task causal_lm, not {self.task}")
         return self
 
     @model_validator(mode="after")
@@ -159,8 +191,8 @@ class TrainConfig(
             raise ValueError("streaming needs max_steps: the length of the data is not known before its end")
         if isinstance(self.data, list) and len(self.data) > 1:
             raise ValueError("streaming reads one source: give a folder or a pattern for several files")
-        if self.loss != "sft":
-            raise ValueError(f"streaming is for loss sft: leave it out with {self.loss}")
+        if self.objective != "sft":
+            raise ValueError(f"streaming is for loss sft: leave it out with {self.objective}")
         if "epoch" in (self.eval_strategy, self.save_strategy):
             raise ValueError("streaming does not know the end of an epoch: give eval_strategy and save_strategy steps")
         return self

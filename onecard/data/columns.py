@@ -35,8 +35,12 @@ KEYS = {  # keys of each format; several sets where tools use other names
     "text": (("text",),),
     "preference": (("chosen", "rejected"),),
     "unpaired_preference": (("prompt", "completion", "label"), ("prompt", "completion", "kto_tag")),
+    "classification": (("text", "label"), ("prompt", "label"), ("messages", "label")),
 }
-LOSSES = {**dict.fromkeys(SFT_FORMATS, "--loss sft"), "preference": "--loss dpo", "unpaired_preference": "--loss kto"}
+LOSSES = {
+    **dict.fromkeys(SFT_FORMATS, "--loss sft"), "preference": "--loss dpo", "unpaired_preference": "--loss kto",
+    "classification": "--task classification",
+}  # fmt: skip
 PAIRS = (  # a question and its answer by other names, if the rows have no format's own keys
     ("input", "output"),
     ("prompt", "response"),
@@ -59,6 +63,7 @@ WORDS = {  # parts of names, the best first
     "text": ("text", "content", "document", "body", "passage", "article"),
     "chosen": ("chosen", "preferred", "accepted", "better", "winner", "positive", "good"),
     "rejected": ("rejected", "dispreferred", "worse", "loser", "negative", "bad"),
+    "label": ("label", "class", "category", "sentiment", "stars", "rating", "intent", "target"),
 }  # fmt: skip
 SIMILAR = 0.75  # least similarity of a name and a word
 
@@ -156,6 +161,10 @@ def of_mapping(rows: Sequence[Row], columns: dict[str, str], known: Sequence[str
         keys = KEYS[format][0]
         if format in known and columns.keys() & {"prompt", *keys} and count_with(rows, keys):
             return Layout(format, keys, columns)
+    if "classification" in known and "label" in columns:
+        keys = keys_of("classification", rows)
+        if count_with(rows, keys):
+            return Layout("classification", keys, columns)
     if "messages" in columns:
         return Layout("messages", ("messages",), columns)
     if "text" in columns:
@@ -188,6 +197,7 @@ def in_other_letters(rows: Sequence[Row], columns: dict[str, str], known: Sequen
         "messages": (("messages",), (("messages",), *KEYS["sharegpt"])),
         "text": (("text",), KEYS["text"]),
         "preference": (("chosen", "rejected"), KEYS["preference"]),
+        "classification": (("text", "label"), KEYS["classification"][:1]),
         "alpaca": (("prompt", "completion"), KEYS["alpaca"] + PAIRS),
     }
     for format, (roles, sets) in ours.items():
@@ -220,12 +230,13 @@ def unknown(rows: Sequence[Row], format: str, columns: dict[str, str], where: st
     must = f"rows must have the keys of {'a known format' if format == 'auto' else 'their format'} ({each})"
     fitting = [name for name in KEYS if name not in formats and count_with(rows, keys_of(name, rows))]
     mapping = {**columns, **nearest(rows, columns, known)}
-    if format == "auto" and fitting:
+    if format == "auto" and fitting and tuple(known) != ("classification",):
         do = f"train on such rows with {LOSSES[fitting[0]]}"
     elif len(mapping) > len(columns):
         do = f"name the columns, such as {flag(mapping)}"
     else:
-        roles = ("prompt", "completion") if "alpaca" in known else ("chosen", "rejected")
+        pair = ("text", "label") if "classification" in known else ("chosen", "rejected")
+        roles = ("prompt", "completion") if "alpaca" in known else pair
         do = f"name the columns, such as --columns {','.join(f'{role}=COLUMN' for role in roles)}"
     return UserError(must, f"keys {listed(names_of(rows))}", do, where)
 
@@ -244,6 +255,8 @@ def nearest(rows: Sequence[Row], columns: dict[str, str], known: Sequence[str]) 
     asked = {role: [name for name in [*texts, *chats] if likeness(name, role) >= SIMILAR] for role in WORDS}
     ranked = {role: sorted(names, key=lambda name: -likeness(name, role)) for role, names in asked.items()}
     ranked = {role: names for role, names in ranked.items() if role not in columns}
+    if "alpaca" not in known and "classification" in known:
+        return nearest_labelled(rows, free, texts, columns)
     if "alpaca" not in known:
         return {role: ranked[role][0] for role in ("chosen", "rejected") if ranked.get(role)}
     pair = {role: ranked[role][0] for role in ("prompt", "completion") if ranked.get(role)}
@@ -256,6 +269,19 @@ def nearest(rows: Sequence[Row], columns: dict[str, str], known: Sequence[str]) 
     if ranked.get("text") or len(texts) == 1:
         return {"text": (ranked.get("text") or texts)[0]}
     return dict(zip(("prompt", "completion"), texts)) if len(texts) == 2 else {}
+
+
+def nearest_labelled(
+    rows: Sequence[Row], free: Sequence[str], texts: Sequence[str], columns: dict[str, str]
+) -> dict[str, str]:
+    """Same as `nearest`, for a text and its label. The text is the longest one, unless a name says which it is."""
+    named = sorted((name for name in free if likeness(name, "label") >= SIMILAR), key=lambda n: -likeness(n, "label"))
+    found = {"label": named[0]} if named and "label" not in columns else {}
+    rest = [name for name in texts if name not in found.values()]
+    length = {name: sum(len(row.get(name) or "") for row in rows) for name in rest}
+    if rest and not columns.keys() & {"text", "prompt", "messages"}:
+        found["text"] = max(rest, key=lambda name: (likeness(name, "text") >= SIMILAR, length[name]))
+    return {role: found[role] for role in ("text", "label") if role in found}
 
 
 def likeness(name: str, role: str) -> float:

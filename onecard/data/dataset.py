@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from onecard.config import DataConfig
 from onecard.data.chat.mask import Example
+from onecard.data.classes import ordered
 from onecard.data.examples import Examples
 from onecard.data.mixture import mixed
 from onecard.data.records import Record
 from onecard.errors import UserError
+
+SHOWN_CLASSES = 12
 
 
 @dataclass(frozen=True)
@@ -123,6 +127,7 @@ class Dataset:
             "format": self.format,
             "examples": len(self.examples),
             **self.judged(),
+            **self.told_classes(),
             "tokens": self.num_tokens,
             "supervised tokens": self.num_supervised_tokens,
             "truncated": self.num_truncated,
@@ -137,6 +142,19 @@ class Dataset:
         """Return the numbers of desirable and undesirable answers; nothing if none is undesirable."""
         count = len(self.examples) - int(self.stored.column("label").to_numpy().sum())
         return {"desirable": len(self.examples) - count, "undesirable": count} if count else {}
+
+    @cached_property
+    def classes(self) -> dict[str, int]:
+        """The number of examples of each class, by its name, in the order of the classes; empty without labels."""
+        counts = self.stored.column("class_name").drop_null().value_counts().to_pylist()
+        found = {each["values"]: each["counts"] for each in counts}
+        return {name: found[name] for name in ordered(found)}
+
+    def told_classes(self) -> dict[str, str]:
+        """Return the number of examples of each class, of some if they are many."""
+        shown = [f"{name}: {count:,}" for name, count in list(self.classes.items())[:SHOWN_CLASSES]]
+        more = len(self.classes) - len(shown)
+        return {"classes": ", ".join([*shown, *([f"and {more:,} more"] if more else [])])} if shown else {}
 
     def fingerprint(self) -> str:
         """Return the sha256 of all tokens and labels, which shows whether a resumed run has the same data."""

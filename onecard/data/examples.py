@@ -31,13 +31,14 @@ SCHEMA = pa.schema(
         "answer_cut": pa.bool_(),
         "second": pa.int32(),
         "label": pa.bool_(),
+        "class_name": pa.string(),
         "record": pa.string(),  # null for the later pieces of a long text
         "prompt": pa.string(),  # mask.prompt_form of the record
         "num_supervised": pa.int32(),
         "largest": pa.int64(),  # token
     }
 )
-FIELDS = ("where", "truncated", "answer_cut", "second", "label")
+FIELDS = ("where", "truncated", "answer_cut", "second", "label", "class_name")
 BATCH_TOKENS = 1 << 20  # of a record batch, about 4 MB
 
 Stored = tuple[Example, Record | None, str | None]  # with the record, and the form of its prompt
@@ -249,6 +250,8 @@ class Digest:
         ]
         for part, value in zip(self.parts, values):
             part.update(np.ascontiguousarray(value).data)
+        for name in batch.column("class_name").drop_null().to_pylist():  # other rows have the hash of before
+            self.parts[-1].update(f"{len(name)} {name}".encode())
 
     def hexdigest(self) -> str:
         return hashlib.sha256("".join(part.hexdigest() for part in self.parts).encode()).hexdigest()

@@ -3,13 +3,14 @@ several sources, the examples are a mixture of theirs (`mixture.py`)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from onecard.config import FORMATS_OF, Data, DataConfig, Source
 from onecard.data.columns import KEYS, LOSSES
 from onecard.data.dataset import Dataset, mix
 from onecard.data.files import Reading
-from onecard.data.records import open_records, unpaired
+from onecard.data.records import Records, counted, open_records
 from onecard.data.sources import local_files, sources_of
 from onecard.data.store import Store, key_of
 from onecard.data.tokens import prepare
@@ -20,7 +21,8 @@ def load_dataset(data: Data, tokenizer: Any, config: DataConfig, loss: str | Non
     """Read, check and tokenize data. Several sources become a mixture.
 
     Args:
-        loss: the loss that learns the data. "kto" makes two examples of a pair. None: any, to show the data.
+        loss: the loss that learns the data, or the task of a head. "kto" makes two examples of a pair. None: any, to
+            show the data.
 
     Raises:
         UserError: same as sources_of, read_records and prepare; a format that the loss does not learn;
@@ -41,7 +43,8 @@ def learned_sources(data: Data, config: DataConfig, loss: str | None) -> tuple[l
     formats = tuple(KEYS) if loss is None else FORMATS_OF[loss]
     for source in sources:
         if source.format is not None and source.format not in ("auto", *formats):
-            must = f"the rows must have a format that is learned with loss {loss}: {', '.join(formats)}"
+            what = f"task {loss}" if loss in ("classification", "reward") else f"loss {loss}"
+            must = f"the rows must have a format that is learned with {what}: {', '.join(formats)}"
             raise UserError(must, source.format, f"train on such rows with {LOSSES[source.format]}", "format")
     return sources, formats
 
@@ -64,7 +67,30 @@ def load_source(
         return found
     try:
         read = open_records(source, formats, reading)
+        if loss in ("classification", "reward") or read.format == "classification":
+            read = pooled(read)
         return store.keep(prepare(unpaired(read) if loss == "kto" else read, tokenizer, config, store))
     except BaseException:
         store.discard()
         raise
+
+
+def unpaired(read: Records) -> Records:
+    """Make two judged answers of each row of preferences: all chosen ones, then all rejected ones, as trl does."""
+    records = list(read.records)
+    pairs = [record for record in records if record.rejected is not None]
+    if not pairs:
+        return replace(read, records=records)
+    chosen = [replace(record, rejected=None) for record in records]
+    rejected = [replace(record.rejected, label=False) for record in pairs if record.rejected is not None]
+    notice = f"each pair is read as a desirable and an undesirable answer: {counted(len(pairs))}"
+    return replace(read, records=chosen + rejected, notices=[*read.notices, notice])
+
+
+def pooled(read: Records) -> Records:
+    """Mark the records, also rejected ones, as documents that a classification head reads."""
+    read.records = (
+        replace(record, is_pooled=True, rejected=record.rejected and replace(record.rejected, is_pooled=True))
+        for record in read.records
+    )
+    return read

@@ -71,7 +71,8 @@ def collate(examples: Sequence[Example], multiple_of: int = 1) -> dict[str, Any]
     input_ids, labels, positions, ends = [], [], [], [0]
     for example in examples:
         input_ids += example.input_ids
-        labels += [IGNORE, *example.labels[1:]]  # never predicted: the token before it is of another document
+        # Its first token is never predicted: the token before it is of another document. But a head may read there.
+        labels += [IGNORE if example.class_name is None else example.labels[0], *example.labels[1:]]
         for length in example.lengths:
             positions += range(length)
             ends.append(ends[-1] + length)

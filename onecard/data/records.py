@@ -2,8 +2,8 @@
 
 The keys of the rows show the format (`columns.py`): chat `messages` (OpenAI), `prompt`/`completion`, alpaca
 (`instruction`, `input`, `output`, and question/answer pairs with other names), ShareGPT `conversations`, plain `text`,
-and preferences (`chosen` and `rejected`, or an answer with a `label`). `sources.py` finds and reads the files,
-`turns.py` reads the turns of a chat, and `preference.py` the parts of a preference.
+preferences (`chosen` and `rejected`, or an answer with a `label`), and labelled texts. `sources.py` finds and reads the
+files, `turns.py` reads the turns of a chat, and `preference.py` the parts of a preference.
 
 Nothing in a row is silently dropped. A column or a turn's key is read, or refused if it changes the meaning of the row,
 or named in `notices` with its count.
@@ -20,11 +20,12 @@ from typing import Any
 
 from onecard.config import Source
 from onecard.data.calls import check_text, check_tools, is_absent, without_united_nulls
+from onecard.data.classes import read_class
 from onecard.data.columns import KEYS, Layout, layout_of, renamed
 from onecard.data.files import BadRow, Reading, describe, is_arrow, raise_bad_rows, row_error, shown
 from onecard.data.preference import as_messages, read_answer, read_label, read_pair
 from onecard.data.sources import rows_of
-from onecard.data.turns import MEDIA, Chat, read_chat
+from onecard.data.turns import MEDIA, Chat, read_chat, system_of
 from onecard.errors import UserError
 
 USED = {  # columns that are read in addition to a format's own keys
@@ -35,6 +36,7 @@ USED = {  # columns that are read in addition to a format's own keys
     "text": (),
     "preference": ("prompt", "tools", "functions", "system", "system_prompt"),
     "unpaired_preference": ("tools", "functions", "system", "system_prompt"),
+    "classification": ("tools", "functions", "system", "system_prompt"),
 }
 VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is good
 FIRST_ROWS = 1000  # rows that show the format
@@ -53,6 +55,7 @@ class Record:
         rejected: of a row of preferences: the same prompt with the rejected answer. This record has the chosen one.
         label: of an answer by itself: whether it is desirable.
         templated: whether the chat template wrote the text, so that its control tokens are meant.
+        class_name, is_pooled: its class, and whether a classification head reads it.
     """
 
     file: str
@@ -69,6 +72,8 @@ class Record:
     rejected: Record | None = None
     label: bool = True
     templated: bool = False
+    class_name: str | None = None
+    is_pooled: bool = False
 
     @property
     def kind(self) -> str:
@@ -254,7 +259,7 @@ def refuse_changed_meaning(row: dict[str, Any], format: str) -> None:
     for key in MEDIA:
         if not is_absent(row.get(key)) and format != "text":
             raise BadRow(key, "rows must be text: images, videos and audio are not learned", f"a column {key}")
-    for key in () if format == "unpaired_preference" else VERDICTS:
+    for key in () if format in ("unpaired_preference", "classification") else VERDICTS:
         if row.get(key) in (False, 0) and row.get(key) is not None:
             must = f"{key} must be true: training learns every answer, and false marks a bad one"
             raise BadRow(key, must, describe(row[key]), "leave the bad answers out, or learn from them with --loss kto")
@@ -264,9 +269,11 @@ def text_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
     return Record(file, line, text=check_text("text", row["text"])), None
 
 
-def chat_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat]:
+def chat_record(
+    keys: tuple[str, ...], row: dict[str, Any], file: str, line: int, learned: bool = True
+) -> tuple[Record, Chat]:
     """Read messages or conversations, with the system message of the row's own column before them."""
-    chat = read_chat(keys[0], row[keys[0]])
+    chat = read_chat(keys[0], row[keys[0]], learned=learned)
     record = Record(file, line, messages=chat.messages, unlearned=chat.unlearned, tools=check_tools(row))
     fields = () if keys == ("messages",) and all(name.endswith(".content") for name in chat.fields) else chat.fields
     key, system = system_of(row)
@@ -279,14 +286,6 @@ def chat_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
     fields = (key, *(fields or (f"messages[{i}].content" for i in range(len(chat.messages)))))
     unlearned = tuple(i + 1 for i in chat.unlearned)
     return replace(record, messages=messages, fields=fields, unlearned=unlearned), chat
-
-
-def system_of(row: dict[str, Any]) -> tuple[str, str]:
-    """Return the column with the row's system message, and the message; empty strings if there is none."""
-    found = [key for key in ("system", "system_prompt") if not is_absent(row.get(key))]
-    if len(found) == 2:
-        raise BadRow(found[1], "a row must have one system message", " and ".join(found))
-    return (found[0], check_text(found[0], row[found[0]])) if found else ("", "")
 
 
 def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
@@ -367,16 +366,17 @@ def judged_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: i
     return replace(record, label=read_label(keys[2], row[keys[2]])), chat
 
 
-def unpaired(read: Records) -> Records:
-    """Make two judged answers of each row of preferences: all chosen ones, then all rejected ones, as trl does."""
-    records = list(read.records)
-    pairs = [record for record in records if record.rejected is not None]
-    if not pairs:
-        return replace(read, records=records)
-    chosen = [replace(record, rejected=None) for record in records]
-    rejected = [replace(record.rejected, label=False) for record in pairs if record.rejected is not None]
-    notice = f"each pair is read as a desirable and an undesirable answer: {counted(len(pairs))}"
-    return replace(read, records=chosen + rejected, notices=[*read.notices, notice])
+def labelled_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
+    """Read a text, or a chat of any messages, and its class."""
+    key, name = keys[0], read_class(keys[1], row[keys[1]])
+    said = row[key] if key == "text" else read_answer(key, row[key])
+    if not isinstance(said, str):
+        record, chat = chat_record((key,), {**row, key: said}, file, line, learned=False)
+        return replace(record, class_name=name), chat
+    for column in USED["classification"]:
+        if not is_absent(row.get(column)):
+            raise BadRow(column, "a row with a text must have no other input columns", f"a column {column}")
+    return Record(file, line, text=check_text(key, said), class_name=name), None
 
 
 READERS: dict[str, Callable[..., tuple[Record, Chat | None]]] = {
@@ -387,4 +387,5 @@ READERS: dict[str, Callable[..., tuple[Record, Chat | None]]] = {
     "text": text_record,
     "preference": preference_record,
     "unpaired_preference": judged_record,
+    "classification": labelled_record,
 }

@@ -9,6 +9,7 @@ from typing import Any
 
 from onecard.config import DataConfig
 from onecard.data.chat.mask import IGNORE, Example, encode, prompt_form
+from onecard.data.chat.pooled import encode_pooled
 from onecard.data.chat.rendering import sandbox
 from onecard.data.dataset import Dataset
 from onecard.data.examples import Stored
@@ -119,11 +120,17 @@ def tokenized(
 def encode_row(record: Record, tokenizer: Any, config: DataConfig) -> list[Example]:
     """Encode a record: one example, or the pieces of a long text. Raises UserError, same as mask.encode."""
     how, most = config.on_long_rows, config.max_seq_length
-    is_text = record.text is not None
+    is_text = record.text is not None and not record.is_pooled
     splits = is_text and (how == "split" or (how == "auto" and not record.templated))
-    example = encode(record, tokenizer, WHOLE if splits else most, config.train_on)
-    if min(example.lengths) < 2:
-        short = BadRow("row", "an example must have two tokens", str(min(example.lengths)))
+    if record.is_pooled:
+        example = encode_pooled(record, tokenizer, most)
+    else:
+        example = encode(record, tokenizer, WHOLE if splits else most, config.train_on)
+    least, must = (
+        (2, "an example must have two tokens") if record.class_name is None else (1, "a row must have a token")
+    )
+    if min(example.lengths) < least:
+        short = BadRow("row", must, str(min(example.lengths)))
         raise row_error(record.file, record.line, short)
     if example.truncated and how == "error":
         raise row_error(record.file, record.line, long_row(most))
@@ -159,8 +166,9 @@ def told_lengths(dataset: Dataset, counts: Counts) -> list[str]:
     cut = dataset.num_cut + counts.unsupervised
     if cut and dataset.num_truncated:
         share = cut / (len(dataset.examples) + counts.unsupervised)
+        what = "texts are cut at their ends to" if dataset.classes else "answers are cut at"
         lines.append(
-            f"answers are cut at {most} or lost behind them: {counted(cut)}, {share:.1%}; "
+            f"{what} {most} or lost behind them: {counted(cut)}, {share:.1%}; "
             "raise --max-seq-length, or pass --on-long-rows drop"
         )
     if counts.dropped:

@@ -46,11 +46,12 @@ class Chat:
     unused: Counter[str] = field(default_factory=Counter)
 
 
-def read_chat(field: str, turns: Any, names: Sequence[str] | None = None) -> Chat:
+def read_chat(field: str, turns: Any, names: Sequence[str] | None = None, learned: bool = True) -> Chat:
     """Check a list of turns, or its JSON text, and convert it to messages.
 
     Args:
         names: the file's name of each turn; default field[i].
+        learned: whether an assistant's message is learned, so that there must be one.
     """
     turns = parsed(field, turns, f"{field} must be a list of messages")
     if not isinstance(turns, list) or not turns:
@@ -58,15 +59,15 @@ def read_chat(field: str, turns: Any, names: Sequence[str] | None = None) -> Cha
     names = names or [f"{field}[{i}]" for i in range(len(turns))]
     made = [read_turn(name, turn) for name, turn in zip(names, turns)]
     roles = [turn["role"] for turn in made]
-    if "assistant" not in roles:
+    if learned and "assistant" not in roles:
         raise BadRow(field, "a chat must have an assistant message to learn", f"roles {', '.join(roles)}")
-    first = next(i for i, role in enumerate(roles) if role not in ("system", "developer"))
+    first = next((i for i, role in enumerate(roles) if role not in ("system", "developer")), 0)
     if roles[first] == "tool":
         must = "a user's or the assistant's message must come before a tool's"
         raise BadRow(f"{names[first]}.role", must, f"roles {', '.join(roles)}")
     fields = tuple(f"{name}.{content_key(turn)}" for name, turn in zip(names, turns))
     unused = Counter({f"{field}[].{key}": 1 for turn in turns for key in turn if key not in USED})
-    return Chat(tuple(made), unlearned_turns(field, turns, made, names), fields, unused)
+    return Chat(tuple(made), unlearned_turns(field, turns, made, names) if learned else (), fields, unused)
 
 
 def content_key(turn: dict[str, Any]) -> str:
@@ -155,3 +156,11 @@ def unlearned_turns(field: str, turns: list[Any], made: list[dict[str, Any]], na
     if len(unlearned) == sum(turn["role"] == "assistant" for turn in made):
         raise BadRow(field, "an assistant message must have a weight other than 0", "all are 0")
     return tuple(sorted(unlearned))
+
+
+def system_of(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the column with the row's system message, and the message; empty strings if there is none."""
+    found = [key for key in ("system", "system_prompt") if not is_absent(row.get(key))]
+    if len(found) == 2:
+        raise BadRow(found[1], "a row must have one system message", " and ".join(found))
+    return (found[0], check_text(found[0], row[found[0]])) if found else ("", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ from onecard.adapter.update import Adapter
 from onecard.errors import UserError
 from onecard.export.folder import Shapes
 from onecard.hf.checkpoint import Checkpoint
-from onecard.hf.skeleton import Model
+from onecard.hf.documents import read_model_document
+from onecard.hf.head import WEIGHT, causal_head_names, is_headed, with_labels
+from onecard.hf.skeleton import Model, meta_model, read_config
 from onecard.hf.stored import TensorInfo, read_tensor
 
 HEAD = "lm_head.weight"
@@ -66,6 +69,23 @@ class Ends:
         return {**config, **top, self.part: {**(config.get(self.part) or {}), **fields}}
 
 
+def with_head(checkpoint: Checkpoint, ends: Ends, adapter: Path) -> Checkpoint:
+    """Return a checkpoint as one of a model with a classification head: without the vocabulary's head, and with the
+    labels and the pad token that the adapter's config.json names."""
+    where = str(checkpoint.folder / "config.json")
+    config = read_config(checkpoint.folder)
+    causal = set() if is_headed(config) else causal_head_names(meta_model(config, where))
+    config = with_labels(config, checkpoint.labels, where)
+    told = read_model_document(adapter) if (adapter / "config.json").is_file() else {}
+    text = told.get(ends.part or "", told)
+    named = {"architectures": config.architectures, "id2label": config.id2label, "label2id": config.label2id}
+    found = {**checkpoint.config, **named}
+    if text.get("pad_token_id") is not None:
+        found = ends.changed(found, pad_token_id=text["pad_token_id"])
+    tensors = {name: info for name, info in checkpoint.tensors.items() if name not in causal}
+    return replace(checkpoint, tensors=tensors, config=found)
+
+
 def saved_tensors(
     adapter: Adapter, checkpoint: Checkpoint, shapes: Shapes, ends: Ends
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -89,7 +109,7 @@ def saved_tensors(
             raise UserError("a bias of lora_B must have a bias to be added to", found, do, str(adapter.folder))
         saved[name] = read_tensor(stored).float() + bias
     both = (ends.embedding, ends.head)
-    for name in set(saved) - set(shapes) - {ends.head}:
+    for name in set(saved) - set(shapes) - {WEIGHT if checkpoint.labels else ends.head}:
         raise UserError("a module saved in full must be the model's", name, "use its own model", str(adapter.folder))
     trained = set(both) & {*adapter.saved, *adapter.tokens}
     if set(both) & set(adapter.saved) and ends.is_tied and ends.head not in shapes:

@@ -38,12 +38,17 @@ SHARD = re.compile(r"(.+)-(\d{5,9})-of-(\d{5,9})\.safetensors")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with valid headers: its tensors in file order, and its config.json."""
+    """A folder with valid headers: its tensors in file order, and its config.json.
+
+    Attributes:
+        labels: of the classification head that its model gets; empty for a causal language model.
+    """
 
     folder: Path
     files: list[Path]
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
+    labels: tuple[str, ...] = ()
 
     @property
     def source(self) -> Path:

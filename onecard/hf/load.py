@@ -5,25 +5,26 @@ from __future__ import annotations
 import datetime
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
 )
 
-from onecard.config import QuantConfig, make_config
+from onecard.config import HEAD, QuantConfig, make_config
 from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint, as_indexed, inspect_checkpoint, zeros_at_end
 from onecard.hf.convert import paging, release_file_pages
 from onecard.hf.documents import read_model_document, read_tokenizer_document
 from onecard.hf.gguf.folder import check_tokenizer, check_tokens, gguf_folder, is_gguf, source_in
+from onecard.hf.head import causal_head_names, is_headed, model_class, set_pad, start_head
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.hf.skeleton import bad_config, meta_model, read_config
 from onecard.hf.stored import Lazy
@@ -49,8 +50,9 @@ def load_model(
     device: str = "auto",
     weights_budget: int | None = None,
     page_folder: str | Path | None = None,
+    labels: Sequence[str] = (),
 ) -> PreTrainedModel:
-    """Load a causal language model with its linears in 4 bits.
+    """Load a causal language model with its linears in 4 bits, or one with a classification head.
 
     Args:
         model: checkpoint folder, or a hub id if there is a network. Its linears are in 16 or 32 bits, or in
@@ -62,6 +64,8 @@ def load_model(
         weights_budget: bytes of the base that may be on the device at a time. None: all of it.
         page_folder: folder for a 16-bit checkpoint's codes if weights_budget is given. Their file is deleted when the
             process ends. None: the user's cache.
+        labels: names of a classification head's outputs. The model is then transformers' ...ForSequenceClassification,
+            with a new head of random values if the checkpoint has none. It is not paged.
 
     Returns:
         transformers' model, frozen, in eval mode. Codes are uint8. Embeddings and head have the narrower dtype of the
@@ -81,8 +85,8 @@ def load_model(
         bnb_4bit_use_double_quant=checked.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    checkpoint = inspect_checkpoint(find_checkpoint(model))
-    if weights_budget is None:
+    checkpoint = replace(inspect_checkpoint(find_checkpoint(model)), labels=tuple(labels))
+    if weights_budget is None or labels:
         loaded = from_pretrained(checkpoint, config, target, dtype)
     else:
         base = PagedBase(weights_budget, Path(page_folder or Path.home() / ".cache" / "onecard"), target)
@@ -157,13 +161,17 @@ def from_pretrained(
     narrow = stored if stored.itemsize < compute_dtype.itemsize else compute_dtype
     warn_of_zeros(checkpoint)
     check_generation_config(folder)
-    modules = meta_model(read_config(folder), str(folder / "config.json"), checkpoint)
-    kind: Any = type(modules) if checkpoint.kinds else AutoModelForCausalLM  # the latter wants a folder with weights
+    model_config, labels = read_config(folder), checkpoint.labels
+    was_headed = is_headed(model_config)
+    modules = meta_model(model_config, str(folder / "config.json"), checkpoint, labels)
+    if labels:
+        set_pad(model_config, load_tokenizer(str(folder)), was_headed, str(folder / "config.json"))
+    kind: Any = type(modules) if checkpoint.kinds else model_class(labels)  # an auto class wants a folder with weights
     try:
         with source_of(checkpoint) as source:
             loaded: Any = kind.from_pretrained(
                 **source,
-                **how_quantized(checkpoint, config),
+                **how_quantized(checkpoint, config, model_config),
                 dtype=narrow,
                 device_map={"": device},
                 local_files_only=True,
@@ -177,6 +185,8 @@ def from_pretrained(
         raise bad_config(error, str(folder / "config.json")) from error
     model, report = loaded
     model.name_or_path = model.config._name_or_path = str(checkpoint.source)
+    if labels and not was_headed:
+        settle_head(model, report, folder)
     check_report(report, folder)
     if checkpoint.kinds:
         set_generation_config(model, folder)
@@ -202,20 +212,28 @@ def set_generation_config(model: Any, folder: Path) -> None:
         model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig) -> dict[str, Any]:
+def settle_head(model: Any, report: dict[str, Any], folder: Path) -> None:
+    """Start the head that a causal model's checkpoint lacks, and take the two heads' tensors out of the report."""
+    start_head(model, seed=0)  # the same values in each load
+    causal = meta_model(read_config(folder), str(folder / "config.json"))
+    report["missing_keys"] = {key for key in report["missing_keys"] if not key.startswith(f"{HEAD}.")}
+    report["unexpected_keys"] = set(report["unexpected_keys"]) - causal_head_names(causal)
+
+
+def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig, model_config: Any) -> dict[str, Any]:
     """Return from_pretrained's arguments for a checkpoint to quantize, or for a quantized one."""
     if checkpoint.kinds:
-        model_config = read_config(checkpoint.folder)
         vars(model_config).pop("quantization_config", None)
         return {"quantization_config": config, "config": model_config}
     if not checkpoint.is_4bit and not checkpoint.is_mxfp4:
-        return {"quantization_config": config}
+        return {"quantization_config": config, **({"config": model_config} if checkpoint.labels else {})}
     if checkpoint.is_4bit:
         stored = checkpoint.config["quantization_config"]
         config.llm_int8_skip_modules = stored.get("llm_int8_skip_modules")
+        if checkpoint.labels and config.llm_int8_skip_modules is not None:
+            config.llm_int8_skip_modules = [*config.llm_int8_skip_modules, HEAD]
         config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # also of its 16-bit experts
         config.bnb_4bit_use_double_quant = stored.get("bnb_4bit_use_double_quant", False)
-    model_config = read_config(checkpoint.folder)
     fields = {key: value for key, value in vars(config).items() if key not in ("load_in_4bit", "linears_in_16_bits")}
     # With load_in_4bit or its own method, transformers would use bitsandbytes' or its own quantizer.
     model_config.quantization_config = fields | {"_linears_in_16_bits": checkpoint.is_mxfp4}

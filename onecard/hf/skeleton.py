@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch.nn import Linear
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +19,7 @@ from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint
 from onecard.hf.documents import far_more_refused, read_model_document
 from onecard.hf.experts import expert_places
+from onecard.hf.head import check_head, is_headed, model_class, with_labels
 from onecard.hf.names import stored_names
 from onecard.hf.stacks import Stack, stacks_of
 from onecard.hf.stored import DTYPE_BITS
@@ -95,7 +97,7 @@ def read_model(checkpoint: Checkpoint) -> Model:
     """Make a checkpoint's Model from its config and headers."""
     sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
     where = str(checkpoint.folder / "config.json")
-    return named(meta_model(read_config(checkpoint.folder), where, checkpoint), sizes)
+    return named(meta_model(read_config(checkpoint.folder), where, checkpoint, checkpoint.labels), sizes)
 
 
 def named(modules: Any, sizes: dict[str, int]) -> Model:
@@ -111,23 +113,33 @@ def named(modules: Any, sizes: dict[str, int]) -> Model:
     return Model(modules, itemsize, stored, frozenset(place.stack for place in mxfp4))
 
 
-def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None) -> Any:
+def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None, labels: Sequence[str] = ()) -> Any:
     """Build transformers' model of a config without weights.
 
     Args:
         checkpoint: the checkpoint of the config. It limits the size of the model.
+        labels: of a classification head, which the model gets in place of its own; then the config gets them, too.
 
     Raises:
-        UserError: the config contradicts itself, or describes far more than the checkpoint holds.
+        UserError: the config contradicts itself, or describes far more than the checkpoint holds; it has a
+            classification head, and no labels are given; its family has no such head.
     """
     known = (checkpoint.num_weights, len(checkpoint.tensors)) if checkpoint else None
+    if labels:
+        with_labels(config, labels, where)
+    elif is_headed(config):
+        must, do = "the checkpoint must be a causal language model's", "`onecard classify` and `onecard eval` take it"
+        raise UserError(must, f"{config.architectures[0]}, with a classification head", do, where)
     try:
         with torch.device("meta"), far_more_refused(known, where):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = model_class(labels).from_config(config, trust_remote_code=False)
     except UserError:
         raise
     except Exception as error:
         raise bad_config(error, where) from None
+    if labels:
+        check_head(model, where)
+    return model
 
 
 def read_config(folder: Path) -> Any:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from onecard.config import CACHE_PROBE
 from onecard.errors import UserError, first_line
+from onecard.hf.head import is_headed
 from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.memory.measure import is_out_of_memory
 from onecard.nn.embedding import device_of
@@ -38,7 +39,7 @@ def check_computes(model: Any, ids: Tensor) -> None:
         model.train()
         model(input_ids=ids, use_cache=False)
         model.eval()
-        whole, changed, part = (model(input_ids=x, use_cache=False).logits[0] for x in (ids, other, ids[:, :-1]))
+        whole, changed, part = (outputs(model, x) for x in (ids, other, ids[:, :-1]))
     except Exception as error:
         if isinstance(error, UserError) or is_out_of_memory(error):
             raise
@@ -51,6 +52,13 @@ def check_computes(model: Any, ids: Tensor) -> None:
         found = f"{family}, whose earlier positions change with what follows"
         do = "if it is a decoder stored as an encoder, set is_decoder to true in a copy of config.json"
         raise UserError("the model must predict each token from those before it", found, do, "config.json")
+
+
+def outputs(model: Any, ids: Tensor) -> Tensor:
+    """Return each position's logits, or, for a model with a classification head, its hidden state: (T, V) or (T, H)."""
+    if is_headed(model.config):
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    return model(input_ids=ids, use_cache=False).logits[0]
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,24 +22,27 @@ def known_config(name: str) -> Any:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def find_model(model: str) -> Model:
+def find_model(model: str, labels: Sequence[str] = ()) -> Model:
     """Find a model by its folder, its name in the table, or its hub id.
+
+    Args:
+        labels: of the classification head that the model gets.
 
     Raises:
         UserError: there is no such model; the error has the nearest name of the table.
     """
     if model.lower() in KNOWN:
-        found = Model(meta_model(known_config(model.lower()), model), {})
+        found = Model(meta_model(known_config(model.lower()), model, labels=labels), {})
         return replace(found, mxfp4=frozenset(found.stacks)) if model.lower() in MXFP4 else found
     if is_hub_id(model):
-        return read_hub(model)
+        return read_hub(model, labels)
     try:
-        return read_model(inspect_checkpoint(find_checkpoint(model)))
+        return read_model(replace(inspect_checkpoint(find_checkpoint(model)), labels=tuple(labels)))
     except UserError as error:
         raise UserError(error.must, f"{error.found}{did_you_mean(model.lower(), KNOWN)}", error.do, model) from None
 
 
-def read_hub(repository: str) -> Model:
+def read_hub(repository: str, labels: Sequence[str] = ()) -> Model:
     """Read a hub repository's model from its config.json and its files' headers. No weights are fetched."""
     from huggingface_hub import get_safetensors_metadata
 
@@ -47,7 +50,7 @@ def read_hub(repository: str) -> Model:
     headers: Any = from_hub(lambda: get_safetensors_metadata(repository), repository)
     tensors = [item for file in headers.files_metadata.values() for item in file.tensors.items()]
     sizes = {name: DTYPE_BITS.get(info.dtype, 16) // 8 for name, info in tensors}
-    return named(meta_model(config, repository), sizes)
+    return named(meta_model(config, repository, labels=labels), sizes)
 
 
 def from_hub(fetch: Callable[[], Any], repository: str) -> Any:

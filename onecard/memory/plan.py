@@ -25,6 +25,7 @@ from onecard.memory.terms import CUDA_CONTEXT, Method, disk_terms, plan_terms
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "generate")
 LENGTH_STEP = 64  # step of the search for the largest context that fits
 MOST_ROWS = 4096
+ASSUMED_LABELS = {"classification": ("0", "1"), "reward": ("reward",)}  # the data tells the true ones
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
     if device_memory_bytes is not None and device_memory_bytes <= 0:
         raise UserError("there must be some memory", f"{device_memory_bytes} bytes", "correct it", "device_memory")
     config = make_config(TrainConfig, {"data": "-", "output": "-", **fields, "model": model}, "plan")
-    known = find_model(model)
+    known = find_model(model, ASSUMED_LABELS.get(config.task, ()))
     if config.max_seq_length > known.longest_context and "max_seq_length" in fields:
         raise UserError(
             "the context must be within the model's",

@@ -160,6 +160,9 @@ def logits_term(inputs: PlanInputs, tokens: int) -> Term:
     """Return a chunk of logits: four float32 copies if the family caps them or the head is trained, two copies if the
     head is cast. Without the packed loss, return all logits of the model's own forward (train/loss.py).."""
     c, vocabulary = inputs.c, inputs.model.text.vocab_size
+    if inputs.config.has_head:
+        documents, outputs = max(inputs.workload.trained_heads), inputs.model.modules.config.num_labels
+        return Term("outputs", documents * (8 * outputs + c * inputs.model.text.hidden_size), "8 C + c d a document")
     if not supports_packing(inputs.model.modules):
         return Term("logits", (c + 8) * tokens * vocabulary, "(c + 8) T V")
     learns = any(name.endswith("lm_head") for name in inputs.config.modules_to_save or ())

@@ -124,7 +124,8 @@ def assumed(config: TrainConfig, length: int) -> Workload:
     validated = sizes(row, True) if config.eval_names else frozenset()
     load = Workload(trained, trained, validated, validated)
     longest = min(length, PREFILL_TOKENS) // 2
-    count = NUM_SAMPLES if config.sample_prompts is None else len(config.sample_prompts)
+    asked = [] if config.has_head else config.sample_prompts
+    count = NUM_SAMPLES if asked is None else len(asked)
     prompts = tuple(max(longest - number, 1) for number in range(count))  # all of different sizes
     return load.with_answers(Answers(1, prompts, SAMPLE_TOKENS))
 

@@ -39,9 +39,8 @@ def card_text(config: TrainConfig, base: Path, report: Report) -> str:
     name = config.model if is_hub_id(config.model) else known.get("base_model")
     licence = {key: known[key] for key in ("license", "license_name", "license_link") if key in known}
     tags = ["lora", "onecard", *([f"base_model:adapter:{name}"] if name else [])]
-    data = ModelCardData(
-        base_model=name, library_name="peft", pipeline_tag="text-generation", tags=sorted(tags), **licence
-    )
+    use = "text-classification" if config.has_head else "text-generation"
+    data = ModelCardData(base_model=name, library_name="peft", pipeline_tag=use, tags=sorted(tags), **licence)
     shown = name or Path(config.model).name
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in LEFT_OUT}
     defaults = {key: info.get_default(call_default_factory=True) for key, info in TrainConfig.model_fields.items()}
@@ -56,9 +55,7 @@ def card_text(config: TrainConfig, base: Path, report: Report) -> str:
         f"A LoRA adapter for {shown}, trained with onecard over a frozen 4-bit base ({stored}).\n",
         f"The licence of the base is {known.get('license', 'not known: see the base')}.\n",
         "## Use\n",
-        "```python\nfrom peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{shown}")\n'
-        'model = PeftModel.from_pretrained(model, "this folder or repository")\n```\n',
+        use_of(config, shown),
         "## Results\n",
         table(results),
         "## Data\n",
@@ -70,6 +67,18 @@ def card_text(config: TrainConfig, base: Path, report: Report) -> str:
         table(list(versions().items())),
     ]
     return "\n".join(parts)
+
+
+def use_of(config: TrainConfig, base: str) -> str:
+    """Return the code that loads the adapter with peft. A classification head also needs the config beside it."""
+    kind = "AutoModelForSequenceClassification" if config.has_head else "AutoModelForCausalLM"
+    names, given = ("AutoConfig, ", ", config=config") if config.has_head else ("", "")
+    return (
+        f"```python\nfrom peft import PeftModel\nfrom transformers import {names}{kind}\n\n"
+        + 'config = AutoConfig.from_pretrained("this folder or repository")\n' * config.has_head
+        + f'model = {kind}.from_pretrained("{base}"{given})\n'
+        + 'model = PeftModel.from_pretrained(model, "this folder or repository")\n```\n'
+    )
 
 
 def scores_of(report: Report) -> list[tuple[str, str]]:

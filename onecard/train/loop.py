@@ -63,7 +63,7 @@ def train(
     config = run.config
     save_steps = config.save_steps or max(1, math.ceil(run.num_steps / 10))
     run.model.train()
-    if run.preference is not None:  # log-probabilities are compared without dropout, as in trl
+    if run.config.loss != "sft":  # log-probabilities are compared without dropout, as in trl
         for module in run.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0

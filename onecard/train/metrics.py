@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter
 
 from onecard.config import TrainConfig, eval_key
+from onecard.config.evaluation import EVALUATED
 from onecard.documents import parse_json
 from onecard.errors import UserError
 from onecard.faults import about
@@ -30,6 +31,7 @@ PREFERENCE_COLUMNS = (
     "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
     "nll_loss", "kl",
 )  # fmt: skip
+HEAD_COLUMNS = ("accuracy", "margin")
 SCORE = re.compile(r"eval_[\w/-]{1,200}")  # what an evaluation computes
 ROW = TypeAdapter(dict[str, int | float], config=ConfigDict(strict=True))
 MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
@@ -67,6 +69,7 @@ class Metrics:
         self.path = output / "metrics.jsonl"
         self.rows = [row for row in read_rows(self.path) if row["step"] <= resume_step]
         own = COLUMNS if config.get("loss", "sft") == "sft" else (*COLUMNS, *PREFERENCE_COLUMNS)
+        own += HEAD_COLUMNS if config.get("task", "causal_lm") != "causal_lm" else ()
         self.columns = tuple(dict.fromkeys([*own, *scores, *chain(*self.rows)]))
         replace_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         replace_text(output / "metrics.csv", csv_text(self.columns, self.rows, header=True))
@@ -96,7 +99,8 @@ class Metrics:
 
 def score_columns(config: TrainConfig) -> list[str]:
     """Return the names of all that an evaluation may compute."""
-    more = () if config.loss == "sft" else PREFERENCE_COLUMNS
+    more = EVALUATED.get(config.objective, ()) if config.has_head else ()
+    more = more if config.loss == "sft" else PREFERENCE_COLUMNS
     names = ("loss", *config.metric_names, *more)
     return [eval_key(data, name) for data in config.eval_names for name in names]
 
@@ -110,7 +114,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         except ValueError:  # includes ValidationError
             continue
         if type(row.get("step")) is int and all(
-            name in (*COLUMNS, *PREFERENCE_COLUMNS) or SCORE.fullmatch(name) for name in row
+            name in (*COLUMNS, *PREFERENCE_COLUMNS, *HEAD_COLUMNS) or SCORE.fullmatch(name) for name in row
         ):
             rows.append(row)
     return rows

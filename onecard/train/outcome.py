@@ -83,10 +83,11 @@ def finish_report(result: Result, prepared: Prepared, before: dict[str, Any], af
     ]  # fmt: skip
     model, adapter = map(shlex.quote, (run.config.model, str(result.adapter)))
     data = flags_of(run.config.data, run.config)
+    uses = ["generate --prompt '…'", "chat"] if not prepared.labels else ["classify --text '…'"]
+    commands = [use.split(" ", 1) for use in uses]
     report.next_commands = [
-        f"onecard generate --model {model} --adapter {adapter} --prompt '…'",
-        f"onecard chat --model {model} --adapter {adapter}",
-        *([f"onecard eval --model {model} --adapter {adapter} {data}"] if data and run.preference is None else []),
+        *(" ".join([f"onecard {name} --model {model} --adapter {adapter}", *more]) for name, *more in commands),
+        *([f"onecard eval --model {model} --adapter {adapter} {data}"] if data and run.config.loss == "sft" else []),
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from onecard.adapter.form import form_of, template_digest
+from onecard.adapter.head import check_labels, headed_config
 from onecard.adapter.load import WEIGHTS
 from onecard.adapter.origin import Form
 from onecard.adapter.targets import check_names, check_new_tokens
@@ -26,6 +27,8 @@ from onecard.data.stream import Stream, StreamLoader
 from onecard.errors import UserError
 from onecard.files import sha256
 from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
+from onecard.hf.head import WEIGHT as HEAD_WEIGHT
+from onecard.hf.head import labels_of
 from onecard.hf.load import (
     find_checkpoint,
     fix_date,
@@ -45,6 +48,7 @@ from onecard.memory.terms import Term
 from onecard.memory.workload import Answers, assumed, known
 from onecard.optim.make import check_package
 from onecard.train.evaluate import model_size
+from onecard.train.head import check_classes, labels_for
 from onecard.train.hub import check_login
 from onecard.train.metrics import import_logger
 from onecard.train.ranks import num_beside
@@ -79,6 +83,9 @@ class Prepared:
     folder: Path  # the checkpoint's
     own_tokenizer: Any = None  # saved with the adapter, as its chat template is not the checkpoint's
     precompute: bool = False  # whether the reference of preferences is computed before the training
+    labels: tuple[str, ...] = ()  # of the classification head, if the run trains one
+    has_new_head: bool = False  # whether it starts at random
+    head_config: Any = None  # transformers' config of the model with the head, saved with the adapter
     unmerged: str | None = None  # a weight for which merge and export will refuse the adapter
     new_tokens: NewTokens = field(default_factory=NewTokens)
     occurrences: list[int] = field(default_factory=list)  # of each new token in the training rows
@@ -112,10 +119,14 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     num_rows, longest = model_size(read_config(folder))
     size = (num_rows and max(num_rows, new.num_rows), longest)
     stream = Stream(config, tokenizer, size) if config.streaming else None
-    training = stream.first[0] if stream else load_dataset(config.data, tokenizer, config, config.loss)
+    training = stream.first[0] if stream else load_dataset(config.data, tokenizer, config, config.objective)
     validation = {
-        name: load_dataset(path, tokenizer, config, config.loss) for name, path in config.eval_sources.items()
+        name: load_dataset(path, tokenizer, config, config.objective) for name, path in config.eval_sources.items()
     }
+    labels = labels_for(training, config.task, labels_of(read_config(folder))) if config.has_head else ()
+    for dataset in validation.values():
+        check_classes(dataset, labels)
+    checkpoint = replace(checkpoint, labels=labels)
     if stream is not None and stream.held is not None:
         validation[""] = stream.held
     elif config.validation_split > 0:
@@ -125,7 +136,9 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     if config.loss == "kto" and len(training.examples) < 2:
         must = "loss kto needs two answers, as it compares each with the prompt of another"
         raise UserError(must, "one", "add rows", name_of(config.data))
-    samples = make_samples(config.sample_prompts, next(iter(validation.values()), training), tokenizer)
+    samples = (
+        [] if labels else make_samples(config.sample_prompts, next(iter(validation.values()), training), tokenizer)
+    )
     questions = {
         name: make_questions(dataset, tokenizer, config.metric_max_rows)
         for name, dataset in (validation if scores else {}).items()
@@ -142,6 +155,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     if config.best_metric is not None:  # values on other rows cannot be compared
         identity |= {f"eval data {name}".rstrip(): dataset.fingerprint() for name, dataset in validation.items()}
     model = read_model(checkpoint)
+    head_config = headed_config(model, tokenizer, str(folder / "config.json")) if labels else None
     check_names(model, config)
     if new:
         check_new_tokens(model, config, new, size_before)
@@ -166,6 +180,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         if count == 0
     ]
     if config.adapter is not None:
+        check_labels(config.adapter, labels)
         notes += check_trained(config, model, list(inputs.adapted), checkpoint)
         check_same_tokens(tokenizer, new, load_tokenizer(config.model, config.adapter), config.adapter)
         identity["adapter"] = sha256(Path(config.adapter) / WEIGHTS)
@@ -181,6 +196,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     check_disk(plan, Path(config.output))
     process = begin_peak(pick_device(config.device))
     form = form_of(training, tokenizer, template)
+    form = form.model_copy(update={"end_tokens": ()}) if labels else form  # nothing is written
     unmerged = model.unmerged(checkpoint)
     return Prepared(
         config,
@@ -203,6 +219,9 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         folder,
         saved,
         precompute,
+        labels,
+        bool(labels) and HEAD_WEIGHT not in model.stored,
+        head_config,
         unmerged,
         new,
         occurrences,

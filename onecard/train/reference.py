@@ -34,7 +34,9 @@ def set_references(run: Run, batches: Iterator[dict[str, Any]], output: Path, id
     Args:
         batches: the micro-batches of the first epoch, in the training's order.
     """
-    assert run.preference is not None
+    preference = run.objective
+    assert isinstance(preference, Preference)
+    held = {name: each for name, each in run.held_out.items() if isinstance(each, Preference)}
     path, key = output / FILE, hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     stored = read(path, key)
     first = list(islice(batches, run.num_batches))
@@ -42,16 +44,16 @@ def set_references(run: Run, batches: Iterator[dict[str, Any]], output: Path, id
     if stored is None or stored["training"][needed].isnan().any():
         training = run.model.training
         run.model.eval()
-        stored = {"training": run.preference.compute_references(first, run.max_forward_tokens)}
-        for name, held_out in run.held_out.items():
+        stored = {"training": preference.compute_references(first, run.max_forward_tokens)}
+        for name, held_out in held.items():
             stored[table_of(name)] = held_out.compute_references(batches_of(held_out.examples, run.config), None)
         run.model.train(training)
         write(path, key, stored)
         done = f"the reference's log-probabilities of {len(needed):,} rows are computed"
     else:
         done = f"the reference's log-probabilities are those of {path.name}"
-    run.preference.reference = stored["training"]
-    for name, held_out in run.held_out.items():
+    preference.reference = stored["training"]
+    for name, held_out in held.items():
         held_out.reference = stored[table_of(name)]
     return done
 

@@ -164,7 +164,8 @@ def make_sections(report: Report) -> list[Section]:
         for when, scores in (("before", report.before), ("after", report.after)):
             if name in scores:
                 rows.append((f"{shown} {when}", f"{scores[name]:.4f}"))
-                if name.endswith("loss") and report.config["loss"] == "sft":
+                tokens = report.config["loss"] == "sft" and report.config.get("task", "causal_lm") == "causal_lm"
+                if name.endswith("loss") and tokens:
                     rows.append((f"{shown.removesuffix('loss')}perplexity {when}", f"{exp(min(scores[name], 50)):.3f}"))
     rows += list(report.facts.items())
     memory = [(name, format_bytes(num_bytes)) for name, num_bytes in report.memory]

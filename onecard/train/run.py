@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +26,20 @@ from onecard.train.best import Best, best_of
 from onecard.train.graphs import DecoderGraphs
 from onecard.train.loss import packed_loss
 from onecard.train.noise import EmbeddingNoise
-from onecard.train.preference import Preference
 from onecard.train.ranks import Ranks
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
 LARGEST_SCALE = 2.0**16
+
+
+class Objective(Protocol):
+    """What a run learns in place of tokens: preferences (preference.py), or a classification head (head.py)."""
+
+    def to_device(self, batch: dict[str, Any]) -> dict[str, Any]: ...
+    def totals(self, window: list[dict[str, Any]]) -> Any: ...
+    def loss(self, batch: dict[str, Any], totals: Any, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
+    def metrics(self, parts: list[float], totals: Any) -> dict[str, float]: ...
+    def evaluate(self) -> dict[str, float]: ...
 
 
 @dataclass
@@ -50,8 +59,8 @@ class Run:
     loss_scale: float = 1.0
     graphs: DecoderGraphs | None = None
     ranks: Ranks = field(default_factory=Ranks)
-    preference: Preference | None = None  # if the loss is not sft
-    held_out: dict[str, Preference] = field(default_factory=dict)  # its eval files by name
+    objective: Objective | None = None  # if it is not the loss of tokens
+    held_out: Mapping[str, Objective] = field(default_factory=dict)  # its eval files by name
     max_forward_tokens: int | None = field(init=False)  # most tokens in one forward
     offload: Offload | None = field(init=False, default=None)
     paged: Statistics = field(default_factory=Statistics)  # in all steps so far

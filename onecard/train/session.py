@@ -21,6 +21,7 @@ from onecard.config import TrainConfig
 from onecard.data.dataset import Dataset
 from onecard.errors import Stopped, UserError
 from onecard.hf.fingerprint import fingerprint
+from onecard.hf.head import start_head
 from onecard.hf.load import (
     load_model,
     pick_device,
@@ -46,6 +47,7 @@ from onecard.train.checkpoint import (
 from onecard.train.evaluate import attention_of, choose_loss
 from onecard.train.evaluate import evaluate as measured_loss
 from onecard.train.evaluator import Evaluator, make_evaluator
+from onecard.train.head import SequenceHead, choose_outputs
 from onecard.train.hub import push
 from onecard.train.loop import Interrupted, count_steps, train
 from onecard.train.loss import packed_loss
@@ -191,10 +193,12 @@ def run_locked(
         ranks=ranks,
     )
     run.date = prepared.date
-    run.loss, slow = choose_loss(model, prepared.training)
+    run.loss, slow = (choose_outputs if prepared.labels else choose_loss)(model, prepared.training)
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
-    if config.loss != "sft":
+    if prepared.labels:
+        set_head(run, prepared)
+    elif config.loss != "sft":
         set_preferences(run, prepared, console)
     if base is not None:
         check_calibration(base, model, run)
@@ -213,7 +217,8 @@ def run_locked(
     for line in end_at_best(run, result, output):
         console.print(line, highlight=False)
     if ranks.is_first:
-        save_adapter(model, result.adapter, origin.model_copy(update={"form": prepared.form}), prepared.own_tokenizer)
+        origin = origin.model_copy(update={"form": prepared.form})
+        save_adapter(model, result.adapter, origin, prepared.own_tokenizer, prepared.head_config)
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run, evaluate), run)
     result.report.facts |= base.facts if base is not None else {}
     if ranks.count > 1:
@@ -235,10 +240,17 @@ def check_ranks(config: TrainConfig, ranks: Ranks) -> None:
         raise UserError("each process must have a micro-batch of the window", found, do, "gradient_accumulation_steps")
 
 
+def set_head(run: Run, prepared: Prepared) -> None:
+    """Give the run its documents and their labels, for the head."""
+    how = (prepared.labels, run.loss is packed_loss, run.config.center_rewards_coefficient or 0.0)
+    run.objective = SequenceHead(run.model, prepared.training, *how)
+    run.held_out = {name: SequenceHead(run.model, each, *how) for name, each in prepared.validation.items()}
+
+
 def set_preferences(run: Run, prepared: Prepared, console: Console) -> None:
     """Give the run its preferences, with their reference if it is to be computed before the training."""
     config, validation, packed = run.config, prepared.validation, run.loss is packed_loss
-    run.preference = Preference(config, run.model, prepared.training.examples, packed)
+    run.objective = preference = Preference(config, run.model, prepared.training.examples, packed)
     run.held_out = {
         name: Preference(config, run.model, dataset.examples, packed) for name, dataset in validation.items()
     }
@@ -247,7 +259,7 @@ def set_preferences(run: Run, prepared: Prepared, console: Console) -> None:
     loader = make_loader(config, prepared.training)  # not the run's, which stays at the first row
     batches = (loader.next_batch() for _ in range(loader.num_batches(0)))
     checked = " ".join(dataset.fingerprint() for dataset in validation.values()) or None
-    identity = reference_identity(run.preference, prepared.identity, checked)
+    identity = reference_identity(preference, prepared.identity, checked)
     start = time.perf_counter()
     with run.ranks.first_alone(), attention_of(run.base, run.loss), sharing_cores():
         done = set_references(run, batches, Path(config.output), identity)
@@ -278,8 +290,11 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         config.device,
         prepared.strategy.weights_budget,
         config.output,
+        prepared.labels,
     )
     prepared.identity["base"] = fingerprint(base)
+    if prepared.has_new_head:
+        start_head(base, config.seed)
     torch.manual_seed(config.seed)
     try:
         model = add_adapter(base, lora_config(config, base), prepared.new_tokens)

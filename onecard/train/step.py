@@ -5,7 +5,7 @@ With N supervised tokens in the window:
     for each micro-batch: backward(loss / N)       loss.py
     stop on NaN or Inf, clip, AdamW on the float32 master weights, schedule
 
-A loss on preferences divides by the window's examples instead of N (preference.py).
+Another objective divides by the window's examples instead of N (preference.py, head.py).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from onecard.memory.measure import is_out_of_memory, peak_memory_bytes
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.train.loss import IGNORE, head_loss, packed_loss, to_device
-from onecard.train.preference import NAMES, Preference, Totals
 from onecard.train.recovery import retry_on_oom
-from onecard.train.run import Run, random_state, restore_random
+from onecard.train.run import Objective, Run, random_state, restore_random
+
+MOST_VALUES = 8  # of a micro-batch: its loss and the parts of an objective's metrics
 
 
 def optimizer_step(run: Run) -> dict[str, Any]:
@@ -83,15 +84,15 @@ def next_window(run: Run) -> tuple[list[dict[str, Any]], int]:
 
 
 def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[float, float, dict[str, float]]:
-    """Fill .grad with clipped gradients. Return the window's loss, the gradient norm, and preferences' metrics.
+    """Fill .grad with clipped gradients. Return the window's loss, the gradient norm, and an objective's metrics.
 
     In float16 the loss is scaled against underflow. An overflow halves the scale and repeats the window with the same
     random numbers.
     """
     generators, own = random_state(run.device), run.ranks.share(window)
     divisor: Any = num_tokens
-    if (preference := run.preference) is not None:
-        divisor = retry_on_oom(run, lambda: preference.totals(window), window)
+    if (objective := run.objective) is not None:
+        divisor = retry_on_oom(run, lambda: objective.totals(window), window)
     while True:
         values = retry_on_oom(run, lambda: own_gradients(run, own, divisor, generators), own)
         total, norm, more = clipped(run, values, divisor)
@@ -114,28 +115,30 @@ def own_gradients(run: Run, own: list[dict[str, Any]], divisor: Any, generators:
     restore_random(generators, run.device)
     parts = [part for batch in own for part in split(batch, run.max_forward_tokens)]
     if not parts:  # the last window may have fewer micro-batches than there are processes
-        kind = torch.float32 if run.preference is None else torch.float64
-        return torch.zeros(1 if run.preference is None else 1 + len(NAMES), dtype=kind, device=run.device)
+        return torch.zeros(1, device=run.device)
     return torch.stack([micro_batch(run, part, divisor) for part in parts], 1).sum(1)
 
 
 def clipped(run: Run, values: Tensor, divisor: Any) -> tuple[float, float, dict[str, float]]:
     """Sum gradients and values over the processes, and clip. Return the same as `gradients`."""
-    run.ranks.sum_gradients(run.trainable.values())
-    values = run.ranks.sum(values)
+    if run.ranks.count > 1:
+        run.ranks.sum_gradients(run.trainable.values())
+        all_values = torch.zeros(MOST_VALUES, dtype=torch.float64, device=run.device)
+        all_values[: len(values)] = values
+        values = run.ranks.sum(all_values)
     for parameter in run.trainable.values():
         if parameter.grad is not None and run.loss_scale != 1.0:
             parameter.grad /= run.loss_scale
     norm = torch.nn.utils.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
     # The update's only device sync. Only AdamW follows, in one or two launches.
     total, found, *more = torch.cat([values[:1], norm[None].to(values.dtype), values[1:]]).tolist()
-    return total, found, {} if run.preference is None else run.preference.metrics(more, divisor)
+    return total, found, {} if run.objective is None else run.objective.metrics(more, divisor)
 
 
 def micro_batch(run: Run, batch: dict[str, Any], divisor: Any) -> Tensor:
-    """Accumulate one micro-batch's gradients. Return its loss, and for preferences the parts of their metrics."""
-    if run.preference is not None:
-        return preferences(run, run.preference, batch, divisor)
+    """Accumulate one micro-batch's gradients. Return its loss, and the parts of an objective's metrics."""
+    if run.objective is not None:
+        return objective_batch(run, run.objective, batch, divisor)
     batch = to_device(batch, run.device)
     if run.noise is not None:
         run.noise.cu_seqlens = batch["cu_seqlens"] if run.loss is packed_loss else None
@@ -148,11 +151,11 @@ def micro_batch(run: Run, batch: dict[str, Any], divisor: Any) -> Tensor:
     return loss.detach()[None]
 
 
-def preferences(run: Run, preference: Preference, batch: dict[str, Any], totals: Totals) -> Tensor:
-    """Same as `micro_batch`, for preferences."""
-    batch = preference.to_device(batch)
+def objective_batch(run: Run, objective: Objective, batch: dict[str, Any], totals: Any) -> Tensor:
+    """Same as `micro_batch`, for another objective than tokens."""
+    batch = objective.to_device(batch)
     with nullcontext() if run.graphs is not None else run.saved_as_pages():
-        loss, metrics = preference.loss(batch, totals, run.graphs(batch) if run.graphs is not None else None)
+        loss, metrics = objective.loss(batch, totals, run.graphs(batch) if run.graphs is not None else None)
     (loss * run.loss_scale).backward()
     return torch.cat([loss.detach()[None], metrics])
 

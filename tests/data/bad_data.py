@@ -226,6 +226,23 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
 }
 
 
+LABELLED = {  # kind -> rows of --task classification, the place that is named, a word that is said
+    "label, a fraction": ([{"text": "a", "label": 1.5}], ":1:label", "1.5"),
+    "label, a fraction as text": ([{"text": "a", "label": "4.0"}], ":1:label", "4.0"),
+    "label, NaN": ([{"text": "a", "label": "nan"}], ":1:label", "nan"),
+    "label, a truth value": ([{"text": "a", "label": True}], ":1:label", "yes and no"),
+    "label, null": ([{"text": "a", "label": None}], ":1:label", "null"),
+    "label, empty": ([{"text": "a", "label": "x"}, {"text": "b", "label": " "}], ":2:label", "an empty text"),
+    "labelled row without a text": ([{"text": "", "label": "x"}], ":1:text", "empty"),
+    "labelled text with a system message": (
+        [{"text": "a", "label": "x", "system": "b"}],
+        ":1:system",
+        "no other input",
+    ),
+    "rows without a label": ([{"text": "a", "stars": 3}], "", "--columns"),
+}
+
+
 def chat_file(folder: Path, line: str | bytes) -> Path:
     """A JSONL file with a bad second line between good ones."""
     path = folder / "data.jsonl"

@@ -12,7 +12,7 @@ from onecard.data.records import read_records
 from onecard.data.tokens import prepare
 from onecard.errors import UserError
 from tests.conftest import make_tokenizer, write_rows
-from tests.data.bad_data import ASKED, CHAT_LINES, FILES, GOOD, SAID, chat_file
+from tests.data.bad_data import ASKED, CHAT_LINES, FILES, GOOD, LABELLED, SAID, chat_file
 
 TOKENIZER = make_tokenizer()
 
@@ -36,6 +36,15 @@ def test_a_bad_file_is_named(kind, tmp_path):
     with pytest.raises(UserError) as error:
         load_dataset(str(tmp_path / name), TOKENIZER, DataConfig())
     assert error.value.where == str(tmp_path / where) and said in str(error.value)
+
+
+@pytest.mark.parametrize("kind", list(LABELLED))
+def test_a_bad_label_is_named(kind, tmp_path):
+    rows, where, said = LABELLED[kind]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    with pytest.raises(UserError) as error:
+        load_dataset(str(path), TOKENIZER, DataConfig(), "classification")
+    assert error.value.where == f"{path}{where}" and said in str(error.value)
 
 
 def test_bad_rows_of_reading_and_of_tokenizing_come_in_one_list(tmp_path):

@@ -67,6 +67,7 @@ class Example:
     Attributes:
         second: the index at which the second document, with the rejected answer, begins; 0 if there is none.
         label: of an answer by itself: whether it is desirable.
+        class_name: of a labelled document.
         truncated, answer_cut: whether it was cut to max_seq_length, and whether that removed supervised tokens.
         notes: what the user should know about it.
     """
@@ -79,6 +80,7 @@ class Example:
     notes: tuple[str, ...] = ()
     second: int = 0
     label: bool = True
+    class_name: str | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from onecard.adapter.head import labels_beside
 from onecard.adapter.origin import check_sample, read_origin, sample_base, stored_as
 from onecard.adapter.update import Adapter, read_adapter
 from onecard.config import QuantConfig
 from onecard.errors import UserError
-from onecard.export.ends import Ends, saved_tensors
+from onecard.export.ends import Ends, saved_tensors, with_head
 from onecard.export.folder import Shapes, check_room, new_folder, write_others
 from onecard.export.merge.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
@@ -196,7 +197,7 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
         UserError: an adapter of another model, over another quantization or of an unknown kind; "original" with a
             checkpoint that has no original weights; a model whose linears are not tensors of the checkpoint.
     """
-    checkpoint = inspect_checkpoint(find_checkpoint(model))
+    checkpoint = replace(inspect_checkpoint(find_checkpoint(model)), labels=labels_beside(adapter))
     base = base or ("dequantized" if adapter is not None or checkpoint.is_4bit else "original")
     if checkpoint.is_4bit and base == "original":
         found = "a checkpoint in 4 bits"
@@ -206,6 +207,8 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
     tuned = read_adapter(Path(adapter)).renamed(known.stored) if adapter is not None else Adapter()
     ends = Ends.of(known)
     checkpoint = ends.with_true_ties(replace(checkpoint, tensors=checkpoint.weights))
+    if checkpoint.labels and adapter is not None:
+        checkpoint = with_head(checkpoint, ends, Path(adapter))
     turned, experts = turned_weights(known), Experts.of(checkpoint, known)
     packed = {name for name, place in experts.places.items() if place.stack in known.mxfp4}
     shapes = stored_shapes(checkpoint, turned) | packed_shapes(checkpoint, experts, packed)
