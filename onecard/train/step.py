@@ -94,8 +94,13 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
     if (objective := run.objective) is not None:
         divisor = retry_on_oom(run, lambda: objective.totals(window), window)
     while True:
-        values = retry_on_oom(run, lambda: own_gradients(run, own, divisor, generators), own)
-        total, norm, more = clipped(run, values, divisor)
+        if run.ranks.count == 1:
+            total, norm, more = retry_on_oom(
+                run, lambda: clipped(run, own_gradients(run, own, divisor, generators), divisor), own
+            )
+        else:  # a process cannot repeat the exchange alone
+            values = retry_on_oom(run, lambda: own_gradients(run, own, divisor, generators), own)
+            total, norm, more = clipped(run, values, divisor)
         if math.isfinite(total) and math.isfinite(norm):
             return total, norm, more
         if run.loss_scale <= 1.0 or not math.isfinite(total):

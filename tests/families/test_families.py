@@ -72,7 +72,8 @@ def test_a_start_of_pefts_works_or_is_refused(start, checkpoint):
     model = onecard.load_model(str(checkpoint), compute_dtype="float32", device="cpu")
     if start == "loftq":
         pytest.importorskip("scipy", reason="peft's config asks for it")
-    config = LoraConfig(r=8, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM")
+    more = {"loftq_config": {"loftq_bits": 4}} if start == "loftq" else {}
+    config = LoraConfig(r=8, target_modules=["q_proj"], init_lora_weights=start, task_type="CAUSAL_LM", **more)
     config._register_custom_module(lora_config(LoraSettings())._custom_modules)
     if start not in ("loftq", "corda"):
         ids = torch.tensor([[5, 6, 7, 8]])
