@@ -92,6 +92,11 @@ def load_base(model: str, adapter: str | None, quant: Any, device: str, labels: 
     return load_model(model, **config.model_dump(), device=device, labels=labels)
 
 
+def process_number() -> int:
+    """Return the number of this process among those of a run that torchrun started; else 0."""
+    return int(os.environ.get("RANK", 0))
+
+
 def make_console(quiet: bool = False) -> Any:
     """Make the terminal's console, without libraries' bars and warnings. It escapes control characters from files.
 
@@ -106,7 +111,7 @@ def make_console(quiet: bool = False) -> Any:
             raise BrokenPipeError(errno.EPIPE, "nobody reads the output")
 
     quiet_libraries()
-    console = Terminal(quiet=quiet or int(os.environ.get("RANK", 0)) > 0)
+    console = Terminal(quiet=quiet or process_number() > 0)
     console.push_render_hook(EscapeTexts())  # type: ignore[arg-type]  # follows rich's protocol, not its class
     return console
 

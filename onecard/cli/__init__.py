@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import suppress
 
@@ -11,7 +10,7 @@ from cyclopts import CycloptsError
 from onecard.cli import answering, training, writing  # noqa: F401  # they register the commands
 from onecard.cli.app import app
 from onecard.errors import UserError
-from onecard.terminal import run_app
+from onecard.terminal import process_number, run_app
 
 
 def main() -> None:
@@ -20,8 +19,8 @@ def main() -> None:
         run_app(app)
     except (UserError, CycloptsError) as error:
         with suppress(OSError):  # the terminal may be closed
-            rank = int(os.environ.get("RANK", 0))  # of several processes
-            print(f"error{f' in process {rank}' * (rank > 0)}: {error}", file=sys.stderr)
+            number = process_number()
+            print(f"error{f' in process {number}' * (number > 0)}: {error}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, UserError) else 2)
     except KeyboardInterrupt:
         sys.exit(130)

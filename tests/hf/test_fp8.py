@@ -76,11 +76,20 @@ def make_fp8(folder, scheme="blocks", family="qwen3", change=None, **settings):
             stored[name] = meant[name] = W
     if change is not None:
         change(stored)
+    write_twins(model, stored, twin, meant, quantization)
+    return model, twin
+
+
+def write_twins(model, stored, twin, meant, quantization):
+    """Write a quantized checkpoint's tensors, and those of the plain checkpoint that it means."""
     save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
     save_file(meant, twin / "model.safetensors", metadata={"format": "pt"})
+    set_quantization(model, quantization)
+
+
+def set_quantization(model, quantization):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    return model, twin
 
 
 def load(folder, **settings):
@@ -197,8 +206,7 @@ def test_damaged_codes_and_scales_are_refused(tmp_path, damage):
 )
 def test_other_forms_of_fp8_are_refused(tmp_path, quantization):
     model, _ = make_fp8(tmp_path)
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    set_quantization(model, quantization)
     with pytest.raises(UserError, match=r"quantization_config|quantized with") as caught:
         load(model)
     assert "config.json" in caught.value.where

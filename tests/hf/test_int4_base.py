@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import onecard
 from onecard.config import QuantConfig
@@ -19,6 +19,7 @@ from onecard.hf.skeleton import read_model
 from onecard.hf.stored import read_rows, read_tensor
 from tests.conftest import make_checkpoint
 from tests.export.merge.test_merged import make_adapter
+from tests.hf.test_fp8 import set_quantization, write_twins
 
 Q = "model.layers.0.self_attn.q_proj"
 GROUP = 32
@@ -87,15 +88,8 @@ def make_int4(folder, scheme, change=None):
             stored[name] = meant[name] = W
     if change is not None:
         change(stored)
-    save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
-    save_file(meant, twin / "model.safetensors", metadata={"format": "pt"})
-    set_quantization(model, SCHEMES[scheme])
+    write_twins(model, stored, twin, meant, SCHEMES[scheme])
     return model, twin
-
-
-def set_quantization(model, quantization):
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
 
 
 def load(folder):

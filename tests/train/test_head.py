@@ -23,7 +23,7 @@ from onecard.train.loss import packed_loss, plain_loss
 from onecard.train.session import run_training
 from tests.conftest import chat_rows, make_checkpoint, write_rows
 from tests.train.test_loop import adapter_bytes, copy_at, quiet
-from tests.train.test_preference import PAIRS, fields
+from tests.train.test_preference import PAIRS, fields, trainer_arguments
 
 SAID = ("good fox", "bad dog", "two blue mugs")
 REVIEWS = [{"review": f"{SAID[i % 3]} {'jumps over ' * (i % 4)}{i}", "stars": (1, 5, 3)[i % 3]} for i in range(24)]
@@ -225,25 +225,8 @@ def test_reward_steps_are_those_of_trl(center, checkpoint, tmp_path):
     for path, parameter in model.named_parameters():
         if "lora_" in path or "score" in path:
             parameter.data = parts[path].detach().clone()
-    common = fields(checkpoint, "-", "-")
-    args = trl.RewardConfig(
-        output_dir=str(tmp_path / "trl"),
-        max_steps=steps,
-        per_device_train_batch_size=count,
-        learning_rate=common["learning_rate"],
-        lr_scheduler_type="constant",
-        adam_epsilon=common["adam_epsilon"],
-        weight_decay=0.0,
-        max_length=96,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        center_rewards_coefficient=center,
-    )
+    how = trainer_arguments(tmp_path / "trl", steps, count)
+    args = trl.RewardConfig(**how, center_rewards_coefficient=center)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     made = trl.RewardTrainer(
         model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer

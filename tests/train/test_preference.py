@@ -84,6 +84,28 @@ def run(checkpoint, data, output, resuming=False, **more):
     return run_training(make_config(TrainConfig, fields(checkpoint, data, output, **more)), resuming, quiet())
 
 
+def trainer_arguments(output, steps, batch_size):
+    """The settings of `fields` for a trainer of trl, one step a batch."""
+    common = fields("-", "-", "-")
+    return {
+        "output_dir": str(output),
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": common["learning_rate"],
+        "lr_scheduler_type": "constant",
+        "adam_epsilon": common["adam_epsilon"],
+        "weight_decay": 0.0,
+        "max_length": common["max_seq_length"],
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+
+
 def trl_rows(checkpoint, output, name, rows, settings, dtype=torch.float32, seed=42):
     """The rows of trl's log, from the start of our run, on a plain model of the dequantized weights."""
     from datasets import Dataset
@@ -111,25 +133,7 @@ def trl_rows(checkpoint, output, name, rows, settings, dtype=torch.float32, seed
 
         module = import_module(f"trl.experimental.{name.lower()}")
         trainer, config = getattr(module, f"{name}Trainer"), getattr(module, f"{name}Config")
-    common = fields(checkpoint, "-", "-")
-    args = config(
-        output_dir=str(output),
-        max_steps=STEPS,
-        per_device_train_batch_size=len(rows),
-        learning_rate=common["learning_rate"],
-        lr_scheduler_type="constant",
-        adam_epsilon=common["adam_epsilon"],
-        weight_decay=0.0,
-        max_length=96,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        **settings,
-    )
+    args = config(**trainer_arguments(output, STEPS, len(rows)), **settings)
     made = trainer(
         model=model,
         args=args,
