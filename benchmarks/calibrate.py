@@ -284,16 +284,15 @@ def after(args: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     numbers = [str(number) for number in args.steps]
     for seed in range(args.seeds):
-        wanted = numbers if seed == 0 else numbers[:1]
         for variant in ("16 bits", "nearest", "both", "start"):
-            found.setdefault(variant, []).append(call("after", variant, "--seed", str(seed), "--steps", *wanted))
+            found.setdefault(variant, []).append(call("after", variant, "--seed", str(seed), "--steps", *numbers))
     rows = []
     for name, runs in found.items():
         row = [TITLES[name]]
         for number in numbers:
             for column in (0, 1):
-                values = [run[number][column] for run in runs if number in run]
-                base = statistics.mean(run[number][column] for run in found["16 bits"] if number in run)
+                values = [run[number][column] for run in runs]
+                base = statistics.mean(run[number][column] for run in found["16 bits"])
                 row += [several(values), f"{statistics.mean(values) / base - 1:+.1%}"]
         rows.append(row)
     header = ["base"]
@@ -303,7 +302,7 @@ def after(args: argparse.Namespace) -> None:
         f"SmolLM2-135M-Instruct ({PACKAGE}) on 300 rows of GSM8K, NF4 with double quantization; rows of about {LENGTH} "
         f"tokens a step, rank {RANK} on all linears, AdamW at {RATE}, bfloat16. 16 bits is the same step on the "
         f"checkpoint's own weights. Losses are those of 100 held-out rows and of {GENERAL_TOKENS:,} tokens of general "
-        f"text, in nats a token; seeds: {args.seeds} for {numbers[0]} steps, else one.\n\n{table(header, rows)}"
+        f"text, in nats a token: the mean of {args.seeds} seeds (least to most).\n\n{table(header, rows)}"
     )
     print(write_result("calibrate_after_135m", "A calibrated base after training", body))
 
