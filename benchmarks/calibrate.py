@@ -115,7 +115,7 @@ def make_trial(args: argparse.Namespace, folder: Path) -> Any:
             return mx_calibrated(self.matrix(name).float(), factor, args.variant)
 
     if args.variant == "feedback":
-        feedback.SHARES = (1.0,)
+        feedback.SHARES = torch.ones(1)
     mx = args.kind == "mxfp4"
     quant = QuantConfig(quant_type="nf4" if mx else args.kind)
     lora = LoraSettings(r=RANK) if args.variant == "start" else None

@@ -215,6 +215,7 @@ struct Isa {
 #include "attention.inl"
 #include "elementwise.inl"
 #include "optimizer.inl"
+#include "rounding.inl"
 #if defined(ONECARD_AVX512_BF16)
 #include "bf16.inl"
 #endif
@@ -230,6 +231,7 @@ void dequantize_and_fence(const Weight& w, Dtype dtype, void* out, bool stream, 
 const Kernels kAmx = {
     "amx", quantize, dequantize_and_fence, product_bf16, arrange_bf16, attention_forward_amx, attention_backward_amx,
     attention_reduce, cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, dense_product, adamw_8bit,
+    round_columns, choose_scales,
     linear_forward, linear_backward,
 };
 #elif defined(ONECARD_AVX512_BF16)
@@ -237,11 +239,13 @@ const Kernels kAvx512Bf16 = {
     "avx512_bf16", quantize, dequantize_and_fence, product_bf16, arrange_bf16, attention_forward_bf16,
     attention_backward_bf16, attention_reduce, cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward,
     rope, dense_product, adamw_8bit,
+    round_columns, choose_scales,
 };
 #else
 const Kernels kAvx512 = {
     "avx512", quantize, dequantize_and_fence, product, arrange, attention_forward, attention_backward,
     attention_reduce, cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, dense_product, adamw_8bit,
+    round_columns, choose_scales,
 };
 #endif
 

@@ -119,7 +119,7 @@ EXPORT int onecard_set_isa(const char* name) {
 // Returns a value that Python must share, by name: a structure's size, or a constant; -1 for another name.
 EXPORT int64_t onecard_constant(const char* name) {
     const std::pair<const char*, int64_t> known[] = {
-        {"interface", 1},  // raise it with any change of a function's arguments or of a structure's fields
+        {"interface", 2},  // raise it with any change of a function's arguments or of a structure's fields
         {"sizeof Attention", sizeof(Attention)}, {"sizeof AdamW8bit", sizeof(AdamW8bit)}, {"sizeof Linear", sizeof(Linear)},
         {"nested block", kNestedBlock}, {"state block", kStateBlock}, {"tiled rows", kTiledRows},
     };
@@ -257,6 +257,22 @@ EXPORT void onecard_dense_product(const void* W, const void* x, int dtype, int64
 EXPORT void onecard_adamw_8bit(const AdamW8bit* a, int num_threads) {
     parallel_for((a->size + kStateBlock - 1) / kStateBlock, 16, num_threads,
                  [&](int64_t begin, int64_t end) { current->adamw_8bit(*a, begin, end); });
+}
+
+EXPORT void onecard_round_columns(const float* target, const float* W, const float* scale, const float* U, int64_t P,
+                                  int64_t N, const float* levels, const float* bounds, int count, float* D,
+                                  uint8_t* number, int num_threads) {
+    Columns c{P, N, target, W, scale, U, D, number};
+    Levels l{count, levels, bounds};
+    parallel_for(N, 64, num_threads, [&](int64_t begin, int64_t end) { current->round_columns(c, l, begin, end); });
+}
+
+EXPORT void onecard_choose_scales(const float* x, const float* weight, int64_t num_blocks, int64_t blocksize,
+                                  const float* levels, const float* bounds, int count, const float* shares,
+                                  int64_t num_shares, float* scale, int num_threads) {
+    Blocks b{blocksize, x, weight, num_shares, shares, scale};
+    Levels l{count, levels, bounds};
+    parallel_for(num_blocks, 64, num_threads, [&](int64_t begin, int64_t end) { current->choose_scales(b, l, begin, end); });
 }
 
 // First fit (data/packing.py): each document goes into the first row with room for it. `free` is a tree over 2 * size

@@ -97,6 +97,31 @@ struct Linear {
     float *grad_A, *grad_B;
 };
 
+// The values that a weight may have, ascending, and the midpoints between neighbours.
+struct Levels {
+    int count;  // at most 16
+    const float *levels, *bounds;
+};
+
+// P columns of a weight, the last one first: each of N values becomes the level nearest to target + sum over the later
+// columns j of U[p][j] D[j], divided by its scale. D is W minus the level times the scale. All are (P, N), U is (P, P).
+struct Columns {
+    int64_t P, N;
+    const float *target, *W, *scale, *U;
+    float* D;
+    uint8_t* number;
+};
+
+// Blocks of float32 values: their scale is the share of the largest value with the least sum of weight times squared
+// error.
+struct Blocks {
+    int64_t blocksize;
+    const float *x, *weight;
+    int64_t num_shares;
+    const float* shares;
+    float* scale;
+};
+
 struct Kernels {
     const char* name;
     // Quantizes blocks [begin, end) of W to codes and scales. Returns false if a weight is not finite.
@@ -137,6 +162,10 @@ struct Kernels {
                           int64_t begin, int64_t end);
     // Updates blocks [begin, end) of a parameter.
     void (*adamw_8bit)(const AdamW8bit& a, int64_t begin, int64_t end);
+    // Rounds the values [begin, end) of N of each column.
+    void (*round_columns)(const Columns& c, const Levels& l, int64_t begin, int64_t end);
+    // Chooses the scales of blocks [begin, end).
+    void (*choose_scales)(const Blocks& b, const Levels& l, int64_t begin, int64_t end);
     // Computes a whole linear on num_threads threads, N and K multiples of 32. Null if torch's own product is as fast.
     void (*linear_forward)(const Weight& w, const Linear& l, int num_threads) = nullptr;
     void (*linear_backward)(const Weight& w, const Linear& l, int num_threads) = nullptr;

@@ -198,12 +198,14 @@ struct Isa {
 #include "attention.inl"
 #include "elementwise.inl"
 #include "optimizer.inl"
+#include "rounding.inl"
 
 }  // namespace
 
 const Kernels kNeon = {
     "neon", quantize, dequantize, product, arrange, attention_forward, attention_backward, attention_reduce,
     cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, dense_product, adamw_8bit,
+    round_columns, choose_scales,
 };
 
 }  // namespace onecard

@@ -82,12 +82,14 @@ struct Isa {
 #include "attention.inl"
 #include "elementwise.inl"
 #include "optimizer.inl"
+#include "rounding.inl"
 
 }  // namespace
 
 const Kernels kScalar = {
     "scalar", quantize, dequantize, product, arrange, attention_forward, attention_backward, attention_reduce,
     cross_entropy, rms_norm, rms_norm_backward, swiglu, swiglu_backward, rope, dense_product, adamw_8bit,
+    round_columns, choose_scales,
 };
 
 }  // namespace onecard

@@ -1,7 +1,7 @@
 """The kernels of each device: protocols for groups of functions, and the module that implements each group.
 
-A backend is a module; pyright checks it against the protocols below. Quantization, dequantization, cross-entropy and
-AdamW work on every device (`reference`). Another group is None if a device lacks it; torch's operations replace it.
+A backend is a module; pyright checks it against the protocols below. Quantization, dequantization, cross-entropy,
+AdamW and rounding work on every device (`reference`, `rounding`). Another group is None if a device lacks it; torch's operations replace it.
 
 Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank, P positions with a loss.
 """
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from onecard.kernels import reference
+from onecard.kernels import reference, rounding
 from onecard.kernels.cpu import native
 from onecard.kernels.cpu.library import library
 from onecard.kernels.reference import Lora, Rates
@@ -139,6 +139,27 @@ class Attention(Protocol):
         ...
 
 
+class Rounding(Protocol):
+    """Weights rounded to levels with the least error: kernels/rounding.py."""
+
+    def round_columns_(
+        self,
+        target_PN: Tensor,
+        W_PN: Tensor,
+        scale_PN: Tensor,
+        U_PP: Tensor,
+        levels: Tensor,
+        D_PN: Tensor,
+        index_PN: Tensor,
+    ) -> None:
+        """Fill D and index with the errors and the levels of P columns, the last one first."""
+        ...
+
+    def choose_scales(self, values: Tensor, weights: Tensor, quant_type: str, shares: Tensor) -> Tensor:
+        """Return the scale of each block (num_blocks,): the best share of its largest absolute value."""
+        ...
+
+
 @dataclass(frozen=True)
 class Backend:
     """The kernels of a device."""
@@ -149,10 +170,11 @@ class Backend:
     dense_product: DenseProduct | None = None
     elementwise: Elementwise | None = None
     attention: Attention | None = None
+    rounding: Rounding = rounding
 
 
 REFERENCE = Backend(reference)
-NATIVE = Backend(native, native, native, native, native, native)
+NATIVE = Backend(native, native, native, native, native, native, native)
 
 
 def backend(device: torch.device) -> Backend:

@@ -28,13 +28,14 @@ from torch import Tensor
 from onecard.config import StoredConfig
 from onecard.export.calibrated.hessian import damped_cholesky
 from onecard.kernels import ops
-from onecard.quant.blockwise import make_state, pack, state_absmax
+from onecard.kernels.backend import backend
+from onecard.quant.blockwise import make_state, not_finite, pack, state_absmax
 from onecard.quant.codebook import decision_bounds, quant_map
 from onecard.quant.state import QuantState
 
-SHARES = tuple(1 - step / 20 for step in range(9))  # of a block's largest weight: 1.00 ... 0.60
+SHARES = torch.tensor([1 - step / 20 for step in range(9)])  # of a block's largest weight: 1.00 ... 0.60
 DAMPING = 0.01  # of H's mean diagonal, as in GPTQ
-COLUMNS = 64  # that are rounded between two large products
+COLUMNS = 256  # that are rounded between two large products
 PIECE_ROWS = 1024
 SPARE, ITERATIONS = 8, 4  # of the search for singular vectors
 ROUNDS = 2  # of codes and low-rank correction
@@ -98,16 +99,9 @@ def choose_scales(W: Tensor, weights: Tensor, quant: StoredConfig, name: str) ->
     values, factors = torch.zeros(2, num_blocks * size, dtype=torch.float32, device=W.device)
     values[: W.numel()], factors[: W.numel()] = W.reshape(-1), weights.expand_as(W).reshape(-1)
     values, factors = values.view(num_blocks, size), factors.view(num_blocks, size)
-    largest = values.abs().amax(1)
-    scales, least = largest.clone(), torch.full_like(largest, float("inf"))
-    for share in SHARES:
-        limit = (share * largest)[:, None]
-        clipped = torch.minimum(torch.maximum(values, -limit), limit)
-        found = ops.dequantize_4bit(*ops.quantize_4bit(clipped, quant.quant_type, size, False, name))
-        error = found.sub_(values).square_().mul_(factors).sum(1)
-        scales[error < least] = share * largest[error < least]
-        least = torch.minimum(least, error)
-    return scales
+    if not torch.isfinite(values).all():
+        raise not_finite(W, W.shape, name)
+    return backend(W.device).rounding.choose_scales(values, factors, quant.quant_type, SHARES.to(W.device))
 
 
 def spread(absmax: Tensor, blocksize: int, first: int, count: int) -> Tensor:
@@ -123,19 +117,15 @@ def choose_levels(W_NK: Tensor, scale_NK: Tensor, factor: Factor, levels: Tensor
         levels: ascending, float32.
     """
     order, U_KK = factor.order_K, factor.U_KK
-    bounds = (levels[:-1] + levels[1:]) / 2
     W_KN, scale_KN = W_NK.T[order], scale_NK.T[order]  # copies: the weights of an input are contiguous
-    inverse_KN = torch.where(scale_KN == 0, 0.0, 1 / scale_KN)
-    D_KN, index_KN = torch.empty_like(W_KN), torch.empty_like(W_KN, dtype=torch.int32)
+    D_KN, index_KN = torch.empty_like(W_KN), torch.empty_like(W_KN, dtype=torch.uint8)
+    round_columns_ = backend(W_NK.device).rounding.round_columns_
     for end in range(len(order), 0, -COLUMNS):
-        start = max(end - COLUMNS, 0)
-        target = torch.addmm(W_KN[start:end], U_KK[start:end, end:], D_KN[end:])
-        for k in range(end - 1, start - 1, -1):
-            w = torch.addmv(target[k - start], D_KN[k + 1 : end].T, U_KK[k, k + 1 : end])
-            torch.bucketize(w.mul_(inverse_KN[k]), bounds, out=index_KN[k], out_int32=True)
-            torch.addcmul(W_KN[k], levels.index_select(0, index_KN[k]), scale_KN[k], value=-1, out=D_KN[k])
+        part = slice(max(end - COLUMNS, 0), end)
+        target = torch.addmm(W_KN[part], U_KK[part, end:], D_KN[end:])
+        round_columns_(target, W_KN[part], scale_KN[part], U_KK[part, part], levels, D_KN[part], index_KN[part])
     index_NK = torch.empty_like(W_NK, dtype=torch.uint8)
-    index_NK[:, order] = index_KN.T.to(torch.uint8)
+    index_NK[:, order] = index_KN.T
     return index_NK
 
 

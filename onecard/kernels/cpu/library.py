@@ -62,7 +62,7 @@ class Linear(ctypes.Structure):
 
 # csrc/kernels.h must have the same values.
 CONSTANTS = {
-    "interface": 1,  # raise it with any change of a function's arguments or of a structure's fields
+    "interface": 2,  # raise it with any change of a function's arguments or of a structure's fields
     "sizeof Attention": ctypes.sizeof(Attention),
     "sizeof AdamW8bit": ctypes.sizeof(AdamW8bit),
     "sizeof Linear": ctypes.sizeof(Linear),
@@ -90,6 +90,12 @@ SIGNATURES: dict[str, tuple] = {
     "onecard_rope": (None, *[c_void_p] * 4, c_int, c_int64, c_int64, c_int64, c_int64, c_int, c_int),
     "onecard_dense_product": (None, c_void_p, c_void_p, c_int, c_int64, c_int64, c_int64, c_void_p, c_int),
     "onecard_adamw_8bit": (None, c_void_p, c_int),
+    "onecard_round_columns": (
+        None, *[c_void_p] * 4, c_int64, c_int64, c_void_p, c_void_p, c_int, c_void_p, c_void_p, c_int,
+    ),
+    "onecard_choose_scales": (
+        None, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int, c_void_p, c_int64, c_void_p, c_int,
+    ),
     "onecard_first_fit": (c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_int),
     "onecard_attention": (c_int, c_void_p, c_void_p, c_int64, c_int),
 }  # fmt: skip

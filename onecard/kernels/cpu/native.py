@@ -266,3 +266,21 @@ def adamw_8bit_(parts: list[tuple[Tensor, ...]], rates: reference.Rates) -> None
         assert all(x.is_contiguous() for x in tensors)
         struct = AdamW8bit(w.numel(), *[x.data_ptr() for x in tensors], *rates)
         call("onecard_adamw_8bit", ctypes.byref(struct))
+
+
+def round_columns_(
+    target_PN: Tensor, W_PN: Tensor, scale_PN: Tensor, U_PP: Tensor, levels: Tensor, D_PN: Tensor, index_PN: Tensor
+) -> None:
+    """Same as rounding.round_columns_."""
+    bounds = (levels[:-1] + levels[1:]) / 2
+    how = (*W_PN.shape, levels, bounds, len(levels), D_PN, index_PN)
+    call("onecard_round_columns", target_PN, W_PN, scale_PN, U_PP.contiguous(), *how)
+
+
+def choose_scales(values: Tensor, weights: Tensor, quant_type: str, shares: Tensor) -> Tensor:
+    """Same as rounding.choose_scales."""
+    bounds, order = decision_bounds(quant_type, "cpu")
+    levels, scales = quant_map(quant_type, "cpu")[order], new(torch.float32, len(values))
+    how = (*values.shape, levels, bounds, len(levels), shares, len(shares), scales)
+    call("onecard_choose_scales", values, weights, *how)
+    return scales
