@@ -17,9 +17,11 @@ from typing import Any
 from onecard.config import SFT_FORMATS
 from onecard.data.calls import is_absent
 from onecard.data.files import shown
+from onecard.data.preference import ASKED
 from onecard.errors import UserError, did_you_mean
 
 Row = dict[str, Any]
+VERDICTS = ("label", "kto_tag")  # whether an answer is good
 FIRST_ROWS = 100  # that show the format
 KEYS = {  # keys of each format; several sets where tools use other names
     "messages": (("messages",),),
@@ -33,8 +35,17 @@ KEYS = {  # keys of each format; several sets where tools use other names
     ),
     "sharegpt": (("conversations",), ("conversation",)),
     "text": (("text",),),
-    "preference": (("chosen", "rejected"),),
-    "unpaired_preference": (("prompt", "completion", "label"), ("prompt", "completion", "kto_tag")),
+    "preference": (  # of sets that fit as well, the first is taken
+        ("prompt", "chosen", "rejected"),
+        *((asked, "chosen", "rejected") for asked in ASKED),
+        ("chosen", "rejected"),
+    ),
+    "unpaired_preference": (
+        *(("prompt", "completion", label) for label in VERDICTS),
+        *((asked, "completion", label) for asked in ASKED for label in VERDICTS),
+        *(("instruction", "output", label) for label in VERDICTS),
+        *((chat, label) for chat in ("messages", "conversations", "conversation") for label in VERDICTS),
+    ),
     "classification": (("text", "label"), ("prompt", "label"), ("messages", "label")),
 }
 LOSSES = {
@@ -158,7 +169,7 @@ def renamed(row: Row, columns: dict[str, str], where: str) -> Row:
 def of_mapping(rows: Sequence[Row], columns: dict[str, str], known: Sequence[str]) -> Layout | None:
     """Return what the user's mapping asks for. A question and its answer as texts are a chat; as lists, messages."""
     for format in ("preference", "unpaired_preference"):
-        keys = KEYS[format][0]
+        keys = keys_of(format, rows)
         if format in known and columns.keys() & {"prompt", *keys} and count_with(rows, keys):
             return Layout(format, keys, columns)
     if "classification" in known and "label" in columns:
@@ -196,7 +207,7 @@ def in_other_letters(rows: Sequence[Row], columns: dict[str, str], known: Sequen
     ours = {
         "messages": (("messages",), (("messages",), *KEYS["sharegpt"])),
         "text": (("text",), KEYS["text"]),
-        "preference": (("chosen", "rejected"), KEYS["preference"]),
+        "preference": (("chosen", "rejected"), KEYS["preference"][-1:]),
         "classification": (("text", "label"), KEYS["classification"][:1]),
         "alpaca": (("prompt", "completion"), KEYS["alpaca"] + PAIRS),
     }
@@ -209,6 +220,8 @@ def in_other_letters(rows: Sequence[Row], columns: dict[str, str], known: Sequen
 
 
 def told_pair(format: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+    if format in ("preference", "unpaired_preference"):
+        return (f"read {keys[0]} as the prompt, a chat",) if keys[0] in ASKED else ()
     return () if keys == KEYS[format][0] else (f"read {' and '.join(keys)} as {' and '.join(KEYS[format][0])}",)
 
 

@@ -10,13 +10,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from onecard.data.calls import check_text, is_absent
 from onecard.data.files import BadRow, describe
+from onecard.data.turns import question_turns
 
+QUESTIONS = ("instruction", "question", "query")  # columns of an alpaca question
+ASKED = ("messages", "conversations", "conversation", *QUESTIONS)  # columns of a prompt that is a chat
 LABELS = {True: True, False: False, "true": True, "false": False}  # 1 and 0 equal True and False
 
 
@@ -25,41 +29,70 @@ class Pair:
     """A prompt and two answers: texts, or lists of messages.
 
     Attributes:
+        names: the file's names of the prompt's messages; empty if they are prompt[i].
         implicit: the number of the answers' first messages that are the prompt; None for a prompt of its own.
+        is_own: whether the prompt is the beginning of the answers, and no column was read.
     """
 
     prompt: Any
     chosen: Any
     rejected: Any
+    names: tuple[str, ...] = ()
     implicit: int | None = None
+    is_own: bool = False
 
 
-def read_pair(row: dict[str, Any]) -> Pair:
-    """Split a row with `chosen` and `rejected`. Raises BadRow."""
+def read_prompt(row: dict[str, Any], keys: Sequence[str]) -> tuple[Any, tuple[str, ...]]:
+    """Return a row's prompt, a text or messages, and the file's name of each message; None without one. Raises BadRow.
+
+    A column `prompt` is taken as it is. A chat's messages, or an alpaca question, are messages: a text is the user's.
+
+    Args:
+        keys: the format's own columns, of which the first may be the prompt.
+    """
+    key = keys[0] if keys[0] in ASKED else "prompt"
+    if is_absent(row.get(key)):
+        return None, ()
+    if key in QUESTIONS:
+        turns, fields = question_turns(row, key, keys)
+        return turns, tuple(fields)
+    said = read_answer(key, row[key])
+    if key == "prompt":
+        return said, ()
+    return as_messages(said), (key,) if isinstance(said, str) else tuple(f"{key}[{i}]" for i in range(len(said)))
+
+
+def read_pair(row: dict[str, Any], keys: Sequence[str]) -> Pair:
+    """Split a row with `chosen` and `rejected`. Raises BadRow.
+
+    Args:
+        keys: the format's own columns in the row; the first may be the prompt.
+    """
     chosen, rejected = read_answer("chosen", row["chosen"]), read_answer("rejected", row["rejected"])
     if isinstance(chosen, list) != isinstance(rejected, list):
         must = "chosen and rejected must be of one kind: two texts or two lists of messages"
         raise BadRow("rejected", must, f"{describe(chosen)} and {describe(rejected)}")
     if chosen == rejected:
         raise BadRow("rejected", "rejected must differ from chosen", "the same answer twice")
-    prompt = None if is_absent(row.get("prompt")) else read_answer("prompt", row["prompt"])
+    prompt, names = read_prompt(row, keys)
     if isinstance(chosen, str):
-        return text_pair(prompt, chosen, rejected)
+        return replace(text_pair(prompt, chosen, rejected), names=names)
     shared = common(chosen, rejected)
     if prompt is not None:
         messages = as_messages(prompt)
         if not (shared and begins_with(chosen[:shared], messages)):
-            if shared:
+            if shared and not names:
                 must = "chosen and rejected must begin with the row's prompt, or with their own answers"
                 raise BadRow("prompt", must, f"{describe(prompt)}, and {shared} other messages that both begin with")
-            return Pair(messages, chosen, rejected)
+            if not shared:
+                return Pair(messages, chosen, rejected, names)
     if not shared:
         must = "chosen and rejected must answer the same prompt: begin with the same messages, or have a prompt column"
         raise BadRow("rejected", must, "another first message")
     if shared == min(len(chosen), len(rejected)):
         must = "chosen and rejected must each have an answer after the messages that they share"
         raise BadRow("chosen" if shared == len(chosen) else "rejected", must, "no other message")
-    return Pair(chosen[:shared], chosen[shared:], rejected[shared:], shared)
+    return Pair(chosen[:shared], chosen[shared:], rejected[shared:], (), shared, bool(names))
 
 
 def as_messages(said: Any, role: str = "user") -> Any:

@@ -21,11 +21,11 @@ from typing import Any
 from onecard.config import Source
 from onecard.data.calls import check_text, check_tools, is_absent, without_united_nulls
 from onecard.data.classes import read_class
-from onecard.data.columns import KEYS, Layout, layout_of, renamed
+from onecard.data.columns import KEYS, VERDICTS, Layout, layout_of, renamed
 from onecard.data.files import BadRow, Reading, describe, is_arrow, raise_bad_rows, row_error, shown
-from onecard.data.preference import as_messages, read_answer, read_label, read_pair
+from onecard.data.preference import as_messages, read_answer, read_label, read_pair, read_prompt
 from onecard.data.sources import rows_of
-from onecard.data.turns import MEDIA, Chat, read_chat, system_of
+from onecard.data.turns import MEDIA, Chat, question_turns, read_chat, role_of, system_of
 from onecard.errors import UserError
 
 USED = {  # columns that are read in addition to a format's own keys
@@ -38,7 +38,6 @@ USED = {  # columns that are read in addition to a format's own keys
     "unpaired_preference": ("tools", "functions", "system", "system_prompt"),
     "classification": ("tools", "functions", "system", "system_prompt"),
 }
-VERDICTS = ("label", "kto_tag")  # KTO: whether the answer is good
 FIRST_ROWS = 1000  # rows that show the format
 
 
@@ -294,10 +293,17 @@ def pair_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int
 
 
 def answered(
-    prompt: Any, completion: Any, key: str, row: dict[str, Any], file: str, line: int, implicit: int | None = None
+    prompt: Any,
+    completion: Any,
+    key: str,
+    row: dict[str, Any],
+    file: str,
+    line: int,
+    asked: Sequence[str] = (),
+    implicit: int | None = None,
 ) -> tuple[Record, Chat | None]:
     """Make the record of a prompt and its answer, a column `key`, of which the first `implicit` messages are the
-    prompt."""
+    prompt. `asked` are the file's names of the prompt's messages."""
     columns = [key for key in USED["prompt_completion"] if not is_absent(row.get(key))]
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         prompt, completion = check_text("prompt", prompt, empty=True), check_text(key, completion)
@@ -306,64 +312,61 @@ def answered(
                 columns[0], "a row with a text prompt must have no other input columns", f"a column {columns[0]}"
             )
         return Record(file, line, prompt=prompt, completion=completion), None
-    if not any(isinstance(turn, dict) and turn.get("role") == "assistant" for turn in completion):
+    if "assistant" not in map(role_of, completion):
         raise BadRow(key, f"a {key} must have an assistant message", describe(completion))
-    if system := system_of(row)[0]:
-        raise BadRow(system, "a prompt of messages must hold its system message", f"a column {system}")
-    names = [f"{'prompt' if implicit is None else key}[{i}]" for i in range(len(prompt))]
+    names = list(asked) or [f"{'prompt' if implicit is None else key}[{i}]" for i in range(len(prompt))]
+    column, system = system_of(row)
+    given = [turn.get("content", turn.get("value")) for turn in prompt if role_of(turn) in ("system", "developer")]
+    if system and given not in ([], [system]):
+        raise BadRow(column, "a row must have one system message", f"a column and one in {names[0].split('[')[0]}")
+    if system and not given:
+        prompt, names = [{"role": "system", "content": system}, *prompt], [column, *names]
     names += [f"{key}[{(implicit or 0) + i}]" for i in range(len(completion))]
     chat = read_chat("prompt", prompt + completion, names)
     if all(i in chat.unlearned for i in range(len(prompt), len(names)) if chat.messages[i]["role"] == "assistant"):
         raise BadRow(key, "an assistant message must have a weight other than 0", "all are 0")
-    fields = {"unlearned": chat.unlearned, "fields": chat.fields, "tools": check_tools(row)}
-    return Record(file, line, messages=chat.messages, num_prompt_messages=len(prompt), **fields), chat
+    fields = tuple(field if name.count("[") == 1 else name for name, field in zip(names, chat.fields, strict=True))
+    more = {"unlearned": chat.unlearned, "fields": fields, "tools": check_tools(row)}
+    return Record(file, line, messages=chat.messages, num_prompt_messages=len(prompt), **more), chat
 
 
 def alpaca_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, None]:
     """Read one question and answer, with the row's system message and the earlier questions and answers before them."""
     asking, answering = keys
-    beside = [key for key in ("input", "context") if key not in keys and row.get(key) is not None]
-    more = [check_text(key, row[key], empty=True) for key in beside]
-    more = [text for text in more if text.strip()]
-    if len(more) == 2:
-        raise BadRow("context", "a row must have either input or context, not both", "both")
-    asked = check_text(asking, row[asking], empty=bool(more))
-    answer = check_text(answering, row[answering])
-    turns, fields = [], []
-    key, system = system_of(row)
-    if system:
-        turns, fields = [{"role": "system", "content": system}], [key]
-    history = [] if is_absent(row.get("history")) else row["history"]
-    if not isinstance(history, list):
-        raise BadRow("history", "history must be a list of [question, answer]", describe(history))
-    for i, pair in enumerate(history):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRow(f"history[{i}]", "history must be a list of [question, answer]", describe(pair))
-        for k, role in enumerate(("user", "assistant")):
-            turns.append({"role": role, "content": check_text(f"history[{i}][{k}]", pair[k])})
-            fields.append(f"history[{i}][{k}]")
-    user = "\n\n".join([asked, *more] if asked.strip() else more)
-    turns += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-    return Record(file, line, messages=tuple(turns), alpaca=True, fields=(*fields, asking, answering)), None
+    turns, fields = question_turns(row, asking, keys)
+    turns.append({"role": "assistant", "content": check_text(answering, row[answering])})
+    return Record(file, line, messages=tuple(turns), alpaca=True, fields=(*fields, answering)), None
 
 
 def preference_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
     """Read a prompt with its chosen and its rejected answer."""
-    pair = read_pair(row)
-    chosen, chat = answered(pair.prompt, pair.chosen, "chosen", row, file, line, pair.implicit)
-    rejected, other = answered(pair.prompt, pair.rejected, "rejected", row, file, line, pair.implicit)
+    pair = read_pair(row, keys)
+    chosen, chat = answered(pair.prompt, pair.chosen, "chosen", row, file, line, pair.names, pair.implicit)
+    rejected, other = answered(pair.prompt, pair.rejected, "rejected", row, file, line, pair.names, pair.implicit)
     if chat and other:
         chat = replace(chat, unused=chat.unused | other.unused)
+    if keys[0] not in ("prompt", "chosen") and pair.is_own:  # the answers hold the prompt that is in this column, too
+        chat = chat or Chat(())
+        chat.unused[keys[0]] += 1
     return replace(chosen, rejected=rejected), chat
 
 
 def judged_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:
-    """Read a prompt with one answer and its label."""
-    prompt, answer = read_answer("prompt", row["prompt"]), read_answer("completion", row["completion"])
+    """Read a prompt with one answer and its label. Two keys are a chat, whose last message is the answer, and its
+    label."""
+    label = read_label(keys[-1], row[keys[-1]])
+    if len(keys) == 2:
+        chat = read_answer(keys[0], row[keys[0]])
+        if not isinstance(chat, list) or len(chat) < 2 or role_of(chat[-1]) != "assistant":
+            raise BadRow(keys[0], f"{keys[0]} must end with the answer that is judged", describe(chat))
+        names = [f"{keys[0]}[{i}]" for i in range(len(chat) - 1)]
+        record, said = answered(chat[:-1], chat[-1:], keys[0], row, file, line, names, len(chat) - 1)
+        return replace(record, label=label), said
+    (prompt, names), answer = read_prompt(row, keys), read_answer(keys[1], row[keys[1]])
     if isinstance(prompt, list) != isinstance(answer, list):
         prompt, answer = as_messages(prompt), as_messages(answer, "assistant")
-    record, chat = answered(prompt, answer, "completion", row, file, line)
-    return replace(record, label=read_label(keys[2], row[keys[2]])), chat
+    record, said = answered(prompt, answer, keys[1], row, file, line, names)
+    return replace(record, label=label), said
 
 
 def labelled_record(keys: tuple[str, ...], row: dict[str, Any], file: str, line: int) -> tuple[Record, Chat | None]:

@@ -70,6 +70,41 @@ def read_chat(field: str, turns: Any, names: Sequence[str] | None = None, learne
     return Chat(tuple(made), unlearned_turns(field, turns, made, names) if learned else (), fields, unused)
 
 
+def question_turns(row: dict[str, Any], asking: str, keys: Sequence[str]) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the messages before an alpaca row's answer, and the file's name of each: the row's system message, the
+    earlier questions and answers, and the question with its input. Raises BadRow.
+
+    Args:
+        asking: the column of the question.
+        keys: the format's own columns, which are no input.
+    """
+    beside = [key for key in ("input", "context") if key not in keys and row.get(key) is not None]
+    more = [check_text(key, row[key], empty=True) for key in beside]
+    more = [text for text in more if text.strip()]
+    if len(more) == 2:
+        raise BadRow("context", "a row must have either input or context, not both", "both")
+    asked = check_text(asking, row[asking], empty=bool(more))
+    key, system = system_of(row)
+    turns, fields = ([{"role": "system", "content": system}], [key]) if system else ([], [])
+    history = [] if is_absent(row.get("history")) else row["history"]
+    if not isinstance(history, list):
+        raise BadRow("history", "history must be a list of [question, answer]", describe(history))
+    for i, pair in enumerate(history):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRow(f"history[{i}]", "history must be a list of [question, answer]", describe(pair))
+        for k, role in enumerate(("user", "assistant")):
+            turns.append({"role": role, "content": check_text(f"history[{i}][{k}]", pair[k])})
+            fields.append(f"history[{i}][{k}]")
+    user = "\n\n".join([asked, *more] if asked.strip() else more)
+    return [*turns, {"role": "user", "content": user}], [*fields, asking]
+
+
+def role_of(turn: Any) -> str | None:
+    """Return our name of a turn's role; None if it has none that is known."""
+    said = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return {**SHAREGPT_ROLES, **OPENAI_ROLES}.get(said) if isinstance(said, str) else None
+
+
 def content_key(turn: dict[str, Any]) -> str:
     return "value" if "content" not in turn and ("value" in turn or "from" in turn) else "content"
 

@@ -178,3 +178,65 @@ def test_the_preview_shows_both_answers(tmp_path):
         "[[the lazy dog<|im_end|>]]",
     ):
         assert part in text, part
+
+
+TEXTS = {"chosen": GOOD["content"], "rejected": BAD["content"]}
+SAID = [{"from": "human", "value": "how many mugs?"}]
+CHATS = [  # of LLaMA-Factory and Axolotl
+    {"messages": [USER], **TEXTS},
+    {"messages": "how many mugs?", **TEXTS},
+    {"instruction": "how many mugs?", "input": "", "history": [], **TEXTS},
+    {"question": "how many mugs?", "system": "", **TEXTS},
+    {"conversations": SAID, "chosen": {"from": "gpt", "value": "two blue mugs"},
+     "rejected": {"from": "gpt", "value": "the lazy dog"}},
+    {"messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]},  # in the answers, too
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", CHATS, ids=range(len(CHATS)))
+def test_a_prompt_that_is_a_chat_in_each_form_is_the_same(row, tmp_path):
+    tokenizer = make_tokenizer()
+    found, same = (load(tmp_path, rows).examples for rows in ([row], SAME[:1]))
+    assert list(documents(found[0], tokenizer)) == list(documents(same[0], tokenizer))
+
+
+def test_the_system_message_and_the_input_of_a_question_are_in_the_prompt(tmp_path):
+    row = {"system": "Be short.", "instruction": "how many?", "input": "mugs", "history": [["hi", "hello"]], **TEXTS}
+    (record,) = load(tmp_path, [row]).records
+    assert [turn["content"] for turn in record.messages] == [
+        "Be short.", "hi", "hello", "how many?\n\nmugs", "two blue mugs",
+    ]  # fmt: skip
+    assert record.num_prompt_messages == 4
+    assert record.fields == ("system", "history[0][0]", "history[0][1]", "instruction", "chosen[0].content")
+    row = {"system": "Be short.", "prompt": "how many mugs?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}
+    (record,) = load(tmp_path, [row]).records
+    assert [turn["role"] for turn in record.rejected.messages] == ["system", "user", "assistant"]
+    with pytest.raises(UserError, match="one system message"):
+        load(tmp_path, [{**row, "chosen": [{"role": "system", "content": "Be long."}, *row["chosen"]],
+                         "rejected": [{"role": "system", "content": "Be long."}, *row["rejected"]]}])  # fmt: skip
+
+
+def test_a_column_that_is_not_the_prompt_is_told(tmp_path):
+    data = load(tmp_path, [{"messages": [USER, GOOD], "chosen": [USER, GOOD], "rejected": [USER, BAD]}])
+    assert any('"messages" is not used' in notice for notice in data.notices)
+    data = load(tmp_path, [{"prompt": "how many mugs?", "messages": [USER, GOOD], **TEXTS}])
+    assert any('"messages" is not used' in notice for notice in data.notices) and next(iter(data.records)).prompt
+    data = load(tmp_path, [{"messages": [USER], **TEXTS}])
+    assert not any("not used" in notice for notice in data.notices)
+
+
+JUDGED = [
+    {"prompt": [USER], "completion": [GOOD], "label": False},
+    {"messages": [USER, GOOD], "label": False},
+    {"conversations": [*SAID, {"from": "gpt", "value": "two blue mugs"}], "kto_tag": False},
+    {"instruction": "how many mugs?", "input": "", "output": "two blue mugs", "kto_tag": 0},
+    {"messages": "how many mugs?", "completion": "two blue mugs", "label": "false"},
+]
+
+
+@pytest.mark.parametrize("row", JUDGED, ids=range(len(JUDGED)))
+def test_a_judged_answer_in_each_form_is_the_same(row, tmp_path):
+    (example,), (same,) = (load(tmp_path, rows, "kto").examples for rows in ([row], JUDGED[:1]))
+    assert (example.input_ids, example.labels, example.label) == (same.input_ids, same.labels, False)
+    with pytest.raises(UserError, match="must end with the answer"):
+        load(tmp_path, [JUDGED[1], {**JUDGED[1], "messages": [USER]}], "kto")
