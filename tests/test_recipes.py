@@ -6,9 +6,11 @@ import pytest
 import yaml
 
 from onecard.config import TrainConfig, make_config
+from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.recipes.axolotl import read_axolotl
 from onecard.recipes.llamafactory import read_llamafactory
+from tests.conftest import make_tokenizer
 from tests.forks import onecard
 
 FACTORY = """
@@ -229,7 +231,7 @@ def test_a_file_of_axolotl(tmp_path):
     [
         ({"adapter": None}, "not the whole model"),
         ({"load_in_8bit": True}, "load_in_8bit: True"),
-        ({"rl": "dpo"}, "rl: 'dpo'"),
+        ({"rl": "grpo"}, "rl: 'grpo'"),
         ({"datasets": [{"path": "a", "type": "input_output"}]}, "type 'input_output'"),
         ({"datasets": [{"path": "a", "type": {"field_instruction": "x"}}]}, "type {'field_instruction'"),
         ({"lora_target_linear": False}, "name the modules"),
@@ -272,3 +274,162 @@ def test_streams_of_both(tmp_path):
     fields = axolotl(tmp_path, streaming=True, streaming_multipack_buffer_size=500).fields
     assert (fields["streaming"], fields["buffer_size"]) == (True, 500)
     assert not {"streaming", "buffer_size"} & (factory(tmp_path).fields.keys() | axolotl(tmp_path).fields.keys())
+
+
+PAIRS = {"ranking": True, "columns": {"prompt": "instruction", "query": "input", "chosen": "chosen",
+                                      "rejected": "rejected"}}  # fmt: skip
+JUDGED = {"columns": {"prompt": "instruction", "query": "input", "response": "output", "kto_tag": "kto_tag"}}
+PREFERENCES = [
+    ({"stage": "dpo"}, {"loss": "dpo", "loss_type": "sigmoid", "beta": 0.1, "lora_dropout": 0}),
+    ({"stage": "dpo", "pref_loss": "hinge", "pref_beta": "2e-1"}, {"loss": "dpo", "loss_type": "hinge", "beta": 0.2}),
+    ({"stage": "dpo", "pref_loss": "ipo"}, {"loss": "ipo"}),
+    ({"stage": "dpo", "pref_loss": "simpo", "pref_beta": 2.5, "simpo_gamma": 1.0, "adapter_name_or_path": "a"},
+     {"loss": "simpo", "beta": 2.5, "simpo_gamma": 1.0, "cpo_alpha": 0, "adapter": "a"}),
+    ({"stage": "dpo", "adapter_name_or_path": "a", "ref_model": "meta-llama/Meta-Llama-3-8B-Instruct",
+      "ref_model_adapters": "a"}, {"loss": "dpo", "adapter": "a"}),
+    ({"stage": "kto", "kto_chosen_weight": 0.5}, {"loss": "kto", "desirable_weight": 0.5, "undesirable_weight": 1}),
+    ({"stage": "rm", "lora_dropout": 0.1}, {"task": "reward", "loss": "sft", "lora_dropout": 0.1}),
+    ({"pref_beta": 0.3, "pref_loss": "orpo", "pref_ftx": 1.0}, {"loss": "sft"}),  # stage sft reads none of them
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more, expected", PREFERENCES, ids=range(len(PREFERENCES)))
+def test_preferences_of_llamafactory(more, expected, tmp_path):
+    entry = {"stage": more.get("stage"), "dpo": PAIRS, "rm": PAIRS, "kto": JUDGED}.get(more.get("stage"))
+    recipe = factory(tmp_path, entry=entry, **{"lora_dropout": 0.05, **more})
+    config = make_config(TrainConfig, recipe.fields)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert any("without dropout" in note for note in recipe.notes) == (more.get("stage") in ("dpo", "kto"))
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"pref_loss": "orpo"}, "its nll leaves the prompt out"),
+        ({"pref_loss": "kto_pair"}, "onecard has sigmoid, hinge, ipo, simpo"),
+        ({"pref_ftx": 0.5}, "mean loss of each chosen answer"),
+        ({"dpo_label_smoothing": 0.1}, "smooths the labels"),
+        ({"ld_alpha": 0.5}, "ld_alpha: 0.5"),
+        ({"ref_model": "other"}, "the reference is the base itself"),
+        ({"adapter_name_or_path": "a"}, "merge it into the base first"),
+        ({"ref_model_adapters": "a"}, "the adapter it goes on from"),
+        ({"dataset": "other"}, "ranking false"),
+    ],
+)
+def test_preferences_that_differ_are_refused_of_llamafactory(more, said, tmp_path):
+    with pytest.raises(UserError) as error:
+        factory(tmp_path, entry=PAIRS, stage="dpo", **more)
+    assert said in str(error.value)
+    with pytest.raises(UserError, match="ranking true"):
+        factory(tmp_path, entry=PAIRS)
+
+
+SAID = [{"from": "human", "value": "how many mugs?"}]
+GOOD, BAD = ({"from": "gpt", "value": text} for text in ("two blue mugs", "the lazy dog"))
+RANKED = [  # stage, entry of dataset_info.json, row
+    ("dpo", PAIRS, {"instruction": "how many mugs?", "input": "", "chosen": "two blue mugs",
+                    "rejected": "the lazy dog"}),
+    ("rm", {"ranking": True, "formatting": "sharegpt", "columns": {"messages": "talk", "chosen": "chosen",
+                                                                   "rejected": "rejected"}},
+     {"talk": SAID, "chosen": GOOD, "rejected": BAD}),
+    ("dpo", {"ranking": True, "columns": {"prompt": "prompt", "chosen": "yes", "rejected": "no"}},
+     {"prompt": "how many mugs?", "yes": "two blue mugs", "no": "the lazy dog"}),
+    ("dpo", {"ranking": True, "formatting": "sharegpt", "columns": {"chosen": "chosen", "rejected": "rejected"}},
+     {"prompt": "not this one", "conversations": SAID, "chosen": GOOD, "rejected": BAD}),
+    ("kto", JUDGED, {"instruction": "how many mugs?", "input": "", "output": "two blue mugs", "kto_tag": True}),
+    ("kto", {"formatting": "sharegpt", "columns": {"messages": "messages", "kto_tag": "label"}},
+     {"messages": [*SAID, GOOD], "label": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage, entry, row", RANKED, ids=range(len(RANKED)))
+def test_rows_of_preferences_of_llamafactory_are_chats(stage, entry, row, tmp_path):
+    """The file of the recipe is read by our own reader, as the run would."""
+    config = make_config(TrainConfig, factory(tmp_path, entry=entry, stage=stage).fields)
+    assert first_of(config, tmp_path, row) == ["how many mugs?", "two blue mugs"]
+
+
+def first_of(config, tmp_path, row):
+    """The messages of a row, and of the chosen answer, as the data of the settings are read."""
+    (tmp_path / "data").mkdir(exist_ok=True)
+    (tmp_path / "data" / "shop.json").write_text(json.dumps([row]))
+    dataset = load_dataset(config.data, make_tokenizer(), config, config.objective)
+    (record,) = dataset.records
+    return [turn["content"] for turn in record.messages]
+
+
+PROMPT = [{"role": "user", "content": "how many mugs?"}]
+ANSWER, OTHER = ({"role": "assistant", "content": text} for text in ("two blue mugs", "the lazy dog"))
+TEXTS = {"chosen": "two blue mugs", "rejected": "the lazy dog"}
+FULL = {"chosen": [*PROMPT, ANSWER], "rejected": [*PROMPT, OTHER]}
+TYPED = [  # rl, the dataset's keys, row
+    ("dpo", {"type": "chatml.intel"}, {"system": "", "question": "how many mugs?", "prompt": "no", **TEXTS}),
+    ("simpo", {"type": "llama3.icr"}, {"input": "how many mugs?", **TEXTS}),
+    ("ipo", {"type": "chatml.prompt_pairs"}, {"prompt": "how many mugs?", **TEXTS}),
+    ("dpo", {"type": "llama3.ultra"}, {"prompt": "how many mugs?", **FULL}),
+    ("dpo", {"type": "chat_template.argilla_chat"}, FULL),
+    ("dpo", {"type": "chat_template.default", "field_messages": "talk", "field_chosen": "yes"},
+     {"talk": PROMPT, "yes": ANSWER, "rejected": OTHER}),
+    ("orpo", {"type": "chat_template.argilla"}, FULL),
+    ("kto", {"type": "llama3.ultra"}, {"prompt": "how many mugs?", "completion": "two blue mugs", "label": True}),
+    ("kto", {"type": "llama3.argilla_chat"}, {"completion": [*PROMPT, ANSWER], "label": True}),
+    ("reward", {"type": "bradley_terry.chat_template"}, {"system": "", "input": "how many mugs?", **TEXTS}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rl, entry, row", TYPED, ids=[f"{rl}-{entry['type']}" for rl, entry, _ in TYPED])
+def test_rows_of_preferences_of_axolotl_are_chats(rl, entry, row, tmp_path):
+    asked = {"reward_model": True} if rl == "reward" else {"rl": rl}
+    path = str(tmp_path / "data" / "shop.json")
+    config = make_config(TrainConfig, axolotl(tmp_path, datasets=[{"path": path, **entry}], **asked).fields)
+    assert config.objective == rl
+    assert first_of(config, tmp_path, row) == ["how many mugs?", "two blue mugs"]
+
+
+DATA = {"datasets": [{"path": "d.jsonl", "type": "chat_template.default"}]}
+RL = [
+    ({"rl": "dpo"}, {"loss": "dpo", "beta": 0.1, "loss_type": "sigmoid", "lora_dropout": 0}),
+    ({"rl": "dpo", "rl_beta": 0.3, "trl": {"beta": 0.2}, "dpo_norm_loss": True},
+     {"loss": "dpo", "beta": 0.2, "loss_type": "sigmoid_norm"}),
+    ({"rl": "ipo", "dpo_label_smoothing": 0.1}, {"loss": "ipo", "label_smoothing": 0}),  # not read there either
+    ({"rl": "orpo", "orpo_alpha": 0.4, "datasets": [{"path": "d", "type": "chat_template.argilla"}]},
+     {"loss": "orpo", "beta": 0.4}),
+    ({"rl": "simpo", "simpo_gamma": 1.4, "rl_beta": 2}, {"loss": "simpo", "simpo_gamma": 1.4, "cpo_alpha": 1}),
+    ({"rl": "simpo", "simpo_gamma": 1.4, "cpo_alpha": 0}, {"cpo_alpha": 0}),
+    ({"rl": "kto", "kto_undesirable_weight": 0.2, "datasets": [{"path": "d", "type": "chatml.intel"}]},
+     {"loss": "kto", "desirable_weight": 1, "undesirable_weight": 0.2}),
+    ({"reward_model": True, "center_rewards_coefficient": 0.01,
+      "datasets": [{"path": "d", "type": "bradley_terry.chat_template"}]},
+     {"task": "reward", "center_rewards_coefficient": 0.01, "lora_dropout": 0}),
+    ({"rl": "dpo", "datasets": [{"path": "d", "type": {"field_prompt": "q", "field_chosen": "c",
+                                                      "chosen_format": "{chosen}"}}]},
+     {"loss": "dpo"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more, expected", RL, ids=range(len(RL)))
+def test_preferences_of_axolotl(more, expected, tmp_path):
+    recipe = axolotl(tmp_path, **{**DATA, **more})
+    config = make_config(TrainConfig, recipe.fields)
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert any("without dropout" in note for note in recipe.notes)
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        ({"dpo_use_weighting": True}, "WPO"),
+        ({"dpo_label_smoothing": 0.1}, "smooths the labels"),
+        ({"rpo_alpha": 1.0}, "rpo_alpha"),
+        ({"trl": {"use_vllm": True}}, "trl: use_vllm"),
+        ({"lora_model_dir": "a"}, "merge it first"),
+        ({"datasets": [{"path": "a", "type": "zephyr.nectar"}]}, "type 'zephyr.nectar' with dpo"),
+        ({"datasets": [{"path": "a", "type": "chatml.argilla"}]}, "type 'chatml.argilla' with dpo"),
+        ({"datasets": [{"path": "a", "type": {"prompt_format": "[INST] {prompt}"}}]}, "[INST]"),
+        ({"datasets": [{"path": "a", "type": "alpaca"}]}, "type 'alpaca' with dpo"),
+    ],
+)
+def test_preferences_that_differ_are_refused_of_axolotl(more, said, tmp_path):
+    with pytest.raises(UserError) as error:
+        axolotl(tmp_path, **{**DATA, "rl": "dpo", **more})
+    assert said in str(error.value)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
@@ -124,7 +124,7 @@ def layout_of(
     first, columns = rows[:FIRST_ROWS], dict(columns or {})
     check_there(rows, columns, where)
     named = [renamed(row, columns, where) for row in first]
-    keys = keys_of(format, named) if format != "auto" else ()
+    keys = keys_of(format, named, columns) if format != "auto" else ()
     found = Layout(format, keys, columns) if count_with(named, keys) else None
     if format == "auto":
         found = of_mapping(named, columns, known) or recognised(named, columns, known)
@@ -169,7 +169,7 @@ def renamed(row: Row, columns: dict[str, str], where: str) -> Row:
 def of_mapping(rows: Sequence[Row], columns: dict[str, str], known: Sequence[str]) -> Layout | None:
     """Return what the user's mapping asks for. A question and its answer as texts are a chat; as lists, messages."""
     for format in ("preference", "unpaired_preference"):
-        keys = keys_of(format, rows)
+        keys = keys_of(format, rows, columns)
         if format in known and columns.keys() & {"prompt", *keys} and count_with(rows, keys):
             return Layout(format, keys, columns)
     if "classification" in known and "label" in columns:
@@ -326,9 +326,11 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(shown(name)[:40] for name in names[:12]) + ", …" * (len(names) > 12) if names else "none"
 
 
-def keys_of(format: str, rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the format's set of keys that is in the largest number of rows."""
+def keys_of(format: str, rows: Sequence[Row], columns: Collection[str] = ()) -> tuple[str, ...]:
+    """Return the format's set of keys that is in the largest number of rows. A prompt that is mapped is in the set."""
     sets = KEYS[format] + (PAIRS if format == "alpaca" else ())
+    if format in ("preference", "unpaired_preference"):
+        sets = tuple(keys for keys in sets if {"prompt", "messages"} & {*columns} <= {*keys}) or sets
     return max(sets, key=lambda keys: count_with(rows, keys))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from onecard.recipes.preference import TEMPLATES, columns_of_type, put_reward, put_rl
 from onecard.recipes.recipe import (
     TRANSFORMERS,
     Reader,
@@ -45,8 +46,6 @@ SAME = {  # their key -> our field, their default
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without effect, why others are refused
     "load_in_8bit": ((), "the frozen base is stored in 4 bits"),
     "gptq": ((), "the frozen base is stored in 4 bits as bitsandbytes stores it"),
-    "rl": ((), "preference training is not read from a file; see onecard train --help"),
-    "reward_model": ((), "another task"),
     "process_reward_model": ((), "another task"),
     "qat": ((), "another training of the base"),
     "relora": ((), "merges the adapter during the run"),
@@ -89,7 +88,11 @@ WITHOUT_EFFECT = frozenset(
     "base_model_config base_model_ignore_patterns revision_of_model peft_autocast_adapter_dtype "
     "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor gc_steps sample_packing_group_size "
     "sample_packing_bin_size loss_watchdog_threshold loss_watchdog_patience multipack_real_batches device_map "
-    "max_memory merge_lora hub_strategy loraplus_lr_embedding include_tokens_per_second profiler_steps".split()
+    "max_memory merge_lora hub_strategy loraplus_lr_embedding include_tokens_per_second profiler_steps "
+    "dpo_use_logits_to_keep dpo_padding_free dpo_generate_during_eval dpo_use_liger_kernel precompute_ref_log_probs "
+    "rl_adapter_ref_model remove_unused_columns rl_beta orpo_alpha simpo_gamma cpo_alpha kto_desirable_weight "
+    "kto_undesirable_weight dpo_label_smoothing dpo_use_weighting dpo_norm_loss center_rewards_coefficient "
+    "num_labels".split()
 )
 
 
@@ -135,6 +138,10 @@ def read_axolotl(path: str) -> Recipe:
     loggers["tensorboard"] = reader.take("use_tensorboard", False)
     put_loggers(reader, [name for name, on in loggers.items() if on])
     reader.put("push_to_hub", "hub_model_id", True if reader.raw.get("hub_model_id") else None)
+    if rl := reader.take("rl"):
+        put_rl(reader, str(rl))
+    if reader.take("reward_model", False):
+        put_reward(reader)
     return reader.finish(WITHOUT_EFFECT)
 
 
@@ -183,8 +190,17 @@ def put_data(reader: Reader) -> None:
 def source_of(reader: Reader, entry: dict[str, Any]) -> dict[str, Any]:
     """Return our source of a dataset; empty if it was refused."""
     path, kind = str(entry.get("path")), entry.get("type")
+    objective = "reward" if reader.raw.get("reward_model") else reader.raw.get("rl")
+    ranked = columns_of_type(entry, str(objective)) if objective else {}
+    if ranked is None:
+        reader.refused.append(f"dataset {path}: type {kind!r} with {objective}")
+        return {}
     formats = {"alpaca": "alpaca", "completion": "text", "chat_template": None, "sharegpt": None, None: None}
     base = str(kind).split(":")[0].split(".")[0] if isinstance(kind, str) else kind
+    if objective:
+        base = None
+        if str(kind).split(".")[0] in TEMPLATES:
+            reader.notes.append(f"{path}: type {kind}: rows are written with the tokenizer's own chat template")
     if not isinstance(base, str | None) or base not in formats:
         reader.refused.append(f"dataset {path}: type {kind!r}")
         return {}
@@ -201,7 +217,11 @@ def source_of(reader: Reader, entry: dict[str, Any]) -> dict[str, Any]:
     if split := entry.get("split"):
         source["split"] = split
     messages, text = entry.get("field_messages"), entry.get("field")
-    if messages and messages not in ("messages", "conversations"):
+    if ranked:
+        source["columns"] = ranked
+    elif objective:
+        pass
+    elif messages and messages not in ("messages", "conversations"):
         source["columns"] = {"messages": messages}
     elif text and text != "text":
         source["columns"] = {"text": text}
@@ -216,6 +236,7 @@ def source_of(reader: Reader, entry: dict[str, Any]) -> dict[str, Any]:
             f"dataset {path}: train_on_eos {entry['train_on_eos']}: the end of each answer is learned"
         )
     known = "path type ds_type data_files name split field_messages field roles_to_train train_on_eos".split()
+    known += ["field_chosen", "field_rejected"] if objective else []
     known += ["message_property_mappings", "message_field_role", "message_field_content", "roles", "chat_template"]
     if unknown := sorted(key for key, value in entry.items() if key not in known and value not in (None, False)):
         reader.notes.append(f"{path}: not used: {', '.join(unknown)}")

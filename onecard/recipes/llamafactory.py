@@ -7,6 +7,7 @@ from typing import Any
 
 from onecard.documents import read_object
 from onecard.errors import UserError, did_you_mean
+from onecard.recipes.preference import put_stage, ranked_columns
 from onecard.recipes.recipe import (
     TRANSFORMERS,
     Reader,
@@ -42,7 +43,7 @@ SAME = {  # their key -> our field, their default
     "hub_private_repo": ("hub_private_repo", None),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without effect, why others are refused
-    "stage": (("sft", "pt"), "only sft and pt are read from a file; for preferences, see onecard train --help"),
+    "stage": (("sft", "pt", "dpo", "kto", "rm"), "onecard has sft, pt, dpo, kto and rm"),
     "finetuning_type": (("lora",), "onecard trains LoRA"),
     "quantization_bit": ((4,), "the frozen base is stored in 4 bits"),
     "quantization_method": (("bnb", "bitsandbytes"), "the frozen base is stored as bitsandbytes stores it"),
@@ -78,7 +79,8 @@ WITHOUT_EFFECT = frozenset(
     "swanlab_api_key compute_accuracy print_param_status ignore_pad_token_for_loss save_safetensors "
     "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules freeze_vision_tower "
     "eval_accumulation_steps full_determinism tf32 disable_tqdm device_map use_cache ray_run_name "
-    "loraplus_lr_embedding".split()
+    "loraplus_lr_embedding pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight "
+    "kto_rejected_weight simpo_gamma ld_alpha ref_model ref_model_adapters ref_model_quantization_bit".split()
 )
 
 
@@ -109,6 +111,7 @@ def read_llamafactory(path: str) -> Recipe:
     put_interval(reader, "eval", "no", logging_steps)
     put_loggers(reader, reader.take("report_to"))
     put_data(reader)
+    put_stage(reader, str(reader.raw.get("stage") or "sft"))
     return reader.finish(WITHOUT_EFFECT)
 
 
@@ -191,18 +194,26 @@ def dataset_info(folder: Path, names: list[str]) -> dict[str, Any]:
 
 def source_of(reader: Reader, name: str, entry: dict[str, Any], folder: Path, most: Any) -> dict[str, Any]:
     """Return our source of a dataset: path, and columns, split and max_rows where the entry has them."""
-    for key in ("script_url", "ms_hub_url", "om_hub_url", "cloud_file_name", "ranking"):
+    for key in ("script_url", "ms_hub_url", "om_hub_url", "cloud_file_name"):
         if entry.get(key):
             reader.refused.append(f"dataset {name}: {key}")
     hub = entry.get("hf_hub_url")
     path = ":".join(filter(None, (str(hub), entry.get("subset")))) if hub else str(folder / str(entry.get("file_name")))
     source: dict[str, Any] = {"path": path}
+    ours: dict[str, str] | None = {}
     if hub or entry.get("split"):
         source["split"] = entry.get("split") or "train"
     if number := min((n for n in (entry.get("num_samples"), most) if n), default=None):
         source["max_rows"] = number
     columns = entry.get("columns") or {}
-    ours = columns_of(columns, entry.get("formatting", "alpaca"))
+    stage, formatting = reader.raw.get("stage") or "sft", entry.get("formatting", "alpaca")
+    if bool(entry.get("ranking")) != (stage in ("dpo", "rm")):
+        is_ranking = str(bool(entry.get("ranking"))).lower()
+        reader.refused.append(f"dataset {name}: ranking {is_ranking}: stages dpo and rm read pairs, others do not")
+    elif stage in ("dpo", "rm", "kto"):
+        ours = ranked_columns(columns, formatting, stage == "kto")
+    else:
+        ours = columns_of(columns, formatting)
     if ours is None:
         reader.refused.append(f"dataset {name}: columns {columns}: rename them in the file")
     elif ours:
