@@ -78,7 +78,7 @@ class LoraSettings(Strict):
     init_lora_weights: str = Field(
         default="default",
         description="start of LoRA: default, gaussian, orthogonal, pissa, pissa_niter_N, olora; "
-        "loftq: corrects what calibrate's 4 bits leave (arXiv 2310.08659)",
+        "loftq: corrects what the 4 bits leave (arXiv 2310.08659)",
     )
     modules_to_save: list[str] | None = Field(
         default=None, description="modules trained in full and saved with the adapter"

@@ -134,8 +134,11 @@ class TrainConfig(
     def _a_start_for_a_calibrated_base(self) -> TrainConfig:
         if self.adds_tokens and self.calibrate:
             raise ValueError("calibrate runs the base without new tokens: leave add_tokens out, or quantize first")
-        if self.init_lora_weights == "loftq" and (not self.calibrate or self.use_dora):
-            raise ValueError("init_lora_weights loftq is made with the base: pass calibrate, and no use_dora")
+        if self.init_lora_weights == "loftq" and self.use_dora:
+            raise ValueError("init_lora_weights loftq takes no use_dora: a magnitude is that of the base")
+        if self.init_lora_weights == "loftq" and self.has_reference:
+            raise ValueError(f"init_lora_weights loftq changes what the model computes: loss {self.loss} would not "
+                             "start at its reference")  # fmt: skip
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from rich.console import Console
 from onecard.adapter.layers import lora_config
 from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
-from onecard.adapter.start import Start, set_start
+from onecard.adapter.start import Start, set_loftq, set_start
 from onecard.adapter.tokens import add_adapter
 from onecard.adapter.trained import set_trained
 from onecard.config import TrainConfig
@@ -181,6 +181,8 @@ def run_locked(
         )  # the first one's dropout is that of a run alone
     if base is not None:
         set_start(model, base.start)
+    elif config.init_lora_weights == "loftq" and state is None:
+        set_loftq(model, prepared.folder)
     origin = origin_of(model.get_base_model(), config.model)  # before the training, so that unreadable files fail early
     loader = prepared.loader
     run = Run(

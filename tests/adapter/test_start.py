@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import onecard
@@ -12,15 +13,18 @@ from onecard.adapter.layers import LoraLinear4bit, lora_config
 from onecard.adapter.load import with_adapter
 from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
+from onecard.adapter.start import set_loftq
 from onecard.adapter.targets import check_names
 from onecard.config import LoraSettings, TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.export.merge.merged import merge
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.load import load_tokenizer
 from onecard.hf.skeleton import read_model
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.terms import start_terms
 from tests.adapter.test_lora_settings import IDS, gap, logits
+from tests.conftest import make_checkpoint
 from tests.families.check import dequantized
 from tests.train.test_loop import adapter_bytes, copy_at, run
 
@@ -95,13 +99,46 @@ def test_gradients_are_those_of_a_linear_over_the_residual_weight(checkpoint):
         assert (found - expected).norm() <= 1e-4 * expected.norm(), name
 
 
-@pytest.mark.parametrize("start", ["pissa_niter_4", pytest.param("orthogonal", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("start", ["pissa_niter_4", "loftq", pytest.param("orthogonal", marks=pytest.mark.slow)])
 def test_a_run_with_a_start_resumes_to_the_bit(start, checkpoint, chats, tmp_path):
     settings = {"init_lora_weights": start, "lora_dropout": 0.0, "max_steps": 4}
     run(checkpoint, chats, tmp_path / "a", **settings)
     copy_at(tmp_path / "a", tmp_path / "b", 2)
     run(checkpoint, chats, tmp_path / "b", resuming=True, **settings)
     assert adapter_bytes(tmp_path / "a") == adapter_bytes(tmp_path / "b")
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_loftq_is_the_best_of_its_rank_for_what_rounding_left(family, tmp_path):
+    """The error of W_4bit + s B A, in W's norm, is that of the truncated singular value decomposition in float64."""
+    base = make_checkpoint(tmp_path, family)
+    tuned = tune(base, init_lora_weights="loftq", lora_alpha=3, rank_pattern={"down_proj": 2})
+    W = {name: p.double() for name, p in AutoModelForCausalLM.from_pretrained(base).named_parameters()}
+    set_loftq(tuned, base)
+    layers = {n: m for n, m in tuned.named_modules() if isinstance(m, LoraLinear4bit)}
+    assert layers
+    for name, layer in layers.items():
+        rounded, D = layer.base_layer.dequantize().double(), W[f"{name.removeprefix('base_model.model.')}.weight"]
+        D = D - rounded
+        error = (D - layer.get_delta_weight("default").double()).norm()
+        rest = torch.linalg.svdvals(D)[layer.r["default"] :].norm()
+        assert error <= 1.0001 * rest and rest < 0.99 * D.norm()
+        A, B = layer.lora_A["default"].weight, layer.scaling["default"] * layer.lora_B["default"].weight
+        assert (A.norm(dim=1) / B.norm(dim=0) - 1).abs().max() < 1e-4  # each has half of the strength, as in peft
+
+
+def test_a_run_begins_at_loftq_s_start(checkpoint, chats, tmp_path):
+    run(checkpoint, chats, tmp_path / "o", init_lora_weights="loftq", max_steps=1, learning_rate=1e-9)
+    found = load_file(tmp_path / "o" / "adapter" / "adapter_model.safetensors")
+    assert min(tensor.norm() for name, tensor in found.items() if "lora_B" in name) > 0.01  # an update moves 1e-9
+
+
+def test_loftq_needs_the_weights_that_were_rounded(checkpoint, chats, tmp_path):
+    onecard.load_model(str(checkpoint), compute_dtype=torch.float32, device="cpu").save_pretrained(tmp_path / "b")
+    load_tokenizer(str(checkpoint)).save_pretrained(tmp_path / "b")
+    with pytest.raises(UserError, match="loftq needs the linears' weights") as error:
+        run(tmp_path / "b", chats, tmp_path / "o", init_lora_weights="loftq")
+    assert "in 4 bits" in error.value.found
 
 
 def test_the_plan_counts_a_frozen_start(checkpoint):

@@ -17,6 +17,7 @@ from onecard.adapter.layers import LoraLinear4bit, lora_config
 from onecard.adapter.load import with_adapter
 from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
+from onecard.adapter.start import set_loftq
 from onecard.config import GgufConfig, LoraSettings, make_config
 from onecard.errors import UserError
 from onecard.export.gguf.writer import export_gguf
@@ -38,6 +39,7 @@ VARIANTS = {
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "olora": {"init_lora_weights": "olora"},
+    "loftq": {"init_lora_weights": "loftq", "lora_alpha": 3},
     "pissa": {"init_lora_weights": "pissa", "use_rslora": True},
     "pissa_niter": {"init_lora_weights": "pissa_niter_4", "rank_pattern": {"q_proj": 2}},
 }
@@ -59,6 +61,8 @@ def trained(base, variant):
     model = onecard.load_model(str(base), compute_dtype=torch.float32, device="cpu")
     torch.manual_seed(3)
     tuned = get_peft_model(model, lora_config(settings, model)).train()
+    if settings.init_lora_weights == "loftq":
+        set_loftq(tuned, base)
     weights = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=0.02)
     for _ in range(4):

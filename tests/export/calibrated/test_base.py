@@ -383,7 +383,7 @@ def test_a_plain_quantization_is_calibrated_from_the_command_line(tmp_path, chat
         (QuantizeConfig, {"calibrate": True}, "calibrate needs data"),
         (QuantizeConfig, {"data": "rows.jsonl"}, "calibrate needs data"),
         (QuantizeConfig, {"calibrate": True, "data": "rows.jsonl", "quant_type": "int4"}, "not int4"),
-        (TrainConfig, {"init_lora_weights": "loftq"}, "made with the base: pass calibrate"),
+        (TrainConfig, {"init_lora_weights": "loftq", "loss": "dpo"}, "would not start at its reference"),
         (TrainConfig, {"init_lora_weights": "loftq", "calibrate": True, "use_dora": True}, "no use_dora"),
         (TrainConfig, {"calibrate": True, "quant_type": "int4"}, "not int4"),
     ],
