@@ -29,10 +29,16 @@ class CalibrationConfig(ReadConfig):
     )
 
 
+Outtype = Literal[
+    "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0",
+    "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "q3_k_m",
+]  # fmt: skip
+
+
 class GgufConfig(Strict):
     """Contents of a GGUF file."""
 
-    outtype: Literal["bf16", "f16", "q8_0", "q4_0"] = Field(default="bf16", description="gguf: how matrices are stored")
+    outtype: Outtype = Field(default="bf16", description="gguf: how matrices are stored, by llama.cpp's names")
     adapter_only: bool = Field(default=False, description="gguf: the adapter as a LoRA file of its own, in float32")
 
     @model_validator(mode="after")

@@ -81,10 +81,14 @@ def test_config_and_values_are_those_of_the_checkpoint(tmp_path, case):
     assert fingerprint(load(file)) == fingerprint(load(model))
 
 
-@pytest.mark.parametrize("outtype", ["f16", "q8_0", "q4_0"])
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("outtype", ["f16", "q8_0", "q4_0", "q6_k", "q5_k_m", "q4_k_m", "iq4_nl", "q3_k_m", "q5_1"])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_values_are_those_of_transformers(tmp_path, family, outtype):
     settings = {"attention_bias": True} if family == "llama" else {}
+    settings |= {} if outtype in ("f16", "q8_0", "q4_0") else WIDE
     _, file = make_gguf(tmp_path, family, outtype, **settings)
     found = inspect_checkpoint(find_checkpoint(str(file)))
     dtype = torch.float16 if outtype == "f16" else torch.bfloat16

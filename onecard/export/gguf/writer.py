@@ -1,9 +1,8 @@
 """A model, or an adapter alone, as one GGUF file for llama.cpp, Ollama and LM Studio, streamed tensor by tensor.
 
-The whole model is the merged checkpoint (`onecard.export.merge.merged`) under llama.cpp's names. Matrices are BF16,
-F16, Q8_0 (32 weights and one scale) or Q4_0 (the same in 4 bits, with embeddings and head in Q8_0, since their errors
-affect every token). Vectors and norms are F32. With Q8_0 and Q4_0, a matrix whose row length is no multiple of 32 is
-F16, as in llama.cpp's converter. Memory holds one tensor as stored, some of its rows in float32, and its merge.
+The whole model is the merged checkpoint (`onecard.export.merge.merged`) under llama.cpp's names. Matrices have the
+types of llama.cpp's mixes (mix.py): BF16, F16, or blocks of codes and scales (blocks.py). Vectors and norms are F32.
+Memory holds one tensor as stored, some of its rows in float32, its blocks, and its merge.
 
 An adapter alone has A (r, K) and B (N, r) in F32 for each weight. llama.cpp adds alpha / r * B A with one alpha for
 the file. Other factors of a module's scale (rsLoRA, alpha patterns) are multiplied into its B.
@@ -29,6 +28,8 @@ from onecard.config import GgufConfig, QuantConfig
 from onecard.errors import UserError
 from onecard.export.folder import check_room, new_file, new_folder
 from onecard.export.gguf.architecture import Architecture
+from onecard.export.gguf.blocks import quantize
+from onecard.export.gguf.mix import Mix
 from onecard.export.gguf.modelfile import modelfile
 from onecard.export.gguf.vocabulary import add_vocabulary
 from onecard.export.merge.merged import Base, Merged, open_merged
@@ -36,13 +37,7 @@ from onecard.hf.documents import read_generation_document
 from onecard.hf.load import load_tokenizer
 from onecard.infer.decoding import end_tokens
 
-KINDS = {"bf16": Kind.BF16, "f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0}
-FILE_TYPES = {
-    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-    "f16": gguf.LlamaFileType.MOSTLY_F16,
-    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-}
+F16_END = 65520  # numbers from here on are no F16; a block's scale is less than its largest weight
 PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 SLAB_VALUES = 1 << 22
 
@@ -133,9 +128,12 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
         add_adapter_metadata(writer, merged.adapter)
         start = f"FROM {folder}\nADAPTER ./{name}"
     else:
-        parts, notes = list(model_parts(merged, arch, config.outtype)), list(arch.notes)
+        is_tied = all(arch.tensor_name(source) != "output.weight" for source in merged.shapes)
+        mix = Mix(config.outtype, arch, is_tied)
+        parts = list(model_parts(merged, arch, mix))
+        notes = [*arch.notes, *mix.notes()]
         vocab_size = next(part.shape[0] for part in parts if part.name == "token_embd.weight")
-        add_model_metadata(writer, folder.name, config.outtype)
+        add_model_metadata(writer, folder.name, mix)
         arch.add_metadata(writer, vocab_size)
         notes += add_vocabulary(writer, tokenizer, vocab_size, end_ids)
         start = f"FROM ./{name}"
@@ -144,10 +142,10 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
     return write_parts(writer, file, parts), notes + more
 
 
-def add_model_metadata(writer: gguf.GGUFWriter, name: str, outtype: str) -> None:
+def add_model_metadata(writer: gguf.GGUFWriter, name: str, mix: Mix) -> None:
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    writer.add_file_type(FILE_TYPES[outtype])
+    writer.add_file_type(mix.file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -163,24 +161,14 @@ def file_alpha(adapter: Adapter) -> float:
     return first.scaling * first.A_RK.shape[0]
 
 
-def model_parts(merged: Merged, arch: Architecture, outtype: str) -> Iterator[Part]:
+def model_parts(merged: Merged, arch: Architecture, mix: Mix) -> Iterator[Part]:
     """Yield the whole model's tensors."""
     for name, factors in arch.rope_factors().items():
         yield Part(name, tuple(factors.shape), Kind.F32, lambda factors=factors: [factors])
     for source, (_, shape) in merged.shapes.items():
         name = arch.tensor_name(source)
         if name is not None:
-            yield Part(name, shape, kind_of(name, shape, outtype), lambda s=source: slabs(merged, arch, s))
-
-
-def kind_of(name: str, shape: tuple[int, ...], outtype: str) -> Kind:
-    """Return the kind in which a tensor is stored."""
-    if len(shape) < 2 or name.endswith("_norm.weight"):
-        return Kind.F32
-    kind = KINDS[outtype]
-    if kind == Kind.Q4_0 and name in ("token_embd.weight", "output.weight"):
-        kind = Kind.Q8_0
-    return Kind.F16 if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] else kind
+            yield Part(name, shape, mix.kind(name, shape), lambda s=source: slabs(merged, arch, s))
 
 
 def slabs(merged: Merged, arch: Architecture, name: str) -> Iterator[Tensor]:
@@ -241,10 +229,10 @@ def encode(part: Part) -> np.ndarray:
     for slab in part.slabs():
         rows = max(SLAB_VALUES // slab.shape[-1], 1)
         for piece in slab.split(rows):
-            made = encode_rows(piece, part.kind)
-            if part.kind == Kind.F16 and not np.isfinite(made.view(np.float16)).all():
+            if part.kind not in (Kind.F32, Kind.BF16) and not piece.abs().max() < F16_END:  # NaN neither
                 found = f"values up to {piece.abs().max().item():g}"
                 raise UserError("F16 must hold every weight", found, "choose --outtype bf16", part.name)
+            made = encode_rows(piece, part.kind)
             out[at : at + made.size] = made
             at += made.size
     assert at == out.size, part.name
@@ -255,4 +243,4 @@ def encode_rows(piece: Tensor, kind: Kind) -> np.ndarray:
     """Encode some rows, (nbytes,) uint8."""
     if kind in PLAIN:
         return piece.to(PLAIN[kind]).contiguous().view(torch.uint8).reshape(-1).numpy()
-    return gguf.quantize(piece.float().numpy(), kind).reshape(-1)
+    return quantize(piece, kind)
