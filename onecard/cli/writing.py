@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from shlex import quote
 from typing import Any, Literal
 
@@ -38,6 +39,8 @@ def merge(
     """
     from onecard.adapter.head import labels_beside, refuse_head
     from onecard.adapter.origin import read_origin, stored_as
+    from onecard.hf.head import model_class
+    from onecard.hf.skeleton import read_config
 
     quiet_libraries()
     if verify is not None or requantize is not None:
@@ -71,7 +74,8 @@ def merge(
     if labels_beside(adapter):
         print(f"next\n  AutoModelForSequenceClassification.from_pretrained(...), or: onecard classify {quote(output)}")
     else:
-        print("next\n  AutoModelForCausalLM.from_pretrained(...) with transformers, or: vllm serve " + quote(output))
+        kind = model_class(read_config(Path(output))).__name__
+        print(f"next\n  {kind}.from_pretrained(...) with transformers, or: vllm serve " + quote(output))
 
 
 @app.command

@@ -30,7 +30,7 @@ NAME, CACHED = "onecard_packed", "onecard_cached"
 
 
 class NotPacked(Exception):
-    """A model's layers did not pass a packed row's cu_seqlens to its attention."""
+    """A model does not compute packed rows. The message says why, after the model's name."""
 
 
 def packed_attention(
@@ -60,7 +60,7 @@ def packed_attention(
         (1, T, H, D_v) and None.
     """
     if cu_seqlens is None:
-        raise NotPacked
+        raise NotPacked("does not hand the documents' ends on to its attention")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     plain = softcap is None and s_aux is None and dropout == 0.0
     several = isinstance(cu_seqlens, Tensor) or len(cu_seqlens) > 2 or sliding_window is not None
@@ -233,14 +233,15 @@ def cache_name(model: Any) -> str:
 
 def supports_packing(model: PreTrainedModel) -> bool:
     """Whether the model's layers have full or sliding causal attention and use the AttentionInterface."""
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
     return bool(model._supports_attention_backend) and kinds <= {"full_attention", "sliding_attention"}
 
 
 def has_windows(model: PreTrainedModel) -> bool:
     """Whether a layer may have sliding-window attention."""
-    kinds = getattr(model.config, "layer_types", None) or []
-    return "sliding_attention" in kinds or getattr(model.config, "sliding_window", None) is not None
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or []
+    return "sliding_attention" in kinds or getattr(text, "sliding_window", None) is not None
 
 
 @contextmanager

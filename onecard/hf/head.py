@@ -12,8 +12,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
 
 from onecard.config import HEAD
 from onecard.errors import UserError
@@ -22,9 +26,24 @@ SUFFIX = "ForSequenceClassification"
 WEIGHT = f"{HEAD}.weight"
 
 
-def model_class(labels: Sequence[str]) -> Any:
-    """Return transformers' auto class of a model with a head of these labels; without labels, of causal models."""
-    return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+def model_class(config: Any, labels: Sequence[str] = ()) -> Any:
+    """Return transformers' auto class of a model with a head of these labels; without labels, of causal models, or of
+    the whole multimodal model if the family's causal model is its text part alone, or there is none."""
+    if labels:
+        return AutoModelForSequenceClassification
+    return AutoModelForImageTextToText if is_multimodal(config) and not is_causal(config) else AutoModelForCausalLM
+
+
+def is_causal(config: Any) -> bool:
+    """Whether transformers has a causal language model of all that a config describes."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    is_text = config.get_text_config() is config
+    return kind is not None and (is_text or getattr(kind, "config_class", None) is type(config))
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether transformers has a model of a config that answers text and images with text."""
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
 def is_headed(config: Any) -> bool:

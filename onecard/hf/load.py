@@ -166,7 +166,7 @@ def from_pretrained(
     modules = meta_model(model_config, str(folder / "config.json"), checkpoint, labels)
     if labels:
         set_pad(model_config, load_tokenizer(str(folder)), was_headed, str(folder / "config.json"))
-    kind: Any = type(modules) if checkpoint.kinds else model_class(labels)  # an auto class wants a folder with weights
+    kind: Any = type(modules) if checkpoint.kinds else model_class(model_config, labels)
     try:
         with source_of(checkpoint) as source:
             loaded: Any = kind.from_pretrained(

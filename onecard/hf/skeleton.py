@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch.nn import Linear
 from transformers import AutoConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint
 from onecard.hf.documents import far_more_refused, read_model_document
 from onecard.hf.experts import expert_places
-from onecard.hf.head import check_head, is_headed, model_class, with_labels
+from onecard.hf.head import check_head, is_causal, is_headed, is_multimodal, model_class, with_labels
 from onecard.hf.names import stored_names
 from onecard.hf.stacks import Stack, stacks_of
 from onecard.hf.stored import DTYPE_BITS
@@ -132,7 +131,8 @@ def meta_model(config: Any, where: str, checkpoint: Checkpoint | None = None, la
         raise UserError(must, f"{config.architectures[0]}, with a classification head", do, where)
     try:
         with torch.device("meta"), far_more_refused(known, where):
-            model = model_class(labels).from_config(config, trust_remote_code=False)
+            model = model_class(config, labels).from_config(config, trust_remote_code=False)
+            model.get_input_embeddings()  # which transformers cannot tell of some models of images
     except UserError:
         raise
     except Exception as error:
@@ -155,9 +155,8 @@ def read_config(folder: Path) -> Any:
 
 
 def check_text(config: Any, where: str) -> None:
-    """Raise UserError if transformers has no causal language model for the whole of a multimodal checkpoint."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if config.get_text_config() is not config and getattr(kind, "config_class", None) is not type(config):
+    """Raise UserError if transformers has no model of the whole of a multimodal checkpoint that writes text."""
+    if config.get_text_config() is not config and not is_causal(config) and not is_multimodal(config):
         found = f"{config.model_type}, a checkpoint of text and other parts"
         do = "use a checkpoint of the text model alone, such as the family's text-only release"
         raise UserError("the checkpoint must be a causal language model's", found, do, where)

@@ -9,10 +9,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from onecard.config import TrainConfig
+from onecard.config import HEAD, TrainConfig
 from onecard.data.sources import name_of
 from onecard.documents import MAX_YAML_BYTES, parse_yaml, read_object
+from onecard.hf.head import model_class
 from onecard.hf.load import is_hub_id
+from onecard.hf.skeleton import read_config
 from onecard.train.report import Report, versions
 
 PATHS = ("model", "data", "eval_data", "adapter", "output", "chat_template")  # settings that hold paths
@@ -55,7 +57,7 @@ def card_text(config: TrainConfig, base: Path, report: Report) -> str:
         f"A LoRA adapter for {shown}, trained with onecard over a frozen 4-bit base ({stored}).\n",
         f"The licence of the base is {known.get('license', 'not known: see the base')}.\n",
         "## Use\n",
-        use_of(config, shown),
+        use_of(config, shown, model_class(read_config(base), [HEAD] * config.has_head).__name__),
         "## Results\n",
         table(results),
         "## Data\n",
@@ -69,9 +71,8 @@ def card_text(config: TrainConfig, base: Path, report: Report) -> str:
     return "\n".join(parts)
 
 
-def use_of(config: TrainConfig, base: str) -> str:
+def use_of(config: TrainConfig, base: str, kind: str) -> str:
     """Return the code that loads the adapter with peft. A classification head also needs the config beside it."""
-    kind = "AutoModelForSequenceClassification" if config.has_head else "AutoModelForCausalLM"
     names, given = ("AutoConfig, ", ", config=config") if config.has_head else ("", "")
     return (
         f"```python\nfrom peft import PeftModel\nfrom transformers import {names}{kind}\n\n"

@@ -55,8 +55,8 @@ def choose_loss(model: Any, examples: Dataset) -> tuple[LossFunction, str | None
                     if same(found, expected):
                         return packed_loss, None
                     why = f"the packed loss differs from the model's own ({found:.5f}, {expected:.5f})"
-                except NotPacked:
-                    why = f"{base.config.model_type} does not hand the documents' ends on to its attention"
+                except NotPacked as reason:
+                    why = f"{base.config.model_type} {reason}"
             if not same(plain_loss(base, batch, num_tokens).item(), expected):
                 unfuse(base)
             return plain_loss, why

@@ -192,8 +192,8 @@ def choose_outputs(model: Any, dataset: Dataset) -> tuple[LossFunction, str | No
                     if agree(hidden, expected_DH, bound_of(base)):
                         return packed_loss, None
                     why = "packed documents have other hidden states than the model's own"
-                except NotPacked:
-                    why = f"{base.config.model_type} does not hand the documents' ends on to its attention"
+                except NotPacked as reason:
+                    why = f"{base.config.model_type} {reason}"
             if not agree(alone(base, batch), expected_DH, bound_of(base)):
                 unfuse(base)
             return plain_loss, why

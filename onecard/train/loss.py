@@ -15,9 +15,11 @@ Shape suffixes: P supervised positions, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeGuard
 
 import torch
@@ -27,12 +29,24 @@ from transformers import PreTrainedModel
 
 from onecard.adapter.tokens import head_parts
 from onecard.config import ROW_MULTIPLE, logits_chunk_bytes
+from onecard.hf.attention import NotPacked
 from onecard.kernels import ops
 from onecard.kernels.cpu import allocator
 from onecard.nn.embedding import NewRows, project, project_back
 
 IGNORE = -100
+LOGIT_FIELDS = ("logit_scale", "logits_scaling", "final_logit_softcapping")
 ROWS_SCALED = 256  # rows of gradients that exist in float32 at a time
+
+
+@cache
+def source_of(kind: type) -> str | None:
+    """Return the source of a model's class and of its own bases; None if there is none."""
+    bases = kind.__mro__[: kind.__mro__.index(PreTrainedModel)] if PreTrainedModel in kind.__mro__ else (kind,)
+    try:
+        return "".join(map(inspect.getsource, bases))
+    except (OSError, TypeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -43,11 +57,13 @@ class LogitTransform:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, config: Any) -> LogitTransform:
-        """Read a config: Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma-2 caps."""
-        scale = getattr(config, "logit_scale", None) or 1.0
-        scale /= getattr(config, "logits_scaling", None) or 1.0
-        return cls(float(scale), getattr(config, "final_logit_softcapping", None))
+    def of(cls, model: Any) -> LogitTransform:
+        """Read the text model's config: Cohere multiplies by logit_scale, Granite divides by logits_scaling, Gemma-2
+        caps. A value that the model's class does not read has no effect: Aya Vision has Cohere's layers alone."""
+        config, source = model.config.get_text_config(), source_of(type(model))
+        found = {name: getattr(config, name, None) for name in LOGIT_FIELDS if source is None or name in source}
+        scale = (found.get("logit_scale") or 1.0) / (found.get("logits_scaling") or 1.0)
+        return cls(float(scale), found.get("final_logit_softcapping"))
 
     def __call__(self, z: Tensor) -> Tensor:
         z = z * self.scale if self.scale != 1.0 else z
@@ -216,13 +232,16 @@ def packed_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) 
 
 
 def decode(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
-    """Return the last hidden states of a packed row, (1, T, H)."""
-    return model.base_model(
+    """Return the last hidden states of a packed row, (1, T, H). Raises NotPacked if the model's base gives none."""
+    found = model.base_model(
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         use_cache=False,
         cu_seqlens=batch["cu_seqlens"],
-    ).last_hidden_state
+    )
+    if getattr(found, "last_hidden_state", None) is None:
+        raise NotPacked("gives no hidden states from its base")
+    return found.last_hidden_state
 
 
 def head_loss(model: PreTrainedModel, hidden: Tensor, batch: dict[str, Any], num_tokens: int) -> Tensor:
@@ -249,7 +268,7 @@ def head_inputs(model: PreTrainedModel, hidden: Tensor, batch: dict[str, Any]) -
     """Return the hidden states of the supervised positions, the head, the tokens to predict, and the transform."""
     position, target = batch["supervised"]
     head: Any = model.get_output_embeddings()
-    return hidden[0].index_select(0, position), head, target, LogitTransform.of(model.config)
+    return hidden[0].index_select(0, position), head, target, LogitTransform.of(model)
 
 
 def plain_loss(model: PreTrainedModel, batch: dict[str, Any], num_tokens: int) -> Tensor:

@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 VOCABULARY = 256
 SIZES: dict[str, Any] = {
@@ -51,6 +55,8 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(["max_target_positions", "context_length"], 128),
     **dict.fromkeys(["sliding_window", "window_size", "attention_window_size", "sliding_window_size"], 12),
     **dict.fromkeys(["index_topk", "keep_window_size", "attention_chunk_size", "local_attention"], 12),
+    **dict.fromkeys(["depth", "vision_layers"], 2),
+    **dict.fromkeys(["embed_dim", "out_hidden_size"], 64),
     "hidden_size_per_layer_input": 16,
     "num_kv_shared_layers": 0,
     "first_k_dense_replace": 1,
@@ -74,6 +80,7 @@ NOT_NEUTRAL = {
 }  # fmt: skip
 KINDS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types", "indexer_types")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+MROPE = {**ROPE, "mrope_section": [2, 3, 3]}
 QWEN4 = {
     "indexer_budget": 16, "indexer_compress_ratio": 4, "indexer_n_heads": 4, "indexer_kv_heads": 1,
     "indexer_head_dim": 16,
@@ -101,15 +108,27 @@ MORE: dict[str, dict[str, Any]] = {
                  "pronunciation_vocab_size": 64},
     "qwen4_exp_text": QWEN4,
     "qwen4_exp.text_config": QWEN4,
+    **{f"{family}.text_config": {"rope_parameters": MROPE} for family in (
+        "qwen2_vl", "qwen2_5_vl", "glm4v", "glm46v", "glmga", "glm_ocr", "cosmos3_edge", "paddleocr_vl",
+        "qwen2_5_omni_thinker")},
+    "ernie4_5_vl_moe.text_config": {"moe_intermediate_size": [64, 64]},
+    "glm4v_moe.text_config": {"rope_parameters": {**MROPE, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}},
+    "qwen3_omni_moe_thinker.text_config": {"sliding_window": 128},  # as moshi's
+    "qwen3_vl_moe.text_config": {"sliding_window": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
 }  # fmt: skip
 
 
-def families() -> list[str]:
-    """The model types that AutoModelForCausalLM takes."""
-    return list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+def families() -> dict[str, str]:
+    """The model types that AutoModelForCausalLM or AutoModelForImageTextToText takes, and their classes' names."""
+    return {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
+
+
+def class_of(folder: Path) -> Any:
+    """transformers' class that a checkpoint's config.json names."""
+    return getattr(transformers, PreTrainedConfig.get_config_dict(folder)[0]["architectures"][0])
 
 
 def tiny_config(family: str, **fields: Any) -> Any:
@@ -156,7 +175,9 @@ def make_family(folder: Path, family: str, **fields: Any) -> Path:
     """Write a family's tiny checkpoint with random norms and biases. `fields` are other values of its config."""
     torch.manual_seed(0)
     config = tiny_config(family, **fields)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").float()
+    whole = family in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    kind = AutoModelForImageTextToText if whole else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager").float()
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.1 * torch.randn(parameter.shape)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import onecard
@@ -27,6 +27,7 @@ from onecard.data.loader import Loader
 from onecard.errors import UserError
 from onecard.export.merge.merged import merge
 from onecard.hf.attention import use_packed_attention
+from onecard.hf.names import stored_names
 from onecard.infer.decoding import CachedContext, OneByOne, Uncached
 from onecard.infer.graphs import make_context
 from onecard.nn.experts import weights_of
@@ -35,7 +36,7 @@ from onecard.train.loss import IGNORE, packed_loss
 from onecard.train.run import Run
 from onecard.train.session import save_adapter
 from onecard.train.step import optimizer_step
-from tests.families.build import make_family
+from tests.families.build import class_of, make_family
 
 STEPS = 3
 WAYS = {CachedContext: "cache", OneByOne: "cache, one token a pass", Uncached: "all tokens again"}
@@ -148,7 +149,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 def dequantized(ours: Any, base: Path) -> Any:
     """transformers' own model with the weights that ours stand for."""
-    twin: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    twin: Any = class_of(base).from_pretrained(base, dtype=torch.float32).eval()
     modules = dict(twin.named_modules())
     for name, module in ours.named_modules():
         name = name.replace(".base_layer", "")
@@ -252,8 +253,19 @@ def check_merged(outcome: Outcome, live: Any, plain: Any, base: Path, folder: Pa
     except UserError as error:
         outcome.unmerged = f"{error.must}: {error.found}"
         return
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    model = class_of(base).from_pretrained(merged, dtype=torch.float32)
     compare(outcome, "merged", logits(model, ids), expected, MERGED)
+    check_kept(again.get_base_model(), base, merged)
+
+
+def check_kept(ours: Any, base: Path, merged: Path) -> None:
+    """The merged checkpoint has the base's own bits in each tensor that is not in 4 bits."""
+    before, after = load_file(base / "model.safetensors"), load_file(merged / "model.safetensors")
+    named = [(path.replace(".base_layer", ""), module) for path, module in ours.named_modules()]
+    quantized = {f"{path}.{leaf}" for path, module in named for leaf, _ in weights_of(module)}
+    stored = stored_names(ours, before)
+    kept = [stored[own] for own in stored if own.replace(".base_layer", "") not in quantized]
+    assert kept and all(torch.equal(before[name], after[name]) for name in kept)
 
 
 def misread(plain: Any, live: Any) -> bool:

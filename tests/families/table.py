@@ -1,4 +1,4 @@
-"""`python -m tests.families.table` writes docs/families.md: how every causal language model of transformers ends."""
+"""`python -m tests.families.table` writes docs/families.md: how every model of transformers that writes text ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import peft
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from tests.families.build import families
 from tests.families.check import Outcome, check
@@ -16,10 +15,14 @@ FILE = Path(__file__).parents[2] / "docs" / "families.md"
 NAMES = {"fast": "fast path", "plain": "plain path", "refused": "refused", "unbuilt": "not built"}
 HEAD = """# Families
 
-Every causal language model of transformers {transformers}, as a tiny checkpoint with norms, biases and multipliers that
-are not neutral (`python -m tests.families.table` writes this file, with peft {peft}). What trains is held to
-transformers + peft + AdamW on the same weights in float32: logits, three training losses and the evaluation loss to
-1e-4, the adapter read again, the merged checkpoint and generation to 1e-3.
+Every model of transformers {transformers} that AutoModelForCausalLM or AutoModelForImageTextToText takes, as a tiny
+checkpoint with norms, biases and multipliers that are not neutral (`python -m tests.families.table` writes this file,
+with peft {peft}). What trains is held to transformers + peft + AdamW on the same weights in float32: logits, three
+training losses and the evaluation loss to 1e-4, the adapter read again, the merged checkpoint and generation to 1e-3.
+All tensors that training has not in 4 bits have the same bits in the merged checkpoint.
+
+Multimodal checkpoints train their text part, on rows of text. All other parts stay in 16 bits as they are, and get no
+LoRA. The names in the adapter are those of the whole model.
 
 - **fast path**: packed rows with attention of our own, the head on learned tokens only.
 - **plain path**: the model's own forward, one document at a time.
@@ -44,7 +47,7 @@ def attempt(family: str) -> Outcome:
 
 def line(outcome: Outcome) -> str:
     """A family's row; numbers and tensors' names in a reason, which are this checkpoint's, are left out."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[outcome.family]
+    kind = families()[outcome.family]
     merge = "yes" if outcome.path in ("fast", "plain") else "-"
     if outcome.unmerged:
         merge = f"refused: {outcome.unmerged.partition(': ')[0]}"

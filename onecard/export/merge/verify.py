@@ -25,7 +25,6 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from onecard.adapter.load import with_adapter
 from onecard.adapter.tokens import vocabulary_of, with_rows
@@ -38,7 +37,9 @@ from onecard.export.merge.merged import Base, open_merged, write_merged
 from onecard.export.merge.quantized import Kept, check_type, write_quantized
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.head import model_class
 from onecard.hf.load import find_checkpoint, load_model, pick_device
+from onecard.hf.skeleton import read_config
 from onecard.nn.embedding import Head, cast_output, device_of
 from onecard.train.evaluate import choose_loss
 from onecard.train.loss import packed_loss, supervised
@@ -270,7 +271,8 @@ def load_written(folder: Path, device: str) -> Any:
     """Load a checkpoint that computes in float32. Linears and embeddings keep the file's dtype and are cast at use."""
     if inspect_checkpoint(folder).is_4bit:
         return load_model(str(folder), compute_dtype=torch.float32, device=device)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    kind = model_class(read_config(folder))
+    model: Any = kind.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             model.set_submodule(name, Head(module))
