@@ -1,7 +1,8 @@
 """The kernels of each device: protocols for groups of functions, and the module that implements each group.
 
-A backend is a module; pyright checks it against the protocols below. Quantization, dequantization, cross-entropy,
-AdamW and rounding work on every device (`reference`, `rounding`). Another group is None if a device lacks it; torch's operations replace it.
+A backend is a module; pyright checks it against the protocols below. Quantization, dequantization, cross-entropy, AdamW
+and rounding work on every device (`reference`, `rounding`). Another group is None if a device lacks it; torch's
+operations replace it.
 
 Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank, P positions with a loss.
 """

@@ -1,5 +1,5 @@
-"""Rounding to levels. Exact: the C++ kernels choose the same on every path and number of threads, and the specification's
-where sums are exact. Bound: every choice is the best one to float32's rounding, in float64."""
+"""Rounding to levels. Exact: the C++ kernels choose the same on every path and number of threads, and as the
+specification where sums are exact. Bound: every choice is the best one to float32's rounding, in float64."""
 
 import pytest
 import torch
