@@ -7,7 +7,6 @@ dequantized weights, a document at a time, in float32.
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 import onecard
 from onecard.config import LoraSettings, QuantConfig
@@ -18,7 +17,7 @@ from onecard.export.calibrated import rows as module
 from onecard.export.calibrated.base import calibrate_base
 from onecard.export.calibrated.bill import CALIBRATED, NEAREST, SIXTEEN, STARTED
 from tests.export.calibrated.test_base import started
-from tests.families.build import families, make_family
+from tests.families.build import class_of, families, make_family
 from tests.families.check import dequantized, document_losses, rows
 
 DEFAULT = (
@@ -91,7 +90,7 @@ def compare(base, output, monkeypatch):
         print(f"{base}: {error}")
         return
     load = lambda folder: onecard.load_model(str(folder), compute_dtype=torch.float32, device="cpu")  # noqa: E731
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
+    plain = class_of(base).from_pretrained(base, dtype=torch.float32, attn_implementation="eager").eval()
     models = {SIXTEEN: plain, NEAREST: dequantized(load(base), base), CALIBRATED: dequantized(load(output), base)}
     models[STARTED] = started(output, start, LORA)
     for form, model in models.items():
