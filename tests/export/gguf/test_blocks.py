@@ -6,6 +6,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 
 from onecard.export.gguf.blocks import LAYOUTS, OURS, TABLE, codes_of, quantize
+from onecard.export.gguf.scales import affine_scales, signed_scales
 
 AFFINE = {Kind.Q4_K: 15, Kind.Q5_K: 31}  # the largest code
 SIGNED = {Kind.Q6_K: 31, Kind.Q3_K: 3, Kind.IQ4_NL: 113}  # of the smaller side, which both signs have
@@ -87,3 +88,32 @@ def test_the_number_of_threads_changes_no_bit():
     finally:
         torch.set_num_threads(before)
     assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize("n", [4, 32])
+def test_signed_scales_are_close_to_the_best(n):
+    """Against 800 scales of each block, in float64, with weights of the errors."""
+    x, w = torch.randn(2, 16, 60, generator=torch.Generator().manual_seed(5))
+    w = w.square() + 0.1
+    code = lambda q: q.round_().clamp_(-n, n - 1)  # noqa: E731
+    weighted = lambda s: ((code(x / s) * s - x).double().square() * w).sum(0)  # noqa: E731
+    found = weighted(signed_scales(x, w, n, code))
+    tried = x.abs().amax(0) / n * torch.linspace(0.5, 1.3, 400)[:, None]
+    best = torch.stack([weighted(s) for s in (*tried, *-tried)]).amin(0)
+    assert found.sum() < 1.05 * best.sum()
+
+
+def test_affine_scales_are_close_to_the_best():
+    """Against 60 x 60 scales and minima of each block, in float64."""
+    n = 15
+    x, w = torch.randn(2, 32, 40, generator=torch.Generator().manual_seed(6))
+    w = w.square() + 0.1
+
+    def weighted(s, m):
+        return ((((x + m) / s).round().clamp(0, n) * s - m - x).double().square() * w).sum(0)
+
+    found = weighted(*affine_scales(x, w, n))
+    low, span = -x.amin(0), x.amax(0) - x.amin(0)
+    shares = torch.linspace(0.7, 1.1, 60)
+    best = torch.stack([weighted(span * a / n, low * b) for a in shares for b in shares]).amin(0)
+    assert found.sum() < 1.1 * best.sum()  # the search has one dimension: 5 % of the error
