@@ -13,7 +13,6 @@ from onecard.recipes.recipe import Reader, as_number
 NO_DROPOUT = "lora_dropout: this loss trains without dropout, there as here"
 OWN_REFERENCE = "there the reference is the base without this adapter, here the adapter: merge it into the base first"
 SMOOTHING = "smooths the labels of loss_type sigmoid, which trl and onecard do not"
-STAGES = {"dpo": "dpo", "kto": "kto"}  # of LLaMA-Factory -> our loss, before pref_loss
 PREF_LOSSES = {"sigmoid": ("dpo", "sigmoid"), "hinge": ("dpo", "hinge"), "ipo": ("ipo", None), "simpo": ("simpo", None)}
 RL = ("dpo", "ipo", "kto", "orpo", "simpo")  # of Axolotl, with our names
 
@@ -24,9 +23,9 @@ def put_stage(reader: Reader, stage: str) -> None:
         reader.put("task", "stage", "reward")
         reader.notes.append("stage rm: the head is a linear layer without the dropout of 0.1 of their value head")
         return
-    if stage not in STAGES:
+    if stage not in ("dpo", "kto"):
         return
-    loss, kind = STAGES[stage], None
+    loss, kind = stage, None
     if stage == "dpo":
         asked = str(reader.take("pref_loss", "sigmoid"))
         if asked == "orpo":
