@@ -9,10 +9,13 @@ count as absent, except an argument that the called tool requires.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from onecard.data.files import BadRow, describe
+
+SURROGATES = re.compile("[\ud800-\udfff]")
 
 
 def check_text(field: str, value: Any, empty: bool = False) -> str:
@@ -22,7 +25,7 @@ def check_text(field: str, value: Any, empty: bool = False) -> str:
         raise BadRow(field, f"{field} must not be empty", repr(value[:20]))
     if "\x00" in value:
         raise BadRow(field, f"{field} must be text", f"a NUL character at {value.index(chr(0))}")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if SURROGATES.search(value):
         raise BadRow(field, f"{field} must be valid Unicode", "half of a surrogate pair")
     return value
 

@@ -57,15 +57,12 @@ class Turns:
     inside: set[int]
 
     def add(self, example: Example) -> None:
-        start = None
-        for i, label in enumerate([*example.labels, IGNORE]):
-            if label != IGNORE and start is None:
-                start = i
-            elif label == IGNORE and start is not None:
-                whole = i < len(example.labels) or not example.truncated
-                self.inside.update(example.labels[start : i - whole])
-                self.ends.update(example.labels[i - 1 : i] if whole else ())
-                start = None
+        is_learned = np.array([IGNORE, *example.labels, IGNORE]) != IGNORE
+        edges = np.flatnonzero(is_learned[1:] != is_learned[:-1]).tolist()
+        for start, end in zip(edges[::2], edges[1::2]):
+            whole = end < len(example.labels) or not example.truncated
+            self.inside.update(example.labels[start : end - whole])
+            self.ends.update(example.labels[end - 1 : end] if whole else ())
 
 
 class Batch(NamedTuple):

@@ -184,15 +184,15 @@ def begin_rows(
 
 def converted(rows: Iterable[tuple[str, int, Any]], found: Records, reading: Reading) -> Iterator[Record]:
     """Yield the rows as records, and complete `found`."""
-    unused, num_nulls, files = Counter[str](), 0, dict[str, None]()
+    unused, num_nulls, files = Counter[str](), 0, dict[str, bool]()
     for file, line, row in rows:
         if file not in files:
-            files[file] = None
+            files[file] = is_arrow(Path(file))
             found.files = list(files)
         try:
             if isinstance(row, BadRow):
                 raise row
-            row, taken = without_united_nulls(row) if is_arrow(Path(file)) else (row, 0)
+            row, taken = without_united_nulls(row) if files[file] else (row, 0)
             num_nulls += taken > 0
             record, rest = to_record(found.layout, row, file, line)
         except BadRow as error:

@@ -89,7 +89,7 @@ class Example:
 
     @property
     def num_supervised(self) -> int:
-        return sum(label != IGNORE for label in self.labels)
+        return len(self.labels) - self.labels.count(IGNORE)
 
 
 def encode(record: Record, tokenizer: Any, max_seq_length: int, train_on: TrainOn = "completion") -> Example:

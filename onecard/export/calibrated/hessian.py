@@ -66,4 +66,4 @@ def damped_cholesky(H_KK: Tensor, damp_percent: float) -> Tensor:
         if not failed:
             return L
         damp_percent *= 10
-    raise UserError("activations must make a regular Hessian", "none", "raise --damp-percent or use more rows", "data")
+    raise UserError("activations must make a regular Hessian", "none", "use more rows, or other ones", "data")
