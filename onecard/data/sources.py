@@ -253,8 +253,17 @@ def hub_rows(source: Source, streaming: bool) -> Rows:
             do = f"name one: {name}:{config or 'CONFIG'}:{splits[0]}"
             raise UserError("a hub dataset must have a split train, or one only", ", ".join(splits), do, source.path)
         loaded = loaded["train" if "train" in splits else splits[0]]
-    number = 0
-    for table in loaded.with_format("arrow").iter(1024):
+    number, tables = 0, loaded.with_format("arrow").iter(1024)
+    while (table := next_table(tables, f"{source.path}:{number}")) is not None:
         for row in table.to_pylist():
             number += 1
             yield number, row
+
+
+def next_table(tables: Iterator[Any], where: str) -> Any:
+    """Return the next rows of a hub dataset; None at its end. Raises UserError if they cannot be read."""
+    try:
+        return next(tables, None)
+    except Exception as error:  # of the network, a file's bytes, or a place where columns change
+        must, do = "a hub dataset must be readable to its end", "check the network, then start again, or resume the run"
+        raise UserError(must, f"{type(error).__name__}: {first_line(error)}", do, where) from None
