@@ -19,6 +19,7 @@ import torch
 from onecard.config import TrainConfig
 from onecard.config.evaluation import Interval
 from onecard.data.loader import Loader
+from onecard.errors import UserError
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.train import signals
 from onecard.train.checkpoint import checkpoint
@@ -57,7 +58,8 @@ def train(
         evaluate: returns each metric of an evaluation by its name; None without eval data.
 
     Raises:
-        UserError: NaN or Inf in a loss or gradient, before the update.
+        UserError: NaN or Inf in a loss or gradient, before the update; rows of a stream that cannot be read, with a
+            checkpoint written.
         Interrupted: after Ctrl-C, SIGTERM or SIGHUP, with a checkpoint written.
     """
     config = run.config
@@ -73,8 +75,13 @@ def train(
     )
     with attention_of(run.base, run.loss), frozen_objects(), sharing_cores(), signals.noted() as interrupted:
         while not run.is_over:
-            epochs = run.loader.num_epochs_done
-            row = optimizer_step(run)
+            epochs, before = run.loader.num_epochs_done, run.loader.state_dict()
+            try:
+                row = optimizer_step(run)
+            except UserError:
+                if run.step and run.ranks.count == 1 and run.loader.state_dict() == before:
+                    checkpoint(run, checkpoints)  # rows could not be read, and nothing of the update has begun
+                raise
             at_end, last = run.loader.num_epochs_done > epochs, run.step == run.num_steps
             is_best = False
             evaluates = is_due(config.eval_strategy, config.eval_steps, run.step, at_end, last)

@@ -108,6 +108,10 @@ def test_more_epochs_after_a_short_last_window(checkpoint, chats, tmp_path):
     assert torch.isfinite(torch.tensor([row["loss"] for row in result.metrics])).all()
 
 
+def newest(output):
+    return max(int(folder.name.split("-")[1]) for folder in (output / "checkpoints").iterdir())
+
+
 def test_a_streamed_run_goes_on_in_its_buffer(checkpoint, tmp_path):
     """Stopped behind the first buffer, it ends in the bytes of the straight run, which reads each row once a pass."""
     rows = write_rows(tmp_path / "d.jsonl", chat_rows(50))
@@ -118,6 +122,16 @@ def test_a_streamed_run_goes_on_in_its_buffer(checkpoint, tmp_path):
         output = copy_at(tmp_path / "straight", tmp_path / f"o{step}", step)
         run(checkpoint, rows, output, resuming=True, **more)
         assert adapter_bytes(output) == adapter_bytes(tmp_path / "straight")
+    good = rows.read_bytes()
+    lines = good.splitlines(keepends=True)
+    rows.write_bytes(b"".join([*lines[:30], b"x" + lines[30][1:], *lines[31:]]))  # of the same size
+    more |= {"save_steps": 9}
+    with pytest.raises(UserError, match=r"d\.jsonl:31"):
+        run(checkpoint, rows, tmp_path / "broken", **more)
+    assert newest(tmp_path / "broken") == 3, "the updates before the bad row are kept"
+    rows.write_bytes(good)
+    run(checkpoint, rows, tmp_path / "broken", resuming=True, **more)
+    assert adapter_bytes(tmp_path / "broken") == adapter_bytes(tmp_path / "straight")
     write_rows(rows, chat_rows(49))
     with pytest.raises(UserError, match="the data has changed"):
         run(checkpoint, rows, copy_at(tmp_path / "straight", tmp_path / "o", 3), resuming=True, **more)
