@@ -6,15 +6,17 @@ These are conversion operations of transformers. It calls them for one weight at
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import replace
+from itertools import chain
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
@@ -30,6 +32,8 @@ from onecard.quant.state import QuantState, from_bnb
 paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
 """While a paged model loads: who takes its weights, and where the checkpoint's tensors lie."""
 MADV_DONTNEED = 4  # of Linux
+MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")  # the first line of each in /proc/self/maps
+SMALL = 1 << 20  # bytes of a tensor that is copied out of its file
 NOT_MORE = r"(?!\.)"  # after the codes' pattern: transformers before 5.21 would also match their scales
 
 
@@ -188,23 +192,59 @@ class Keep(ConversionOps):
         return input_dict
 
 
+def mapped_files(unchanged: bool = False) -> list[tuple[int, int]]:
+    """Return the first address and the end of each part of a checkpoint file that is mapped into memory.
+
+    Args:
+        unchanged: leave out parts in which the process has written: a written page is lost when it is released.
+    """
+    maps, found = Path("/proc/self/smaps" if unchanged else "/proc/self/maps"), list[tuple[int, int]]()
+    inside = False
+    for line in maps.read_text().splitlines() if maps.exists() else []:
+        if match := MAPPING.match(line):
+            inside = line.endswith(".safetensors")
+            found += [(int(match[1], 16), int(match[2], 16))] if inside else []
+        elif inside and line.startswith("Anonymous:") and line.split()[1] != "0":
+            found.pop()
+    return found
+
+
+def is_mapped(tensor: Tensor, mapped: list[tuple[int, int]]) -> bool:
+    begin = tensor.data_ptr()
+    return tensor.device.type == "cpu" and any(low <= begin and begin + tensor.nbytes <= high for low, high in mapped)
+
+
 def release_file_pages(*tensors: Tensor) -> None:
     """Release the memory of tensors that are parts of memory-mapped checkpoint files.
 
     These pages are unchanged file content, and a later access reads them again. Otherwise they would count as memory of
     the process until the file is closed: the whole checkpoint in 16 bits. Other tensors are not changed.
     """
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return
-    lines = [line for line in maps.read_text().splitlines() if line.endswith(".safetensors")]
-    mapped = [tuple(int(edge, 16) for edge in line.split(" ", 1)[0].split("-")) for line in lines]
+    mapped = mapped_files()
     for tensor in tensors:
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        if tensor.device.type == "cpu" and any(low <= begin and end <= high for low, high in mapped):
-            first, last = -(-begin // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
-            if first < last:
-                ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
+        if is_mapped(tensor, mapped):
+            release(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+
+def leave_files(model: nn.Module) -> None:
+    """Copy a model's small tensors out of the memory-mapped checkpoint files, and release the files' pages.
+
+    Since Linux 6.18, an access maps all of the file's pages that lie in one block of the page cache, up to 2 MiB. The
+    norms, which lie between the linears, would bring most of the checkpoint back into the process's memory.
+    """
+    mapped = mapped_files()
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.nbytes < SMALL and is_mapped(tensor, mapped):
+            tensor.data = tensor.data.clone()
+    for low, high in mapped_files(unchanged=True):
+        release(low, high)
+
+
+def release(begin: int, end: int) -> None:
+    """Release the whole pages of a range of memory that is mapped from a file."""
+    first, last = -(-begin // PAGESIZE) * PAGESIZE, end // PAGESIZE * PAGESIZE
+    if first < last:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_DONTNEED)
 
 
 def check_shape(W: Tensor, expected: tuple[int, ...], name: str) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 from onecard.config import HEAD, QuantConfig, make_config
 from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint, as_indexed, inspect_checkpoint, zeros_at_end
-from onecard.hf.convert import paging, release_file_pages
+from onecard.hf.convert import leave_files, paging, release_file_pages
 from onecard.hf.documents import read_model_document, read_tokenizer_document
 from onecard.hf.gguf.folder import check_tokenizer, check_tokens, gguf_folder, is_gguf, source_in
 from onecard.hf.head import causal_head_names, is_headed, model_class, set_pad, start_head
@@ -110,11 +110,10 @@ def load_paged(
         model = from_pretrained(checkpoint, config, device, dtype)
     finally:
         paging.reset(token)
-    found = []
     modules: tuple[Any, Any] = (model.get_input_embeddings(), model.get_output_embeddings())
+    found = []
     for module in modules:
-        name = next((n for n, p in model.named_parameters() if p is module.weight), "")
-        info = checkpoint.tensors.get(name)
+        info = checkpoint.tensors.get(name := next((n for n, p in model.named_parameters() if p is module.weight), ""))
         stored = TORCH_DTYPES.get(info.dtype) if info and info.form is None else None
         if stored is not None:
             found.append((places[name], stored))
@@ -192,6 +191,7 @@ def from_pretrained(
         set_generation_config(model, folder)
     if narrow != compute_dtype:
         compute_in(model, compute_dtype)
+    leave_files(model)
     return model
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from peft import IA3Config, LoraConfig, OFTConfig, PeftModel, VeraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import onecard
 from onecard.adapter.layers import LoraLinear4bit, lora_config
 from onecard.config import LoraSettings
 from onecard.errors import UserError
+from onecard.hf.convert import is_mapped, mapped_files
 from onecard.hf.load import load_tokenizer
 from onecard.nn.linear import Linear4bit
 from tests.conftest import FAMILIES, make_checkpoint
@@ -61,6 +63,18 @@ def test_tied_embeddings_stay_one_tensor(tmp_path):
     folder = make_checkpoint(tmp_path, dtype=torch.bfloat16, tie_word_embeddings=True)
     model = onecard.load_model(str(folder), compute_dtype="float32", device="cpu")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_small_tensors_leave_the_mapped_file_and_written_pages_stay(tmp_path):
+    folder = str(make_checkpoint(tmp_path, "llama"))
+    first = onecard.load_model(folder, device="cpu")
+    assert not any(is_mapped(tensor, mapped_files()) for tensor in first.state_dict().values())
+    whole = load_file(next(tmp_path.rglob("*.safetensors")))["model.embed_tokens.weight"]
+    assert is_mapped(whole, mapped_files())
+    whole[3] += 1.0  # in the process's own copy of the page
+    expected = whole.clone()
+    onecard.load_model(folder, device="cpu")  # releases the file's pages
+    assert torch.equal(whole, expected)
 
 
 def test_gpt2_style_transposed_weights(tmp_path):
