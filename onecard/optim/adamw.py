@@ -57,7 +57,7 @@ class AdamW(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient. After a failed allocation, a second call continues the step."""
         if self.left is None:
-            self.left = self.units()[::-1]
+            self.left = self.units(self.is_batched)[::-1]
         while self.left:
             some, group = self.left[-1]
             for p in some:
@@ -69,20 +69,30 @@ class AdamW(torch.optim.Optimizer):
             update(some, [p.grad for p in some], [self.state[p] for p in some], **settings)
             self.left.pop()
             if self.paged is not None and self.paged.crowded:
-                self.paged.send(some[0], self.state[some[0]])
+                for p in some:
+                    self.paged.send(p, self.state[p])
         self.left = None
 
-    def units(self) -> list[tuple[list[torch.nn.Parameter], dict[str, Any]]]:
-        """Return what to update together: all of a kind on a GPU, for few launches; else one parameter."""
+    @property
+    def is_batched(self) -> bool:
+        """Whether parameters are updated together, for few launches: on a GPU, if their states have room."""
+        on_gpu = any(p.device.type == "cuda" for group in self.param_groups for p in group["params"])
+        return on_gpu and not (self.paged is not None and self.paged.crowded)
+
+    def units(self, batched: bool) -> list[tuple[list[torch.nn.Parameter], dict[str, Any]]]:
+        """Return what to update together: all parameters of a kind if `batched`, else one."""
         found: list[tuple[list[torch.nn.Parameter], dict[str, Any]]] = []
         for group in self.param_groups:
             learning = [p for p in group["params"] if p.grad is not None]
-            if self.paged is None and learning and learning[0].device.type == "cuda":
-                kinds = [[p for p in learning if self.in_8bit(p) == eight] for eight in (False, True)]
-            else:
-                kinds = [[p] for p in learning]
-            found += [(some, group) for some in kinds if some]
+            kinds: dict[Any, list[torch.nn.Parameter]] = {}
+            for p in learning:
+                kinds.setdefault(self.kind(p) if batched else p, []).append(p)
+            found += [(some, group) for some in kinds.values()]
         return found
+
+    def kind(self, p: Tensor) -> int:
+        """Return what the parameters of one launch share: 32-bit states, or the number of steps of 8-bit states."""
+        return int(self.state.get(p, {}).get("step", 0)) if self.in_8bit(p) else -1
 
     def in_8bit(self, p: Tensor) -> bool:
         """Whether a parameter's states are in 8 bits. With a master weight they are in 32 bits."""
@@ -121,9 +131,10 @@ class AdamW(torch.optim.Optimizer):
         """Nothing is left to do after the last step."""
 
     def page_out(self) -> bool:
-        """Offload all states. Return whether that freed device memory."""
+        """Offload all states. Return whether that freed device memory. What is left of a step goes one by one."""
         if self.paged is None:
             return False
+        self.left = self.left and [([p], group) for some, group in self.left for p in some[::-1]]
         return sum(self.paged.send(p, state) for p, state in self.state.items()) > 0
 
 

@@ -1,9 +1,13 @@
 """Exact for 32 bits; for 8 bits a bound from the map's gaps, and that it learns."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from onecard.optim.adamw import SMALL, AdamW, update
+from onecard.paging.states import PagedStates
 from onecard.quant.codebook import dynamic_map
 from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit
 
@@ -122,3 +126,31 @@ def test_8_bits_learn_as_32_do():
     assert loss32 < 0.1 and loss8 < 2 * loss32 + 1e-3
     sizes = [sum(t.nbytes for t in state.values()) / (128 * 64) for state in (state8, state32)]
     assert sizes[0] == pytest.approx(2 + 8 / 256, abs=0.001) and sizes[1] == pytest.approx(8, abs=0.001)
+
+
+@pytest.mark.parametrize("crowded, batched", [(None, True), (False, True), (True, False)])
+def test_a_gpu_updates_one_by_one_only_where_states_have_no_room(crowded, batched):
+    paged = None if crowded is None else PagedStates(Path(), crowded)
+    for kind, expected in (("cuda", batched), ("cpu", False)):
+        group = {"params": [SimpleNamespace(device=torch.device(kind))]}
+        assert AdamW.is_batched.fget(SimpleNamespace(param_groups=[group], paged=paged)) == expected  # type: ignore
+
+
+def test_what_is_left_of_a_failed_step_goes_one_by_one(tmp_path):
+    """In the same order. A batch has parameters of one kind of state, and of one number of steps."""
+    params = [torch.nn.Parameter(torch.zeros(size)) for size in (SMALL, 3, SMALL, 5)]
+    optimizer = AdamW(params, 1e-2, state_bits=8, paged=PagedStates(tmp_path))
+    for p in params:
+        p.grad = torch.ones_like(p)
+    assert [[id(p) for p in some] for some, _ in optimizer.units(True)] == [
+        [id(params[0]), id(params[2])],
+        [id(params[1]), id(params[3])],
+    ]
+    optimizer.left = optimizer.units(True)[::-1]
+    optimizer.page_out()
+    assert [id(p) for some, _ in reversed(optimizer.left) for p in some] == [id(params[i]) for i in (0, 2, 1, 3)]
+    assert all(len(some) == 1 for some, _ in optimizer.left)
+    optimizer.left, params[0].grad = None, None
+    optimizer.step()
+    params[0].grad = torch.ones_like(params[0])
+    assert [len(some) for some, _ in optimizer.units(True)] == [1, 2, 1]

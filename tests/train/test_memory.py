@@ -29,6 +29,7 @@ from onecard.kernels.dequantize import saved_weights
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import is_out_of_memory
 from onecard.memory.strategy import candidates, choose_strategy, price, total_bytes
+from onecard.optim.adamw import AdamW
 from onecard.paging.activations import Offload
 from onecard.train import step as step_module
 from onecard.train.loss import IGNORE
@@ -386,15 +387,20 @@ def steps_with_spikes(made, count, spikes):
 
 @pytest.mark.parametrize("count", [12, pytest.param(100, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
-    "optim, crowded",
+    "optim, crowded, batched",
     [
-        ("paged_adamw_32bit", False),
-        ("paged_adamw_8bit", True),
-        pytest.param("paged_adamw_32bit", True, marks=pytest.mark.slow),
-        pytest.param("paged_adamw_8bit", False, marks=pytest.mark.slow),
+        ("paged_adamw_32bit", False, False),
+        ("paged_adamw_8bit", True, False),
+        ("paged_adamw_8bit", False, True),  # as on a GPU
+        pytest.param("paged_adamw_32bit", True, False, marks=pytest.mark.slow),
+        pytest.param("paged_adamw_8bit", False, False, marks=pytest.mark.slow),
+        pytest.param("paged_adamw_32bit", False, True, marks=pytest.mark.slow),
     ],
 )
-def test_paged_states_are_the_unpaged_ones_bit_for_bit(optim, crowded, count, deep, chats, tmp_path):
+def test_paged_states_are_the_unpaged_ones_bit_for_bit(
+    optim, crowded, batched, count, deep, chats, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(AdamW, "is_batched", batched)
     unpaged = optim.removeprefix("paged_").removesuffix("_32bit")
     plain, _, _ = make_run(deep, chats, tmp_path / "a", optim=unpaged, max_steps=count)
     paged, _, _ = make_run(deep, chats, tmp_path / "b", optim=optim, max_steps=count)
