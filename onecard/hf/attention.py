@@ -25,7 +25,7 @@ try:
 except ImportError:  # torch 2.9
     varlen_attn = None
 VARLEN = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
-LARGEST_HEAD = 256  # of varlen_attn
+LARGEST_HEAD = 256  # of FlashAttention
 NAME, CACHED = "onecard_packed", "onecard_cached"
 
 
@@ -155,7 +155,8 @@ def weigh(
     """Compute attention, (1, H, T, D_v), with a mask (T, keys). None: causal attention."""
     plain, grouped = softcap is None and sinks is None, q.shape[1] != k.shape[1]
     masked = mask is not None and q.device.type == "cuda"  # whose kernels accept a mask or groups, not both
-    if grouped and (masked or not plain):
+    takes = takes_groups(q.device, q.dtype, q.shape[-1]) and q.shape[-1] == v.shape[-1]
+    if grouped and (masked or not plain or not takes):
         k, v = spread(q, k, v)
         grouped = False
     if plain:
@@ -170,6 +171,16 @@ def weigh(
         scores = torch.cat([scores, sinks.to(q.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
     probabilities = scores.softmax(-1, dtype=torch.float32)[..., : k.shape[2]].to(q.dtype)
     return F.dropout(probabilities, dropout) @ v
+
+
+def takes_groups(device: torch.device, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether torch's causal attention takes fewer key heads than query heads without scores of all pairs (T, T). On a
+    GPU only FlashAttention does: 16 bits, NVIDIA GPUs since Ampere and AMD's. Without a GPU here, a new one is assumed.
+    """
+    if device.type != "cuda":
+        return True
+    recent = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    return recent and dtype in (torch.bfloat16, torch.float16) and head_size <= LARGEST_HEAD
 
 
 def band_mask(positions: Tensor, num_keys: int, window: int | None) -> Tensor:

@@ -15,6 +15,8 @@ values of the compute dtype. What changes that:
 - a norm without a fused form keeps a float32 copy of its input; norms of the query and key keep a + k more;
 - an MLP without a fused form keeps the activation's output, f;
 - experts (nn/experts.py) keep their input, d, and 2 f, adapted or not; f counts all experts of a token;
+- on a GPU, keys and values are repeated for all query heads where torch's attention takes no groups (float32, or a GPU
+  before Ampere): 2 a for 2 k;
 - attention with capped scores or sinks keeps its scores: (4 + 2 c) bytes per head and pair of a document's tokens.
 """
 
@@ -26,6 +28,7 @@ from typing import Any
 
 import torch
 
+from onecard.hf.attention import takes_groups
 from onecard.hf.fused import FusedGatedMLP, FusedRMSNorm, counterpart
 from onecard.hf.stacks import stacks_of
 from onecard.kernels.elementwise import widest_norm
@@ -71,7 +74,8 @@ def layer_activations(
     width = (getattr(text, "moe_intermediate_size", None) if experts > 1 else None) or intermediate(modules)
     size = {"d": text.hidden_size, "a": heads * head, "k": key_heads * head, "f": experts * width, "r": r}
     count: Counter[str] = Counter()
-    count.update({"a": 2, "k": 2, "f": 2})
+    takes = takes_groups(torch.device(device), dtype, head)
+    count.update({"a": 2 if takes else 4, "k": 2 if takes else 0, "f": 2})
     norm, gated = fused_kinds(modules, device)
     copies = 1.0 if norm else 4 / c
     for name, width in norms(modules):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onecard.kernels import attention, elementwise, ops
 from onecard.kernels.cpu.library import library
@@ -167,3 +168,16 @@ def test_torchs_defaults_change_nothing():
     finally:
         torch.set_default_dtype(before)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize(
+    "hip, version, expected",
+    [(None, "2.9.1", "float32"), ("6.4", "2.9.1+rocm6.4", "bfloat16"), ("7.1", "2.10.0+rocm7.1", "float32")],
+)
+def test_a_gradient_is_a_float32_product_where_torch_has_one(hip, version, expected, monkeypatch):
+    """torch 2.9 on ROCm has none and raises RuntimeError."""
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "__version__", version)
+    with FakeTensorMode():
+        a = torch.empty(4, 4, dtype=torch.bfloat16, device="cuda")
+        assert ops.wide_product(a, a).dtype == getattr(torch, expected)
