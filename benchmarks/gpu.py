@@ -254,8 +254,8 @@ def steps(shape: str, contender: str, length: int, device: torch.device, model: 
         torch.cuda.reset_peak_memory_stats(device)
     with use_packed_attention(base) if ours else nullcontext():
         seconds = clock(step, device, *((2, 1) if recomputes(length) else (STEPS, 3)))
-    if graphs is not None and graphs.refused is not None:
-        raise RuntimeError(graphs.refused)
+    if graphs is not None and graphs.refused:
+        raise RuntimeError("; ".join(graphs.refused.values()))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     return {"seconds": seconds, "peak": float(peak)}
 

@@ -42,6 +42,7 @@ def packed_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     cu_seqlens: list[int] | Tensor | None = None,
+    longest: int | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -52,6 +53,7 @@ def packed_attention(
     Args:
         query: (1, H, T, D); key: (1, H_kv, T, D), value: (1, H_kv, T, D_v), H a multiple of H_kv.
         cu_seqlens: 0, then the end of each document; the last is T. For a CUDA graph, an int32 tensor on the device.
+        longest: tokens that a document has at most, if cu_seqlens is a tensor. None: T.
         sliding_window: number of tokens that a query sees, itself included. None: itself and all before it.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: (H,) attention sinks: a score for each head that is part of the softmax and has no value.
@@ -65,7 +67,7 @@ def packed_attention(
     plain = softcap is None and s_aux is None and dropout == 0.0
     several = isinstance(cu_seqlens, Tensor) or len(cu_seqlens) > 2 or sliding_window is not None
     if plain and several and takes_varlen(query, key, value):
-        return attend_varlen(query, key, value, cu_seqlens, scale, sliding_window), None
+        return attend_varlen(query, key, value, cu_seqlens, longest, scale, sliding_window), None
     if isinstance(cu_seqlens, Tensor):
         raise RuntimeError("this attention needs the documents' ends on the host")
     if plain and kernel.supports(query, key, value):
@@ -100,10 +102,16 @@ def takes_varlen(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def attend_varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: list[int] | Tensor, scale: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: list[int] | Tensor,
+    longest: int | None,
+    scale: float,
+    window: int | None,
 ) -> Tensor:
-    """Compute all documents' causal attention in one launch, (1, T, H, D). A tensor's longest document counts as T."""
-    longest = q.shape[2]
+    """Compute all documents' causal attention in one launch, (1, T, H, D)."""
+    longest = longest or q.shape[2]
     if not isinstance(cu_seqlens, Tensor):
         longest = max(end - start for start, end in zip(cu_seqlens, cu_seqlens[1:]))
         cu_seqlens = on_device(tuple(cu_seqlens), q.device)

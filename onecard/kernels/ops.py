@@ -262,7 +262,7 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
     """Return a b. On a GPU, the product of 16-bit tensors is in float32, as it is summed. ROCm has that since torch
     2.10; before, the sum is rounded to 16 bits, as peft's gradients are."""
     wide = a.device.type == "cuda" and a.dtype in (torch.bfloat16, torch.float16)
-    wide = wide and (torch.version.hip is None or TorchVersion(torch.__version__) >= (2, 10))
+    wide = wide and (torch.version.hip is None or TorchVersion(torch.__version__) >= "2.10")
     return torch.mm(a, b, out_dtype=torch.float32) if wide else a @ b
 
 

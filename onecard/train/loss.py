@@ -237,7 +237,7 @@ def decode(model: PreTrainedModel, batch: dict[str, Any]) -> Tensor:
         input_ids=batch["input_ids"],
         position_ids=batch["position_ids"],
         use_cache=False,
-        cu_seqlens=batch["cu_seqlens"],
+        **{key: batch[key] for key in ("cu_seqlens", "longest") if key in batch},
     )
     if getattr(found, "last_hidden_state", None) is None:
         raise NotPacked("gives no hidden states from its base")

@@ -73,7 +73,7 @@ def test_graphs_give_what_the_layers_give(checkpoint, chats, tmp_path, dropout):
                 graphs.attach_gradients()
             losses = torch.stack([micro_batch(made, batch, num_tokens) for batch in window])
             found.append([losses, *(p.grad.clone() for p in made.trainable.values())])
-    assert graphs.refused is None and len(graphs.graphs) == len({size_of(batch) for batch in window})
+    assert not graphs.refused and len(graphs.graphs) == len({size_of(batch) for batch in window})
     for other in found[1:]:
         for a, b in zip(found[0], other):
             assert (a - b).norm() <= 2**-6 * a.norm()
