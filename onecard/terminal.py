@@ -37,7 +37,7 @@ def flag_kind(annotation: Any) -> Any:
     """Return the type of a field's flag. If it may be a list, it is one, so that it can be repeated. A mapping of
     texts, and a list that may have mappings, is a list of texts, which the field's own check reads."""
     kinds = alternatives(annotation)
-    if dict[str, str] in kinds:
+    if dict[str, str] in kinds or dict[int, float] in kinds:
         return list[str]
     found = next((kind for kind in kinds if get_origin(kind) is list), annotation)
     inside = get_args(found)[0] if get_origin(found) is list else None

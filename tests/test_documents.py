@@ -33,7 +33,8 @@ from onecard.errors import UserError, printable
 from onecard.hf.checkpoint import inspect_checkpoint, read_header, read_index
 from onecard.hf.load import check_generation_config, load_tokenizer
 from onecard.hf.skeleton import meta_model, read_config
-from onecard.infer.decoding import Sampler, end_tokens
+from onecard.infer.decoding import end_tokens
+from onecard.infer.sampling import Sampler
 from onecard.quant.state import STATE_KEY, from_bnb, to_bnb
 from onecard.train.checkpoint import load_newest, numbered, save_state
 from onecard.train.metrics import Metrics

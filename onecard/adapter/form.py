@@ -43,14 +43,19 @@ def template_digest(tokenizer: Any) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def form_ids(messages: list[dict[str, Any]], tokenizer: Any, form: Form | None) -> list[int]:
+def form_ids(
+    messages: list[dict[str, Any]], tokenizer: Any, form: Form | None, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     """Return the prompt's tokens for the next message, in the form of the adapter's training rows.
+
+    Args:
+        tools: those that the next message may call, of a chat only.
 
     Raises:
         UserError: more than one message for an adapter that was trained on single prompts; same as `prompt_ids`.
     """
     if form is None or form.prompt == "chat":
-        return prompt_ids(messages, tokenizer)
+        return prompt_ids(messages, tokenizer, tools)
     if len(messages) > 1:
         raise UserError(
             "an adapter that was trained on single prompts takes one user message",
@@ -61,13 +66,24 @@ def form_ids(messages: list[dict[str, Any]], tokenizer: Any, form: Form | None) 
     return text_ids(alpaca_prompt(text) if form.prompt == "alpaca" else text, tokenizer)
 
 
-def ask(prompt: str, tokenizer: Any, form: Form | None, raw: bool | None) -> tuple[list[int], bool, str | None]:
+def ask(
+    prompt: str, tokenizer: Any, form: Form | None, raw: bool | None, system: str | None = None
+) -> tuple[list[int], bool, str | None]:
     """Return a prompt's tokens, whether the answer continues its text, and the line of `difference`.
 
     Args:
         raw: same as in `difference`.
+        system: a system message before the prompt.
+
+    Raises:
+        UserError: a system message for a prompt without a chat template; same as `form_ids`.
     """
     asked, note = [{"role": "user", "content": prompt}], difference(form, tokenizer, raw)
+    if system is not None:
+        if raw or not tokenizer.chat_template:
+            found = "--raw" if raw else "a tokenizer without one"
+            raise UserError("a system message needs a chat template", found, "leave it out", "system")
+        asked.insert(0, {"role": "system", "content": system})
     if raw is None:
         return form_ids(asked, tokenizer, form), form is not None and form.prompt in ("completion", "text"), note
     return text_ids(prompt, tokenizer) if raw else prompt_ids(asked, tokenizer), raw, note

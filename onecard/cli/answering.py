@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
-from onecard.cli.app import DataFields, DataWords, QuantFields, ServeFields, app
-from onecard.config import DataConfig, ServeConfig, make_config
+from onecard.cli.app import DataFields, DataWords, QuantFields, SamplingFields, ServeFields, app
+from onecard.config import DataConfig, SamplingConfig, ServeConfig, make_config
 from onecard.errors import UserError, printable
 from onecard.terminal import given, load, load_base, load_headed, make_console, read_data
 
@@ -17,8 +17,9 @@ def generate(
     prompt: str,
     adapter: str | None = None,
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
     *,
+    sampling: SamplingFields = None,
+    system: str | None = None,
     quant: QuantFields = None,
     device: str = "auto",
     raw: bool | None = None,
@@ -30,20 +31,21 @@ def generate(
         prompt: The user's message, written as the adapter's training rows were; without an adapter, with the chat
             template, or as it is where the tokenizer has none.
         adapter: Folder of a trained adapter.
-        temperature: 0 takes the likeliest token each time.
+        system: A system message before the prompt, for a chat template that takes one.
         raw: Go on from the prompt as it is; --no-raw: with the chat template. Default: as the adapter was trained.
     """
     from onecard.adapter.form import ask
     from onecard.adapter.origin import form_beside
     from onecard.infer.generate import generate as run
 
+    config = make_config(SamplingConfig, given(sampling), "command line")
     shown = printable if sys.stdout.isatty() else str  # a file gets the text unchanged
     loaded, tokenizer = load(model, adapter, quant, device)
     form = form_beside(adapter)
-    ids, goes_on, note = ask(prompt, tokenizer, form, raw)
+    ids, goes_on, note = ask(prompt, tokenizer, form, raw, system)
     if note:
         print(f"note: {note}", file=sys.stderr)
-    how = (max_new_tokens, temperature, lambda text: print(shown(text), end="", flush=True), goes_on)
+    how = (max_new_tokens, config, lambda text: print(shown(text), end="", flush=True), goes_on)
     run(loaded, tokenizer, ids, *how, form.end_tokens if form else ())
     print()
 
@@ -53,12 +55,12 @@ def chat(
     model: str,
     adapter: str | None = None,
     max_new_tokens: int = 512,
-    temperature: float = 0.7,
     *,
+    sampling: SamplingFields = None,
     quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
-    """Talk with a model in the terminal.
+    """Talk with a model in the terminal. The temperature is 0.7 unless given.
 
     Args:
         model: Checkpoint folder or hub id.
@@ -67,8 +69,9 @@ def chat(
     from onecard.adapter.origin import form_beside
     from onecard.infer.chat import chat as run
 
+    config = make_config(SamplingConfig, {"temperature": 0.7, **given(sampling)}, "command line")
     loaded, tokenizer = load(model, adapter, quant, device)
-    run(loaded, tokenizer, make_console(), max_new_tokens, temperature, form_beside(adapter))
+    run(loaded, tokenizer, make_console(), max_new_tokens, config, form_beside(adapter))
 
 
 @app.command
@@ -114,7 +117,7 @@ def serve(
     quant: QuantFields = None,
     device: str = "auto",
 ) -> None:
-    """Answer OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models, with streaming.
+    """Answer OpenAI's API: /v1/chat/completions, /v1/completions, /v1/responses, /v1/models, with streaming.
 
     Args:
         model: Checkpoint folder or hub id.
@@ -126,7 +129,9 @@ def serve(
         from onecard.infer.server import name_models
         from onecard.infer.server import serve as run
     except ImportError as error:
-        raise UserError("serving needs fastapi and uvicorn", str(error), "pip install 'onecard[serve]'") from None
+        raise UserError(
+            "serving needs fastapi, uvicorn and prometheus-client", str(error), "pip install 'onecard[serve]'"
+        ) from None
 
     folders = name_models(model, adapter or [])
     first = next(filter(None, folders.values()), None)

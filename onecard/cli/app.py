@@ -14,6 +14,7 @@ from onecard.config import (
     QuantConfig,
     QuantizeConfig,
     ReadConfig,
+    SamplingConfig,
     ServeConfig,
     StoredConfig,
     TrainConfig,
@@ -30,7 +31,7 @@ app = App(
 )
 if TYPE_CHECKING:
     TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
-    QuantizeFields = ReadFields = DataWords = TokenWords = Any
+    QuantizeFields = ReadFields = SamplingFields = DataWords = TokenWords = Any
 else:
     flags = Parameter(name="*", negative_iterable=(), consume_multiple=True)
     TrainFields = Annotated[partial(TrainConfig) | None, flags]
@@ -39,6 +40,7 @@ else:
     DataWords = Annotated[list[str], Parameter(consume_multiple=True, negative_iterable=())]
     TokenWords = Annotated[list[str] | None, Parameter(consume_multiple=True, negative_iterable=())]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]
+    SamplingFields = Annotated[partial(SamplingConfig) | None, flags]
     QuantFields = Annotated[partial(QuantConfig) | None, flags]
     QuantizeFields = Annotated[partial(QuantizeConfig) | None, flags]
     StoredFields = Annotated[partial(StoredConfig) | None, flags]

@@ -2,7 +2,7 @@
 
 A packed row is (1, T). Its `cu_seqlens`, the documents' boundaries, pass through the model's forward as a keyword. Each
 document has its own attention, so no T x T mask exists and no padding is computed. Generation uses transformers' SDPA,
-or `cached_attention` with a cache of fixed length.
+`cached_attention` with a cache of fixed length, or `together_attention` for a token of each of several answers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ except ImportError:  # torch 2.9
     varlen_attn = None
 VARLEN = set() if varlen_attn is None else set(inspect.signature(varlen_attn).parameters)
 LARGEST_HEAD = 256  # of FlashAttention
-NAME, CACHED = "onecard_packed", "onecard_cached"
+NAME, CACHED, TOGETHER = "onecard_packed", "onecard_cached", "onecard_together"
 
 
 class NotPacked(Exception):
@@ -238,9 +238,50 @@ def cached_attention(
     return weigh(query, key, value, mask, scale, 0.0, softcap, s_aux).transpose(1, 2), None
 
 
+def together_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    caches: list[Any] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Append one token to each of B caches, and compute the attention of each to its own keys and values.
+
+    Args:
+        query: (1, H, B, D); key: (1, H_kv, B, D), value: (1, H_kv, B, D_v), H a multiple of H_kv.
+        caches: B of them. `caches[b].append(layer, key, value)` returns the keys and values to attend to.
+        sliding_window, softcap, s_aux: same as in packed_attention.
+
+    Returns:
+        (1, B, H, D_v) and None.
+    """
+    assert caches is not None and len(caches) == query.shape[2], "each token needs its own cache"
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    outs = []
+    for b, each in enumerate(caches):
+        q, k, v = (x[:, :, b : b + 1] for x in (query, key, value))
+        k, v = each.append(module.layer_idx, k, v)
+        if sliding_window is not None:
+            k, v = k[:, :, -sliding_window:], v[:, :, -sliding_window:]
+        if softcap is None and s_aux is None:
+            grouped = q.shape[1] != k.shape[1]
+            outs.append(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=grouped))
+        else:
+            mask = torch.ones(1, k.shape[2], dtype=torch.bool, device=q.device)
+            outs.append(weigh(q, k, v, mask, scale, 0.0, softcap, s_aux))
+    return torch.cat(outs, dim=2).transpose(1, 2), None
+
+
 # No mask function is registered under these names, so transformers makes no mask.
 AttentionInterface.register(NAME, packed_attention)
 AttentionInterface.register(CACHED, cached_attention)
+AttentionInterface.register(TOGETHER, together_attention)
 
 
 def cache_name(model: Any) -> str:
@@ -282,3 +323,8 @@ def use_packed_attention(model: PreTrainedModel) -> AbstractContextManager[None]
 def use_cached_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Use `cached_attention` in the body."""
     return use_attention(model, CACHED)
+
+
+def use_together_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Use `together_attention` in the body."""
+    return use_attention(model, TOGETHER)

@@ -19,8 +19,9 @@ from transformers import DynamicCache
 from onecard.config import SamplingConfig
 from onecard.hf.attention import cache_name
 from onecard.infer.check import agree, bound_of, context_of
-from onecard.infer.decoding import CachedContext, Sampler, Text, end_tokens, room_for
+from onecard.infer.decoding import CachedContext, Text, end_tokens, room_for
 from onecard.infer.generate import generate
+from onecard.infer.sampling import Sampler
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.memory.measure import is_out_of_memory
 from onecard.nn.embedding import device_of

@@ -21,7 +21,7 @@ from rich.console import Console
 from onecard.adapter.form import NAMES, difference, form_ids
 from onecard.adapter.load import use_adapter
 from onecard.adapter.origin import Form
-from onecard.config import SamplingConfig, make_config
+from onecard.config import SamplingConfig
 from onecard.errors import UserError, printable
 from onecard.infer.decoding import Answer, context_length, room_for
 from onecard.infer.graphs import make_context
@@ -37,14 +37,19 @@ HELP = {
 
 
 def chat(
-    model: Any, tokenizer: Any, console: Console, max_new_tokens: int, temperature: float, form: Form | None = None
+    model: Any,
+    tokenizer: Any,
+    console: Console,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    form: Form | None = None,
 ) -> None:
     """Talk until /quit or the end of the input.
 
     Args:
         form: the form of the adapter's prompts; None if its folder does not say.
     """
-    talk = Talk(model, tokenizer, console, max_new_tokens, temperature, form)
+    talk = Talk(model, tokenizer, console, max_new_tokens, sampling, form)
     if note := difference(form, tokenizer):
         talk.note(note)
     if form and form.prompt != "chat":
@@ -101,12 +106,12 @@ class Talk:
         tokenizer: Any,
         console: Console,
         max_new_tokens: int,
-        temperature: float,
+        sampling: SamplingConfig,
         form: Form | None = None,
     ):
         self.model, self.tokenizer, self.console, self.form = model, tokenizer, console, form
         self.max_new_tokens = room_for(model, 1, max_new_tokens)
-        self.sampling = make_config(SamplingConfig, {"temperature": temperature}, "chat")
+        self.sampling = sampling
         self.max_tokens = context_length(model)
         self.context = make_context(model)
         self.system: list[dict[str, str]] = []

@@ -2,10 +2,7 @@
 
 All generation uses `Answer.advance`: one forward pass of the model, over a piece of the prompt or over one token.
 Between two passes, a caller may do other work, and the server advances other answers. Each answer has its own cache
-and random generator, so its tokens are the same bits whatever else runs.
-
-transformers' LogitsProcessors shape the distribution. A setting that is not given comes from the checkpoint's
-generation_config.json, same as in transformers' generate.
+and random generator. `feed_together` in together.py feeds a token of each of several answers in one pass.
 """
 
 from __future__ import annotations
@@ -13,20 +10,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    DynamicCache,
-    LogitsProcessor,
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from onecard.config import PREFILL_TOKENS, SamplingConfig
 from onecard.errors import UserError
 from onecard.hf.attention import cache_name
 from onecard.hf.load import tokenizing
+from onecard.infer.grammar import Grammar
+from onecard.infer.logprobs import TokenLogprob, score
+from onecard.infer.sampling import Sampler
 from onecard.nn.embedding import device_of
 
 
@@ -67,6 +60,29 @@ class CachedContext:
         self.tokens += ids
         return out.logits[:, -1].float()
 
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append a token's key and value, (1, H_kv, 1, D), to a layer. Return those that the token attends to."""
+        held: Any = self.cache.layers[layer]
+        return held.update(key, value)
+
+    def reserve_token(self) -> None:
+        """Make room for a token that `append` adds."""
+
+    def prefix(self) -> list[tuple[torch.Tensor, torch.Tensor]] | None:
+        """Return each layer's keys and values of `tokens`, (1, H_kv, T, D), which nothing changes later; None if a
+        layer does not have all of them."""
+        layers: Any = self.cache.layers
+        if any(type(layer) is not DynamicLayer or layer.keys is None for layer in layers):
+            return None
+        return [(layer.keys, layer.values) for layer in layers]  # an update makes new tensors
+
+    def restore(self, tokens: list[int], prefix: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Begin with the keys and values of `tokens`, which `prefix` of another context begins with."""
+        self.clear()
+        for layer, (keys, values) in enumerate(prefix):
+            self.cache.update(keys[:, :, : len(tokens)], values[:, :, : len(tokens)], layer)
+        self.tokens = list(tokens)
+
 
 class OneByOne(CachedContext):
     """Same as `CachedContext`, for a model that continues from its cache by one token only, such as mamba."""
@@ -81,6 +97,9 @@ class OneByOne(CachedContext):
 
 class Uncached(CachedContext):
     """Same as `CachedContext`, for a model that does not continue from such a cache: each pass reads all tokens."""
+
+    def prefix(self) -> None:
+        return None
 
     def rewind(self, ids: list[int]) -> list[int]:
         self.tokens = self.tokens[: shared_prefix(self.tokens, ids[:-1])]
@@ -97,51 +116,6 @@ class Uncached(CachedContext):
 def shared_prefix(held: list[int], wanted: list[int]) -> int:
     """Return the length of the longest common prefix of two lists."""
     return next((i for i, (a, b) in enumerate(zip(held, wanted)) if a != b), min(len(held), len(wanted)))
-
-
-class Sampler:
-    """Picks a token from logits: the likeliest at temperature 0, else a random one from its own generator."""
-
-    def __init__(self, model: Any, sampling: SamplingConfig):
-        stored = model.generation_config
-        top_p = sampling.top_p if sampling.top_p is not None else stored.top_p or 1.0
-        temperature = sampling.temperature if sampling.temperature is not None else stored.temperature
-        temperature = 1.0 if temperature is None else temperature
-        self.greedy = temperature < torch.finfo(torch.float32).tiny  # 0, or so small that float32 divides by 0
-        self.shape = LogitsProcessorList()
-        if stored.repetition_penalty not in (None, 1.0):
-            self.shape.append(RepetitionPenaltyLogitsProcessor(float(stored.repetition_penalty)))
-        if not self.greedy:
-            self.shape.append(Temperature(temperature))
-            if stored.top_k:
-                self.shape.append(TopKLogitsWarper(stored.top_k))
-            if top_p < 1:
-                self.shape.append(TopPLogitsWarper(top_p))
-        self.generator = torch.Generator()
-        if sampling.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(sampling.seed)
-
-    def pick(self, tokens: list[int], logits_1V: torch.Tensor) -> int:
-        """Return the token after `tokens`."""
-        if self.shape:
-            ids: Any = torch.tensor([tokens], device=logits_1V.device)
-            logits_1V = self.shape(ids, logits_1V)
-        if self.greedy:
-            return int(logits_1V.argmax(-1))
-        return int(torch.multinomial(logits_1V.softmax(-1).cpu(), 1, generator=self.generator))
-
-
-class Temperature(LogitsProcessor):
-    """Subtracts the largest logit and divides by a temperature: finite or -inf for any small temperature."""
-
-    def __init__(self, temperature: float):
-        self.temperature = temperature
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        shaped: Any = (scores - scores.amax(-1, keepdim=True)) / self.temperature
-        return shaped
 
 
 class StopMatcher:
@@ -180,6 +154,10 @@ class Text:
 
     Args:
         before: the token that the text continues from; None if the text is independent.
+
+    Attributes:
+        num_decoded: characters of all tokens so far, without those of an incomplete character.
+        num_released: characters that were returned so far.
     """
 
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = (), before: int | None = None):
@@ -188,6 +166,7 @@ class Text:
         # The tokens of the last text, then those without text so far.
         self.tokens: list[int] = [] if before is None or before in self.special else [before]
         self.num_shown, self.held, self.stopped = len(self.tokens), "", False
+        self.num_decoded = self.num_released = 0
 
     def push(self, token: int) -> str:
         """Add a token. Return the text that can be shown now."""
@@ -217,6 +196,7 @@ class Text:
     def release(self, text: str, last: bool) -> str:
         """Return the text up to a stop string, without an end that may begin one."""
         num_held, self.held = len(self.held), self.held + text
+        self.num_decoded += len(text)
         ends = [(matcher, matcher.feed(text)) for matcher in self.matchers]
         found = [num_held + end - len(matcher.stop) for matcher, end in ends if end is not None]
         self.stopped = self.stopped or bool(found)
@@ -224,6 +204,7 @@ class Text:
         if not (last or found):
             end -= max((matcher.matched for matcher in self.matchers), default=0)
         shown, self.held = self.held[:end], "" if found else self.held[end:]
+        self.num_released += len(shown)
         for matcher in self.matchers if found else ():
             matcher.matched = 0
         return shown
@@ -235,11 +216,14 @@ class Answer:
     Args:
         goes_on: whether its text continues the prompt's, with the space between them; False for a chat.
         ends: end tokens in addition to the tokenizer's and the model's, such as a Form's.
+        grammar: what the text must match; its end tokens are all of this answer's.
+        num_logprobs: how many of the likeliest tokens `logprobs` has at each position; None: no logprobs.
 
     Attributes:
         finish_reason: None before the end; "stop" after an end token or a stop string; "length" after max_new_tokens,
             or at the end of the model's context.
         num_tokens: tokens drawn, the end token included.
+        logprobs: of each token of the text, without end tokens and tokens of a stop string that ended it.
 
     Raises:
         UserError: same as `room_for`.
@@ -255,29 +239,53 @@ class Answer:
         context: CachedContext | None = None,
         goes_on: bool = False,
         ends: tuple[int, ...] = (),
+        num_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ):
         self.max_new_tokens = room_for(model, len(input_ids), max_new_tokens)
+        self.sampler = Sampler(model, sampling, len(input_ids))
         self.context = context or CachedContext(model)
         self.rest = self.context.rewind(input_ids)
         self.ends = end_tokens(model.generation_config.eos_token_id, tokenizer, ends)
-        self.sampler = Sampler(model, sampling)
         self.text = Text(tokenizer, sampling.stop, input_ids[-1] if goes_on else None)
         self.num_tokens, self.finish_reason = 0, None
+        self.num_logprobs, self.logprobs = num_logprobs, list[TokenLogprob]()
+        self.grammar = grammar
 
     def advance(self) -> str:
         """Run one forward pass. Return the text that it adds, often none."""
         piece, self.rest = self.rest[:PREFILL_TOKENS], self.rest[PREFILL_TOKENS:]
-        logits = self.context.feed(piece)
-        if self.rest:
-            return ""
-        token = self.sampler.pick(self.context.tokens, logits)
+        logits_1V = self.context.feed(piece)
+        return "" if self.rest else self.take(logits_1V)
+
+    def restart(self) -> None:
+        """Feed all tokens again, into an empty context."""
+        self.rest = [*self.context.tokens, *self.rest]
+        self.context.clear()
+
+    def take(self, logits_1V: torch.Tensor) -> str:
+        """Draw the token after all that were fed. Return the text that it adds, often none."""
+        shaped_1V = self.grammar.mask(logits_1V) if self.grammar else logits_1V
+        token = self.sampler.pick(self.context.tokens, shaped_1V)
+        if self.num_logprobs is not None and token not in self.ends:
+            place = (self.context.tokens[-1], token, logits_1V)
+            self.logprobs.append(score(self.text.tokenizer, *place, self.num_logprobs, self.text.num_decoded))
         self.rest, self.num_tokens = [token], self.num_tokens + 1
         text = "" if token in self.ends else self.text.push(token)
-        if token in self.ends or self.text.stopped:
+        complete = token in self.ends or self.text.stopped
+        if self.grammar and not complete:
+            self.grammar.accept(token)
+            complete = self.grammar.complete
+        if complete:
             self.finish_reason = "stop"
         elif self.num_tokens == self.max_new_tokens:
             self.finish_reason = "length"
-        return text + self.text.finish() if self.finish_reason else text
+        if not self.finish_reason:
+            return text
+        text += self.text.finish()
+        if self.text.stopped:
+            self.logprobs = [each for each in self.logprobs if each.start < self.text.num_released]
+        return text
 
 
 def context_length(model: Any) -> int:

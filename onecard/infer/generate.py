@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from onecard.config import SamplingConfig, make_config
+from onecard.config import SamplingConfig
 from onecard.infer.decoding import Answer
 from onecard.infer.graphs import make_context
 from onecard.kernels.cpu.contention import sharing_cores
+
+GREEDY = SamplingConfig(temperature=0.0)
 
 
 def generate(
@@ -16,7 +18,7 @@ def generate(
     tokenizer: Any,
     input_ids: list[int],
     max_new_tokens: int = 256,
-    temperature: float = 0.0,
+    sampling: SamplingConfig = GREEDY,
     on_text: Callable[[str], None] | None = None,
     goes_on: bool = False,
     ends: tuple[int, ...] = (),
@@ -25,14 +27,13 @@ def generate(
 
     Args:
         max_new_tokens: the most tokens to generate. An end token or the end of the model's context stops earlier.
-        temperature: 0 selects the likeliest token.
+        sampling: the default selects the likeliest token.
         on_text: called with each finished piece of text.
         goes_on, ends: same as in `Answer`.
 
     Raises:
         UserError: a setting is invalid; the prompt has no tokens, or more than the model's context.
     """
-    sampling = make_config(SamplingConfig, {"temperature": temperature}, "generate")
     answer = Answer(model, tokenizer, input_ids, max_new_tokens, sampling, make_context(model), goes_on, ends)
     pieces = []
     with sharing_cores():

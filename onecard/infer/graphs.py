@@ -154,6 +154,30 @@ class FixedContext(CachedContext):
         recording.replay()
         return recording.result.clone()
 
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        assert self.buffers is not None
+        fixed, end = self.buffers.layers[layer], len(self.tokens) + 1
+        fixed.positions = torch.tensor([end - 1], device=key.device)
+        keys, values = fixed.update(key, value)
+        return keys[:, :, :end], values[:, :, :end]
+
+    def reserve_token(self) -> None:
+        self.reserve(len(self.tokens) + 1, device_of(self.model))
+
+    def prefix(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Return copies: the buffers are written in place."""
+        end, layers = len(self.tokens), self.buffers.layers if self.buffers else []
+        found = [(each.keys, each.values) for each in layers if each.keys is not None and each.values is not None]
+        return [(keys[:, :, :end].clone(), values[:, :, :end].clone()) for keys, values in found] or None
+
+    def restore(self, tokens: list[int], prefix: list[tuple[Tensor, Tensor]]) -> None:
+        self.clear()
+        buffers = self.reserve(len(tokens), device_of(self.model))
+        for layer, (keys, values) in zip(buffers.layers, prefix):
+            layer.positions = torch.arange(len(tokens), device=keys.device)
+            layer.update(keys[:, :, : len(tokens)], values[:, :, : len(tokens)])
+        self.tokens = list(tokens)
+
     def reserve(self, length: int, device: torch.device) -> Buffers:
         """Return buffers for `length` tokens, with the current keys and values."""
         if self.buffers is None or self.buffers.length < length:

@@ -1,13 +1,12 @@
-"""The supported part of OpenAI's API: checks requests and builds replies.
+"""The supported part of OpenAI's API: checks requests.
 
-A parameter with a neutral value (n=1, frequency_penalty=0) is accepted, since some clients always send it. Any other
+A parameter with a neutral value (best_of=1, echo=False) is accepted, since some clients always send it. Any other
 value of it, and any unknown parameter, is an error that names it: an answer that ignores a parameter would be wrong.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
+import json
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -15,24 +14,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from onecard.config import SamplingConfig
 
 MAX_STOPS, MAX_STOP_CHARACTERS = 4, 4096
+MAX_CHOICES, MAX_TOOLS = 128, 128
 MESSAGE_CHARACTERS = 32  # added to each message's own, for the chat template's work
 NEUTRAL: dict[str, Any] = {
-    "n": 1,
     "best_of": 1,
     "echo": False,
     "suffix": "",
-    "frequency_penalty": 0,
-    "presence_penalty": 0,
     "logprobs": False,
-    "top_logprobs": 0,
-    "logit_bias": {},
-    "response_format": {"type": "text"},
     "modalities": ["text"],
-    "tools": [],
-    "tool_choice": "none",
     "tool_calls": [],
     "annotations": [],
     "store": False,
+    "strict": False,
+    "parallel_tool_calls": True,
+    "service_tier": "auto",
 }
 
 
@@ -76,27 +71,116 @@ class TextPart(Sent):
     text: str
 
 
-class Message(Sent):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: str | None = None
+class Function(Sent):
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
 
-    def turn(self) -> dict[str, str]:
+
+class Tool(Sent):
+    type: Literal["function"]
+    function: Function
+
+
+class CalledFunction(Sent):
+    name: str = Field(min_length=1)
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _check_arguments(cls, arguments: str) -> str:
+        try:
+            found = json.loads(arguments)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError("the arguments of a call must be the JSON of an object")
+        return arguments
+
+
+class Call(Sent):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    def turn(self) -> dict[str, Any]:
+        """Return the call as chat templates read it, with the arguments as an object."""
+        function = {"name": self.function.name, "arguments": json.loads(self.function.arguments)}
+        return {"type": "function", "function": function} | ({"id": self.id} if self.id else {})
+
+
+class Message(Sent):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[Call] = Field(default_factory=list)
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Message:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("a message must have content or, of the assistant, tool_calls")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("only the assistant may have tool_calls")
+        return self
+
+    def turn(self) -> dict[str, Any]:
         """Return the message in the form that chat templates accept."""
-        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": content} | ({"name": self.name} if self.name else {})
+        parts = self.content or ""
+        content = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        more = {"name": self.name, "tool_call_id": self.tool_call_id}
+        calls = {"tool_calls": [call.turn() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": self.role, "content": content, **calls} | {k: v for k, v in more.items() if v}
+
+
+class JsonSchema(Sent):
+    """A schema that the answer must match. It is always kept to, so `strict` may have either value."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool = True
+
+
+class ResponseFormat(Sent):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _check_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is for the type json_schema, which needs it")
+        return self
+
+    def schema(self) -> dict[str, Any] | None:  # type: ignore[override]  # pydantic's own of this name is deprecated
+        """Return the JSON schema of the answer; None for any text."""
+        if self.type == "text":
+            return None
+        return {"type": "object"} if self.json_schema is None else self.json_schema.schema_
 
 
 class Request(Sent):
     model: str
     max_tokens: int | None = Field(None, ge=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, float] = Field(default_factory=dict)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: list[str] = Field(default_factory=list, max_length=MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
+    response_format: ResponseFormat = ResponseFormat(type="text")
+    # These say who asks and for what, and change no answer.
     user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -108,13 +192,53 @@ class Request(Sent):
             raise ValueError(f"a stop string may have {MAX_STOP_CHARACTERS:,} characters")
         return stops
 
-    def sampling(self) -> SamplingConfig:
-        return SamplingConfig(temperature=self.temperature, top_p=self.top_p, seed=self.seed, stop=tuple(self.stop))
+    @field_validator("logit_bias")
+    @classmethod
+    def _check_bias(cls, bias: dict[str, float]) -> dict[str, float]:
+        for token, value in bias.items():
+            if not (token.isascii() and token.isdigit()) or not -100 <= value <= 100:
+                raise ValueError(f"a bias must be from -100 to 100, of a token's id; found {token[:20]}: {value}")
+        return bias
+
+    def sampling(self, choice: int = 0) -> SamplingConfig:
+        """Return the sampling of one of the `n` choices. Each draws with a seed of its own."""
+        same = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "frequency_penalty", "presence_penalty")
+        return SamplingConfig(
+            **{name: getattr(self, name) for name in same},
+            logit_bias={int(token): value for token, value in self.logit_bias.items()},
+            seed=None if self.seed is None else self.seed + choice,
+            stop=tuple(self.stop),
+        )
 
 
 class ChatRequest(Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    tools: list[Tool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Any = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> ChatRequest:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs true")
+        return self
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _check_choice(cls, choice: Any) -> Any:
+        if choice not in (None, "none", "auto"):
+            raise ValueError(f"tool_choice may be none or auto; found {str(choice)[:80]}")
+        return choice
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def called(self) -> list[dict[str, Any]]:
+        """Return the tools that the answer may call, for the chat template."""
+        return [] if self.tool_choice == "none" else [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     def text(self) -> str:
         """Return the text of all messages."""
@@ -122,11 +246,21 @@ class ChatRequest(Request):
 
     def size(self) -> int:
         """Return about how many characters the prompt has."""
-        return len(self.text()) + MESSAGE_CHARACTERS * len(self.messages)
+        tools = sum(len(tool.model_dump_json()) for tool in self.tools)
+        calls = sum(len(call.function.arguments) for message in self.messages for call in message.tool_calls)
+        return len(self.text()) + tools + calls + MESSAGE_CHARACTERS * len(self.messages)
 
 
 class CompletionRequest(Request):
     prompt: str | list[str] | list[int] | list[list[int]]
+    logprobs: int | None = Field(None, ge=0, le=5)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def called(self) -> list[dict[str, Any]]:
+        return []
 
     def one_prompt(self) -> str | list[int]:
         """Return the prompt. Raises ApiError for several prompts."""
@@ -147,7 +281,7 @@ class CompletionRequest(Request):
         return len(self.one_prompt())
 
 
-def parse(kind: type[Request], body: bytes) -> Any:
+def parse(kind: type[Sent], body: bytes) -> Any:
     """Parse a request of `kind`. Raises ApiError that names the parameter."""
     try:
         return kind.model_validate_json(body)
@@ -160,40 +294,3 @@ def parse(kind: type[Request], body: bytes) -> Any:
         raise ApiError(400, f"{param} is not supported (found {value[:80]})", param, "unsupported_parameter")
     message = first["msg"].removeprefix("Value error, ")
     raise ApiError(400, f"{param}: {message}" if param else message, param, "invalid_value")
-
-
-class Reply:
-    """Builds the JSON objects of one answer, whole or in chunks."""
-
-    def __init__(self, chat: bool, model: str, num_prompt_tokens: int, include_usage: bool):
-        self.chat, self.num_prompt_tokens, self.include_usage = chat, num_prompt_tokens, include_usage
-        self.shared = {
-            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def usage(self, num_tokens: int) -> dict[str, int]:
-        total = self.num_prompt_tokens + num_tokens
-        return {"prompt_tokens": self.num_prompt_tokens, "completion_tokens": num_tokens, "total_tokens": total}
-
-    def choice(self, said: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, **said, "logprobs": None, "finish_reason": finish_reason}
-
-    def whole(self, text: str, num_tokens: int, finish_reason: str) -> dict[str, Any]:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        said: dict[str, Any] = {"message": message} if self.chat else {"text": text}
-        kind = "chat.completion" if self.chat else "text_completion"
-        choices = [self.choice(said, finish_reason)]
-        return {**self.shared, "object": kind, "choices": choices, "usage": self.usage(num_tokens)}
-
-    def chunk(self, text: str, finish_reason: str | None = None, first: bool = False) -> dict[str, Any]:
-        """Build one chunk. `first` adds the role of a chat's answer."""
-        delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-        said: dict[str, Any] = {"delta": delta} if self.chat else {"text": text}
-        return self.event([self.choice(said, finish_reason)], None)
-
-    def event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        made = {**self.shared, "object": kind, "choices": choices}
-        return made | ({"usage": usage} if self.include_usage else {})

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from onecard.config import SamplingConfig
 from onecard.data.chat.mask import prompt_ids
 from onecard.hf.load import load_model
 from onecard.infer.chat import Talk
@@ -136,7 +137,7 @@ def small(checkpoint):
 
 def make_talk(model, tokenizer, max_new_tokens=16):
     out = io.StringIO()
-    return Talk(model, tokenizer, Console(file=out, width=100), max_new_tokens, 0.0), out
+    return Talk(model, tokenizer, Console(file=out, width=100), max_new_tokens, SamplingConfig()), out
 
 
 def test_each_answer_is_that_of_the_whole_talk_afresh(small):

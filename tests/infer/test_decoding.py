@@ -13,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from onecard.config import SamplingConfig, ServeConfig
 from onecard.infer import decoding, graphs
-from onecard.infer.decoding import Answer, CachedContext, Sampler, Text
+from onecard.infer.decoding import Answer, CachedContext, Text
 from onecard.infer.engine import Engine, GenerationRequest
 from onecard.infer.generate import generate
 from onecard.infer.graphs import FixedContext
 from onecard.infer.protocol import CompletionRequest, parse
+from onecard.infer.sampling import Sampler
 from onecard.infer.server import Served, Service
+from onecard.infer.server import answer as answer_request
 from tests.conftest import make_checkpoint, make_tokenizer
 from tests.data.chat.test_control import sentencepiece_like
 
@@ -156,7 +158,7 @@ def test_a_completion_keeps_the_space_after_its_prompt(make, tmp_path, monkeypat
     service = Service(model, {"m": Served(None, tokenizer)}, ServeConfig())
     try:
         asked = {"model": "m", "max_tokens": len(whole) - len(prompt)}
-        answer = asyncio.run(service.answer(CompletionRequest(**asked, prompt=prompt)))
+        answer = asyncio.run(answer_request(service, CompletionRequest(**asked, prompt=prompt)))
     finally:
         service.close()
     assert json.loads(answer.body)["choices"][0]["text"] == " and the fox"

@@ -83,12 +83,27 @@ def test_a_damaged_adapter_is_named(kind, model, adapter, tmp_path):
     assert named in str(error.value)
 
 
-@pytest.mark.parametrize("settings", [{"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": 3.0}])
-def test_settings_that_cannot_be(settings, model, checkpoint):
-    with pytest.raises(UserError, match=r"must|should"):
-        generate(model, load_tokenizer(str(checkpoint)), [5, 6], **settings)
-    with pytest.raises(UserError, match=r"must|should"):
-        Talk(model, load_tokenizer(str(checkpoint)), Console(), **{"max_new_tokens": 8, "temperature": 0.0, **settings})
+WRONG = [
+    {"temperature": -1.0}, {"temperature": 3.0}, {"top_p": 0}, {"top_k": -1}, {"min_p": 2}, {"repetition_penalty": 0},
+    {"frequency_penalty": 3}, {"presence_penalty": -2.5}, {"logit_bias": {5: 101}}, {"logit_bias": {-1: 1}},
+    {"logit_bias": ["5"]}, {"stop": [""]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", WRONG)
+def test_sampling_that_cannot_be(settings):
+    with pytest.raises(UserError, match=next(iter(settings))):
+        SamplingConfig(**settings)
+
+
+def test_settings_that_cannot_be(model, checkpoint):
+    tokenizer = load_tokenizer(str(checkpoint))
+    with pytest.raises(UserError, match="must"):
+        generate(model, tokenizer, [5, 6], 0)
+    with pytest.raises(UserError, match="must"):
+        Talk(model, tokenizer, Console(), 0, SamplingConfig())
+    with pytest.raises(UserError, match="a bias must be of one of the model's 304 tokens\n  found: token 9999999"):
+        generate(model, tokenizer, [5, 6], 3, SamplingConfig(logit_bias={9999999: 1}))
 
 
 def test_an_answer_ends_with_the_model_s_context(model, checkpoint, monkeypatch):

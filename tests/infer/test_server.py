@@ -26,6 +26,7 @@ from onecard.errors import UserError
 from onecard.hf.load import load_model, load_tokenizer
 from onecard.infer import decoding
 from onecard.infer.decoding import Answer
+from onecard.infer.engine import Engine
 from onecard.infer.guard import Door, Guard
 from onecard.infer.protocol import ApiError, ChatRequest, Message
 from onecard.infer.server import Served, Service, make_server, name_models, serve
@@ -44,7 +45,7 @@ def said(text):
 def adapter(tmp_path_factory):
     """An adapter that changes the answers."""
     torch.manual_seed(0)
-    tuned = get_peft_model(load_model(BASE, device="cpu"), lora_config(LoraSettings(r=4)))
+    tuned = get_peft_model(load_model(BASE, compute_dtype=torch.float32, device="cpu"), lora_config(LoraSettings(r=4)))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -57,7 +58,10 @@ def adapter(tmp_path_factory):
 def alone(adapter):
     """Answers outside the server, drawn with a seed of their own: (model's name, question) -> text."""
     tokenizer = load_tokenizer(BASE)
-    models = {"base": load_model(BASE, device="cpu"), "tuned.v1": with_adapter(load_model(BASE, device="cpu"), adapter)}
+    models = {
+        "base": load_model(BASE, compute_dtype=torch.float32, device="cpu"),
+        "tuned.v1": with_adapter(load_model(BASE, device="cpu"), adapter),
+    }
     return {
         (name, question): drawn(model, tokenizer, prompt_ids(said(question), tokenizer), i)
         for name, model in models.items()
@@ -100,7 +104,7 @@ def until(holds, seconds=600):
 
 @pytest.fixture(scope="module")
 def running(adapter):
-    model = with_adapter(load_model(BASE, device="cpu"), adapter, "adapter_0")
+    model = with_adapter(load_model(BASE, compute_dtype=torch.float32, device="cpu"), adapter, "adapter_0")
     config = ServeConfig(port=0, api_key=KEY, max_body_bytes=20_000, max_num_seqs=8)
     tokenizer = load_tokenizer(BASE)
     models = {"base": Served(None, tokenizer), "tuned.v1": Served("adapter_0", tokenizer)}
@@ -212,9 +216,22 @@ def test_control_tokens_in_a_message_are_text(client):
 
 BAD = [
     ({"model": "nope"}, openai.NotFoundError, "model", "model_not_found"),
-    ({"n": 2}, openai.BadRequestError, "n", "unsupported_parameter"),
-    ({"logprobs": True}, openai.BadRequestError, "logprobs", "unsupported_parameter"),
-    ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty", "unsupported_parameter"),
+    ({"n": 0}, openai.BadRequestError, "n", "invalid_value"),
+    ({"n": 9}, openai.BadRequestError, "n", "invalid_value"),
+    ({"top_logprobs": 2}, openai.BadRequestError, None, "invalid_value"),
+    ({"logprobs": True, "top_logprobs": 21}, openai.BadRequestError, "top_logprobs", "invalid_value"),
+    ({"frequency_penalty": 2.5}, openai.BadRequestError, "frequency_penalty", "invalid_value"),
+    ({"presence_penalty": "x"}, openai.BadRequestError, "presence_penalty", "invalid_value"),
+    ({"logit_bias": {"a": 1}}, openai.BadRequestError, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"5": 101}}, openai.BadRequestError, "logit_bias", "invalid_value"),
+    ({"logit_bias": {"99999999": 1}}, openai.BadRequestError, "logit_bias", "invalid_value"),
+    ({"extra_body": {"top_k": -1}}, openai.BadRequestError, "top_k", "invalid_value"),
+    ({"extra_body": {"min_p": 1.5}}, openai.BadRequestError, "min_p", "invalid_value"),
+    ({"extra_body": {"repetition_penalty": 0}}, openai.BadRequestError, "repetition_penalty", "invalid_value"),
+    ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice", "invalid_value"),
+    ({"parallel_tool_calls": False}, openai.BadRequestError, "parallel_tool_calls", "unsupported_parameter"),
+    ({"reasoning_effort": "low"}, openai.BadRequestError, "reasoning_effort", "unsupported_parameter"),
+    ({"store": True}, openai.BadRequestError, "store", "unsupported_parameter"),
     ({"extra_body": {"top_kk": 3}}, openai.BadRequestError, "top_kk", "unsupported_parameter"),
     ({"temperature": 3}, openai.BadRequestError, "temperature", "invalid_value"),
     ({"temperature": "hot"}, openai.BadRequestError, "temperature", "invalid_value"),
@@ -327,13 +344,14 @@ def read_all(raw):
 
 def test_a_slow_reader_holds_up_nobody_and_gets_it_all(running, client, engine, endless, monkeypatch):
     expected = client.completions.create(model="base", prompt=LONG, temperature=0, max_tokens=500).choices[0].text
-    advance, answered = decoding.Answer.advance, threading.Event()
+    step, answered = Engine.advance, threading.Event()
 
-    def stay_unfinished(answer):
+    def stay_unfinished(engine, group):
         """The long answer waits near its end for the other one, however long that takes."""
-        return "" if answer.num_tokens >= 400 and not answered.is_set() else advance(answer)
+        held = [w for w in group if w.answer and w.answer.num_tokens >= 400 and not answered.is_set()]
+        return held + step(engine, [work for work in group if work not in held])
 
-    monkeypatch.setattr(decoding.Answer, "advance", stay_unfinished)
+    monkeypatch.setattr(Engine, "advance", stay_unfinished)
     slow = open_stream(running, 500)
     work = first_unfinished(engine)
     assert ask(client, "base", QUESTIONS[1], max_tokens=4).usage.completion_tokens == 4
@@ -400,7 +418,13 @@ def test_a_body_that_never_comes_is_given_up():
 def test_a_head_that_does_not_come_whole_is_given_up():
     """A client that says nothing, and one that goes on with its headers; one that sends a request in time is served."""
     config = ServeConfig(port=0, client_timeout_seconds=1)
-    running = Running(make_server(load_model(BASE, device="cpu"), {"base": Served(None, load_tokenizer(BASE))}, config))
+    running = Running(
+        make_server(
+            load_model(BASE, compute_dtype=torch.float32, device="cpu"),
+            {"base": Served(None, load_tokenizer(BASE))},
+            config,
+        )
+    )
 
     def ask_health(client):
         client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
@@ -429,7 +453,9 @@ def test_a_head_that_does_not_come_whole_is_given_up():
 def alone_running(**fields):
     """A server of its own settings."""
     served = {"base": Served(None, load_tokenizer(BASE))}
-    return Running(make_server(load_model(BASE, device="cpu"), served, ServeConfig(port=0, **fields)))
+    return Running(
+        make_server(load_model(BASE, compute_dtype=torch.float32, device="cpu"), served, ServeConfig(port=0, **fields))
+    )
 
 
 HEADS = {
@@ -504,14 +530,18 @@ def test_a_prompt_waits_for_no_long_one_before_it_and_the_queue_ends(monkeypatch
     """Behaviour of the two threads: while a long prompt is encoded, a short one is, and too many are turned away."""
     free, begun = threading.Event(), threading.Event()
     encode = Service.prompt
-    service = Service(load_model(BASE, device="cpu"), {"base": Served(None, load_tokenizer(BASE))}, ServeConfig())
+    service = Service(
+        load_model(BASE, compute_dtype=torch.float32, device="cpu"),
+        {"base": Served(None, load_tokenizer(BASE))},
+        ServeConfig(),
+    )
 
     def prompt(self, request, long=False):
         if not long:
             return encode(self, request)
         begun.set()
         assert free.wait(60)
-        return [1]
+        return [1], [None]
 
     monkeypatch.setattr(Service, "prompt", prompt)
 
@@ -529,7 +559,7 @@ def test_a_prompt_waits_for_no_long_one_before_it_and_the_queue_ends(monkeypatch
         return [await task for task in waiting]
 
     try:
-        assert asyncio.run(both(service)) == [[1]] * 3 and service.num_encoding == 0
+        assert asyncio.run(both(service)) == [([1], [None])] * 3 and service.num_encoding == 0
     finally:
         free.set()
         service.close()
@@ -539,9 +569,13 @@ def test_a_model_s_prompts_are_of_its_own_tokenizer():
     """An adapter's, which may have added tokens and another template."""
     base, own = load_tokenizer(BASE), load_tokenizer(BASE)
     own.chat_template = "{{ messages[0]['content'] }}"
-    service = Service(load_model(BASE, device="cpu"), {"a": Served(None, base), "b": Served(None, own)}, ServeConfig())
+    service = Service(
+        load_model(BASE, compute_dtype=torch.float32, device="cpu"),
+        {"a": Served(None, base), "b": Served(None, own)},
+        ServeConfig(),
+    )
     try:
-        found = [service.prompt(ChatRequest(model=name, messages=[Message(**said("mugs")[0])])) for name in "ab"]
+        found = [service.prompt(ChatRequest(model=name, messages=[Message(**said("mugs")[0])]))[0] for name in "ab"]
     finally:
         service.close()
     assert found == [prompt_ids(said("mugs"), tokenizer) for tokenizer in (base, own)] and found[0] != found[1]
