@@ -83,7 +83,7 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
 
     Args:
         config: the format (gguf, gptq or awq), the model, the adapter, the new output, and the format's settings.
-        quiet: print nothing. False prints on stderr how the data of gptq and awq was read.
+        quiet: print nothing. False prints on stderr how the data of a calibration was read.
 
     Returns:
         An Exported: the path, and the text that `onecard export` prints.
@@ -102,9 +102,12 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
     with quiet_process():
         if config.format == "gguf":
             need_package("gguf", "gguf")
+            from onecard.export.gguf.importance import importance_of
             from onecard.export.gguf.writer import export_gguf
 
-            written = export_gguf(config.model, config.adapter, config.output, config, config.base, quant)
+            importance = importance_of(config, None if quiet else tell)
+            where = (config.model, config.adapter, config.output)
+            written = export_gguf(*where, config, config.base, quant, importance)
             return Exported(written.file, written.lines())
         from onecard.export.calibrated.writer import export_calibrated, lines
 

@@ -14,6 +14,8 @@ from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from tests.conftest import make_checkpoint, make_tokenizer, write_rows
 from tests.data.bad_data import CHAT_LINES, FILES, LABELLED, chat_file
+from tests.export.gguf.test_importance import WRONG as IMPORTANCE
+from tests.export.gguf.test_importance import use_wrong
 from tests.hf.test_added_tokens import WRONG as TOKENS
 from tests.hf.test_added_tokens import add
 from tests.hf.test_checkpoint import DAMAGES as CHECKPOINTS
@@ -28,6 +30,7 @@ KINDS = {
     MXFP4: list(PACKED),
     "Adapters": list(ADAPTERS),
     "New tokens": list(TOKENS),
+    "Importance matrices": list(IMPORTANCE),
 }
 HEAD = """# What onecard says
 
@@ -90,6 +93,7 @@ def tables(folder: Path) -> dict[str, list[str]]:
         MXFP4: damaged_rows(make_mxfp4(folder / "packed"), PACKED, load),
         "Adapters": damaged_rows(adapter, ADAPTERS, lambda path: with_adapter(base, path)),
         "New tokens": [row(kind, partial(add, folder, kind), folder) for kind in TOKENS],
+        "Importance matrices": [row(kind, partial(use_wrong, sound, folder, kind), folder) for kind in IMPORTANCE],
     }
 
 

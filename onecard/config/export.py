@@ -14,8 +14,8 @@ from onecard.config.strict import Strict
 class CalibrationConfig(ReadConfig):
     """Calibration of GPTQ and AWQ on the user's data."""
 
-    num_rows: int = Field(default=128, ge=1, description="gptq, awq: packed rows of examples that are run")
-    max_seq_length: int = Field(default=1024, ge=8, description="gptq, awq: tokens a row")
+    num_rows: int = Field(default=128, ge=1, description="with data: packed rows of examples that are run")
+    max_seq_length: int = Field(default=1024, ge=8, description="with data: tokens a row")
     group_size: Literal[128, 64, 32] = Field(
         default=128, description="gptq, awq: weights that share a scale; less where a width is not a multiple of it"
     )
@@ -25,7 +25,7 @@ class CalibrationConfig(ReadConfig):
         default=0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it"
     )
     device: str = Field(
-        default="auto", description="gptq, awq: where a decoder layer is run: auto, cpu, cuda or cuda:N"
+        default="auto", description="with data: where a decoder layer is run: auto, cpu, cuda or cuda:N"
     )
 
 
@@ -33,6 +33,8 @@ Outtype = Literal[
     "bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0",
     "q4_k_m", "q4_k_s", "q4_1", "q4_0", "iq4_nl", "q3_k_m",
 ]  # fmt: skip
+
+WITHOUT_IMPORTANCE = ("bf16", "f16", "q8_0")  # nothing in them depends on it
 
 
 class GgufConfig(Strict):
@@ -62,11 +64,20 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
         description="what the adapter is merged into: what training saw (default), or the original weights",
     )
     data: Data | None = Field(
-        default=None, description="gptq, awq: data as of train to calibrate on, best that of the training"
+        default=None,
+        description="data as of train to calibrate on, best that of the training; gguf: for an importance matrix",
+    )
+    imatrix: str | None = Field(
+        default=None, description="gguf: file of an importance matrix in llama.cpp's format; with data it is written"
     )
 
     @model_validator(mode="after")
     def _calibrated_on_data(self) -> ExportConfig:
         if self.format != "gguf" and self.data is None:
             raise ValueError("gptq and awq are calibrated on your data: give data")
+        if self.format != "gguf" and self.imatrix is not None:
+            raise ValueError("imatrix is for gguf: leave it out")
+        given = self.data is not None or self.imatrix is not None
+        if self.format == "gguf" and given and (self.adapter_only or self.outtype in WITHOUT_IMPORTANCE):
+            raise ValueError("data and imatrix are for an outtype of 3 to 6 bits, such as q4_k_m: choose one")
         return self

@@ -47,6 +47,7 @@ class Layer:
         name: the layer's name in the model, such as model.layers.0.
         index: its place among the layers.
         inputs: of its linears; `routed`: of its modules with stacked experts, by name within it.
+        with_H: whether `inputs` have their H.
     """
 
     layered: LayeredModel
@@ -55,6 +56,7 @@ class Layer:
     module: nn.Module
     inputs: list[Inputs] = field(default_factory=list)
     routed: dict[str, Routed] = field(default_factory=dict)
+    with_H: bool = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,17 +69,18 @@ class Layer:
 
 
 @torch.no_grad()
-def calibrate(layered: LayeredModel, rows: list[Row]) -> Iterator[Layer]:
+def calibrate(layered: LayeredModel, rows: list[Row], with_H: bool = True) -> Iterator[Layer]:
     """Yield the decoder layers in order. A layer has its weights until the next one is requested.
 
     Args:
         rows: the results of `first_rows`. A layer's statistics are of their hidden states.
+        with_H: whether to compute the H of each input.
 
     Raises:
         UserError: a tensor of the model is not in the checkpoint.
     """
     for index, name, module in layered.each():
-        layer = Layer(layered, index, name, module)
+        layer = Layer(layered, index, name, module, with_H=with_H)
         observe(layer, rows)
         yield layer
         layer.advance(rows)
@@ -159,7 +162,7 @@ def observe(layer: Layer, rows: list[Row]) -> None:
 def add(layer: Layer, found: list[Seen]) -> None:
     """Add what a layer's modules received for some rows to its statistics."""
     for seen in found:
-        group(layer.inputs, seen)
+        group(layer.inputs, seen, layer.with_H)
         for name, (hidden, index) in seen.routed.items():
             routed = layer.routed.setdefault(name, Routed([], []))
             routed.hidden.append(hidden)
@@ -184,7 +187,7 @@ def groups(rows: list[Row]) -> list[list[Row]]:
     return found
 
 
-def group(found: list[Inputs], seen: Seen) -> None:
+def group(found: list[Inputs], seen: Seen, with_H: bool) -> None:
     """Add the linears of a row that are new to `found`: to the `Inputs` of the same tensor, or to a new one."""
     known = {name for one in found for name in one.names}
     for name, (x, *_) in seen.inputs.items():
@@ -195,7 +198,7 @@ def group(found: list[Inputs], seen: Seen) -> None:
             same.names.append(name)
         else:
             norm = next((norm for norm, out in seen.outputs.items() if out is x), "")
-            found.append(Inputs(name, norm, x.shape[-1], x.device))
+            found.append(Inputs(name, norm, x.shape[-1], x.device, with_H))
 
 
 def is_norm(module: nn.Module) -> bool:

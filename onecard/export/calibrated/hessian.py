@@ -14,17 +14,19 @@ SLAB = 512  # columns of H that one task computes
 
 
 class Inputs:
-    """Statistics of an input that linears share: H = sum of x x^T and the mean |x|, over all tokens; float32.
+    """Statistics of an input that linears share, over all tokens: H = sum of x x^T, the sum of x^2 and the mean |x|;
+    float32.
 
     Attributes:
         names: names of the linears within their layer. The first one's input is recorded.
         norm: name within the layer of the norm whose output the input is; "" if there is none.
     """
 
-    def __init__(self, name: str, norm: str, K: int, device: torch.device):
-        self.names, self.norm = [name], norm
-        self.H_KK = torch.zeros(K, K, device=device)
-        self.sum_K = torch.zeros(K, device=device)
+    def __init__(self, name: str, norm: str, K: int, device: torch.device, with_H: bool = True):
+        """Without `with_H`, H_KK is (0, 0)."""
+        self.names, self.norm, self.with_H = [name], norm, with_H
+        self.H_KK = torch.zeros(K if with_H else 0, K if with_H else 0, device=device)
+        self.sum_K, self.square_K = torch.zeros(2, K, device=device)
         self.num_tokens = 0
 
     @property
@@ -39,12 +41,14 @@ class Inputs:
 
     def add(self, x_TK: Tensor, start: int) -> None:
         slab = x_TK[:, start : start + SLAB]
-        self.H_KK[start:, start : start + SLAB].addmm_(x_TK[:, start:].T, slab)
+        if self.with_H:
+            self.H_KK[start:, start : start + SLAB].addmm_(x_TK[:, start:].T, slab)
+        self.square_K[start : start + SLAB] += slab.square().sum(0)
         self.sum_K[start : start + SLAB] += slab.abs().sum(0)
 
     def finish(self) -> None:
         """Copy H's lower triangle to the upper one."""
-        for start in range(SLAB, len(self.sum_K), SLAB):
+        for start in range(SLAB, len(self.H_KK), SLAB):
             self.H_KK[:start, start : start + SLAB] = self.H_KK[start : start + SLAB, :start].T
 
 

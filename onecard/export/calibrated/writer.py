@@ -68,13 +68,7 @@ def export_calibrated(
         raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", model)
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, num_bytes(shapes))
-    shared = CalibrationConfig.model_fields.keys() & DataConfig.model_fields.keys()
-    reading = make_config(DataConfig, config.model_dump(include=set(shared)), "export")
-    tokenizer = load_tokenizer(str(merged.checkpoint.folder), merged.adapter.folder)
-    set_template(tokenizer, config.chat_template, config.template_variables)
-    dataset = load_dataset(data, tokenizer, reading)
-    if on_data:
-        on_data(dataset)
+    dataset = read_calibration_data(merged, data, config, on_data)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
@@ -92,6 +86,20 @@ def export_calibrated(
         if format == "gptq":
             (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n", encoding="utf-8")
     return target, left_out
+
+
+def read_calibration_data(
+    merged: Merged, data: Data, config: CalibrationConfig, on_data: Callable[[Dataset], None] | None
+) -> Dataset:
+    """Read the examples to calibrate on. `on_data` is called with them."""
+    shared = CalibrationConfig.model_fields.keys() & DataConfig.model_fields.keys()
+    reading = make_config(DataConfig, config.model_dump(include=set(shared)), "export")
+    tokenizer = load_tokenizer(str(merged.checkpoint.folder), merged.adapter.folder)
+    set_template(tokenizer, config.chat_template, config.template_variables)
+    dataset = load_dataset(data, tokenizer, reading)
+    if on_data:
+        on_data(dataset)
+    return dataset
 
 
 def lines(format: str, folder: Path, left_out: list[str]) -> list[str]:

@@ -47,13 +47,14 @@ class Mix:
             type fits.
     """
 
-    def __init__(self, outtype: str, arch: Architecture, is_tied: bool):
+    def __init__(self, outtype: str, arch: Architecture, is_tied: bool, has_importance: bool = False):
         """
         Args:
             is_tied: whether the file has no output.weight, so that the embedding is the head too.
+            has_importance: whether scales are chosen with an importance matrix.
         """
         config = arch.config
-        self.outtype, self.is_tied = outtype, is_tied
+        self.outtype, self.is_tied, self.has_importance = outtype, is_tied, has_importance
         self.base, self.file_type = BASES[outtype]
         self.layers = config.num_hidden_layers
         self.group = config.num_attention_heads // config.num_key_value_heads
@@ -109,6 +110,8 @@ class Mix:
             return Kind.Q5_K if layer < self.layers // 16 else Kind.Q4_K
         if layer >= self.layers // 8:
             return self.base
+        if self.has_importance:
+            return {"q4_0": Kind.Q4_1, "q5_0": Kind.Q5_1, "q4_k_s": Kind.Q5_K}.get(self.outtype, self.base)
         return Kind.Q5_K if self.outtype in ("q4_k_s", "iq4_nl") else self.base
 
     def has_more_bits(self, layer: int) -> bool:

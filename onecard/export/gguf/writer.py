@@ -10,8 +10,8 @@ the file. Other factors of a module's scale (rsLoRA, alpha patterns) are multipl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from shlex import quote
@@ -28,7 +28,8 @@ from onecard.config import GgufConfig, QuantConfig
 from onecard.errors import UserError
 from onecard.export.folder import check_room, new_file, new_folder
 from onecard.export.gguf.architecture import Architecture
-from onecard.export.gguf.blocks import quantize
+from onecard.export.gguf.blocks import LAYOUTS, quantize
+from onecard.export.gguf.importance import Source
 from onecard.export.gguf.mix import Mix
 from onecard.export.gguf.modelfile import modelfile
 from onecard.export.gguf.vocabulary import add_vocabulary
@@ -44,12 +45,17 @@ SLAB_VALUES = 1 << 22
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of the file: its name, shape and kind, and a function that yields its values, some rows at a time."""
+    """A tensor of the file: its name, shape and kind, and a function that yields its values, some rows at a time.
+
+    Attributes:
+        importance: of each matrix's inputs, (K,) or None; empty: there is none.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: Kind
     slabs: Callable[[], Iterable[Tensor]]
+    importance: Sequence[Tensor | None] = ()
 
     @property
     def nbytes(self) -> int:
@@ -87,12 +93,14 @@ def export_gguf(
     config: GgufConfig,
     base: Base | None = None,
     quant: QuantConfig | None = None,
+    importance: Source | None = None,
 ) -> Exported:
     """Write a GGUF file and a Modelfile next to it.
 
     Args:
         output: a new folder, or a new file if its name ends in .gguf.
         base, quant: same as in `open_merged`.
+        importance: makes the importance of inputs, as `importance_of` returns it.
 
     Raises:
         UserError: a model, tokenizer or adapter that GGUF or llama.cpp's graph cannot represent; weights beyond F16's
@@ -103,19 +111,22 @@ def export_gguf(
     if target.suffix == ".gguf":
         recipe = target.with_suffix(".Modelfile")
         with new_file(recipe) as second, new_file(target) as first:
-            size, notes = write(merged, config, first, second, target.name)
+            size, notes = write(merged, config, first, second, target.name, importance)
         return Exported(target, recipe, size, notes, config.adapter_only)
     name = f"{target.name}-{'lora' if config.adapter_only else config.outtype}.gguf"
     with new_folder(target) as folder:
-        size, notes = write(merged, config, folder / name, folder / "Modelfile", name)
+        size, notes = write(merged, config, folder / name, folder / "Modelfile", name, importance)
     return Exported(target / name, target / "Modelfile", size, notes, config.adapter_only)
 
 
-def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: str) -> tuple[int, list[str]]:
+def write(
+    merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: str, importance: Source | None = None
+) -> tuple[int, list[str]]:
     """Write both files. Return the first one's size in bytes, and notes.
 
     Args:
         name: the first file's final name.
+        importance: same as in `export_gguf`.
     """
     arch, folder = Architecture(merged.config), merged.checkpoint.folder.resolve()
     tokenizer = load_tokenizer(str(folder), merged.adapter.folder)
@@ -129,7 +140,7 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
         start = f"FROM {folder}\nADAPTER ./{name}"
     else:
         is_tied = all(arch.tensor_name(source) != "output.weight" for source in merged.shapes)
-        mix = Mix(config.outtype, arch, is_tied)
+        mix = Mix(config.outtype, arch, is_tied, importance is not None)
         parts = list(model_parts(merged, arch, mix))
         notes = [*arch.notes, *mix.notes()]
         vocab_size = next(part.shape[0] for part in parts if part.name == "token_embd.weight")
@@ -139,6 +150,15 @@ def write(merged: Merged, config: GgufConfig, file: Path, recipe: Path, name: st
         start = f"FROM ./{name}"
     text, more = modelfile(start, tokenizer, end_ids, form)
     recipe.write_text(text, encoding="utf-8")
+    check_room(file, sum(part.nbytes for part in parts))
+    if importance is not None:
+        found = importance(merged, arch)
+        parts = [
+            replace(part, importance=found.of(part.name, part.shape)) if part.kind in LAYOUTS else part
+            for part in parts
+        ]
+        writer.add_uint32("quantize.imatrix.entries_count", len(found.sums))
+        more += found.notes()
     return write_parts(writer, file, parts), notes + more
 
 
@@ -209,7 +229,6 @@ def adapter_parts(adapter: Adapter, arch: Architecture) -> list[Part]:
 
 def write_parts(writer: gguf.GGUFWriter, file: Path, parts: list[Part]) -> int:
     """Write the metadata, then each tensor as it is read. Return the file's size in bytes."""
-    check_room(file, sum(part.nbytes for part in parts))
     for part in parts:
         writer.add_tensor_info(part.name, part.shape, np.dtype(np.float32), part.nbytes, raw_dtype=part.kind)
     writer.write_header_to_file(file)
@@ -226,21 +245,31 @@ def write_parts(writer: gguf.GGUFWriter, file: Path, parts: list[Part]) -> int:
 def encode(part: Part) -> np.ndarray:
     """Return a tensor's bytes, (nbytes,) uint8."""
     out, at = np.empty(part.nbytes, np.uint8), 0
-    for slab in part.slabs():
-        rows = max(SLAB_VALUES // slab.shape[-1], 1)
-        for piece in slab.split(rows):
-            if part.kind not in (Kind.F32, Kind.BF16) and not piece.abs().max() < F16_END:  # NaN neither
-                found = f"values up to {piece.abs().max().item():g}"
-                raise UserError("F16 must hold every weight", found, "choose --outtype bf16", part.name)
-            made = encode_rows(piece, part.kind)
-            out[at : at + made.size] = made
-            at += made.size
+    for number, piece in pieces(part):
+        if part.kind not in (Kind.F32, Kind.BF16) and not piece.abs().max() < F16_END:  # NaN neither
+            found = f"values up to {piece.abs().max().item():g}"
+            raise UserError("F16 must hold every weight", found, "choose --outtype bf16", part.name)
+        made = encode_rows(piece, part.kind, part.importance[number] if part.importance else None)
+        out[at : at + made.size] = made
+        at += made.size
     assert at == out.size, part.name
     return out
 
 
-def encode_rows(piece: Tensor, kind: Kind) -> np.ndarray:
+def pieces(part: Part) -> Iterator[tuple[int, Tensor]]:
+    """Yield some rows of a tensor at a time, (M, K), with the number of the matrix that they are of."""
+    K, N = part.shape[-1], part.shape[-2] if len(part.shape) > 1 else 1
+    at, most = 0, max(SLAB_VALUES // K, 1)
+    for slab in part.slabs():
+        left = slab.reshape(-1, K)
+        while len(left):
+            piece = left[: min(most, N - at % N)]
+            yield at // N, piece
+            at, left = at + len(piece), left[len(piece) :]
+
+
+def encode_rows(piece: Tensor, kind: Kind, importance: Tensor | None) -> np.ndarray:
     """Encode some rows, (nbytes,) uint8."""
     if kind in PLAIN:
         return piece.to(PLAIN[kind]).contiguous().view(torch.uint8).reshape(-1).numpy()
-    return quantize(piece, kind)
+    return quantize(piece, kind, importance)

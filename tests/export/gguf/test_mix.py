@@ -12,11 +12,11 @@ from onecard.export.gguf.mix import BASES, Mix
 MORE_BITS = {0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27}  # of 28 layers: an eighth at each end, every third else
 
 
-def mix_of(outtype, layers=28, group=2, family="qwen3", is_tied=True):
+def mix_of(outtype, layers=28, group=2, family="qwen3", is_tied=True, has_importance=False):
     name = "llama" if family in ("llama", "mistral") else family
     config = SimpleNamespace(num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16 // group)
     arch: Any = SimpleNamespace(config=config, family=family, name=name)
-    return Mix(outtype, arch, is_tied)
+    return Mix(outtype, arch, is_tied, has_importance)
 
 
 def kinds(mix, module, K=1024):
@@ -60,6 +60,20 @@ def test_types_by_module_and_layer(outtype):
     assert untied.kind("token_embd.weight", (320, 1024)).name == most
     assert {mix.kind("blk.0.attn_norm.weight", (1024,)), mix.kind("blk.0.attn_q_norm.weight", (2, 64))} == {Kind.F32}
     assert not list(mix.notes())
+
+
+@pytest.mark.parametrize(
+    ("outtype", "down"),
+    [
+        ("q4_0", first(3, "Q4_1", "Q4_0")),
+        ("q5_0", first(3, "Q5_1", "Q5_0")),
+        ("iq4_nl", ["IQ4_NL"] * 28),
+        ("q4_k_s", first(3, "Q5_K", "Q4_K")),
+        ("q5_1", ["Q5_1"] * 28),
+    ],
+)
+def test_down_projections_with_an_importance_matrix(outtype, down):
+    assert kinds(mix_of(outtype, has_importance=True), "ffn_down") == down
 
 
 def test_every_outtype_has_a_mix():
