@@ -1,13 +1,15 @@
 """llama.cpp's names for a model's hyperparameters and tensors, for the families that it has a graph for.
 
 The keys and the changes to tensors follow llama.cpp's converter: llama's query and key rows in the order of its rotary
-embedding (neighbours instead of halves), gemma's norms as 1 + weight, llama 3's rotary scaling as a tensor of factors.
-A model with an operation that llama.cpp's graph of its family does not compute is an error.
+embedding (neighbours instead of halves), gemma's norms as 1 + weight, llama 3's rotary scaling as a tensor of factors,
+the experts of a layer as one tensor for each of gate, up and down. What the families differ in is in families.py. A
+model with an operation that llama.cpp's graph of its family does not compute is an error.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import gguf
@@ -17,20 +19,9 @@ from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from onecard.errors import UserError
+from onecard.export.gguf.families import EPSILONS, FAMILIES, GEMMAS, LAYERS_27B, NO_ROPE_PERIOD, WINDOW_PERIOD
 
-ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "gemma": gguf.MODEL_ARCH.GEMMA,
-    "gemma2": gguf.MODEL_ARCH.GEMMA2,
-    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
-    "phi3": gguf.MODEL_ARCH.PHI3,
-}
-GEMMAS = ("gemma", "gemma2", "gemma3_text")
-WINDOW_PERIOD = {"gemma2": 2, "gemma3_text": 6}  # of so many layers, the last one attends to all positions
-LAYERS_27B = {"gemma2": 46, "gemma3_text": 62}  # here llama.cpp scales scores by hidden size / heads
+PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # of a stack of experts
 DO = "serve the merged checkpoint with vLLM or transformers instead"
 
 
@@ -50,37 +41,65 @@ class Architecture:
             fields: config.json.
         """
         self.family = fields["model_type"]
-        if self.family not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
+        if self.family not in FAMILIES:
+            known = ", ".join(FAMILIES)
             raise UserError(f"the model must be one of {known}", self.family, DO, "config.json: model_type")
         self.config = config = CONFIG_MAPPING[self.family].from_dict(dict(fields))
-        self.arch = ARCHITECTURES[self.family]
+        self.facts = FAMILIES[self.family]
+        self.arch = self.facts.arch
         self.name = gguf.MODEL_ARCH_NAMES[self.arch]
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.names = gguf.get_tensor_name_map(self.arch, config.num_hidden_layers)
         ropes = config.rope_parameters
         self.rope = ropes.get("full_attention", ropes)
         self.rope_dims = int(self.head_dim * self.rope.get("partial_rotary_factor", 1.0))
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = getattr(config, "num_key_value_heads", None) or self.num_heads
         self.check()
         window = getattr(config, "sliding_window", None)
+        counts = (getattr(config, key, 0) for key in ("num_local_experts", "num_experts"))
+        self.num_experts = next((count for count in counts if count), 0)
         self.notes: list[str] = []
-        if self.family in ("mistral", "qwen2", "qwen3") and window and window < config.max_position_embeddings:
+        if self.facts.ignores_window and window and window < config.max_position_embeddings:
             self.notes.append(f"llama.cpp attends to the whole context, the model to its last {window:,} tokens")
 
     def check(self) -> None:
         """Raise UserError if the config needs an operation that llama.cpp's graph does not have."""
         config, gemma = self.config, self.family in GEMMAS
         activation = (getattr(config, "hidden_activation", None) or config.hidden_act) if gemma else config.hidden_act
-        require(activation == ("gelu_pytorch_tanh" if gemma else "silu"), "hidden_act", activation)
+        require(activation in self.facts.activations, "hidden_act", activation)
         kind = self.rope.get("rope_type", "default")
-        known = ("default", "longrope") if self.family == "phi3" else ("default", "linear", "yarn", "llama3")
-        require(kind in known, "rope_type", kind)
-        if self.family in WINDOW_PERIOD:
+        require(kind in self.facts.ropes, "rope_type", kind)
+        for key, value in self.facts.needs.items():
+            found = getattr(config, key, None)
+            require(found == value or (not found and not value), key, found)
+        period = NO_ROPE_PERIOD.get(self.family)
+        if period:
+            found = config.no_rope_layers
+            require(found == [int(i % period < period - 1) for i in range(len(found))], "no_rope_layers", found)
+        if self.family == "olmoe":  # one norm over all heads
+            require(self.num_kv_heads == self.num_heads, "num_key_value_heads", self.num_kv_heads)
+        if self.family == "cohere2":
+            require(self.windows() == self.usual_windows(), "layer_types", config.layer_types)
+        if self.family in LAYERS_27B:
             scale, heads = config.query_pre_attn_scalar, config.num_attention_heads
             large = config.num_hidden_layers == LAYERS_27B[self.family]
             require(scale == (config.hidden_size // heads if large else self.head_dim), "query_pre_attn_scalar", scale)
-        if self.family in ("gemma", "gemma2"):
-            require(config.tie_word_embeddings, "tie_word_embeddings", config.tie_word_embeddings)
+
+    def windows(self) -> list[bool]:
+        """Return which layers attend to a window."""
+        return [kind == "sliding_attention" for kind in self.config.layer_types]
+
+    def usual_windows(self) -> list[bool]:
+        """Return llama.cpp's pattern of them."""
+        period = WINDOW_PERIOD[self.family]
+        return [i % period < period - 1 for i in range(self.config.num_hidden_layers)]
+
+    def expert_names(self, stack: str) -> tuple[str, ...]:
+        """Return the names in the file of a stack of experts' matrices: of its gates and ups, or its downs."""
+        layer = re.search(r"\.layers\.(\d+)\.", stack)
+        assert layer is not None, stack
+        return tuple(f"blk.{layer[1]}.ffn_{part}_exps.weight" for part in PARTS[stack.rpartition(".")[2]])
 
     def tensor_name(self, name: str) -> str | None:
         """Return a tensor's name in the file; None for a tensor that is not written."""
@@ -93,9 +112,12 @@ class Architecture:
 
     def row_order(self, name: str) -> Tensor | None:
         """Return the order of a tensor's rows in the file; None if it is the checkpoint's order."""
-        heads = {"q_proj": self.config.num_attention_heads, "k_proj": self.config.num_key_value_heads}
+        heads = {"q_proj": self.num_heads, "k_proj": self.num_kv_heads}
         module = name.split(".")[-2]
-        if self.arch != gguf.MODEL_ARCH.LLAMA or module not in heads:
+        if module == "query_key_value":  # gpt_neox: those of each head together; llama.cpp: all queries first
+            rows = torch.arange(3 * self.num_heads * self.head_dim)
+            return rows.view(self.num_heads, 3, self.head_dim).transpose(0, 1).reshape(-1)
+        if not self.facts.turns_heads or module not in heads:
             return None
         rows = torch.arange(heads[module] * self.head_dim)
         return rows.view(heads[module], 2, self.head_dim // 2).transpose(1, 2).reshape(-1)
@@ -107,32 +129,36 @@ class Architecture:
     def add_metadata(self, writer: gguf.GGUFWriter, vocab_size: int) -> None:
         """Write the model's hyperparameters."""
         config, windowed = self.config, self.family in WINDOW_PERIOD or self.family == "phi3"
+        epsilon = next(getattr(config, key) for key in EPSILONS if hasattr(config, key))
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(config.hidden_size)
         writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_head_count(self.num_heads)
+        writer.add_head_count_kv(self.num_kv_heads)
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        (writer.add_layer_norm_eps if self.facts.has_means else writer.add_layer_norm_rms_eps)(epsilon)
+        for key, place in self.facts.numbers.items():
+            value, place = getattr(config, key), place.format(arch=self.name)
+            add = {bool: writer.add_bool, int: writer.add_uint32}.get(type(value), writer.add_float32)
+            add(place, value)
         writer.add_vocab_size(vocab_size)
         self.add_rope(writer)
         if windowed:
             writer.add_sliding_window(config.sliding_window or 0)
-        if self.family in WINDOW_PERIOD:
+        if self.family in LAYERS_27B:
             self.add_gemma(writer)
 
     def add_gemma(self, writer: gguf.GGUFWriter) -> None:
         """Write the caps of logits, and which layers attend to a window if they differ from llama.cpp's pattern."""
-        config, period = self.config, WINDOW_PERIOD[self.family]
+        config = self.config
         if config.attn_logit_softcapping:
             writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         if config.final_logit_softcapping:
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
-        windows = [kind == "sliding_attention" for kind in config.layer_types]
-        if windows != [i % period < period - 1 for i in range(len(windows))]:
-            writer.add_sliding_window_pattern(windows)
+        if self.windows() != self.usual_windows():
+            writer.add_sliding_window_pattern(self.windows())
         local = config.rope_parameters.get("sliding_attention")
         if local:
             writer.add_rope_freq_base_swa(local["rope_theta"])

@@ -23,6 +23,7 @@ from onecard.data.dataset import Dataset
 from onecard.errors import UserError
 from onecard.export.calibrated.calibration import calibrate, count_tokens, first_batches
 from onecard.export.calibrated.check import check_layers
+from onecard.export.calibrated.experts import RoutedExperts
 from onecard.export.calibrated.layers import LayeredModel
 from onecard.export.calibrated.writer import read_calibration_data
 from onecard.export.folder import check_room, new_file
@@ -145,8 +146,19 @@ def collect(
                 if place is not None:
                     found.sums[place] = one.square_K.cpu()[None]
                     found.counts[place] = torch.tensor([one.num_tokens])
+        for name, routed in layer.routed.items():
+            add_experts(found, arch, f"{layer.name}.{name}", RoutedExperts(layer.module.get_submodule(name), routed))
     check(found)
     return found
+
+
+def add_experts(found: Importance, arch: Architecture, path: str, experts: RoutedExperts) -> None:
+    """Add the sums of a module with stacked experts: for each expert, over the tokens that the router sends to it."""
+    for key in ("gate_up_proj", "down_proj"):
+        inputs = [experts.inputs(key, i) for i in range(len(experts.module.down_proj))]
+        for place in arch.expert_names(f"{path}.{key}"):
+            found.sums[place] = torch.stack([x_MK.square().sum(0) for x_MK in inputs]).cpu()
+            found.counts[place] = torch.tensor([len(x_MK) for x_MK in inputs])
 
 
 def read_importance(file: Path) -> Importance:

@@ -57,14 +57,15 @@ class Mix:
         self.outtype, self.is_tied, self.has_importance = outtype, is_tied, has_importance
         self.base, self.file_type = BASES[outtype]
         self.layers = config.num_hidden_layers
-        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.group = arch.num_heads // arch.num_kv_heads
+        self.has_8_experts = arch.num_experts == 8
         is_shared = arch.family == "qwen2" or (arch.name == "llama" and self.group > 1)
         self.is_70b = self.layers == LAYERS_70B and is_shared
         self.fallbacks: dict[tuple[str, Kind, Kind, int], list[str]] = {}
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
         """Return the type in which a tensor is stored."""
-        if len(shape) < 2 or name.endswith("_norm.weight"):
+        if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
             return Kind.F32
         wanted, K = self.wanted(name, shape[-1]), shape[-1]
         fitting = [kind for kind in (wanted, SMALLER.get(wanted, wanted), Kind.F16) if K % values(kind) == 0]
@@ -85,11 +86,15 @@ class Mix:
             return Kind.Q8_0 if self.base == Kind.Q8_0 or K % values(self.base) else Kind.Q6_K
         match = NAME.fullmatch(name)
         layer, module = (int(match[1]), match[2]) if match else (0, "")
+        if module in ("attn_v", "attn_qkv", "attn_k") and self.has_8_experts:
+            return Kind.Q8_0
         if module in ("attn_v", "attn_qkv"):
             found = self.of_values(layer)
             return Kind.Q5_K if self.is_70b and found in (Kind.Q3_K, Kind.Q4_K) else found
-        if module == "ffn_down":
+        if module in ("ffn_down", "ffn_down_exps"):
             return self.of_down(layer)
+        if module == "attn_output" and self.has_8_experts:
+            return Kind.Q5_K if self.outtype in ("q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m") else self.base
         return Kind.Q4_K if module == "attn_output" and self.outtype == "q3_k_m" else self.base
 
     def of_values(self, layer: int) -> Kind:

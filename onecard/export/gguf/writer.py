@@ -185,10 +185,23 @@ def model_parts(merged: Merged, arch: Architecture, mix: Mix) -> Iterator[Part]:
     """Yield the whole model's tensors."""
     for name, factors in arch.rope_factors().items():
         yield Part(name, tuple(factors.shape), Kind.F32, lambda factors=factors: [factors])
+    for stack, weight in merged.experts.stacks.items():
+        yield from expert_parts(merged, arch, mix, stack, tuple(weight.weight.shape))
     for source, (_, shape) in merged.shapes.items():
+        if source in merged.experts.places:
+            continue
         name = arch.tensor_name(source)
         if name is not None:
             yield Part(name, shape, mix.kind(name, shape), lambda s=source: slabs(merged, arch, s))
+
+
+def expert_parts(merged: Merged, arch: Architecture, mix: Mix, stack: str, shape: tuple[int, ...]) -> Iterator[Part]:
+    """Yield the tensors of a stack of experts' matrices, (E, N, K)."""
+    names = arch.expert_names(stack)
+    E, N, K = shape[0], shape[1] // len(names), shape[2]
+    for i, name in enumerate(names):
+        rows = slice(i * N, (i + 1) * N)
+        yield Part(name, (E, N, K), mix.kind(name, (E, N, K)), lambda rows=rows: (W[rows] for W in merged.stack(stack)))
 
 
 def slabs(merged: Merged, arch: Architecture, name: str) -> Iterator[Tensor]:

@@ -458,7 +458,7 @@ def test_other_families_are_refused_by_name(tmp_path, monkeypatch):
     model = make_checkpoint(tmp_path / "model")
     config = (model / "config.json").read_text().replace('"model_type": "llama"', '"model_type": "cohere"')
     (model / "config.json").write_text(config)
-    with pytest.raises(UserError, match="llama, mistral, qwen2"):
+    with pytest.raises(UserError, match="llama, mistral, mixtral, qwen2"):
         export(model, tmp_path / "out")
 
 

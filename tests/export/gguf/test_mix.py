@@ -12,10 +12,11 @@ from onecard.export.gguf.mix import BASES, Mix
 MORE_BITS = {0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 24, 25, 26, 27}  # of 28 layers: an eighth at each end, every third else
 
 
-def mix_of(outtype, layers=28, group=2, family="qwen3", is_tied=True, has_importance=False):
+def mix_of(outtype, layers=28, group=2, family="qwen3", is_tied=True, has_importance=False, num_experts=0):
     name = "llama" if family in ("llama", "mistral") else family
-    config = SimpleNamespace(num_hidden_layers=layers, num_attention_heads=16, num_key_value_heads=16 // group)
-    arch: Any = SimpleNamespace(config=config, family=family, name=name)
+    config = SimpleNamespace(num_hidden_layers=layers)
+    heads = {"num_heads": 16, "num_kv_heads": 16 // group, "num_experts": num_experts}
+    arch: Any = SimpleNamespace(config=config, family=family, name=name, **heads)
     return Mix(outtype, arch, is_tied, has_importance)
 
 
@@ -74,6 +75,19 @@ def test_types_by_module_and_layer(outtype):
 )
 def test_down_projections_with_an_importance_matrix(outtype, down):
     assert kinds(mix_of(outtype, has_importance=True), "ffn_down") == down
+
+
+@pytest.mark.parametrize(
+    ("outtype", "output"),
+    [("q4_k_m", "Q5_K"), ("q3_k_m", "Q5_K"), ("iq4_nl", "Q5_K"), ("q5_k_m", "Q5_K"), ("q4_0", "Q4_0")],
+)
+def test_attention_of_a_model_with_8_experts(outtype, output):
+    mix = mix_of(outtype, num_experts=8)
+    assert kinds(mix, "attn_v") == kinds(mix, "attn_k") == ["Q8_0"] * 28
+    assert set(kinds(mix, "attn_output")) == {output}
+    assert kinds(mix, "ffn_down_exps") == kinds(mix_of(outtype), "ffn_down")
+    assert kinds(mix_of(outtype, num_experts=9), "attn_v") == kinds(mix_of(outtype), "attn_v")
+    assert mix.kind("blk.0.ffn_gate_inp.weight", (8, 1024)) == Kind.F32
 
 
 def test_every_outtype_has_a_mix():
