@@ -114,6 +114,7 @@ def plan(
     fields: PlanFields = None,
     method: Literal["full", "lora", "qlora", "generate"] = "qlora",
     device_memory: str | None = None,
+    num_processes: int = 1,
     json: bool = False,
     plot: str | None = None,
 ) -> None:
@@ -123,6 +124,7 @@ def plan(
         model: Checkpoint folder, hub id, or the name of a public model, such as llama-2-7b.
         method: qlora; generate (its KV cache for max_seq_length tokens); lora (16-bit base) and full, to compare.
         device_memory: What there is, such as 24GiB: plans for what train would keep, recompute, offload and page in it.
+        num_processes: Processes of the run, each on a device of its own; the plan is of one of them.
         json: Print JSON.
         plot: PNG file for the terms as bars.
     """
@@ -133,7 +135,7 @@ def plan(
 
     quiet_libraries()
     limit = None if device_memory is None else parse_bytes(device_memory)
-    found = run(model, method, limit, **given(fields))
+    found = run(model, method, limit, num_processes, **given(fields))
     if plot:
         from onecard.memory.figures import plot_plan
 

@@ -28,6 +28,11 @@ class MemorySettings(Strict):
         default=None,
         description="memory for the base, such as 2GiB; the rest is paged; default: the plan decides",
     )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        default="ddp",
+        description="with several processes: each has the whole base (ddp), or a part, and gathers a layer at a time "
+        "(fsdp)",
+    )
     per_device_train_batch_size: int = Field(default=1, ge=1, description="rows a micro-batch")
     gradient_accumulation_steps: int = Field(default=8, ge=1, description="micro-batches an update")
     optim: Optim = Field(
@@ -111,6 +116,17 @@ class TrainConfig(
                              "weights_budget out")  # fmt: skip
         if self.modules_to_save and self.weights_budget is not None:
             raise ValueError("modules_to_save are trained where they are: leave weights_budget out")
+        return self
+
+    @model_validator(mode="after")
+    def _a_sharded_base(self) -> TrainConfig:
+        if self.parallel == "ddp":
+            return self
+        if self.has_head:
+            raise ValueError(f"task {self.task} trains its head in full, which parallel fsdp does not: give ddp")
+        for name in ("weights_budget", "modules_to_save", "calibrate"):
+            if getattr(self, name):
+                raise ValueError(f"parallel fsdp does not take {name}: leave it out, or give ddp")
         return self
 
     @model_validator(mode="after")

@@ -25,12 +25,13 @@ from onecard.kernels import ops
 from onecard.nn.experts import StackedWeight, weights_of
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
+from onecard.paging.sharded import ShardedBase
 from onecard.paging.weights import PagedBase
 from onecard.quant.mxfp4 import BLOCKS, SCALES, from_mxfp4
 from onecard.quant.state import QuantState, from_bnb
 
-paging: ContextVar[tuple[PagedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
-"""While a paged model loads: who takes its weights, and where the checkpoint's tensors lie."""
+paging: ContextVar[tuple[PagedBase | ShardedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
+"""While a paged or sharded model loads: who takes its weights, and where the checkpoint's tensors lie."""
 MADV_DONTNEED = 4  # of Linux
 MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")  # the first line of each in /proc/self/maps
 SMALL = 1 << 20  # bytes of a tensor that is copied out of its file

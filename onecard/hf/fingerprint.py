@@ -10,11 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from onecard.nn.experts import weights_of
+from onecard.paging.sharded import Shards
 from onecard.paging.weights import SLICE_ROWS, PagedEmbedding, PagedHead
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Return sha256 of a loaded base, paged or not: of codes, scales and all other tensors."""
+    """Return sha256 of a loaded base, paged, sharded or not: of codes, scales and all other tensors."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         for key, tensor in held_tensors(module):
@@ -36,7 +37,7 @@ def held_tensors(module: Any) -> Iterator[tuple[str, torch.Tensor]]:
     elif isinstance(module, PagedHead):
         yield "weight", module.weight
     for key, parameter in module.named_parameters(recurse=False):
-        if key in stored:
+        if key in stored or isinstance(module, Shards):  # `stored` of the linears has read these
             continue
         pieces = parameter.split(SLICE_ROWS) if isinstance(module, torch.nn.Embedding) else [parameter]
         yield from ((key, piece) for piece in pieces)

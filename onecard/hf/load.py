@@ -26,12 +26,14 @@ from onecard.hf.documents import read_model_document, read_tokenizer_document
 from onecard.hf.gguf.folder import check_tokenizer, check_tokens, gguf_folder, is_gguf, source_in
 from onecard.hf.head import causal_head_names, is_headed, model_class, set_pad, start_head
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
+from onecard.hf.report import check_report
 from onecard.hf.skeleton import bad_config, meta_model, read_config
 from onecard.hf.stored import Lazy
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import Head, cast_output
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
+from onecard.paging.sharded import ShardedBase
 from onecard.paging.weights import PagedBase
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -51,6 +53,7 @@ def load_model(
     weights_budget: int | None = None,
     page_folder: str | Path | None = None,
     labels: Sequence[str] = (),
+    sharded: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model with its linears in 4 bits, or one with a classification head.
 
@@ -66,6 +69,8 @@ def load_model(
             process ends. None: the user's cache.
         labels: names of a classification head's outputs. The model is then transformers' ...ForSequenceClassification,
             with a new head of random values if the checkpoint has none. It is not paged.
+        sharded: keep only this process's part of each 4-bit weight, and gather a layer's where it computes. All
+            processes of torch.distributed must load the model, and make the same passes in the same order.
 
     Returns:
         transformers' model, frozen, in eval mode. Codes are uint8. Embeddings and head have the narrower dtype of the
@@ -86,18 +91,24 @@ def load_model(
         bnb_4bit_compute_dtype=dtype,
     )
     checkpoint = replace(inspect_checkpoint(find_checkpoint(model)), labels=tuple(labels))
-    if weights_budget is None or labels:
+    folder = Path(page_folder or Path.home() / ".cache" / "onecard")
+    if sharded:
+        loaded = load_paged(checkpoint, config, target, dtype, ShardedBase(folder, target))
+    elif weights_budget is None or labels:
         loaded = from_pretrained(checkpoint, config, target, dtype)
     else:
-        base = PagedBase(weights_budget, Path(page_folder or Path.home() / ".cache" / "onecard"), target)
-        loaded = load_paged(checkpoint, config, target, dtype, base)
+        loaded = load_paged(checkpoint, config, target, dtype, PagedBase(weights_budget, folder, target))
     loaded.requires_grad_(False)
     loaded.eval()
     return loaded
 
 
 def load_paged(
-    checkpoint: Checkpoint, config: BitsAndBytesConfig, device: torch.device, dtype: torch.dtype, base: PagedBase
+    checkpoint: Checkpoint,
+    config: BitsAndBytesConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: PagedBase | ShardedBase,
 ) -> PreTrainedModel:
     """Same as from_pretrained, but move every 4-bit weight to `base` when it is loaded."""
     files = {file: file.open("rb") for file in checkpoint.files}
@@ -263,32 +274,6 @@ def warn_of_zeros(checkpoint: Checkpoint) -> None:
         if zeros >= SUSPICIOUS_ZEROS:
             line = f"{file} ends in {zeros:,} bytes of zeros: if that is no part of the model, fetch the file again"
             warnings.warn(line, stacklevel=2)
-
-
-def check_report(report: dict[str, Any], folder: Path) -> None:
-    """Raise UserError for missing, extra or mismatched tensors in transformers' loading report."""
-    for kind, what in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "not part of the model"),
-        ("mismatched_keys", "wrongly shaped"),
-        ("error_msgs", "in error"),
-    ):
-        names = sorted(map(entry_text, report.get(kind) or ()))
-        if names:
-            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-            raise UserError(
-                "the checkpoint must contain exactly the model's tensors",
-                f"{what}: {', '.join(names[:8])}{more}",
-                "fetch the checkpoint again, or correct its config.json",
-                str(folder),
-            )
-
-
-def entry_text(entry: Any) -> str:
-    """Format an entry of the report. A mismatch is (name, shape found, shape expected)."""
-    if isinstance(entry, tuple) and len(entry) == 3:
-        return f"{entry[0]} {list(entry[1])} instead of {list(entry[2])}"
-    return str(entry)
 
 
 def compute_in(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -66,6 +66,7 @@ class PlanInputs:
     dtype: torch.dtype
     known: Workload | None = None  # from the data; None if there is none: workload.py assumes one
     num_new_tokens: int = 0  # that the run adds
+    num_processes: int = 1
 
     @cached_property
     def workload(self) -> Workload:
@@ -221,18 +222,25 @@ class PlanInputs:
         pairs = ((name, self.ranks[name] * (m.in_features + m.out_features)) for name, m in self.adapted.items())
         return frozen, sum(num_weights * share.get(name, 1) for name, num_weights in pairs)
 
+    @property
+    def is_sharded(self) -> bool:
+        return self.config.parallel == "fsdp" and self.num_processes > 1
+
     @cached_property
-    def pages(self) -> list[int]:
-        """Bytes of each page of a paged base: a decoder layer's codes and scales, or the head's weight."""
+    def layer_pages(self) -> list[int]:
+        """Bytes of each decoder layer's codes and scales, in a page or gathered."""
         pages: dict[str, int] = {}
         for name, linear in self.model.quantized.items():
             numel, layer = linear.weight.numel(), layer_of(name)
             parts = ((numel + 1) // 2, self.scale_bytes(name)[0])
             pages[layer] = pages.get(layer, 0) + sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
-        head = self.model.modules.get_output_embeddings()
-        if head is not None:
-            pages["head"] = head.weight.numel() * self.model.head_itemsize
         return list(pages.values())
+
+    @cached_property
+    def pages(self) -> list[int]:
+        """Bytes of each page of a paged base: a decoder layer's codes and scales, or the head's weight."""
+        head = self.model.modules.get_output_embeddings()
+        return self.layer_pages + ([] if head is None else [head.weight.numel() * self.model.head_itemsize])
 
     @cached_property
     def budget(self) -> int | None:

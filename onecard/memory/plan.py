@@ -79,7 +79,13 @@ class Plan:
         return None if self.device_memory_bytes is None else self.total_bytes <= self.device_memory_bytes
 
 
-def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None = None, **fields: Any) -> Plan:
+def plan(
+    model: str,
+    method: Method = "qlora",
+    device_memory_bytes: int | None = None,
+    num_processes: int = 1,
+    **fields: Any,
+) -> Plan:
     """Count the memory that training a model takes, without its weights.
 
     Args:
@@ -89,6 +95,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
             with float32 masters.
         device_memory_bytes: the memory of the device, in bytes. QLoRA's plan is then for what `onecard train` would
             choose, and has the largest context and batch that fit. None plans for everything resident and kept.
+        num_processes: of a QLoRA run. The plan is of one of them.
         fields: any field of TrainConfig, such as r, max_seq_length or per_device_train_batch_size.
 
     Returns:
@@ -102,6 +109,9 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
         raise UserError(f"method must be one of {', '.join(METHODS)}", repr(method), "correct it", "method")
     if device_memory_bytes is not None and device_memory_bytes <= 0:
         raise UserError("there must be some memory", f"{device_memory_bytes} bytes", "correct it", "device_memory")
+    if num_processes < 1:
+        do = "pass 2 or more"
+        raise UserError("a run must have a process", str(num_processes), do, "num_processes")
     config = make_config(TrainConfig, {"data": "-", "output": "-", **fields, "model": model}, "plan")
     known = find_model(model, ASSUMED_LABELS.get(config.task, ()))
     if config.max_seq_length > known.longest_context and "max_seq_length" in fields:
@@ -113,7 +123,7 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
         )
     check_names(known, config)
     num_new = sum(len(read_tokens(named)) for named in (config.add_tokens, config.add_special_tokens))
-    inputs = PlanInputs(known, config, torch.bfloat16, num_new_tokens=num_new)
+    inputs = PlanInputs(known, config, torch.bfloat16, num_new_tokens=num_new, num_processes=num_processes)
     if method != "full" and not inputs.adapted:
         raise UserError(
             "target_modules must name linears of the model",
@@ -136,7 +146,9 @@ def plan(model: str, method: Method = "qlora", device_memory_bytes: int | None =
 def fitted(inputs: PlanInputs, strategy: MemoryStrategy, limit: int, paged_from_file: bool = True) -> Plan:
     """Make the plan of a strategy."""
     cost, disk = price(inputs, strategy), disk_terms(inputs, strategy, paged_from_file)
-    return Plan(plan_terms(inputs, "qlora", strategy), limit, disk, describe(strategy, inputs.model),
+    choice = describe(strategy, inputs.model)
+    choice += f", the base sharded over {inputs.num_processes} processes" * inputs.is_sharded
+    return Plan(plan_terms(inputs, "qlora", strategy), limit, disk, choice,
                 time_a_token(inputs, strategy), cost.moved_bytes)  # fmt: skip
 
 

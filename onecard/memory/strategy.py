@@ -129,8 +129,8 @@ def most_offloaded(inputs: PlanInputs, limit: int, whole: bool) -> MemoryStrateg
 
 
 def may_page(inputs: PlanInputs) -> bool:
-    """Whether the base may be paged: not if modules of it are trained in full."""
-    return not inputs.config.modules_to_save
+    """Whether the base may be paged: not if modules of it are trained in full, or it is sharded over processes."""
+    return not inputs.config.modules_to_save and not inputs.is_sharded
 
 
 def first_that_fits(inputs: PlanInputs, fits: list[MemoryStrategy], limit: int) -> MemoryStrategy | None:

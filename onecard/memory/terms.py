@@ -31,6 +31,7 @@ from onecard.paging.activations import ACTIVATIONS_AHEAD
 
 Method = Literal["full", "lora", "qlora", "generate"]
 ROW_TENSORS = 2  # more of them with rows of new tokens: the loss's input, the embedding's output
+LAYERS_GATHERED = 3  # of a sharded base: the one in use, the next one in FSDP2's buffer, and its copy out of it
 END_TENSORS = 4  # tensors of a token's hidden size that exist around the loss
 CUDA_RESERVE = 0.04  # of what a step allocates and frees: rounding of blocks, and fragmentation
 
@@ -126,6 +127,8 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
         moments.append(
             [gradients, Term("a gradient in float32", 4 * max(inputs.saved_sizes), "4 x the largest of P_s")]
         )
+    if inputs.num_processes > 1:
+        moments.append([gradients, Term("gradients to sum", gradients.num_bytes, "in one exchange")])
     load = inputs.workload
     if load.prompt_tokens:
         answers = generate_terms(inputs, *load.answered, load.prompt_tokens)
@@ -189,6 +192,8 @@ def state_term(inputs: PlanInputs, strategy: MemoryStrategy) -> Term:
 
 def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
     """Return the terms of the frozen base in 4 bits."""
+    if inputs.is_sharded:
+        return sharded_terms(inputs)
     if strategy.weights_budget is None:
         return inputs.resident
     pages, is_cast = inputs.pages, inputs.model.head_itemsize > inputs.c
@@ -197,6 +202,18 @@ def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
         Term("base, pages", min(strategy.weights_budget, sum(pages)), f"the budget; in all {len(pages)} pages"),
         Term("norms, routers, scales of scales", inputs.unpaged_bytes, "not paged"),
         *([Term("head, cast", inputs.c * head.weight.numel(), "c V d")] if is_cast else []),
+        inputs.scratch,
+    ]
+
+
+def sharded_terms(inputs: PlanInputs) -> list[Term]:
+    """Return the terms of a base that is sharded over processes. Embeddings are read row by row."""
+    layers, head, N = inputs.layer_pages, inputs.model.modules.get_output_embeddings(), inputs.num_processes
+    head_bytes = 0 if head is None else head.weight.numel() * min(inputs.c, inputs.model.head_itemsize)
+    return [
+        Term("base, own shard", -(-sum(layers) // N), f"(P_q / 2 + scales) / {N}"),
+        Term("gathered layers", LAYERS_GATHERED * max(layers), f"{LAYERS_GATHERED} x the largest layer in 4 bits"),
+        Term("head, norms, scales of scales", inputs.unpaged_bytes + head_bytes, "whole in each process"),
         inputs.scratch,
     ]
 

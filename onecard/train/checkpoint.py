@@ -45,6 +45,7 @@ FREE_TO_CHANGE = {
     "gradient_checkpointing",  # the results are bit-identical with and without it
     "device_memory",
     "weights_budget",
+    "parallel",  # the same bits
     "cuda_graphs",
     "output",
     "save_strategy",

@@ -94,7 +94,7 @@ def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction, rank
     sums = torch.zeros(2, dtype=torch.float64)  # of losses, of tokens
     device = next(model.parameters()).device
     loader = Loader(dataset.examples, dataset.row_tokens, True, 1, 0)
-    with torch.no_grad():
+    with torch.no_grad(), ranks.in_step(model):
         for number in ranks.share(list(range(loader.num_batches(0)))):
             loader.load_state_dict({"epoch": 0, "batch": number})
             batch = to_device(loader.next_batch(), device)

@@ -56,7 +56,7 @@ class Evaluator:
         how, asked = self.config, run.ranks.share(self.questions[name])
         training = run.model.training
         run.model.eval()
-        with apart(), use_attention(run.base, self.attention):
+        with apart(), use_attention(run.base, self.attention), run.ranks.in_step(run.base):
             predictions = answer_all(
                 run.model,
                 self.tokenizer,

@@ -28,12 +28,13 @@ def measure(
     if evaluate is not None:
         found["scores"] = last_scores(result, run) or evaluate(run)
     result.model.eval()  # no dropout in the samples; the loop sets training mode again
-    if not run.ranks.is_first:
-        return {**found, "answers": []}
-    with apart():
-        found["answers"] = answer_samples(result.model, prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
-        if extra:
-            found["facts"] = extra(result, when)
+    found["answers"] = []
+    with run.ranks.in_step(run.base), apart():
+        if run.ranks.is_first:
+            asked = (prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
+            found["answers"] = answer_samples(result.model, *asked)
+            if extra:
+                found["facts"] = extra(result, when)
     return found
 
 

@@ -27,6 +27,7 @@ from onecard.data.sources import name_of
 from onecard.data.stream import Stream, StreamLoader
 from onecard.errors import UserError
 from onecard.files import sha256
+from onecard.hf.attention import supports_packing
 from onecard.hf.checkpoint import config_fingerprint, inspect_checkpoint, tokenizer_fingerprint
 from onecard.hf.head import WEIGHT as HEAD_WEIGHT
 from onecard.hf.head import labels_of
@@ -39,7 +40,7 @@ from onecard.hf.load import (
     tokenizer_folder,
 )
 from onecard.hf.rounding import second_rounding
-from onecard.hf.skeleton import read_config, read_model
+from onecard.hf.skeleton import Model, read_config, read_model
 from onecard.hf.tokens import NewTokens, add_tokens
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes
@@ -48,11 +49,12 @@ from onecard.memory.strategy import strategy_within, total_bytes
 from onecard.memory.terms import Term
 from onecard.memory.workload import Answers, assumed, known
 from onecard.optim.make import check_package
+from onecard.paging.weights import layer_of
 from onecard.train.evaluate import model_size
 from onecard.train.head import check_classes, labels_for
 from onecard.train.hub import check_login
 from onecard.train.metrics import import_logger
-from onecard.train.ranks import num_beside
+from onecard.train.ranks import is_sharded, num_beside, num_processes
 from onecard.train.reference import FILE
 from onecard.train.samples import Sample, make_samples
 from onecard.train.scoring import Question, Score, make_questions, make_score
@@ -174,7 +176,9 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         size = min(config.per_device_eval_batch_size, len(asked))
         widths = tuple(lengths[min(i + size, len(asked)) - 1] for i in range(0, len(asked), size))
         load = load.with_answers(Answers(size, widths, config.metric_max_new_tokens))
-    inputs = PlanInputs(model, config, dtype, load, len(new))
+    inputs = PlanInputs(model, config, dtype, load, len(new), num_processes())
+    if is_sharded(config):
+        check_shardable(model)
     rounding = second_rounding(checkpoint, model, config)
     notes = ([rounding] if rounding else []) + new.notes()
     occurrences = training.stored.count(list(new.texts))
@@ -230,6 +234,16 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         new,
         occurrences,
     )
+
+
+def check_shardable(model: Model) -> None:
+    """Raise UserError for a model that `parallel fsdp` does not take."""
+    paths = [name.rpartition(".")[0] for name in model.quantized]
+    outside = next((path for path in paths if layer_of(path) == path), None)
+    if outside or not supports_packing(model.modules):
+        found = f"{outside} is in 4 bits outside of the layers" if outside else f"{model.text.model_type}'s attention"
+        must = "parallel fsdp needs 4-bit weights in decoder layers only, and a model that takes packed rows"
+        raise UserError(must, found, "pass --parallel ddp", "parallel")
 
 
 def rows_of(config: TrainConfig) -> str:

@@ -13,12 +13,14 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from onecard.config import TrainConfig
 from onecard.errors import UserError
 
 PATIENCE = datetime.timedelta(days=1)  # for one that is at work; one that has ended is noticed at once
@@ -82,13 +84,36 @@ class Ranks:
         self.sum(torch.zeros(()))
 
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """Let the first process go through the block before the others, which find what it has written."""
+    def first_alone(self, base: Any = None) -> Iterator[None]:
+        """Let the first process go through the block before the others, which find what it has written.
+
+        Args:
+            base: transformers' model, if the first process computes with it; the others make no forward.
+        """
+        with self.in_step(base):
+            if self.is_first:
+                yield
+        self.wait()
         if not self.is_first:
-            self.wait()
-        yield
-        if self.is_first:
-            self.wait()
+            yield
+
+    @contextmanager
+    def in_step(self, base: Any) -> Iterator[None]:
+        """Let each process make forwards without gradients in the block, as many as it needs.
+
+        If transformers' model `base` is sharded, one that is done gathers layers for the others until all are done.
+        """
+        sharded = getattr(base, "sharded_base", None)
+        if sharded is None:
+            yield
+            return
+        sharded.before_forward = partial(self.any, True)
+        try:
+            yield
+        finally:
+            sharded.before_forward = None
+        while self.any(False):
+            sharded.gather_once()
 
 
 def all_reduced(values: Tensor) -> Tensor:
@@ -99,11 +124,13 @@ def all_reduced(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """Turn the end of another process into a UserError."""
+def together(whole_run: bool = False) -> Iterator[None]:
+    """Turn the end of another process into a UserError. `whole_run`: the block has other errors, too."""
     try:
         yield
     except RuntimeError as error:
+        if whole_run and not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
         must, found = "all processes of a run must go on", f"another one has ended ({str(error).splitlines()[0][:120]})"
         raise UserError(must, found, "see its message; then run the same command with --resume", "torchrun") from None
 
@@ -114,7 +141,7 @@ def join(device: str) -> Ranks:
     Raises:
         UserError: more processes than GPUs; a device that all of them would use.
     """
-    number, count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    number, count = int(os.environ.get("RANK", 0)), num_processes()
     if count == 1:
         return Ranks()
     local = int(os.environ["LOCAL_RANK"])
@@ -129,6 +156,16 @@ def join(device: str) -> Ranks:
     with together():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     return Ranks(number, count)
+
+
+def num_processes() -> int:
+    """Return the number of the run's processes on all machines."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_sharded(config: TrainConfig) -> bool:
+    """Whether the base is sharded over the processes."""
+    return config.parallel == "fsdp" and num_processes() > 1
 
 
 def num_beside() -> int:

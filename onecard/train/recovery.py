@@ -40,6 +40,9 @@ def retry_on_oom(run: Run, act: Callable[[], T], window: list[dict[str, Any]] | 
             if not is_out_of_memory(error):
                 raise
             reason = (str(error).splitlines() or ["MemoryError"])[0]
+        if run.is_sharded and window:
+            do = "--resume with a smaller --device-memory: with parallel fsdp, a process cannot repeat a step alone"
+            raise UserError("a step must fit in memory", reason, do)
         free_memory(run, window or [], reason, again)  # here, where no error references the step's tensors
         again = True
 

@@ -96,6 +96,10 @@ class Run:
         return next(iter(self.trainable.values())).device
 
     @property
+    def is_sharded(self) -> bool:
+        return hasattr(self.base, "sharded_base")
+
+    @property
     def pager(self) -> Pager | None:
         return getattr(self.base, "pager", None)
 
@@ -144,7 +148,7 @@ def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
         limit: bytes of device memory that the run may use.
     """
     held = run.strategy == MemoryStrategy() and run.loss is packed_loss and not has_experts(run.base)
-    held = held and run.noise is None
+    held = held and run.noise is None and not run.is_sharded
     if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
         return None
     return DecoderGraphs(run.base, run.trainable.values(), limit)

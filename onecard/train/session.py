@@ -57,7 +57,7 @@ from onecard.train.output import CONTINUE, lock_output
 from onecard.train.preference import Preference
 from onecard.train.prepare import Prepared, make_loader, prepare
 from onecard.train.progress import Progress
-from onecard.train.ranks import Ranks, join, leave
+from onecard.train.ranks import Ranks, is_sharded, join, leave, together
 from onecard.train.reference import reference_identity, set_references
 from onecard.train.report import write_report
 from onecard.train.result import Result
@@ -106,7 +106,7 @@ def run_training(
         UserError: an input is wrong; raised before training where possible.
     """
     ranks = join(config.device)
-    with lock_output(Path(config.output), resuming, ranks.is_first):
+    with lock_output(Path(config.output), resuming, ranks.is_first), together(whole_run=True):
         result = run_locked(config, resuming, console, report_extra, answers, make_base, ranks)
     leave(ranks)
     return result
@@ -196,6 +196,9 @@ def run_locked(
     )
     run.date = prepared.date
     run.loss, slow = (choose_outputs if prepared.labels else choose_loss)(model, prepared.training)
+    if slow and run.is_sharded:
+        must, do = "parallel fsdp needs a model that takes packed rows", "pass --parallel ddp"
+        raise UserError(must, slow, do, "parallel")
     if slow:
         console.print(f"one document at a time with full logits: {slow}", style="yellow", markup=False)
     if prepared.labels:
@@ -224,7 +227,7 @@ def run_locked(
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run, evaluate), run)
     result.report.facts |= base.facts if base is not None else {}
     if ranks.count > 1:
-        result.report.facts["processes"] = f"{ranks.count}, data parallel"
+        result.report.facts["processes"] = f"{ranks.count}, data parallel{', the base sharded' * run.is_sharded}"
     if not ranks.is_first:
         return result
     write_report(output, result.report)
@@ -263,7 +266,7 @@ def set_preferences(run: Run, prepared: Prepared, console: Console) -> None:
     checked = " ".join(dataset.fingerprint() for dataset in validation.values()) or None
     identity = reference_identity(preference, prepared.identity, checked)
     start = time.perf_counter()
-    with run.ranks.first_alone(), attention_of(run.base, run.loss), sharing_cores():
+    with run.ranks.first_alone(run.base), attention_of(run.base, run.loss), sharing_cores():
         done = set_references(run, batches, Path(config.output), identity)
     console.print(f"{done}, {time.perf_counter() - start:.1f} s", highlight=False, markup=False)
 
@@ -293,6 +296,7 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         prepared.strategy.weights_budget,
         config.output,
         prepared.labels,
+        is_sharded(config),
     )
     prepared.identity["base"] = fingerprint(base)
     if prepared.has_new_head:

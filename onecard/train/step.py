@@ -24,6 +24,7 @@ from onecard.memory.measure import is_out_of_memory, peak_memory_bytes
 from onecard.optim.adamw import AdamW
 from onecard.optim.schedule import learning_rate
 from onecard.train.loss import IGNORE, head_loss, packed_loss, to_device
+from onecard.train.ranks import Ranks
 from onecard.train.recovery import retry_on_oom
 from onecard.train.run import Objective, Run, random_state, restore_random
 
@@ -99,6 +100,7 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
                 run, lambda: clipped(run, own_gradients(run, own, divisor, generators), divisor), own
             )
         else:  # a process cannot repeat the exchange alone
+            gather_for_others(run, window, own, divisor)
             values = retry_on_oom(run, lambda: own_gradients(run, own, divisor, generators), own)
             total, norm, more = clipped(run, values, divisor)
         if math.isfinite(total) and math.isfinite(norm):
@@ -106,6 +108,20 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
         if run.loss_scale <= 1.0 or not math.isfinite(total):
             raise not_finite(run, total, norm)
         run.loss_scale /= 2
+
+
+def gather_for_others(run: Run, window: list[dict[str, Any]], own: list[dict[str, Any]], divisor: Any) -> None:
+    """With a sharded base, make as many passes as another process has more of than this one. Their gradients are
+    dropped."""
+    if not run.is_sharded:
+        return
+
+    def parts(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [part for batch in batches for part in split(batch, run.max_forward_tokens)]
+
+    shares = [len(parts(Ranks(number, run.ranks.count).share(window))) for number in range(run.ranks.count)]
+    for _ in range(max(shares) - len(parts(own))):
+        micro_batch(run, parts(window[:1])[0], divisor)
 
 
 def own_gradients(run: Run, own: list[dict[str, Any]], divisor: Any, generators: dict[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,12 +16,18 @@ from safetensors.torch import load_file
 
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.skeleton import read_model
+from onecard.memory.plan import plan
+from onecard.train.prepare import check_shardable
 from onecard.train.ranks import Ranks, join
 from onecard.train.session import check_ranks, run_training
-from tests.conftest import chat_rows, write_rows
+from tests.conftest import chat_rows, make_checkpoint, write_rows
 from tests.train.test_loop import adapter_bytes, fields, quiet
 
 ROOT = Path(__file__).parents[2]
+SHARDED = {"parallel": "fsdp"}
+STACKS = ["gate_up_proj", "down_proj"]
 PAIRS = [
     {"prompt": f"how many {i}?", "chosen": f" {i} mugs", "rejected": " the dog" + " lazy" * (i % 3)} for i in range(21)
 ]
@@ -69,17 +76,31 @@ def check_equal(several, one_process):
         assert (tensor - other[name]).norm() <= 1e-4 * other[name].norm(), name
 
 
-def test_two_processes_make_the_updates_of_one(settings, tmp_path):
+@pytest.mark.parametrize("more, how", [({}, "data parallel"), (SHARDED, "data parallel, the base sharded")])
+def test_two_processes_make_the_updates_of_one(more, how, settings, tmp_path):
+    settings |= more
+    if more == SHARDED:  # linears and experts
+        settings |= {"model": str(make_checkpoint(tmp_path / "m", "mixtral")), "target_parameters": STACKS}
     assert alone(settings, tmp_path / "alone").report.num_steps == 6
     said = finished(started(settings, tmp_path / "o", 2))
     assert said.count("6 updates of 4 x 1 rows") == 1, "one process speaks"
     check_equal(tmp_path / "o", tmp_path / "alone")
-    assert "2, data parallel" in (tmp_path / "o" / "report.md").read_text()
+    assert f"| processes | 2, {how} |" in (tmp_path / "o" / "report.md").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "count, more", [(4, {}), (2, {"loss": "dpo"}), (2, {"optim": "paged_adamw_8bit", "packing": True})]
+    "count, more",
+    [
+        (4, {}),
+        (2, {"loss": "dpo"}),
+        (2, {"optim": "paged_adamw_8bit", "packing": True}),
+        (3, SHARDED | {"gradient_checkpointing": True, "add_tokens": ["mugs"]}),
+        (2, SHARDED | {"loss": "dpo"}),
+        (2, SHARDED | {"loss": "dpo", "precompute_reference": False, "use_dora": True}),
+        (2, SHARDED | {"loss": "kto", "precompute_reference": False}),
+        (2, SHARDED | {"optim": "paged_adamw_8bit", "packing": True, "init_lora_weights": "pissa"}),
+    ],
 )
 def test_more_processes_and_other_losses(count, more, settings, tmp_path):
     if "loss" in more:
@@ -91,9 +112,9 @@ def test_more_processes_and_other_losses(count, more, settings, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_killed_and_stopped_they_go_on_in_the_same_bits(victim, settings, tmp_path):
-    settings |= {"lora_dropout": 0.1, "num_train_epochs": 4}
+@pytest.mark.parametrize("victim, parallel", [(0, "ddp"), (1, "ddp"), (0, "fsdp"), (1, "fsdp")])
+def test_killed_and_stopped_they_go_on_in_the_same_bits(victim, parallel, settings, tmp_path):
+    settings |= {"lora_dropout": 0.1, "num_train_epochs": 4, "parallel": parallel}
     finished(started(settings, tmp_path / "straight", 2))
     process = started(settings, tmp_path / "o", 2)
     until(tmp_path / "o" / "checkpoints" / "checkpoint-4")
@@ -130,6 +151,38 @@ def test_shares_are_a_partition():
     for count in (1, 2, 3, 5):
         shares = [Ranks(number, count).share(list(range(7))) for number in range(count)]
         assert sorted(item for share in shares for item in share) == list(range(7))
+
+
+def test_the_plan_of_a_process(checkpoint):
+    one, two, three = (
+        {term.name: term.num_bytes for term in plan(str(checkpoint), num_processes=n, parallel="fsdp").terms}
+        for n in (1, 2, 3)
+    )
+    base = one["base, 4-bit codes"] + one["base, scales"]
+    assert two["base, own shard"] == pytest.approx(base / 2, rel=0.02), "less the scales of scales, and alignment"
+    assert three["base, own shard"] == pytest.approx(base / 3, rel=0.02)
+    assert two["gathered layers"] == three["gathered layers"] == pytest.approx(3 * base / 2, rel=0.02)
+    with pytest.raises(UserError, match="a run must have a process"):
+        plan(str(checkpoint), num_processes=0)
+
+
+REFUSED = {"weights_budget": "1GiB", "modules_to_save": ["lm_head"], "task": "reward", "calibrate": True}
+
+
+@pytest.mark.parametrize("name, value", REFUSED.items())
+def test_what_a_sharded_base_does_not_take(name, value, settings):
+    settings |= {name: value, "metric": [], "sample_prompts": None}
+    make_config(TrainConfig, settings)
+    with pytest.raises(UserError, match=rf"{name}.* parallel fsdp|parallel fsdp does not take {name}"):
+        make_config(TrainConfig, settings | SHARDED)
+
+
+def test_models_that_cannot_be_sharded(checkpoint):
+    model = read_model(inspect_checkpoint(checkpoint))
+    check_shardable(model)
+    model.modules.model.projection = torch.nn.Linear(64, 64, device="meta")
+    with pytest.raises(UserError, match=r"model\.projection is in 4 bits outside"):
+        check_shardable(replace(model))
 
 
 def test_what_several_processes_cannot_do(settings, monkeypatch):
