@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import Field
 from transformers.pytorch_utils import Conv1D
 
-from onecard.config import QuantConfig, QuantType, make_config
+from onecard.config import LoadConfig, QuantConfig, QuantType, make_config
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 from onecard.files import sha256
@@ -148,7 +148,7 @@ def changed(path: Path, found: str) -> UserError:
     )
 
 
-def stored_as(adapter: str | Path | None, fields: dict[str, Any]) -> QuantConfig:
+def stored_as(adapter: str | Path | None, fields: dict[str, Any]) -> LoadConfig:
     """Return how to quantize a base: as the adapter's run did; if its folder does not record it, by `fields`.
 
     Args:
@@ -159,7 +159,7 @@ def stored_as(adapter: str | Path | None, fields: dict[str, Any]) -> QuantConfig
     """
     origin = read_origin(adapter) if adapter is not None else None
     if origin is None:
-        return make_config(QuantConfig, fields, "command line")
+        return make_config(LoadConfig, fields, "command line")
     for key, value in origin.quant.items():
         if fields.get(key, value) != value:
             raise UserError(
@@ -168,7 +168,7 @@ def stored_as(adapter: str | Path | None, fields: dict[str, Any]) -> QuantConfig
                 f"leave {key} out",
                 str(Path(adapter or "") / FILE),
             )
-    return make_config(QuantConfig, {**fields, **origin.quant}, "command line")
+    return make_config(LoadConfig, {**fields, **origin.quant}, "command line")
 
 
 def check_origin(model: Any, adapter: str) -> None:

@@ -10,8 +10,8 @@ from cyclopts import App, Parameter
 from onecard.config import (
     DataConfig,
     ExportConfig,
+    LoadConfig,
     PlanConfig,
-    QuantConfig,
     QuantizeConfig,
     ReadConfig,
     SamplingConfig,
@@ -41,7 +41,7 @@ else:
     TokenWords = Annotated[list[str] | None, Parameter(consume_multiple=True, negative_iterable=())]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]
     SamplingFields = Annotated[partial(SamplingConfig) | None, flags]
-    QuantFields = Annotated[partial(QuantConfig) | None, flags]
+    QuantFields = Annotated[partial(LoadConfig) | None, flags]
     QuantizeFields = Annotated[partial(QuantizeConfig) | None, flags]
     StoredFields = Annotated[partial(StoredConfig) | None, flags]
     ExportFields = Annotated[partial(ExportConfig) | None, flags]

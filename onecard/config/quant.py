@@ -52,6 +52,14 @@ class QuantConfig(StoredConfig):
     compute_dtype: ComputeDtype = Field(default="auto", description="dtype of the products; auto: what is fast there")
 
 
+class LoadConfig(QuantConfig):
+    """What of a checkpoint is loaded, and how."""
+
+    text_only: bool = Field(
+        default=False, description="leave a multimodal model's parts for images and sound out of memory"
+    )
+
+
 class BaseCalibration(Strict):
     """Calibration of the 4-bit base on the user's data."""
 

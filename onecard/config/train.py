@@ -13,7 +13,7 @@ from onecard.config.hub import HubSettings
 from onecard.config.lora import LoraSettings
 from onecard.config.optim import ADAMW, Optim, OptimSettings
 from onecard.config.preference import LossSettings, PreferenceSettings
-from onecard.config.quant import BaseCalibration, QuantConfig
+from onecard.config.quant import BaseCalibration, LoadConfig
 from onecard.config.strict import Strict, parse_bytes
 
 HEADS = ("classification", "reward")
@@ -54,12 +54,12 @@ class MemorySettings(Strict):
         return value
 
 
-class PlanConfig(QuantConfig, LoraSettings, RowConfig, MemorySettings, EvaluationData, LossSettings):
+class PlanConfig(LoadConfig, LoraSettings, RowConfig, MemorySettings, EvaluationData, LossSettings):
     """Settings of `onecard plan`: those settings of train that determine its memory."""
 
 
 class TrainConfig(
-    QuantConfig,
+    LoadConfig,
     BaseCalibration,
     LoraSettings,
     DataConfig,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from packaging.requirements import Requirement
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache
+from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedModel
 
 from onecard.config import FUSION_PROBE_TOKENS
 from onecard.hf.attention import cache_name, supports_packing, use_attention, use_packed_attention
@@ -32,6 +32,7 @@ from onecard.hf.fused import (
     kind_of,
     unfused,
 )
+from onecard.nn.linears import beside_text, is_inside
 
 ROUNDINGS = 4  # allowed relative difference of a fused module in the Euclidean norm, in eps of its dtype,
 SENSITIVITY = 2  # plus this many times the change of the module's own output by one rounding of the input,
@@ -40,14 +41,16 @@ SCALES = (1.0, 2.0**-6)  # of the input; with a small one, a layer's residual su
 
 
 def fuse(model: nn.Module) -> dict[str, str]:
-    """Replace a loaded model's norms, MLPs, attentions and layers with their fused form if the results agree.
+    """Replace a loaded model's norms, MLPs, attentions and layers with their fused form if the results agree. Modules
+    that text does not pass through stay as they are.
 
     Returns:
         the reason for each class that has the structure of a fused form but is not replaced.
     """
     kinds: dict[tuple, list[nn.Module]] = {}
-    for module in model.modules():
-        if counterpart(module) is not None:
+    beside = beside_text(model) if isinstance(model, PreTrainedModel) else []
+    for name, module in model.named_modules():
+        if counterpart(module) is not None and not any(is_inside(name, path) for path in beside):
             kinds.setdefault(kind_of(module), []).append(module)
     if not kinds:
         return {}

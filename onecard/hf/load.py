@@ -12,11 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from onecard.config import HEAD, QuantConfig, make_config
 from onecard.errors import UserError, first_line
@@ -28,6 +24,7 @@ from onecard.hf.head import causal_head_names, is_headed, model_class, set_pad, 
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.hf.report import check_report
 from onecard.hf.skeleton import bad_config, meta_model, read_config
+from onecard.hf.skeleton import bad_config, meta_model, read_config, stored_dtype
 from onecard.hf.stored import Lazy
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import Head, cast_output
@@ -54,6 +51,7 @@ def load_model(
     page_folder: str | Path | None = None,
     labels: Sequence[str] = (),
     sharded: bool = False,
+    text_only: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model with its linears in 4 bits, or one with a classification head.
 
@@ -71,6 +69,8 @@ def load_model(
             with a new head of random values if the checkpoint has none. It is not paged.
         sharded: keep only this process's part of each 4-bit weight, and gather a layer's where it computes. All
             processes of torch.distributed must load the model, and make the same passes in the same order.
+        text_only: leave out of memory the parts of a multimodal model that text does not pass through. Their tensors
+            have no elements then. save_pretrained refuses such a model.
 
     Returns:
         transformers' model, frozen, in eval mode. Codes are uint8. Embeddings and head have the narrower dtype of the
@@ -89,6 +89,7 @@ def load_model(
         bnb_4bit_blocksize=checked.blocksize,
         bnb_4bit_use_double_quant=checked.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        _text_only=text_only,
     )
     checkpoint = replace(inspect_checkpoint(find_checkpoint(model)), labels=tuple(labels))
     folder = Path(page_folder or Path.home() / ".cache" / "onecard")
@@ -245,16 +246,11 @@ def how_quantized(checkpoint: Checkpoint, config: BitsAndBytesConfig, model_conf
             config.llm_int8_skip_modules = [*config.llm_int8_skip_modules, HEAD]
         config.bnb_4bit_quant_type = stored.get("bnb_4bit_quant_type", "fp4")  # also of its 16-bit experts
         config.bnb_4bit_use_double_quant = stored.get("bnb_4bit_use_double_quant", False)
-    fields = {key: value for key, value in vars(config).items() if key not in ("load_in_4bit", "linears_in_16_bits")}
+    own = {"_linears_in_16_bits": checkpoint.is_mxfp4, "_text_only": config.text_only}
+    fields = {key: value for key, value in vars(config).items() if key != "load_in_4bit" and f"_{key}" not in own}
     # With load_in_4bit or its own method, transformers would use bitsandbytes' or its own quantizer.
-    model_config.quantization_config = fields | {"_linears_in_16_bits": checkpoint.is_mxfp4}
+    model_config.quantization_config = fields | own
     return {"config": model_config}
-
-
-def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the checkpoint's dtype as config.json states it, or float32 if it states none."""
-    dtype = read_config(folder).dtype
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
 
 def check_generation_config(folder: Path) -> None:

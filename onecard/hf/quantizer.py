@@ -25,6 +25,7 @@ from onecard.errors import UserError
 from onecard.hf.convert import NOT_MORE, Deserialize4bit, DeserializeMxfp4, Quantize4bit, check_shape
 from onecard.hf.experts import GatherExperts, only_stacks
 from onecard.hf.fusion import fuse
+from onecard.hf.text_only import attach, detach
 from onecard.nn.embedding import Head
 from onecard.nn.experts import Experts4bit, are_stacked_experts, weights_of
 from onecard.nn.linear import Linear4bit
@@ -84,6 +85,7 @@ class BitsAndBytesConfig(QuantizationConfigMixin):
         self.bnb_4bit_blocksize = checked.blocksize
         self.llm_int8_skip_modules = llm_int8_skip_modules
         self.linears_in_16_bits = bool(kwargs.get("_linears_in_16_bits"))  # of a quantized checkpoint: load.py sets it
+        self.text_only = bool(kwargs.get("_text_only"))  # set by load.py, too
 
     def to_dict(self) -> dict[str, Any]:
         """Return a 4-bit checkpoint's entry in config.json: bitsandbytes' fields, so that it can read our checkpoints.
@@ -121,6 +123,7 @@ class OnecardQuantizer(HfQuantizer):
         self.errors: list[UserError] = []
         self.shapes: dict[str, torch.Size] = {}  # of the parameters that stay in 16 bits
         self.stacks: list[str] = []  # weights of the model's experts, by the end of their names
+        self.left_out: dict[str, nn.Module] = {}  # modules that do not load
 
     @property
     def quantized_element_size(self) -> float:
@@ -137,8 +140,11 @@ class OnecardQuantizer(HfQuantizer):
         """Return what save_pretrained writes: linears and stacks as bitsandbytes' tensors, other tensors unchanged.
 
         Raises:
-            UserError: int4 or mxfp4, which that format does not have; a paged base, which is not in memory.
+            UserError: int4 or mxfp4, which that format does not have; a paged base or a part that is not in memory.
         """
+        if self.left_out:
+            do = "load it without text_only, or use `onecard merge` or `onecard quantize`"
+            raise UserError("a model must be in memory to be saved", "its text part", do, next(iter(self.left_out)))
         tensors = model.state_dict()
         for path, module in model.named_modules():
             for name, weight in weights_of(module):
@@ -210,6 +216,7 @@ class OnecardQuantizer(HfQuantizer):
             # Until set_weight: transformers before 5.21 casts what it reads to the dtype of this parameter.
             linear.weight = nn.Parameter(linear.weight.to(module.weight.dtype), requires_grad=False)
             model.set_submodule(name, linear.train(module.training))
+        self.left_out = detach(model) if config.text_only else {}
         named = [(path, module) for path, module in model.named_modules() if isinstance(module, Experts4bit)]
         stored = {f"{path}.{name}" for path, module in model.named_modules() for name, _ in weights_of(module)}
         self.shapes = {name: p.shape for name, p in model.named_parameters() if name not in stored}
@@ -219,6 +226,7 @@ class OnecardQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if self.errors:
             raise self.errors[0]
+        attach(model, self.left_out)
         check_loaded(model)
         for name, tensor in model.named_parameters():
             if name in self.shapes:  # transformers before 5.21 checks it only without a quantizer

@@ -154,6 +154,12 @@ def read_config(folder: Path) -> Any:
     return config
 
 
+def stored_dtype(folder: Path) -> torch.dtype:
+    """Return the checkpoint's dtype as config.json states it, or float32 if it states none."""
+    dtype = read_config(folder).dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
+
+
 def check_text(config: Any, where: str) -> None:
     """Raise UserError if transformers has no model of the whole of a multimodal checkpoint that writes text."""
     if config.get_text_config() is not config and not is_causal(config) and not is_multimodal(config):

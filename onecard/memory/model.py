@@ -13,6 +13,7 @@ from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint, is_hub_id
 from onecard.hf.skeleton import Model, meta_model, named, read_model
 from onecard.hf.stored import DTYPE_BITS
+from onecard.hf.text_only import leave_out
 from onecard.memory.shapes import KNOWN, MXFP4
 
 
@@ -22,15 +23,24 @@ def known_config(name: str) -> Any:
     return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
-def find_model(model: str, labels: Sequence[str] = ()) -> Model:
+def find_model(model: str, labels: Sequence[str] = (), text_only: bool = False) -> Model:
     """Find a model by its folder, its name in the table, or its hub id.
 
     Args:
         labels: of the classification head that the model gets.
+        text_only: leave out the parts that text does not pass through.
 
     Raises:
         UserError: there is no such model; the error has the nearest name of the table.
     """
+    found = find_whole(model, labels)
+    if text_only:
+        leave_out(found.modules)
+    return found
+
+
+def find_whole(model: str, labels: Sequence[str]) -> Model:
+    """Find a model with all its parts."""
     if model.lower() in KNOWN:
         found = Model(meta_model(known_config(model.lower()), model, labels=labels), {})
         return replace(found, mxfp4=frozenset(found.stacks)) if model.lower() in MXFP4 else found

@@ -113,7 +113,7 @@ def plan(
         do = "pass 2 or more"
         raise UserError("a run must have a process", str(num_processes), do, "num_processes")
     config = make_config(TrainConfig, {"data": "-", "output": "-", **fields, "model": model}, "plan")
-    known = find_model(model, ASSUMED_LABELS.get(config.task, ()))
+    known = find_model(model, ASSUMED_LABELS.get(config.task, ()), config.text_only)
     if config.max_seq_length > known.longest_context and "max_seq_length" in fields:
         raise UserError(
             "the context must be within the model's",

@@ -41,6 +41,8 @@ from onecard.hf.load import (
 )
 from onecard.hf.rounding import second_rounding
 from onecard.hf.skeleton import Model, read_config, read_model
+from onecard.hf.skeleton import read_config, read_model
+from onecard.hf.text_only import leave_out
 from onecard.hf.tokens import NewTokens, add_tokens
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.measure import available_bytes, begin_peak, format_bytes
@@ -158,6 +160,8 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     if config.best_metric is not None:  # values on other rows cannot be compared
         identity |= {f"eval data {name}".rstrip(): dataset.fingerprint() for name, dataset in validation.items()}
     model = read_model(checkpoint)
+    if config.text_only:
+        leave_out(model.modules)
     head_config = headed_config(model, tokenizer, str(folder / "config.json")) if labels else None
     check_names(model, config)
     if config.init_lora_weights == "loftq" and not config.calibrate:

@@ -297,6 +297,7 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         config.output,
         prepared.labels,
         is_sharded(config),
+        config.text_only,
     )
     prepared.identity["base"] = fingerprint(base)
     if prepared.has_new_head:

@@ -22,7 +22,7 @@ training losses and the evaluation loss to 1e-4, the adapter read again, the mer
 All tensors that training has not in 4 bits have the same bits in the merged checkpoint.
 
 Multimodal checkpoints train their text part, on rows of text. All other parts stay in 16 bits as they are, and get no
-LoRA. The names in the adapter are those of the whole model.
+LoRA. `--text-only` leaves them out of memory. The names in the adapter are those of the whole model.
 
 - **fast path**: packed rows with attention of our own, the head on learned tokens only.
 - **plain path**: the model's own forward, one document at a time.

@@ -31,8 +31,8 @@ from onecard.export.ends import Ends, saved_tensors, with_head
 from onecard.export.folder import Shapes, check_room, new_folder, write_others
 from onecard.export.merge.experts import Experts, matrix_info, matrix_key, part_in_4bit
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
-from onecard.hf.load import find_checkpoint, stored_dtype
-from onecard.hf.skeleton import Model, read_model
+from onecard.hf.load import find_checkpoint
+from onecard.hf.skeleton import Model, read_model, stored_dtype
 from onecard.hf.stored import DTYPE_BITS, FLOAT_DTYPES, read_tensor
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
