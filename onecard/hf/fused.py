@@ -21,6 +21,7 @@ from onecard.kernels import elementwise
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 GATED_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+DROPOUT = ("attention_dropout", "dropout")  # of the attention's probabilities, by the families' names
 NUMBERS = {"layer_idx", "training"}  # attributes in which modules of one kind may differ
 SETTING = (bool, int, float, str, type(None))
 
@@ -113,7 +114,8 @@ class FusedAttention(Fused):
         """Return the arguments that every call passes to the interface, by the families' names."""
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
         known = {"sliding_window": window, "softcap": getattr(self, "attn_logit_softcapping", None)}
-        dropout = self.attention_dropout if self.training else 0.0
+        rates = (getattr(self, name) for name in DROPOUT if hasattr(self, name))
+        dropout = next(rates, 0.0) if self.training else 0.0
         return {"dropout": dropout, "scaling": self.scaling} | {name: known[name] for name in self.passes}
 
 

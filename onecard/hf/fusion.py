@@ -2,8 +2,8 @@
 
 The loaded model reads a few tokens: a prompt without a cache, packed documents, and a prompt and one more token with a
 cache. The calls of one module of each kind are recorded. A kind is fused only if the fused code ran on each of these
-calls and agrees with the module's own forward: in the whole output, in the gradient of the input, and for an attention
-in everything that it passes to the attention interface and to the cache.
+calls, and on the first in training mode, too, and agrees with the module's own forward: in the whole output, in the
+gradient of the input, and for an attention in everything that it passes to the attention interface and to the cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -55,7 +55,7 @@ def fuse(model: nn.Module) -> dict[str, str]:
     if not kinds:
         return {}
     left: dict[str, str] = {}
-    with frozen(model):
+    with frozen(model), torch.random.fork_rng():  # run() sets the seed of dropout
         calls, failed = record_calls(model, [modules[0] for modules in kinds.values()])
         for form in KINDS:
             for modules in [found for found in kinds.values() if counterpart(found[0]) is form]:
@@ -109,6 +109,7 @@ class Call:
     kwargs: dict[str, Any]
     attention: str | None  # the implementation; None: the model's own
     cached: bool
+    training: bool = False
 
     def copy(self) -> tuple[tuple, dict[str, Any]]:
         """Copy the arguments, so that the call may change them."""
@@ -238,7 +239,8 @@ def differs(module: nn.Module, cls: Any, calls: list[Call], model: Any) -> str |
     is_attention, eager = issubclass(cls, FusedAttention), model.config._attn_implementation == "eager"
     compared = 0
     try:
-        for call in calls:
+        for call in [*calls, replace(calls[0], training=True)]:
+            module.train(call.training)
             if is_attention and (why := hands_on_otherwise(module, cls, call, model)):
                 return why
             if is_attention and eager and call.attention is None:
@@ -249,6 +251,8 @@ def differs(module: nn.Module, cls: Any, calls: list[Call], model: Any) -> str |
             compared += 1
     except Exception as error:  # it needs something else
         return f"{type(error).__name__} in its fused form"
+    finally:
+        module.train(False)
     return None if compared else "its fused code never runs"
 
 
@@ -301,7 +305,8 @@ def wearing(module: nn.Module, cls: Any) -> Iterator[None]:
 
 
 def run(module: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """Call a module without hooks. A fused module must run its fused code."""
+    """Call a module without hooks, from one state of the random generator. A fused module must run its fused code."""
+    torch.manual_seed(0)
     if not isinstance(module, Fused):
         return module.forward(*args, **kwargs)
     ready = module.ready(*args, **kwargs)

@@ -234,3 +234,37 @@ def test_an_untested_release_names_what_stays_unfused(monkeypatch):
     monkeypatch.setattr("onecard.hf.fusion.is_tested", lambda: False)
     with pytest.warns(UserWarning, match="GraniteDecoderLayer: its output differs by"):
         fuse(build("granite", residual_multiplier=0.5))
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_family_may_call_its_dropout_otherwise(rate):
+    """As mllama does. In training, the fused attention hands on what the class hands on."""
+
+    class Renamed(type(build("llama").model.layers[0].self_attn)):
+        def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+            self.attention_dropout = self.dropout
+            try:
+                return super().forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            finally:
+                del self.attention_dropout
+
+    model = build("llama", attention_dropout=rate, vocab_size=200)
+    attention = model.model.layers[0].self_attn
+    del attention.attention_dropout
+    attention.dropout, attention.__class__ = rate, Renamed
+    assert fuse(model) == {} and count(model, FusedAttention) == 1
+    assert attention.train().settings()["dropout"] == rate
+    assert attention.eval().settings()["dropout"] == 0.0
+
+
+def test_what_a_module_does_in_training_alone_counts():
+    class Dropped(type(build("llama").model.layers[0].mlp)):
+        def forward(self, x):
+            return torch.nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+    model = build("llama")
+    model.model.layers[0].mlp.__class__ = Dropped
+    before = torch.random.get_rng_state()
+    assert "differs" in fuse(model)["Dropped"] and count(model, FusedGatedMLP) == 0
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.model.layers[0].mlp.training
