@@ -25,8 +25,8 @@ Multimodal checkpoints train their text part, on rows of text. All other parts s
 LoRA. `--text-only` leaves them out of memory. The names in the adapter are those of the whole model.
 
 - **fast path**: packed rows with attention of our own, the head on learned tokens only.
-- **plain path**: the model's own forward, one document at a time. Models with linear attention, state-space or convolution
-  layers are here: transformers' code in plain torch does not keep packed documents apart.
+- **plain path**: the model's own forward, one document at a time. Models with linear attention, state-space or
+  convolution layers are here: transformers' code in plain torch does not keep packed documents apart.
 - **refused**: a `UserError` with the reason, before training.
 - **not built**: the family cannot be built from a config of this size, or needs another library.
 

@@ -1,0 +1,148 @@
+"""Exact: NVFP4 checkpoints of ModelOpt and compressed-tensors load as the 16-bit checkpoint that they mean."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import onecard
+from onecard.config import QuantConfig
+from onecard.errors import UserError
+from onecard.export.merge.merged import merge
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.fingerprint import fingerprint
+from onecard.hf.rounding import second_rounding
+from onecard.hf.skeleton import read_model
+from onecard.hf.stored import read_rows, read_tensor
+from tests.conftest import make_checkpoint
+from tests.export.merge.test_merged import make_adapter
+from tests.hf.test_fp8 import set_quantization, write_twins
+
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def packed(**more):
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16, **more}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    return {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": groups}
+
+
+MODELOPT = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}
+SCHEMES = {"modelopt": MODELOPT, "compressed": packed()}
+
+
+def e2m1(code):
+    """The value of four bits by the format's definition: sign, two bits of exponent with bias 1, one of mantissa."""
+    sign, exponent, mantissa = -1.0 if code & 8 else 1.0, code >> 1 & 3, code & 1
+    return sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
+
+
+def stored_as(scheme, name, N, K, generator):
+    """Random tensors of a weight, and the bfloat16 weight that they mean."""
+    codes = torch.randint(0, 16, (N, K), generator=generator)
+    scales = (torch.rand(N, K // 16, generator=generator) * 400 + 1).to(torch.float8_e4m3fn)
+    whole = torch.rand(1, generator=generator) * 1e-4 + 1e-5
+    values = torch.tensor([e2m1(code) for code in range(16)])[codes]
+    bytes_ = (codes[:, 0::2] + 16 * codes[:, 1::2]).byte()
+    if scheme == "modelopt":
+        tensors = {".weight": bytes_, ".weight_scale": scales, ".weight_scale_2": whole.reshape(())}
+        each = scales.float() * whole
+    else:
+        whole = 1 / whole
+        tensors = {".weight_packed": bytes_, ".weight_scale": scales, ".weight_global_scale": whole}
+        each = scales.float() / whole
+    tensors |= {".input_scale" if scheme == "modelopt" else ".input_global_scale": torch.ones(1)}
+    meant = (values * each.repeat_interleave(16, dim=1)).bfloat16()
+    return {name + suffix: tensor for suffix, tensor in tensors.items()}, meant
+
+
+def make_nvfp4(folder, scheme, change=None, family="qwen3"):
+    """An NVFP4 checkpoint, and beside it the bfloat16 checkpoint that it means."""
+    model, twin = (make_checkpoint(folder / name, family, torch.bfloat16) for name in ("nvfp4", "twin"))
+    generator, stored, meant = torch.Generator().manual_seed(0), {}, {}
+    for name, W in load_file(model / "model.safetensors").items():
+        if name.endswith("proj.weight"):
+            tensors, meant[name] = stored_as(scheme, name.removesuffix(".weight"), *W.shape, generator)
+            stored |= tensors
+        else:
+            stored[name] = meant[name] = W
+    if change is not None:
+        change(stored)
+    write_twins(model, stored, twin, meant, SCHEMES[scheme])
+    return model, twin
+
+
+def load(folder):
+    return onecard.load_model(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_values_are_those_of_the_16_bit_checkpoint(tmp_path, scheme):
+    model, twin = make_nvfp4(tmp_path, scheme)
+    found, wanted = inspect_checkpoint(model), load_file(twin / "model.safetensors")
+    assert found.kinds == ["NVFP4"] and set(found.tensors) == set(wanted)
+    for name, W in wanted.items():
+        assert torch.equal(read_tensor(found.tensors[name]), W), name
+        if W.ndim == 2:
+            assert torch.equal(read_rows(found.tensors[name], 3, 21), W[3:24]), name
+    assert fingerprint(load(model)) == fingerprint(load(twin))
+    line = second_rounding(found, read_model(found), QuantConfig())
+    assert line is not None and "NVFP4" in line
+
+
+def test_experts_are_read_one_by_one(tmp_path):
+    model, twin = make_nvfp4(tmp_path, "modelopt", family="qwen3_moe")
+    assert fingerprint(load(model)) == fingerprint(load(twin))
+
+
+def test_an_adapter_is_merged_into_16_bits(tmp_path):
+    model, twin = make_nvfp4(tmp_path, "compressed")
+    make_adapter(tmp_path / "adapter", model)
+    for name, base in (("ours", model), ("theirs", twin)):
+        merge(str(base), str(tmp_path / "adapter"), str(tmp_path / name), "original")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+
+
+DAMAGES = {
+    "no scale": (lambda t: t.pop(f"{Q}.weight_scale"), "must have its scales"),
+    "no scale of the tensor": (lambda t: t.pop(f"{Q}.weight_scale_2"), "must have its scales"),
+    "scales of another shape": (lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"][:, 1:].clone()}),
+                                r"must be F8_E4M3 \[64, 4\]"),
+    "scales of bytes": (lambda t: t.update({f"{Q}.weight_scale": t[f"{Q}.weight_scale"].view(torch.uint8)}),
+                        "must be F8_E4M3"),
+    "two scales of the tensor": (lambda t: t.update({f"{Q}.weight_scale_2": torch.ones(2)}), "must be one F32"),
+    "a scale of NaN": (lambda t: t[f"{Q}.weight_scale"].view(torch.uint8).fill_(0x7F), "NaN or Inf"),
+    "a tensor's scale of Inf": (lambda t: t[f"{Q}.weight_scale_2"].fill_(float("inf")), "NaN or Inf"),
+    "rows of no whole blocks": (lambda t: t.update({f"{Q}.weight": t[f"{Q}.weight"][:, 1:].clone()}), "blocks of 16"),
+    "scales of its inputs": (lambda t: t.update({f"{Q}.pre_quant_scale": torch.ones(64).bfloat16()}),
+                             "pre_quant_scale"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_parts_are_refused(tmp_path, damage):
+    change, expected = DAMAGES[damage]
+    model, _ = make_nvfp4(tmp_path, "modelopt", change)
+    with pytest.raises(UserError, match=expected) as caught:
+        load(model)
+    assert Q in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {**MODELOPT, "quant_algo": "NVFP4_AWQ"},
+        {**MODELOPT, "quant_algo": "FP8"},
+        packed(group_size=32),
+        packed(strategy="group"),
+    ],
+    ids=str,
+)
+def test_other_layouts_are_refused(tmp_path, quantization):
+    model, _ = make_nvfp4(tmp_path, "modelopt" if quantization["quant_method"] == "modelopt" else "compressed")
+    set_quantization(model, quantization)
+    with pytest.raises(UserError, match="quantization_config"):
+        load(model)
