@@ -118,7 +118,8 @@ def without_nvfp4(
     for name, info in tensors.items():
         if name.endswith(end) and info.dtype == "U8":
             module = name.removesuffix(end)
-            form = nvfp4_form(f"{module}.weight", info, *(tensors.get(module + s) for s in others), layout)
+            scales, whole = (tensors.get(module + suffix) for suffix in others)
+            form = nvfp4_form(f"{module}.weight", info, scales, whole, layout)
             used |= {name, *(module + suffix for suffix in others)}
             found[f"{module}.weight"] = computed((info.shape[0], 2 * info.shape[1]), dtype, info.file, form)
     for name, info in tensors.items():
