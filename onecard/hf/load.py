@@ -23,7 +23,6 @@ from onecard.hf.gguf.folder import check_tokenizer, check_tokens, gguf_folder, i
 from onecard.hf.head import causal_head_names, is_headed, model_class, set_pad, start_head
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.hf.report import check_report
-from onecard.hf.skeleton import bad_config, meta_model, read_config
 from onecard.hf.skeleton import bad_config, meta_model, read_config, stored_dtype
 from onecard.hf.stored import Lazy
 from onecard.kernels.cpu_info import product_dtype

@@ -41,7 +41,6 @@ from onecard.hf.load import (
 )
 from onecard.hf.rounding import second_rounding
 from onecard.hf.skeleton import Model, read_config, read_model
-from onecard.hf.skeleton import read_config, read_model
 from onecard.hf.text_only import leave_out
 from onecard.hf.tokens import NewTokens, add_tokens
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
