@@ -235,6 +235,7 @@ class Position(Own):
     step: int = Field(ge=0)
     num_steps: int
     loss_scale: float = Field(gt=0)
+    num_finite_steps: int = Field(default=0, ge=0)
     max_forward_tokens: int | None = None
     num_threads: int | None = None
     num_processes: int = 1
@@ -277,6 +278,7 @@ def checkpoint(run: Run, root: Path) -> None:
         step=run.step,
         num_steps=run.num_steps,
         loss_scale=run.loss_scale,
+        num_finite_steps=run.num_finite_steps,
         max_forward_tokens=run.max_forward_tokens,
         num_threads=torch.get_num_threads(),
         num_processes=run.ranks.count,
@@ -313,7 +315,7 @@ def resume(run: Run, state: State) -> None:
         tensor.copy_(state.tensors["adapter"][name])
     position = position_of(state)
     run.num_steps = steps_of_resumed(position, run.loader, run.config)
-    run.step, run.loss_scale = position.step, position.loss_scale
+    run.step, run.loss_scale, run.num_finite_steps = position.step, position.loss_scale, position.num_finite_steps
     before = position.max_forward_tokens
     if run.max_forward_tokens is None or (before is not None and before < run.max_forward_tokens):
         run.max_forward_tokens = before  # the earlier split, for bit-identical results

@@ -29,7 +29,8 @@ from onecard.train.noise import EmbeddingNoise
 from onecard.train.ranks import Ranks
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
-LARGEST_SCALE = 2.0**16
+FIRST_SCALE = 2.0**16  # of the loss in float16; it and GROWTH_INTERVAL are GradScaler's
+GROWTH_INTERVAL = 2000  # updates without an overflow after which the scale doubles
 
 
 class Objective(Protocol):
@@ -57,6 +58,7 @@ class Run:
     step: int = 0
     best: Best | None = field(init=False)  # the best evaluation so far; None if none is sought
     loss_scale: float = 1.0
+    num_finite_steps: int = 0  # in float16: updates since the loss scale last changed
     graphs: DecoderGraphs | None = None
     ranks: Ranks = field(default_factory=Ranks)
     objective: Objective | None = None  # if it is not the loss of tokens
@@ -80,7 +82,7 @@ class Run:
         if self.strategy.num_offloaded:
             self.offload = Offload(self.device, Path(self.config.output))
         if self.compute_dtype == torch.float16:
-            self.loss_scale = LARGEST_SCALE
+            self.loss_scale = FIRST_SCALE
 
     @property
     def base(self) -> PreTrainedModel:
@@ -90,6 +92,14 @@ class Run:
     @property
     def compute_dtype(self) -> torch.dtype:
         return self.base.config.quantization_config.bnb_4bit_compute_dtype
+
+    def scale_loss(self, overflowed: bool) -> None:
+        """Halve the loss scale of float16 after an overflow, or double it after GROWTH_INTERVAL updates without one."""
+        self.num_finite_steps = 0 if overflowed else self.num_finite_steps + 1
+        if overflowed:
+            self.loss_scale /= 2
+        elif self.compute_dtype == torch.float16 and self.num_finite_steps == GROWTH_INTERVAL:
+            self.loss_scale, self.num_finite_steps = 2 * self.loss_scale, 0
 
     @property
     def device(self) -> torch.device:

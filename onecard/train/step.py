@@ -88,7 +88,7 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
     """Fill .grad with clipped gradients. Return the window's loss, the gradient norm, and an objective's metrics.
 
     In float16 the loss is scaled against underflow. An overflow halves the scale and repeats the window with the same
-    random numbers.
+    random numbers. The scale doubles after many updates without an overflow.
     """
     generators, own = random_state(run.device), run.ranks.share(window)
     divisor: Any = num_tokens
@@ -104,10 +104,11 @@ def gradients(run: Run, window: list[dict[str, Any]], num_tokens: int) -> tuple[
             values = retry_on_oom(run, lambda: own_gradients(run, own, divisor, generators), own)
             total, norm, more = clipped(run, values, divisor)
         if math.isfinite(total) and math.isfinite(norm):
+            run.scale_loss(overflowed=False)
             return total, norm, more
         if run.loss_scale <= 1.0 or not math.isfinite(total):
             raise not_finite(run, total, norm)
-        run.loss_scale /= 2
+        run.scale_loss(overflowed=True)
 
 
 def gather_for_others(run: Run, window: list[dict[str, Any]], own: list[dict[str, Any]], divisor: Any) -> None:

@@ -31,6 +31,8 @@ from onecard.memory.measure import is_out_of_memory
 from onecard.memory.strategy import candidates, choose_strategy, price, total_bytes
 from onecard.optim.adamw import AdamW
 from onecard.paging.activations import Offload
+from onecard.train import checkpoint as checkpoint_module
+from onecard.train import run as run_module
 from onecard.train import step as step_module
 from onecard.train.loss import IGNORE
 from onecard.train.prepare import choose_memory, prepare
@@ -417,6 +419,38 @@ def test_paged_states_are_the_unpaged_ones_bit_for_bit(
     for (_, a), (_, b) in zip(plain.trainable.items(), paged.trainable.items()):
         mine, theirs = plain.optimizer.state_tensors(a), paged.optimizer.state_tensors(b)
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_the_loss_scale_of_float16_is_that_of_grad_scaler(checkpoint, chats, tmp_path, monkeypatch):
+    """An overflow halves it, and the same update follows; steps without one double it, also over a checkpoint."""
+    monkeypatch.setattr(run_module, "GROWTH_INTERVAL", 3)
+    made, window, num_tokens = make_run(checkpoint, chats, tmp_path, compute_dtype="float16")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
+    made.loss_scale = 2.0**8  # so that what overflows is only what the test fills in
+    weight = torch.nn.Parameter(torch.ones(1))
+    micro_batch = step_module.micro_batch
+
+    def overflowing(run, batch, divisor):
+        loss = micro_batch(run, batch, divisor)
+        if overflows.pop(0):
+            next(iter(run.trainable.values())).grad.fill_(torch.inf)
+        return loss
+
+    monkeypatch.setattr(step_module, "micro_batch", overflowing)
+    for number in range(9):
+        overflows = [number == 4] + [False] * 9
+        fresh_gradients(made, window, num_tokens)
+        for bad in [True, False] if number == 4 else [False]:
+            optimizer = torch.optim.SGD([weight])
+            weight.grad = torch.full((1,), torch.inf if bad else 1.0)
+            scaler.scale(torch.zeros(1))
+            scaler.step(optimizer)
+            scaler.update()
+        assert made.loss_scale == scaler.get_scale(), number
+        made.step = number + 1
+        checkpoint_module.checkpoint(made, tmp_path / "c")
+        made.num_finite_steps, made.loss_scale = 99, 1.0
+        checkpoint_module.resume(made, checkpoint_module.load_newest(tmp_path / "c"))
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"])
