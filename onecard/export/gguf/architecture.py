@@ -22,6 +22,7 @@ from onecard.errors import UserError
 from onecard.export.gguf.families import EPSILONS, FAMILIES, GEMMAS, LAYERS_27B, NO_ROPE_PERIOD, WINDOW_PERIOD
 
 PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # of a stack of experts
+TEXT_PART = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")  # before a tensor's name in a multimodal model
 DO = "serve the merged checkpoint with vLLM or transformers instead"
 
 
@@ -29,7 +30,8 @@ class Architecture:
     """A family of models in llama.cpp's terms.
 
     Attributes:
-        config: transformers' config, with all its defaults.
+        config: transformers' config, with all its defaults; of the text part, if `is_part`.
+        is_tied: whether the head is the embedding.
         head_dim: size of a query, key or value of one head.
         notes: what llama.cpp computes differently, for the user.
     """
@@ -40,11 +42,15 @@ class Architecture:
         Args:
             fields: config.json.
         """
-        self.family = fields["model_type"]
-        if self.family not in FAMILIES:
-            known = ", ".join(FAMILIES)
-            raise UserError(f"the model must be one of {known}", self.family, DO, "config.json: model_type")
-        self.config = config = CONFIG_MAPPING[self.family].from_dict(dict(fields))
+        whole = fields["model_type"]
+        self.is_part = "text_config" in fields and whole in CONFIG_MAPPING
+        read = CONFIG_MAPPING[whole].from_dict(dict(fields)) if self.is_part or whole in FAMILIES else None
+        self.config = config = None if read is None else read.get_text_config()
+        self.family = whole if config is None else config.model_type
+        if config is None or self.family not in FAMILIES:
+            known, found = ", ".join(FAMILIES), f"{whole}, whose text part is {self.family}" if self.is_part else whole
+            raise UserError(f"the model must be one of {known}", found, DO, "config.json: model_type")
+        self.is_tied = read.tie_word_embeddings
         self.facts = FAMILIES[self.family]
         self.arch = self.facts.arch
         self.name = gguf.MODEL_ARCH_NAMES[self.arch]
@@ -59,7 +65,7 @@ class Architecture:
         window = getattr(config, "sliding_window", None)
         counts = (getattr(config, key, 0) for key in ("num_local_experts", "num_experts"))
         self.num_experts = next((count for count in counts if count), 0)
-        self.notes: list[str] = []
+        self.notes = [f"the file has the text part of {whole}; images need llama.cpp's own mmproj file"] * self.is_part
         if self.facts.ignores_window and window and window < config.max_position_embeddings:
             self.notes.append(f"llama.cpp attends to the whole context, the model to its last {window:,} tokens")
 
@@ -70,8 +76,10 @@ class Architecture:
         require(activation in self.facts.activations, "hidden_act", activation)
         kind = self.rope.get("rope_type", "default")
         require(kind in self.facts.ropes, "rope_type", kind)
+        if self.is_part and self.family == "gemma3_text":  # the whole model does not cap its logits
+            require(not config.final_logit_softcapping, "final_logit_softcapping", config.final_logit_softcapping)
         for key, value in self.facts.needs.items():
-            found = getattr(config, key, None)
+            found = self.is_tied if key == "tie_word_embeddings" else getattr(config, key, None)
             require(found == value or (not found and not value), key, found)
         period = NO_ROPE_PERIOD.get(self.family)
         if period:
@@ -103,7 +111,12 @@ class Architecture:
 
     def tensor_name(self, name: str) -> str | None:
         """Return a tensor's name in the file; None for a tensor that is not written."""
-        if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and self.config.tie_word_embeddings):
+        if self.is_part:
+            name, count = TEXT_PART.subn("", name)
+            if not count and name != "lm_head.weight":
+                return None
+            name = name if name.startswith("lm_head.") else f"model.{name}"
+        if name.endswith(".rotary_emb.inv_freq") or (name == "lm_head.weight" and self.is_tied):
             return None
         found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:

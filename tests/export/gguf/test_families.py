@@ -1,10 +1,13 @@
 """Exact: tensors and numbers of more families. No worse than F16: logits in llama.cpp, where it is installed."""
 
+import json
+from importlib.util import find_spec
+
 import gguf
 import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from onecard.config import DataConfig, ExportConfig, GgufConfig
 from onecard.data.load import load_dataset
@@ -14,8 +17,9 @@ from onecard.export.gguf.importance import importance_of
 from onecard.export.gguf.writer import export_gguf
 from onecard.hf.load import load_tokenizer
 from tests import conftest
-from tests.conftest import make_checkpoint
+from tests.conftest import make_checkpoint, make_tokenizer
 from tests.export.gguf.test_gguf import CASES
+from tests.families.build import make_family
 
 GRANITE = {
     "attention_multiplier": 0.3,
@@ -80,6 +84,18 @@ def logits(model, ids):
     return model(torch.tensor([ids])).logits[0].float().numpy()
 
 
+def in_llama_cpp(file, ids):
+    """Logits of llama.cpp."""
+    import llama_cpp  # type: ignore
+
+    threads = {"n_threads": 1, "n_threads_batch": 1}
+    model = llama_cpp.Llama(str(file), n_ctx=64, logits_all=True, verbose=False, **threads)
+    model.eval(ids)
+    found = np.array(model.scores[: len(ids)])
+    model.close()
+    return found
+
+
 @pytest.mark.parametrize("family", READ)
 def test_transformers_reads_the_same_model(family, make, tmp_path):
     model = make(family)
@@ -94,16 +110,12 @@ def test_transformers_reads_the_same_model(family, make, tmp_path):
 @pytest.mark.parametrize("family", SETTINGS)
 def test_llama_cpp_computes_the_same_logits(family, make, tmp_path):
     """Its products have factors in F16: errors of 2^-11 of a logit's size, of some 20 products one after another."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     folder = make(family)
     export(folder, tmp_path / "m.gguf", "f16")
     ids = [(7 * i * i + 3 * i + 5) % 300 for i in range(60)]
     wanted = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
-    threads = {"n_threads": 1, "n_threads_batch": 1}
-    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, logits_all=True, verbose=False, **threads)
-    model.eval(ids)
-    found = np.array(model.scores[: len(ids)])
-    model.close()
+    found = in_llama_cpp(tmp_path / "m.gguf", ids)
     assert np.sqrt(np.square(found - wanted).mean()) < 20 * 2**-11 * wanted.std()
 
 
@@ -184,3 +196,54 @@ def test_importance_of_experts_is_of_their_own_tokens(make, tmp_path, chats):
 def test_what_llama_cpp_would_not_compute_is_refused(family, settings, match, make, tmp_path):
     with pytest.raises(UserError, match=match):
         export(make(family, **settings), tmp_path / "m.gguf")
+
+
+@pytest.fixture
+def make_whole(tmp_path):
+    """Makes a multimodal checkpoint with our tokenizer; `text` are settings of its text part."""
+
+    def make_whole(family, **text):
+        folder = make_family(tmp_path / "whole", family)
+        make_tokenizer().save_pretrained(folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"] |= text
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    return make_whole
+
+
+GEMMA3 = {"final_logit_softcapping": None, "attn_logit_softcapping": None, "query_pre_attn_scalar": 16}
+
+
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [("gemma3", GEMMA3), ("mistral3", {"sliding_window": None}), ("llava", {}), ("internvl", {})],
+    ids=["gemma3", "mistral3", "llava", "internvl"],
+)
+def test_the_text_part_of_a_multimodal_model(family, text, make_whole, tmp_path):
+    """The file has the text part's tensors only; transformers, and llama.cpp if it is there, compute its logits."""
+    folder = make_whole(family, **text)
+    written = export(folder, tmp_path / "m.gguf", "f16")
+    assert f"the text part of {family}" in written.notes[0]
+    names = tensors_of(tmp_path / "m.gguf")
+    assert all(name.startswith(("blk.", "token_embd.", "output")) for name in names) and len(names) > 18
+    ids = [(7 * i * i + 3 * i + 5) % 200 + 20 for i in range(60)]
+    wanted = logits(AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32), ids)
+    config = (
+        AutoConfig.from_pretrained(folder).get_text_config() if family == "gemma3" else None
+    )  # it reads parts of it
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", config=config, dtype=torch.float32)
+    found = [logits(read, ids)]
+    if find_spec("llama_cpp"):
+        found.append(in_llama_cpp(tmp_path / "m.gguf", ids))
+    for each in found:
+        assert np.sqrt(np.square(each - wanted).mean()) < 20 * 2**-11 * wanted.std()
+
+
+@pytest.mark.parametrize(
+    ("family", "match"), [("gemma3", "final_logit_softcapping"), ("qwen2_5_vl", "qwen2_5_vl_text")]
+)
+def test_multimodal_models_that_are_refused(family, match, make_whole, tmp_path):
+    with pytest.raises(UserError, match=match):
+        export(make_whole(family), tmp_path / "m.gguf")
