@@ -204,6 +204,11 @@ class PlanInputs:
         """Number of weights of each linear and stack in 4 bits, by its weight's name."""
         return {name: linear.weight.numel() for name, linear in self.model.quantized.items()}
 
+    @cached_property
+    def num_linear_weights(self) -> int:
+        """Number of weights of all linears."""
+        return sum(linear.weight.numel() for linear in self.model.linears.values())
+
     def scale_bytes(self, name: str) -> tuple[int, int]:
         """Return the bytes of a weight's scales, and of double quantization's own scales and offset."""
         if name in self.model.mxfp4 or self.config.quant_type == "mxfp4":

@@ -15,6 +15,7 @@ from onecard.adapter.targets import check_names
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import pick_compute_dtype
+from onecard.hf.skeleton import Model
 from onecard.hf.tokens import read_tokens
 from onecard.memory.inputs import MemoryStrategy, PlanInputs, Term
 from onecard.memory.model import find_model
@@ -25,6 +26,31 @@ from onecard.memory.terms import CUDA_CONTEXT, Method, disk_terms, plan_terms
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "generate")
 LENGTH_STEP = 64  # step of the search for the largest context that fits
 MOST_ROWS = 4096
+OF_MODEL = (
+    "device",
+    "adapted",
+    "ranks",
+    "lora_shapes",
+    "lora_sizes",
+    "num_shapes",
+    "num_adapted_widths",
+    "num_expert_shapes",
+    "intermediate",
+    "num_lora",
+    "row_shapes",
+    "num_row_weights",
+    "saved_sizes",
+    "num_saved",
+    "expert_factors",
+    "sizes",
+    "num_linear_weights",
+    "num_met",
+    "pages",
+    "smallest_budget",
+    "state_sizes",
+    "layer",
+    "unpaged_bytes",
+)  # properties of PlanInputs that no setting of rows changes
 ASSUMED_LABELS = {"classification": ("0", "1"), "reward": ("reward",)}  # the data tells the true ones
 
 
@@ -121,6 +147,19 @@ def plan(
             f"give at most --max-seq-length {known.longest_context}",
             "max_seq_length",
         )
+    return plan_model(known, config, method, device_memory_bytes)
+
+
+def plan_model(
+    known: Model, config: TrainConfig, method: Method = "qlora", limit: int | None = None, searches: bool = True
+) -> Plan:
+    """Same as `plan`, for a model that is already found.
+
+    Args:
+        limit: the memory of the device, in bytes.
+        searches: whether to search for the largest context and batch, and for changes that make the run fit. The
+            searches take most of the time.
+    """
     check_names(known, config)
     num_new = sum(len(read_tokens(named)) for named in (config.add_tokens, config.add_special_tokens))
     inputs = PlanInputs(known, config, torch.bfloat16, num_new_tokens=num_new, num_processes=num_processes)
@@ -131,16 +170,18 @@ def plan(
             f"name some of {', '.join(sorted({name.split('.')[-2] for name in known.linears}))}",
             "target_modules",
         )
-    if model.lower() not in KNOWN or config.compute_dtype != "auto":
+    if config.model.lower() not in KNOWN or config.compute_dtype != "auto":
         inputs = replace(inputs, dtype=pick_compute_dtype(config.compute_dtype, torch.device(inputs.device)))
-    if device_memory_bytes is None or method != "qlora":
-        found = Plan(plan_terms(inputs, method), device_memory_bytes)
-        return (
-            found if device_memory_bytes is None else with_largest(found, inputs, fits_as(method, device_memory_bytes))
-        )
-    strategy = strategy_within(inputs, device_memory_bytes)
-    found = with_largest(fitted(inputs, strategy, device_memory_bytes), inputs, fits_as(method, device_memory_bytes))
-    return found if found.fits else replace(found, changes=changes(inputs, device_memory_bytes, found))
+    if limit is None:
+        return Plan(plan_terms(inputs, method))
+    if method != "qlora":
+        found = Plan(plan_terms(inputs, method), limit)
+        return with_largest(found, inputs, fits_as(method, limit)) if searches else found
+    found = fitted(inputs, strategy_within(inputs, limit), limit)
+    if not searches:
+        return found
+    found = with_largest(found, inputs, fits_as(method, limit))
+    return found if found.fits else replace(found, changes=changes(inputs, limit, found))
 
 
 def fitted(inputs: PlanInputs, strategy: MemoryStrategy, limit: int, paged_from_file: bool = True) -> Plan:
@@ -172,7 +213,12 @@ def fits_as(method: Method, limit: int) -> Fits:
 
 
 def changed(inputs: PlanInputs, **fields: Any) -> PlanInputs:
-    return replace(inputs, config=inputs.config.model_copy(update=fields))
+    """Return the inputs with other settings. What follows from the model and the adapter alone is not computed again if
+    the settings are only those of rows."""
+    made = replace(inputs, config=inputs.config.model_copy(update=fields))
+    if fields.keys() <= {"max_seq_length", "per_device_train_batch_size"}:
+        vars(made).update({name: value for name, value in vars(inputs).items() if name in OF_MODEL})
+    return made
 
 
 def with_largest(found: Plan, inputs: PlanInputs, fits: Fits) -> Plan:

@@ -120,7 +120,7 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
     if again:
         num_bytes = tokens * waiting * layer.hidden + whole + ends
         last = activations(num_bytes, input_formula, f"{layer.formula} + 2 f + {2 + num_ends} d")
-        weights = inputs.c * sum(linear.weight.numel() for linear in inputs.model.linears.values()) // layers
+        weights = inputs.c * inputs.num_linear_weights // layers
         saved_weights = [Term("a layer's weights", weights, "c P_q / L")] if strategy.keep_dequantized_weights else []
         moments.append([so_far(stay / layers), last, *saved_weights])
     if inputs.num_saved and inputs.c < 4:

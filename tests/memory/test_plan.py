@@ -12,13 +12,15 @@ from transformers import AutoConfig
 
 import onecard
 from onecard.adapter.layers import lora_config
-from onecard.config import LoraSettings, parse_bytes
+from onecard.config import LoraSettings, TrainConfig, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.skeleton import Model, meta_model
 from onecard.kernels.cpu import native
-from onecard.memory.model import known_config
-from onecard.memory.plan import plan
+from onecard.memory.inputs import PlanInputs
+from onecard.memory.model import find_model, known_config
+from onecard.memory.plan import OF_MODEL, changed, plan, plan_model
 from onecard.memory.shapes import KNOWN
+from onecard.memory.terms import plan_terms
 from onecard.nn.experts import weights_of
 from onecard.optim.adamw import AdamW
 from tests.conftest import EXPERT_FAMILIES, make_checkpoint
@@ -51,6 +53,29 @@ def test_a_plan_counts_every_weight_of_a_public_model(name):
 
 def test_every_known_name_has_its_published_size():
     assert KNOWN.keys() == BILLIONS.keys()
+
+
+@pytest.mark.parametrize("name", ["gpt-oss-20b", "llama-3.2-1b"])
+@pytest.mark.parametrize("fields", [{"max_seq_length": 64}, {"per_device_train_batch_size": 7}])
+def test_what_a_change_of_rows_does_not_compute_again_is_the_same(name, fields):
+    """Some of it has no equality, such as a term's activations: the terms are compared, too."""
+    own = {"target_parameters": ["down_proj"]} if name == "gpt-oss-20b" else {"use_dora": True}
+    more = {"data": "-", "model": name, "r": 8, **own}
+    before = PlanInputs(find_model(name), TrainConfig(**more), torch.bfloat16)
+    for each in OF_MODEL:
+        getattr(before, each)
+    found, fresh = changed(before, **fields), PlanInputs(before.model, TrainConfig(**more, **fields), torch.bfloat16)
+    assert set(OF_MODEL) <= vars(found).keys()
+    assert all(getattr(found, each) == getattr(fresh, each) for each in OF_MODEL)
+    assert plan_terms(found) == plan_terms(fresh) != plan_terms(before)
+    assert changed(before, r=16, **fields).num_lora > before.num_lora  # not only rows
+
+
+def test_a_plan_without_its_searches_is_the_same_plan():
+    known, config = find_model("llama-3.2-1b"), TrainConfig(data="-", model="llama-3.2-1b")
+    fast, whole = (plan_model(known, config, "qlora", 3 << 30, searches) for searches in (False, True))
+    assert fast.terms == whole.terms and fast.choice == whole.choice and fast.time == whole.time
+    assert fast.largest_length is None and whole.largest_length
 
 
 def test_the_terms_of_a_loaded_model(checkpoint):
