@@ -123,12 +123,16 @@ def smooth(values: list[float]) -> list[float]:
 
     A straight line stays unchanged, also at the ends: there is no lag and no bias. A loss falls fastest at the start,
     so the window is narrow there: an eighth of the steps before, at most a twentieth of all and `MOST_NEIGHBOURS`.
+    Where the window is whole, the fit at its middle is the weighted mean: one convolution.
     """
     import numpy
 
-    y, out = numpy.asarray(values, dtype=float), []
+    y = numpy.asarray(values, dtype=float)
     widest = min(max(len(values) // 20, 2), MOST_NEIGHBOURS)
-    for at in range(len(y)):
+    weight = widest + 1 - numpy.abs(numpy.arange(-widest, widest + 1.0))
+    out = numpy.convolve(y, weight / weight.sum(), "same") if len(y) > 2 * widest else numpy.zeros_like(y)
+    first_whole, after_whole = max(8 * (widest - 1), widest), len(y) - widest
+    for at in (*range(min(first_whole, len(y))), *range(max(after_whole, first_whole), len(y))):
         half = min(widest, 1 + at // 8)
         distance = numpy.arange(max(-half, -at), min(half, len(y) - 1 - at) + 1)
         weight = 1 - numpy.abs(distance) / (half + 1)
@@ -137,8 +141,8 @@ def smooth(values: list[float]) -> list[float]:
         centred = distance - mean
         spread = (weight * centred**2).sum()
         slope = (weight * centred * near).sum() / spread if spread else 0.0
-        out.append(float((weight * near).sum() / weight.sum() - slope * mean))
-    return out
+        out[at] = (weight * near).sum() / weight.sum() - slope * mean
+    return out.tolist()
 
 
 def limits(losses: list[float], checked: list[float]) -> tuple[float, float]:

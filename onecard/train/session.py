@@ -58,6 +58,7 @@ from onecard.train.preference import Preference
 from onecard.train.prepare import Prepared, make_loader, prepare
 from onecard.train.progress import Progress
 from onecard.train.ranks import Ranks, is_sharded, join, leave, together
+from onecard.train.record import end_of_record, write_record
 from onecard.train.reference import reference_identity, set_references
 from onecard.train.report import write_report
 from onecard.train.result import Result
@@ -106,7 +107,8 @@ def run_training(
         UserError: an input is wrong; raised before training where possible.
     """
     ranks = join(config.device)
-    with lock_output(Path(config.output), resuming, ranks.is_first), together(whole_run=True):
+    output = Path(config.output)
+    with lock_output(output, resuming, ranks.is_first), end_of_record(output, ranks), together(whole_run=True):
         result = run_locked(config, resuming, console, report_extra, answers, make_base, ranks)
     leave(ranks)
     return result
@@ -326,6 +328,7 @@ def train_shown(
     metrics: Metrics | Rows = Rows()
     if run.ranks.is_first:
         metrics = Metrics(output, run.config.loggers, run.config.model_dump(), run.step, score_columns(run.config))
+        write_record(prepared, run)
     try:
         planned, process = prepared.plan.measured_bytes, prepared.process_bytes
         with Progress(console, run.num_steps, run.step, planned, process) as progress:

@@ -1,0 +1,122 @@
+"""run.json in a run's output folder: which process runs it, how it was started, its settings, its plan, how it ended.
+
+`onecard studio` reads it. It is written when the training begins, so that a run which fails before leaves no file. A
+killed process leaves the state "running". Its number and its start time together tell whether it still runs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from onecard.documents import Own, hold, read_object
+from onecard.errors import Stopped, UserError, first_line
+from onecard.faults import about
+from onecard.train.metrics import replace_text
+from onecard.train.prepare import Prepared
+from onecard.train.ranks import Ranks
+from onecard.train.run import Run
+from onecard.train.signals import Signalled
+
+FILE = "run.json"
+
+
+class Record(Own):
+    """What a run says of itself.
+
+    Attributes:
+        pid, process_started: of the first process, and when the system started it, in seconds since 1970.
+        command: its words, as in sys.argv; folder: where it was given.
+        began: when the training began or went on, in seconds since 1970.
+        num_processes: those of torchrun; 1 without it.
+        plan: name, bytes and formula of each term; planned_bytes: their sum as it is measured.
+        process_bytes: memory of the process itself, which a plan does not count.
+        message: of the error that ended the run.
+    """
+
+    state: Literal["running", "finished", "stopped", "failed"]
+    pid: int
+    process_started: float
+    command: list[str]
+    folder: str
+    began: float
+    num_processes: int
+    num_steps: int
+    first_step: int
+    config: dict[str, Any]
+    plan: list[tuple[str, int, str]]
+    planned_bytes: int
+    process_bytes: int
+    choice: str
+    message: str | None = None
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the process of the run is alive, and not another one that has its number now."""
+        if self.state != "running":
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.process_started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.Error:
+            return False
+
+
+def write_record(prepared: Prepared, run: Run) -> None:
+    """Write the record of a run that begins its training."""
+    plan = prepared.plan
+    record = Record(
+        state="running",
+        pid=os.getpid(),
+        process_started=psutil.Process().create_time(),
+        command=sys.argv,
+        folder=os.getcwd(),
+        began=time.time(),
+        num_processes=run.ranks.count,
+        num_steps=run.num_steps,
+        first_step=run.step,
+        config=prepared.config.model_dump(mode="json"),
+        plan=[(term.name, term.num_bytes, term.formula) for term in plan.terms],
+        planned_bytes=plan.measured_bytes,
+        process_bytes=prepared.process_bytes,
+        choice=plan.choice or "",
+    )
+    replace_text(Path(prepared.config.output) / FILE, record.model_dump_json(indent=1))
+
+
+def read_record(output: Path) -> Record | None:
+    """Read the record of a run; None if there is none. Raises UserError if it is damaged."""
+    path = output / FILE
+    if not path.is_file():
+        return None
+    content = read_object(path, "leave this folder out, or remove the file")
+    content["plan"] = [tuple(term) if isinstance(term, list) else term for term in content.get("plan") or []]
+    return hold(Record, content, str(path), "leave this folder out, or remove the file")
+
+
+@contextmanager
+def end_of_record(output: Path, ranks: Ranks) -> Iterator[None]:
+    """Write into the record how the block ended, if this process has written one."""
+    state, message = "finished", None
+    try:
+        yield
+    except (Stopped, Signalled, KeyboardInterrupt):
+        state = "stopped"
+        raise
+    except BaseException as error:
+        state, message = "failed", str(error) if isinstance(error, UserError) else first_line(error)
+        raise
+    finally:
+        if ranks.is_first:
+            with suppress(OSError, UserError), about(output / FILE):
+                record = read_record(output)
+                if record is not None and record.pid == os.getpid() and record.state == "running":
+                    ended = record.model_copy(update={"state": state, "message": message})
+                    replace_text(output / FILE, ended.model_dump_json(indent=1))
