@@ -30,6 +30,7 @@ ORDER = [
     "demo",
     "terminal",
     "api",
+    "studio",
     "cli",
 ]
 

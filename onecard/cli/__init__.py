@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from cyclopts import CycloptsError
 
-from onecard.cli import answering, training, writing  # noqa: F401  # they register the commands
+from onecard.cli import answering, page, training, writing  # noqa: F401  # they register the commands
 from onecard.cli.app import app
 from onecard.errors import UserError
 from onecard.terminal import process_number, run_app

@@ -17,6 +17,7 @@ from onecard.config import (
     SamplingConfig,
     ServeConfig,
     StoredConfig,
+    StudioConfig,
     TrainConfig,
 )
 from onecard.terminal import partial
@@ -31,7 +32,7 @@ app = App(
 )
 if TYPE_CHECKING:
     TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
-    QuantizeFields = ReadFields = SamplingFields = DataWords = TokenWords = Any
+    QuantizeFields = ReadFields = SamplingFields = DataWords = TokenWords = StudioFields = Any
 else:
     flags = Parameter(name="*", negative_iterable=(), consume_multiple=True)
     TrainFields = Annotated[partial(TrainConfig) | None, flags]
@@ -41,6 +42,7 @@ else:
     TokenWords = Annotated[list[str] | None, Parameter(consume_multiple=True, negative_iterable=())]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]
     SamplingFields = Annotated[partial(SamplingConfig) | None, flags]
+    StudioFields = Annotated[partial(StudioConfig) | None, flags]
     QuantFields = Annotated[partial(LoadConfig) | None, flags]
     QuantizeFields = Annotated[partial(QuantizeConfig) | None, flags]
     StoredFields = Annotated[partial(StoredConfig) | None, flags]

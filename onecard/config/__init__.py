@@ -51,6 +51,7 @@ from onecard.config.quant import (
     StoredConfig,
 )
 from onecard.config.strict import Strict, is_loopback, make_config, parse_bytes
+from onecard.config.studio import StudioConfig
 from onecard.config.train import MemorySettings, PlanConfig, TrainConfig
 
 __all__ = [
@@ -102,6 +103,7 @@ __all__ = [
     "Source",
     "StoredConfig",
     "Strict",
+    "StudioConfig",
     "TrainConfig",
     "TrainOn",
     "eval_key",

@@ -60,13 +60,17 @@ class Record(Own):
     @property
     def is_running(self) -> bool:
         """Whether the process of the run is alive, and not another one that has its number now."""
-        if self.state != "running":
-            return False
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.process_started) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.Error:
-            return False
+        return self.state == "running" and process_of(self.pid, self.process_started) is not None
+
+
+def process_of(pid: int, process_started: float) -> psutil.Process | None:
+    """Return the process with this number, if it is the one that started then and has not ended."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - process_started) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        return process if same else None
+    except psutil.Error:
+        return None
 
 
 def write_record(prepared: Prepared, run: Run) -> None:
