@@ -2,6 +2,7 @@
 import uPlot from "./vendor/uplot.js";
 import { html, useEffect, useRef } from "./vendor/preact-htm.js";
 import { short } from "./parts.js";
+import { language, t } from "./words.js";
 
 const sync = uPlot.sync("steps");
 export const colour = (i) => getComputedStyle(document.documentElement).getPropertyValue(`--run-${i % 8}`).trim();
@@ -11,7 +12,7 @@ const ink = (name) => getComputedStyle(document.documentElement).getPropertyValu
 export function Chart({ title, series, format = short, height = 220, onRange, theme }) {
   const place = useRef(null);
   const plot = useRef(null);
-  const key = series.map((each) => `${each.label}|${each.kind}|${each.run}`).join(";") + theme + title;
+  const key = series.map((each) => `${each.label}|${each.kind}|${each.run}`).join(";") + theme + title + language();
   const data = () => uPlot.join(series.map((each) => [each.x, each.y])); // null, a NaN, is a gap; a step of other runs is not
 
   useEffect(() => {
@@ -30,7 +31,7 @@ export function Chart({ title, series, format = short, height = 220, onRange, th
       scales: { x: { time: false } },
       axes: [{ ...axis, values: (_, ticks) => ticks.map((v) => (Number.isInteger(v) ? v.toLocaleString("en") : "")) },
         { ...axis, size: 72, values: (_, ticks) => ticks.map((v) => format(v)) }],
-      series: [{ label: "step", value: (_, v) => v ?? "–" }, ...series.map(style)],
+      series: [{ label: t("step"), value: (_, v) => v ?? "–" }, ...series.map(style)],
       cursor: { sync: { key: sync.key }, drag: { x: true, y: false, setScale: false } },
       legend: { live: true },
       hooks: {

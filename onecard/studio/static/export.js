@@ -34,7 +34,7 @@ export function Export({ state }) {
     <form class="card" onSubmit=${(e) => { e.preventDefault(); start(); }}>
       <div class="grid">
         <${Field} label=${t("target")}><select value=${form.format} onChange=${set("format")}>${["merge", "gguf", "gptq", "awq"].map((name) => html`<option key=${name} value=${name}>${t(name)}</option>`)}</select><//>
-        <${Field} label=${t("tunedRun")}><select onChange=${(e) => pick(e.target.value)}><option value="">${t("own")}</option>${tuned.map((each) => html`<option key=${each.name} value=${each.name}>${each.name}</option>`)}</select><//>
+        <${Field} label=${t("tunedRun")}><select id="export-tuned" onChange=${(e) => pick(e.target.value)}><option value="">${t("own")}</option>${tuned.map((each) => html`<option key=${each.name} value=${each.name}>${each.name}</option>`)}</select><//>
         <${Path} label=${t("model")} kind="model" value=${form.model} onChange=${set("model")} />
         <${Path} label=${t("adapter")} kind="adapter" value=${form.adapter} onChange=${set("adapter")} />
         <${Path} id="export-output" label=${t("output")} kind="folder" value=${form.output} onChange=${set("output")} />
@@ -44,7 +44,7 @@ export function Export({ state }) {
       <${Fault} error=${error} />
       <p class="go"><button type="submit" class="primary" disabled=${!form.model || !form.output}>${t("write")}</button></p>
     </form>
-    ${jobs.length > 0 && html`<section class="card"><h2>${t("exports")}</h2><div class="scroll"><table class="runs"><thead><tr><th>${t("output")}</th><th>${t("state")}</th><th>${t("written")}</th><th>${t("actions")}</th></tr></thead>
+    ${jobs.length > 0 && html`<section class="card"><h2>${t("exports")}</h2><div class="scroll" tabindex="0"><table class="runs"><thead><tr><th>${t("output")}</th><th>${t("state")}</th><th>${t("written")}</th><th>${t("actions")}</th></tr></thead>
       <tbody>${jobs.map((each) => html`<tr key=${each.name} class=${`state-${each.state}`}><td data-label=${t("output")}><strong>${each.output}</strong><small><code>${each.line}</code></small></td>
         <td data-label=${t("state")}><span class="state">${t(each.state)}</span></td><td data-label=${t("written")}>${bytes(each.written_bytes)}</td>
         <td data-label=${t("actions")}><button type="button" aria-label=${`${t("log")} ${each.output}`} onClick=${() => setShown(each.name)}>${t("log")}</button></td></tr>`)}</tbody></table></div></section>`}

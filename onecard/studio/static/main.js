@@ -32,8 +32,8 @@ function App() {
   }, []);
   useEffect(() => { document.title = `${t(view)} · onecard studio`; });
   return html`
-    <a class="skip" href=${`#/${view}`} onClick=${() => document.getElementById("content").focus()}>${t("skip")}</a>
     <header class="top">
+      <a class="skip" href=${`#/${view}`} onClick=${() => document.getElementById("content").focus()}>${t("skip")}</a>
       <strong>onecard <span>studio</span></strong>
       <nav>${Object.keys(VIEWS).map((name) => html`<a key=${name} href=${`#/${name}`} aria-current=${name === view ? "page" : null}>${t(name)}</a>`)}</nav>
       <div class="choices">

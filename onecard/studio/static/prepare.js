@@ -121,16 +121,19 @@ const defaultOf = (info, name) => String(info?.settings.find((each) => each.name
 function Plan({ plan, searched, isCurrent, limit }) {
   const found = plan.value;
   if (!found) return html`<section class="card"><h2>${t("plan")}</h2><${Fault} error=${plan.error} /></section>`;
-  const whole = Math.max(found.total_bytes, limit), width = (size) => `${(100 * size) / whole}%`;
+  // A run that takes little of the card has its terms enlarged, under a gauge of the whole card.
+  const isSmall = found.total_bytes < 0.25 * limit, whole = isSmall ? found.total_bytes : Math.max(found.total_bytes, limit);
+  const width = (size) => `${(100 * size) / whole}%`;
   return html`<section class=${`card plan ${found.fits === false ? "over" : ""}`}><header><h2>${t("plan")}</h2>
       <small>${t("planIn")} <span id="plan-time">${Math.round(plan.milliseconds)}</span> ms</small></header>
     <${Fault} error=${plan.error} />
     <p class="verdict" aria-live="polite"><strong>${bytes(found.total_bytes)}</strong> ${t("of")} ${bytes(limit)}: ${found.fits ? t("fits") : t("doesNotFit")}</p>
     <div class="bar" role="img" aria-label=${found.terms.map((term) => `${term.name} ${bytes(term.num_bytes)}`).join(", ")}>
       ${found.terms.map((term, i) => html`<i key=${term.name} class=${`term-${i % 12}`} style=${{ width: width(term.num_bytes) }} title=${`${term.name}: ${bytes(term.num_bytes)}`}></i>`)}
-      ${limit > 0 && html`<b style=${{ left: width(limit) }}></b>`}</div>
+      ${limit > 0 && !isSmall && html`<b style=${{ left: width(limit) }}></b>`}</div>
+    ${isSmall && html`<div class="bar gauge" aria-hidden="true"><i class="term-0" style=${{ width: `${(100 * found.total_bytes) / limit}%` }}></i></div>`}
     <p>${found.choice}</p>
-    <div class="scroll"><table class="terms"><tbody>${found.terms.map((term, i) => html`<tr key=${term.name}><th scope="row"><i class=${`chip term-${i % 12}`}></i> ${term.name}</th><td>${bytes(term.num_bytes)}</td><td class="formula"><small>${term.formula}</small></td></tr>`)}</tbody></table></div>
+    <div class="scroll" tabindex="0"><table class="terms"><tbody>${found.terms.map((term, i) => html`<tr key=${term.name}><th scope="row"><i class=${`chip term-${i % 12}`}></i> ${term.name}</th><td>${bytes(term.num_bytes)}</td><td class="formula"><small>${term.formula}</small></td></tr>`)}</tbody></table></div>
     ${isCurrent && searched?.largest_length !== undefined && searched?.largest_length !== null && html`<p>${t("largest")}: ${searched.largest_length.toLocaleString("en")} ${t("tokens")}, ${searched.largest_batch.toLocaleString("en")} ${t("rows")}</p>`}
     ${isCurrent && searched?.changes.length > 0 && html`<p>${t("change")}:</p><ul>${searched.changes.map((each) => html`<li key=${each.setting}><code>${each.setting}</code> (${short(each.time)} ${t("times")})</li>`)}</ul>`}
     <p class="note">${t("assumed")}</p></section>`;
@@ -140,7 +143,7 @@ function Preview({ found }) {
   const counts = { ...found.counts, [t("supervised")]: percent(found.share_supervised), [t("truncated")]: percent(found.share_truncated), [t("packed")]: `${found.rows.toLocaleString("en")}, ${percent(found.share_filled)} ${t("full")}` };
   return html`
     <dl class="counts">${Object.entries(counts).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${typeof value === "number" ? value.toLocaleString("en") : value}</dd></div>`)}</dl>
-    ${found.sources.length > 0 && html`<div class="scroll"><table><thead><tr>${Object.keys(found.sources[0]).map((name) => html`<th key=${name}>${name}</th>`)}</tr></thead>
+    ${found.sources.length > 0 && html`<div class="scroll" tabindex="0"><table><thead><tr>${Object.keys(found.sources[0]).map((name) => html`<th key=${name}>${name}</th>`)}</tr></thead>
       <tbody>${found.sources.map((row) => html`<tr key=${row.source}>${Object.entries(row).map(([name, cell]) => html`<td key=${name}>${cell}</td>`)}</tr>`)}</tbody></table></div>`}
     ${found.notices.map((notice) => html`<p class="note" key=${notice}>${notice}</p>`)}
     ${found.num_bad > 0 && html`<div class="fault"><p>${t("badRows")}: ${found.num_bad.toLocaleString("en")}</p><ul>${found.bad.map((error) => html`<li key=${error.where}><code>${error.where}</code> ${error.must}; ${t("found")}: ${error.found}</li>`)}</ul></div>`}

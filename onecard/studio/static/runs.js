@@ -58,7 +58,7 @@ export function Runs({ state, info, isShown, theme }) {
     <h1>${t("runs")} <small>${info?.root}</small></h1>
     ${state?.is_cut && html`<p class="note">${t("isCut")}</p>`}
     <${Fault} error=${error ?? failed} />
-    <div class="scroll"><table class="runs"><thead><tr>
+    <div class="scroll" tabindex="0"><table class="runs"><thead><tr>
       <th>${t("show")}</th><th>${t("run")}</th><th>${t("state")}</th><th>${t("step")}</th><th>${t("loss")}</th><th>${t("speed")}</th><th>${t("memory")}</th><th>${t("actions")}</th>
     </tr></thead><tbody>
       ${runs.map((run) => html`<${Row} key=${run.name} run=${run} place=${place(run.name)} onToggle=${() => toggle(run.name)}
@@ -75,7 +75,7 @@ export function Runs({ state, info, isShown, theme }) {
       </div>
       <${Charts} curves=${curves} selected=${selected} runs=${runs} hasRaw=${hasRaw} theme=${theme} onRange=${(a, b) => setRange([a, b])} />
       ${differences && html`<section class="card"><h2>${t("differences")}</h2>${differences.length === 0 ? t("noDifference") : html`
-        <div class="scroll"><table><thead><tr><th>${t("setting")}</th>${recorded.map((name) => html`<th key=${name}><i class=${`chip run-${place(name)}`}></i> ${name}</th>`)}</tr></thead>
+        <div class="scroll" tabindex="0"><table class="differences"><thead><tr><th>${t("setting")}</th>${recorded.map((name) => html`<th key=${name}><i class=${`chip run-${place(name)}`}></i> ${name}</th>`)}</tr></thead>
         <tbody>${differences.map((row) => html`<tr key=${row.name}><th scope="row"><code>${row.name}</code></th>${recorded.map((name) => html`<td key=${name}>${told(row.values[name])}</td>`)}</tr>`)}</tbody></table></div>`}</section>`}
       ${recorded.length === 1 && html`<${Facts} name=${recorded[0]} key=${recorded[0]} />`}`}`;
 }
@@ -124,7 +124,7 @@ function Facts({ name }) {
   useEffect(() => { get("/api/run", { run: name }).then(setFacts, () => setFacts(null)); }, [name]);
   if (!facts) return null;
   return html`<section class="card facts"><h2>${name}</h2><p><code>${facts.path}</code></p>
-    <details><summary>${t("plan")}: ${facts.choice}</summary><div class="scroll"><table><tbody>
+    <details><summary>${t("plan")}: ${facts.choice}</summary><div class="scroll" tabindex="0"><table><tbody>
       ${facts.plan.map(([term, size, formula]) => html`<tr key=${term}><th scope="row">${term}</th><td>${bytes(size)}</td><td><small>${formula}</small></td></tr>`)}</tbody></table></div></details>
     <details><summary>${t("settings")}</summary><pre tabindex="0">${JSON.stringify(facts.config, null, 1)}</pre></details>
     <details><summary>${t("command")}</summary><pre tabindex="0">${facts.command.join(" ")}</pre></details></section>`;
