@@ -147,11 +147,16 @@ def plan(
             f"give at most --max-seq-length {known.longest_context}",
             "max_seq_length",
         )
-    return plan_model(known, config, method, device_memory_bytes)
+    return plan_model(known, config, method, device_memory_bytes, num_processes=num_processes)
 
 
 def plan_model(
-    known: Model, config: TrainConfig, method: Method = "qlora", limit: int | None = None, searches: bool = True
+    known: Model,
+    config: TrainConfig,
+    method: Method = "qlora",
+    limit: int | None = None,
+    searches: bool = True,
+    num_processes: int = 1,
 ) -> Plan:
     """Same as `plan`, for a model that is already found.
 

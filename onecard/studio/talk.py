@@ -15,7 +15,8 @@ from onecard.config import StudioConfig
 from onecard.errors import UserError, first_line
 from onecard.hf.load import load_tokenizer
 from onecard.infer.graphs import make_context
-from onecard.infer.server import Served, Service, make_app, name_models
+from onecard.infer.server import make_app, name_models
+from onecard.infer.service import Served, Service
 from onecard.memory.measure import return_free_memory
 from onecard.terminal import load_base
 
