@@ -44,12 +44,14 @@ class Architecture:
         """
         whole = fields["model_type"]
         self.is_part = "text_config" in fields and whole in CONFIG_MAPPING
-        read = CONFIG_MAPPING[whole].from_dict(dict(fields)) if self.is_part or whole in FAMILIES else None
-        self.config = config = None if read is None else read.get_text_config()
+        read: Any = CONFIG_MAPPING[whole].from_dict(dict(fields)) if self.is_part or whole in FAMILIES else None
+        config: Any = None if read is None else read.get_text_config()
+        self.config = config
         self.family = whole if config is None else config.model_type
         if config is None or self.family not in FAMILIES:
             known, found = ", ".join(FAMILIES), f"{whole}, whose text part is {self.family}" if self.is_part else whole
             raise UserError(f"the model must be one of {known}", found, DO, "config.json: model_type")
+        assert read is not None
         self.is_tied = read.tie_word_embeddings
         self.facts = FAMILIES[self.family]
         self.arch = self.facts.arch
