@@ -3,8 +3,8 @@
     W[n, k] = float32(E2M1[code[n, k]]) * s[n, k // 16],    s = float32(scale) * tensor_scale      (ModelOpt)
                                                             s = float32(scale) / tensor_scale      (compressed-tensors)
 
-s is rounded to float32, and so is the product, which is then rounded once to the checkpoint's 16-bit dtype, as in both
-packages. Two codes are in a byte, the first in the low half:
+s is rounded to float32, and so is the product, which is then rounded once to the checkpoint's 16-bit dtype, as in
+compressed-tensors. Two codes are in a byte, the first in the low half:
 
     ModelOpt            weight (N, K / 2), weight_scale (N, K / 16), weight_scale_2 (one value)
     compressed-tensors  weight_packed (N, K / 2), weight_scale (N, K / 16), weight_global_scale (one value)
