@@ -128,6 +128,12 @@ class TokenizerDocument(TokenDocument):
     additional_special_tokens: list[Token] | None = None
 
 
+class ProcessorTemplate(Foreign):
+    """chat_template.json, in which processors of transformers before 4.52 had the chat template."""
+
+    chat_template: str
+
+
 def read_model_document(folder: Path) -> dict[str, Any]:
     """Read and check config.json. Raises UserError if it is not a model's."""
     path, do = folder / "config.json", "write it with transformers' save_pretrained"
@@ -148,6 +154,12 @@ def read_tokenizer_document(folder: Path) -> TokenizerDocument:
     hold(TokenDocument, read_object(special) if special.is_file() else {}, str(special))
     check_added_tokens(folder / "tokenizer.json")
     return hold(TokenizerDocument, read_object(path, infinities=True) if path.is_file() else {}, str(path))
+
+
+def read_processor_template(folder: Path) -> str | None:
+    """Return the template of chat_template.json; None without that file. Raises UserError."""
+    path = folder / "chat_template.json"
+    return hold(ProcessorTemplate, read_object(path), str(path)).chat_template if path.is_file() else None
 
 
 def check_added_tokens(path: Path) -> None:

@@ -18,7 +18,7 @@ from onecard.config import HEAD, QuantConfig, make_config
 from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint, as_indexed, inspect_checkpoint, zeros_at_end
 from onecard.hf.convert import leave_files, paging, release_file_pages
-from onecard.hf.documents import read_model_document, read_tokenizer_document
+from onecard.hf.documents import read_model_document, read_processor_template, read_tokenizer_document
 from onecard.hf.gguf.folder import check_tokenizer, check_tokens, gguf_folder, is_gguf, source_in
 from onecard.hf.head import causal_head_names, is_headed, model_class, set_pad, start_head
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
@@ -360,6 +360,8 @@ def load_tokenizer(model: str, adapter: str | Path | None = None) -> Any:
     with tokenizing(must, do, str(folder)):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer("a")
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = read_processor_template(folder)  # a processor's, which a tokenizer does not read
     if file is not None and folder != checkpoint:
         check_tokens(file, tokenizer, folder)
     return tokenizer

@@ -142,3 +142,18 @@ def test_a_token_that_cannot_be_turned_into_text_is_an_error_of_its_answer(tmp_p
     text = Text(load_tokenizer(str(tmp_path)))
     with pytest.raises(UserError, match="must turn tokens into text"):
         text.push(number)
+
+
+def test_an_old_processors_template_is_read(tmp_path):
+    tokenizer = make_tokenizer()
+    template, tokenizer.chat_template = tokenizer.chat_template, None
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).chat_template is None
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.chat_template == template
+    loaded.save_pretrained(tmp_path / "adapter")
+    assert load_tokenizer(str(tmp_path), tmp_path / "adapter").chat_template == template
+    (tmp_path / "chat_template.json").write_text('{"chat_template": 3}', encoding="utf-8")
+    with pytest.raises(UserError, match="chat_template"):
+        load_tokenizer(str(tmp_path))
