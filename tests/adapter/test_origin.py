@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import onecard
 from onecard.adapter.load import with_adapter
 from onecard.adapter.origin import FILE, read_origin, stored_as
-from onecard.config import QuantConfig, TrainConfig, make_config
+from onecard.config import LoadConfig, QuantConfig, TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.export.merge.merged import open_merged
 from onecard.export.merge.quantized import quantize_checkpoint
@@ -38,10 +38,10 @@ def test_a_run_writes_what_it_stood_on_and_peft_does_not_mind(trained, checkpoin
 
 def test_what_is_not_given_comes_from_the_run(trained):
     config = stored_as(trained, {"compute_dtype": "float32", "blocksize": 128})
-    assert config == QuantConfig(compute_dtype="float32", **STORED)
+    assert config == LoadConfig(compute_dtype="float32", **STORED)
     with pytest.raises(UserError, match="quant_type fp4"):
         stored_as(trained, {"quant_type": "nf4"})
-    assert stored_as(None, {"quant_type": "int4"}) == QuantConfig(quant_type="int4")
+    assert stored_as(None, {"quant_type": "int4"}) == LoadConfig(quant_type="int4")
 
 
 def test_a_base_stored_otherwise_is_refused(trained, checkpoint):
@@ -50,7 +50,7 @@ def test_a_base_stored_otherwise_is_refused(trained, checkpoint):
         with_adapter(onecard.load_model(str(checkpoint), device="cpu"), str(trained))
     with pytest.raises(UserError, match="quant_type fp4"):
         open_merged(str(checkpoint), str(trained), quant=QuantConfig())
-    assert open_merged(str(checkpoint), str(trained)).quant == QuantConfig(**STORED)
+    assert open_merged(str(checkpoint), str(trained)).quant == LoadConfig(**STORED)
 
 
 def test_another_base_of_the_same_shape_is_refused(trained, checkpoint, tmp_path):
@@ -69,7 +69,7 @@ def test_another_base_of_the_same_shape_is_refused(trained, checkpoint, tmp_path
 def test_the_same_base_in_4_bits_or_other_shards_is_known_again(trained, checkpoint, tmp_path):
     small = quantize_checkpoint(str(checkpoint), str(tmp_path / "small"), QuantConfig(**STORED))
     with_adapter(onecard.load_model(str(small), device="cpu"), str(trained))
-    assert open_merged(str(small), str(trained)).quant == QuantConfig(**STORED)
+    assert open_merged(str(small), str(trained)).quant == LoadConfig(**STORED)
     AutoModelForCausalLM.from_pretrained(checkpoint).save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     open_merged(str(tmp_path / "shards"), str(trained))
     quant = QuantConfig(**{**STORED, "double_quant": True})
@@ -89,4 +89,4 @@ def test_without_the_file_or_with_a_damaged_one(trained, checkpoint, tmp_path):
     (copy / FILE).unlink()
     tuned = with_adapter(onecard.load_model(str(checkpoint), device="cpu", **STORED), str(copy))
     assert tuned(torch.tensor([[5, 6, 7]])).logits.isfinite().all()
-    assert open_merged(str(checkpoint), str(copy)).quant == QuantConfig()
+    assert open_merged(str(checkpoint), str(copy)).quant == LoadConfig()
