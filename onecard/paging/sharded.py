@@ -24,9 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from onecard.nn.experts import weights_of
 from onecard.paging.files import Segment, Spill
-from onecard.paging.weights import Holder, PagedEmbedding, layer_of
+from onecard.paging.weights import Holder, PagedEmbedding, weights_by_layer
 from onecard.quant.state import QuantState
 
 
@@ -113,12 +112,8 @@ class ShardedBase:
         head: tuple[Segment, torch.dtype],
     ) -> None:
         """Have FSDP2 gather the model's layers. `embedding` is the segment and dtype of its values in a file."""
-        groups: dict[str, list[Holder]] = {}
-        for name, module in model.named_modules():
-            for _, weight in weights_of(module):
-                groups.setdefault(layer_of(name), []).append(weight)
         whole = set(model.parameters())
-        for name, weights in groups.items():
+        for name, weights in weights_by_layer(model).items():
             layer = model.get_submodule(name)
             layer.shards = Shards()
             parts = self.joined(layer.shards, weights)

@@ -141,10 +141,7 @@ class PagedBase:
         head: tuple[Segment, torch.dtype],
     ) -> Pager:
         """Page the model's weights. `embedding` and `head` are the segment and dtype of their values in a file."""
-        groups: dict[str, list[Holder]] = {}
-        for name, module in model.named_modules():
-            for _, weight in weights_of(module):
-                groups.setdefault(layer_of(name), []).append(weight)
+        groups = weights_by_layer(model)
         pages = {name: self.page(name, [s for m in linears for s in self.segments[m]])
                  for name, linears in groups.items()}  # fmt: skip
         before, last = model.get_input_embeddings(), model.get_output_embeddings()
@@ -167,6 +164,15 @@ class PagedBase:
     def page(self, name: str, segments: list[Segment]) -> Page:
         pinned = self.device.type == "cuda"
         return Page(name, page_layout(segments)[1], lambda: read_page(segments, pinned))
+
+
+def weights_by_layer(model: nn.Module) -> dict[str, list[Holder]]:
+    """Return the 4-bit weights of each decoder layer, in the model's order."""
+    groups: dict[str, list[Holder]] = {}
+    for name, module in model.named_modules():
+        for _, weight in weights_of(module):
+            groups.setdefault(layer_of(name), []).append(weight)
+    return groups
 
 
 def layer_of(name: str) -> str:

@@ -87,6 +87,15 @@ def write_twins(model, stored, twin, meant, quantization):
     set_quantization(model, quantization)
 
 
+def check_merged_alike(folder, model, twin, base="original"):
+    """The adapter in `folder` is merged into a quantized checkpoint as into its twin; the result is in 16 bits."""
+    for name, path in (("ours", model), ("theirs", twin)):
+        merge(str(path), str(folder / "adapter"), str(folder / f"{name} {base}"), base)
+    ours, theirs = (load_file(folder / f"{name} {base}" / "model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "quantization_config" not in json.loads((folder / f"ours {base}" / "config.json").read_text())
+
+
 def set_quantization(model, quantization):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
@@ -146,11 +155,7 @@ def test_an_adapter_is_merged_into_16_bits(tmp_path):
     with_adapter(load(model), tmp_path / "adapter")
     check_origin(load(model), str(tmp_path / "adapter"))
     for base in ("dequantized", "original"):
-        merge(str(model), str(tmp_path / "adapter"), str(tmp_path / f"fp8 {base}"), base)
-        merge(str(twin), str(tmp_path / "adapter"), str(tmp_path / f"twin {base}"), base)
-        ours, theirs = (load_file(tmp_path / f"{name} {base}" / "model.safetensors") for name in ("fp8", "twin"))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-        assert "quantization_config" not in json.loads((tmp_path / f"fp8 {base}" / "config.json").read_text())
+        check_merged_alike(tmp_path, model, twin, base)
     assert before == {path.name: path.read_bytes() for path in model.iterdir()}
     other, _ = make_fp8(tmp_path / "other", change=lambda t: t[f"{Q}_scale_inv"].mul_(-2))
     with pytest.raises(UserError, match="the one that the adapter was trained on"):

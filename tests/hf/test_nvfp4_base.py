@@ -1,15 +1,11 @@
 """Exact: NVFP4 checkpoints of ModelOpt and compressed-tensors load as the 16-bit checkpoint that they mean."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import onecard
 from onecard.config import QuantConfig
 from onecard.errors import UserError
-from onecard.export.merge.merged import merge
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.rounding import second_rounding
@@ -17,7 +13,7 @@ from onecard.hf.skeleton import read_model
 from onecard.hf.stored import read_rows, read_tensor
 from tests.conftest import make_checkpoint
 from tests.export.merge.test_merged import make_adapter
-from tests.hf.test_fp8 import set_quantization, write_twins
+from tests.hf.test_fp8 import check_merged_alike, load, set_quantization, write_twins
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -73,10 +69,6 @@ def make_nvfp4(folder, scheme, change=None, family="qwen3"):
     return model, twin
 
 
-def load(folder):
-    return onecard.load_model(str(folder), device="cpu")
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_values_are_those_of_the_16_bit_checkpoint(tmp_path, scheme):
     model, twin = make_nvfp4(tmp_path, scheme)
@@ -99,11 +91,7 @@ def test_experts_are_read_one_by_one(tmp_path):
 def test_an_adapter_is_merged_into_16_bits(tmp_path):
     model, twin = make_nvfp4(tmp_path, "compressed")
     make_adapter(tmp_path / "adapter", model)
-    for name, base in (("ours", model), ("theirs", twin)):
-        merge(str(base), str(tmp_path / "adapter"), str(tmp_path / name), "original")
-    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert "quantization_config" not in json.loads((tmp_path / "ours" / "config.json").read_text())
+    check_merged_alike(tmp_path, model, twin)
 
 
 DAMAGES = {

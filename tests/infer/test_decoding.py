@@ -242,9 +242,9 @@ def test_a_temperature_near_zero_is_the_likeliest_token(loaded):
 class Gathered:
     """What one Work emits, and a way to wait for its end."""
 
-    def __init__(self, tokenizer, ids, count, sampling=GREEDY):
+    def __init__(self, tokenizer, ids, count, sampling=GREEDY, adapter=None):
         self.pieces, self.ended = [], threading.Event()
-        self.work = GenerationRequest(ids, count, sampling, None, tokenizer, self.emit)
+        self.work = GenerationRequest(ids, count, sampling, adapter, tokenizer, self.emit)
 
     def emit(self, piece):
         self.pieces.append(piece)
@@ -253,7 +253,7 @@ class Gathered:
 
     @property
     def text(self):
-        assert self.ended.wait(60)
+        assert self.ended.wait(60) and not self.pieces[-1].error, self.pieces[-1]
         return "".join(piece.text for piece in self.pieces)
 
 

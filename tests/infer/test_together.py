@@ -1,7 +1,5 @@
 """Exact: in float32, answers that share forward passes, and prompts that share a prefix, are those of each alone."""
 
-import threading
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -10,11 +8,12 @@ from onecard.config import SamplingConfig
 from onecard.infer import engine as engines
 from onecard.infer import graphs, together
 from onecard.infer.decoding import Answer, CachedContext
-from onecard.infer.engine import Engine, GenerationRequest
+from onecard.infer.engine import Engine
 from onecard.infer.graphs import FixedContext
 from onecard.infer.prefix import PrefixCache
 from onecard.infer.together import feed_together, takes_together
 from tests.conftest import make_checkpoint
+from tests.infer.test_decoding import Gathered
 
 PROMPTS = [[5, 90, 17, 33, 210, 8, 64, 99, 120, 41, 7, 255, 18, 77, 140][i:] for i in range(6)]
 SAMPLINGS = [SamplingConfig(temperature=i % 2, seed=i, frequency_penalty=i / 4) for i in range(6)]
@@ -35,30 +34,12 @@ def answer_alone(loaded, ids, count, sampling):
     return text
 
 
-class Asked:
-    """A request and what it gets."""
-
-    def __init__(self, tokenizer, ids, count, sampling, adapter=None):
-        self.pieces, self.ended = [], threading.Event()
-        self.work = GenerationRequest(ids, count, sampling, adapter, tokenizer, self.emit)
-
-    def emit(self, piece):
-        self.pieces.append(piece)
-        if piece.finish_reason or piece.error:
-            self.ended.set()
-
-    @property
-    def text(self):
-        assert self.ended.wait(60) and not self.pieces[-1].error, self.pieces[-1]
-        return "".join(piece.text for piece in self.pieces)
-
-
 def serve_all(loaded, **settings):
     """Answers of lengths that differ, so that they leave one by one; there are fewer places than requests, so that
     others join."""
     engine = Engine(loaded[0], 4, 20, **settings)
     try:
-        asked = [Asked(loaded[1], ids, 6 + 3 * i, s) for i, (ids, s) in enumerate(zip(PROMPTS, SAMPLINGS))]
+        asked = [Gathered(loaded[1], ids, 6 + 3 * i, s) for i, (ids, s) in enumerate(zip(PROMPTS, SAMPLINGS))]
         assert engine.submit(*(each.work for each in asked))
         return [each.text for each in asked], engine
     finally:
@@ -122,7 +103,7 @@ def test_a_prefix_is_computed_once_and_gives_the_same(loaded, alone):
     engine = Engine(loaded[0], 1, 20, 1 << 20)
     try:
         for i, (ids, sampling) in enumerate(zip([PROMPTS[0]] * 2 + [[*PROMPTS[0][:11], 9, 9]], SAMPLINGS)):
-            asked = Asked(loaded[1], ids, 8, sampling)
+            asked = Gathered(loaded[1], ids, 8, sampling)
             engine.submit(asked.work)
             assert asked.text == answer_alone(loaded, ids, 8, sampling)
             assert asked.pieces[-1].num_cached == (keeps and i > 0) * (11 if i == 2 else len(PROMPTS[0]) - 1)
