@@ -23,6 +23,7 @@ from torch import Tensor
 from onecard.documents import Foreign, brief, hold
 from onecard.errors import UserError
 from onecard.hf.stored import FLOAT_DTYPES, TensorInfo, computed, read_rows, read_tensor
+from onecard.quant.blockwise import all_finite
 
 SCALE = {"fp8": "_scale_inv", "compressed-tensors": "_scale"}
 UNUSED = (".input_scale", ".activation_scale", ".output_scale", ".k_scale", ".v_scale", ".q_scale")
@@ -90,8 +91,8 @@ class FP8:
         W = read_rows(self.codes, first, count).float()
         at, last = first // rows, -(-(first + count) // rows)
         scales = read_tensor(self.scales).float().reshape(-(-self.codes.shape[0] // rows), -1)[at:last]
-        if not scales.isfinite().all() or not W.isfinite().all():
-            what = "a code" if scales.isfinite().all() else "a scale"
+        if not all_finite(scales) or not all_finite(W):
+            what = "a code" if all_finite(scales) else "a scale"
             do = "the checkpoint is damaged: fetch it again"
             where = f"{self.codes.file}: {self.name}"
             raise UserError("codes and scales of FP8 must be finite", f"{what} that is NaN or Inf", do, where)

@@ -30,6 +30,7 @@ from onecard.nn.embedding import Head
 from onecard.nn.experts import Experts4bit, are_stacked_experts, weights_of
 from onecard.nn.linear import Linear4bit
 from onecard.nn.linears import beside_text, kept_names, linears_of, skipped_names
+from onecard.quant.blockwise import all_finite
 from onecard.quant.mxfp4 import BLOCKS, SCALES
 from onecard.quant.state import BNB_KEYS, to_bnb
 
@@ -281,9 +282,8 @@ def check_loaded(model: nn.Module) -> None:
 def check_finite(name: str, tensor: Tensor, slab: int = 1 << 22) -> None:
     """Raise UserError that names the first NaN or Inf of a tensor. It needs a few MiB of extra memory."""
     for number, piece in enumerate(tensor.detach().reshape(-1).split(slab)):
-        finite = torch.isfinite(piece)
-        if not finite.all():
-            first = int((~finite).nonzero()[0])
+        if not all_finite(piece):
+            first = int((~torch.isfinite(piece)).nonzero()[0])
             raise UserError(
                 "every parameter must be finite",
                 f"{piece[first].item()} at flat index {number * slab + first} of shape {list(tensor.shape)}",

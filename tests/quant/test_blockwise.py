@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from onecard.errors import UserError
-from onecard.quant.blockwise import SLAB, dequantize_4bit, pack, quantize_4bit, state_absmax, unpack
+from onecard.quant.blockwise import SLAB, all_finite, dequantize_4bit, pack, quantize_4bit, state_absmax, unpack
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 from onecard.quant.nested import dequantize_absmax, fixed_order_mean, quantize_absmax
 
@@ -153,3 +153,13 @@ def test_not_finite_is_named(bad):
 def test_unsupported_input_is_refused(W, kwargs):
     with pytest.raises(UserError):
         quantize_4bit(W, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_value_that_is_not_finite_is_seen(dtype, value):
+    x = torch.randn(37, 1001).to(dtype)
+    x[0, 0], x[1, 1] = torch.finfo(dtype).max, torch.finfo(dtype).min
+    assert all_finite(x) and all_finite(x[:0]) and all_finite(x.T)
+    x[17, 500] = value
+    assert not all_finite(x) and not all_finite(x.T)

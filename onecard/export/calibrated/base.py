@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,18 +304,24 @@ class Calibrator:
             layer.advance(streams[STARTED])
 
     def linears(self, layer: Layer) -> dict[str, tuple[Tensor, QuantState]]:
-        """Return the calibrated linears' codes and states by weight. Frees their H."""
+        """Return the calibrated linears' codes and states by weight. Frees their H. The widest input is factored beside
+        the first codes, which do not need it."""
         called: list[tuple[Inputs, list[str]]] = []
         for one in layer.inputs:
             weights = [f"{layer.name}.{name}.weight" for name in one.names]
             weights = [name for name in weights if self.merged.model.stored.get(name) in self.merged.linears]
             called += [(one, weights)] if weights else []
-        found = self.workers.map(lambda item: Factor.of(item[0].H_KK), called)
         layer.inputs.clear()
-        factors = {name: factor for (_, weights), factor in zip(called, found) for name in weights}
-        largest_first = sorted(factors, key=lambda name: -self.merged.model.quantized[name].weight.numel())
-        results = self.workers.map(lambda name: self.quantized(name, factors[name]), largest_first)
-        return dict(zip(largest_first, results))
+        called.sort(key=lambda item: len(item[0].H_KK))
+        factors: dict[str, Future[Factor]] = {}
+        with self.workers.pool() as pool:
+            while called:
+                one, weights = called.pop()
+                factors |= dict.fromkeys(weights, pool.submit(Factor.of, one.H_KK))
+            size = {name: self.merged.model.quantized[name].weight.numel() for name in reversed(factors)}
+            largest_first = sorted(size, key=lambda name: -size[name])
+            results = pool.map(lambda name: self.quantized(name, factors[name].result()), largest_first)
+            return dict(zip(largest_first, results))
 
     def quantized(self, name: str, factor: Factor) -> tuple[Tensor, QuantState]:
         """Quantize a linear's weight for its inputs. Keep its start if it has one."""

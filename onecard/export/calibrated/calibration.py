@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from onecard.data.chat.mask import Example
 from onecard.data.loader import Loader
 from onecard.data.packing import collate
-from onecard.export.calibrated.hessian import Inputs
+from onecard.export.calibrated.hessian import Inputs, bfloat16_products
 from onecard.export.calibrated.layers import Batch, LayeredModel, Row
 from onecard.nn.experts import are_stacked_experts
 from onecard.nn.linears import LINEARS
@@ -167,11 +167,14 @@ def add(layer: Layer, found: list[Seen]) -> None:
             routed = layer.routed.setdefault(name, Routed([], []))
             routed.hidden.append(hidden)
             routed.index.append(index)
-    tasks = []
+    exact, others = [], []  # of bfloat16, and of other inputs
     for one in layer.inputs:
         received = [x for seen in found for x in seen.inputs.get(one.names[0], ())]
+        tasks = exact if all(x.dtype == torch.bfloat16 for x in received) else others
         tasks += one.tasks(received) if received else []
-    layer.layered.workers.map(lambda task: task(), tasks)
+    with bfloat16_products():
+        layer.layered.workers.map(lambda task: task(), exact)
+    layer.layered.workers.map(lambda task: task(), others)
 
 
 def groups(rows: list[Row]) -> list[list[Row]]:

@@ -29,7 +29,7 @@ from onecard.config import StoredConfig
 from onecard.export.calibrated.hessian import damped_cholesky
 from onecard.kernels import ops
 from onecard.kernels.backend import backend
-from onecard.quant.blockwise import make_state, not_finite, pack, state_absmax
+from onecard.quant.blockwise import all_finite, make_state, not_finite, pack, state_absmax
 from onecard.quant.codebook import decision_bounds, quant_map
 from onecard.quant.state import QuantState
 
@@ -99,7 +99,7 @@ def choose_scales(W: Tensor, weights: Tensor, quant: StoredConfig, name: str) ->
     values, factors = torch.zeros(2, num_blocks * size, dtype=torch.float32, device=W.device)
     values[: W.numel()], factors[: W.numel()] = W.reshape(-1), weights.expand_as(W).reshape(-1)
     values, factors = values.view(num_blocks, size), factors.view(num_blocks, size)
-    if not torch.isfinite(values).all():
+    if not all_finite(values):
         raise not_finite(W, W.shape, name)
     return backend(W.device).rounding.choose_scales(values, factors, quant.quant_type, SHARES.to(W.device))
 

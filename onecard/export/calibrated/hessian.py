@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -50,6 +51,18 @@ class Inputs:
         """Copy H's lower triangle to the upper one."""
         for start in range(SLAB, len(self.H_KK), SLAB):
             self.H_KK[:start, start : start + SLAB] = self.H_KK[start : start + SLAB, :start].T
+
+
+@contextmanager
+def bfloat16_products() -> Iterator[None]:
+    """Let oneDNN multiply float32 matrices in bfloat16 with float32 sums. For values that are bfloat16's the products
+    are exact, and come in half of the time on a CPU that multiplies bfloat16."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def damped_cholesky(H_KK: Tensor, damp_percent: float) -> Tensor:

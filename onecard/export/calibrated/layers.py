@@ -47,15 +47,21 @@ class Workers:
     def __init__(self, device: torch.device):
         self.count = torch.get_num_threads() if device.type == "cpu" else 1
 
-    def map(self, task: Callable[[Item], Value], items: Iterable[Item]) -> list[Value]:
-        """Return the task's value for each item, in order."""
+    @contextmanager
+    def pool(self) -> Iterator[ThreadPoolExecutor]:
+        """Yield a pool that begins tasks in the order in which it gets them."""
         before = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(self.count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-                return list(pool.map(task, items))
+                yield pool
         finally:
             torch.set_num_threads(before)
+
+    def map(self, task: Callable[[Item], Value], items: Iterable[Item]) -> list[Value]:
+        """Return the task's value for each item, in order."""
+        with self.pool() as pool:
+            return list(pool.map(task, items))
 
 
 @dataclass

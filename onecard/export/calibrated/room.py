@@ -45,8 +45,8 @@ def needed_bytes(layered: LayeredModel, rows: Rows, num_forms: int, rank: int) -
 
 
 def layer_bytes(layered: LayeredModel, name: str, module: nn.Module, rank: int) -> int:
-    """Return the bytes of a layer: its weights, and the most that one of its three steps holds. They collect the H of
-    its inputs, factor them, and quantize."""
+    """Return the bytes of a layer: its weights, and the most that one of its two steps holds. They collect the H of its
+    inputs; they factor them, and quantize."""
     merged, c, workers = layered.merged, layered.dtype.itemsize, layered.workers.count
     own = {n: w for n, w in merged.model.quantized.items() if n.startswith(f"{name}.")}
     linears = {n: w for n, w in own.items() if n not in merged.experts.stacks}
@@ -54,12 +54,12 @@ def layer_bytes(layered: LayeredModel, name: str, module: nn.Module, rank: int) 
     widths = sorted((K for (_, K), count in counts.items() for _ in range(min(count, 2))), reverse=True)
     H = sum(4 * K * K for K in widths)
     collected = H + GROUP_TOKENS * sum(widths) * (c + 4)
-    factored = 2 * H + sum(2 * 4 * K * K for K in widths[:workers])
     largest = max((w.weight.numel() // getattr(w, "num_experts", 1) for w in own.values()), default=0)
     widest = max(map(width, own.values()), default=0)
     experts = 0 if len(own) == len(linears) else 3 * 4 * widest**2  # each worker collects and factors its own H
-    quantized = H + workers * (experts + 32 * PIECE_ROWS * widest + (20 if rank else 4) * largest)
-    return c * sum(p.numel() for p in module.parameters()) + max(collected, factored, quantized)
+    codes = experts + 32 * PIECE_ROWS * widest + (20 if rank else 4) * largest
+    quantized = 2 * H + workers * max(2 * 4 * widths[0] ** 2 if widths else 0, codes)
+    return c * sum(p.numel() for p in module.parameters()) + max(collected, quantized)
 
 
 def width(weight: Any) -> int:

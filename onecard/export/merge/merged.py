@@ -86,6 +86,8 @@ class Merged:
 
     def read(self, name: str) -> Tensor:
         """Return one whole tensor of the result."""
+        if self.as_stored(name):
+            return read_tensor(self.checkpoint.tensors[name])
         return torch.cat([slab.reshape(-1) for slab in self.slabs(name)]).view(self.shapes[name][1])
 
     def matrix(self, name: str) -> Tensor:

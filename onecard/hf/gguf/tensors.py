@@ -23,6 +23,7 @@ from onecard.faults import about
 from onecard.hf.gguf.config import DO, GEMMAS
 from onecard.hf.gguf.header import Header, Stored
 from onecard.hf.stored import TensorInfo, computed
+from onecard.quant.blockwise import all_finite
 
 ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER = {
@@ -89,7 +90,7 @@ class Blocks:
             places = self.places(first, count)
             low = int(places.min())
             W = self.read(low, int(places.max()) + 1 - low)[places - low]
-        if not W.isfinite().all():
+        if not all_finite(W):
             do = "the file is damaged: fetch it again"
             raise UserError("every weight must be finite", "NaN or Inf", do, f"{self.stored.file}: {self.name}")
         return W - self.shift if self.shift else W

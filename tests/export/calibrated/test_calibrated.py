@@ -329,6 +329,30 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, chats):
     assert seen == [f"model.layers.{i}" for i in range(4)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_H_is_exact_whatever_the_inputs_dtype(tmp_path, chats, dtype):
+    """Against float64, within float32's sum over the tokens. Inputs rounded to bfloat16 would be 2**-9 away."""
+    base = make_checkpoint(tmp_path / "base", dtype=dtype)
+    dataset, _ = calibration_rows(base, chats)
+    layered = LayeredModel(open_merged(str(base), None, "original"), CPU)
+    layered.dtype = dtype  # on each CPU
+    rows = layered.first_rows(first_batches(dataset.examples, CONFIG.max_seq_length, layered.is_packed, 2)[0])
+    layer, received = next(calibrate(layered, rows)), {}
+    for name, module in layer.module.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, args, name=name: received.setdefault(name, []).append(args[0]))
+    with torch.no_grad(), layered.packing():
+        for row in rows:
+            layered.run(0, layer.module, row)
+    assert len(layer.inputs) == 4 and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+    for one in layer.inputs:
+        x = torch.cat([part.reshape(-1, part.shape[-1]) for part in received[one.names[0]]])
+        assert x.dtype == dtype
+        x = x.double()
+        bound = len(x) * 2**-24 * (x.abs().T @ x.abs())
+        assert ((one.H_KK - x.T @ x).abs() <= bound).all()
+
+
 def test_an_interrupted_export_leaves_nothing(tmp_path, chats, monkeypatch):
     base = make_checkpoint(tmp_path / "base")
     real = gptq.quantize
