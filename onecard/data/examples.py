@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import repeat
 from typing import Any, NamedTuple, overload
 
 import numpy as np
@@ -41,7 +40,27 @@ SCHEMA = pa.schema(
 FIELDS = ("where", "truncated", "answer_cut", "second", "label", "class_name")
 BATCH_TOKENS = 1 << 20  # of a record batch, about 4 MB
 
-Stored = tuple[Example, Record | None, str | None]  # with the record, and the form of its prompt
+
+class Stored(NamedTuple):
+    """An example as it is stored, which processes exchange in a fraction of the time that an `Example` takes.
+
+    Attributes:
+        ids, learned: the tokens, uint32 (T,), and whether each is learned, bool (T,).
+        fields: values of FIELDS.
+        record, prompt: columns of SCHEMA.
+    """
+
+    ids: NDArray[np.uint32]
+    learned: NDArray[np.bool_]
+    fields: tuple[Any, ...]
+    record: str | None = None
+    prompt: str | None = None
+
+    @staticmethod
+    def of(example: Example, record: Record | None = None, prompt: str | None = None) -> Stored:
+        ids, learned = np.array(example.input_ids, np.uint32), np.array(example.labels, np.int64) != IGNORE
+        fields = tuple(getattr(example, name) for name in FIELDS)
+        return Stored(ids, learned, fields, None if record is None else to_json(record), prompt)
 
 
 @dataclass
@@ -56,13 +75,18 @@ class Turns:
     ends: Counter[int]
     inside: set[int]
 
-    def add(self, example: Example) -> None:
-        is_learned = np.array([IGNORE, *example.labels, IGNORE]) != IGNORE
-        edges = np.flatnonzero(is_learned[1:] != is_learned[:-1]).tolist()
-        for start, end in zip(edges[::2], edges[1::2]):
-            whole = end < len(example.labels) or not example.truncated
-            self.inside.update(example.labels[start : end - whole])
-            self.ends.update(example.labels[end - 1 : end] if whole else ())
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Add the turns of a record batch. A turn is a run of learned tokens inside an example."""
+        ids, ends = batch.column("input_ids").flatten().to_numpy(), batch.column("input_ids").offsets.to_numpy()
+        is_learned = batch.column("learned").flatten().to_numpy(zero_copy_only=False)
+        ends = ends[1:] - ends[0] - 1
+        goes_on = np.append(is_learned[1:], False)
+        goes_on[ends] = False
+        is_end = is_learned & ~goes_on
+        is_end[ends[batch.column("truncated").to_numpy(zero_copy_only=False)]] = False
+        self.inside.update(np.unique(ids[is_learned & ~is_end]).tolist())
+        tokens, counts = np.unique(ids[is_end], return_counts=True)
+        self.ends.update(dict(zip(tokens.tolist(), counts.tolist())))
 
 
 class Batch(NamedTuple):
@@ -106,7 +130,7 @@ class Examples(Sequence[Example]):
         """Return the examples in memory, without their records."""
         if isinstance(examples, Examples):
             return examples
-        batches = list(record_batches(zip(examples, repeat(None), repeat(None))))
+        batches = list(record_batches(map(Stored.of, examples)))
         return Examples(pa.Table.from_batches(batches, SCHEMA))
 
     @staticmethod
@@ -207,8 +231,8 @@ class Examples(Sequence[Example]):
         if self.given[1] is not None:
             return self.given[1]
         turns = Turns(Counter(), set())
-        for example in Examples(self.table):
-            turns.add(example)
+        for batch in self.table.to_batches():
+            turns.add(batch)
         return turns
 
     def count(self, tokens: list[int]) -> list[int]:
@@ -260,7 +284,7 @@ def record_batches(stored: Iterable[Stored]) -> Iterator[pa.RecordBatch]:
     tokens = 0
     for row in stored:
         rows.append(row)
-        tokens += len(row[0].input_ids)
+        tokens += len(row.ids)
         if tokens >= BATCH_TOKENS:
             yield record_batch(rows)
             rows, tokens = [], 0
@@ -269,16 +293,15 @@ def record_batches(stored: Iterable[Stored]) -> Iterator[pa.RecordBatch]:
 
 
 def record_batch(rows: list[Stored]) -> pa.RecordBatch:
-    ids = [np.array(example.input_ids, np.uint32) for example, _, _ in rows]
-    learned = [np.array(example.labels) != IGNORE for example, _, _ in rows]
-    columns: dict[str, list[Any]] = {
-        "input_ids": ids,
-        "learned": learned,
-        "record": [None if record is None else to_json(record) for _, record, _ in rows],
-        "prompt": [prompt for _, _, prompt in rows],
-        "num_supervised": [int(each.sum()) for each in learned],
-        "largest": [int(each.max(initial=0)) for each in ids],
-        **{name: [getattr(example, name) for example, _, _ in rows] for name in FIELDS},
+    offsets = pa.array(np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int32))
+    columns: dict[str, Any] = {
+        "input_ids": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([row.ids for row in rows]))),
+        "learned": pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([row.learned for row in rows]))),
+        "record": [row.record for row in rows],
+        "prompt": [row.prompt for row in rows],
+        "num_supervised": [int(row.learned.sum()) for row in rows],
+        "largest": [int(row.ids.max(initial=0)) for row in rows],
+        **dict(zip(FIELDS, zip(*(row.fields for row in rows)))),
     }
     return pa.record_batch([pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names], schema=SCHEMA)
 

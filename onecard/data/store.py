@@ -72,7 +72,7 @@ class Store:
     def write(self, stored: Iterable[Stored]) -> Examples:
         """Write examples, and return them: in memory if they are few. Raises UserError if the disk is full."""
         turns, digest = Turns(Counter(), set()), Digest()
-        batches = record_batches(noted(stored, turns))
+        batches = noted(record_batches(stored), turns)
         first = list(islice(batches, 2))
         if len(first) < 2 or self.root is None:
             return Examples(pa.Table.from_batches([*first, *batches], SCHEMA), None, turns)
@@ -142,10 +142,10 @@ def mapped(path: Path, digest: str, turns: Turns) -> Examples:
     return Examples(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), digest, turns)
 
 
-def noted(stored: Iterable[Stored], turns: Turns) -> Iterator[Stored]:
-    for row in stored:
-        turns.add(row[0])
-        yield row
+def noted(batches: Iterable[pa.RecordBatch], turns: Turns) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        turns.add(batch)
+        yield batch
 
 
 def cache_folder(folder: str) -> Path:

@@ -12,7 +12,7 @@ from onecard.data.chat.mask import IGNORE, Example, encode, prompt_form
 from onecard.data.chat.pooled import encode_pooled
 from onecard.data.chat.rendering import sandbox
 from onecard.data.dataset import Dataset
-from onecard.data.examples import Stored
+from onecard.data.examples import FIELDS, Stored
 from onecard.data.files import BadRow, raise_bad_rows, row_error
 from onecard.data.records import Record, Records, counted
 from onecard.data.store import Store
@@ -88,11 +88,13 @@ def tokenized(
             waiting.append(record)
             yield record
 
-    def encode(record: Record) -> list[Example] | UserError:
+    def encode(record: Record) -> tuple[list[Stored], tuple[str, ...]] | UserError:
         try:
-            return encode_row(record, tokenizer, config)
+            first, *more = encode_row(record, tokenizer, config)
         except UserError as error:
             return error
+        prompt = prompt_form(record, tokenizer)
+        return [Stored.of(first, record, prompt), *(Stored.of(each, None, prompt) for each in more)], first.notes
 
     for found in in_processes(encode, records(), sandbox.renew, num_processes):
         record = waiting.popleft()
@@ -103,18 +105,18 @@ def tokenized(
             where = f"{record.where}:{read.layout.in_file(field)}"
             counts.bad.append(UserError(found.must, found.found, found.do, where))
             continue
-        if found[0].truncated and config.on_long_rows == "drop":
+        examples, notes = found
+        is_truncated = examples[0].fields[FIELDS.index("truncated")]
+        if is_truncated and config.on_long_rows == "drop":
             counts.dropped += 1
             continue
-        counts.split += len(found) > 1
-        counts.notes.update(found[0].notes)
-        if all(example.num_supervised == 0 for example in found):
+        counts.split += len(examples) > 1
+        counts.notes.update(notes)
+        if not any(example.learned.any() for example in examples):
             counts.unsupervised += 1
-            counts.lost += found[0].truncated
+            counts.lost += is_truncated
             continue
-        prompt = prompt_form(record, tokenizer)
-        for number, example in enumerate(found):
-            yield example, None if number else record, prompt
+        yield from examples
 
 
 def encode_row(record: Record, tokenizer: Any, config: DataConfig) -> list[Example]:

@@ -140,13 +140,13 @@ def test_a_huge_row_is_cut_to_the_tokens_of_the_whole(long, tmp_path):
 def test_a_huge_row_is_not_tokenized_whole(tmp_path, monkeypatch):
     record = read_records(write_rows(tmp_path / "d.jsonl", [{"text": "a b " * 10**6}])).records[0]
     longest = 0
-    whole = mask.encode_text
+    whole = mask.encode_ids
 
     def measured(text, *args):
         nonlocal longest
         longest = max(longest, len(text))
         return whole(text, *args)
 
-    monkeypatch.setattr(mask, "encode_text", measured)
+    monkeypatch.setattr(mask, "encode_ids", measured)
     encode(record, TOKENIZER, 64)
     assert longest <= 65 * mask.LONGEST_TOKEN

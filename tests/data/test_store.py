@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,6 +68,22 @@ def test_examples_are_what_they_were_made_of():
     assert list(joined) == [*expected[:7], made[1], made[0]]
     with pytest.raises(IndexError):
         stored[300]
+
+
+def test_turns_are_the_runs_of_learned_tokens(small):
+    rng = random.Random(1)
+    made, ends, inside = [], Counter(), set()
+    for i in range(200):
+        ids = [rng.randrange(50) for _ in range(rng.randint(1, 12))]
+        learned = [k > 0 and rng.random() < 0.6 for k in range(len(ids))]
+        made.append(Example(ids, [t if yes else IGNORE for t, yes in zip(ids, learned)], f"f:{i}", rng.random() < 0.5))
+        for k, token in enumerate(ids):
+            if learned[k] and (made[-1].truncated if k + 1 == len(ids) else learned[k + 1]):
+                inside.add(token)
+            elif learned[k]:
+                ends[token] += 1
+    turns = Examples.of(made).turns
+    assert turns.ends == ends and turns.inside == inside
 
 
 def test_many_examples_are_tokenized_once_and_equal(tmp_path, small, monkeypatch):

@@ -34,6 +34,7 @@ from onecard.config import TrainOn
 from onecard.data.chat.control import (
     BREAK,
     as_text,
+    encode_ids,
     encode_text,
     messages_as_text,
     refuse_control_tokens,
@@ -173,7 +174,7 @@ def encode_templated(record: Record, tokenizer: Any, most: int) -> Encoded:
     text, stops = (record.text or "").replace(BREAK, ""), specials_of(tokenizer)
     ended = text.rstrip().endswith(tuple(stops.names))
     text = text.rstrip() if ended else text
-    ids = encode_text(head(text, most, tokenizer, record.where), tokenizer, record.where)[0]
+    ids = encode_ids(head(text, most, tokenizer, record.where), tokenizer, record.where)
     ids = missing_bos(text, tokenizer) + ids + ([] if ended else eos(tokenizer))
     notes = (ALL_LEARNED,) if stops.pattern.search(text) else (ALL_LEARNED, NO_CONTROL)
     return ids, list(ids), True, notes
@@ -201,20 +202,20 @@ def encode_pair(prompt: str, completion: str, tokenizer: Any, where: str, most: 
     Tokens after the first `most` may be missing.
     """
     before = text_ids(head(prompt, most, tokenizer, where), tokenizer, where)
-    learned = encode_text(head(completion, most, tokenizer, where), tokenizer, where)[0] + eos(tokenizer)
+    learned = encode_ids(head(completion, most, tokenizer, where), tokenizer, where) + eos(tokenizer)
     return before + learned, [IGNORE] * len(before) + learned
 
 
 def text_ids(text: str, tokenizer: Any, where: str = "prompt") -> list[int]:
     """Tokenize a text without a template, after the BOS that the tokenizer writes. Control tokens in it stay text."""
-    return bos(tokenizer) + encode_text(as_text(text, tokenizer), tokenizer, where)[0]
+    return bos(tokenizer) + encode_ids(as_text(text, tokenizer), tokenizer, where)
 
 
 def head(text: str, most: int, tokenizer: Any, where: str) -> str:
     """Return the text, or a beginning of it that has more than `most` tokens. So a line of 100 MB that will be cut
     is not tokenized as a whole."""
     start = text[: LONGEST_TOKEN * (most + 1)]
-    return start if start != text and len(encode_text(start, tokenizer, where)[0]) > most else text
+    return start if start != text and len(encode_ids(start, tokenizer, where)) > most else text
 
 
 def bos(tokenizer: Any) -> list[int]:
@@ -353,7 +354,7 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[
         if not tokenizer.chat_template:
             return text_ids(messages[-1]["content"], tokenizer)
         text = prompt_text(messages_as_text(messages, tokenizer), tokenizer, tools)
-        return missing_bos(text, tokenizer) + encode_text(text, tokenizer, "prompt")[0]
+        return missing_bos(text, tokenizer) + encode_ids(text, tokenizer, "prompt")
     except UserError as error:
         if error.do != FIX:
             raise

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from onecard.data.chat.control import as_text, encode_text, messages_as_text, refuse_control_tokens
+from onecard.data.chat.control import as_text, encode_ids, messages_as_text, refuse_control_tokens
 from onecard.data.chat.mask import IGNORE, Example, eos, head, missing_bos, unwritten
 from onecard.data.chat.rendering import Renderings
 from onecard.data.files import BadRow
@@ -62,11 +62,11 @@ def document_ids(record: Record, tokenizer: Any, most: int) -> list[int]:
     """Return a document's tokens. Tokens after the first `most` may be missing."""
     if record.messages is not None:
         text = rendered(record, tokenizer)
-        ids = encode_text(head(text, most, tokenizer, record.where), tokenizer, record.where)[0]
+        ids = encode_ids(head(text, most, tokenizer, record.where), tokenizer, record.where)
         return missing_bos(text, tokenizer) + ids
     before, after = around(tokenizer)
     text = record.text if record.text is not None else f"{record.prompt or ''}{record.completion}"
-    ids = encode_text(head(as_text(text, tokenizer), most, tokenizer, record.where), tokenizer, record.where)[0]
+    ids = encode_ids(head(as_text(text, tokenizer), most, tokenizer, record.where), tokenizer, record.where)
     ends = record.text is None and after[-1:] != eos(tokenizer)
     return before + ids + (eos(tokenizer) if ends else []) + after
 
