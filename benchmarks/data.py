@@ -135,8 +135,8 @@ def main() -> None:
     header = ["MB of JSONL", "rows", "examples", "tokens", "", "seconds to the first micro-batch", "CPU seconds"]
     header += ["MB of memory", "MB mapped", "MB of the largest other process", "MB of cache"]
     body = (
-        f"Rows of format {args.format}, tokenizer of SmolLM2 ({PACKAGE}){kept}; rows of {LENGTH} tokens. Memory is what "
-        f"the process holds beyond its libraries, without the pages of the mapped file. CPU seconds are those of all "
+        f"Rows of format {args.format}, tokenizer of SmolLM2 ({PACKAGE}){kept}; rows of {LENGTH} tokens. Memory is "
+        f"what the process holds beyond its libraries, without the pages of the mapped file. CPU seconds are of all "
         f"processes.\n\n{table(header, lines)}"
     )
     print(write_result(f"data_{args.format}{'_known' * args.known}", "Large data", body))

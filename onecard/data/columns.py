@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
 
 from onecard.config import SFT_FORMATS
 from onecard.data.calls import is_absent
-from onecard.data.files import shown
+from onecard.data.files import BadRow, shown
 from onecard.data.preference import ASKED
 from onecard.errors import UserError, did_you_mean
 
@@ -109,7 +109,12 @@ class Layout:
 
 
 def layout_of(
-    rows: Sequence[Row], format: str, columns: dict[str, str] | None, where: str, known: Sequence[str] = tuple(KEYS)
+    rows: Sequence[Row],
+    format: str,
+    columns: dict[str, str] | None,
+    where: str,
+    known: Sequence[str] = tuple(KEYS),
+    missing: Collection[str] = (),
 ) -> Layout:
     """Find the format and the keys of the rows.
 
@@ -117,12 +122,13 @@ def layout_of(
         format: a key of KEYS, or "auto".
         columns: the user's mapping.
         known: the formats that "auto" may find.
+        missing: columns of the mapping that are in no row, also not behind these rows.
 
     Raises:
-        UserError: a column is in no row; no row has the keys of the format, or of any format.
+        UserError: a column is missing; no row has the keys of the format, or of any format.
     """
     first, columns = rows[:FIRST_ROWS], dict(columns or {})
-    check_there(rows, columns, where)
+    check_there(first, columns, where, missing)
     named = [renamed(row, columns, where) for row in first]
     keys = keys_of(format, named, columns) if format != "auto" else ()
     found = Layout(format, keys, columns) if count_with(named, keys) else None
@@ -134,10 +140,19 @@ def layout_of(
     return found if not columns else Layout(found.format, found.keys, found.columns, told_mapping(found))
 
 
-def check_there(rows: Sequence[Row], columns: dict[str, str], where: str) -> None:
+def absent(columns: set[str], rows: Iterable[tuple[str, int, Any]]) -> set[str]:
+    """Return the columns that are in no row. Rows are read until each one is found."""
+    for _, _, row in rows:
+        columns = columns if isinstance(row, BadRow) else columns.difference(row)
+        if not columns:
+            break
+    return columns
+
+
+def check_there(rows: Sequence[Row], columns: dict[str, str], where: str, missing: Collection[str]) -> None:
     for role, column in columns.items():
-        if not any(column in row for row in rows):
-            there = names_of(rows[:FIRST_ROWS])
+        if column in missing:
+            there = names_of(rows)
             raise UserError(
                 f'the rows must have the column "{shown(column)}" that is mapped onto {role}',
                 f"columns {listed(there)}{did_you_mean(column, there)}",

@@ -21,7 +21,7 @@ from typing import Any
 from onecard.config import Source
 from onecard.data.calls import check_text, check_tools, is_absent, without_united_nulls
 from onecard.data.classes import read_class
-from onecard.data.columns import KEYS, VERDICTS, Layout, layout_of, renamed
+from onecard.data.columns import KEYS, VERDICTS, Layout, absent, layout_of, renamed
 from onecard.data.files import BadRow, Reading, describe, is_arrow, raise_bad_rows, row_error, shown
 from onecard.data.preference import as_messages, read_answer, read_label, read_pair, read_prompt
 from onecard.data.sources import rows_of
@@ -178,7 +178,10 @@ def begin_rows(
         raise UserError("the data file must have rows", "none", "check the file", source.path)
     layout = Layout(source.format or "auto", ())
     if good:
-        layout = layout_of(good, source.format or "auto", source.columns, source.path, formats)
+        missing = {column for column in (source.columns or {}).values() if not any(column in row for row in good)}
+        if missing and len(good) == FIRST_ROWS:
+            missing = absent(missing, rows_of(source, replace(reading, told=Counter())))
+        layout = layout_of(good, source.format or "auto", source.columns, source.path, formats, missing)
     return layout, chain(first, rows)
 
 

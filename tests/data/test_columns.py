@@ -154,3 +154,18 @@ def test_the_command_line_takes_a_mapping():
 def test_a_mapping_is_plain_json():
     config = DataConfig(columns={"prompt": "a"})
     assert json.loads(config.model_dump_json())["columns"] == {"prompt": "a"}
+
+
+def test_a_mapped_column_may_come_late_and_is_looked_for_in_all_rows(tmp_path):
+    rows = [{"q": "how?", "a": "two"}] * 1200
+    columns = {"prompt": "q", "completion": "a", "system": "rules"}
+    found = read(tmp_path, [*rows, {"q": "how?", "a": "two", "rules": "be brief"}], columns=columns)
+    assert len(found.records) == 1201 and turns(found.records[-2]) == ASKED
+    assert turns(found.records[-1]) == [("system", "be brief"), *ASKED]
+    with pytest.raises(UserError, match='must have the column "rules"'):
+        read(tmp_path, rows, columns=columns)
+    late = [{"question": "how?", "answer": "two"}] * 1200 + [{"q": "how?", "a": "two"}]
+    with pytest.raises(UserError, match=r"d\.jsonl:1201:question"):  # no format of the first rows has the mapped pair
+        read(tmp_path, late, columns={"prompt": "q", "completion": "a"})
+    with pytest.raises(UserError, match=r"d\.jsonl:1201:a\b"):
+        read(tmp_path, [*rows, {"q": "how?"}], columns={"prompt": "q", "completion": "a"})
