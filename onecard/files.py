@@ -17,8 +17,9 @@ def sha256(path: Path) -> str:
 
 
 @contextmanager
-def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
-    """Lock a folder for this process. Yields whether it succeeded, or None if the system has no such locks.
+def locked(folder: Path, wait: bool = False, shared: bool = False) -> Iterator[bool | None]:
+    """Lock a folder for this process, or with `shared` against those that do not share it. Yields whether it succeeded,
+    or None if the system has no such locks.
 
     The lock ends with the block, or at any end of the process.
     """
@@ -29,7 +30,7 @@ def locked(folder: Path, wait: bool = False) -> Iterator[bool | None]:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
         held = True
     except BlockingIOError:
         held = False

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from onecard.config.strict import Strict
+from onecard.config.strict import Strict, parse_bytes
 from onecard.errors import UserError, did_you_mean
 
 TrainOn = Literal["completion", "last", "all"]
@@ -133,6 +133,9 @@ class ReadConfig(Strict):
         default="auto",
         description="folder for tokenized data of more than a million tokens; auto: onecard/data in the user's cache",
     )
+    data_cache_size: str = Field(
+        default="100GB", description="most that data_cache keeps; the least recently used data is removed"
+    )
     on_bad_rows: Literal["error", "skip"] = Field(default="error", description="rows that cannot be read")
     on_long_rows: Literal["auto", "cut", "split", "drop", "error"] = Field(
         default="auto", description="rows longer than max_seq_length; auto: split of plain text, cut of others"
@@ -151,6 +154,12 @@ class ReadConfig(Strict):
 
     _columns = field_validator("columns", mode="before")(parse_columns)
     _encoding = field_validator("encoding")(check_encoding)
+
+    @field_validator("data_cache_size")
+    @classmethod
+    def _a_size(cls, value: str) -> str:
+        parse_bytes(value)
+        return value
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from onecard.config import FORMATS_OF, Data, DataConfig, Source
+from onecard.config import FORMATS_OF, Data, DataConfig, Source, parse_bytes
 from onecard.data.columns import KEYS, LOSSES
 from onecard.data.dataset import Dataset, mix
 from onecard.data.files import Reading
@@ -62,7 +62,7 @@ def load_source(
     """Tokenize a source, or read it from the disk. Raises UserError, same as open_records and prepare."""
     reading = Reading(source.encoding, config.sample_by, source.split)
     key = key_of(local_files(source), tokenizer, source, config, [*formats, loss])
-    store = Store(config.data_cache, key)
+    store = Store(config.data_cache, key, parse_bytes(config.data_cache_size))
     if (found := store.read()) is not None:
         return found
     try:

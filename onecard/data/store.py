@@ -4,6 +4,9 @@ Up to a million tokens stay in memory. More go into a folder of the cache, whose
 depend on: the files' places, sizes and times, the tokenizer with its chat template, the settings, and this code. The
 folder is complete once it has its name. A source without such a hash, such as a hub dataset, has a file that is gone at
 the end of the run.
+
+The cache keeps a size: after a new entry, those that were read least recently are removed. A process holds a shared lock
+on each entry that it uses, so no other process removes it.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
@@ -32,7 +36,10 @@ from onecard.files import locked, sync, sync_folder, write_synced
 
 FILE, SUMMARY, TEMPORARY = "examples.arrow", "summary.json", ".tmp-"
 FRESH_SECONDS = 2.0  # a file that changed so lately may change again without another time
+ENTRY = re.compile("[0-9a-f]{32}")
+NOT_TOKENS = {"data_cache", "data_cache_size", "packing", "seed"}  # settings that change no token
 KEPT = ("format", "max_seq_length", "num_unsupervised", "num_dropped", "num_lost", "mapping", "notices")
+used: dict[Path, ExitStack] = {}  # the locks of entries that this process uses, until it ends
 
 
 class Store:
@@ -41,9 +48,11 @@ class Store:
     Args:
         folder: of the cache; None: everything stays in memory.
         key: of the source; None: it is not kept.
+        most_bytes: that the cache keeps.
     """
 
-    def __init__(self, folder: str | None = None, key: str | None = None):
+    def __init__(self, folder: str | None = None, key: str | None = None, most_bytes: int = 1 << 62):
+        self.most_bytes = most_bytes
         self.root, self.key = None if folder is None else cache_folder(folder), key
         self.temporary: Path | None = None
         self.lock = ExitStack()
@@ -54,7 +63,7 @@ class Store:
 
     def read(self) -> Dataset | None:
         """Return the dataset of a source that was tokenized before; None if there is none, or it is not whole."""
-        if self.entry is None or not (self.entry / SUMMARY).is_file():
+        if self.entry is None or not use(self.entry) or not (self.entry / SUMMARY).is_file():
             return None
         try:
             summary = json.loads((self.entry / SUMMARY).read_bytes())
@@ -66,6 +75,8 @@ class Store:
             dataset = Dataset(examples, **{name: summary[name] for name in KEPT}, bad=bad)
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
             return None  # it is tokenized again
+        with suppress(OSError):  # a folder that may only be read
+            os.utime(self.entry)
         dataset.notices.append(f"tokenized before, read from {self.entry}")
         return dataset
 
@@ -128,14 +139,56 @@ class Store:
             self.discard()
             return dataset
         self.lock.close()
+        used.pop(self.entry, ExitStack()).close()  # of an entry that was not whole
+        use(self.entry)
         dataset.notices.append(f"tokenized data is kept in {self.entry}")
+        if count := self.make_room():
+            what = "entry that was" if count == 1 else "entries that were"
+            line = f"removed {count} {what} read least recently from {self.root}, to keep within --data-cache-size"
+            dataset.notices.append(line)
         return dataset
+
+    def make_room(self) -> int:
+        """Remove the entries that were read least recently until the rest has `most_bytes`, and return their number.
+
+        Entries that a process uses stay."""
+        assert self.root is not None
+        found = []
+        for entry in self.root.iterdir():
+            with suppress(OSError):  # another process removes it
+                if ENTRY.fullmatch(entry.name):
+                    size = sum(file.stat().st_size for file in entry.iterdir())
+                    found.append((entry.stat().st_mtime_ns, size, entry))
+        count, total = 0, sum(size for _, size, _ in found)
+        for _, size, entry in sorted(found):
+            if total <= self.most_bytes:
+                break
+            with suppress(OSError), locked(entry) as held:
+                if held:
+                    gone = entry.rename(self.root / f"{TEMPORARY}{entry.name}")  # never half an entry under its name
+                    shutil.rmtree(gone, ignore_errors=True)
+                    count, total = count + 1, total - size
+        return count
 
     def discard(self) -> None:
         """Remove what was written; a mapped file stays readable."""
         if self.temporary is not None:
             shutil.rmtree(self.temporary, ignore_errors=True)
         self.lock.close()
+
+
+def use(entry: Path) -> bool:
+    """Lock an entry against its removal by other processes, until the end of this one. Returns whether it is there."""
+    if entry in used:
+        return True
+    lock = ExitStack()
+    try:
+        if lock.enter_context(locked(entry, shared=True)) is False:  # another process removes it
+            return False
+    except OSError:
+        return False
+    used[entry] = lock
+    return True
 
 
 def mapped(path: Path, digest: str, turns: Turns) -> Examples:
@@ -181,7 +234,7 @@ def key_of(
         "tokenizer": [type(tokenizer).__name__, backend.to_str(), tokenizer.special_tokens_map],
         "chat template": tokenizer.chat_template,
         "source": source.model_dump(exclude={"weight"}),
-        "settings": config.model_dump(include=set(DataConfig.model_fields) - {"data_cache", "packing", "seed"}),
+        "settings": config.model_dump(include=set(DataConfig.model_fields) - NOT_TOKENS),
         "formats": formats,
         "code": [code.hexdigest(), *map(version, ("transformers", "tokenizers", "jinja2"))],
     }

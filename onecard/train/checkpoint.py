@@ -39,6 +39,7 @@ FREE_TO_CHANGE = {
     "data",
     "eval_data",
     "data_cache",
+    "data_cache_size",
     "adapter",
     "num_train_epochs",  # but not to fewer than are done
     "max_steps",

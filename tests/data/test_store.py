@@ -3,8 +3,12 @@
 import json
 import os
 import random
+import signal
+import sys
+import time
 from collections import Counter
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,11 @@ import pytest
 from onecard.adapter.form import form_of
 from onecard.config import DataConfig
 from onecard.data import examples as examples_module
-from onecard.data import workers
+from onecard.data import store, workers
 from onecard.data.chat.mask import IGNORE, Example
 from onecard.data.examples import Examples
 from onecard.data.load import load_dataset
-from onecard.data.store import FILE, SUMMARY, TEMPORARY
+from onecard.data.store import ENTRY, FILE, SUMMARY, TEMPORARY
 from onecard.errors import UserError
 from tests.conftest import CHATML, chat_rows, make_tokenizer, write_rows
 from tests.forks import Forked
@@ -155,29 +159,89 @@ def test_a_damaged_entry_is_made_again(tmp_path, small):
         assert found.notices[-1].startswith("tokenized data is kept in")
 
 
-def load_and_die(path: Path, cache: Path) -> None:
+def load_and_die(path: Path, cache: Path, module: str, name: str, call: int) -> None:
+    """Load, and be killed just before a call of a function."""
     examples_module.BATCH_TOKENS, workers.FEW, workers.CHUNK = 150, 5, 3
-    read, count = examples_module.record_batch, [0]
+    place = import_module(module)
+    whole, count = getattr(place, name), [0]
 
-    def batch(rows):
+    def counted(*args, **kwargs):
         count[0] += 1
-        if count[0] == 4:
+        if count[0] == call:
             os.kill(os.getpid(), 9)
-        return read(rows)
+        return whole(*args, **kwargs)
 
-    examples_module.record_batch = batch
+    setattr(place, name, counted)
     load_dataset(str(path), make_tokenizer(), DataConfig(data_cache=str(cache)))
 
 
-def test_what_a_killed_run_leaves_is_removed(tmp_path, small):
+@pytest.mark.parametrize(
+    "module, name, call",
+    [
+        ("onecard.data.examples", "record_batch", 4),
+        pytest.param("onecard.data.store", "sync", 1, marks=pytest.mark.slow),  # the file is written
+        ("onecard.data.store", "write_synced", 1),  # before the summary
+        pytest.param("onecard.data.store", "sync_folder", 1, marks=pytest.mark.slow),  # behind it
+        ("os", "rename", 1),
+    ],
+)
+def test_what_a_killed_run_leaves_is_removed_and_never_read(tmp_path, small, module, name, call):
     path, cache = old(write_rows(tmp_path / "d.jsonl", chat_rows(40))), tmp_path / "cache"
-    code, _, err = Forked(load_and_die, path, cache).wait()
+    code, _, err = Forked(load_and_die, path, cache, module, name, call).wait()
     assert code == -9, err
     (left,) = entries(cache)
     assert left.name.startswith(TEMPORARY)
-    load_dataset(str(path), make_tokenizer(), DataConfig(data_cache=str(cache)))
+    found = load_dataset(str(path), make_tokenizer(), DataConfig(data_cache=str(cache)))
     (entry,) = entries(cache)
-    assert not entry.name.startswith(TEMPORARY)
+    assert ENTRY.fullmatch(entry.name) and found.notices[-1] == f"tokenized data is kept in {entry}"
+    whole = load_dataset(str(path), make_tokenizer(), DataConfig(data_cache=str(tmp_path / "other")))
+    assert rows_of(found) == rows_of(whole) and found.fingerprint() == whole.fingerprint()
+
+
+def load_and_wait(path: Path, cache: Path, seconds: float, **settings) -> None:
+    """Load, print what was told last, and wait."""
+    examples_module.BATCH_TOKENS, workers.FEW, workers.CHUNK = 150, 5, 3
+    print(load_dataset(str(path), make_tokenizer(), DataConfig(data_cache=str(cache), **settings)).notices[-1])
+    sys.stdout.flush()
+    time.sleep(seconds)
+
+
+def load_each(paths: list[Path], cache: Path, size: str) -> None:
+    for path in paths:
+        store.used.clear()  # this process stands for several
+        load_and_wait(path, cache, 0, data_cache_size=size)
+
+
+def test_the_cache_keeps_its_size_and_what_is_used(tmp_path):
+    paths = [old(write_rows(tmp_path / f"{name}.jsonl", chat_rows(40))) for name in "abcde"]
+    cache = tmp_path / "cache"
+    (cache / "own").mkdir(parents=True)  # another folder there is none of the cache's
+    (cache / "own" / "file").write_text("x" * 10**6)
+
+    def done(*arguments) -> list[str]:
+        code, out, err = Forked(*arguments).wait()
+        assert code == 0, err
+        return out.splitlines()
+
+    kept = [Path(line.split()[-1]) for line in done(load_each, paths[:3], cache, "1GB")]
+    size = sum(file.stat().st_size for file in kept[0].iterdir())
+    assert entries(cache) == sorted([*kept, cache / "own"])
+    for number, entry in enumerate(kept):
+        os.utime(entry, (LONG_AGO + number, LONG_AGO + number))
+    reader = Forked(load_and_wait, paths[0], cache, 300)  # it has the first one, which becomes the last that was read
+    reader.until(lambda: "tokenized before" in reader.out)
+    assert kept[0].stat().st_mtime > LONG_AGO + 3
+    (told,) = done(load_each, paths[3:4], cache, f"{3 * size + 500}B")
+    assert told == f"removed 1 entry that was read least recently from {cache}, to keep within --data-cache-size"
+    assert not kept[1].exists() and kept[2].is_dir() and kept[0].is_dir()
+    os.utime(kept[0], (LONG_AGO, LONG_AGO))
+    (told,) = done(load_each, paths[4:5], cache, "1B")  # what another process reads and the new entry stay
+    assert told.startswith("removed 2 entries that were read")
+    assert kept[0] in entries(cache) and len(entries(cache)) == 3
+    reader.send(signal.SIGKILL)
+    reader.wait()
+    (told,) = done(load_each, paths[3:4], cache, "1B")
+    assert told.startswith("removed 2 entries that were read") and len(entries(cache)) == 2
 
 
 def test_refused_rows_leave_nothing(tmp_path, small):
