@@ -5,8 +5,8 @@ depend on: the files' places, sizes and times, the tokenizer with its chat templ
 folder is complete once it has its name. A source without such a hash, such as a hub dataset, has a file that is gone at
 the end of the run.
 
-The cache keeps a size: after a new entry, those that were read least recently are removed. A process holds a shared lock
-on each entry that it uses, so no other process removes it.
+The cache keeps a size: after a new entry, those that were read least recently are removed. A process holds a shared
+lock on each entry that it uses, so no other process removes it.
 """
 
 from __future__ import annotations

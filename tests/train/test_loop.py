@@ -3,10 +3,7 @@
 import gc
 import json
 import os
-import random
 import shutil
-import signal
-import time
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ from onecard.train.checkpoint import load_newest, save_state
 from onecard.train.loop import frozen_objects
 from onecard.train.session import run_training
 from tests.conftest import chat_rows, make_checkpoint, write_rows
-from tests.forks import Forked, command_line
 
 
 def quiet():
@@ -259,83 +255,6 @@ def test_broken_newer_checkpoints_do_not_push_out_those_of_a_resumed_run(tmp_pat
         save(step, 1)
         assert load_newest(tmp_path).step == step
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoint-60"]
-
-
-def on_one_thread(*words):
-    torch.set_num_threads(1)
-    command_line(*words)
-
-
-def train(config_path, *more):
-    """`onecard train` in a process of its own."""
-    return Forked(on_one_thread, "train", "--config", config_path, *more)
-
-
-def kill_and_resume(checkpoint, chats, tmp_path, times, rng, **more):
-    """Kill -9 at random moments until the run ends; the adapter's bytes."""
-    output = tmp_path / f"killed-{rng.random()}"
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(fields(checkpoint, chats, output, num_train_epochs=4, save_total_limit=2, **more)))
-    kills = 0
-    while True:
-        process = train(path, "--resume")
-        if kills < times:
-            # Let it come as far as the loop, then strike anywhere in it.
-            before = count_lines(output)
-            process.until(lambda before=before: count_lines(output) > before)
-            time.sleep(rng.random() * 0.4)
-            process.send(signal.SIGKILL)
-            kills += (output / "metrics.jsonl").exists()
-        code, _, err = process.wait()
-        if code == 0:
-            return adapter_bytes(output), kills
-        assert code == -signal.SIGKILL, err
-
-
-def count_lines(output):
-    path = output / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
-def straight_bytes(checkpoint, chats, tmp_path):
-    output, path = tmp_path / "straight", tmp_path / "straight.yaml"
-    path.write_text(json.dumps(fields(checkpoint, chats, output, num_train_epochs=4, save_total_limit=2)))
-    code, _, err = train(path).wait()
-    assert code == 0, err
-    return adapter_bytes(output)
-
-
-def all_paged(checkpoint, chats, tmp_path):
-    """Settings of a run in the least memory there can be: base and states paged, inputs outside."""
-    config = make_config(TrainConfig, fields(checkpoint, chats, tmp_path / "o", optim="paged_adamw_32bit"))
-    inputs = PlanInputs(read_model(inspect_checkpoint(checkpoint)), config, torch.float32)
-    strategy = choose_strategy(inputs, 1)
-    assert (
-        strategy.weights_budget
-        and strategy.offload_optimizer_states
-        and strategy.num_offloaded == strategy.num_recomputed == 2
-    )
-    return {"optim": config.optim, "device_memory": str(total_bytes(inputs, strategy))}
-
-
-@pytest.mark.parametrize("paged", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_kill_9(paged, checkpoint, chats, tmp_path):
-    """Paged or not, killed or not, the same bytes; and nothing of what was paged out stays behind."""
-    expected = straight_bytes(checkpoint, chats, tmp_path)
-    more = all_paged(checkpoint, chats, tmp_path) if paged else {}
-    found, kills = kill_and_resume(checkpoint, chats, tmp_path, 2, random.Random(0), **more)
-    assert kills >= 1 and found == expected
-    (output,) = tmp_path.glob("killed-*")
-    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "straight").iterdir()}
-
-
-@pytest.mark.slow
-def test_kill_9_at_twenty_moments(checkpoint, chats, tmp_path):
-    expected, total, seed = straight_bytes(checkpoint, chats, tmp_path), 0, 1
-    while total < 20:
-        found, kills = kill_and_resume(checkpoint, chats, tmp_path, 4, random.Random(seed))
-        assert found == expected
-        total, seed = total + kills, seed + 1
 
 
 def test_the_collector_leaves_the_model_alone_while_it_trains():
