@@ -66,7 +66,6 @@ FREE_TO_CHANGE = {
     "hub_private_repo",
 }
 FREE_WITHOUT_BEST = {"metric", "metric_max_rows", "metric_max_new_tokens"}  # else the best may be measured by them
-
 PREFIX = "checkpoint-"
 TEMPORARY = ".tmp-checkpoint-"
 NUMBERED = re.compile(rf"{PREFIX}(0|[1-9][0-9]{{0,17}})")
