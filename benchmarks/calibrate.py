@@ -88,15 +88,25 @@ def mx_calibrated(W: torch.Tensor, factor: Any, variant: str) -> torch.Tensor:
     return mx_rounded(W, scale, without_feedback(factor) if variant == "scales" else factor)
 
 
+def variant_of_calibrator(variant: str) -> Any:
+    """Return the class of a pass that only chooses scales, only feeds errors back, or does both."""
+    from onecard.export.calibrated import base, feedback
+
+    if variant == "feedback":
+        feedback.SHARES = torch.ones(1)
+
+    class Trial(base.Calibrator):
+        def quantized(self, name: str, factor: Any) -> Any:
+            return super().quantized(name, without_feedback(factor) if variant == "scales" else factor)
+
+    return Trial
+
+
 def make_trial(args: argparse.Namespace, folder: Path) -> Any:
     """Return a pass that quantizes as the variant and the kind say."""
     from onecard.config import LoraSettings, QuantConfig
     from onecard.export.calibrated import base, feedback
     from onecard.export.merge.merged import open_merged
-
-    class Trial(base.Calibrator):
-        def quantized(self, name: str, factor: Any) -> Any:
-            return super().quantized(name, without_feedback(factor) if args.variant == "scales" else factor)
 
     class MxTrial(base.Calibrator):
         def quantize(self, layer: Any, streams: Any, writer: Any) -> None:
@@ -114,12 +124,11 @@ def make_trial(args: argparse.Namespace, folder: Path) -> Any:
         def quantized(self, name: str, factor: Any) -> Any:
             return mx_calibrated(self.matrix(name).float(), factor, args.variant)
 
-    if args.variant == "feedback":
-        feedback.SHARES = torch.ones(1)
     mx = args.kind == "mxfp4"
     quant = QuantConfig(quant_type="nf4" if mx else args.kind)
     lora = LoraSettings(r=RANK) if args.variant == "start" else None
-    return (MxTrial if mx else Trial)(open_merged(str(folder), None, "original"), quant, lora, torch.device("cpu"))
+    trial = MxTrial if mx else variant_of_calibrator(args.variant)
+    return trial(open_merged(str(folder), None, "original"), quant, lora, torch.device("cpu"))
 
 
 def before_child(args: argparse.Namespace) -> dict[str, Any]:
@@ -147,7 +156,7 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
     from onecard.adapter.start import set_start
     from onecard.config import LoraSettings, QuantConfig
     from onecard.data.dataset import Dataset
-    from onecard.export.calibrated.base import calibrate_base
+    from onecard.export.calibrated import base as calibration
     from onecard.hf.load import load_tokenizer
     from onecard.train.evaluate import mean_loss
     from onecard.train.loss import packed_loss
@@ -158,13 +167,14 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
     settings = argparse.Namespace(child="onecard", length=LENGTH, steps=max(args.steps), recompute=False)
     own = load_file(folder / "model.safetensors") if args.variant == "16 bits" else {}
     with tempfile.TemporaryDirectory() as temporary:
-        if args.variant in ("both", "start"):
+        if args.variant not in ("16 bits", "nearest"):
+            calibration.Calibrator = variant_of_calibrator(args.variant)
             learned, kept = (Dataset(part, "messages", LENGTH) for part in (rows, held_out))
             lora = LoraSettings(r=RANK) if args.variant == "start" else None
             output = Path(temporary) / "base"
             tokenizer = load_tokenizer(str(folder))
             with torch.no_grad():
-                found = calibrate_base(
+                found = calibration.calibrate_base(
                     str(folder), output, QuantConfig(), learned, kept, tokenizer, TOKENS, "cpu", lora
                 )
             folder, start = found.folder, found.start
@@ -225,7 +235,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[80, 300])
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=list(KINDS))
     parser.add_argument(
-        "--variants", nargs="*", choices=VARIANTS[1:], default=list(VARIANTS[1:]), help="of the first kind"
+        "--variants", nargs="*", choices=VARIANTS[1:], default=list(VARIANTS[1:]), help="before: of the first kind"
     )
     parser.add_argument("--shape", default="1.1b")
     parser.add_argument("--child", choices=("before", "after", "time"))
@@ -284,7 +294,7 @@ def after(args: argparse.Namespace) -> None:
     found: dict[str, list[dict[str, Any]]] = {}
     numbers = [str(number) for number in args.steps]
     for seed in range(args.seeds):
-        for variant in ("16 bits", "nearest", "both", "start"):
+        for variant in ("16 bits", "nearest", *args.variants):
             found.setdefault(variant, []).append(call("after", variant, "--seed", str(seed), "--steps", *numbers))
     rows = []
     for name, runs in found.items():

@@ -176,7 +176,8 @@ def low_rank(D_NK: Tensor, factor: Factor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (R, K) and B (N, R), float32, of the B A with the least output error of D - B A, float32 (N, K).
 
     The singular vectors are found by subspace iteration (Halko et al. 2011, 0909.4061, algorithm 4.4). R is the rank,
-    or the smaller width if that is less.
+    or the smaller width if that is less. A's outputs are as large as those of LoRA's usual A, whose values have the
+    variance 1 / (3 K), so that the learning rate means the same.
     """
     rank = min(rank, *D_NK.shape)
     D = D_NK[:, factor.order_K]  # D R^T = U S V^T, as H = R^T R
@@ -193,10 +194,5 @@ def low_rank(D_NK: Tensor, factor: Factor, rank: int) -> tuple[Tensor, Tensor]:
     A = torch.linalg.solve_triangular(factor.U_KK.T, A, upper=False, left=False, unitriangular=True)
     A_RK = torch.empty_like(A)
     A_RK[:, factor.order_K] = A
-    return balanced(A_RK, B_NR)
-
-
-def balanced(A_RK: Tensor, B_NR: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale the rows of A to the length that LoRA's usual start gives them, 1/sqrt(3), and B inversely."""
-    norm = A_RK.norm(dim=1).clamp(min=1e-30) * 3**0.5
-    return A_RK / norm[:, None], B_NR * norm
+    scale = (factor.weight_K.mean() / 3).sqrt()  # each row a of A has a H a^T = 1
+    return A_RK * scale, B_NR / scale

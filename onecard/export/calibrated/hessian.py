@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Inputs:
 def bfloat16_products() -> Iterator[None]:
     """Let oneDNN multiply float32 matrices in bfloat16 with float32 sums. For values that are bfloat16's the products
     are exact, and come in half of the time on a CPU that multiplies bfloat16."""
-    matmul = torch.backends.mkldnn.matmul
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
     try:
         yield
