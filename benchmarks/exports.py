@@ -31,7 +31,7 @@ from onecard.demo.run import SETTINGS, exact_match, read_rows, run_demo
 from onecard.export.calibrated.grouped import round_to_nearest
 from onecard.export.calibrated.writer import export_calibrated
 from onecard.export.merge.merged import merge
-from onecard.export.merge.verify import logits
+from onecard.export.verify import logits
 from onecard.hf.load import load_model, load_tokenizer
 from onecard.train.loss import supervised
 

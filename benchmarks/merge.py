@@ -5,7 +5,7 @@
 Every merge is a process of its own. Peak counts anonymous memory above the process's start. peft merges into the 16-bit
 model and saves it. onecard streams, with the dequantized base or the original weights. The adapter is random, of rank
 16 on all linears; its updates' norms are `strength` times the weights' norms. The distance is between float32 logits on
-random tokens (onecard/export/merge/verify.py), as a share of the adapter's effect. "requantized" rounds to NF4 again.
+random tokens (onecard/export/verify.py), as a share of the adapter's effect. "requantized" rounds to NF4 again.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def measure(base: str, adapter: str, folders: dict[str, str], num_tokens: int) -
     from onecard.config import QuantConfig
     from onecard.data.chat.mask import Example
     from onecard.data.dataset import Dataset
-    from onecard.export.merge.verify import compare, run_live
+    from onecard.export.verify import compare, run_live
     from onecard.hf.checkpoint import inspect_checkpoint
     from onecard.hf.skeleton import read_model
 

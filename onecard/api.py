@@ -99,19 +99,28 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
 
     quant = stored_as(config.adapter, config.model_dump(include=set(STORED), exclude_unset=True))
     refuse_head(config.adapter, "export")
+    on_data = None if quiet else tell
     with quiet_process():
         if config.format == "gguf":
             need_package("gguf", "gguf")
+        rows = None
+        if config.verify is not None:
+            from onecard.export.verify import rows_to_verify, verify_export
+
+            rows = rows_to_verify(config, on_data)
+        if config.format == "gguf":
             from onecard.export.gguf.importance import importance_of
             from onecard.export.gguf.writer import export_gguf
 
-            importance = importance_of(config, None if quiet else tell)
+            importance = importance_of(config, on_data)
             where = (config.model, config.adapter, config.output)
             written = export_gguf(*where, config, config.base, quant, importance)
-            return Exported(written.file, written.lines())
-        from onecard.export.calibrated.writer import export_calibrated, lines
+            path, lines = written.file, written.lines()
+        else:
+            from onecard.export.calibrated.writer import export_calibrated, lines_of
 
-        assert config.data is not None, "checked by the config"
-        where = (config.model, config.adapter, config.data, config.output)
-        folder, left_out = export_calibrated(config.format, *where, config, config.base, quant, None if quiet else tell)
-        return Exported(folder, lines(config.format, folder, left_out))
+            assert config.data is not None, "checked by the config"
+            where = (config.model, config.adapter, config.data, config.output)
+            path, left_out = export_calibrated(config.format, *where, config, config.base, quant, on_data)
+            lines = lines_of(config.format, path, left_out)
+        return Exported(path, lines if rows is None else [*verify_export(config, path, quant, rows), *lines])

@@ -52,7 +52,7 @@ def merge(
     small = None if requantize is None else config.model_copy(update={"quant_type": requantize})
     left, kept = None, base or "dequantized"
     if verify is not None:
-        from onecard.export.merge.verify import bases_of, merge_verified, rows_line
+        from onecard.export.verify import bases_of, merge_verified, rows_line
 
         dataset = read_data(verify, model, adapter, make_config(DataConfig, given(fields), "merge"))
         bases: list[Any] = [base] if base is not None else bases_of(model, small)

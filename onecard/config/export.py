@@ -25,7 +25,7 @@ class CalibrationConfig(ReadConfig):
         default=0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it"
     )
     device: str = Field(
-        default="auto", description="with data: where a decoder layer is run: auto, cpu, cuda or cuda:N"
+        default="auto", description="with data or verify: where the model is run: auto, cpu, cuda or cuda:N"
     )
 
 
@@ -71,6 +71,12 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
         default=None, description="gguf: file of an importance matrix in llama.cpp's format; with data it is written"
     )
 
+    verify: Data | None = Field(
+        default=None,
+        description="data as of train, on whose first rows, 32 and some 8,000 tokens at most, the written file is "
+        "compared with the live adapter, or without one with the model",
+    )
+
     @model_validator(mode="after")
     def _calibrated_on_data(self) -> ExportConfig:
         if self.format != "gguf" and self.data is None:
@@ -80,4 +86,6 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
         given = self.data is not None or self.imatrix is not None
         if self.format == "gguf" and given and (self.adapter_only or self.outtype in WITHOUT_IMPORTANCE):
             raise ValueError("data and imatrix are for an outtype of 3 to 6 bits, such as q4_k_m: choose one")
+        if self.adapter_only and self.verify is not None:
+            raise ValueError("verify reads a whole model: leave adapter_only out, or verify the merged file")
         return self

@@ -20,7 +20,7 @@ from onecard.export.folder import new_file, new_folder
 from onecard.export.merge import merged
 from onecard.export.merge.merged import merge
 from onecard.export.merge.quantized import quantize_checkpoint, requantize
-from onecard.export.merge.verify import merge_verified
+from onecard.export.verify import merge_verified
 from onecard.hf.load import load_tokenizer
 from onecard.train.session import run_training
 from tests.conftest import make_checkpoint

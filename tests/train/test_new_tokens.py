@@ -14,7 +14,7 @@ from onecard.config import DataConfig
 from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.merge.merged import merge
-from onecard.export.merge.verify import merge_verified
+from onecard.export.verify import merge_verified
 from onecard.hf.load import load_tokenizer
 from onecard.infer.generate import generate
 from onecard.train import session

@@ -68,7 +68,7 @@ def export_calibrated(
         raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", model)
     shapes = result_shapes(merged, fitting, method, config.group_size)
     check_room(target, num_bytes(shapes))
-    dataset = read_calibration_data(merged, data, config, on_data)
+    dataset = read_rows(merged.checkpoint.folder, merged.adapter.folder, data, config, on_data)
     left_out = [name for name in linears if name not in fitting]
     with new_folder(target) as folder:
         writer = Writer(folder, merged, shapes)
@@ -88,13 +88,17 @@ def export_calibrated(
     return target, left_out
 
 
-def read_calibration_data(
-    merged: Merged, data: Data, config: CalibrationConfig, on_data: Callable[[Dataset], None] | None
+def read_rows(
+    model: str | Path,
+    adapter: str | Path | None,
+    data: Data,
+    config: CalibrationConfig,
+    on_data: Callable[[Dataset], None] | None,
 ) -> Dataset:
-    """Read the examples to calibrate on. `on_data` is called with them."""
+    """Read examples to calibrate on or to compare, with the adapter's tokenizer. `on_data` is called with them."""
     shared = CalibrationConfig.model_fields.keys() & DataConfig.model_fields.keys()
     reading = make_config(DataConfig, config.model_dump(include=set(shared)), "export")
-    tokenizer = load_tokenizer(str(merged.checkpoint.folder), merged.adapter.folder)
+    tokenizer = load_tokenizer(str(model), adapter)
     set_template(tokenizer, config.chat_template, config.template_variables)
     dataset = load_dataset(data, tokenizer, reading)
     if on_data:
@@ -102,7 +106,7 @@ def read_calibration_data(
     return dataset
 
 
-def lines(format: str, folder: Path, left_out: list[str]) -> list[str]:
+def lines_of(format: str, folder: Path, left_out: list[str]) -> list[str]:
     """Return the lines that say what was written and how to use it."""
     said = [f"exported {folder}  ({format}, 4 bits)"]
     if left_out:

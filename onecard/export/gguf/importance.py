@@ -25,7 +25,7 @@ from onecard.export.calibrated.calibration import calibrate, count_tokens, first
 from onecard.export.calibrated.check import check_layers
 from onecard.export.calibrated.experts import RoutedExperts
 from onecard.export.calibrated.layers import LayeredModel
-from onecard.export.calibrated.writer import read_calibration_data
+from onecard.export.calibrated.writer import read_rows
 from onecard.export.folder import check_room, new_file
 from onecard.export.gguf.architecture import Architecture
 from onecard.export.merge.merged import Merged
@@ -132,7 +132,7 @@ def collect(
 ) -> Importance:
     """Run a model layer by layer on the data's first rows and sum the squares of its linears' inputs."""
     assert config.data is not None, "checked by the caller"
-    dataset = read_calibration_data(merged, config.data, config, on_data)
+    dataset = read_rows(merged.checkpoint.folder, merged.adapter.folder, config.data, config, on_data)
     layered = LayeredModel(merged, pick_device(config.device))
     check_layers(layered, dataset.examples)
     chosen, _ = first_batches(dataset.examples, config.max_seq_length, layered.is_packed, config.num_rows)

@@ -1,12 +1,14 @@
-"""Compare a merged checkpoint with the live adapter: logits and loss of each on the same held-out tokens.
+"""Compare a written model with the live adapter: logits and loss of each on the same held-out tokens.
 
     off by  ||z - z_live|| / ||z_live - z_base||                      the share of the adapter's effect that is missed
     kept    <z - z_base, z_live - z_base> / ||z_live - z_base||^2     the share of the effect that is present
+    error   mean over positions of KL(softmax(z_live) || softmax(z)), in nats
 
 z are logits at supervised positions, all computed in float32 from the stored weights, so that the numbers measure the
 weights and not 16-bit arithmetic. The live model runs as in training (packed attention where that reproduces the
-model's own). The written checkpoint is read back from its files and runs with transformers' attention. One model is in
-memory at a time; the live model's logits are in an unnamed temporary file.
+model's own). The written files are read back, dequantized to 16 bits by their format's reader (hf/stored.py) if they
+are in fewer, and run with transformers' attention. One model is in memory at a time; the live model's logits are in an
+unnamed temporary file.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,34 +30,42 @@ from torch import Tensor, nn
 
 from onecard.adapter.load import with_adapter
 from onecard.adapter.tokens import vocabulary_of, with_rows
-from onecard.config import LOGITS_CHUNK_BYTES, QuantConfig
+from onecard.config import LOGITS_CHUNK_BYTES, ExportConfig, QuantConfig
 from onecard.data.chat.mask import Example
 from onecard.data.dataset import Dataset
 from onecard.errors import UserError
+from onecard.export.calibrated.writer import read_rows
 from onecard.export.folder import check_room, new_folder
 from onecard.export.merge.merged import Base, open_merged, write_merged
 from onecard.export.merge.quantized import Kept, check_type, write_quantized
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.documents import read_model_document
+from onecard.hf.gguf.config import FAMILIES as READ
 from onecard.hf.head import model_class
-from onecard.hf.load import find_checkpoint, load_model, pick_device
-from onecard.hf.skeleton import read_config
+from onecard.hf.load import find_checkpoint, load_model, pick_device, source_of
+from onecard.hf.report import check_report
+from onecard.hf.skeleton import meta_model, read_config, stored_dtype
 from onecard.nn.embedding import Head, cast_output, device_of
 from onecard.train.evaluate import choose_loss
 from onecard.train.loss import packed_loss, supervised
 
+LIVE = "live adapter"
 NOTHING = 1e-12  # of ||z||^2: a smaller effect is rounding
 NUM_EXAMPLES, NUM_TOKENS = 32, 8192  # at most, of the data for the comparison
 
 
 @dataclass
 class Agreement:
-    """How close a checkpoint is to the live adapter.
+    """How close a written model is to the live adapter.
 
     Attributes:
         off, kept: None if the adapter changes nothing.
         argmax: share of positions with the live adapter's likeliest token.
         losses: float32 (P,), the loss of each position.
+        divergence: mean KL divergence from the live adapter, nats.
+        right: share of positions whose likeliest token is the data's.
+        nbytes: of the files with the weights; None for the live adapter.
     """
 
     name: str
@@ -63,6 +73,9 @@ class Agreement:
     kept: float | None
     argmax: float
     losses: Tensor
+    divergence: float = 0.0
+    right: float = 0.0
+    nbytes: int | None = None
 
     @property
     def loss(self) -> float:
@@ -71,7 +84,7 @@ class Agreement:
 
 @dataclass
 class Verified:
-    """A merged checkpoint and the comparison that chose it."""
+    """A written model and its comparison, which chose it if there are several."""
 
     folder: Path
     kept: str
@@ -81,28 +94,35 @@ class Verified:
 
     def table(self) -> list[str]:
         """Return the lines for the terminal."""
-        lines = [f"{'':14s}{'off by':>9s}{'effect kept':>13s}{'same token':>12s}{'loss':>9s}"]
+        names = ("off by", "effect kept", "error", "same token", "right token", "loss", "bytes")
+        lines = [f"{'':14s}" + "".join(f"{name:>13s}" for name in names)]
         for found in (self.live, *self.tried):
             shares = [f"{share:.2%}" if share is not None else "-" for share in (found.off, found.kept)]
-            line = f"{found.name:14s}{shares[0]:>9s}{shares[1]:>13s}{found.argmax:>12.2%}{found.loss:>9.4f}"
+            tokens = [f"{found.divergence:.4f}", f"{found.argmax:.2%}", f"{found.right:.2%}", f"{found.loss:.4f}"]
+            size = "-" if found.nbytes is None else f"{found.nbytes:,}"
+            line = f"{found.name:14s}" + "".join(f"{value:>13s}" for value in (*shares, *tokens, size))
             lines.append(line + ("  kept" if found.name == self.kept and len(self.tried) > 1 else ""))
-        if self.live.off is None:
+        if self.live.off is None and self.live.name == LIVE:
             lines.append("the adapter changes nothing on these tokens: there is no effect to have a share of")
         return lines
 
 
 @dataclass
 class Live:
-    """Logits of the base without and with its adapter, in a file, one example after the other."""
+    """Logits of the base without and with its adapter, in a file, one example after the other. Without an adapter both
+    are those of the model."""
 
+    name: str
     examples: list[tuple[Tensor, Tensor, Tensor]]  # input_ids (1, T); positions (P,) and their targets (P,)
     vocab_size: int
     file: BinaryIO
     losses: list[Tensor] = field(default_factory=list)
     size: float = 0.0
     effect: float = 0.0
+    hits: list[Tensor] = field(default_factory=list)
 
     def write(self, before: Tensor, after: Tensor, target: Tensor) -> None:
+        self.hits.append(after.argmax(-1) == target)
         self.size += after.double().square().sum().item()
         self.effect += (after - before).double().square().sum().item()
         self.losses.append(nn.functional.cross_entropy(after, target, reduction="none"))
@@ -121,7 +141,7 @@ class Live:
     def agreement(self) -> Agreement:
         changes = self.effect > NOTHING * self.size
         share = (0.0, 1.0) if changes else (None, None)
-        return Agreement("live adapter", *share, 1.0, torch.cat(self.losses))
+        return Agreement(self.name, *share, 1.0, torch.cat(self.losses), right=mean(self.hits))
 
 
 def merge_verified(
@@ -176,6 +196,50 @@ def merge_verified(
     return Verified(target, kept, live.agreement, tried, in_weights)
 
 
+def rows_to_verify(config: ExportConfig, on_data: Callable[[Dataset], None] | None = None) -> Dataset:
+    """Read the data for `verify_export`, before anything is written.
+
+    Raises:
+        UserError: a GGUF file of this model would have no reader here; no such device; same as `read_rows`.
+    """
+    assert config.verify is not None
+    pick_device(config.device)
+    if config.format == "gguf":
+        check_readable(config.model)
+    dataset = read_rows(config.model, config.adapter, config.verify, config, on_data)
+    first_rows(dataset, NUM_EXAMPLES, NUM_TOKENS)
+    return dataset
+
+
+def check_readable(model: str) -> None:
+    """Raise UserError unless the GGUF file of a model can be read back (hf/gguf)."""
+    from onecard.export.gguf.architecture import Architecture
+
+    arch = Architecture(read_model_document(find_checkpoint(model)))
+    if arch.name not in READ or arch.num_experts:
+        do = "leave verify out; llama-perplexity measures the file, and merge --verify the adapter"
+        found = f"{arch.family}{', with experts' * bool(arch.num_experts)}"
+        raise UserError(f"verify reads GGUF files of {', '.join(READ)}", found, do, model)
+
+
+def verify_export(config: ExportConfig, written: Path, quant: QuantConfig, dataset: Dataset) -> list[str]:
+    """Compare an exported file or folder with the live adapter, or without one with the model. Return the lines that
+    say so.
+
+    Args:
+        quant: how training quantized a 16-bit base.
+        dataset: the result of `rows_to_verify`.
+
+    Raises:
+        UserError: a file that its reader refuses.
+    """
+    device, rows = str(pick_device(config.device)), first_rows(dataset, NUM_EXAMPLES, NUM_TOKENS)
+    with tempfile.TemporaryFile(dir=written.parent) as file:
+        live = run_live(config.model, config.adapter, quant, dataset, rows, device, file)
+        found = compare(live, config.format, written, device)
+    return [rows_line(dataset), *Verified(written, found.name, live.agreement, [found]).table()]
+
+
 def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> Sequence[Example]:
     """Return the first examples with at most num_tokens together. The first one is truncated to that."""
     first = dataset.examples[0]
@@ -219,46 +283,67 @@ def better(tried: list[Agreement]) -> str:
 
 @torch.no_grad()
 def run_live(
-    model: str, adapter: str, quant: QuantConfig, dataset: Dataset, rows: Sequence[Example], device: str, file: BinaryIO
+    model: str,
+    adapter: str | None,
+    quant: QuantConfig,
+    dataset: Dataset,
+    rows: Sequence[Example],
+    device: str,
+    file: BinaryIO,
 ) -> Live:
-    """Run the 4-bit base with its adapter disabled and enabled."""
-    base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)
-    tuned = with_adapter(base, adapter)
+    """Run the 4-bit base with its adapter disabled and enabled; without an adapter, the checkpoint as it is."""
+    if adapter is None:
+        base = load_written(Path(model), device)
+    else:
+        base = load_model(model, quant.quant_type, quant.blocksize, quant.double_quant, torch.float32, device)
+    tuned: Any = with_adapter(base, adapter)
     vocab_size = vocabulary_of(base)
     examples = []
     for example in rows:
         positions, target = supervised(torch.tensor([example.labels]))
         most = max(LOGITS_CHUNK_BYTES // (4 * vocab_size), 1)
         examples.append((torch.tensor([example.input_ids]), positions[:most], target[:most]))
-    live = Live(examples, vocab_size, file)
-    packed = choose_loss(tuned, dataset)[0] is packed_loss
+    live = Live("the model" if adapter is None else LIVE, examples, vocab_size, file)
+    packed = adapter is not None and choose_loss(tuned, dataset)[0] is packed_loss
     with use_packed_attention(base) if packed else nullcontext():
-        for ids, positions, target in shown(examples, "live adapter"):
+        for ids, positions, target in shown(examples, live.name):
+            after = logits(base, ids, positions, packed)
+            if adapter is None:
+                live.write(after, after, target)
+                continue
             with tuned.disable_adapter(), with_rows(tuned):
-                before = logits(base, ids, positions, packed)
-            live.write(before, logits(base, ids, positions, packed), target)
+                live.write(logits(base, ids, positions, packed), after, target)
     del base, tuned
     gc.collect()
     return live
 
 
 @torch.no_grad()
-def compare(live: Live, name: str, folder: Path, device: str) -> Agreement:
-    """Compare the checkpoint in a folder with the live adapter."""
-    model = load_written(folder, device)
+def compare(live: Live, name: str, path: Path, device: str) -> Agreement:
+    """Compare a checkpoint's folder, or a GGUF file, with the live adapter."""
+    model = load_written(path, device)
     off = along = 0.0
-    hits, losses = [], []
-    for (ids, positions, target), (before, after) in zip(shown(live.examples, f"{name} base"), live.read()):
+    hits, right, losses, divergences = [], [], [], []
+    for (ids, positions, target), (before, after) in zip(shown(live.examples, f"{name} model"), live.read()):
         z = logits(model, ids, positions, False)
         off += (z - after).double().square().sum().item()
         along += ((z - before).double() * (after - before)).sum().item()
         hits.append(z.argmax(-1) == after.argmax(-1))
+        right.append(z.argmax(-1) == target)
+        each = nn.functional.kl_div(z.log_softmax(-1), after.log_softmax(-1), reduction="none", log_target=True)
+        divergences.append(each.sum(-1))
         losses.append(nn.functional.cross_entropy(z, target, reduction="none"))
     del model
     gc.collect()
     changes = live.agreement.off is not None
     shares = ((off / live.effect) ** 0.5, along / live.effect) if changes else (None, None)
-    return Agreement(name, *shares, torch.cat(hits).float().mean().item(), torch.cat(losses))
+    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
+    nbytes = sum(file.stat().st_size for file in files)
+    return Agreement(name, *shares, mean(hits), torch.cat(losses), mean(divergences), mean(right), nbytes)
+
+
+def mean(pieces: list[Tensor]) -> float:
+    return torch.cat(pieces).double().mean().item()
 
 
 def shown(examples: list[Any], what: str) -> Iterable[Any]:
@@ -267,12 +352,28 @@ def shown(examples: list[Any], what: str) -> Iterable[Any]:
     return track(examples, f"verify: {what}", console=console, transient=True, disable=not console.is_terminal)
 
 
-def load_written(folder: Path, device: str) -> Any:
-    """Load a checkpoint that computes in float32. Linears and embeddings keep the file's dtype and are cast at use."""
-    if inspect_checkpoint(folder).is_4bit:
+def load_written(path: Path, device: str) -> Any:
+    """Load a checkpoint's folder, or a GGUF file, as a model that computes in float32. Linears and embeddings keep the
+    16-bit values that the file has, or that are dequantized from it, and are cast at use.
+
+    Raises:
+        UserError: a file that its reader refuses; a tensor that is missing or unknown.
+    """
+    folder = find_checkpoint(str(path))
+    checkpoint = inspect_checkpoint(folder)
+    if checkpoint.is_4bit:
         return load_model(str(folder), compute_dtype=torch.float32, device=device)
-    kind = model_class(read_config(folder))
-    model: Any = kind.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    config = read_config(folder)
+    how: dict[str, Any] = {"dtype": "auto"}
+    kind: Any = model_class(config)
+    if checkpoint.kinds:
+        kind = type(meta_model(config, str(folder / "config.json"), checkpoint))
+        vars(config).pop("quantization_config", None)
+        how = {"config": config, "dtype": stored_dtype(folder)}
+    with source_of(checkpoint) as source:
+        model, report = kind.from_pretrained(**source, **how, local_files_only=True, output_loading_info=True)
+    check_report(report, folder)
+    model.eval()
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             model.set_submodule(name, Head(module))

@@ -6,12 +6,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import onecard
-from onecard.config import DataConfig, QuantConfig
+from onecard.config import DataConfig, ExportConfig, QuantConfig
 from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.merge.merged import merge
 from onecard.export.merge.quantized import requantize
-from onecard.export.merge.verify import Agreement, bases_of, better, load_written, merge_verified
+from onecard.export.verify import (
+    Agreement,
+    bases_of,
+    better,
+    load_written,
+    merge_verified,
+    rows_to_verify,
+    verify_export,
+)
 from onecard.hf.load import load_tokenizer
 from onecard.nn.linear import Linear4bit
 from tests.conftest import FAMILIES, make_checkpoint
@@ -136,3 +144,48 @@ def test_read_back_in_float32_it_is_the_float32_model(family, tmp_path):
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids).logits
     assert found.dtype == torch.float32
     assert (found - expected).norm() <= 64 * torch.finfo(torch.float32).eps * expected.norm()
+
+
+FORMATS = {
+    "gguf": {"outtype": "q8_0"},
+    "gptq": {"group_size": 32, "num_rows": 2},
+    "awq": {"group_size": 32, "num_rows": 2},
+}
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_export_is_measured_and_a_file_without_the_adapter_shows(format, tuned, tmp_path, chats):
+    """The file with the adapter has most of its effect. The file of the base alone has none, and is far off."""
+    model, adapter, _ = tuned
+    data = {} if format == "gguf" else {"data": str(chats)}
+    fields = {"format": format, "model": model, "device": "cpu", **FORMATS[format], **data}
+    config = ExportConfig(adapter=adapter, output=str(tmp_path / "with"), verify=str(chats), **fields)
+    found = onecard.export(config)
+    without = onecard.export(ExportConfig(output=str(tmp_path / "without"), verify=str(chats), **fields))
+    quant, rows = QuantConfig(), rows_to_verify(config)
+    lines = [found.lines[1:4], without.lines[1:4], verify_export(config, without.path, quant, rows)[1:4]]
+    assert found.lines[0].startswith("verifying on 24 of 24 rows")
+    header = lines[0][0].split()
+    assert header == "off by effect kept error same token right token loss bytes".split()
+    shares = []
+    for table in lines:
+        name, off, kept, error, same, *_, nbytes = table[2].split()
+        assert name == format and float(error) > 0 and 0 < float(same.rstrip("%")) <= 100
+        files = [found.path] if found.path.is_file() else found.path.glob("*.safetensors")
+        assert int(nbytes.replace(",", "")) == sum(file.stat().st_size for file in files)
+        shares.append((off, kept, float(error)))
+    assert lines[1][1].startswith("the model") and shares[1][:2] == ("-", "-")
+    (off, kept, error), (base_off, base_kept, base_error) = shares[0], shares[2]
+    off, kept, base_off, base_kept = (float(share.rstrip("%")) for share in (off, kept, base_off, base_kept))
+    assert abs(kept - 100) < 15 and off < 60 and error < 0.5 * base_error
+    assert abs(base_kept) < 30 and base_off > 90
+
+
+def test_a_gguf_file_without_a_reader_is_refused_before_it_is_written(tmp_path, chats):
+    base = make_checkpoint(tmp_path / "base", "mixtral")
+    where = {"format": "gguf", "model": str(base), "output": str(tmp_path / "m.gguf")}
+    with pytest.raises(UserError, match=r"verify reads GGUF files of llama,[^\0]*mixtral, with experts"):
+        onecard.export(ExportConfig(verify=str(chats), **where))
+    assert not (tmp_path / "m.gguf").exists()
+    with pytest.raises(ValueError, match="verify reads a whole model"):
+        ExportConfig(verify=str(chats), adapter_only=True, **where)
