@@ -29,7 +29,7 @@ from onecard.data.dataset import Dataset
 from onecard.data.load import load_dataset
 from onecard.demo.run import SETTINGS, exact_match, read_rows, run_demo
 from onecard.export.calibrated.grouped import round_to_nearest
-from onecard.export.calibrated.writer import export_calibrated
+from onecard.export.calibrated.writer import export_folder
 from onecard.export.merge.merged import merge
 from onecard.export.verify import logits
 from onecard.hf.load import load_model, load_tokenizer
@@ -45,7 +45,7 @@ READERS: dict[str, Any] = {
 
 def calibrated(format: Any, adapter: str, folder: Path) -> Any:
     """Export the tuned model, and load the result with GPTQModel."""
-    export_calibrated(format, BASE, adapter, TRAIN, str(folder / format), CONFIG)
+    export_folder(format, BASE, adapter, TRAIN, str(folder / format), CONFIG)
     quantization = READERS[format]()
     return AutoModelForCausalLM.from_pretrained(
         folder / format, dtype=torch.bfloat16, device_map="cpu", quantization_config=quantization

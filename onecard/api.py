@@ -70,7 +70,7 @@ class Exported:
     """What `export` wrote.
 
     Attributes:
-        path: the GGUF file, or the folder of the GPTQ or AWQ checkpoint.
+        path: the GGUF file, or the checkpoint's folder.
         lines: the text that `onecard export` prints: the result, notes, and the commands that use it.
     """
 
@@ -82,7 +82,7 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
     """Write a model, merged with an adapter if there is one, in another tool's format, as `onecard export` does.
 
     Args:
-        config: the format (gguf, gptq or awq), the model, the adapter, the new output, and the format's settings.
+        config: the format, the model, the adapter, the new output, and the format's settings.
         quiet: print nothing. False prints on stderr how the data of a calibration was read.
 
     Returns:
@@ -117,10 +117,9 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
             written = export_gguf(*where, config, config.base, quant, importance)
             path, lines = written.file, written.lines()
         else:
-            from onecard.export.calibrated.writer import export_calibrated, lines_of
+            from onecard.export.calibrated.writer import export_folder
 
-            assert config.data is not None, "checked by the config"
             where = (config.model, config.adapter, config.data, config.output)
-            path, left_out = export_calibrated(config.format, *where, config, config.base, quant, on_data)
-            lines = lines_of(config.format, path, left_out)
+            found = export_folder(config.format, *where, config, config.base, quant, on_data)
+            path, lines = found.folder, found.lines()
         return Exported(path, lines if rows is None else [*verify_export(config, path, quant, rows), *lines])

@@ -32,7 +32,7 @@ from onecard.config.data import (
     TrainOn,
 )
 from onecard.config.evaluation import EvaluationData, EvaluationSettings, eval_key
-from onecard.config.export import CalibrationConfig, ExportConfig, GgufConfig
+from onecard.config.export import CalibrationConfig, ExportConfig, Folder, GgufConfig
 from onecard.config.infer import SamplingConfig, ServeConfig
 from onecard.config.lora import LoraSettings
 from onecard.config.optim import ADAMW, Optim, OptimSettings
@@ -83,6 +83,7 @@ __all__ = [
     "EvaluationData",
     "EvaluationSettings",
     "ExportConfig",
+    "Folder",
     "FormatConfig",
     "GgufConfig",
     "LoadConfig",

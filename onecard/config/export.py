@@ -10,19 +10,23 @@ from onecard.config.data import Data, ReadConfig
 from onecard.config.quant import StoredConfig
 from onecard.config.strict import Strict
 
+Folder = Literal["gptq", "awq", "w4a16", "fp8", "nvfp4", "mlx"]
+CALIBRATED = ("gptq", "awq")  # which need data; w4a16 may have it
+NEAREST = ("fp8", "nvfp4", "mlx")
+
 
 class CalibrationConfig(ReadConfig):
-    """Calibration of GPTQ and AWQ on the user's data."""
+    """Calibration of GPTQ, AWQ and W4A16 on the user's data."""
 
     num_rows: int = Field(default=128, ge=1, description="with data: packed rows of examples that are run")
     max_seq_length: int = Field(default=1024, ge=8, description="with data: tokens a row")
     group_size: Literal[128, 64, 32] = Field(
-        default=128, description="gptq, awq: weights that share a scale; less where a width is not a multiple of it"
+        default=128, description="gptq, awq, w4a16: weights that share a scale; less where it divides no width"
     )
     sym: bool = Field(default=True, description="gptq: levels on both sides of zero alike, as most kernels need")
     desc_act: bool = Field(default=False, description="gptq: inputs of large activations first; slower to read")
     damp_percent: float = Field(
-        default=0.01, gt=0, lt=1, description="gptq: share of the Hessian's mean that is added to it"
+        default=0.01, gt=0, lt=1, description="gptq, w4a16: share of the Hessian's mean that is added to it"
     )
     device: str = Field(
         default="auto", description="with data or verify: where the model is run: auto, cpu, cuda or cuda:N"
@@ -53,8 +57,9 @@ class GgufConfig(Strict):
 class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
     """A model, with or without an adapter, in another tool's format."""
 
-    format: Literal["gguf", "gptq", "awq"] = Field(
-        description="gguf: llama.cpp, Ollama, LM Studio; gptq, awq: vLLM and transformers"
+    format: Literal["gguf"] | Folder = Field(
+        description="gguf: llama.cpp, Ollama, LM Studio; gptq, awq, and w4a16, fp8, nvfp4 of compressed-tensors: vLLM "
+        "and transformers; mlx: mlx-lm in 4 bits"
     )
     model: str = Field(description="checkpoint folder, or a hub id where a network is")
     adapter: str | None = Field(default=None, description="folder of a trained adapter")
@@ -79,8 +84,12 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
 
     @model_validator(mode="after")
     def _calibrated_on_data(self) -> ExportConfig:
-        if self.format != "gguf" and self.data is None:
+        if self.format in CALIBRATED and self.data is None:
             raise ValueError("gptq and awq are calibrated on your data: give data")
+        if self.format in NEAREST and self.data is not None:
+            raise ValueError("fp8, nvfp4 and mlx take the nearest codes: leave data out")
+        if self.format == "w4a16" and (self.desc_act or not self.sym):
+            raise ValueError("w4a16 is symmetric, with inputs in order: leave sym and desc_act out, or choose gptq")
         if self.format != "gguf" and self.imatrix is not None:
             raise ValueError("imatrix is for gguf: leave it out")
         given = self.data is not None or self.imatrix is not None

@@ -26,6 +26,7 @@ from onecard.hf.documents import Mxfp4, Quantization, Size, read_generation_docu
 from onecard.hf.fp8 import without_fp8
 from onecard.hf.gguf.folder import source_in, tensors_of
 from onecard.hf.int4 import without_int4
+from onecard.hf.mlx import without_mlx
 from onecard.hf.nvfp4 import without_nvfp4
 from onecard.hf.stored import DTYPE_BITS, TensorInfo, kinds_of
 from onecard.quant.mxfp4 import BLOCKS, SCALES, check_mxfp4
@@ -162,7 +163,7 @@ def inspect_checkpoint(folder: Path) -> Checkpoint:
             tensors[name] = info
     if mapping is not None:
         check_index(mapping, tensors, index)
-    tensors, config = without_int4(*without_fp8(*without_nvfp4(tensors, config)))
+    tensors, config = without_mlx(*without_int4(*without_fp8(*without_nvfp4(tensors, config))))
     check_dtypes(tensors, config)
     return Checkpoint(folder, files, tensors, config)
 

@@ -24,7 +24,7 @@ DTYPE_BITS = {
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 STORED_DTYPES = {
     **FLOAT_DTYPES, "F8_E4M3": torch.float8_e4m3fn, "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64,
-    "BOOL": torch.bool,
+    "U32": torch.int32, "BOOL": torch.bool,  # the bits of U32, since torch has few operations on uint32
 }  # fmt: skip
 SLAB_VALUES = 1 << 18  # values that are in float32 at a time; more is not faster
 

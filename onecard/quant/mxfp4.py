@@ -75,10 +75,14 @@ def encode_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(dim=1)
     _, exponent = torch.frexp(absmax)  # absmax = m 2^exponent with m in [0.5, 1)
     exponents = (exponent - 1 - 2 + 127).clamp(min=0).masked_fill(absmax == 0, 0).to(torch.uint8)
-    m = blocks.abs() / exponent_map(x.device)[exponents.long()][:, None]
+    return encode_e2m1(blocks / exponent_map(x.device)[exponents.long()][:, None]).view(-1), exponents
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """Return the codes of the nearest levels, uint8 in x's shape. A tie goes to the even code, and beyond 6 to 6."""
+    m = x.abs()
     codes = (m > 0.25).to(torch.uint8) + (m >= 0.75) + (m > 1.25) + (m >= 1.75) + (m > 2.5) + (m >= 3.5) + (m > 5)
-    codes += torch.signbit(blocks).to(torch.uint8) << 3
-    return codes.view(-1), exponents
+    return codes + (torch.signbit(x).to(torch.uint8) << 3)
 
 
 def from_mxfp4(

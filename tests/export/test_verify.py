@@ -146,18 +146,16 @@ def test_read_back_in_float32_it_is_the_float32_model(family, tmp_path):
     assert (found - expected).norm() <= 64 * torch.finfo(torch.float32).eps * expected.norm()
 
 
-FORMATS = {
-    "gguf": {"outtype": "q8_0"},
-    "gptq": {"group_size": 32, "num_rows": 2},
-    "awq": {"group_size": 32, "num_rows": 2},
-}
+CALIBRATION = {"group_size": 32, "num_rows": 2, "max_seq_length": 64}
+FORMATS = {"gguf": {"outtype": "q8_0"}, "gptq": CALIBRATION, "awq": CALIBRATION, "w4a16": {"group_size": 32}}
+FORMATS |= {"fp8": {}, "nvfp4": {}, "mlx": {}}
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_export_is_measured_and_a_file_without_the_adapter_shows(format, tuned, tmp_path, chats):
     """The file with the adapter has most of its effect. The file of the base alone has none, and is far off."""
     model, adapter, _ = tuned
-    data = {} if format == "gguf" else {"data": str(chats)}
+    data = {"data": str(chats)} if format in ("gptq", "awq") else {}
     fields = {"format": format, "model": model, "device": "cpu", **FORMATS[format], **data}
     config = ExportConfig(adapter=adapter, output=str(tmp_path / "with"), verify=str(chats), **fields)
     found = onecard.export(config)

@@ -200,8 +200,14 @@ def group(found: list[Inputs], seen: Seen, with_H: bool) -> None:
         if same is not None:
             same.names.append(name)
         else:
-            norm = next((norm for norm, out in seen.outputs.items() if out is x), "")
+            norm = next((norm for norm, out in seen.outputs.items() if out is x and not reaches_experts(x, seen)), "")
             found.append(Inputs(name, norm, x.shape[-1], x.device, with_H))
+
+
+def reaches_experts(x: Tensor, seen: Seen) -> bool:
+    """Whether stacked experts, and so a router, have the same input as a linear."""
+    received = [hidden for hidden, _ in seen.routed.values()]
+    return any(hidden.numel() == x.numel() and torch.equal(hidden.flatten(), x.flatten()) for hidden in received)
 
 
 def is_norm(module: nn.Module) -> bool:

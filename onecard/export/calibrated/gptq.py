@@ -19,34 +19,60 @@ from torch import Tensor
 
 from onecard.config import CalibrationConfig
 from onecard.export.calibrated.calibration import Layer
-from onecard.export.calibrated.grouped import Grouped, choose_scales, encode, pack_int32
+from onecard.export.calibrated.grouped import (
+    IN_LAYER,
+    Grouped,
+    choose_scales,
+    encode,
+    pack_int32,
+    round_to_nearest,
+)
 from onecard.export.calibrated.hessian import damped_cholesky
 
+title, shares_scale = "GPTQ", False
 FIRST_ZERO = 1  # the files hold zero - 1
 
 
-def quantize_layer(layer: Layer, names: set[str], config: CalibrationConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield a layer's changed tensors by name within it. Its weights become those that a reader dequantizes."""
+def quantize_layer(
+    layer: Layer, names: set[str], config: CalibrationConfig, dtype: torch.dtype
+) -> Iterator[tuple[str, Grouped]]:
+    """Yield a layer's quantized weights by their linear's name within it. They become those that a reader dequantizes.
+
+    Args:
+        names: of the linears; dtype: of the scales.
+    """
     for inputs in layer.inputs:
         for name in inputs.names:
             if name in names:
                 linear: Any = layer.module.get_submodule(name)
-                found = quantize(linear.weight.float(), inputs.H_KK, config)
+                found = quantize(linear.weight.float(), inputs.H_KK, config, dtype)
                 linear.weight.copy_(found.dequantize())
-                yield from ((f"{name}.{key}", tensor) for key, tensor in tensors(found).items())
+                yield name, found
 
 
-def quantize(W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig) -> Grouped:
-    """Quantize a float32 weight by GPTQ, with H of its calibration inputs."""
+def quantize_expert(
+    ups: list[Tensor], down: Tensor, H_up: Tensor, H_down: Tensor, config: CalibrationConfig, dtype: torch.dtype
+) -> list[Grouped]:
+    """Quantize an expert's float32 weights, with H of their inputs: those before its activation, then the one after."""
+    return [*(quantize(W, H_up, config, dtype) for W in ups), quantize(down, H_down, config, dtype)]
+
+
+def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Grouped:
+    """Round a float32 weight to the nearest levels."""
+    return round_to_nearest(W_NK, config.group_size, config.sym, None, FIRST_ZERO, dtype)
+
+
+def quantize(W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig, dtype: torch.dtype = torch.float16) -> Grouped:
+    """Quantize a float32 weight by GPTQ, with H of its calibration inputs. `dtype`: of the scales."""
     N, K, g = *W_NK.shape, config.group_size
     falling = H_KK.diagonal().argsort(descending=True) if config.desc_act else torch.arange(K, device=W_NK.device)
     W_KN = W_NK.T[falling]  # a copy: an input's weights are contiguous
     U_KK = inverse_factor(H_KK[falling[:, None], falling], config.damp_percent)
     codes_KN = torch.empty_like(W_KN, dtype=torch.uint8)
-    scales, zeros = (torch.empty(N, K // g, dtype=dtype, device=W_KN.device) for dtype in (torch.float16, torch.uint8))
+    scales, zeros = (torch.empty(N, K // g, dtype=kind, device=W_KN.device) for kind in (dtype, torch.uint8))
     for start in range(0, K, g):
         block, own = W_KN[start : start + g], U_KK[start : start + g, start : start + g]
-        scale, zero = (t[:, 0] for t in choose_scales(block.T, config.sym, FIRST_ZERO))
+        scale, zero = (t[:, 0] for t in choose_scales(block.T, config.sym, FIRST_ZERO, dtype))
         errors = torch.empty_like(block)
         for k in range(g):
             code = encode(block[k], scale, zero)
@@ -65,7 +91,16 @@ def inverse_factor(H: Tensor, damp_percent: float) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(damped_cholesky(H, damp_percent)), upper=True)
 
 
-def tensors(weight: Grouped) -> dict[str, Tensor]:
+def scale_dtype(stored: str) -> str:
+    return "F16"
+
+
+def width(config: CalibrationConfig) -> int:
+    """Return what a linear's number of inputs must be a multiple of."""
+    return config.group_size
+
+
+def tensors(weight: Grouped, config: CalibrationConfig) -> dict[str, Tensor]:
     """Return a weight's tensors as a GPTQ file stores them."""
     N, K = weight.codes_NK.shape
     zeros = (weight.zeros_NG.T - FIRST_ZERO).contiguous()
@@ -77,22 +112,22 @@ def tensors(weight: Grouped) -> dict[str, Tensor]:
     }
 
 
-def shapes(N: int, K: int, group_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the dtype and shape of each tensor of `tensors`."""
-    groups = K // group_size
+def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return the dtype and shape of each tensor of `tensors`; `dtype`: of scales."""
+    groups = K // config.group_size
     return {
         "qweight": ("I32", (K // 8, N)),
         "qzeros": ("I32", (groups, N // 8)),
-        "scales": ("F16", (groups, N)),
+        "scales": (dtype, (groups, N)),
         "g_idx": ("I32", (K,)),
     }
 
 
-def quantization_config(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
-    """Return config.json's quantization_config, with the keys of transformers, vLLM and GPTQModel.
+def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+    """Return config.json's fields, with the keys of transformers, vLLM and GPTQModel.
 
     Args:
-        linears, left_out: names in the model of the linears in 4 bits, and of the decoder layers' other linears.
+        linears, left_out: names of the matrices in 4 bits, and of the decoder layers' others.
     """
     found: dict[str, Any] = {
         "quant_method": "gptq",
@@ -107,8 +142,9 @@ def quantization_config(config: CalibrationConfig, linears: list[str], left_out:
         "static_groups": False,
         "lm_head": False,
     }
+    left_out = [name for name in left_out if IN_LAYER.search(name)]
     if left_out:
         found["dynamic"] = {f"-:{name.replace('.', '[.]')}": {} for name in left_out}
         inside = dict.fromkeys(name.split(".layers.")[-1].split(".", 1)[1] for name in linears)
         found["modules_in_block_to_quantize"] = [list(inside)]
-    return found
+    return {"quantization_config": found}

@@ -21,7 +21,8 @@ class Inputs:
 
     Attributes:
         names: names of the linears within their layer. The first one's input is recorded.
-        norm: name within the layer of the norm whose output the input is; "" if there is none.
+        norm: name within the layer of the norm whose output the input is; "" if there is none, or if stacked experts
+            have the same input.
     """
 
     def __init__(self, name: str, norm: str, K: int, device: torch.device, with_H: bool = True):

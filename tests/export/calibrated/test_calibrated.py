@@ -5,23 +5,25 @@ Exact: bits, files, what stays. Bound from the maths: least output errors. No wo
 
 import hashlib
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3TextConfig, Glm4MoeConfig
 
 from onecard.config import CalibrationConfig, DataConfig
 from onecard.data.load import load_dataset
 from onecard.errors import UserError
-from onecard.export.calibrated import awq, gptq, writer
+from onecard.export.calibrated import awq, gptq, routed, writer
 from onecard.export.calibrated.calibration import calibrate, first_batches
 from onecard.export.calibrated.grouped import Grouped, round_to_nearest
 from onecard.export.calibrated.layers import LayeredModel
-from onecard.export.calibrated.writer import export_calibrated, pick_group_size
+from onecard.export.calibrated.writer import export_folder, pick_group_size
 from onecard.export.merge.merged import merge, open_merged
 from onecard.hf.load import load_tokenizer
+from tests import conftest
 from tests.conftest import FAMILIES, make_checkpoint
 from tests.export.merge.test_merged import make_adapter
 
@@ -131,9 +133,9 @@ def test_packing_is_what_the_format_says(format):
         groups = groups[torch.randperm(K, generator=rng)]
     weight = Grouped(codes, torch.rand(N, K // g, generator=rng).half(), zeros, groups)
     method = {"gptq": gptq, "awq": awq}[format]
-    found = {key: tensor.contiguous() for key, tensor in method.tensors(weight).items()}
+    found = {key: tensor.contiguous() for key, tensor in method.tensors(weight, CONFIG).items()}
     names = {torch.int32: "I32", torch.float16: "F16"}
-    assert {k: (names[t.dtype], tuple(t.shape)) for k, t in found.items()} == method.shapes(N, K, g)
+    assert {k: (names[t.dtype], tuple(t.shape)) for k, t in found.items()} == method.shapes(N, K, CONFIG, "F16")
     index = groups.long()
     expected = (codes.float() - zeros.float()[:, index]) * weight.scales_NG.float()[:, index]
     assert np.array_equal(READERS[format](lambda key: found[key].numpy()), expected.numpy())
@@ -243,7 +245,7 @@ def test_a_bfloat16_norm_is_divided_exactly(tmp_path, chats):
 def test_families_read_back(tmp_path, chats, family, format):
     """The reader's logits on the calibration rows are nearer to the model's than round-to-nearest's."""
     base = make_checkpoint(tmp_path / "base", family)
-    export_calibrated(format, str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+    export_folder(format, str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
     plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
     _, rows = calibration_rows(base, chats)
     found = distance(plain, read_checkpoint(tmp_path / "out"), rows)
@@ -263,8 +265,9 @@ def test_a_merged_model_in_shards(tmp_path, chats, format):
     make_adapter(tmp_path / "adapter", base)
     adapter = str(tmp_path / "adapter")
     merge(str(base), adapter, str(tmp_path / "merged"))
-    out, left_out = export_calibrated(format, str(base), adapter, str(chats), str(tmp_path / "out"), CONFIG)
-    assert left_out == []
+    written = export_folder(format, str(base), adapter, str(chats), str(tmp_path / "out"), CONFIG)
+    out = written.folder
+    assert written.left_out == written.few == []
     assert {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in base.iterdir()} == hashes
     assert sorted(p.name for p in out.glob("*.safetensors")) == sorted(p.name for p in base.glob("*.safetensors"))
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
@@ -288,7 +291,8 @@ def test_the_adapter_s_tokenizer_goes_along(tmp_path, chats, monkeypatch):
     tokenizer.save_pretrained(tmp_path / "adapter")
     real = writer.load_dataset
     monkeypatch.setattr(writer, "load_dataset", lambda path, own, config: read.append(own) or real(path, own, config))
-    out, _ = export_calibrated("gptq", str(base), str(tmp_path / "adapter"), str(chats), str(tmp_path / "out"), CONFIG)
+    where = (str(base), str(tmp_path / "adapter"), str(chats), str(tmp_path / "out"))
+    out = export_folder("gptq", *where, CONFIG).folder
     assert [own.chat_template for own in read] == [tokenizer.chat_template]
     assert load_tokenizer(str(out)).chat_template == tokenizer.chat_template
 
@@ -297,7 +301,8 @@ def test_the_adapter_s_tokenizer_goes_along(tmp_path, chats, monkeypatch):
 def test_linears_that_fit_no_group_stay(tmp_path, chats, format):
     """An intermediate size of 100: down's inputs make no groups of 32, gate's and up's outputs no words of 8."""
     base = make_checkpoint(tmp_path / "base", intermediate_size=100)
-    out, left_out = export_calibrated(format, str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+    written = export_folder(format, str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+    out, left_out = written.folder, written.left_out
     names = [f"model.layers.{i}.mlp.{name}_proj" for i in range(2) for name in ("gate", "up", "down")]
     assert sorted(left_out) == sorted(names)
     said = json.loads((out / "config.json").read_text())["quantization_config"]
@@ -313,7 +318,7 @@ def test_linears_that_fit_no_group_stay(tmp_path, chats, format):
 
 @pytest.mark.parametrize("largest, widths, expected", [(128, (256, 704), 64), (128, (256, 512), 128), (64, (256,), 64)])
 def test_the_group_size_is_the_largest_that_all_widths_take(largest, widths, expected):
-    linears = {str(K): torch.nn.Linear(K, 8, device="meta") for K in widths}
+    linears = {str(K): (8, K) for K in widths}
     assert pick_group_size(linears, largest) == expected
 
 
@@ -357,15 +362,15 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, chats, monkeypatch):
     base = make_checkpoint(tmp_path / "base")
     real = gptq.quantize
 
-    def stop_in_the_second_layer(W_NK, H_KK, config, calls=[]):  # noqa: B006  the count of calls
+    def stop_in_the_second_layer(W_NK, H_KK, config, dtype, calls=[]):  # noqa: B006  the count of calls
         calls.append(1)
         if len(calls) > 8:
             raise KeyboardInterrupt
-        return real(W_NK, H_KK, config)
+        return real(W_NK, H_KK, config, dtype)
 
     monkeypatch.setattr(gptq, "quantize", stop_in_the_second_layer)
     with pytest.raises(KeyboardInterrupt):
-        export_calibrated("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+        export_folder("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -374,12 +379,73 @@ def test_a_model_with_other_tensors_is_refused(tmp_path, chats):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "attention_bias": True}))
     with pytest.raises(UserError, match=r"must hold model.layers.0.self_attn.q_proj.bias"):
-        export_calibrated("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+        export_folder("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_experts_are_refused_not_left_in_16_bits(family, tmp_path, chats):
+def test_experts_in_one_tensor_are_refused_not_left_in_16_bits(tmp_path, chats):
+    base = make_checkpoint(tmp_path / "base", "gpt_oss")
+    with pytest.raises(UserError, match=r"tensors of their own[^\0]*model\.layers\.0\.mlp\.experts\."):
+        export_folder("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+    assert not (tmp_path / "out").exists()
+
+
+def read_experts(folder):
+    """A plain float32 model of experts with the file's weights, dequantized, and its tensors."""
+    raw = json.loads((folder / "config.json").read_text())
+    reader = READERS[raw.pop("quantization_config")["quant_method"]]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for name in [n.removesuffix(".qweight") for n in state if n.endswith(".qweight")]:
+        parts = {key: state.pop(f"{name}.{key}", None) for key in ("qweight", "qzeros", "scales", "g_idx")}
+        state[f"{name}.weight"] = torch.from_numpy(reader(lambda key, parts=parts: parts[key].numpy()))
+    config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+    kind = type(AutoModelForCausalLM.from_config(config))
+    return kind.from_pretrained(None, config=config, state_dict=dict(state), dtype=torch.float32).eval(), state
+
+
+@pytest.mark.parametrize("format", ["gptq", "awq"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_calibrated_on_their_own_tokens(family, format, tmp_path, chats, monkeypatch):
+    """transformers' own model of the dequantized file, with an adapter, is nearer to the merge than with the nearest
+    codes of experts, which those with few tokens get. They are named."""
     base = make_checkpoint(tmp_path / "base", family)
-    with pytest.raises(UserError, match=r"without experts[^\0]*model\.layers\.0\.mlp\.experts\."):
-        export_calibrated("gptq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG)
+    make_adapter(tmp_path / "adapter", base, target_modules=["q_proj", "v_proj"])
+    adapter = str(tmp_path / "adapter")
+    merged = merge(str(base), adapter, str(tmp_path / "merged"))
+    plain, untuned = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (merged, base))
+    _, rows = calibration_rows(base, chats)
+    distances, states = [], []
+    for number in range(2):
+        if number:  # no expert has enough tokens
+            monkeypatch.setattr(routed.RoutedExperts, "inputs", lambda *_: torch.zeros(0, 64))
+        out = tmp_path / f"out{number}"
+        written = export_folder(format, str(base), adapter, str(chats), str(out), CONFIG)
+        model, state = read_experts(out)
+        distances.append(distance(plain, model, rows))
+        states.append(state)
+        count = 2 * model.config.num_local_experts
+        assert len(written.few) == count if number else len(written.few) < count, written.few
+        assert any("nearest" in line for line in written.lines()) == bool(written.few)
+    assert distances[0] < distances[1] < distance(plain, untuned, rows)
+    assert any(".experts." in name and not torch.equal(W, states[1][name]) for name, W in states[0].items())
+    said = json.loads((tmp_path / "out0" / "config.json").read_text())["quantization_config"]
+    kept = said["modules_to_not_convert"] if format == "awq" else [n.replace("[.]", ".")[2:] for n in said["dynamic"]]
+    assert len(kept) == 2 and all(name.endswith(".gate") for name in kept), "the routers, as the checkpoint names them"
+
+
+def test_a_norm_before_experts_is_not_divided(tmp_path, chats, monkeypatch):
+    """glm4_moe's shared expert has the very input that router and experts have, which no s of AWQ reaches."""
+    make = partial(Glm4MoeConfig, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, n_group=1)
+    monkeypatch.setitem(conftest.EXPERT_FAMILIES, "glm4_moe", partial(make, topk_group=1, first_k_dense_replace=1))
+    base = make_checkpoint(tmp_path / "base", "glm4_moe")
+    dataset, rows = calibration_rows(base, chats)
+    dense, sparse = (
+        {one.norm for one in layer.inputs} for layer in run_layers(open_merged(str(base), None, "original"), dataset)[0]
+    )
+    assert dense == {"input_layernorm", "post_attention_layernorm", ""} and sparse == {"input_layernorm", ""}
+    out = export_folder("awq", str(base), None, str(chats), str(tmp_path / "out"), CONFIG).folder
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    model, _ = read_experts(out)
+    size = sum(plain(ids).logits.square().sum().item() for ids in rows) ** 0.5
+    assert distance(plain, model, rows) < 0.5 * size

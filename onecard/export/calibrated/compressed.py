@@ -1,0 +1,195 @@
+"""Folders in the formats of compressed-tensors, which vLLM and transformers read.
+
+    w4a16   4-bit integers with a scale for each group: pack-quantized. Codes are chosen by GPTQ if there is data
+    fp8     E4M3 with a scale for each row, and activations rounded to E4M3 by the reader, a scale for each token
+    nvfp4   E2M1 in blocks of 16, an E4M3 scale for each block and a float32 scale for each tensor. Activations stay
+
+The layouts are those that hf/int4.py, fp8.py and nvfp4.py read. A scale is rounded to its stored dtype before it is
+used to choose codes. vLLM runs q, k and v as one matrix, and so gate and up, with one float32 scale: in nvfp4 all
+matrices of a module have the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onecard.config import CalibrationConfig
+from onecard.export.calibrated import gptq
+from onecard.export.calibrated.grouped import Grouped, pack_int32
+from onecard.quant.codebook import MXFP4 as E2M1
+from onecard.quant.mxfp4 import encode_e2m1
+
+E4M3 = torch.float8_e4m3fn
+LARGEST, SMALLEST = 448.0, 2.0**-9  # of E4M3
+BLOCK = 16  # of nvfp4
+ENDS = (6.0, 4.0)  # levels of E2M1 that the largest weight of a block may have
+Tensors = dict[str, Tensor]
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+class W4A16:
+    """Symmetric 4-bit integers in groups of consecutive inputs, rounded as in GPTQ: transformers loads no others of
+    compressed-tensors."""
+
+    title, shares_scale = "compressed-tensors W4A16", False
+    quantize_layer, quantize_expert = staticmethod(gptq.quantize_layer), staticmethod(gptq.quantize_expert)
+    nearest = staticmethod(gptq.nearest)
+
+    @staticmethod
+    def scale_dtype(stored: str) -> str:
+        """Return the dtype of scales: the model's, since vLLM casts them to it. It runs float32 models in float16."""
+        return stored if stored in ("BF16", "F16") else "F16"
+
+    @staticmethod
+    def width(config: CalibrationConfig) -> int:
+        return config.group_size
+
+    @staticmethod
+    def tensors(weight: Grouped, config: CalibrationConfig) -> Tensors:
+        """Return a weight's tensors as the file stores them."""
+        N, K = weight.codes_NK.shape
+        return {
+            "weight_packed": pack_int32(weight.codes_NK.reshape(N, K // 8, 8)),
+            "weight_scale": weight.scales_NG,
+            "weight_shape": torch.tensor([N, K]),
+        }
+
+    @staticmethod
+    def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
+        """Return the dtype and shape of each tensor of `tensors`; `dtype`: of scales."""
+        return {
+            "weight_packed": ("I32", (N, K // 8)),
+            "weight_scale": (dtype, (N, K // config.group_size)),
+            "weight_shape": ("I64", (2,)),
+        }
+
+    @staticmethod
+    def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+        weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": config.group_size}
+        return scheme("pack-quantized", {**weights, "symmetric": True}, None, left_out)
+
+
+@dataclass
+class Scaled:
+    """A weight in floats of few bits.
+
+    Attributes:
+        codes: E4M3 (N, K), or two codes of E2M1 in a byte, the first in the low half: uint8 (N, K / 2).
+        scales: of rows, (N, 1), or of blocks, E4M3 (N, K / 16).
+        divisor: float32 (1,), by which scales of blocks are divided; None for scales of rows.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    divisor: Tensor | None = None
+
+
+class FP8:
+    """E4M3 with a scale for each row."""
+
+    title, shares_scale = "compressed-tensors FP8", False
+
+    @staticmethod
+    def scale_dtype(stored: str) -> str:
+        return stored
+
+    @staticmethod
+    def width(config: CalibrationConfig) -> int:
+        return 1
+
+    @staticmethod
+    def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Scaled:
+        """Round a float32 weight to the nearest codes."""
+        peak = W_NK.abs().amax(1, keepdim=True)
+        scales = (peak / LARGEST).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+        codes = (W_NK / scales.float()).clamp(-LARGEST, LARGEST).to(E4M3)
+        return Scaled(codes, scales)
+
+    @staticmethod
+    def tensors(weight: Scaled, config: CalibrationConfig) -> Tensors:
+        return {"weight": weight.codes, "weight_scale": weight.scales}
+
+    @staticmethod
+    def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
+        return {"weight": ("F8_E4M3", (N, K)), "weight_scale": (dtype, (N, 1))}
+
+    @staticmethod
+    def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+        weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+        inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+        return scheme("float-quantized", weights, inputs, left_out)
+
+
+class NVFP4:
+    """E2M1 in blocks of 16."""
+
+    title, shares_scale = "compressed-tensors NVFP4", True
+
+    @staticmethod
+    def scale_dtype(stored: str) -> str:
+        return "F8_E4M3"
+
+    @staticmethod
+    def width(config: CalibrationConfig) -> int:
+        return BLOCK
+
+    @staticmethod
+    def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float) -> Scaled:
+        """Round a float32 weight to the nearest codes. Of a block's scales that give its largest weight the level 6 or
+        4, the one with the least squared error is taken.
+
+        Args:
+            peak: the largest magnitude of the module's weights; 0 if all are.
+        """
+        divisor = torch.tensor([LARGEST * ENDS[0] / peak if peak > 0 else 1.0], dtype=torch.float32)
+        x = W_NK.view(len(W_NK), -1, BLOCK)
+        largest, least = x.abs().amax(-1), torch.full(x.shape[:-1], torch.inf)
+        codes, scales = torch.empty_like(x, dtype=torch.uint8), torch.empty(x.shape[:-1], dtype=E4M3)
+        levels = torch.tensor(E2M1)
+        for end in ENDS:
+            scale = (largest / end * divisor).clamp(SMALLEST, LARGEST).to(E4M3)
+            s = (scale.float() / divisor)[..., None]
+            found = encode_e2m1(x / s)
+            error = (levels[found.int()] * s - x).square().sum(-1)
+            better = error < least
+            codes[better], scales[better], least[better] = found[better], scale[better], error[better]
+        codes = codes.view_as(W_NK)
+        return Scaled(codes[:, 0::2] | codes[:, 1::2] << 4, scales, divisor)
+
+    @staticmethod
+    def tensors(weight: Scaled, config: CalibrationConfig) -> Tensors:
+        assert weight.divisor is not None
+        names = ("weight_packed", "weight_scale", "weight_global_scale")
+        return dict(zip(names, (weight.codes, weight.scales, weight.divisor)))
+
+    @staticmethod
+    def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
+        return {
+            "weight_packed": ("U8", (N, K // 2)),
+            "weight_scale": ("F8_E4M3", (N, K // BLOCK)),
+            "weight_global_scale": ("F32", (1,)),
+        }
+
+    @staticmethod
+    def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+        weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK, "symmetric": True}
+        return scheme("nvfp4-pack-quantized", weights, None, left_out)
+
+
+def scheme(format: str, weights: dict[str, Any], inputs: dict[str, Any] | None, left_out: list[str]) -> dict[str, Any]:
+    """Return config.json's fields, with one scheme for all linears but `left_out`."""
+    group = {"targets": ["Linear"], "weights": {**weights, "dynamic": False}, "input_activations": inputs}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {**group, "output_activations": None, "format": format}},
+        "ignore": left_out,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    return {"quantization_config": quantization}
