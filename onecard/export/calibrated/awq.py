@@ -216,7 +216,7 @@ def width(config: CalibrationConfig) -> int:
     return config.group_size
 
 
-def tensors(weight: Grouped, config: CalibrationConfig) -> dict[str, Tensor]:
+def tensors(weight: Grouped) -> dict[str, Tensor]:
     """Return a weight's tensors as an AWQ file stores them."""
     N, K = weight.codes_NK.shape
     return {

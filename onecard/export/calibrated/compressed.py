@@ -49,7 +49,7 @@ class W4A16:
         return config.group_size
 
     @staticmethod
-    def tensors(weight: Grouped, config: CalibrationConfig) -> Tensors:
+    def tensors(weight: Grouped) -> Tensors:
         """Return a weight's tensors as the file stores them."""
         N, K = weight.codes_NK.shape
         return {
@@ -110,7 +110,7 @@ class FP8:
         return Scaled(codes, scales)
 
     @staticmethod
-    def tensors(weight: Scaled, config: CalibrationConfig) -> Tensors:
+    def tensors(weight: Scaled) -> Tensors:
         return {"weight": weight.codes, "weight_scale": weight.scales}
 
     @staticmethod
@@ -161,7 +161,7 @@ class NVFP4:
         return Scaled(codes[:, 0::2] | codes[:, 1::2] << 4, scales, divisor)
 
     @staticmethod
-    def tensors(weight: Scaled, config: CalibrationConfig) -> Tensors:
+    def tensors(weight: Scaled) -> Tensors:
         assert weight.divisor is not None
         names = ("weight_packed", "weight_scale", "weight_global_scale")
         return dict(zip(names, (weight.codes, weight.scales, weight.divisor)))

@@ -100,7 +100,7 @@ def width(config: CalibrationConfig) -> int:
     return config.group_size
 
 
-def tensors(weight: Grouped, config: CalibrationConfig) -> dict[str, Tensor]:
+def tensors(weight: Grouped) -> dict[str, Tensor]:
     """Return a weight's tensors as a GPTQ file stores them."""
     N, K = weight.codes_NK.shape
     zeros = (weight.zeros_NG.T - FIRST_ZERO).contiguous()

@@ -87,7 +87,7 @@ class MLX:
         return Affine(codes.T.to(torch.uint8).reshape_as(W_NK), scale.view(shape), -least.view(shape))
 
     @staticmethod
-    def tensors(weight: Affine, config: CalibrationConfig) -> dict[str, Tensor]:
+    def tensors(weight: Affine) -> dict[str, Tensor]:
         N, K = weight.codes_NK.shape
         packed = pack_int32(weight.codes_NK.reshape(N, K // 8, 8))
         return {"weight": packed, "scales": weight.scales_NG, "biases": weight.biases_NG}

@@ -190,7 +190,7 @@ class Rounding:
 
     def write(self, writer: Writer, module: str, found: Any) -> None:
         """Write the tensors of a matrix."""
-        for key, tensor in self.storage.tensors(found, self.config).items():
+        for key, tensor in self.storage.tensors(found).items():
             writer.write(f"{module}.{key}", tensor)
         writer.written.add(module)
 
