@@ -6,6 +6,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.conftest", "onecard.cli", "onecard.train.session", "onecard.adapter.load"])
+FORKS.set_forkserver_preload(
+    ["tests.conftest", "onecard.cli", "onecard.train.session", "onecard.adapter.load", "matplotlib.pyplot"]
+)
 
 
 class Done(NamedTuple):
@@ -73,6 +76,24 @@ def begin(folder: Path, variables: dict[str, str], function: Callable[..., objec
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(variables)
+    function(*args)
+
+
+def ranks(count: int, function: Callable[..., object], *args: Any, **variables: str) -> list[Forked]:
+    """A function in each of `count` processes that torch.distributed connects, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    same = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    same |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    numbers = [{"RANK": str(number), "LOCAL_RANK": str(number)} for number in range(count)]
+    return [Forked(on_one_thread, function, *args, **same, **own, **variables) for own in numbers]
+
+
+def on_one_thread(function: Callable[..., object], *args: Any) -> None:
+    import torch
+
+    torch.set_num_threads(1)
     function(*args)
 
 

@@ -7,13 +7,15 @@ LoRA, norms, biases, the head and the scales of double quantization's scales are
 is read row by row from its file.
 
 All processes must make the same forwards and backwards in the same order. `before_forward` and `gather_once` are for
-callers that have more of them in one process than in another.
+callers that have more of them in one process than in another. So a forward must run each layer once and in order, which
+the first one checks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from onecard.errors import UserError
 from onecard.paging.files import Segment, Spill
 from onecard.paging.weights import Holder, PagedEmbedding, weights_by_layer
 from onecard.quant.state import QuantState
@@ -75,6 +78,7 @@ class ShardedBase:
         self.mesh = init_device_mesh(device.type, (self.count,))
         self.taken: dict[Holder, ShardedWeight] = {}
         self.layers: list[FSDPModule] = []
+        self.ran: list[int] | None = None  # numbers of the layers that the current forward has run
         self.before_forward: Callable[[], Any] | None = None
         self.open: list[Any] = []
 
@@ -113,7 +117,7 @@ class ShardedBase:
     ) -> None:
         """Have FSDP2 gather the model's layers. `embedding` is the segment and dtype of its values in a file."""
         whole = set(model.parameters())
-        for name, weights in weights_by_layer(model).items():
+        for number, (name, weights) in enumerate(weights_by_layer(model).items()):
             layer = model.get_submodule(name)
             layer.shards = Shards()
             parts = self.joined(layer.shards, weights)
@@ -121,8 +125,10 @@ class ShardedBase:
                 layer.shards.hold(name, torch.empty(part.shape, dtype=part.dtype, device="meta"))
             self.layers.append(fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=whole))
             layer.shards.load_state_dict(parts, assign=True)
+            layer.register_forward_pre_hook(partial(self.note, number))
         decoder = fully_shard(model.base_model, mesh=self.mesh, ignored_params=whole)
         decoder.register_forward_pre_hook(self.announce)
+        decoder.register_forward_hook(self.check_order)
         before = model.get_input_embeddings()
         if type(before) is nn.Embedding:
             model.set_input_embeddings(PagedEmbedding(before, *embedding, compute_dtype))
@@ -139,8 +145,23 @@ class ShardedBase:
 
     def announce(self, *_: Any) -> None:
         """Tell the caller that a forward begins."""
+        self.ran = []
         if self.before_forward is not None:
             self.before_forward()
+
+    def note(self, number: int, *_: Any) -> None:
+        """Note that a layer begins. A backward that runs it again is outside of a forward."""
+        if self.ran is not None:
+            self.ran.append(number)
+
+    def check_order(self, *_: Any) -> None:
+        """Raise UserError unless the forward has run each layer once and in order."""
+        ran, self.ran = self.ran, None
+        if ran != list(range(len(self.layers))):
+            must = "parallel fsdp needs a model that runs each of its layers once and in order"
+            raise UserError(
+                must, f"layers {', '.join(map(str, ran or ()))} in a forward", "pass --parallel ddp", "parallel"
+            )
 
     def gather_once(self) -> None:
         """Gather each layer once, as another process's forward without gradients does."""

@@ -19,7 +19,7 @@ from onecard.infer.check import check_computes
 from onecard.kernels.cpu.contention import sharing_cores
 from onecard.nn.embedding import device_of
 from onecard.train.loss import IGNORE, packed_loss, plain_loss, to_device
-from onecard.train.ranks import Ranks
+from onecard.train.ranks import WORK, Ranks
 from onecard.train.run import LossFunction
 
 
@@ -101,6 +101,7 @@ def mean_loss(model: PreTrainedModel, dataset: Dataset, loss: LossFunction, rank
             count = int((batch["labels"] != IGNORE).sum())
             sums += torch.tensor([loss(model, batch, count).item() * count, count], dtype=torch.float64)
     model.train(training)
+    ranks.wait(WORK)
     total, num_tokens = ranks.sum(sums).tolist()
     return total / num_tokens
 
@@ -116,14 +117,15 @@ def model_size(config: Any) -> tuple[int | None, int | None]:
     return getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None)
 
 
-def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None) -> float:
+def evaluate(model: Any, dataset: Dataset, loss: LossFunction | None = None, ranks: Ranks | None = None) -> float:
     """Return `mean_loss` of a loaded model, with or without an adapter.
 
     Args:
         loss: the result of choose_loss for the model; None calls choose_loss, which runs a few short forwards.
+        ranks: same as in `mean_loss`.
     """
     base = inner(model)
     dataset.check_fits(vocabulary_of(base), model_size(base.config)[1])
     loss = loss or choose_loss(model, dataset)[0]
     with attention_of(base, loss), sharing_cores():
-        return mean_loss(base, dataset, loss)
+        return mean_loss(base, dataset, loss, ranks)

@@ -14,6 +14,7 @@ from onecard.kernels.cpu.contention import sharing_cores
 from onecard.memory.measure import apart
 from onecard.train.evaluate import attention_of, mean_loss
 from onecard.train.prepare import Prepared
+from onecard.train.ranks import WORK
 from onecard.train.run import Run
 from onecard.train.scoring import Question, Score
 
@@ -67,6 +68,7 @@ class Evaluator:
                 self.ends,
             )
         run.model.train(training)
+        run.ranks.wait(WORK)
         pairs = [[text, question.reference] for text, question in zip(predictions, asked)]
         predictions, references = map(list, zip(*chain(*run.ranks.gather(pairs))))
         return {key: value for score in self.scores for key, value in score(predictions, references).items()}

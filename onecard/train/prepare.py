@@ -247,6 +247,19 @@ def check_shardable(model: Model) -> None:
         found = f"{outside} is in 4 bits outside of the layers" if outside else f"{model.text.model_type}'s attention"
         must = "parallel fsdp needs 4-bit weights in decoder layers only, and a model that takes packed rows"
         raise UserError(must, found, "pass --parallel ddp", "parallel")
+    layers: dict[Any, set[str]] = {}
+    for path, module in model.modules.named_modules(remove_duplicate=False):
+        if any(weight.ndim > 1 for weight in module.parameters(recurse=False)):
+            layers.setdefault(module, set()).add(layer_of(path))
+    shared = next((names for names in layers.values() if len(names) > 1), None)
+    if shared:
+        must = "parallel fsdp needs layers with weights of their own"
+        raise UserError(must, f"{' and '.join(sorted(shared))} share theirs", "pass --parallel ddp", "parallel")
+
+
+def check_shardable_checkpoint(model: str) -> None:
+    """Same as `check_shardable`, of a checkpoint's folder or hub id."""
+    check_shardable(read_model(inspect_checkpoint(find_checkpoint(model))))
 
 
 def rows_of(config: TrainConfig) -> str:

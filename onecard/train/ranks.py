@@ -3,6 +3,9 @@
 Each has the whole model and reads the same data in the same order. It computes its share of each window's micro-batches
 with the window's own divisor, and the gradients are summed. So an update does not depend on the number of processes, up
 to the order of additions. The first process alone writes and speaks.
+
+A process waits for the others at an exchange: `EXCHANGE`, `WORK` or `ALONE`. If another ends, it notices at once. A
+process that ends or fails writes why to torch.distributed's store, so that the others can name the missing one.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ from __future__ import annotations
 import datetime
 import json
 import os
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -19,20 +23,36 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from onecard.config import TrainConfig
-from onecard.errors import UserError
+from onecard.errors import UserError, first_line
 
-PATIENCE = datetime.timedelta(days=1)  # for one that is at work; one that has ended is noticed at once
+EXCHANGE = datetime.timedelta(minutes=30)  # a layer to gather, a sum: all reach it within a micro-batch of each other
+WORK = datetime.timedelta(hours=3)  # each has its own part before it: an update's micro-batches, rows of an evaluation
+ALONE = datetime.timedelta(days=1)  # the first one reads the data, calibrates, or computes the references
+SECONDS_TO_ANSWER = 3.0  # after a failed exchange: those that also failed in it write so
 T = TypeVar("T")
+
+
+class Lost(UserError):
+    """Another process has ended, or does not answer."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The number of this process among the `count` of the run."""
+    """The number of this process among the `count` of the run.
+
+    Attributes:
+        works: the group of torch.distributed in which a process waits longer than `EXCHANGE`.
+        store: torch.distributed's, in which each process writes why it ended.
+    """
 
     number: int = 0
     count: int = 1
+    works: Any = None
+    store: Any = None
 
     @property
     def is_first(self) -> bool:
@@ -44,12 +64,13 @@ class Ranks:
 
     def sum(self, values: Tensor) -> Tensor:
         """Return the sum over all processes, the same bits in each."""
-        return values if self.count == 1 else all_reduced(values.clone())
+        return values if self.count == 1 else self.all_reduced(values.clone())
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum the gradients in float32, in one exchange. A parameter without one in any process keeps none."""
         if self.count == 1:
             return
+        self.wait(WORK)
         params = list(parameters)
         flat = [torch.zeros(p.numel(), device=p.device) if p.grad is None else p.grad.flatten().float() for p in params]
         there = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
@@ -57,7 +78,7 @@ class Ranks:
         del flat
         for p in params:
             p.grad = None
-        total = all_reduced(total)
+        total = self.all_reduced(total)
         *parts, there = total.split([*(p.numel() for p in params), len(params)])
         for p, part, count in zip(params, parts, there.tolist()):
             p.grad = part.view_as(p).to(p.dtype) if count else None
@@ -79,9 +100,54 @@ class Ranks:
         rows = self.sum(rows)
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes.tolist())]
 
-    def wait(self) -> None:
-        """Wait until all are here."""
-        self.sum(torch.zeros(()))
+    def wait(self, patience: datetime.timedelta = EXCHANGE) -> None:
+        """Wait until all are here. Raises Lost if one has ended, or is not here in that time."""
+        if self.count > 1:
+            with self.together():
+                work: Any = dist.all_reduce(torch.zeros(()), group=self.works, async_op=True)
+                work.wait(patience)
+
+    def all_reduced(self, values: Tensor) -> Tensor:
+        """Add the values of all processes in place."""
+        with self.together():
+            dist.all_reduce(values)
+        return values
+
+    @contextmanager
+    def together(self, whole_run: bool = False) -> Iterator[None]:
+        """Turn the end or silence of another process into Lost. `whole_run`: the block has other errors, too, which are
+        written for the others."""
+        try:
+            yield
+        except BaseException as error:
+            if self.count == 1 or isinstance(error, Lost):
+                raise
+            if is_of_exchange(error) if whole_run else isinstance(error, RuntimeError):
+                raise self.lost(error) from None
+            self.write_end(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            raise
+
+    def write_end(self, why: str) -> None:
+        """Write for the others why this process ends; empty: an exchange failed."""
+        with suppress(RuntimeError):  # the store may have ended, too
+            self.store.set(f"end {self.number}", why.replace("\n", " ")[:1000])
+
+    def lost(self, error: BaseException) -> Lost:
+        """Return the error for a failed exchange. It names the processes that are missing, and why they ended."""
+        self.write_end("")
+        others, end = [n for n in range(self.count) if n != self.number], time.monotonic() + SECONDS_TO_ANSWER
+        try:
+            while not self.store.check([f"end {n}" for n in others]) and time.monotonic() < end:
+                time.sleep(0.1)
+            ends = {n: self.store.get(f"end {n}").decode() for n in others if self.store.check([f"end {n}"])}
+        except RuntimeError:
+            ends = {n: "" for n in others if n > 0}  # the first process or its torchrun had the store
+        how = "does not answer" if "timed out" in str(error).lower() else "has ended"
+        found = [f"process {n} has ended: {ends[n]}" for n in others if ends.get(n)]
+        found += [f"process {n} {how}" for n in others if n not in ends]
+        found = found or [f"all are there, but an exchange failed: {first_line(error)}"]
+        do = "see its message; then run the same command with --resume"
+        return Lost("all processes of a run must go on", "; ".join(found), do, "torchrun")
 
     @contextmanager
     def first_alone(self, base: Any = None) -> Iterator[None]:
@@ -93,7 +159,7 @@ class Ranks:
         with self.in_step(base):
             if self.is_first:
                 yield
-        self.wait()
+        self.wait(ALONE)
         if not self.is_first:
             yield
 
@@ -116,23 +182,9 @@ class Ranks:
             sharded.gather_once()
 
 
-def all_reduced(values: Tensor) -> Tensor:
-    """Add the values of all processes in place."""
-    with together():
-        dist.all_reduce(values)
-    return values
-
-
-@contextmanager
-def together(whole_run: bool = False) -> Iterator[None]:
-    """Turn the end of another process into a UserError. `whole_run`: the block has other errors, too."""
-    try:
-        yield
-    except RuntimeError as error:
-        if whole_run and not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        must, found = "all processes of a run must go on", f"another one has ended ({str(error).splitlines()[0][:120]})"
-        raise UserError(must, found, "see its message; then run the same command with --resume", "torchrun") from None
+def is_of_exchange(error: BaseException) -> bool:
+    """Whether an exchange of torch.distributed has failed."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def join(device: str) -> Ranks:
@@ -153,9 +205,15 @@ def join(device: str) -> Ranks:
             found = f"{num_beside()} processes for {torch.cuda.device_count()} GPUs"
             raise UserError("each process must have a GPU of its own", found, "start fewer processes", "torchrun")
         torch.cuda.set_device(local)
-    with together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
-    return Ranks(number, count)
+    try:
+        store, *_ = next(iter(rendezvous("env://", timeout=EXCHANGE)))
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=EXCHANGE)
+        works = dist.new_group(backend="gloo", timeout=ALONE)
+    except (RuntimeError, ValueError) as error:
+        do = "start all of them with torchrun, and see their messages"
+        raise UserError("all processes of a run must meet", first_line(error), do, "torchrun") from None
+    return Ranks(number, count, works, PrefixStore("onecard", store))
 
 
 def num_processes() -> int:

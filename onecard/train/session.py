@@ -57,7 +57,7 @@ from onecard.train.output import CONTINUE, lock_output
 from onecard.train.preference import Preference
 from onecard.train.prepare import Prepared, make_loader, prepare
 from onecard.train.progress import Progress
-from onecard.train.ranks import Ranks, is_sharded, join, leave, together
+from onecard.train.ranks import WORK, Ranks, is_sharded, join, leave
 from onecard.train.record import end_of_record, write_record
 from onecard.train.reference import reference_identity, set_references
 from onecard.train.report import write_report
@@ -108,7 +108,7 @@ def run_training(
     """
     ranks = join(config.device)
     output = Path(config.output)
-    with lock_output(output, resuming, ranks.is_first), end_of_record(output, ranks), together(whole_run=True):
+    with lock_output(output, resuming, ranks.is_first), end_of_record(output, ranks), ranks.together(whole_run=True):
         result = run_locked(config, resuming, console, report_extra, answers, make_base, ranks)
     leave(ranks)
     return result
@@ -177,6 +177,7 @@ def run_locked(
         return_free_memory()
         prepared.process_bytes = begin_peak(pick_device(config.device))  # the report's peak is of the training
     model = load_adapted(config, prepared, console)
+    ranks.wait(WORK)
     if not ranks.is_first:
         torch.manual_seed(
             (config.seed + 1_000_003 * ranks.number) % 2**63

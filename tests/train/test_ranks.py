@@ -1,13 +1,14 @@
-"""Bound: several processes make the updates of one, to rounding; exact: stopped or killed, they go on bit for bit."""
+"""Exact: ddp and fsdp give the same bits; killed or stopped, they go on bit for bit. Bound: several processes make the
+updates of one, to rounding."""
 
+import datetime
 import json
-import os
+import random
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +18,17 @@ from safetensors.torch import load_file
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.load import load_model
 from onecard.hf.skeleton import read_model
 from onecard.memory.plan import plan
+from onecard.train import ranks as ranks_module
 from onecard.train.prepare import check_shardable
 from onecard.train.ranks import Ranks, join
 from onecard.train.session import check_ranks, run_training
 from tests.conftest import chat_rows, make_checkpoint, write_rows
+from tests.forks import Forked, command_line, ranks
 from tests.train.test_loop import adapter_bytes, fields, quiet
 
-ROOT = Path(__file__).parents[2]
 SHARDED = {"parallel": "fsdp"}
 STACKS = ["gate_up_proj", "down_proj"]
 PAIRS = [
@@ -42,24 +45,26 @@ def settings(checkpoint, tmp_path):
     return fields(checkpoint, rows, tmp_path / "o", **more)
 
 
-def started(settings, output, count, *flags):
-    """`onecard train` in `count` processes of one thread each."""
-    path = Path(output).with_suffix(".yaml")
+def words(settings, output, *flags):
+    path = output.with_suffix(".yaml")
     path.write_text(yaml.safe_dump({**settings, "output": str(output)}))
-    command = [sys.executable, "-m", "onecard", "train", "--config", str(path), "--num-processes", str(count), *flags]
-    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return ["train", "--config", path, *flags]
+
+
+def started(settings, output, count, *flags):
+    """`onecard train` in `count` connected processes of one thread each."""
+    return ranks(count, command_line, *words(settings, output, *flags))
+
+
+def finished(processes):
+    ends = [process.wait() for process in processes]
+    assert all(end.code == 0 for end in ends), [end.err[-2000:] for end in ends]
+    return "".join(end.out for end in ends)
 
 
 def alone(settings, output):
     """The same run by one process, this one."""
     return run_training(make_config(TrainConfig, {**settings, "output": str(output)}), False, quiet())
-
-
-def finished(process):
-    said = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, said[-3000:]
-    return said
 
 
 def metrics(output):
@@ -76,16 +81,41 @@ def check_equal(several, one_process):
         assert (tensor - other[name]).norm() <= 1e-4 * other[name].norm(), name
 
 
-@pytest.mark.parametrize("more, how", [({}, "data parallel"), (SHARDED, "data parallel, the base sharded")])
-def test_two_processes_make_the_updates_of_one(more, how, settings, tmp_path):
-    settings |= more
-    if more == SHARDED:  # linears and experts
-        settings |= {"model": str(make_checkpoint(tmp_path / "m", "mixtral")), "target_parameters": STACKS}
+def changed(settings, what, tmp_path):
+    """The settings for linears, for linears and experts, or for preferences."""
+    if what == "experts":
+        model = make_checkpoint(tmp_path / "m", "mixtral")
+        return {**settings, "model": str(model), "target_parameters": STACKS}
+    if what == "dpo":
+        pairs = write_rows(tmp_path / "p.jsonl", PAIRS)
+        return {**settings, "loss": "dpo", "metric": [], "eval_data": None, "data": str(pairs)}
+    return settings
+
+
+@pytest.mark.parametrize(
+    "count, what",
+    [
+        (2, "experts"),
+        *(pytest.param(2, what, marks=pytest.mark.slow) for what in ("dense", "dpo")),
+        *(pytest.param(4, what, marks=pytest.mark.slow) for what in ("dense", "experts", "dpo")),
+    ],
+)
+def test_several_processes_make_the_updates_of_one(count, what, settings, tmp_path):
+    settings = changed(settings, what, tmp_path)
+    both = {how: started({**settings, "parallel": how}, tmp_path / how, count) for how in ("ddp", "fsdp")}
     assert alone(settings, tmp_path / "alone").report.num_steps == 6
-    said = finished(started(settings, tmp_path / "o", 2))
-    assert said.count("6 updates of 4 x 1 rows") == 1, "one process speaks"
-    check_equal(tmp_path / "o", tmp_path / "alone")
-    assert f"| processes | 2, {how} |" in (tmp_path / "o" / "report.md").read_text()
+    for how, processes in both.items():
+        assert finished(processes).count("6 updates of 4 x 1 rows") == 1, "one process speaks"
+        check_equal(tmp_path / how, tmp_path / "alone")
+        line = f"| processes | {count}, data parallel{', the base sharded' * (how == 'fsdp')} |"
+        assert line in (tmp_path / how / "report.md").read_text()
+    assert adapter_bytes(tmp_path / "ddp") == adapter_bytes(tmp_path / "fsdp")
+
+
+def test_the_command_starts_its_processes(settings, tmp_path):
+    process = Forked(command_line, *words(settings, tmp_path / "o", "--num-processes", 2), OMP_NUM_THREADS="1")
+    assert finished([process]).count("6 updates of 4 x 1 rows") == 1
+    assert "| processes | 2, data parallel |" in (tmp_path / "o" / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -104,38 +134,111 @@ def test_two_processes_make_the_updates_of_one(more, how, settings, tmp_path):
 )
 def test_more_processes_and_other_losses(count, more, settings, tmp_path):
     if "loss" in more:
-        settings = {**settings, "metric": [], "eval_data": None, "data": str(write_rows(tmp_path / "p.jsonl", PAIRS))}
+        settings = changed(settings, "dpo", tmp_path)
     settings |= more
+    processes = started(settings, tmp_path / "o", count)
     alone(settings, tmp_path / "alone")
-    finished(started(settings, tmp_path / "o", count))
+    finished(processes)
     check_equal(tmp_path / "o", tmp_path / "alone")
 
 
+@pytest.mark.parametrize(
+    "parallel, count, kills",
+    [("fsdp", 2, 2), *(pytest.param(how, 3, 10, marks=pytest.mark.slow) for how in ("ddp", "fsdp"))],
+)
+def test_killed_at_random_they_go_on_in_the_same_bits(parallel, count, kills, settings, tmp_path):
+    draw, rounds, done = random.Random(0), 0, 0
+    settings |= {"lora_dropout": 0.1, "num_train_epochs": 4, "parallel": parallel, "metric": [], "eval_data": None}
+    finished(started(settings, tmp_path / "straight", count))
+    while done < kills:
+        processes = started(settings, tmp_path / "o", count, *["--resume"] * (tmp_path / "o").exists())
+        processes[0].until(lambda first=processes[0]: bool(first.out))  # before all have met, torchrun ends the others
+        victim, step = processes[draw.randrange(count)], saved(tmp_path / "o") + draw.randint(0, 5)
+        victim.until(lambda step=step: saved(tmp_path / "o") >= step)
+        time.sleep(draw.uniform(0, 0.3))
+        if not processes[0].process.is_alive():  # it was done before
+            finished(processes)
+            rounds += check_same(tmp_path, rounds)
+            continue
+        victim.send(signal.SIGKILL)
+        killed, done = time.monotonic(), done + 1
+        for process in processes:
+            end = process.wait(20)
+            if process is victim:
+                assert end.code == -signal.SIGKILL
+            elif end.code:  # it may have had its last exchange before
+                assert end.code == 2 and f"process {processes.index(victim)} has ended" in end.err, end.err
+        assert time.monotonic() - killed < 20
+    finished(started(settings, tmp_path / "o", count, "--resume"))
+    check_same(tmp_path, rounds)
+
+
+def saved(output):
+    """The step of the newest checkpoint."""
+    return max((int(path.name.split("-")[1]) for path in (output / "checkpoints").glob("checkpoint-*")), default=0)
+
+
+def check_same(folder, number):
+    """The interrupted run has the adapter of the undisturbed one. Make room for another run."""
+    assert adapter_bytes(folder / "o") == adapter_bytes(folder / "straight")
+    (folder / "o").rename(folder / f"o{number}")
+    return 1
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("victim, parallel", [(0, "ddp"), (1, "ddp"), (0, "fsdp"), (1, "fsdp")])
-def test_killed_and_stopped_they_go_on_in_the_same_bits(victim, parallel, settings, tmp_path):
-    settings |= {"lora_dropout": 0.1, "num_train_epochs": 4, "parallel": parallel}
+def test_stopped_under_torchrun_they_go_on_in_the_same_bits(settings, tmp_path):
+    settings |= {"lora_dropout": 0.1, "num_train_epochs": 4}
     finished(started(settings, tmp_path / "straight", 2))
-    process = started(settings, tmp_path / "o", 2)
-    until(tmp_path / "o" / "checkpoints" / "checkpoint-4")
-    workers = sorted(int(pid) for pid in subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split())
-    os.kill(workers[victim], signal.SIGKILL)
-    begin, said = time.monotonic(), process.communicate(timeout=60)[0]
-    assert process.returncode > 0 and time.monotonic() - begin < 30
-    assert "another one has ended" in said
-    process = started(settings, tmp_path / "o", 2, "--resume")
-    until(tmp_path / "o" / "checkpoints" / "checkpoint-10")
-    process.send_signal(signal.SIGTERM)
-    assert "is saved" in process.communicate(timeout=60)[0] and process.returncode == 128 + signal.SIGTERM
-    finished(started(settings, tmp_path / "o", 2, "--resume"))
+    launch = words(settings, tmp_path / "o", "--num-processes", 2)
+    process = Forked(command_line, *launch, OMP_NUM_THREADS="1")
+    process.until((tmp_path / "o" / "checkpoints" / "checkpoint-4").is_dir)
+    workers = subprocess.check_output(["pgrep", "-P", str(process.process.pid)], text=True).split()
+    subprocess.run(["kill", "-9", workers[-1]], check=True)
+    end = process.wait(30)
+    assert end.code > 0 and "has ended" in end.err
+    process = Forked(command_line, *launch, "--resume", OMP_NUM_THREADS="1")
+    process.until((tmp_path / "o" / "checkpoints" / "checkpoint-10").is_dir)
+    process.send(signal.SIGTERM)
+    end = process.wait(60)
+    assert "is saved" in end.err and end.code == 128 + signal.SIGTERM
+    finished([Forked(command_line, *launch, "--resume", OMP_NUM_THREADS="1")])
     assert adapter_bytes(tmp_path / "o") == adapter_bytes(tmp_path / "straight")
 
 
-def until(path):
-    begin = time.monotonic()
-    while not path.is_dir():
-        assert time.monotonic() - begin < 120
-        time.sleep(0.05)
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_several_processes_evaluate_as_one(parallel, settings, tmp_path):
+    adapter = alone({**settings, "max_steps": 1, "eval_data": None, "metric": []}, tmp_path / "o").adapter
+    how = ("eval", "--model", settings["model"], "--adapter", adapter, "--data", settings["data"], "--device", "cpu")
+    several = ranks(2, command_line, *how, "--parallel", parallel)
+    said, expected = finished(several), finished([Forked(command_line, *how)])
+    assert "loss" in expected and said == expected
+
+
+def exchange_once(how):
+    """In each of two processes: the second one stays away, ends with an error, or ends without a word."""
+    ranks_module.EXCHANGE = datetime.timedelta(seconds=2)
+    ranks = join("cpu")
+    with ranks.together(whole_run=True):
+        if ranks.is_first:
+            return ranks.wait(ranks_module.EXCHANGE)
+        if how == "hangs":
+            time.sleep(8)
+        if how == "fails":
+            raise UserError("the rows must be readable", "a bad row", "correct it")
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("hangs", "process 1 does not answer"),
+        ("fails", "process 1 has ended: the rows must be readable   found: a bad row"),
+        ("leaves", "process 1 has ended"),
+    ],
+)
+def test_the_error_names_the_process_that_is_missing(how, said):
+    first, _ = ranks(2, exchange_once, how)
+    end = first.wait(20)
+    assert end.code == 1 and said in end.err, end.err
 
 
 def test_one_process_needs_no_others():
@@ -179,10 +282,33 @@ def test_what_a_sharded_base_does_not_take(name, value, settings):
 
 def test_models_that_cannot_be_sharded(checkpoint):
     model = read_model(inspect_checkpoint(checkpoint))
-    check_shardable(model)
-    model.modules.model.projection = torch.nn.Linear(64, 64, device="meta")
+    check_shardable(replace(model))
+    decoder = model.modules.model
+    decoder.projection = torch.nn.Linear(64, 64, device="meta")
     with pytest.raises(UserError, match=r"model\.projection is in 4 bits outside"):
         check_shardable(replace(model))
+    del decoder.projection
+    decoder.layers[1].mlp = decoder.layers[0].mlp
+    with pytest.raises(UserError, match=r"model\.layers\.0 and model\.layers\.1 share theirs"):
+        check_shardable(replace(model))
+
+
+def run_layers(folder, numbers):
+    """A sharded model whose decoder runs these layers."""
+    ranks = join("cpu")
+    model: Any = load_model(str(folder), compute_dtype="float32", device="cpu", sharded=True)
+    layers = list(model.model.layers)
+    model.model.layers = torch.nn.ModuleList([layers[number] for number in numbers])
+    model.model.config.num_hidden_layers = len(numbers)
+    with ranks.together(whole_run=True):
+        model(input_ids=torch.arange(2, 6)[None], use_cache=False)
+
+
+@pytest.mark.parametrize("numbers", [[0, 0, 1], [0]])
+def test_a_model_must_run_each_layer_once_and_in_order(numbers, checkpoint):
+    for process in ranks(2, run_layers, checkpoint, numbers):
+        end, found = process.wait(), f"layers {', '.join(map(str, numbers))} in a forward"
+        assert end.code == 1 and found in end.err, end.err
 
 
 def test_what_several_processes_cannot_do(settings, monkeypatch):
