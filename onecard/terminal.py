@@ -58,11 +58,11 @@ def given(flags: Any) -> dict[str, Any]:
     return {} if flags is None else {k: v for k, v in flags.model_dump().items() if v is not None}
 
 
-def load(model: str, adapter: str | None, quant: Any, device: str) -> tuple[Any, Any]:
-    """Load a 4-bit model with its adapter, and the tokenizer."""
+def load(model: str, adapter: str | None, quant: Any, device: str, sharded: bool = False) -> tuple[Any, Any]:
+    """Load a 4-bit model with its adapter, and the tokenizer. `sharded`: same as in `load_model`."""
     from onecard.adapter.load import with_adapter
 
-    base = load_base(model, adapter, quant, device)
+    base = load_base(model, adapter, quant, device, sharded=sharded)
     from onecard.hf.load import load_tokenizer
 
     return with_adapter(base, adapter), load_tokenizer(model, adapter)
@@ -75,9 +75,11 @@ def load_headed(model: str, adapter: str | None, quant: Any, device: str, labels
     return with_adapter(load_base(model, adapter, quant, device, labels), adapter)
 
 
-def load_base(model: str, adapter: str | None, quant: Any, device: str, labels: tuple[str, ...] = ()) -> Any:
+def load_base(
+    model: str, adapter: str | None, quant: Any, device: str, labels: tuple[str, ...] = (), sharded: bool = False
+) -> Any:
     """Load a 4-bit model, quantized in the same way as in the adapter's run. An adapter with a classification head is
-    refused unless its labels are given."""
+    refused unless its labels are given. `sharded`: same as in `load_model`."""
     from onecard.data.chat.rendering import sandbox
 
     sandbox.start()  # starts while the libraries load, which also takes a second
@@ -89,7 +91,7 @@ def load_base(model: str, adapter: str | None, quant: Any, device: str, labels: 
     config = stored_as(adapter, given(quant))
     if not labels:
         refuse_head(adapter, "this command")
-    return load_model(model, **config.model_dump(), device=device, labels=labels)
+    return load_model(model, **config.model_dump(), device=device, labels=labels, sharded=sharded)
 
 
 def process_number() -> int:
@@ -226,8 +228,8 @@ def read_data(data: Any, model: str, adapter: str | None, config: Any, objective
 
 
 def tell(dataset: Any) -> None:
-    """Print the notices about how data was read, on stderr and not in the result."""
-    for notice in dataset.notices:
+    """Print the notices about how data was read, on stderr and not in the result, by the first process alone."""
+    for notice in dataset.notices if process_number() == 0 else ():
         print(f"note: {one_line(notice)}", file=sys.stderr)
 
 

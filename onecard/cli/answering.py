@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Literal
 
 from onecard.cli.app import DataFields, DataWords, QuantFields, SamplingFields, ServeFields, app
+from onecard.cli.launch import is_started, launch
 from onecard.config import DataConfig, SamplingConfig, ServeConfig, make_config
 from onecard.errors import UserError, printable
 from onecard.terminal import given, load, load_base, load_headed, make_console, read_data
@@ -147,6 +149,8 @@ def evaluate(
     fields: DataFields = None,
     quant: QuantFields = None,
     device: str = "auto",
+    num_processes: int | None = None,
+    parallel: Literal["ddp", "fsdp"] = "ddp",
 ) -> None:
     """Loss and perplexity of the data's supervised tokens; with a classification head, its loss and metrics.
 
@@ -154,14 +158,25 @@ def evaluate(
         model: Checkpoint folder or hub id.
         data: Files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture.
         adapter: Folder of a trained adapter.
+        num_processes: Start so many processes with torchrun, which share out the rows, same as in train.
+        parallel: With several processes: each has the whole base (ddp), or a part (fsdp), same as in train.
     """
+    if num_processes is not None and not is_started():
+        return launch(num_processes, sys.argv[1:])
     from math import exp
 
     from onecard.adapter.head import labels_in
     from onecard.train.evaluate import evaluate as run
+    from onecard.train.prepare import check_shardable_checkpoint
+    from onecard.train.ranks import join, leave
 
     config = make_config(DataConfig, given(fields), "command line")
+    ranks = join(device)
+    is_sharded = parallel == "fsdp" and ranks.count > 1
     if labels := labels_in(model, adapter):
+        if ranks.count > 1:
+            must, do = "a classification head is evaluated by one process", "leave num_processes out"
+            raise UserError(must, f"{ranks.count} processes", do, "num_processes")
         from onecard.train.head import check_classes, evaluate_head, task_of
 
         dataset = read_data(data, model, adapter, config, task_of(labels))
@@ -169,7 +184,13 @@ def evaluate(
         found = evaluate_head(load_headed(model, adapter, quant, device, labels), dataset, labels)
         scores = "  ".join(f"{name.removeprefix('eval_')} {value:.4f}" for name, value in found.items())
         return print(f"{scores}  over {len(dataset.examples):,} rows")
-    dataset = read_data(data, model, adapter, config)
-    loaded, _ = load(model, adapter, quant, device)
-    loss = run(loaded, dataset)
-    print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
+    with ranks.together(whole_run=True):
+        if is_sharded:
+            check_shardable_checkpoint(model)
+        with ranks.first_alone():
+            dataset = read_data(data, model, adapter, config)
+        loaded, _ = load(model, adapter, quant, device, is_sharded)
+        loss = run(loaded, dataset, ranks=ranks)
+    leave(ranks)
+    if ranks.is_first:
+        print(f"loss {loss:.4f}  perplexity {exp(min(loss, 50)):.4f}  over {dataset.num_supervised_tokens:,} tokens")
