@@ -21,7 +21,7 @@ from onecard.memory.inputs import MemoryStrategy, PlanInputs, Term
 from onecard.memory.model import find_model
 from onecard.memory.shapes import KNOWN
 from onecard.memory.strategy import choose_strategy, describe, most_offloaded, price, strategy_within, total_bytes
-from onecard.memory.terms import CUDA_CONTEXT, Method, disk_terms, plan_terms
+from onecard.memory.terms import CUDA_CONTEXT, Method, disk_terms, exchange_terms, plan_terms
 
 METHODS: tuple[Method, ...] = ("full", "lora", "qlora", "generate")
 LENGTH_STEP = 64  # step of the search for the largest context that fits
@@ -72,6 +72,7 @@ class Plan:
 
     Attributes:
         disk: what the run writes.
+        exchanged: what a process of several receives from the others in an update.
         choice: in words, what `onecard train` would keep, recompute, page and offload in device_memory_bytes.
         time: estimated time per token with that choice, as a multiple of that with everything resident and kept.
         moved_bytes: bytes that are moved per update with that choice.
@@ -89,6 +90,7 @@ class Plan:
     largest_length: int | None = None
     largest_batch: int | None = None
     changes: list[Change] = field(default_factory=list)
+    exchanged: list[Term] = field(default_factory=list)
 
     @property
     def total_bytes(self) -> int:
@@ -178,7 +180,7 @@ def plan_model(
     if config.model.lower() not in KNOWN or config.compute_dtype != "auto":
         inputs = replace(inputs, dtype=pick_compute_dtype(config.compute_dtype, torch.device(inputs.device)))
     if limit is None:
-        return Plan(plan_terms(inputs, method))
+        return Plan(plan_terms(inputs, method), exchanged=exchange_terms(inputs))
     if method != "qlora":
         found = Plan(plan_terms(inputs, method), limit)
         return with_largest(found, inputs, fits_as(method, limit)) if searches else found
@@ -195,7 +197,7 @@ def fitted(inputs: PlanInputs, strategy: MemoryStrategy, limit: int, paged_from_
     choice = describe(strategy, inputs.model)
     choice += f", the base sharded over {inputs.num_processes} processes" * inputs.is_sharded
     return Plan(plan_terms(inputs, "qlora", strategy), limit, disk, choice,
-                time_a_token(inputs, strategy), cost.moved_bytes)  # fmt: skip
+                time_a_token(inputs, strategy), cost.moved_bytes, exchanged=exchange_terms(inputs))  # fmt: skip
 
 
 def time_a_token(inputs: PlanInputs, strategy: MemoryStrategy) -> float:

@@ -20,6 +20,8 @@ def plan_table(plan: Plan) -> Table:
     table.add_row("total", format_bytes(plan.total_bytes), "in addition to the process", style="bold")
     for term in plan.disk:
         table.add_row(f"on disk: {term.name}", format_bytes(term.num_bytes), term.formula, style="dim")
+    for term in plan.exchanged:
+        table.add_row(f"received an update: {term.name}", format_bytes(term.num_bytes), term.formula, style="dim")
     return table
 
 

@@ -218,6 +218,25 @@ def sharded_terms(inputs: PlanInputs) -> list[Term]:
     ]
 
 
+def exchange_terms(inputs: PlanInputs) -> list[Term]:
+    """Return what a process receives from the others in an update. It sends as much.
+
+    An all-reduce in a ring brings each value twice, less the process's own part. A sharded layer is gathered before the
+    forward and before the backward of a micro-batch, and for the forward of a reference that is computed in the update.
+    """
+    N, config = inputs.num_processes, inputs.config
+    if N == 1:
+        return []
+    num_gradients = inputs.num_lora + inputs.num_row_weights + inputs.num_saved
+    terms = [Term("gradients", 8 * num_gradients * (N - 1) // N, f"2 x 4 P_l x {N - 1}/{N}")]
+    if inputs.is_sharded:
+        passes = 3 if config.has_reference and config.precompute_reference is False else 2
+        num_gathers = passes * -(-config.gradient_accumulation_steps // N)
+        formula = f"{num_gathers} x (P_q / 2 + scales) x {N - 1}/{N}"
+        terms.append(Term("layers", num_gathers * sum(inputs.layer_pages) * (N - 1) // N, formula))
+    return terms
+
+
 def disk_terms(inputs: PlanInputs, strategy: MemoryStrategy, paged_from_file: bool) -> list[Term]:
     """Return what a run writes. `paged_from_file`: whether a paged base uses the checkpoint's own 4-bit files."""
     lora = "8 P_l" if inputs.config.has_frozen_start else "4 P_l"

@@ -3,15 +3,18 @@ updates of one, to rounding."""
 
 import datetime
 import json
+import os
 import random
 import signal
 import subprocess
 import time
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from safetensors.torch import load_file
 
@@ -21,10 +24,13 @@ from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import load_model
 from onecard.hf.skeleton import read_model
 from onecard.memory.plan import plan
+from onecard.paging.files import ALIGNMENT
+from onecard.train import loop
 from onecard.train import ranks as ranks_module
 from onecard.train.prepare import check_shardable
 from onecard.train.ranks import Ranks, join
 from onecard.train.session import check_ranks, run_training
+from onecard.train.step import optimizer_step
 from tests.conftest import chat_rows, make_checkpoint, write_rows
 from tests.forks import Forked, command_line, ranks
 from tests.train.test_loop import adapter_bytes, fields, quiet
@@ -203,6 +209,52 @@ def test_stopped_under_torchrun_they_go_on_in_the_same_bits(settings, tmp_path):
     assert "is saved" in end.err and end.code == 128 + signal.SIGTERM
     finished([Forked(command_line, *launch, "--resume", OMP_NUM_THREADS="1")])
     assert adapter_bytes(tmp_path / "o") == adapter_bytes(tmp_path / "straight")
+
+
+def count_received(path, folder):
+    """Train, and write what each update's collectives bring to this process, in bytes by their kind."""
+    received, updates = Counter(), []
+
+    def counted(name, share):
+        call = getattr(dist, name)
+
+        def wrapped(*args, **named):
+            received[name] += share(*args, *named.values())
+            return call(*args, **named)
+
+        setattr(dist, name, wrapped)
+
+    def step(run):
+        received.clear()
+        row = optimizer_step(run)
+        updates.append(dict(received))
+        return row
+
+    # A ring's all-reduce brings each value twice, but half of them, the own part, stay at 2 processes.
+    counted("all_reduce", lambda tensor, *_: tensor.nbytes)
+    counted("all_gather_single", lambda whole, own, *_: whole.nbytes - own.nbytes)
+    loop.optimizer_step = step
+    try:
+        command_line("train", "--config", path)
+    finally:
+        (folder / os.environ["RANK"]).write_text(json.dumps(updates))
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
+def test_an_update_receives_what_the_plan_says(parallel, checkpoint, settings, tmp_path):
+    settings |= {"parallel": parallel, "metric": [], "eval_data": None, "max_steps": 2}
+    path = words(settings, tmp_path / "o")[-1]
+    finished(ranks(2, count_received, path, tmp_path))
+    how = {name: settings[name] for name in ("parallel", "r", "gradient_accumulation_steps")}
+    planned = {term.name: term.num_bytes for term in plan(str(checkpoint), num_processes=2, **how).exchanged}
+    num_linears, blocks = 14, 32  # bytes of a block's codes
+    _, found = json.loads((tmp_path / "1").read_text())  # in the first update, FSDP2 gathers one layer once more
+    flags = 4 * 2 * num_linears + 4 + 8 * 8  # of each LoRA weight; a wait; the losses
+    assert found["all_reduce"] == planned["gradients"] + flags
+    gathered, passes = found.get("all_gather_single", 0), 4
+    most = passes * 2 * num_linears * max(ALIGNMENT, blocks)  # of a weight's codes and of its scales
+    assert abs(gathered - planned.get("layers", 0)) <= most
+    assert gathered > 5 * most if parallel == "fsdp" else gathered == 0
 
 
 @pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
