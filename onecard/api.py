@@ -18,7 +18,7 @@ def train(config: TrainConfig, *, resume: bool = False, quiet: bool = True) -> R
     Args:
         config: all settings of the run. `config.output` must be a new or empty folder, unless `resume` is true.
         resume: continue from the newest complete checkpoint in `config.output`. The result has the same bits as a run
-            without an interruption.
+            without an interruption; on a GPU with `config.deterministic`.
         quiet: print nothing. False prints what `onecard train` prints: the data, the memory plan and the progress.
 
     Returns:

@@ -162,6 +162,7 @@ def test_datasets_of_llamafactory(tmp_path):
     assert factory(tmp_path, train_on_prompt=True).fields["train_on"] == "all"
     assert factory(tmp_path, mask_history=True).fields["train_on"] == "last"
     assert factory(tmp_path, neat_packing=True).fields["packing"] is True
+    assert factory(tmp_path, full_determinism=True).fields["deterministic"] is True
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,11 @@ class TrainConfig(
         default=None, description="memory for the whole run, such as 6GiB; default: most of what is free"
     )
     cuda_graphs: bool = Field(default=True, description="record and replay a CUDA GPU's work where memory allows")
+    deterministic: bool = Field(
+        default=False,
+        description="the same bits from the same command on a GPU, too: torch's deterministic algorithms, which may be "
+        "slower; an operation without one is an error",
+    )
     num_train_epochs: float = Field(default=1.0, gt=0, description="passes over the data")
     max_steps: int | None = Field(default=None, ge=1, description="updates; overrides num_train_epochs")
 

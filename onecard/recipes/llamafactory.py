@@ -41,6 +41,7 @@ SAME = {  # their key -> our field, their default
     "double_quantization": ("double_quant", True),
     "push_to_hub": ("push_to_hub", None),
     "hub_private_repo": ("hub_private_repo", None),
+    "full_determinism": ("deterministic", False),
 }
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # key -> values without effect, why others are refused
     "stage": (("sft", "pt", "dpo", "kto", "rm"), "onecard has sft, pt, dpo, kto and rm"),
@@ -78,7 +79,7 @@ WITHOUT_EFFECT = frozenset(
     "optim_target_modules torch_compile group_by_length use_swanlab swanlab_project swanlab_run_name swanlab_mode "
     "swanlab_api_key compute_accuracy print_param_status ignore_pad_token_for_loss save_safetensors "
     "freeze_trainable_layers freeze_trainable_modules freeze_extra_modules freeze_vision_tower "
-    "eval_accumulation_steps full_determinism tf32 disable_tqdm device_map use_cache ray_run_name "
+    "eval_accumulation_steps tf32 disable_tqdm device_map use_cache ray_run_name "
     "loraplus_lr_embedding pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight "
     "kto_rejected_weight simpo_gamma ld_alpha ref_model ref_model_adapters ref_model_quantization_bit".split()
 )

@@ -1,7 +1,7 @@
 """The training loop. Only this module and step.py use both data and model.
 
 A checkpoint holds all that an update depends on: adapter, AdamW's states, random generators and data cursor. So a
-killed and resumed run ends with the same bits as an undisturbed run.
+killed and resumed run ends with the same bits as an undisturbed run (on a GPU with deterministic.py).
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ from onecard.train.checkpoint import (
     position_of,
     steps_of_resumed,
 )
+from onecard.train.deterministic import deterministic
 from onecard.train.evaluate import attention_of, choose_loss
 from onecard.train.evaluate import evaluate as measured_loss
 from onecard.train.evaluator import Evaluator, make_evaluator
@@ -106,10 +107,11 @@ def run_training(
     Raises:
         UserError: an input is wrong; raised before training where possible.
     """
-    ranks = join(config.device)
     output = Path(config.output)
-    with lock_output(output, resuming, ranks.is_first), end_of_record(output, ranks), ranks.together(whole_run=True):
-        result = run_locked(config, resuming, console, report_extra, answers, make_base, ranks)
+    with deterministic(config.deterministic, config.device):
+        ranks = join(config.device)
+        with lock_output(output, resuming, ranks.is_first), end_of_record(output, ranks), ranks.together(whole_run=True):
+            result = run_locked(config, resuming, console, report_extra, answers, make_base, ranks)
     leave(ranks)
     return result
 
@@ -125,7 +127,7 @@ def validate_training(
     Raises:
         UserError: same as `run_training`.
     """
-    with lock_output(Path(config.output), resuming):
+    with deterministic(config.deterministic, config.device), lock_output(Path(config.output), resuming):
         prepared, state = check(config, resuming, None)
         show(prepared, console)
         if config.calibrate:
