@@ -28,6 +28,7 @@ LARGEST_RANK = 128  # of a LoRA term whose B fits in registers together with the
 ONE_ROW = {"BLOCK_N": 4, "BLOCK_K": 1024}
 # One stage: a pipeline of several stages copies the looked-up levels asynchronously, 4 bytes each.
 ROWS = {2: {"BLOCK_N": 32, "BLOCK_K": 256, "num_stages": 1}, 4: {"BLOCK_N": 16, "BLOCK_K": 64, "num_stages": 1}}
+ROWS_ON_AMD = {2: ROWS[2] | {"BLOCK_N": 16}, 4: ROWS[4]}  # 32 rows of W do not fit in the registers of gfx1100
 
 
 @triton.jit
@@ -110,15 +111,29 @@ def rows_kernel(
 
 def can_multiply(x_MK: Tensor, blocksize: int) -> bool:
     """Whether `multiply` accepts this x and is faster than dequantize_into and torch's product."""
-    most = 1 if has_fast_memory(x_MK.device) else LARGEST_M
+    most = LARGEST_M if pays_in_tiles(x_MK.device) else 1
     return x_MK.shape[0] <= most and x_MK.shape[1] % blocksize == 0
 
 
 @cache
-def has_fast_memory(device: torch.device) -> bool:
-    """Whether to write a weight in 16 bits and read it again costs less than to decode it for tiles (H200: 83 against
-    58 to 120 us, depending on the shape, LOG.md)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+def pays_in_tiles(device: torch.device) -> bool:
+    """Whether to decode a weight for tiles costs less than to write it in 16 bits and read it again. It costs more
+    where the memory is fast (H200: 83 against 58 to 120 us, depending on the shape, LOG.md)."""
+    if device.type != "cuda":
+        return True
+    major, _ = torch.cuda.get_device_capability(device)
+    return has_tiles(major) and major not in (9, 10)
+
+
+def has_tiles(major: int) -> bool:
+    """Whether Triton multiplies on tensor cores. It does not on NVIDIA's before Ampere: a tile takes four times as many
+    instructions there, and more registers than there are."""
+    return major >= 8
+
+
+def row_sizes(itemsize: int) -> dict[str, int]:
+    """Return the sizes of a tile and the launch settings, for several rows of x with elements of 2 or 4 bytes."""
+    return (ROWS if torch.version.hip is None else ROWS_ON_AMD)[itemsize]
 
 
 def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
@@ -133,7 +148,7 @@ def multiply(x_MK: Tensor, weight: PackedWeight, lora: tuple[Tensor, Tensor, flo
         x_MK = x_MK.clone()
     kernel, sizes, rows = row_kernel, ONE_ROW, ()
     if M > 1:
-        kernel, sizes, rows = rows_kernel, {**ROWS[x_MK.dtype.itemsize], "LARGEST_M": LARGEST_M}, (M,)
+        kernel, sizes, rows = rows_kernel, {**row_sizes(x_MK.dtype.itemsize), "LARGEST_M": LARGEST_M}, (M,)
     launch(
         kernel, triton.cdiv(N, sizes["BLOCK_N"]),
         x_MK, *weight_tensors(weight), xA_MR.contiguous(), lora_B_NR.contiguous(), scaling, y_MN, *rows, N, R, K=K,
