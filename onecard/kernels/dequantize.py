@@ -1,7 +1,8 @@
 """The memory of a dequantized weight, and its lifetime.
 
-Normally it is a scratch buffer that the next call reuses. If a layer is recomputed and memory allows, the recomputation
-dequantizes into a new tensor and saves it for the layer's backward (`weights_saved`).
+Normally it is a scratch buffer that the next weight overwrites: one for each device and stream. If a layer is
+recomputed and memory allows, the recomputation dequantizes into a new tensor and saves it for the layer's backward
+(`weights_saved`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
-from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from onecard.quant.state import PackedWeight
 SAVE_NOTHING, SAVE_SHAPE, SAVE_COPY = 0, 1, 2
 
 _thread = threading.local()
-_buffers: WeakSet[Tensor] = WeakSet()  # of all threads
+_scratch: dict[tuple[torch.device, int], Tensor] = {}  # buffers that nobody uses, by device and stream
 _lock = threading.Lock()
 
 
@@ -34,24 +34,40 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def dequantize_to_scratch(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Dequantize the weight into this thread's scratch buffer on the device. It is valid until the next call."""
-    buffers = _thread.__dict__.setdefault("buffers", {})
+@contextmanager
+def dequantize_to_scratch(weight: PackedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Dequantize the weight into a scratch buffer, which is valid in the body.
+
+    A stream's work runs in the order of its launches. So the next body may overwrite the buffer, even before the device
+    has computed this one. A thread that comes while another is in its body gets a buffer of its own, and the larger one
+    is kept.
+    """
     device, num_bytes = weight.codes.device, prod(weight.shape) * dtype.itemsize
-    if device not in buffers or buffers[device].numel() < num_bytes:
-        buffers.pop(device, None)
-        buffers[device] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    key = (device, stream_of(device))
+    with _lock:
+        buffer = _scratch.pop(key, None)
+    if buffer is None or buffer.numel() < num_bytes:
+        del buffer  # before the larger one is allocated
+        buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+    try:
+        W = buffer[:num_bytes].view(dtype).view(weight.shape)
+        backend(device).codec.dequantize_into(weight, W)
+        yield W
+    finally:
         with _lock:
-            _buffers.add(buffers[device])
-    W = buffers[device][:num_bytes].view(dtype).view(weight.shape)
-    backend(device).codec.dequantize_into(weight, W)
-    return W
+            if key not in _scratch or _scratch[key].numel() < buffer.numel():
+                _scratch[key] = buffer
+
+
+def stream_of(device: torch.device) -> int:
+    """Return the current stream's handle; 0 on a CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def scratch_buffers() -> list[Tensor]:
-    """Return all threads' scratch buffers. A captured CUDA graph uses their addresses, so its owner must keep them."""
+    """Return all scratch buffers. A captured CUDA graph uses the address of one, so its owner must keep them."""
     with _lock:
-        return list(_buffers)
+        return list(_scratch.values())
 
 
 def shape_of(W_NK: Tensor) -> Tensor:

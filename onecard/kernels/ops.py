@@ -2,7 +2,7 @@
 
     qlora_linear:   y = x W^T + bias + s (x_lora A^T) B^T,     W = dequantize(packed, scales)
 
-W exists only inside the operator, in a scratch buffer that the next call reuses. The forward saves x_lora and
+W exists only inside the operator, in a scratch buffer that the next weight overwrites. The forward saves x_lora and
 x_lora A^T for the backward, but not W. With g = dL/dy, the backward is
 
     dx = g W        dx_lora = s (g B) A        dA = s (g B)^T x_lora        dB = s g^T (x_lora A^T)
@@ -16,6 +16,8 @@ Shape suffixes: M rows of x (tokens), N outputs, K inputs, R the LoRA rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -169,11 +171,12 @@ def linear_forward(
     if few_rows is not None:
         y_MN = few_rows.multiply(x_MK, weight, None if lora is None else (xA_MR, lora.B_NR, lora.scaling))
     else:
-        make = weights.dequantize if save == weights.SAVE_COPY else weights.dequantize_to_scratch
-        W_NK = make(weight, work)
-        if save != weights.SAVE_NOTHING:
-            saved = W_NK if save == weights.SAVE_COPY else weights.shape_of(W_NK)
-        y_MN = x_MK @ W_NK.T
+        copies = save == weights.SAVE_COPY
+        held = nullcontext(weights.dequantize(weight, work)) if copies else weights.dequantize_to_scratch(weight, work)
+        with held as W_NK:
+            if save != weights.SAVE_NOTHING:
+                saved = W_NK if copies else weights.shape_of(W_NK)
+            y_MN = x_MK @ W_NK.T
         if lora is not None:
             y_MN.addmm_(xA_MR, lora.B_NR.to(work).T, alpha=lora.scaling)
     if bias is not None:
@@ -217,11 +220,9 @@ def linear_backward(
     if fused is not None and fused.can_fuse(g_MN, K, lora):
         grads = fused.linear_backward(g_MN, weight, needed_grads, lora, lora_input_MK, xA_MR, has_own_lora_input)
     else:
-
-        def dequantized() -> Tensor:
-            return weights.dequantize_to_scratch(weight, g_MN.dtype) if W_NK is None else W_NK
-
-        grads = plain_backward(g_MN, dequantized, lora, lora_input_MK, xA_MR, needed_grads, has_own_lora_input)
+        scratch = partial(weights.dequantize_to_scratch, weight, g_MN.dtype)
+        held = scratch if W_NK is None else partial(nullcontext, W_NK)
+        grads = plain_backward(g_MN, held, lora, lora_input_MK, xA_MR, needed_grads, has_own_lora_input)
     grad_x, grad_x_lora, grad_A, grad_B = (grad_y.new_empty(0) if grad is None else grad for grad in grads)
     lora_dtype = grad_y.dtype if lora is None else lora.A_RK.dtype
     return grad_x.to(grad_y.dtype), grad_x_lora.to(grad_y.dtype), grad_A.to(lora_dtype), grad_B.to(lora_dtype)
@@ -229,14 +230,14 @@ def linear_backward(
 
 def plain_backward(
     g_MN: Tensor,
-    weight: Callable[[], Tensor],
+    weight: Callable[[], AbstractContextManager[Tensor]],
     lora: Lora | None,
     lora_input_MK: Tensor | None,
     xA_MR: Tensor,
     needed_grads: list[bool],
     has_own_lora_input: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """Compute linear_backward with torch's products in g's dtype. `weight` is called if the dequantized W is needed."""
+    """Compute linear_backward with torch's products in g's dtype. `weight` gives the dequantized W, if it is needed."""
     needs_x, needs_x_lora, needs_A, needs_B = needed_grads
     grad_x = grad_x_lora = grad_A = grad_B = None
     if lora is not None and lora_input_MK is not None:
@@ -247,10 +248,9 @@ def plain_backward(
         if needs_x_lora if has_own_lora_input else needs_x:
             grad_x_lora = gB_MR @ lora.A_RK.to(g_MN.dtype)
     if needs_x:
-        if grad_x_lora is None or has_own_lora_input:
-            grad_x = g_MN @ weight()
-        else:
-            grad_x = grad_x_lora.addmm_(g_MN, weight())
+        with weight() as W_NK:
+            is_separate = grad_x_lora is None or has_own_lora_input
+            grad_x = g_MN @ W_NK if is_separate else grad_x_lora.addmm_(g_MN, W_NK)
     return grad_x, grad_x_lora if has_own_lora_input else None, grad_A, grad_B
 
 

@@ -324,7 +324,8 @@ class PlanInputs:
             m.weight.numel() // getattr(m, "num_experts", 1)
             for m in (self.model.stacks if self.on_tiles else self.model.quantized).values()
         ]
-        buffers = 2 if self.device == "cuda" else 1  # on a GPU, autograd's thread has its own
+        graphs = self.device == "cuda" and self.config.cuda_graphs and not self.model.stacks
+        buffers = 1 + graphs  # CUDA graphs are recorded on a stream of their own
         weight = buffers * self.c * max(matrices, default=0)
         if not self.on_tiles:
             return Term("scratch", weight, "c x the largest matrix")

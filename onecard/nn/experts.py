@@ -4,7 +4,7 @@ For a token x, its experts e and their routing weights w_e, with up's weights U_
 
     u_e = x U_e^T + b_e,    h_e = act(u_e),    y = sum over e of w_e (h_e D_e^T + c_e)
 
-Each product may have a LoRA term s B_e A_e. U_e and D_e exist only in the scratch buffer while the tokens of expert e
+Each product may have a LoRA term s B_e A_e. U_e and D_e exist only in a scratch buffer while the tokens of expert e
 are computed, in the forward and in the backward. Experts without tokens are not dequantized. The forward keeps x, the
 routing and u for the backward. With g = dL/dy, the backward is
 
@@ -20,6 +20,7 @@ N outputs and K inputs of a product, R the LoRA rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -186,11 +187,13 @@ class Product:
         packed, state, skip = part_of(self.packed, self.state, expert)
         return PackedWeight.of(packed, state), skip
 
-    def weight(self, expert: int) -> Tensor:
-        """Dequantize W_e (N, K) into the scratch buffer."""
+    @contextmanager
+    def weight(self, expert: int) -> Iterator[Tensor]:
+        """Dequantize W_e (N, K) into a scratch buffer, which is valid in the body."""
         part, skip = self.part(expert)
-        W = dequantize_to_scratch(part, self.dtype).view(-1)[skip:].view(self.state.shape[1:])
-        return W.T if self.transposed else W
+        with dequantize_to_scratch(part, self.dtype) as whole:
+            W = whole.view(-1)[skip:].view(self.state.shape[1:])
+            yield W.T if self.transposed else W
 
     def lora(self, expert: int) -> Lora | None:
         """Return the LoRA term of an expert, or None."""
@@ -205,7 +208,8 @@ class Product:
         part, skip = self.part(expert)
         if not skip and not self.transposed:
             return ops.linear_forward(x_MK, part, bias, lora)[:2]
-        y_MN = x_MK @ self.weight(expert).T
+        with self.weight(expert) as W_NK:
+            y_MN = x_MK @ W_NK.T
         if bias is not None:
             y_MN += bias
         if lora is None:

@@ -1,10 +1,13 @@
 """Exact: torch's own checks of the operators. No worse than plain: gradients against float64."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from onecard.kernels import attention, elementwise, ops
+from onecard.kernels import attention, dequantize, elementwise, ops
 from onecard.kernels.cpu.library import library
 from onecard.kernels.dequantize import SAVE_COPY, SAVE_NOTHING, SAVE_SHAPE, dequantize_to_scratch
 from onecard.nn.embedding import Head
@@ -133,10 +136,35 @@ def test_results_can_be_changed_in_place():
     assert ((x.grad.double() - W.sum(0)).abs() <= bound).all()
 
 
-def test_the_scratch_buffer_is_reused():
+def test_a_scratch_buffer_is_that_of_a_stream(monkeypatch):
+    """Not of a thread: the backward's thread launches on the stream of the forward."""
     _, packed, state, *_ = make()
-    first, second = (dequantize_to_scratch(PackedWeight.of(packed, state), torch.float32) for _ in range(2))
-    assert first.data_ptr() == second.data_ptr()
+    monkeypatch.setattr(dequantize, "_scratch", {})
+
+    def address(stream):
+        monkeypatch.setattr(dequantize, "stream_of", lambda device: stream)
+        with dequantize_to_scratch(PackedWeight.of(packed, state), torch.float32) as W:
+            return W.data_ptr()
+
+    with ThreadPoolExecutor(1) as other:
+        assert address(1) == address(1) == other.submit(address, 1).result()
+    assert address(1) != address(2) and len(dequantize.scratch_buffers()) == 2
+
+
+def test_threads_in_one_stream_at_the_same_time_do_not_share_a_buffer(monkeypatch):
+    monkeypatch.setattr(dequantize, "_scratch", {})
+    made = [ops.quantize_4bit(torch.full((n, 64), float(n))) for n in (8, 16, 24, 32)]
+    together = Barrier(len(made), timeout=60)
+
+    def values(packed, state):
+        with dequantize_to_scratch(PackedWeight.of(packed, state), torch.float32) as W:
+            together.wait()  # all are in their bodies
+            return W.unique().tolist()
+
+    with ThreadPoolExecutor(len(made)) as threads:
+        assert list(threads.map(values, *zip(*made))) == [[n] for n in (8, 16, 24, 32)]
+    (kept,) = dequantize.scratch_buffers()
+    assert kept.numel() == 4 * 32 * 64  # the largest
 
 
 def everything_on_the_cpu():
