@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ def keep_16_bits(
 
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, Linear4bit)]
     kept = {module.weight.data_ptr(): weight(name, module) for name, module in linears}
-    dequantize.dequantize_to_scratch = lambda weight, dtype: kept[weight.codes.data_ptr()]
+    dequantize.dequantize_to_scratch = lambda weight, dtype: nullcontext(kept[weight.codes.data_ptr()])
     for name in ("linear", "linear_backward"):
         on_dense(native, name, kept)
 

@@ -110,7 +110,8 @@ def run_training(
     output = Path(config.output)
     with deterministic(config.deterministic, config.device):
         ranks = join(config.device)
-        with lock_output(output, resuming, ranks.is_first), end_of_record(output, ranks), ranks.together(whole_run=True):
+        locked = lock_output(output, resuming, ranks.is_first)
+        with locked, end_of_record(output, ranks), ranks.together(whole_run=True):
             result = run_locked(config, resuming, console, report_extra, answers, make_base, ranks)
     leave(ranks)
     return result
