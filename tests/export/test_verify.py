@@ -152,8 +152,9 @@ FORMATS |= {"fp8": {}, "nvfp4": {}, "mlx": {}}
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_export_is_measured_and_a_file_without_the_adapter_shows(format, tuned, tmp_path, chats):
+def test_every_export_is_measured_and_a_file_without_the_adapter_shows(format, tuned, tmp_path, chats, monkeypatch):
     """The file with the adapter has most of its effect. The file of the base alone has none, and is far off."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of GGUF's settings
     model, adapter, _ = tuned
     data = {"data": str(chats)} if format in ("gptq", "awq") else {}
     fields = {"format": format, "model": model, "device": "cpu", **FORMATS[format], **data}
