@@ -35,6 +35,19 @@ def test_it_shows_all_and_writes_nothing(checkpoint, chats, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_first_of_several_processes_validates_for_all(checkpoint, chats, tmp_path):
+    """All of them have one output folder, which one locks. The plan has what they receive from each other."""
+    fields = ("--model", checkpoint, "--data", chats, "--output", tmp_path / "o", "--parallel", "fsdp")
+    said = []
+    for number in "01":
+        where = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": "2"}
+        code, out, err = onecard("train", *fields, "--gradient-accumulation-steps", "2", "--validate", **where)
+        assert code == 0, err
+        said.append(out)
+    assert "valid: nothing was trained" in said[0] and "received an update: layers" in said[0]
+    assert not said[1]
+
+
 def test_what_a_run_refuses_before_the_weights_load_is_refused(checkpoint, chats, tmp_path, monkeypatch):
     full, bad = tmp_path / "full", write_rows(tmp_path / "bad.jsonl", [{"messages": 1}])
     full.mkdir()
