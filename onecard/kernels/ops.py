@@ -249,8 +249,7 @@ def plain_backward(
             grad_x_lora = gB_MR @ lora.A_RK.to(g_MN.dtype)
     if needs_x:
         with weight() as W_NK:
-            is_separate = grad_x_lora is None or has_own_lora_input
-            grad_x = g_MN @ W_NK if is_separate else grad_x_lora.addmm_(g_MN, W_NK)
+            grad_x = g_MN @ W_NK if grad_x_lora is None or has_own_lora_input else grad_x_lora.addmm_(g_MN, W_NK)
     return grad_x, grad_x_lora if has_own_lora_input else None, grad_A, grad_B
 
 
