@@ -101,6 +101,8 @@ def export_folder(
     matrices = matrices_of(merged)
     check_experts(merged, format, model)
     more, notes = mlx.model_fields(merged.model.modules.config) if format == "mlx" else ({}, [])
+    if format == "w4a16" and data is None:
+        notes = ["each weight has the nearest code; --data calibrates them, and keeps more of the model"]
     config = config.model_copy(update={"group_size": pick_group_size(matrices, config.group_size)})
     fitting = {n: s for n, s in matrices.items() if s[0] % 8 == 0 and s[1] % storage.width(config) == 0}
     if not fitting:

@@ -85,7 +85,8 @@ def made(request, tmp_path, chats):
     data = {"data": str(chats)} if "data" in request.param else {}
     fields = {"format": format, "model": str(base), "device": "cpu", **more, **data}
     adapter = str(tmp_path / "adapter")
-    onecard.export(ExportConfig(adapter=adapter, output=str(tmp_path / "tuned"), **fields))
+    said = onecard.export(ExportConfig(adapter=adapter, output=str(tmp_path / "tuned"), **fields)).lines
+    assert any("--data calibrates" in line for line in said) == (format == "w4a16" and not data)
     onecard.export(ExportConfig(output=str(tmp_path / "untuned"), base="dequantized", **fields))
     return format, merge(str(base), adapter, str(tmp_path / "merged")), tmp_path
 
