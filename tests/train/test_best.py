@@ -17,7 +17,8 @@ from onecard.errors import UserError
 from onecard.train.best import Best, BestPosition
 from onecard.train.checkpoint import save_state
 from tests.conftest import chat_rows, write_rows
-from tests.train.test_loop import adapter_bytes, count_lines, fields, run, train
+from tests.train.test_kill import count_lines, train
+from tests.train.test_loop import adapter_bytes, fields, run
 
 GOOD = {"model": "m", "data": "d", "output": "o"}
 BEST = {  # of a run that learns, the largest loss is the first: the end is behind the best for certain

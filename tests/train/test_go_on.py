@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from onecard.errors import UserError
 from tests.conftest import chat_rows, make_checkpoint, write_rows
-from tests.train.test_loop import adapter_bytes, copy_at, count_lines, run
+from tests.train.test_kill import count_lines
+from tests.train.test_loop import adapter_bytes, copy_at, run
 
 MORE = {"max_steps": 2, "lora_dropout": 0.0, "validation_split": 0.2}
 CONSTANT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}

@@ -18,31 +18,9 @@ from onecard.hf.skeleton import read_model
 from onecard.memory.inputs import PlanInputs
 from onecard.memory.strategy import choose_strategy, total_bytes
 from tests.forks import Forked, command_line
+from tests.train.test_loop import adapter_bytes, fields
 
 LARGE_BYTES = 12_000_000
-
-
-def fields(checkpoint, chats, output, **more):
-    return {
-        "model": str(checkpoint),
-        "data": str(chats),
-        "output": str(output),
-        "device": "cpu",
-        "compute_dtype": "float32",
-        "max_seq_length": 96,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 5e-3,
-        "lora_dropout": 0.1,
-        "r": 4,
-        "save_steps": 1,
-        "save_total_limit": 50,
-        "sample_prompts": [],
-        **more,
-    }
-
-
-def adapter_bytes(output):
-    return (output / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def on_one_thread(*words):

@@ -12,7 +12,8 @@ from onecard.config import TrainConfig, make_config
 from onecard.train import session, show, signals
 from onecard.train.checkpoint import load_newest
 from tests.forks import Forked
-from tests.train.test_loop import count_lines, fields, on_one_thread, run
+from tests.train.test_kill import count_lines, on_one_thread
+from tests.train.test_loop import fields, run
 
 SLOW = pytest.mark.slow
 
