@@ -22,7 +22,7 @@ from torch import Tensor
 
 from onecard.documents import Foreign, brief, hold
 from onecard.errors import UserError
-from onecard.hf.stored import FLOAT_DTYPES, TensorInfo, computed, read_rows, read_tensor
+from onecard.hf.stored import FLOAT_DTYPES, Form, TensorInfo, computed, damaged, read_rows, read_tensor
 from onecard.quant.blockwise import all_finite
 
 SCALE = {"fp8": "_scale_inv", "compressed-tensors": "_scale"}
@@ -65,7 +65,7 @@ class FloatQuantized(Foreign):
 
 
 @dataclass(frozen=True)
-class FP8:
+class FP8(Form):
     """A matrix of E4M3 codes (N, K) with scales for blocks of rows and columns."""
 
     name: str
@@ -77,14 +77,6 @@ class FP8:
     def kind(self) -> str:
         return "FP8 (E4M3)"
 
-    @property
-    def is_rounded(self) -> bool:
-        return True
-
-    @property
-    def least_rows(self) -> int:
-        return 1
-
     def rows(self, first: int, count: int) -> Tensor:
         """Return rows in float32, (count, K). Raises UserError for a code or scale of NaN, and a scale of Inf."""
         rows, columns = self.block
@@ -93,9 +85,8 @@ class FP8:
         scales = read_tensor(self.scales).float().reshape(-(-self.codes.shape[0] // rows), -1)[at:last]
         if not all_finite(scales) or not all_finite(W):
             what = "a code" if all_finite(scales) else "a scale"
-            do = "the checkpoint is damaged: fetch it again"
-            where = f"{self.codes.file}: {self.name}"
-            raise UserError("codes and scales of FP8 must be finite", f"{what} that is NaN or Inf", do, where)
+            must = "codes and scales of FP8 must be finite"
+            raise damaged(must, f"{what} that is NaN or Inf", self.codes, self.name)
         each = torch.arange(first, first + count) // rows - at
         for start in range(0, W.shape[1], columns):
             W[:, start : start + columns] *= scales[each, start // columns, None]

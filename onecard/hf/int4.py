@@ -22,7 +22,7 @@ from torch import Tensor
 from onecard.documents import Foreign, hold
 from onecard.errors import UserError
 from onecard.hf.fp8 import DO, UNUSED, WHERE, model_dtype, refused
-from onecard.hf.stored import FLOAT_DTYPES, TensorInfo, computed, read_columns, read_rows, read_tensor
+from onecard.hf.stored import FLOAT_DTYPES, Form, TensorInfo, computed, damaged, read_columns, read_rows, read_tensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 MIDDLE = 8  # the zero of symmetric codes
@@ -80,7 +80,7 @@ class PackQuantized(Foreign):
 
 
 @dataclass(frozen=True)
-class Int4:
+class Int4(Form):
     """A matrix (N, K) of 4-bit integers.
 
     Attributes:
@@ -101,10 +101,6 @@ class Int4:
     @property
     def kind(self) -> str:
         return {"gptq": "GPTQ", "awq": "AWQ"}.get(self.layout, "compressed-tensors") + " (4 bits)"
-
-    @property
-    def is_rounded(self) -> bool:
-        return True
 
     @property
     def least_rows(self) -> int:
@@ -161,8 +157,7 @@ class Int4:
         return found
 
     def damaged(self, found: str) -> UserError:
-        do = "the checkpoint is damaged: fetch it again"
-        return UserError("scales and groups must be whole", found, do, f"{self.codes.file}: {self.name}")
+        return damaged("scales and groups must be whole", found, self.codes, self.name)
 
 
 def nibbles(packed: Tensor, order: tuple[int, ...] | None = None) -> Tensor:

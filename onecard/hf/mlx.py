@@ -17,7 +17,8 @@ from onecard.documents import Foreign, hold
 from onecard.errors import UserError
 from onecard.hf.fp8 import DO, model_dtype, refused
 from onecard.hf.int4 import nibbles
-from onecard.hf.stored import FLOAT_DTYPES, TensorInfo, computed, read_rows
+from onecard.hf.stored import FLOAT_DTYPES, Form, TensorInfo, computed, damaged, read_rows
+from onecard.quant.blockwise import all_finite
 
 WHERE = "config.json: quantization"
 
@@ -31,7 +32,7 @@ class Quantization(Foreign):
 
 
 @dataclass(frozen=True)
-class MLX:
+class MLX(Form):
     """A matrix (N, K) of 4-bit codes."""
 
     name: str
@@ -43,22 +44,12 @@ class MLX:
     def kind(self) -> str:
         return "MLX (4 bits)"
 
-    @property
-    def is_rounded(self) -> bool:
-        return True
-
-    @property
-    def least_rows(self) -> int:
-        return 1
-
     def rows(self, first: int, count: int) -> Tensor:
         """Return rows in float32, (count, K). Raises UserError for a scale or bias of NaN or Inf."""
         codes = nibbles(read_rows(self.codes, first, count)).float()
         scales, biases = (read_rows(info, first, count).float() for info in (self.scales, self.biases))
-        if not (scales.isfinite() & biases.isfinite()).all():
-            do = "the checkpoint is damaged: fetch it again"
-            where = f"{self.codes.file}: {self.name}"
-            raise UserError("scales and biases must be finite", "NaN or Inf", do, where)
+        if not all_finite(scales) or not all_finite(biases):
+            raise damaged("scales and biases must be finite", "NaN or Inf", self.codes, self.name)
         return codes.view(*scales.shape, -1).mul_(scales[..., None]).add_(biases[..., None]).flatten(1)
 
 

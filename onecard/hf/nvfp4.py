@@ -23,9 +23,9 @@ from pydantic import Field
 from torch import Tensor
 
 from onecard.documents import Foreign, hold
-from onecard.errors import UserError
 from onecard.hf.fp8 import DO, UNUSED, WHERE, model_dtype, refused
-from onecard.hf.stored import TensorInfo, computed, read_rows, read_tensor
+from onecard.hf.stored import Form, TensorInfo, computed, damaged, read_rows, read_tensor
+from onecard.quant.blockwise import all_finite
 from onecard.quant.codebook import MXFP4 as E2M1
 
 BLOCK = 16
@@ -66,7 +66,7 @@ class PackQuantized(Foreign):
 
 
 @dataclass(frozen=True)
-class NVFP4:
+class NVFP4(Form):
     """A matrix (N, K) of E2M1 codes. `divides`: the blocks' scales are divided by the tensor's."""
 
     name: str
@@ -79,23 +79,13 @@ class NVFP4:
     def kind(self) -> str:
         return "NVFP4"
 
-    @property
-    def is_rounded(self) -> bool:
-        return True
-
-    @property
-    def least_rows(self) -> int:
-        return 1
-
     def rows(self, first: int, count: int) -> Tensor:
         """Return rows in float32, (count, K). Raises UserError for a scale of NaN or Inf, also after the tensor's."""
         codes = read_rows(self.codes, first, count)
         scales, whole = read_rows(self.scales, first, count).float(), read_tensor(self.tensor_scale).reshape(())
         scales = scales / whole if self.divides else scales * whole
-        if not scales.isfinite().all():
-            do = "the checkpoint is damaged: fetch it again"
-            where = f"{self.codes.file}: {self.name}"
-            raise UserError("scales of NVFP4 must be finite", "a scale that is NaN or Inf", do, where)
+        if not all_finite(scales):
+            raise damaged("scales of NVFP4 must be finite", "a scale that is NaN or Inf", self.codes, self.name)
         W = torch.tensor(E2M1)[torch.stack([codes & 15, codes >> 4], dim=-1).int()]
         return W.view(*scales.shape, BLOCK).mul_(scales[..., None]).flatten(1)
 

@@ -15,6 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from onecard.errors import UserError
 from onecard.faults import about
 
 DTYPE_BITS = {
@@ -40,12 +41,12 @@ class Form(Protocol):
     @property
     def is_rounded(self) -> bool:
         """Whether the values have been rounded to few bits."""
-        ...
+        return True
 
     @property
     def least_rows(self) -> int:
         """The rows to compute together at least: 1, unless each call reads from all over the file."""
-        ...
+        return 1
 
     def rows(self, first: int, count: int) -> Tensor:
         """Return `count` rows in float32, from row `first` on. A vector has one row."""
@@ -68,6 +69,11 @@ class TensorInfo:
     nbytes: int
     file: Path
     form: Form | None = None
+
+
+def damaged(must: str, found: str, info: TensorInfo, name: str) -> UserError:
+    """Return the error for stored values that no checkpoint has; `info`: of a tensor that holds them."""
+    return UserError(must, found, "the checkpoint is damaged: fetch it again", f"{info.file}: {name}")
 
 
 def computed(shape: tuple[int, ...], dtype: str, file: Path, form: Form) -> TensorInfo:
