@@ -11,7 +11,7 @@ from onecard.cli.launch import is_started, launch
 from onecard.config import DataConfig, LoraSettings, TrainConfig, make_config, parse_bytes
 from onecard.documents import read_yaml
 from onecard.errors import Stopped, UserError, one_line
-from onecard.terminal import finish, given, make_console, quiet_libraries
+from onecard.terminal import finish, given, make_console, process_number, quiet_libraries
 
 
 @app.command
@@ -60,7 +60,9 @@ def train(
         raise Stopped(signal.SIGINT, "nothing was begun", "start again", checked.output) from None
 
     if validate:
-        return validate_training(checked, resume, console, check_base_of_run)
+        if process_number() == 0:  # one output folder, which one process locks, and one answer
+            validate_training(checked, resume, console, check_base_of_run)
+        return
     finish(run_training(checked, resume, console, make_base=base_of_run), console)
 
 

@@ -193,7 +193,7 @@ def join(device: str) -> Ranks:
     Raises:
         UserError: more processes than GPUs; a device that all of them would use.
     """
-    number, count = process_number(), num_processes()
+    number, count = int(os.environ.get("RANK", 0)), num_processes()
     if count == 1:
         return Ranks()
     local = int(os.environ["LOCAL_RANK"])
@@ -214,11 +214,6 @@ def join(device: str) -> Ranks:
         do = "start all of them with torchrun, and see their messages"
         raise UserError("all processes of a run must meet", first_line(error), do, "torchrun") from None
     return Ranks(number, count, works, PrefixStore("onecard", store))
-
-
-def process_number() -> int:
-    """Return this process's number among the run's processes; the first one speaks."""
-    return int(os.environ.get("RANK", 0))
 
 
 def num_processes() -> int:

@@ -58,7 +58,7 @@ from onecard.train.output import CONTINUE, lock_output
 from onecard.train.preference import Preference
 from onecard.train.prepare import Prepared, make_loader, prepare
 from onecard.train.progress import Progress
-from onecard.train.ranks import WORK, Ranks, is_sharded, join, leave, process_number
+from onecard.train.ranks import WORK, Ranks, is_sharded, join, leave
 from onecard.train.record import end_of_record, write_record
 from onecard.train.reference import reference_identity, set_references
 from onecard.train.report import write_report
@@ -120,8 +120,7 @@ def run_training(
 def validate_training(
     config: TrainConfig, resuming: bool, console: Console, check_base: Callable[[Prepared], None]
 ) -> None:
-    """Make and show every check of `run_training` that it makes before the weights load. Leave no file. Of several
-    processes, the first one does it.
+    """Make and show every check of `run_training` that it makes before the weights load. Leave no file.
 
     Args:
         check_base: for `calibrate`: checks the model and a base that is already there.
@@ -129,8 +128,6 @@ def validate_training(
     Raises:
         UserError: same as `run_training`.
     """
-    if process_number() > 0:
-        return
     with deterministic(config.deterministic, config.device), lock_output(Path(config.output), resuming):
         prepared, state = check(config, resuming, None)
         show(prepared, console)
