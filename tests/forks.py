@@ -3,6 +3,7 @@ of CPU, once. Each has its own signals, limits, standard streams and exit status
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -56,8 +57,10 @@ class Forked:
             time.sleep(0.01)
 
     def send(self, number: signal.Signals) -> None:
+        """A signal, which does nothing where the process has ended before: see `wait` for how it ended."""
         assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, number)
 
     def wait(self, seconds: float = 300) -> Done:
         self.process.join(seconds)

@@ -3,8 +3,6 @@
 import json
 import random
 import shutil
-import signal
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -17,7 +15,7 @@ from onecard.errors import UserError
 from onecard.train.best import Best, BestPosition
 from onecard.train.checkpoint import save_state
 from tests.conftest import chat_rows, write_rows
-from tests.train.test_kill import count_lines, train
+from tests.train.test_kill import count_lines, end_with_kills, train
 from tests.train.test_loop import adapter_bytes, fields, run
 
 GOOD = {"model": "m", "data": "d", "output": "o"}
@@ -158,19 +156,7 @@ def test_kill_9_keeps_the_best_value_and_the_patience(checkpoint, chats, held_ou
 
     code, _, err = begin(straight).wait()
     assert code == 0, err
-    rng, kills = random.Random(1), 0
-    while True:
-        process = begin(killed)
-        if kills < 2:
-            before = count_lines(killed)
-            process.until(lambda before=before: count_lines(killed) > before)
-            time.sleep(rng.random() * 0.4)
-            process.send(signal.SIGKILL)
-            kills += 1
-        code, _, err = process.wait()
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL, err
+    end_with_kills(lambda: begin(killed), killed, 2, random.Random(1))
     assert adapter_bytes(killed) == adapter_bytes(straight)
     assert count_lines(killed) == count_lines(straight)
 
