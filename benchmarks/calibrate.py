@@ -74,6 +74,12 @@ def mx_rounded(W: torch.Tensor, scale: torch.Tensor, factor: Any) -> torch.Tenso
     return MXFP4[choose_levels(W, scale, factor, MXFP4).long()] * scale
 
 
+def mx_nearest(W: torch.Tensor) -> torch.Tensor:
+    from onecard.export.calibrated.feedback import Factor
+
+    return mx_rounded(W, mx_scales(W), Factor.of(torch.eye(W.shape[1])))
+
+
 def without_feedback(factor: Any) -> Any:
     return replace(factor, U_KK=torch.eye(len(factor.d_K)))
 
@@ -102,10 +108,10 @@ def variant_of_calibrator(variant: str) -> Any:
     return Trial
 
 
-def make_trial(args: argparse.Namespace, folder: Path) -> Any:
-    """Return a pass that quantizes as the variant and the kind say."""
+def make_trial(args: argparse.Namespace, folder: Path, chosen: dict[str, torch.Tensor]) -> Any:
+    """Return a pass that quantizes as the variant and the kind say, and puts each W_hat of mxfp4 into `chosen`."""
     from onecard.config import LoraSettings, QuantConfig
-    from onecard.export.calibrated import base, feedback
+    from onecard.export.calibrated import base
     from onecard.export.merge.merged import open_merged
 
     class MxTrial(base.Calibrator):
@@ -113,12 +119,11 @@ def make_trial(args: argparse.Namespace, folder: Path) -> Any:
             layer.advance(streams[base.SIXTEEN])
             found: dict[str, Any] = self.linears(layer)
             for name in found:
-                W = self.matrix(name).float()
-                plain = feedback.Factor.of(torch.eye(W.shape[1]))
-                self.put(name, mx_rounded(W, mx_scales(W), plain))
+                self.put(name, mx_nearest(self.matrix(name).float()))
             layer.advance(streams[base.NEAREST])
             for name, W_hat in found.items():
                 self.put(name, W_hat)
+                chosen[name] = W_hat.bfloat16()
             layer.advance(streams[base.CALIBRATED])
 
         def quantized(self, name: str, factor: Any) -> Any:
@@ -133,20 +138,39 @@ def make_trial(args: argparse.Namespace, folder: Path) -> Any:
 
 def before_child(args: argparse.Namespace) -> dict[str, Any]:
     """Return the losses of a variant of one kind before training, and those of 16 bits and nearest codes."""
+    found = run_trial(args, {})
+    return {form: (loss.data, loss.general) for form, loss in found.items()}
+
+
+@torch.no_grad()
+def run_trial(args: argparse.Namespace, chosen: dict[str, torch.Tensor]) -> Any:
+    """Run `make_trial`'s pass over the data and return the losses by form of the base."""
     from onecard.data.dataset import Dataset
     from onecard.export.calibrated.calibration import first_batches
     from onecard.export.calibrated.rows import choose_rows
     from onecard.hf.load import load_tokenizer
 
-    torch.set_grad_enabled(False)
     folder = make_model()
     training = Dataset(shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed), "messages", LENGTH)
     held_out = Dataset(examples(folder, DATA / "eval_100.jsonl"), "messages", LENGTH)
-    chosen = choose_rows(training, held_out, load_tokenizer(str(folder)), True, TOKENS)
-    chosen.data, _ = first_batches(held_out.examples, LENGTH, True)
-    chosen.general, _ = first_batches(general(folder), LENGTH, True)
-    found = make_trial(args, folder).run(chosen, Nowhere(), lambda done, total: None)
-    return {form: (loss.data, loss.general) for form, loss in found.items()}
+    rows = choose_rows(training, held_out, load_tokenizer(str(folder)), True, TOKENS)
+    rows.data, _ = first_batches(held_out.examples, LENGTH, True)
+    rows.general, _ = first_batches(general(folder), LENGTH, True)
+    return make_trial(args, folder, chosen).run(rows, Nowhere(), lambda done, total: None)
+
+
+def mx_weights(args: argparse.Namespace, folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights that mxfp4's levels stand for, by module and `.weight`: nearest, or of a trial."""
+    from safetensors.torch import load_file
+
+    chosen: dict[str, torch.Tensor] = {}
+    if args.variant == "nearest":
+        for name, W in load_file(folder / "model.safetensors").items():
+            if W.ndim == 2 and "layers" in name:
+                chosen[name] = mx_nearest(W.float()).bfloat16()
+    else:
+        run_trial(args, chosen)
+    return chosen
 
 
 def after_child(args: argparse.Namespace) -> dict[str, Any]:
@@ -157,6 +181,7 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
     from onecard.config import LoraSettings, QuantConfig
     from onecard.data.dataset import Dataset
     from onecard.export.calibrated import base as calibration
+    from onecard.export.merge.quantized import quantize_checkpoint
     from onecard.hf.load import load_tokenizer
     from onecard.train.evaluate import mean_loss
     from onecard.train.loss import packed_loss
@@ -165,17 +190,24 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
     rows = shuffled(examples(folder, DATA / "train_300.jsonl"), args.seed)
     held_out, others = examples(folder, DATA / "eval_100.jsonl"), general(folder)
     settings = argparse.Namespace(child="onecard", length=LENGTH, steps=max(args.steps), recompute=False)
-    own = load_file(folder / "model.safetensors") if args.variant == "16 bits" else {}
+    own = dict[str, torch.Tensor]()
+    if args.variant == "16 bits":
+        own = load_file(folder / "model.safetensors")
+    elif args.kind == "mxfp4":
+        own = mx_weights(args, folder)
     with tempfile.TemporaryDirectory() as temporary:
-        if args.variant not in ("16 bits", "nearest"):
+        if args.kind in ("fp4", "int4") and args.variant == "nearest":
+            quantize_checkpoint(str(folder), f"{temporary}/base", QuantConfig(quant_type=args.kind))
+            folder = Path(temporary) / "base"
+        elif args.kind != "mxfp4" and args.variant not in ("16 bits", "nearest"):
             calibration.Calibrator = variant_of_calibrator(args.variant)
             learned, kept = (Dataset(part, "messages", LENGTH) for part in (rows, held_out))
             lora = LoraSettings(r=RANK) if args.variant == "start" else None
-            output = Path(temporary) / "base"
+            output, quant = Path(temporary) / "base", QuantConfig(quant_type=args.kind)
             tokenizer = load_tokenizer(str(folder))
             with torch.no_grad():
                 found = calibration.calibrate_base(
-                    str(folder), output, QuantConfig(), learned, kept, tokenizer, TOKENS, "cpu", lora
+                    str(folder), output, quant, learned, kept, tokenizer, TOKENS, "cpu", lora
                 )
             folder, start = found.folder, found.start
         base = load_onecard(settings, folder)
@@ -237,6 +269,7 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="*", choices=VARIANTS[1:], default=list(VARIANTS[1:]), help="before: of the first kind"
     )
+    parser.add_argument("--known", type=Path, help="what an earlier run printed; what is there is not run again")
     parser.add_argument("--shape", default="1.1b")
     parser.add_argument("--child", choices=("before", "after", "time"))
     parser.add_argument("--variant", choices=TITLES)
@@ -250,10 +283,14 @@ def main() -> None:
         {"before": before, "after": after, "time": timed}[part](args)
 
 
-def call(child: str, variant: str, *more: str) -> dict[str, Any]:
+def call(args: argparse.Namespace, child: str, variant: str, *more: str) -> dict[str, Any]:
+    known = f"{child} {variant} {' '.join(more)}: "
+    for line in args.known.read_text().splitlines() if args.known else ():
+        if line.startswith(known):
+            return json.loads(line[line.index("{") :])
     begin = time.perf_counter()
     found = run_child("benchmarks.calibrate", "--child", child, "--variant", variant, *more)
-    print(f"{child} {variant} {' '.join(more)}: {time.perf_counter() - begin:.0f} s", json.dumps(found), flush=True)
+    print(f"{known}{time.perf_counter() - begin:.0f} s", json.dumps(found), flush=True)
     return found
 
 
@@ -264,7 +301,7 @@ def before(args: argparse.Namespace) -> None:
         found: dict[str, list[tuple[float, float]]] = {}
         for seed in range(args.seeds if kind == args.kinds[0] else 1):
             for variant in args.variants if kind == args.kinds[0] else ["both"]:
-                losses = call("before", variant, "--kind", kind, "--seed", str(seed))
+                losses = call(args, "before", variant, "--kind", kind, "--seed", str(seed))
                 last = losses.pop(list(losses)[-1])
                 found.setdefault(variant, []).append(last)
                 if "nearest" not in found or len(found["nearest"]) == seed:
@@ -290,29 +327,34 @@ def before(args: argparse.Namespace) -> None:
 
 
 def after(args: argparse.Namespace) -> None:
-    """Write the table of losses after training."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    """Write the table of losses after training: the first kind's with all seeds and variants, one of the others."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     numbers = [str(number) for number in args.steps]
-    for seed in range(args.seeds):
-        for variant in ("16 bits", "nearest", *args.variants):
-            found.setdefault(variant, []).append(call("after", variant, "--seed", str(seed), "--steps", *numbers))
+    for kind in args.kinds:
+        first = kind == args.kinds[0]
+        for seed in range(args.seeds if first else 1):
+            for variant in ("16 bits", "nearest", *args.variants) if first else ("nearest", "both"):
+                more = [] if kind == KINDS[0] else ["--kind", kind]
+                losses = call(args, "after", variant, *more, "--seed", str(seed), "--steps", *numbers)
+                found.setdefault((kind, variant), []).append(losses)
     rows = []
-    for name, runs in found.items():
-        row = [TITLES[name]]
+    for (kind, variant), runs in found.items():
+        row = ["" if variant == "16 bits" else kind, TITLES[variant]]
         for number in numbers:
             for column in (0, 1):
                 values = [run[number][column] for run in runs]
-                base = statistics.mean(run[number][column] for run in found["16 bits"])
+                base = statistics.mean(run[number][column] for run in found[args.kinds[0], "16 bits"][: len(runs)])
                 row += [several(values), f"{statistics.mean(values) / base - 1:+.1%}"]
         rows.append(row)
-    header = ["base"]
+    header = ["levels", "base"]
     for number in numbers:
         header += [f"held out, {number} steps", "to 16 bits", f"general text, {number} steps", "to 16 bits"]
     body = (
-        f"SmolLM2-135M-Instruct ({PACKAGE}) on 300 rows of GSM8K, NF4 with double quantization; rows of about {LENGTH} "
-        f"tokens a step, rank {RANK} on all linears, AdamW at {RATE}, bfloat16. 16 bits is the same step on the "
-        f"checkpoint's own weights. Losses are those of 100 held-out rows and of {GENERAL_TOKENS:,} tokens of general "
-        f"text, in nats a token: the mean of {args.seeds} seeds (least to most).\n\n{table(header, rows)}"
+        f"SmolLM2-135M-Instruct ({PACKAGE}) on 300 rows of GSM8K; rows of about {LENGTH} tokens a step, rank {RANK} on "
+        f"all linears, AdamW at {RATE}, bfloat16. 16 bits is the same step on the checkpoint's own weights, mxfp4 on "
+        f"the 16-bit values of its levels. Losses are those of 100 held-out rows and of {GENERAL_TOKENS:,} tokens of "
+        f"general text, in nats a token: for {args.kinds[0]} the mean of {args.seeds} seeds (least to most), else of "
+        f"the first seed, beside 16 bits of that seed.\n\n{table(header, rows)}"
     )
     print(write_result("calibrate_after_135m", "A calibrated base after training", body))
 
@@ -327,7 +369,7 @@ def timed(args: argparse.Namespace) -> None:
     """Write seconds and peak memory."""
     rows = []
     for variant in ("nearest", "both"):
-        found = call("time", variant, "--shape", args.shape)
+        found = call(args, "time", variant, "--shape", args.shape)
         tokens = sum(value for key, value in found.items() if key not in ("seconds", "peak"))
         rows.append([TITLES[variant], f"{found['seconds']:.0f}", f"{found['peak'] / 1e9:.2f}", f"{tokens:,}"])
     header = ["base", "seconds", "peak GB", "tokens run or measured"]
