@@ -96,12 +96,12 @@ def mx_calibrated(W: torch.Tensor, factor: Any, variant: str) -> torch.Tensor:
 
 def variant_of_calibrator(variant: str) -> Any:
     """Return the class of a pass that only chooses scales, only feeds errors back, or does both."""
-    from onecard.export.calibrated import base, feedback
+    from onecard.export.calibrated import calibrator, feedback
 
     if variant == "feedback":
         feedback.SHARES = torch.ones(1)
 
-    class Trial(base.Calibrator):
+    class Trial(calibrator.Calibrator):
         def quantized(self, name: str, factor: Any) -> Any:
             return super().quantized(name, without_feedback(factor) if variant == "scales" else factor)
 
@@ -111,20 +111,21 @@ def variant_of_calibrator(variant: str) -> Any:
 def make_trial(args: argparse.Namespace, folder: Path, chosen: dict[str, torch.Tensor]) -> Any:
     """Return a pass that quantizes as the variant and the kind say, and puts each W_hat of mxfp4 into `chosen`."""
     from onecard.config import LoraSettings, QuantConfig
-    from onecard.export.calibrated import base
+    from onecard.export.calibrated import calibrator
+    from onecard.export.calibrated.bill import CALIBRATED, NEAREST, SIXTEEN
     from onecard.export.merge.merged import open_merged
 
-    class MxTrial(base.Calibrator):
+    class MxTrial(calibrator.Calibrator):
         def quantize(self, layer: Any, streams: Any, writer: Any) -> None:
-            layer.advance(streams[base.SIXTEEN])
+            layer.advance(streams[SIXTEEN])
             found: dict[str, Any] = self.linears(layer)
             for name in found:
                 self.put(name, mx_nearest(self.matrix(name).float()))
-            layer.advance(streams[base.NEAREST])
+            layer.advance(streams[NEAREST])
             for name, W_hat in found.items():
                 self.put(name, W_hat)
                 chosen[name] = W_hat.bfloat16()
-            layer.advance(streams[base.CALIBRATED])
+            layer.advance(streams[CALIBRATED])
 
         def quantized(self, name: str, factor: Any) -> Any:
             return mx_calibrated(self.matrix(name).float(), factor, args.variant)
@@ -206,9 +207,8 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
             output, quant = Path(temporary) / "base", QuantConfig(quant_type=args.kind)
             tokenizer = load_tokenizer(str(folder))
             with torch.no_grad():
-                found = calibration.calibrate_base(
-                    str(folder), output, quant, learned, kept, tokenizer, TOKENS, "cpu", lora
-                )
+                source = calibration.Source(str(folder), quant, learned, kept, TOKENS, lora)
+                found = calibration.calibrate_base(source, output, tokenizer, "cpu")
             folder, start = found.folder, found.start
         base = load_onecard(settings, folder)
 
@@ -238,7 +238,7 @@ def time_child(args: argparse.Namespace) -> dict[str, Any]:
     """Return seconds and peak memory of a calibration beside those of the nearest codes' checkpoint."""
     from onecard.config import QuantConfig
     from onecard.data.dataset import Dataset
-    from onecard.export.calibrated.base import calibrate_base
+    from onecard.export.calibrated.base import Source, calibrate_base
     from onecard.export.merge.quantized import quantize_checkpoint
     from onecard.hf.load import load_tokenizer
     from onecard.memory.measure import return_large_blocks
@@ -254,7 +254,7 @@ def time_child(args: argparse.Namespace) -> dict[str, Any]:
             quantize_checkpoint(str(folder), f"{temporary}/out", QuantConfig())
         else:
             tokenizer, output = load_tokenizer(str(folder)), Path(temporary) / "out"
-            bill = calibrate_base(str(folder), output, QuantConfig(), sets[0], sets[1], tokenizer, None, "cpu").bill
+            bill = calibrate_base(Source(str(folder), QuantConfig(), sets[0], sets[1]), output, tokenizer, "cpu").bill
             found = dict(bill.tokens)
         found["seconds"] = time.perf_counter() - start
     return {**found, "peak": peak[0] - first}

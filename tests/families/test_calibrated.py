@@ -14,7 +14,7 @@ from onecard.data.chat.mask import IGNORE, Example
 from onecard.data.dataset import Dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import rows as module
-from onecard.export.calibrated.base import calibrate_base
+from onecard.export.calibrated.base import Source, calibrate_base
 from onecard.export.calibrated.bill import CALIBRATED, NEAREST, SIXTEEN, STARTED
 from tests.export.calibrated.test_base import started
 from tests.families.build import class_of, families, make_family
@@ -54,7 +54,7 @@ def calibrated(base, output, monkeypatch):
     monkeypatch.setattr(module, "general_pieces", pieces)
     every = rows()
     training, held = (Dataset(part, "text", 64) for part in (every.examples[:4], every.examples[4:]))
-    found = calibrate_base(str(base), output, QUANT, training, held, None, 100, "cpu", LORA)
+    found = calibrate_base(Source(str(base), QUANT, training, held, 100, LORA), output, None, "cpu")
     documents = [(torch.tensor([row.input_ids]), torch.tensor([row.labels])) for row in held.examples]
     return {form: losses.data for form, losses in found.bill.losses.items()}, found.start, documents
 

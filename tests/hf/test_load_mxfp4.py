@@ -15,8 +15,9 @@ import onecard
 from onecard.adapter.layers import lora_config
 from onecard.adapter.load import with_adapter
 from onecard.config import LoraSettings, QuantConfig
+from onecard.data.dataset import Dataset
 from onecard.errors import UserError
-from onecard.export.calibrated.base import open_base
+from onecard.export.calibrated.base import Source
 from onecard.export.merge.merged import merge, open_merged
 from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.hf.checkpoint import inspect_checkpoint
@@ -319,7 +320,7 @@ def test_quantize_writes_what_the_dequantized_experts_round_to(source, tmp_path)
 
 def test_calibration_is_refused(source):
     with pytest.raises(UserError, match="a model to calibrate must be in 16 or 32 bits"):
-        open_base(str(source), QuantConfig(), *[None] * 4)
+        Source(str(source), QuantConfig(), Dataset([], "text", 64)).open()
 
 
 def test_experts_are_the_same_over_both_bases(source):

@@ -23,7 +23,7 @@ from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import base as module
 from onecard.export.calibrated import room
-from onecard.export.calibrated.base import calibrate_base, quantize_calibrated
+from onecard.export.calibrated.base import Source, calibrate_base, quantize_calibrated
 from onecard.export.calibrated.bill import CALIBRATED, NEAREST, SIXTEEN, STARTED, read_bill
 from onecard.export.calibrated.layers import Workers
 from onecard.export.calibrated.rows import choose_rows, general_pieces
@@ -55,9 +55,8 @@ def rows_of(base, chats):
 def calibrated(base, chats, output, lora=None, quant=QUANT, num_tokens=None):
     training, validation = rows_of(base, chats).split(0.25, 0)
     tokenizer = load_tokenizer(str(base))
-    return calibrate_base(
-        str(base), output, quant, training, validation, tokenizer, num_tokens, "cpu", lora
-    ), validation
+    source = Source(str(base), quant, training, validation, num_tokens, lora)
+    return calibrate_base(source, output, tokenizer, "cpu"), validation
 
 
 def tensors(folder):
@@ -338,9 +337,9 @@ def test_a_killed_calibration_leaves_nothing_and_begins_again(tmp_path, chats):
     """kill -9 in the second layer. The next run removes the temporary folder and makes the base anew."""
     base = make_checkpoint(tmp_path / "base", num_hidden_layers=3)
     code = (
-        "import sys, time; from onecard.export.calibrated import base as module; import onecard;"
-        "from tests.export.calibrated.test_base import fields; whole = module.Calibrator.quantize;"
-        "module.Calibrator.quantize = lambda self, layer, *rest: (whole(self, layer, *rest),"
+        "import sys, time; from onecard.export.calibrated.calibrator import Calibrator; import onecard;"
+        "from tests.export.calibrated.test_base import fields; whole = Calibrator.quantize;"
+        "Calibrator.quantize = lambda self, layer, *rest: (whole(self, layer, *rest),"
         " print('layer', flush=True), time.sleep(60 if layer.index else 0));"
         f"onecard.train(fields({str(base)!r}, {str(chats)!r}, {str(tmp_path / 'run')!r}))"
     )
@@ -429,8 +428,8 @@ def test_a_gpu_calibrates_as_well_as_a_cpu(tmp_path, chats, family):
     training, validation = rows_of(base, chats).split(0.25, 0)
     losses = []
     for device in ("cpu", "cuda"):
-        rows = (training, validation, load_tokenizer(str(base)))
-        found = calibrate_base(str(base), tmp_path / device, QUANT, *rows, None, device, LoraSettings(r=2))
+        source = Source(str(base), QUANT, training, validation, None, LoraSettings(r=2))
+        found = calibrate_base(source, tmp_path / device, load_tokenizer(str(base)), device)
         losses.append({form: loss.data for form, loss in found.bill.losses.items()})
     gap = abs(losses[0][NEAREST] - losses[0][SIXTEEN])
     for form in losses[0]:
