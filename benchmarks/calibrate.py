@@ -109,7 +109,7 @@ def variant_of_calibrator(variant: str) -> Any:
 
 
 def make_trial(args: argparse.Namespace, folder: Path, chosen: dict[str, torch.Tensor]) -> Any:
-    """Return a pass that quantizes as the variant and the kind say, and puts each W_hat of mxfp4 into `chosen`."""
+    """Return a pass that quantizes as the variant and the kind say, and leaves each W_hat in `chosen`."""
     from onecard.config import LoraSettings, QuantConfig
     from onecard.export.calibrated import calibrator
     from onecard.export.calibrated.bill import CALIBRATED, NEAREST, SIXTEEN
@@ -124,17 +124,20 @@ def make_trial(args: argparse.Namespace, folder: Path, chosen: dict[str, torch.T
             layer.advance(streams[NEAREST])
             for name, W_hat in found.items():
                 self.put(name, W_hat)
-                chosen[name] = W_hat.bfloat16()
             layer.advance(streams[CALIBRATED])
 
         def quantized(self, name: str, factor: Any) -> Any:
             return mx_calibrated(self.matrix(name).float(), factor, args.variant)
 
+    class Kept(MxTrial if args.kind == "mxfp4" else variant_of_calibrator(args.variant)):
+        def put(self, name: str, W: torch.Tensor) -> None:
+            super().put(name, W)
+            chosen[name] = W.bfloat16()  # the nearest, then the calibrated
+
     mx = args.kind == "mxfp4"
     quant = QuantConfig(quant_type="nf4" if mx else args.kind)
     lora = LoraSettings(r=RANK) if args.variant == "start" else None
-    trial = MxTrial if mx else variant_of_calibrator(args.variant)
-    return trial(open_merged(str(folder), None, "original"), quant, lora, torch.device("cpu"))
+    return Kept(open_merged(str(folder), None, "original"), quant, lora, torch.device("cpu"))
 
 
 def before_child(args: argparse.Namespace) -> dict[str, Any]:
@@ -160,15 +163,19 @@ def run_trial(args: argparse.Namespace, chosen: dict[str, torch.Tensor]) -> Any:
     return make_trial(args, folder, chosen).run(rows, Nowhere(), lambda done, total: None)
 
 
-def mx_weights(args: argparse.Namespace, folder: Path) -> dict[str, torch.Tensor]:
-    """Return the weights that mxfp4's levels stand for, by module and `.weight`: nearest, or of a trial."""
+def level_weights(args: argparse.Namespace, folder: Path) -> dict[str, torch.Tensor]:
+    """Return what codes of int4 or mxfp4, which no checkpoint holds, stand for: the nearest codes, or a trial's."""
     from safetensors.torch import load_file
+
+    from onecard.kernels import ops
 
     chosen: dict[str, torch.Tensor] = {}
     if args.variant == "nearest":
         for name, W in load_file(folder / "model.safetensors").items():
             if W.ndim == 2 and "layers" in name:
-                chosen[name] = mx_nearest(W.float()).bfloat16()
+                mx = args.kind == "mxfp4"
+                W_hat = mx_nearest(W.float()) if mx else ops.dequantize_4bit(*ops.quantize_4bit(W, "int4", 64, True))
+                chosen[name] = W_hat.bfloat16()
     else:
         run_trial(args, chosen)
     return chosen
@@ -194,13 +201,13 @@ def after_child(args: argparse.Namespace) -> dict[str, Any]:
     own = dict[str, torch.Tensor]()
     if args.variant == "16 bits":
         own = load_file(folder / "model.safetensors")
-    elif args.kind == "mxfp4":
-        own = mx_weights(args, folder)
+    elif args.kind in ("int4", "mxfp4"):
+        own = level_weights(args, folder)
     with tempfile.TemporaryDirectory() as temporary:
-        if args.kind in ("fp4", "int4") and args.variant == "nearest":
+        if args.kind == "fp4" and args.variant == "nearest":
             quantize_checkpoint(str(folder), f"{temporary}/base", QuantConfig(quant_type=args.kind))
             folder = Path(temporary) / "base"
-        elif args.kind != "mxfp4" and args.variant not in ("16 bits", "nearest"):
+        elif not own and args.variant not in ("16 bits", "nearest"):
             calibration.Calibrator = variant_of_calibrator(args.variant)
             learned, kept = (Dataset(part, "messages", LENGTH) for part in (rows, held_out))
             lora = LoraSettings(r=RANK) if args.variant == "start" else None
@@ -351,10 +358,10 @@ def after(args: argparse.Namespace) -> None:
         header += [f"held out, {number} steps", "to 16 bits", f"general text, {number} steps", "to 16 bits"]
     body = (
         f"SmolLM2-135M-Instruct ({PACKAGE}) on 300 rows of GSM8K; rows of about {LENGTH} tokens a step, rank {RANK} on "
-        f"all linears, AdamW at {RATE}, bfloat16. 16 bits is the same step on the checkpoint's own weights, mxfp4 on "
-        f"the 16-bit values of its levels. Losses are those of 100 held-out rows and of {GENERAL_TOKENS:,} tokens of "
-        f"general text, in nats a token: for {args.kinds[0]} the mean of {args.seeds} seeds (least to most), else of "
-        f"the first seed, beside 16 bits of that seed.\n\n{table(header, rows)}"
+        f"all linears, AdamW at {RATE}, bfloat16. 16 bits is the same step on the checkpoint's own weights, int4 and "
+        f"mxfp4 on the 16-bit values of their levels. Losses are those of 100 held-out rows and of {GENERAL_TOKENS:,} "
+        f"tokens of general text, in nats a token: for {args.kinds[0]} the mean of {args.seeds} seeds (least to most), "
+        f"else of the first seed, beside 16 bits of that seed.\n\n{table(header, rows)}"
     )
     print(write_result("calibrate_after_135m", "A calibrated base after training", body))
 
