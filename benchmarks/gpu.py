@@ -220,13 +220,14 @@ def random_linear(linear: nn.Linear, contender: str, device: torch.device, like:
 def steps(shape: str, contender: str, length: int, device: torch.device, model: Any) -> dict[str, float]:
     """Return a step's median seconds and allocator peak. Ours uses its own loss and attention, a peer the model's."""
     from onecard.hf.attention import use_packed_attention
+    from onecard.memory.inputs import MemoryStrategy
     from onecard.optim.adamw import AdamW
     from onecard.train.graphs import DecoderGraphs
     from onecard.train.loss import decode, head_loss
     from onecard.train.recompute import recompute_layers
 
     ours, base = contender in OURS, model.get_base_model()
-    recompute_layers(base, SHAPES[shape]["num_hidden_layers"] if recomputes(length) else 0)
+    recompute_layers(base, MemoryStrategy(SHAPES[shape]["num_hidden_layers"] if recomputes(length) else 0))
     trainable = [p for p in model.parameters() if p.requires_grad]
     graphed = ours and contender != "eager" and not recomputes(length) and device.type == "cuda"
     graphs = DecoderGraphs(base, trainable, 1 << 40) if graphed else None

@@ -48,12 +48,13 @@ def peak_gb(device: torch.device) -> float:
 def seconds_a_row(model: Any, length: int, window: int, device: torch.device) -> float:
     """Return seconds per micro-batch of `length` tokens in an update of `window`; warmed up, all layers recomputed."""
     from onecard.hf.attention import use_packed_attention
+    from onecard.memory.inputs import MemoryStrategy
     from onecard.optim.adamw import AdamW
     from onecard.train.loss import packed_loss
     from onecard.train.recompute import recompute_layers
 
     base, pager = model.get_base_model(), getattr(model.get_base_model(), "pager", None)
-    recompute_layers(base, base.config.num_hidden_layers)
+    recompute_layers(base, MemoryStrategy(base.config.num_hidden_layers))
     optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids = torch.randint(0, base.config.vocab_size, (1, length), device=device)
     at = torch.arange(length, device=device)

@@ -166,7 +166,7 @@ def child(args: argparse.Namespace) -> None:
         loader = Loader([Example(row, row, "random") for row in rows], args.length, False, 1, 0)
         run = Run(config.model_copy(update={"output": output}), model, loader, args.steps, {}, strategy=strategy)
         model.train()
-        recompute_layers(run.base, strategy.num_recomputed, run.offload, strategy.num_offloaded)
+        recompute_layers(run.base, strategy, run.offload)
         with use_packed_attention(run.base):
             steps = [optimizer_step(run) for _ in range(args.steps)]
     found: dict[str, Any] = {"seconds": [s["seconds"] for s in steps], "losses": [s["loss"] for s in steps]}

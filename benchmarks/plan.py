@@ -43,6 +43,22 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         LARGE,
         {"gradient_checkpointing": True, "max_seq_length": 2048, "num_offloaded": 10},
     ),
+    "llama-large-4096": ("llama", LARGE, {"gradient_checkpointing": True, "max_seq_length": 4096}),
+    "llama-large-chunks": (
+        "llama",
+        LARGE,
+        {"gradient_checkpointing": True, "max_seq_length": 4096, "mlp_chunk": 1024},
+    ),
+    "llama-4096-dropout": (
+        "llama",
+        WIDE,
+        {"gradient_checkpointing": True, "max_seq_length": 4096, "lora_dropout": 0.1},
+    ),
+    "llama-chunks-dropout": (
+        "llama",
+        WIDE,
+        {"gradient_checkpointing": True, "max_seq_length": 4096, "mlp_chunk": 1024, "lora_dropout": 0.1},
+    ),
     "llama-split": ("llama", WIDE, {"per_device_train_batch_size": 4, "max_forward_tokens": 1024}),
     "llama-generate": ("llama", LARGE, {"method": "generate", "max_seq_length": 2048}),
     "llama-large-8bit": ("llama", LARGE, {"r": 64, "optim": "paged_adamw_8bit", "gradient_checkpointing": True}),
@@ -152,8 +168,8 @@ def child(name: str, folder: str) -> None:
     device = torch.device("cpu")
     _, shape, settings = CONFIGURATIONS[name]
     settings = dict(settings)
-    method, given_up = settings.pop("method", "qlora"), {"num_offloaded", "max_forward_tokens"} & settings.keys()
-    given = {key: settings.pop(key) for key in given_up}
+    method, given_up = settings.pop("method", "qlora"), ("num_offloaded", "max_forward_tokens", "mlp_chunk")
+    given = {key: settings.pop(key) for key in given_up if key in settings}
     fields = {"model": folder, "data": "-", "output": folder, "max_seq_length": 512, "packing": False,
               "gradient_accumulation_steps": 1, "gradient_checkpointing": False, **settings}  # fmt: skip
     config = make_config(TrainConfig, fields, "benchmark")
@@ -176,7 +192,7 @@ def child(name: str, folder: str) -> None:
         packs = supports_packing(base)
         run = Run(config, adapted, loader, 2, {}, packed_loss if packs else plain_loss, strategy=strategy)
         adapted.train()
-        recompute_layers(run.base, strategy.num_recomputed, run.offload, strategy.num_offloaded)
+        recompute_layers(run.base, strategy, run.offload)
         with use_packed_attention(run.base) if packs else nullcontext():
             for _ in range(2):
                 optimizer_step(run)

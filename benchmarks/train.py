@@ -106,7 +106,7 @@ def onecard_steps(
     strategy = MemoryStrategy(base.config.num_hidden_layers if args.recompute else 0)
     run = Run(config, model, loader, args.steps, {}, strategy=strategy)
     model.train()
-    recompute_layers(run.base, strategy.num_recomputed)
+    recompute_layers(run.base, strategy)
     with use_packed_attention(run.base), frozen_objects(), sharing_cores():
         for _ in range(args.steps):
             step = optimizer_step(run)

@@ -12,6 +12,9 @@ HEAD = "score"  # name of the linear of a classification head in transformers' d
 NUM_SAMPLES, SAMPLE_TOKENS = 3, 96  # prompts that are answered in the report, and tokens of an answer
 
 
+MLP_CHUNK_TOKENS = {"cpu": 1024, "cuda": 4096}  # of an MLP in chunks: products of so many rows are at full speed
+
+
 def logits_chunk_bytes(device: str) -> int:
     """Return the bytes of logits that exist at a time on a kind of device. A GPU reads the head once a chunk. That
     takes as long as its product with about 300 rows: a chunk has room for 512 rows of 128,000 logits in 16 bits."""

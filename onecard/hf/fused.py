@@ -10,9 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -56,16 +59,37 @@ class FusedRMSNorm(Fused):
 
 
 class FusedGatedMLP(Fused):
-    """y = down(silu(gate(x)) * up(x))."""
+    """y = down(act(gate(x)) * up(x)); with SiLU, act and the product are one operator.
+
+    Attributes:
+        chunk: most tokens that are computed at a time; None: all. The backward computes each chunk again, so that gate,
+            up and their product exist for one chunk only.
+    """
+
+    chunk: int | None = None
 
     def ready(self, *args: Any, **kwargs: Any) -> tuple | None:
         return args if len(args) == 1 and not kwargs and elementwise.supports(*args) else None
 
-    def fused(self: Any, x: Tensor) -> Tensor:
+    def fused(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        if self.chunk is None or len(tokens) <= self.chunk:
+            return self.whole(x)
+        again = partial(checkpoint, use_reentrant=False) if torch.is_grad_enabled() else apply
+        return torch.cat([again(self.whole, part) for part in tokens.split(self.chunk)]).view_as(x)
+
+    def whole(self: Any, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(
-            elementwise.swiglu(gate, up) if elementwise.supports(gate, up) else self.act_fn(gate) * up
-        )
+        joined = is_silu(self.act_fn) and elementwise.supports(gate, up)
+        return self.down_proj(elementwise.swiglu(gate, up) if joined else self.act_fn(gate) * up)
+
+
+def apply(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return function(x)
+
+
+def is_silu(activation: nn.Module) -> bool:
+    return "silu" in type(activation).__name__.lower()
 
 
 class FusedAttention(Fused):

@@ -29,9 +29,10 @@ from typing import Any
 import torch
 
 from onecard.hf.attention import takes_groups
-from onecard.hf.fused import FusedGatedMLP, FusedRMSNorm, counterpart
+from onecard.hf.fused import FusedGatedMLP, FusedRMSNorm, counterpart, is_silu
 from onecard.hf.stacks import stacks_of
 from onecard.kernels.elementwise import widest_norm
+from onecard.nn.linears import beside_text, is_inside
 
 INNER = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "wo", "w2")
 
@@ -46,6 +47,8 @@ class Activations:
         formula: of `kept`, in values of the compute dtype.
         hidden: bytes per token of its input.
         pair, pair_working: bytes per pair of a document's tokens, kept and additional in the backward.
+        mlp: of `kept` and `working`, bytes per token in gated MLPs, which can compute it in chunks; 0 if a layer has
+            something else, too.
     """
 
     kept: float
@@ -54,6 +57,7 @@ class Activations:
     hidden: int
     pair: float
     pair_working: float
+    mlp: float
 
 
 def layer_activations(
@@ -77,6 +81,8 @@ def layer_activations(
     takes = takes_groups(torch.device(device), dtype, head)
     count.update({"a": 2 if takes else 4, "k": 2 if takes else 0, "f": 2})
     norm, gated = fused_kinds(modules, device)
+    mlps = gated_mlps(modules)
+    inside: Counter[str] = Counter({"f": 2})
     copies = 1.0 if norm else 4 / c
     for name, width in norms(modules):
         if width == size["d"]:
@@ -88,29 +94,45 @@ def layer_activations(
         count["d"] += 1
     elif not gated:
         count["f"] += 1
+        inside["f"] += 1
     shared = set()
     for name in adapted.keys() - stacks.keys():
         parent, leaf = name.removesuffix(".weight").rsplit(".", 1)
         attention, inner = "attn" in parent or "attention" in parent, leaf in INNER
         symbol = "d" if not inner else "a" if attention else "f"
-        count["r"] += ranks[name] / r / layers
+        own: Counter[str] = Counter({"r": ranks[name] / r / layers})
         if dropout:
-            count[symbol] += (2 if device == "cpu" else 1 + 1 / c) / layers
+            own[symbol] += (2 if device == "cpu" else 1 + 1 / c) / layers
         elif (parent, inner) not in shared and not (attention and inner):
             shared.add((parent, inner))
-            count[symbol] += 1 / layers
-    linears = [m for name, m in adapted.items() if name not in stacks]
-    beside = sum(4 * m.in_features + (c + 4) * m.out_features for m in linears) / layers if dora else 0
+            own[symbol] += 1 / layers
+        count.update(own)
+        if parent in mlps:  # a chunk's input is a part of one tensor, which stays
+            inside.update(own if dropout or inner else {"r": own["r"]})
+    if dropout or not any((parent, False) in shared for parent in mlps):
+        inside["d"] -= 1  # a whole MLP does not keep its input
+    linears = {name: m for name, m in adapted.items() if name not in stacks}
+    beside = {name: 4 * m.in_features + (c + 4) * m.out_features for name, m in linears.items()} if dora else {}
+    in_mlps = sum(size for name, size in beside.items() if name.rsplit(".", 2)[0] in mlps)
+    chunked = c * sum(number * size[symbol] for symbol, number in inside.items()) + in_mlps / layers
     sinks = any(name.endswith(".sinks") for name, _ in modules.named_parameters())
     capped = sinks or getattr(text, "attn_logit_softcapping", None) is not None
     return Activations(
-        kept=c * sum(number * size[symbol] for symbol, number in count.items()) + beside,
+        kept=c * sum(number * size[symbol] for symbol, number in count.items()) + sum(beside.values()) / layers,
         working=c * (2 * size["f"] + 2 * size["d"]),
         formula=" + ".join([f"{n:.3g} {symbol}" for symbol, n in count.items() if n] + ["DoRA's"] * dora),
         hidden=c * size["d"],
         pair=heads * (4 + 2 * c) if capped else 0,
         pair_working=heads * (8 + c) if capped else 0,
+        mlp=chunked + c * 2 * size["f"] if len(mlps) == layers and not stacks else 0,
     )
+
+
+def gated_mlps(modules: Any) -> set[str]:
+    """Return the paths of the text's MLPs that have a fused form (hf/fused.py)."""
+    beside = beside_text(modules)
+    found = (name for name, module in modules.named_modules() if counterpart(module) is FusedGatedMLP)
+    return {name for name in found if not any(is_inside(name, path) for path in beside)}
 
 
 def heads_of(text: Any) -> tuple[int, int, int]:
@@ -143,5 +165,5 @@ def fused_kinds(modules: Any, device: str) -> tuple[bool, bool]:
     found: list[tuple[Any, Any]] = [(module, counterpart(module)) for module in modules.modules()]
     widths = [module.weight.shape[0] for module, form in found if form is FusedRMSNorm]
     mlps = [module for module, form in found if form is FusedGatedMLP]
-    gated = any("silu" in type(mlp.act_fn).__name__.lower() for mlp in mlps)
+    gated = any(is_silu(mlp.act_fn) for mlp in mlps)
     return 0 < max(widths, default=0) <= widest_norm(device), gated

@@ -19,7 +19,7 @@ from onecard.errors import UserError
 from onecard.hf.load import pick_device
 from onecard.hf.skeleton import Model
 from onecard.kernels.cpu import native
-from onecard.memory.activations import Activations, intermediate, layer_activations
+from onecard.memory.activations import Activations, gated_mlps, intermediate, layer_activations
 from onecard.memory.workload import Workload, assumed, multiple
 from onecard.optim.make import state_bytes
 from onecard.paging.files import ALIGNMENT
@@ -47,6 +47,7 @@ class MemoryStrategy:
         num_offloaded: recomputed layers, the first ones, whose inputs are offloaded.
         max_forward_tokens: most tokens in one forward; None for the whole micro-batch.
         keep_dequantized_weights: whether a recomputed layer keeps its dequantized weights for its backward.
+        mlp_chunk: most tokens that the gated MLPs of recomputed layers compute at a time; None for all.
     """
 
     num_recomputed: int = 0
@@ -55,6 +56,7 @@ class MemoryStrategy:
     num_offloaded: int = 0
     max_forward_tokens: int | None = None
     keep_dequantized_weights: bool = False
+    mlp_chunk: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,6 +205,12 @@ class PlanInputs:
     def sizes(self) -> dict[str, int]:
         """Number of weights of each linear and stack in 4 bits, by its weight's name."""
         return {name: linear.weight.numel() for name, linear in self.model.quantized.items()}
+
+    @cached_property
+    def num_mlp_weights(self) -> int:
+        """Number of quantized weights in MLPs that can be computed in chunks."""
+        mlps = tuple(f"{path}." for path in gated_mlps(self.model.modules))
+        return sum(size for name, size in self.sizes.items() if name.startswith(mlps)) if self.layer.mlp else 0
 
     @cached_property
     def num_linear_weights(self) -> int:

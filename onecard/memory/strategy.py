@@ -1,7 +1,8 @@
 """Choice of a memory strategy: the fastest that fits, by a count of operations and bytes.
 
 A training token costs 4 P_m + 4 V d + 6 P_l + 7 S a L operations (forward, gradients of inputs and of LoRA; P_m
-quantized weights that a token uses, S tokens of context, a heads x head size). Each recomputed layer adds a forward.
+quantized weights that a token uses, S tokens of context, a heads x head size). Each recomputed layer adds a forward,
+and MLPs in chunks one more of theirs; each chunk dequantizes their weights anew.
 Each part of a micro-batch dequantizes every weight twice, and a recomputed layer's weights a third time unless they
 are kept for the backward. Each part reads the pages of a paged base beyond the budget twice, and moves each offloaded
 input out and back. On a GPU these transfers overlap with computing, and count only if they take longer. On a CPU they
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from onecard.config import MLP_CHUNK_TOKENS
 from onecard.hf.skeleton import Model
 from onecard.memory.activations import heads_of
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
@@ -55,8 +57,12 @@ def price(inputs: PlanInputs, strategy: MemoryStrategy) -> Price:
     token = 4 * P_m + 4 * text.vocab_size * text.hidden_size + 6 * P_l + 7 * S * a * layers + again * forward
     batches = inputs.config.gradient_accumulation_steps
     parts = batches * -(-inputs.batch_tokens // inputs.tokens(strategy))
-    times = 2 + (0 if strategy.keep_dequantized_weights else again)
-    computing = batches * inputs.batch_tokens * token / rates.operations + parts * times * P_q / rates.dequantized
+    dequantized = (2 + (0 if strategy.keep_dequantized_weights else again)) * P_q
+    if strategy.mlp_chunk is not None:
+        token += again * 2 * inputs.num_mlp_weights
+        chunks = -(-inputs.tokens(strategy) // strategy.mlp_chunk)
+        dequantized += ((3 + again) * chunks - 2 - again) * inputs.num_mlp_weights
+    computing = batches * inputs.batch_tokens * token / rates.operations + parts * dequantized / rates.dequantized
     outside = 0 if strategy.weights_budget is None else max(0, sum(inputs.pages) - strategy.weights_budget)
     input_values = batches * inputs.batch_tokens * strategy.num_offloaded * inputs.layer.hidden
     bytes_in = 2 * parts * outside + input_values
@@ -101,6 +107,7 @@ def candidates(inputs: PlanInputs, limit: int, whole: bool) -> Iterator[MemorySt
                 MemoryStrategy(number, None, offload_states, 0, max_forward_tokens)
                 for number in recompute_counts(inputs)
             ]
+            fits += with_chunks(inputs, fits[-1])
             resident = first_that_fits(inputs, fits, limit) if inputs.config.weights_budget is None else None
             if resident is not None:
                 yield from with_kept_weights(inputs, resident)
@@ -112,20 +119,33 @@ def candidates(inputs: PlanInputs, limit: int, whole: bool) -> Iterator[MemorySt
                 )
 
 
+def with_chunks(inputs: PlanInputs, strategy: MemoryStrategy) -> list[MemoryStrategy]:
+    """Return the strategy with MLPs in chunks, if all layers are recomputed and have MLPs longer than a chunk."""
+    chunk = MLP_CHUNK_TOKENS[inputs.device]
+    useful = strategy.num_recomputed == inputs.model.num_layers and inputs.layer.mlp
+    return [replace(strategy, mlp_chunk=chunk)] if useful and inputs.tokens(strategy) > chunk else []
+
+
 def with_kept_weights(inputs: PlanInputs, strategy: MemoryStrategy) -> list[MemoryStrategy]:
     """Return the strategy, and if useful, also with recomputed layers' dequantized weights kept for the backward."""
-    useful = strategy.num_recomputed and not inputs.on_tiles
+    useful = strategy.num_recomputed and not inputs.on_tiles and strategy.mlp_chunk is None
     return [strategy, replace(strategy, keep_dequantized_weights=True)] if useful else [strategy]
 
 
 def most_offloaded(inputs: PlanInputs, limit: int, whole: bool) -> MemoryStrategy:
-    """Use every other saving and offload as few inputs as fit; offload all of them if nothing fits."""
+    """Use every other saving and offload as few inputs as fit, with MLPs whole or in chunks, whichever is faster.
+    Offload all of them if nothing fits."""
     number, tokens = recompute_counts(inputs)[-1], part_sizes(inputs, whole)[-1]
     offload_states = offload_choices(inputs)[-1]
     fits = [MemoryStrategy(number, None, offload_states, offloaded, tokens) for offloaded in range(number + 1)]
-    paged = [with_budget(inputs, strategy, limit) for strategy in fits] if may_page(inputs) else fits[-1:]
-    resident = first_that_fits(inputs, fits, limit) if inputs.config.weights_budget is None else None
-    return resident or first_that_fits(inputs, paged, limit) or paged[-1]
+    smallest, found = fits[-1], list[MemoryStrategy]()
+    for kind in (fits, [chunked for strategy in fits for chunked in with_chunks(inputs, strategy)]):
+        paged = [with_budget(inputs, strategy, limit) for strategy in kind] if may_page(inputs) else kind[-1:]
+        resident = first_that_fits(inputs, kind, limit) if inputs.config.weights_budget is None else None
+        fitting = resident or first_that_fits(inputs, paged, limit)
+        found += [fitting] if fitting else []
+        smallest = (paged or [smallest])[-1]
+    return min(found, key=lambda strategy: price(inputs, strategy).seconds) if found else smallest
 
 
 def may_page(inputs: PlanInputs) -> bool:
@@ -170,6 +190,8 @@ def describe(strategy: MemoryStrategy, model: Model) -> str:
     parts = [f"{strategy.num_recomputed or 'none'} of {model.num_layers} layers recomputed"]
     if strategy.keep_dequantized_weights:
         parts.append("their weights dequantized once for both")
+    if strategy.mlp_chunk is not None:
+        parts.append(f"their MLPs in chunks of {strategy.mlp_chunk:,} tokens")
     if strategy.num_offloaded:
         parts.append(f"the inputs of {strategy.num_offloaded} of them outside")
     if strategy.max_forward_tokens is not None:

@@ -94,21 +94,23 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
     layers, tokens, length, layer = inputs.model.num_layers, inputs.tokens(strategy), inputs.length, inputs.layer
     kept = tokens * (layer.kept + length * layer.pair)
     whole = kept + tokens * (layer.working + length * layer.pair_working) + inputs.expert_factors
+    whole -= max(0, tokens - (strategy.mlp_chunk or tokens)) * layer.mlp
+    chunked = f" - what MLPs keep beyond {strategy.mlp_chunk:,} tokens" if strategy.mlp_chunk else ""
     num_ends = END_TENSORS + (ROW_TENSORS if inputs.row_shapes else 0)
     ends = num_ends * tokens * layer.hidden  # the last norm's, the loss's gradient
     again, stay = strategy.num_recomputed, layers - strategy.num_recomputed
     waiting = again - max(0, strategy.num_offloaded - ACTIVATIONS_AHEAD)  # inputs on the device, not offloaded
     input_formula = f"{waiting} d" if waiting else ""
 
-    def activations(num_bytes: float, *parts: str) -> Term:
-        return Term("activations", int(num_bytes), f"c T ({' + '.join(part for part in parts if part)})")
+    def activations(num_bytes: float, *parts: str, end: str = "") -> Term:
+        return Term("activations", int(num_bytes), f"c T ({' + '.join(part for part in parts if part)}){end}")
 
     def so_far(share: float) -> Term:
         if inputs.config.gradient_accumulation_steps > 1 or tokens < inputs.batch_tokens or share == 1:
             return gradients
         return Term(gradients.name, int(share * gradients.num_bytes), f"those so far of {gradients.formula}")
 
-    first = activations(whole + ends, f"{layer.formula} + 2 f + {2 + num_ends} d")
+    first = activations(whole + ends, f"{layer.formula} + 2 f + {2 + num_ends} d", end=chunked)
     moments = [[so_far(1), first]]
     loss = activations(
         stay * kept + tokens * waiting * layer.hidden + ends,
@@ -119,7 +121,7 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
     moments.append([so_far(0), loss, logits_term(inputs, tokens)])
     if again:
         num_bytes = tokens * waiting * layer.hidden + whole + ends
-        last = activations(num_bytes, input_formula, f"{layer.formula} + 2 f + {2 + num_ends} d")
+        last = activations(num_bytes, input_formula, f"{layer.formula} + 2 f + {2 + num_ends} d", end=chunked)
         weights = inputs.c * inputs.num_linear_weights // layers
         saved_weights = [Term("a layer's weights", weights, "c P_q / L")] if strategy.keep_dequantized_weights else []
         moments.append([so_far(stay / layers), last, *saved_weights])

@@ -21,6 +21,7 @@ from onecard.config.evaluation import Interval
 from onecard.data.loader import Loader
 from onecard.errors import UserError
 from onecard.kernels.cpu.contention import sharing_cores
+from onecard.memory.inputs import MemoryStrategy
 from onecard.train import signals
 from onecard.train.checkpoint import checkpoint
 from onecard.train.evaluate import attention_of
@@ -69,10 +70,7 @@ def train(
         for module in run.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    strategy = run.strategy
-    recompute_layers(
-        run.base, strategy.num_recomputed, run.offload, strategy.num_offloaded, strategy.keep_dequantized_weights
-    )
+    recompute_layers(run.base, run.strategy, run.offload)
     with attention_of(run.base, run.loss), frozen_objects(), sharing_cores(), signals.noted() as interrupted:
         while not run.is_over:
             epochs, before = run.loader.num_epochs_done, run.loader.state_dict()
@@ -99,7 +97,7 @@ def train(
             on_step(row)  # after the checkpoint: after a signal, the terminal may be closed
             if stops and not run.is_over:
                 raise Interrupted(interrupted[0] if interrupted else signal.SIGTERM)
-    recompute_layers(run.base, 0)
+    recompute_layers(run.base, MemoryStrategy())
     run.optimizer.finish()
     if run.noise is not None:
         run.noise.remove()

@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from onecard.hf.fused import FusedGatedMLP
 from onecard.kernels.dequantize import saved_weights
+from onecard.memory.inputs import MemoryStrategy
 from onecard.paging.activations import Offload
 
 
-def recompute_layers(
-    base: PreTrainedModel,
-    number: int,
-    offload: Offload | None = None,
-    num_offloaded: int = 0,
-    keep_dequantized_weights: bool = False,
-) -> None:
-    """Recompute the activations of the first `number` decoder layers in the backward; the others keep theirs.
+def recompute_layers(base: PreTrainedModel, strategy: MemoryStrategy, offload: Offload | None = None) -> None:
+    """Recompute the activations of the strategy's layers in the backward; the others keep theirs.
 
-    The inputs of the first `num_offloaded` layers are offloaded until then. With keep_dequantized_weights, the weights
-    that a layer dequantizes for the recomputation stay for its backward.
+    The inputs of its first num_offloaded layers are offloaded until then. With keep_dequantized_weights, the weights
+    that a layer dequantizes for the recomputation stay for its backward. With mlp_chunk, gated MLPs compute that many
+    tokens at a time: sums over tokens, as a LoRA matrix's gradient, are then rounded in another order.
     """
-    if number == 0:
+    mlps = [module for module in base.modules() if isinstance(module, FusedGatedMLP)]
+    for mlp in mlps:
+        mlp.chunk = strategy.mlp_chunk
+    if strategy.num_recomputed == 0:
         return base.gradient_checkpointing_disable()
-    kept: dict[str, Any] = {"context_fn": saved_weights} if keep_dequantized_weights else {}
+    if strategy.mlp_chunk is not None and len(mlps) < strategy.num_recomputed:
+        count = f"{strategy.num_recomputed - len(mlps)} of {strategy.num_recomputed} layers"
+        warnings.warn(f"a step will take more memory than planned: the MLPs of {count} are not in chunks", stacklevel=2)
+    kept: dict[str, Any] = {"context_fn": saved_weights} if strategy.keep_dequantized_weights else {}
     base.gradient_checkpointing_enable({"use_reentrant": False, **kept})
     base.enable_input_require_grads()
     layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers[:num_offloaded]:
+    for layer in layers[: strategy.num_offloaded]:
         assert offload is not None
         layer._gradient_checkpointing_func = partial(offload.checkpoint, **kept)
-    for layer in layers[number:]:
+    for layer in layers[strategy.num_recomputed :]:
         layer.gradient_checkpointing = False

@@ -16,6 +16,7 @@ from onecard.errors import UserError
 from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.hf.fingerprint import fingerprint
 from onecard.kernels.cpu import allocator
+from onecard.memory.inputs import MemoryStrategy
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment, read_page
 from onecard.paging.pager import Page, Pager
@@ -317,7 +318,7 @@ def test_training_and_generating_in_turn(tmp_path):
         for recompute in (False, True, False):
             results.append(model.generate(input_ids=IDS, max_new_tokens=4, do_sample=False, pad_token_id=0))
             model.train()
-            recompute_layers(base, 6 if recompute else 0)
+            recompute_layers(base, MemoryStrategy(6 if recompute else 0))
             with base.pager.saved_as_pages() if more else nullcontext():
                 loss = base(IDS, labels=IDS).loss
             loss.backward()

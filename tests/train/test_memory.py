@@ -8,6 +8,7 @@ import os
 import shutil
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -16,12 +17,13 @@ from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from onecard.config import TrainConfig, make_config
+from onecard.config import MLP_CHUNK_TOKENS, TrainConfig, make_config
 from onecard.data.loader import Loader
 from onecard.data.packing import split
 from onecard.errors import UserError
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.fused import FusedGatedMLP
 from onecard.hf.skeleton import read_model
 from onecard.kernels import ops
 from onecard.kernels.cpu import native
@@ -166,10 +168,10 @@ def fresh_gradients(made, window, num_tokens, spike=None):
 @pytest.mark.parametrize("number, offloaded", [(0, 0), (1, 0), (3, 1), (6, 0), (6, 1), (6, 6)])
 def test_recomputing_and_offloading_some_layers_changes_no_bit(number, offloaded, deep, chats, tmp_path):
     made, window, num_tokens = make_run(deep, chats, tmp_path)
-    recompute_layers(made.base, 0)
+    recompute_layers(made.base, MemoryStrategy())
     expected = fresh_gradients(made, window, num_tokens)
     offload = Offload(made.device, tmp_path / "away")
-    recompute_layers(made.base, number, offload, offloaded)
+    recompute_layers(made.base, MemoryStrategy(number, num_offloaded=offloaded), offload)
     found = fresh_gradients(made, window, num_tokens)
     assert found[0] == expected[0]
     assert all(torch.equal(found[1][name], expected[1][name]) for name in expected[1])
@@ -178,6 +180,61 @@ def test_recomputing_and_offloading_some_layers_changes_no_bit(number, offloaded
     assert counted.bytes_out == counted.bytes_in == offloaded * hidden
     assert counted.touches - counted.hits == (len(window) if offloaded else 0)  # the last layer's comes unprepared
     assert not offloaded or not os.listdir(tmp_path / "away"), "files without a name leave nothing behind"
+
+
+@pytest.mark.parametrize("more", [{}, {"weights_budget": BUDGET}, {"offloaded": 6}])
+def test_mlps_in_chunks_give_the_same_gradients(more, deep, chats, tmp_path, monkeypatch):
+    """Bound from the maths: float32 sums over tokens in another order; 1e-5 of the gradient, as where micro-batches
+    are split. Never more than a chunk's tokens at a time."""
+    made, window, num_tokens = make_run(deep, chats, tmp_path, lora_dropout=0.0)
+    recompute_layers(made.base, MemoryStrategy(6))
+    expected = fresh_gradients(made, window, num_tokens)
+    offloaded = {"num_offloaded": more["offloaded"]} if "offloaded" in more else {}
+    if "weights_budget" in more:
+        made, *_ = make_run(deep, chats, tmp_path / "paged", lora_dropout=0.0, **more)
+    lengths, whole = [], FusedGatedMLP.whole
+    monkeypatch.setattr(FusedGatedMLP, "whole", lambda self, x: lengths.append(len(x)) or whole(self, x))
+    offload = Offload(made.device, tmp_path / "away")
+    recompute_layers(made.base, MemoryStrategy(6, mlp_chunk=40, **offloaded), offload)
+    found = fresh_gradients(made, window, num_tokens)
+    chunks = sum(-(-batch["input_ids"].numel() // 40) for batch in window)
+    # The forward, the layer's recomputation up to the last chunk, whose result nothing needs, and the chunk's own.
+    assert max(lengths) == 40 and len(lengths) == 6 * (3 * chunks - len(window))
+    assert abs(found[0] - expected[0]) <= 1e-5 * abs(expected[0])
+    for name, gradient in expected[1].items():
+        assert (found[1][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    recompute_layers(made.base, MemoryStrategy())
+    assert all(module.chunk is None for module in made.base.modules() if isinstance(module, FusedGatedMLP))
+
+
+def test_a_chunk_is_recomputed_with_its_own_dropout(deep, chats, tmp_path):
+    """The same bits whether a layer's recomputation draws the masks anew, or the layer is kept."""
+    made, window, num_tokens = make_run(deep, chats, tmp_path, lora_dropout=0.5)
+    results = []
+    for number in (0, 6):
+        recompute_layers(made.base, MemoryStrategy(number, mlp_chunk=40))
+        results.append(fresh_gradients(made, window, num_tokens))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(results[1][1][name], gradient) for name, gradient in results[0][1].items())
+
+
+def test_chunks_let_a_longer_context_fit(deep, chats, tmp_path, monkeypatch):
+    """By the plan: at the least memory of whole MLPs nothing is in chunks, below it they are. A run does as the plan
+    says."""
+    inputs = case_of(deep, chats, tmp_path, max_seq_length=256)
+    whole = smallest(inputs)
+    assert choose_strategy(inputs, whole).mlp_chunk is None
+    monkeypatch.setitem(MLP_CHUNK_TOKENS, "cpu", 64)
+    chunked = choose_strategy(inputs, whole - 1)
+    assert chunked.mlp_chunk == 64 and total_bytes(inputs, chunked) < whole
+    assert chunked.num_recomputed == 6 and not chunked.keep_dequantized_weights
+    assert price(inputs, chunked).seconds > price(inputs, replace(chunked, mlp_chunk=None)).seconds
+    more = {"max_seq_length": 256, "per_device_train_batch_size": 1, "max_steps": 2, "gradient_accumulation_steps": 1}
+    inputs = case_of(deep, chats, tmp_path, **more)
+    more |= {"device_memory": str(smallest(inputs))}
+    console = Console(file=io.StringIO(), width=300)
+    run_training(make_config(TrainConfig, fields(deep, chats, tmp_path / "o", **more)), False, console)
+    assert "their MLPs in chunks of 64 tokens" in console.file.getvalue()
 
 
 @pytest.mark.parametrize("offloaded", [0, 3])
@@ -198,7 +255,8 @@ def test_recomputed_weights_stay_for_the_backward(offloaded, deep, chats, tmp_pa
     monkeypatch.setattr(native, "dequantize_into", counted)
     for keeps in (False, True):
         counts.append(0)
-        recompute_layers(made.base, 6, offload, offloaded, keeps)
+        strategy = MemoryStrategy(6, num_offloaded=offloaded, keep_dequantized_weights=keeps)
+        recompute_layers(made.base, strategy, offload)
         results.append(fresh_gradients(made, window, num_tokens))
         assert max(alive) <= (9 if keeps else 2)
     assert results[0][0] == results[1][0]
@@ -226,7 +284,7 @@ def test_no_call_saves_the_weight_of_another(monkeypatch):
 
 def test_inputs_that_wait_outside_are_not_here(deep, chats, tmp_path):
     made, window, num_tokens = make_run(deep, chats, tmp_path)
-    recompute_layers(made.base, 6, Offload(made.device, tmp_path / "away"), 6)
+    recompute_layers(made.base, MemoryStrategy(6, num_offloaded=6), Offload(made.device, tmp_path / "away"))
     entered = []
     layers = [module for module in made.base.modules() if isinstance(module, GradientCheckpointingLayer)]
     hooks = [layer.register_forward_pre_hook(lambda _, args: entered.append(weakref.ref(args[0]))) for layer in layers]
@@ -291,7 +349,7 @@ def test_a_spike_at_every_allocation_of_a_step_changes_no_bit(kind, each, checkp
     """In the loader, forward, backward, clipping, AdamW and paging: the update is made, once, and is the same."""
     settings, strategy = SPIKED[kind]
     made, _, _ = make_run(checkpoint, chats, tmp_path, strategy=strategy, gradient_accumulation_steps=1, **settings)
-    recompute_layers(made.base, strategy.num_recomputed, made.offload, strategy.num_offloaded)
+    recompute_layers(made.base, strategy, made.offload)
     with use_packed_attention(made.base):
         step_module.optimizer_step(made)  # from here on there are states
         start, counter = saved(made), Spike()
@@ -356,7 +414,7 @@ def test_allocations_that_go_on_failing_split_the_batch(each, deep, chats, tmp_p
 
 def test_a_file_that_cannot_be_written_or_read_is_told(deep, chats, tmp_path, monkeypatch):
     made, window, num_tokens = make_run(deep, chats, tmp_path)
-    recompute_layers(made.base, 6, Offload(made.device, tmp_path / "away"), 6)
+    recompute_layers(made.base, MemoryStrategy(6, num_offloaded=6), Offload(made.device, tmp_path / "away"))
     for name, match in (("pwrite", "room for offloaded data"), ("preadv", "paged file must stay unchanged")):
         real, calls = getattr(os, name), []
 

@@ -14,6 +14,7 @@ from onecard.data.chat.mask import Example
 from onecard.data.packing import collate
 from onecard.hf.attention import use_packed_attention
 from onecard.kernels import attention, elementwise
+from onecard.memory.inputs import MemoryStrategy
 from onecard.optim.adamw import AdamW
 from onecard.train.loss import packed_loss
 from onecard.train.recompute import recompute_layers
@@ -57,7 +58,7 @@ def test_a_step_reads_no_values(tmp_path, monkeypatch, state_bits, num_recompute
 
     base = onecard.load_model(str(make_checkpoint(tmp_path, hidden_size=256)), compute_dtype="float32", device="cpu")
     model = get_peft_model(base, lora_config(LoraSettings(r=32))).train()
-    recompute_layers(base, num_recomputed)
+    recompute_layers(base, MemoryStrategy(num_recomputed))
     optimizer = AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, state_bits=state_bits)
     documents = [Example([5, 6, 7, 8, 9], [-100, 6, 7, 8, 9], "a"), Example([5, 9, 8], [-100, 9, 8], "b")]
     for guard in (nullcontext, lambda: NoWait(state["step"] for state in optimizer.state.values())):
