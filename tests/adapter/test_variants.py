@@ -1,4 +1,4 @@
-"""No worse than plain: each LoRA variant, trained some steps, is the same adapter in every tool that reads it.
+"""No worse than plain: each LoRA variant, trained by each optimizer, is the same adapter in every tool that reads it.
 
 The live model's logits stand against bitsandbytes' own 4-bit model with plain peft, the merge and the GGUF file of the
 merge as transformers reads them, our own load, and the GGUF adapter or its refusal. All is float32 over the same NF4
@@ -18,10 +18,12 @@ from onecard.adapter.load import with_adapter
 from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
 from onecard.adapter.start import set_loftq
-from onecard.config import GgufConfig, LoraSettings, make_config
+from onecard.config import GgufConfig, TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.export.gguf.writer import export_gguf
 from onecard.export.merge.merged import merge
+from onecard.optim.make import make_optimizer
+from onecard.train.noise import EmbeddingNoise
 from tests.adapter.test_lora_settings import IDS, gap, logits
 from tests.conftest import make_checkpoint
 
@@ -42,9 +44,18 @@ VARIANTS = {
     "loftq": {"init_lora_weights": "loftq", "lora_alpha": 3},
     "pissa": {"init_lora_weights": "pissa", "use_rslora": True},
     "pissa_niter": {"init_lora_weights": "pissa_niter_4", "rank_pattern": {"q_proj": 2}},
+    "loraplus": {"loraplus_lr_ratio": 8.0},
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "schedule_free": {"optim": "schedule_free_adamw", "lr_scheduler_type": "constant", "learning_rate": 0.05},
+    "muon": {"optim": "muon", "use_dora": True},
+    "lion": {"optim": "lion", "learning_rate": 0.01},
+    "adafactor": {"optim": "adafactor"},
+    "sgd": {"optim": "sgd", "learning_rate": 3.0},
+    "adamw_8bit": {"optim": "adamw_8bit"},
 }
 NOT_IN_GGUF = {  # what an adapter file of llama.cpp has no place for
-    "dora": "DoRA", "dora-rslora": "DoRA", "lora_bias": "lora_bias", "modules_to_save": "trained in full",
+    "dora": "DoRA", "dora-rslora": "DoRA", "muon": "DoRA", "lora_bias": "lora_bias",
+    "modules_to_save": "trained in full",
 }  # fmt: skip
 
 
@@ -55,20 +66,24 @@ def base(tmp_path_factory):
     return make_checkpoint(tmp_path_factory.mktemp("base") / "qwen2", "qwen2", intermediate_size=128)
 
 
-def trained(base, variant):
-    """A live adapter after some updates, which change the logits."""
-    settings = make_config(LoraSettings, {"r": 4, "lora_alpha": 8, **variant})
+def trained(base, variant, folder):
+    """A live adapter after some updates, which change the logits, as `train` leaves it."""
+    fields = {"r": 4, "lora_alpha": 8, "learning_rate": 0.02, "lora_dropout": 0.0, **variant}
+    config = make_config(TrainConfig, {"model": str(base), "data": "-", "output": str(folder), **fields})
     model = onecard.load_model(str(base), compute_dtype=torch.float32, device="cpu")
     torch.manual_seed(3)
-    tuned = get_peft_model(model, lora_config(settings, model)).train()
-    if settings.init_lora_weights == "loftq":
+    tuned = get_peft_model(model, lora_config(config, model)).train()
+    if config.init_lora_weights == "loftq":
         set_loftq(tuned, base)
-    weights = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=0.02)
+    optimizer = make_optimizer({name: p for name, p in tuned.named_parameters() if p.requires_grad}, config)
+    noise = EmbeddingNoise(model, config.neftune_noise_alpha) if config.neftune_noise_alpha else None
     for _ in range(4):
         tuned(IDS, labels=IDS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    optimizer.finish()
+    if noise is not None:
+        noise.remove()
     return tuned.eval()
 
 
@@ -80,12 +95,13 @@ def bitsandbytes_model(base):
     return AutoModelForCausalLM.from_pretrained(base, quantization_config=config, dtype=torch.float32)
 
 
-SLOW = ("dora-rslora", "layers", "exclude", "gaussian")  # what the others say, too
+OPTIMIZERS = ("neftune", "schedule_free", "muon", "lion", "adafactor", "sgd", "adamw_8bit")
+SLOW = ("dora-rslora", "layers", "exclude", "gaussian", *OPTIMIZERS)  # what the others say, too
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in VARIANTS])
 def test_a_trained_variant_is_the_same_in_every_tool(name, base, tmp_path):
-    tuned = trained(base, VARIANTS[name])
+    tuned = trained(base, VARIANTS[name], tmp_path)
     live = logits(tuned)
     with tuned.disable_adapter():
         before = logits(tuned)
