@@ -3,11 +3,17 @@
 import json
 
 import pytest
+import torch
 import yaml
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from onecard.adapter.layers import lora_config
 from onecard.config import TrainConfig, make_config
 from onecard.data.load import load_dataset
 from onecard.errors import UserError
+from onecard.optim.make import make_optimizer
+from onecard.optim.schedule import learning_rate
 from onecard.recipes.axolotl import read_axolotl
 from onecard.recipes.llamafactory import read_llamafactory
 from tests.conftest import make_tokenizer
@@ -103,10 +109,16 @@ special_tokens:
   pad_token: "<|end_of_text|>"
 """
 
+INFO = {
+    "talk": {"formatting": "sharegpt", "columns": {"messages": "messages"}},
+    "named": {"columns": {"prompt": "q", "response": "a", "system": "s"}},
+}
+
 
 def factory(tmp_path, text=FACTORY, entry=None, **more):
     (tmp_path / "data").mkdir(exist_ok=True)
-    info = {"shop": {"file_name": "shop.json", **(entry or {})}, "other": {"file_name": "other.json"}}
+    info = {name: {"file_name": f"{name}.json", **INFO.get(name, {})} for name in ("shop", "other", *INFO)}
+    info["shop"] |= entry or {}
     (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(info))
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**yaml.safe_load(text), "dataset_dir": str(tmp_path / "data"), **more}))
@@ -145,6 +157,76 @@ def test_the_defaults_of_llamafactory(tmp_path):
         "logging_steps": 500, "train_on": "completion", "max_steps": None,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
+
+
+TALK = [{"role": "user", "content": "how many?"}, {"role": "assistant", "content": "two mugs"}]
+ROWS = {
+    "shop": [{"instruction": f"how many {i}?", "input": "", "output": "two blue mugs"} for i in range(4)],
+    "other": [{"instruction": "the lazy dog", "output": "jumps"}] * 2,
+    "talk": [{"messages": TALK * 2}],
+    "named": [{"q": "how many?", "a": "two", "s": "the fox"}],
+}
+DATA_OPTIONS = [  # keys of the file; rows, the most tokens of a row, and learned turns of the first one
+    ({}, 4, 2048, 1),
+    ({"dataset": "shop,other"}, 6, 2048, 1),  # concat: each row once
+    ({"dataset": "shop,other", "max_samples": 1}, 2, 2048, 1),
+    ({"cutoff_len": 30}, 4, 30, 1),
+    ({"dataset": "talk"}, 1, 2048, 2),
+    ({"dataset": "talk", "mask_history": True}, 1, 2048, 1),
+    ({"dataset": "talk", "train_on_prompt": True}, 1, 2048, None),
+    ({"dataset": "named"}, 1, 2048, 1),
+]
+
+
+@pytest.mark.parametrize("more, rows, most, turns", DATA_OPTIONS, ids=lambda value: str(value)[:60])
+def test_what_an_option_of_the_data_does(more, rows, most, turns, tmp_path):
+    """The table of docs/from-other-tools.md: the rows are read as the run reads them."""
+    config = make_config(TrainConfig, factory(tmp_path, **more).fields)
+    for name, found in ROWS.items():
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(found))
+    dataset = load_dataset(config.data, make_tokenizer(), config, config.objective)
+    examples = list(dataset.examples)
+    assert len(examples) == rows and max(len(example.input_ids) for example in examples) <= most
+    labels = [label != -100 for label in examples[0].labels]
+    begins = sum(now and not before for before, now in zip([False, *labels], labels))
+    assert begins == (turns or 1) and (turns is not None or all(labels[1:]))
+    if more.get("dataset") == "named":
+        assert [turn["content"] for turn in next(iter(dataset.records)).messages] == ["the fox", "how many?", "two"]
+
+
+TRAINING_OPTIONS = [  # keys of the file; what they become in peft and in the optimizer; the rate of the first update
+    ({"lora_rank": 6}, {"r": 6, "lora_alpha": 12}, {}, None),
+    ({"lora_target": "q_proj,v_proj", "use_rslora": True}, {"target_modules": {"q_proj", "v_proj"},
+                                                            "use_rslora": True}, {}, None),
+    ({"use_dora": True, "lora_dropout": 0.1}, {"use_dora": True, "lora_dropout": 0.1}, {}, None),
+    ({"additional_target": "lm_head", "lora_alpha": 3}, {"modules_to_save": ["lm_head"], "lora_alpha": 3}, {}, None),
+    ({"pissa_init": True}, {"init_lora_weights": "pissa_niter_16"}, {}, None),
+    ({"pissa_init": True, "pissa_iter": -1}, {"init_lora_weights": "pissa"}, {}, None),
+    ({"loraplus_lr_ratio": 16.0}, {}, {"lr": {1e-4, 16e-4}}, None),
+    ({"weight_decay": "1e-2", "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": "1e-6"}, {},
+     {"weight_decay": {0.01}, "betas": {(0.8, 0.9)}, "eps": {1e-6}}, None),
+    ({"optim": "sgd", "learning_rate": "2e-3"}, {}, {"lr": {2e-3}}, None),
+    ({"warmup_steps": 10, "warmup_ratio": 0.5, "lr_scheduler_type": "linear"}, {}, {}, 1e-5),
+    ({"warmup_ratio": 0.05}, {}, {}, 2e-5),
+    ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0, "warmup_ratio": 0.0}, {}, {}, 1e-4),
+    ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}, "warmup_ratio": 0.0}, {},
+     {}, 1e-4),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("more, lora, group, rate", TRAINING_OPTIONS, ids=lambda value: str(value)[:60])
+def test_what_an_option_of_the_training_does(more, lora, group, rate, tmp_path):
+    config = make_config(TrainConfig, factory(tmp_path, val_size=0, **more).fields)
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    )
+    found = lora_config(config, model)
+    assert {name: getattr(found, name) for name in lora} == lora
+    parameters = {"a.lora_A.weight": nn.Parameter(torch.ones(2, 8)), "a.lora_B.weight": nn.Parameter(torch.ones(8, 2))}
+    optimizer = make_optimizer(parameters, config)
+    assert {name: {each[name] for each in optimizer.param_groups} for name in group} == group
+    if rate is not None:
+        assert learning_rate(0, 100, config) == pytest.approx(rate)
 
 
 def test_datasets_of_llamafactory(tmp_path):
