@@ -90,6 +90,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "135m-plain": (SMALL, {"max_seq_length": 256, **PLAIN}),
     "135m-samples": (SMALL, {"max_seq_length": 256}),
     "135m-512-eval": (SMALL, {"max_seq_length": 512, **CHECKED}),
+    "135m-loftq": (SMALL, {"max_seq_length": 64, "init_lora_weights": "loftq", **PLAIN}),
+    "135m-pissa": (SMALL, {"max_seq_length": 64, "init_lora_weights": "pissa_niter_4", **PLAIN}),
     "135m-recompute": (SMALL, {"max_seq_length": 512, "gradient_checkpointing": True, **CHECKED}),
 }
 DEMO = {"num_hidden_layers": 4, "hidden_size": 256, "vocab_size": 896}

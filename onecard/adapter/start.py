@@ -63,11 +63,13 @@ def set_loftq(model: Any, folder: Path) -> None:
     for name, info in residual_sources(checkpoint, modules, list(named)).items():
         layer = named[name]
         base: Any = layer.get_base_layer()
-        W_4bit = base.dequantize().float()
-        W = read_tensor(info).to(W_4bit.device).float()
-        W = W.T if isinstance(modules.get_submodule(name), Conv1D) else W
+        W_4bit = base.dequantize()
+        D = read_tensor(info).to(W_4bit.device, torch.float32, copy=True)
+        D = D.T if isinstance(modules.get_submodule(name), Conv1D) else D
+        D -= W_4bit
+        del W_4bit
         (key,) = layer.active_adapters
-        set_start_of(layer, key, *low_rank(W - W_4bit, layer.r[key]))
+        set_start_of(layer, key, *low_rank(D, layer.r[key]))
 
 
 def low_rank(D_NK: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ The terms of a step are those at the moment of its peak, one of
     the update of modules in 16 bits   all gradients, one of them in float32
     an answer to a sample prompt       the KV cache, the prompt's activations in one layer; no gradients
 
+or that of the computation of LoRA's start, before there are optimizer states, if it takes more.
 Validation is never the peak: it keeps nothing, and its rows are not longer. The pages of a paged base, the head's
 included, stay within the budget, and embeddings are read row by row. process.py counts the growth of a CPU process in
 addition to its tensors.
@@ -68,6 +69,9 @@ def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStr
         own = [lora, *start_terms(inputs, strategy), *(term for term in (rows, saved) if term.num_bytes)]
         own.append(state_term(inputs, strategy))
         step = step_terms(inputs, strategy, gradients)
+        computing = computing_terms(inputs)
+        if sum(term.num_bytes for term in computing) > sum(term.num_bytes for term in (own[-1], *step)):
+            own, step = own[:-1], computing  # before the first step, so without the optimizer's states
     return [*base, *own, *step, *device_terms(inputs, step, method != "generate")]
 
 
@@ -78,6 +82,31 @@ def start_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
     P_l, layers = inputs.num_lora, inputs.model.num_layers
     kept = max(layers - strategy.num_recomputed, 1)
     return [Term("LoRA's start", 4 * P_l + 8 * P_l * kept // layers, f"4 P_l + 8 P_l x {kept} / L")]
+
+
+def computing_terms(inputs: PlanInputs) -> list[Term]:
+    """Return what the computation of a start takes that is made from weights, one at a time: of the largest one.
+
+    N K weights and n = min(N, K), in float32. pissa and olora have the dequantized weight, the factors, and a copy that
+    LAPACK overwrites or B A; then also the residual. loftq has the stored and the dequantized weight beside D; then D,
+    D D^T, its eigenvectors, and twice their bytes as LAPACK's workspace (adapter/start.py).
+    """
+    start, sizes = inputs.config.init_lora_weights, []
+    for path, m in inputs.adapted.items():
+        if path in inputs.model.linears:
+            N, K = m.out_features, m.in_features
+            sizes.append((N * K, min(N, K) ** 2))
+    if start.startswith("pissa_niter"):
+        found = [12 * whole for whole, _ in sizes], "12 N K"
+    elif start == "pissa":
+        found = [max(16 * whole + 4 * square, 12 * whole + 16 * square) for whole, square in sizes], "12 N K + 16 n^2"
+    elif start == "olora":
+        found = [12 * whole + 4 * square for whole, square in sizes], "12 N K + 4 n^2"
+    elif start == "loftq" and not inputs.config.calibrate:
+        found = [max((6 + inputs.c) * whole, 4 * whole + 16 * square) for whole, square in sizes], "4 N K + 16 n^2"
+    else:
+        return []
+    return [Term("computing LoRA's start", max(found[0], default=0), f"{found[1]}, of the largest weight")]
 
 
 def device_terms(inputs: PlanInputs, step: list[Term], learns: bool) -> list[Term]:
