@@ -2,7 +2,8 @@
 
 peft's files hold neither. Without it, an adapter trained over fp4 would load on an nf4 base without an error, and so
 would an adapter of another model of the same shape. A sample identifies the base: the 4-bit codes of the first values
-of each linear. They are the same whether its checkpoint is in 16 bits or in 4.
+of each linear, and the mean of their scales. The codes are the same whether its checkpoint is in 16 bits or in 4, the
+scales up to the error of double quantization.
 
 The JSON also holds the form of the training prompts, and the sha256 of each file of the folder. A changed file is an
 error wherever the adapter is read.
@@ -14,8 +15,10 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy
+import torch
 from pydantic import Field
 from transformers.pytorch_utils import Conv1D
 
@@ -28,13 +31,45 @@ from onecard.hf.head import labels_of
 from onecard.hf.load import find_checkpoint
 from onecard.hf.names import stored_names
 from onecard.hf.skeleton import meta_model, read_config
-from onecard.hf.stored import read_rows, read_tensor
+from onecard.hf.stored import read_bytes, read_rows, read_tensor
 from onecard.kernels import ops
 from onecard.nn.linear import Linear4bit
+from onecard.quant.codebook import dynamic_map
+from onecard.quant.mxfp4 import exponent_map
+from onecard.quant.nested import dequantize_absmax
+from onecard.quant.state import STATE_KEY, read_facts
 
 FILE = "onecard.json"
 SAMPLE_VALUES = 4096  # values of each linear: a multiple of every blocksize
 STORED = ("quant_type", "blocksize", "double_quant")
+ROUNDING = 1e-6  # of a mean of at most 128 float32 scales
+
+
+class Sample(NamedTuple):
+    """What identifies a base.
+
+    Attributes:
+        codes: sha256 of the first codes of each linear.
+        scales: for each linear, in the order of names, the mean of their scales and by how much double quantization may
+            have moved it: float32 pairs, little-endian, in hexadecimal.
+    """
+
+    codes: str
+    scales: str
+
+    def is_of(self, other: Sample) -> bool:
+        """Whether two samples can be of the same weights."""
+        if self.codes != other.codes or len(self.scales) != len(other.scales):
+            return False
+        (one, slack), (two, more) = self.pairs().T, other.pairs().T
+        return bool((abs(one - two) <= slack + more + ROUNDING * abs(one)).all())
+
+    def digest(self) -> str:
+        return hashlib.sha256(f"{self.codes}{self.scales}".encode()).hexdigest()
+
+    def pairs(self) -> numpy.ndarray:
+        """Return float64 (linears, 2)."""
+        return numpy.frombuffer(bytes.fromhex(self.scales), "<f4").astype(float).reshape(-1, 2)
 
 
 class Form(Own):
@@ -58,7 +93,7 @@ class Origin(Own):
     Attributes:
         model: its name, as the user wrote it.
         quant_type, blocksize, double_quant: how its linears were quantized in memory.
-        sample: its `sample_base`.
+        sample, scales: its `sample_base`. Files of an older release have no scales.
         form: None in a file of an older release.
         files: sha256 of each other file of the folder, by name.
         sha256: digest of all other fields.
@@ -69,6 +104,7 @@ class Origin(Own):
     blocksize: int
     double_quant: bool
     sample: str = Field(pattern="^[0-9a-f]{64}$")
+    scales: str | None = Field(None, pattern="^([0-9a-f]{16})+$")
     form: Form | None = None
     files: dict[str, str] = Field(default_factory=dict)
     sha256: str | None = None
@@ -93,7 +129,7 @@ def origin_of(model: Any, name: str) -> Origin:
     where = str(checkpoint.folder / "config.json")
     modules = meta_model(read_config(checkpoint.folder), where, checkpoint, labels)
     sample = sample_base(checkpoint, modules, linears, state.quant_type, state.blocksize)
-    return Origin(model=name, **quant, sample=sample)
+    return Origin(model=name, **quant, sample=sample.codes, scales=sample.scales)
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -178,11 +214,12 @@ def check_origin(model: Any, adapter: str) -> None:
         return
     found = origin_of(model, expected.model)
     stored_as(adapter, found.quant)
-    check_sample(found.sample, expected, adapter, model.name_or_path)
+    check_sample(Sample(found.sample, found.scales or ""), expected, adapter, model.name_or_path)
 
 
-def check_sample(found: str, expected: Origin, adapter: str | Path, folder: str | Path) -> None:
-    if found != expected.sample:
+def check_sample(found: Sample, expected: Origin, adapter: str | Path, folder: str | Path) -> None:
+    """Raise UserError unless the sample is that of the base which the adapter's onecard.json records."""
+    if not found.is_of(Sample(expected.sample, expected.scales or found.scales)):
         raise UserError(
             f"the base must be the one that the adapter was trained on, {expected.model}",
             "other weights",
@@ -191,16 +228,19 @@ def check_sample(found: str, expected: Origin, adapter: str | Path, folder: str 
         )
 
 
-def sample_base(checkpoint: Checkpoint, modules: Any, linears: Iterable[str], quant_type: str, blocksize: int) -> str:
-    """Return the sha256 of the first codes of each linear's weight. It reads a few KiB of each.
+def sample_base(
+    checkpoint: Checkpoint, modules: Any, linears: Iterable[str], quant_type: str, blocksize: int
+) -> Sample:
+    """Return the sample of a checkpoint. It reads a few KiB of each linear.
 
     Args:
         modules: transformers' model of the checkpoint, without weights.
         linears: names of their weights in it; a weight that transformers builds from other tensors is left out.
     """
-    codes: dict[str, bytes] = {}
+    codes: list[bytes] = []
+    scales: list[tuple[float, float]] = []
     stored = stored_names(modules, checkpoint.tensors)
-    infos = {name: checkpoint.tensors[stored[name]] for name in linears if name in stored}
+    infos = {name: checkpoint.tensors[stored[name]] for name in sorted(linears) if name in stored}
     for name, info in infos.items():
         is_4bit = info.dtype == "U8"
         is_turned = not is_4bit and isinstance(modules.get_submodule(name.removesuffix(".weight")), Conv1D)
@@ -208,6 +248,26 @@ def sample_base(checkpoint: Checkpoint, modules: Any, linears: Iterable[str], qu
         rows = -(-num_values // width)
         head = read_tensor(info)[:, :rows].T if is_turned else read_rows(info, 0, rows)
         head = head.reshape(-1)[:num_values]
-        head = head if is_4bit else ops.quantize_4bit(head, quant_type, blocksize, False, name)[0]
-        codes[name] = name.encode() + head.numpy().tobytes()
-    return hashlib.sha256(b"".join(codes[name] for name in sorted(codes))).hexdigest()
+        if is_4bit:
+            scales.append(stored_scale(checkpoint, stored[name], -(-2 * len(head) // blocksize)))
+        else:
+            head, state = ops.quantize_4bit(head, quant_type, blocksize, False, name)
+            absmax = exponent_map()[state.absmax.long()] if quant_type == "mxfp4" else state.absmax
+            scales.append((absmax.double().mean().item(), 0.0))
+        codes.append(name.encode() + head.numpy().tobytes())
+    found = numpy.array(scales, "<f4").tobytes().hex()
+    return Sample(hashlib.sha256(b"".join(codes)).hexdigest(), found)
+
+
+def stored_scale(checkpoint: Checkpoint, name: str, num_blocks: int) -> tuple[float, float]:
+    """Return the mean of a stored 4-bit weight's first scales, and by how much double quantization may have moved it,
+    which is half of the widest gap of its map."""
+    info = checkpoint.tensors[f"{name}.absmax"]
+    absmax = read_bytes(info, info.begin, info.nbytes // info.shape[0] * num_blocks)
+    if absmax.dtype != torch.uint8:
+        return absmax.double().mean().item(), 0.0
+    keys = [key for key in checkpoint.tensors if key.startswith(f"{name}.{STATE_KEY}")]
+    facts = read_facts(name, {key.removeprefix(name): read_tensor(checkpoint.tensors[key]) for key in keys})
+    largest, levels = read_tensor(checkpoint.tensors[f"{name}.nested_absmax"]).flatten()[:1], dynamic_map()
+    absmax = dequantize_absmax(absmax, largest, torch.tensor(facts.nested_offset))
+    return absmax.double().mean().item(), levels.diff().max().item() / 2 * largest.item()

@@ -1,20 +1,23 @@
 """Behaviour: an adapter's folder tells how its base was stored and which it was; nothing else is taken for it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import onecard
 from onecard.adapter.load import with_adapter
-from onecard.adapter.origin import FILE, read_origin, stored_as
+from onecard.adapter.origin import FILE, read_origin, sample_base, stored_as
 from onecard.config import LoadConfig, QuantConfig, TrainConfig, make_config
 from onecard.errors import UserError
 from onecard.export.merge.merged import open_merged
 from onecard.export.merge.quantized import quantize_checkpoint
+from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.skeleton import read_model
 from onecard.train.session import run_training
 
 STORED = {"quant_type": "fp4", "blocksize": 128, "double_quant": False}
@@ -53,10 +56,13 @@ def test_a_base_stored_otherwise_is_refused(trained, checkpoint):
     assert open_merged(str(checkpoint), str(trained)).quant == LoadConfig(**STORED)
 
 
-def test_another_base_of_the_same_shape_is_refused(trained, checkpoint, tmp_path):
+@pytest.mark.parametrize("factor", ["noise", 1.01, 2.0], ids=str)
+def test_another_base_of_the_same_shape_is_refused(factor, trained, checkpoint, tmp_path):
+    """Also one whose codes are the same, because a whole weight has another scale."""
     other = tmp_path / "other"
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    model.model.layers[1].mlp.down_proj.weight.data.mul_(1 + 0.1 * torch.rand(64, 96))
+    weight = model.model.layers[1].mlp.down_proj.weight.data
+    weight.mul_(1 + 0.1 * torch.rand(64, 96) if factor == "noise" else factor)
     model.save_pretrained(other)
     with pytest.raises(UserError, match="other weights") as error:
         with_adapter(onecard.load_model(str(other), device="cpu", **STORED), str(trained))
@@ -76,6 +82,31 @@ def test_the_same_base_in_4_bits_or_other_shards_is_known_again(trained, checkpo
     nested = quantize_checkpoint(str(checkpoint), str(tmp_path / "nested"), quant)
     with pytest.raises(UserError, match="double_quant False"):
         open_merged(str(nested), str(trained))
+
+
+def test_a_sample_is_that_of_all_forms_of_a_base(checkpoint, tmp_path):
+    """In 16 bits and in 4, with and without double quantization. A base with one larger weight has another."""
+    other = tmp_path / "other"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.model.layers[0].self_attn.o_proj.weight.data.mul_(1.3)
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(other)
+    samples = []
+    for base in (checkpoint, other):
+        folders = [Path(base)]
+        for nested in (True, False):
+            quant = QuantConfig(double_quant=nested)
+            folders.append(quantize_checkpoint(str(base), str(tmp_path / f"{Path(base).name}-{nested}"), quant))
+        for folder in folders:
+            known = read_model(inspect_checkpoint(folder))
+            sample = sample_base(inspect_checkpoint(folder), known.modules, known.linears, "nf4", 64)
+            assert len(sample.pairs()) == len(known.linears)
+            samples.append(sample)
+    for i, one in enumerate(samples):
+        for j, two in enumerate(samples):
+            assert one.codes == two.codes and one.is_of(two) == (i // 3 == j // 3), (i, j)
+    old = samples[0]._replace(scales="")
+    assert not old.is_of(samples[0])
 
 
 def test_without_the_file_or_with_a_damaged_one(trained, checkpoint, tmp_path):

@@ -85,7 +85,11 @@ class Source:
     def identity(self, merged: Merged) -> dict[str, str]:
         """Return what determines the base of the opened model and its measurement, apart from the general text."""
         sample = sample_base(merged.checkpoint, merged.model.modules, merged.model.linears, "nf4", 64)
-        found = {"model": sample, "rows": self.training.fingerprint(), "calibration_tokens": str(self.num_tokens)}
+        found = {
+            "model": sample.digest(),
+            "rows": self.training.fingerprint(),
+            "calibration_tokens": str(self.num_tokens),
+        }
         found |= {key: str(getattr(self.quant, key)) for key in ("quant_type", "blocksize", "double_quant")}
         found["max_seq_length"] = str(self.training.max_seq_length)
         if self.validation is not None:
