@@ -133,17 +133,22 @@ def encoding_of(path: Path, reading: Reading) -> str | None:
             with opened(path, encoding) as file:
                 head = file.read(HEAD_BYTES)
         reading.told[f"read as {encoding.upper()}"] += 1
-    if head.startswith(b"version https://git-lfs"):
-        do = "fetch the file itself, such as: git lfs pull"
-        raise UserError("the data file must have rows", "a pointer of Git LFS", do, str(path))
-    if head[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise UserError("the data file must have rows", "a web page", "download the file itself", str(path))
+    refuse_stand_in(head, path)
     if kind is None and head.count(0) > len(head) // 20:
         kind = "binary"
     if kind is not None:
         found = f"{kind} data under the name {path.suffix}"
         raise UserError("the data file must be UTF-8 text", found, "unpack, convert or rename it", str(path))
     return None if encoding == "utf-8" else encoding
+
+
+def refuse_stand_in(head: bytes, path: Path) -> None:
+    """Raise UserError if a file's beginning is that of a Git LFS pointer or of a web page."""
+    if head.startswith(b"version https://git-lfs"):
+        do = "fetch the file itself, such as: git lfs pull"
+        raise UserError("the data file must have rows", "a pointer of Git LFS", do, str(path))
+    if head[:256].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise UserError("the data file must have rows", "a web page", "download the file itself", str(path))
 
 
 def is_utf8(head: bytes) -> bool:

@@ -20,8 +20,17 @@ def jsonl(path: Path, reading: Reading) -> Rows:
         for line, raw in enumerate(file, 1):
             if line == 1:
                 raw = raw.removeprefix(BOM)
+                refuse_array(raw, path)
             if raw.strip():
                 yield line, parse_row(raw)
+
+
+def refuse_array(first: bytes, path: Path) -> None:
+    """Raise UserError if a file of JSON lines begins with an array of objects."""
+    begin = first.strip()
+    if begin == b"[" or (begin[:1] == b"[" and begin[1:].lstrip()[:1] == b"{"):
+        must = "each line of JSON lines must hold one object"
+        raise UserError(must, "an array of objects", "rename the file to .json", str(path))
 
 
 def parse_row(raw: bytes) -> dict[str, Any] | BadRow:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.config import Data, DataConfig, FormatConfig, Source
-from onecard.data.files import ARROW, PACKED, BadRow, Reading, Rows, kind_of, shown
+from onecard.data.files import ARROW, HEAD_BYTES, PACKED, BadRow, Reading, Rows, kind_of, refuse_stand_in, shown
 from onecard.data.objects import json_file, jsonl
 from onecard.data.tables import arrow_file, csv_file, parquet, saved_folder
 from onecard.data.texts import text_file
@@ -220,6 +220,9 @@ def read_rows(path: Path, reading: Reading) -> Rows:
     if path.stat().st_size == 0:
         raise UserError("the data file must have rows", "an empty file", "check the file", str(path))
     with faults(path, reading):
+        if suffix in ARROW:
+            with path.open("rb") as file:
+                refuse_stand_in(file.read(HEAD_BYTES), path)
         yield from READERS[suffix](path, reading)
 
 

@@ -44,6 +44,7 @@ def parquet_twice() -> bytes:
 CHAT_LINES: dict[str, tuple[str | bytes, str, str]] = {
     "not JSON": ("{'messages'}", "row", "JSON"),
     "cut off": ('{"messages": [{"role": "us', "row", "JSON"),
+    "the mark of control tokens": (chat(ASKED, {**SAID, "content": "two\ufdd0"}), "messages[1].content", "U+FDD0"),
     "not an object": ("[1, 2]", "row", "object"),
     "not UTF-8": (b'{"messages": "\xff"}', "row", "0xff"),
     "nested too deep": ("[" * 100_000 + "]" * 100_000, "row", "deep"),
@@ -171,6 +172,13 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
         "d.jsonl",
         "git lfs pull",
     ),
+    "a pointer of Git LFS instead of Parquet": (
+        "d.parquet",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+        "d.parquet",
+        "git lfs pull",
+    ),
+    "an array under the name .jsonl": ("d.jsonl", b'[\n  {"text": "a"}\n]\n', "d.jsonl", "rename the file to .json"),
     "a web page": ("d.csv", b"\n<!DOCTYPE html>\n<html></html>\n", "d.csv", "a web page"),
     "CSV, column twice": ("d.csv", b"text,text\na,b\n", "d.csv:1", '"text" twice'),
     "CSV, byte-order mark only": ("d.csv", b"\xef\xbb\xbf", "d.csv:1", "an empty line"),

@@ -1,8 +1,8 @@
 """Keep control tokens in messages as text: only those of the chat template become tokens.
 
 "<|im_end|>" in a user's message must not end the turn. Before the template is rendered, `as_text` inserts BREAK, which
-no text contains, after the first character of the spelling. `encode_text` tokenizes the text before and after BREAK
-separately and drops BREAK. So the message keeps its characters, and the tokens are those of "<" and "|im_end|>".
+a text must not contain, after the first character of the spelling. `encode_text` tokenizes the text before and after
+BREAK separately and drops BREAK. So the message keeps its characters, and the tokens are those of "<" and "|im_end|>".
 
 Control tokens are the tokenizer's special tokens and those of END_NAMES that it has. Other added tokens, such as
 "<think>" or runs of spaces, are words that a message may contain.
@@ -61,12 +61,26 @@ def cached_specials(tokenizer: Any, size: int, named: tuple[str, ...]) -> Specia
 
 
 def as_text(text: str, tokenizer: Any) -> str:
-    """Insert BREAK into every spelling of a control token, so that `encode_text` keeps it as text."""
+    """Insert BREAK into every spelling of a control token, so that `encode_text` keeps it as text.
+
+    Raises:
+        UserError: the text contains BREAK.
+    """
+    refuse_break(text, "text")
     pattern = specials_of(tokenizer).pattern
-    return pattern.sub(lambda found: found.group()[0] + BREAK + found.group()[1:], text.replace(BREAK, ""))
+    return pattern.sub(lambda found: found.group()[0] + BREAK + found.group()[1:], text)
+
+
+def refuse_break(value: Any, where: str) -> None:
+    """Raise UserError if a string of a JSON value contains BREAK, which would be lost."""
+    for field, text in strings_in(where, value):
+        if BREAK in text:
+            must = "text must not contain the noncharacter U+FDD0, which onecard uses to mark control tokens"
+            raise UserError(must, f"one at {text.index(BREAK)}", FIX, field)
 
 
 def messages_as_text(messages: list[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
+    refuse_break(messages, "messages")
     return [
         {key: as_text(value, tokenizer) if isinstance(value, str) else value for key, value in turn.items()}
         for turn in messages
@@ -138,10 +152,16 @@ def encode_piece(
 
 
 def refuse_control_tokens(record: Record, tokenizer: Any) -> None:
-    """Raise UserError if learned text, or a row of raw text, spells a control token.
+    """Raise UserError if learned text, or a row of raw text, spells a control token, or if any text contains BREAK.
 
     The model would learn to write the token as letters. Usually a chat template was already applied to the row.
     """
+    for name in ("text", "prompt", "completion", "tools"):
+        refuse_break(getattr(record, name), f"{record.where}:{name}")
+    for i, turn in enumerate(record.messages or ()):
+        for key, value in turn.items():
+            field = record.field_of(i) if key == "content" else f"messages[{i}].{key}"
+            refuse_break(value, f"{record.where}:{field}")
     if record.templated:
         return
     pattern = specials_of(tokenizer).pattern

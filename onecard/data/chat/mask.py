@@ -37,6 +37,7 @@ from onecard.data.chat.control import (
     encode_ids,
     encode_text,
     messages_as_text,
+    refuse_break,
     refuse_control_tokens,
     specials_of,
 )
@@ -171,7 +172,7 @@ def encode_templated(record: Record, tokenizer: Any, most: int) -> Encoded:
 
     If the text ends with a control token, the white space after it is left out, else EOS is appended.
     """
-    text, stops = (record.text or "").replace(BREAK, ""), specials_of(tokenizer)
+    text, stops = record.text or "", specials_of(tokenizer)
     ended = text.rstrip().endswith(tuple(stops.names))
     text = text.rstrip() if ended else text
     ids = encode_ids(head(text, most, tokenizer, record.where), tokenizer, record.where)
@@ -353,6 +354,7 @@ def prompt_ids(messages: list[dict[str, Any]], tokenizer: Any, tools: list[dict[
     try:
         if not tokenizer.chat_template:
             return text_ids(messages[-1]["content"], tokenizer)
+        refuse_break(tools, "tools")
         text = prompt_text(messages_as_text(messages, tokenizer), tokenizer, tools)
         return missing_bos(text, tokenizer) + encode_ids(text, tokenizer, "prompt")
     except UserError as error:

@@ -150,3 +150,21 @@ def test_an_answer_that_would_teach_a_control_token_in_letters_is_refused():
     turns = (*said("how?"), {"role": "assistant", "content": "two<|im_end|>"})
     with pytest.raises(UserError, match=r"messages\[1\].*supervised text"):
         encode(Record("f", 1, messages=turns), tokenizer, 512)
+
+
+def test_the_mark_of_a_control_token_is_refused_in_any_text():
+    """It would be lost without a word: from a prompt, an answer, a tool or raw text."""
+    tokenizer, odd = make_tokenizer(), "two\ufdd0mugs"
+    turns = (*said("how?"), {"role": "assistant", "content": "two"})
+    tools = [{"type": "function", "function": {"name": odd}}]
+    records = {
+        r"f:1:messages\[0\].content": Record("f", 1, messages=(*said(odd), turns[-1])),
+        r"f:1:tools": Record("f", 1, messages=turns, tools=tools),
+        r"f:1:completion": Record("f", 1, prompt="how?", completion=odd),
+        r"f:1:text": Record("f", 1, text=odd, templated=True),
+    }
+    for where, record in records.items():
+        with pytest.raises(UserError, match=where + r".*U\+FDD0"):
+            encode(record, tokenizer, 512)
+    with pytest.raises(UserError, match="say it otherwise"):
+        prompt_ids(said(odd), tokenizer)
