@@ -1,6 +1,7 @@
 """Behaviour: the commands as a user types them; no library says anything on stderr."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -91,9 +92,28 @@ def test_mistakes_exit_with_2_and_no_traceback(checkpoint, tmp_path):
         (("train", "--modle", "x"), "--model"),
         (("train", "--model", checkpoint, "--data", bad, "--output", tmp_path / "o"), "d.jsonl:3:messages[0].role"),
         (("preview", "--model", tmp_path / "none", "--data", bad), "no such folder"),
+        (("preview", "--model", checkpoint), "a preview needs data"),
     ):
         code, _, err = onecard(*args)
         assert code == 2 and said in err and "Traceback" not in err, err
+
+
+def test_a_preview_of_a_file_of_train(checkpoint, tmp_path):
+    """Its sources have columns of their own, which no flag can give; a flag wins over the file."""
+    named = write_rows(tmp_path / "n.jsonl", [{"q": "how?", "a": "two blue mugs"}] * 3)
+    chats = write_rows(tmp_path / "c.jsonl", chat_rows(3))
+    data = [{"path": str(named), "columns": {"prompt": "q", "completion": "a"}}, {"path": str(chats), "max_rows": 2}]
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps({"model": str(checkpoint), "data": data, "r": 4}))
+    code, out, err = onecard("preview", "--config", file, "--num-examples", 2)
+    assert code == 0 and "n.jsonl:1" in out and "c.jsonl:1" in out and re.search(r"^examples +5$", out, re.MULTILINE), (
+        out + err
+    )
+    code, out, err = onecard("preview", "--config", file, "--data", chats)
+    assert code == 0 and re.search(r"^examples +3$", out, re.MULTILINE), out + err
+    file.write_text(json.dumps({"model": str(checkpoint), "data": data, "rank": 4}))
+    code, _, err = onecard("preview", "--config", file)
+    assert code == 2 and "rank" in err, err
 
 
 def test_lists_of_flags_and_help(checkpoint, chats, tmp_path):

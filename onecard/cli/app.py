@@ -32,14 +32,14 @@ app = App(
 )
 if TYPE_CHECKING:
     TrainFields = DataFields = PlanFields = QuantFields = StoredFields = ExportFields = ServeFields = Any
-    QuantizeFields = ReadFields = SamplingFields = DataWords = TokenWords = StudioFields = Any
+    QuantizeFields = ReadFields = SamplingFields = DataWords = OptionalWords = StudioFields = Any
 else:
     flags = Parameter(name="*", negative_iterable=(), consume_multiple=True)
     TrainFields = Annotated[partial(TrainConfig) | None, flags]
     DataFields = Annotated[partial(DataConfig) | None, flags]
     ReadFields = Annotated[partial(ReadConfig) | None, flags]
     DataWords = Annotated[list[str], Parameter(consume_multiple=True, negative_iterable=())]
-    TokenWords = Annotated[list[str] | None, Parameter(consume_multiple=True, negative_iterable=())]
+    OptionalWords = Annotated[list[str] | None, Parameter(consume_multiple=True, negative_iterable=())]
     ServeFields = Annotated[partial(ServeConfig) | None, flags]
     SamplingFields = Annotated[partial(SamplingConfig) | None, flags]
     StudioFields = Annotated[partial(StudioConfig) | None, flags]

@@ -6,7 +6,7 @@ import signal
 import sys
 from typing import Any, Literal
 
-from onecard.cli.app import DataFields, DataWords, PlanFields, TokenWords, TrainFields, app
+from onecard.cli.app import DataFields, OptionalWords, PlanFields, TrainFields, app
 from onecard.cli.launch import is_started, launch
 from onecard.config import DataConfig, LoraSettings, TrainConfig, make_config, parse_bytes
 from onecard.documents import read_yaml
@@ -104,7 +104,9 @@ def show_config(
     from onecard.config.document import config_yaml
 
     merged = merge_fields(dump, from_llamafactory, from_axolotl, fields)
-    missing = {name: "" for name, info in TrainConfig.model_fields.items() if info.is_required() and name not in merged}
+    missing = {
+        name: "-" for name, info in TrainConfig.model_fields.items() if info.is_required() and name not in merged
+    }
     checked = make_config(TrainConfig, {**missing, **merged}, dump or "command line")
     print(config_yaml(TrainConfig, checked.model_dump(mode="json", exclude=set(missing))), end="")
 
@@ -171,28 +173,40 @@ def figures(output: str = "figures", model: str | None = None) -> None:
 
 @app.command
 def preview(
-    model: str,
-    data: DataWords,
+    model: str | None = None,
+    data: OptionalWords = None,
     *,
     fields: DataFields = None,
+    config: str | None = None,
     num_examples: int = 3,
     tokenizer: str | None = None,
-    add_tokens: TokenWords = None,
-    add_special_tokens: TokenWords = None,
+    add_tokens: OptionalWords = None,
+    add_special_tokens: OptionalWords = None,
 ) -> None:
     """Show what will be learned: tokens coloured by trained and masked, counts, bad rows.
 
     Args:
         model: Checkpoint folder or hub id; only its tokenizer is read.
         data: Files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture.
+        config: YAML file of train, whose model, data and settings of them are taken; flags win over it.
         num_examples: Examples shown.
         tokenizer: Folder of the tokenizer; default: the model's.
         add_tokens: Tokens that train adds, or a .txt file of them.
         add_special_tokens: Same, for control tokens.
     """
-    added = {"add_tokens": add_tokens, "add_special_tokens": add_special_tokens}
-    tokens = make_config(LoraSettings, added, "command line")
-    config = make_config(DataConfig, given(fields), "command line")
+    named = {"model": model, "data": data, "tokenizer": tokenizer, "add_tokens": add_tokens,
+             "add_special_tokens": add_special_tokens}  # fmt: skip
+    asked = {name: value for name, value in named.items() if value is not None} | given(fields)
+    if config:
+        whole = make_config(TrainConfig, {"output": "-", **read_yaml(config), **asked}, config)
+        asked = {name: getattr(whole, name) for name in whole.model_fields_set}
+    for name in ("model", "data"):
+        if name not in asked:
+            raise UserError(
+                f"a preview needs {name}", "none", f"pass --{name}, or --config with a file that has it", name
+            )
+    tokens = make_config(LoraSettings, {n: asked[n] for n in list(named)[3:] if n in asked}, "command line")
+    settings = make_config(DataConfig, {n: asked[n] for n in DataConfig.model_fields if n in asked}, "command line")
     console = make_console()
     from onecard.data.chat.template import set_template
     from onecard.data.load import load_dataset
@@ -200,12 +214,12 @@ def preview(
     from onecard.hf.load import load_tokenizer
     from onecard.hf.tokens import add_tokens as extend
 
-    loaded = load_tokenizer(model, tokenizer)
+    loaded = load_tokenizer(asked["model"], asked.get("tokenizer"))
     new = extend(loaded, tokens.add_tokens, tokens.add_special_tokens)
-    set_template(loaded, config.chat_template, config.template_variables)
-    dataset = load_dataset(data, loaded, config, loss=None)
+    set_template(loaded, settings.chat_template, settings.template_variables)
+    dataset = load_dataset(asked["data"], loaded, settings, loss=None)
     colour = console.color_system is not None
-    console.print(render_preview(dataset, loaded, config.packing, num_examples, colour))
+    console.print(render_preview(dataset, loaded, settings.packing, num_examples, colour))
     if new:
         console.print(new.counts(dataset.stored.count(list(new.texts))), markup=False, highlight=False)
     for note in new.notes():

@@ -237,6 +237,9 @@ def in_other_letters(rows: Sequence[Row], columns: dict[str, str], known: Sequen
 def told_pair(format: str, keys: tuple[str, ...]) -> tuple[str, ...]:
     if format in ("preference", "unpaired_preference"):
         return (f"read {keys[0]} as the prompt, a chat",) if keys[0] in ASKED else ()
+    if format == "alpaca" and keys != KEYS[format][0]:
+        other = {role: key for role, key in zip(("prompt", "completion"), keys) if role != key}
+        return told(other) if other else ()
     return () if keys == KEYS[format][0] else (f"read {' and '.join(keys)} as {' and '.join(KEYS[format][0])}",)
 
 

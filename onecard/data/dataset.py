@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -73,6 +74,13 @@ class Dataset:
 
     def __post_init__(self) -> None:
         self.examples = Examples.of(self.examples)
+
+    def first(self, count: int) -> list[Example]:
+        """Return the first examples to show: of a mixture, those of each source in turn."""
+        sizes = [share.taken for share in self.shares] or [len(self.examples)]
+        starts = [0, *accumulate(sizes)]
+        turns = [start + k for k in range(count) for start, size in zip(starts, sizes) if k < size]
+        return [self.examples[at] for at in turns[:count]]
 
     @property
     def stored(self) -> Examples:

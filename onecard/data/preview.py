@@ -98,7 +98,7 @@ def render_preview(dataset: Dataset, tokenizer: Any, packing: bool, num_examples
     """Render the sources, the counts, the notices, some examples, and the skipped bad rows."""
     parts: list[RenderableType] = [*render_sources(dataset), render_counts(dataset, packing)]
     parts += render_notices(dataset)
-    for example in dataset.examples[:num_examples]:
+    for example in dataset.first(num_examples):
         parts += render_example(example, tokenizer, colour)
     for error in dataset.bad[:SHOWN_BAD]:
         parts.append(Text(f"skipped {error.where}: {error.must}; found {error.found}", style="yellow"))

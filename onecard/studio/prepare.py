@@ -154,7 +154,7 @@ def preview(fields: dict[str, Any], num_examples: int = SHOWN_EXAMPLES) -> dict[
         "share_filled": dataset.num_tokens / (rows * dataset.row_tokens),
         "sources": [share.cells() for share in dataset.shares],
         "notices": dataset.notices,
-        "examples": [shown_example(example, tokenizer) for example in dataset.examples[:num_examples]],
+        "examples": [shown_example(example, tokenizer) for example in dataset.first(num_examples)],
         "bad": [as_dict(error) for error in dataset.bad[:SHOWN_BAD]],
         "num_bad": len(dataset.bad),
     }

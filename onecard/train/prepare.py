@@ -287,7 +287,9 @@ def choose_memory(inputs: PlanInputs, paged_from_file: bool) -> tuple[MemoryStra
             "--device-memory says what would fit",
             "device_memory",
         )
-    kept = f"resident and all kept it would be {format_bytes(total_bytes(inputs, MemoryStrategy()))}, {of}"
+    if strategy == MemoryStrategy():
+        return strategy, plan, f"everything is kept in memory; {of}"
+    kept = f"with everything kept in memory it would be {format_bytes(total_bytes(inputs, MemoryStrategy()))}, {of}"
     return strategy, plan, f"{plan.choice}; {kept}"
 
 

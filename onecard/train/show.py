@@ -77,11 +77,12 @@ def show(prepared: Prepared, console: Console) -> None:
     loader, steps = prepared.loader, count_steps(prepared.loader, config)
     peak = max(learning_rate(step, steps, config) for step in range(steps))
     dtype = str(prepared.compute_dtype).removeprefix("torch.")
+    threads = torch.get_num_threads()
     rows = "streamed" if config.streaming else f"{loader.num_batches(0):,} micro-batches an epoch"
     console.print(
         f"{steps:,} updates of {config.gradient_accumulation_steps} x {config.per_device_train_batch_size} rows"
         f" of up to {loader.row_tokens:,} tokens; {rows}\n"
         f"learning rate {config.lr_scheduler_type}, peak {peak:.2e}; computing in {dtype}"
-        f" on {pick_device(config.device)}, {torch.get_num_threads()} threads",
+        f" on {pick_device(config.device)}, {threads} thread{'s' * (threads != 1)}",
         highlight=False,
     )

@@ -109,7 +109,9 @@ def test_what_is_not_used_is_named_once(tmp_path):
     ]
     rows = [{"question": "a", "answer": "b"}]
     notices = read_records(write_rows(tmp_path / "d.jsonl", rows)).notices
-    assert notices == ["read question and answer as instruction and output"]
+    assert notices == ["read question as prompt, answer as completion"]
+    path = write_rows(tmp_path / "d.jsonl", [{"prompt": "a", "answer": "b"}])
+    assert read_records(path).notices == ["read answer as completion"]
 
 
 def test_two_system_messages_are_refused(tmp_path):
