@@ -27,6 +27,9 @@ def test_defaults_are_the_fields_own():
         ({"learning_rate": -1}, "learning_rate"),
         ({"eval_data": "e", "validation_split": 0.1}, "not both"),
         ({"quant_type": "nf3"}, "'nf3'"),
+        ({"learning_rate": True}, "learning_rate: must be a number"),
+        ({"max_steps": True}, "found: true"),
+        ({"output": ""}, "at least 1 character"),
     ],
 )
 def test_a_wrong_field_is_named(fields, said):

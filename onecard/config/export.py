@@ -61,9 +61,9 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
         description="gguf: llama.cpp, Ollama, LM Studio; gptq, awq, and w4a16, fp8, nvfp4 of compressed-tensors: vLLM "
         "and transformers; mlx: mlx-lm in 4 bits"
     )
-    model: str = Field(description="checkpoint folder, or a hub id where a network is")
+    model: str = Field(min_length=1, description="checkpoint folder, or a hub id where a network is")
     adapter: str | None = Field(default=None, description="folder of a trained adapter")
-    output: str = Field(description="new folder; gguf: a name that ends in .gguf is a new file")
+    output: str = Field(min_length=1, description="new folder; gguf: a name that ends in .gguf is a new file")
     base: Literal["dequantized", "original"] | None = Field(
         default=None,
         description="what the adapter is merged into: what training saw (default), or the original weights",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -35,8 +35,9 @@ class Strict(BaseModel):
 
 
 def check_keys(kind: type[BaseModel], fields: dict[str, Any]) -> None:
-    """Raise UserError, with a similar name, for a key that is not a field of `kind`."""
-    for key in fields:
+    """Raise UserError, with a similar name, for a key that is not a field of `kind`, and for a truth value of a number,
+    of which pydantic makes 1 or 0."""
+    for key, value in fields.items():
         if key not in kind.model_fields:
             raise UserError(
                 "every key must be a field of the config",
@@ -44,6 +45,17 @@ def check_keys(kind: type[BaseModel], fields: dict[str, Any]) -> None:
                 "`onecard train --help` lists the fields",
                 kind.__name__,
             )
+        if isinstance(value, bool) and is_number(kind.model_fields[key].annotation):
+            raise UserError(f"{key}: must be a number", str(value).lower(), "correct the value", kind.__name__)
+
+
+def is_number(annotation: Any) -> bool:
+    """Whether a field takes numbers, and no truth values."""
+    parts, rest = set(), [annotation]
+    while rest:
+        parts.add(rest[-1])
+        rest += get_args(rest.pop())
+    return bool not in parts and not parts.isdisjoint((int, float))
 
 
 def is_loopback(host: str) -> bool:

@@ -71,9 +71,11 @@ class TrainConfig(
 ):
     """One training run."""
 
-    model: str = Field(description="checkpoint folder, GGUF file, or a hub id where a network is")
+    model: str = Field(min_length=1, description="checkpoint folder, GGUF file, or a hub id where a network is")
     data: Data = Field(description="files, folders, patterns or hub ids; PATH:0.3 is a weight in a mixture")
-    output: str = Field(default="run", description="folder for the adapter, checkpoints, metrics and report")
+    output: str = Field(
+        default="run", min_length=1, description="folder for the adapter, checkpoints, metrics and report"
+    )
     adapter: str | None = Field(
         default=None, description="folder of a trained adapter to go on from, with a new optimizer"
     )

@@ -230,9 +230,10 @@ def read_rows(path: Path, reading: Reading) -> Rows:
 def faults(path: Path, reading: Reading) -> Iterator[None]:
     try:
         yield
-    except UnicodeDecodeError as error:  # of an encoding whose bytes cannot be kept for their row
-        found = f"{error.reason} at byte {error.start:,} of a part"
-        must = f"the file must be in the encoding {reading.encoding or error.encoding}"
+    except UnicodeError as error:  # of an encoding whose bytes cannot be kept for their row, or without its mark
+        is_byte = isinstance(error, UnicodeDecodeError)
+        found = f"{error.reason} at byte {error.start:,} of a part" if is_byte else str(error)
+        must = f"the file must be in the encoding {reading.encoding or getattr(error, 'encoding', 'of its text')}"
         raise UserError(must, found, "correct --encoding, or the file", str(path)) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError("the data file must be readable", str(error), "check the file", str(path)) from None

@@ -64,6 +64,12 @@ def test_encodings(name, encoding, tmp_path):
     assert read.notices == ([] if encoding.startswith("utf-8") else [f"read as {encoding.upper()}"])
 
 
+def test_utf_16_without_its_mark_is_refused(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"text": "fox"}\n')
+    with pytest.raises(UserError, match=r"encoding utf-16(.|\n)*BOM"):
+        texts(tmp_path / "d.jsonl", encoding="utf-16")
+
+
 def test_an_encoding_that_is_not_the_files(tmp_path):
     path = tmp_path / "d.csv"
     path.write_bytes("text\nGrüße\n".encode("utf-8-sig"))
