@@ -80,10 +80,12 @@ def render_sources(dataset: Dataset) -> list[RenderableType]:
     """Render the table of a mixture's sources; nothing if there is one source."""
     if not dataset.shares:
         return []
-    table = Table(box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for name in dataset.shares[0].cells():
-        is_text = name in ("source", "format", "columns")
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold", header_style="dim")
+        if name in ("source", "format", "columns"):
+            table.add_column(name, overflow="fold", header_style="dim")
+        else:
+            table.add_column(name, justify="right", no_wrap=True, header_style="dim")
     for share in dataset.shares:
         table.add_row(*map(Text, map(shown, share.cells().values())))
     return [table]
