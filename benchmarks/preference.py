@@ -1,13 +1,14 @@
-"""DPO on a real model: onecard, and trl's DPOTrainer with peft and bitsandbytes; and onecard's own SFT at equal tokens.
+"""Each loss on preferences: onecard, and trl's trainer with peft and bitsandbytes; and onecard's SFT at equal tokens.
 
-    python -m benchmarks.preference [--pairs 3] [--steps 6] [--rounds 3]
+    python -m benchmarks.preference [--losses dpo ipo orpo kto simpo] [--pairs 1] [--steps 3] [--rounds 1]
 
 The model is that of `benchmarks.real`. A pair is a question of GSM8K with its own answer and that of the next question.
-Every step has all pairs, so that all contenders read the same tokens in every step. Both start from the same adapter.
-onecard computes the reference before the training, trl in the step: the defaults. The norms of the gradients of step 1
-can be held to a plain float32 model: LOG.md has one.
-onecard's SFT learns the same documents, chosen and rejected alike. Each run is a process of its own, in turn, with all
-activations kept and with recomputation. The machine may be busy: compare the ratios.
+Every step has all pairs, so that all contenders read the same tokens in every step. All start from the same adapter.
+onecard computes the reference before the training, trl in the step: the defaults. In bfloat16 the later losses are not
+those of trl, because peft rounds the adapter's output away (LOG.md, 2026-11-27). So each loss also runs in float32,
+over bitsandbytes' 4-bit weights in trl: these losses are compared. Peaks and speeds are those of bfloat16.
+onecard's SFT learns the same documents, chosen and rejected alike. Each run is a process of its own, in turn. The
+machine may be busy: compare the ratios.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import json
 import statistics
 import tempfile
 import time
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -26,12 +28,21 @@ from benchmarks.measure import MB, run_child, status_bytes, table, write_result
 from benchmarks.real import DATA, make_model
 from benchmarks.train import RANK
 
-CONTENDERS = {"dpo": "onecard, DPO", "trl": "trl, peft, bitsandbytes, DPO", "sft": "onecard, SFT"}
-SETTINGS = ("keep", "recompute")
+# loss: trl's trainer, and the settings that are not the defaults of both tools
+LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dpo": ("trl.DPO", {}),
+    "ipo": ("trl.DPO", {"loss_type": ["ipo"]}),
+    "orpo": ("trl.experimental.orpo.ORPO", {}),
+    "kto": ("trl.KTO", {}),
+    "simpo": ("trl.experimental.cpo.CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}),
+}
 RATE, LENGTH, SEED = 1e-4, 512, 42
+GOAL = 1.1
+NAMES = ("onecard", "trl")
+Dtype = Literal["bfloat16", "float32"]
 
 
-def pairs(count: int) -> list[dict[str, str]]:
+def pairs(count: int) -> list[dict[str, Any]]:
     """Return text rows. The prompt ends with a line break, where all tokenizers of both tools cut alike."""
     lines = (DATA / "train_300.jsonl").read_text(encoding="utf-8").splitlines()[: count + 1]
     rows = [json.loads(line) for line in lines]
@@ -41,20 +52,28 @@ def pairs(count: int) -> list[dict[str, str]]:
     ]
 
 
-def run_onecard(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+def answers(count: int) -> list[dict[str, Any]]:
+    """Return the same documents as single answers with a label."""
+    return [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in pairs(count)
+        for side in ("chosen", "rejected")
+    ]
+
+
+def run_onecard(args: argparse.Namespace, dtype: Dtype, folder: str) -> dict[str, Any]:
     import onecard
 
-    rows = pairs(args.pairs)
-    if args.child == "sft":
-        answers = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in rows]
-        rows = [{"prompt": prompt, "completion": answer} for prompt, answer in answers]
+    rows = answers(args.pairs) if args.loss in ("sft", "kto") else pairs(args.pairs)
+    if args.loss == "sft":
+        rows = [{"prompt": row["prompt"], "completion": row["completion"]} for row in rows]
     data = Path(folder) / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = onecard.TrainConfig(
         model=str(make_model()),
         data=str(data),
         output=f"{folder}/run",
-        loss=args.child,
+        loss=args.loss,
         r=RANK,
         lora_alpha=2 * RANK,
         learning_rate=RATE,
@@ -67,7 +86,7 @@ def run_onecard(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         gradient_checkpointing=args.recompute,
         max_steps=args.steps,
         sample_prompts=[],
-        compute_dtype="bfloat16",
+        compute_dtype=dtype,
         seed=SEED,
         device="cpu",
     )
@@ -76,19 +95,17 @@ def run_onecard(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     return {
         "seconds": [row["seconds"] for row in found],
         "losses": [row["loss"] for row in found],
-        "margins": [row.get("rewards/margins", 0.0) for row in found],
-        "norms": [row["grad_norm"] for row in found],
         "before": before,
     }
 
 
-def run_trl(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+def run_trl(args: argparse.Namespace, dtype: Dtype, folder: str) -> dict[str, Any]:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback
-    from trl.trainer.dpo_config import DPOConfig
-    from trl.trainer.dpo_trainer import DPOTrainer
 
+    place, _, name = LOSSES[args.loss][0].rpartition(".")
+    config, trainer = (getattr(import_module(place), f"{name}{what}") for what in ("Config", "Trainer"))
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -98,19 +115,20 @@ def run_trl(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         def on_step_end(self, *arguments: Any, **rest: Any) -> None:
             seconds.append(time.perf_counter() - self.begin)
 
+    rows = answers(args.pairs) if args.loss == "kto" else pairs(args.pairs)
     before = status_bytes("VmRSS")
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
     )
     checkpoint = make_model()
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=quantization)
-    settings = DPOConfig(
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=quantization)
+    settings = config(
         output_dir=f"{folder}/trl",
         max_steps=args.steps,
-        per_device_train_batch_size=args.pairs,
+        per_device_train_batch_size=len(rows),
         learning_rate=RATE,
         lr_scheduler_type="constant",
         max_length=LENGTH,
@@ -119,29 +137,34 @@ def run_trl(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         report_to=[],
         save_strategy="no",
         use_cpu=True,
-        bf16=True,
+        bf16=dtype == "bfloat16",
         disable_tqdm=True,
+        **LOSSES[args.loss][1],
     )
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.bos_token = None  # trl's older trainers write one that the tokenizer does not write
     torch.manual_seed(SEED)  # peft's start of the adapter is the next to draw from it, as in onecard
-    trainer = DPOTrainer(
+    made = trainer(
         model=model,
         args=settings,
-        train_dataset=Dataset.from_list(pairs(args.pairs)),
-        processing_class=AutoTokenizer.from_pretrained(checkpoint),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Clock()],
     )
-    trainer.train()
-    rows = [row for row in trainer.state.log_history if "loss" in row]
-    names = {"losses": "loss", "margins": "rewards/margins", "norms": "grad_norm"}
-    found = {what: [row[name] for row in rows] for what, name in names.items()}
-    return {"seconds": seconds, **found, "before": before}
+    made.train()
+    losses = [row["loss"] for row in made.state.log_history if "loss" in row]
+    return {"seconds": seconds, "losses": losses, "before": before}
 
 
 def child(args: argparse.Namespace) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        found = (run_trl if args.child == "trl" else run_onecard)(args, folder)
-    print(json.dumps({**found, "peak": status_bytes("VmHWM")}))
+    """Print a run in bfloat16, the peak of the process, and the losses of a run in float32 after that."""
+    run = run_trl if args.child == "trl" else run_onecard
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        found = run(args, "bfloat16", one)
+        peak = status_bytes("VmHWM")
+        exact = [] if args.loss == "sft" else run(args, "float32", two)["losses"]
+    print(json.dumps({**found, "float32": exact, "peak": peak}))
 
 
 def num_tokens(count: int) -> int:
@@ -150,63 +173,75 @@ def num_tokens(count: int) -> int:
     from onecard.hf.load import load_tokenizer
 
     tokenizer = load_tokenizer(str(make_model()))
-    answers = [(row["prompt"], row[side]) for row in pairs(count) for side in ("chosen", "rejected")]
-    return sum(len(encode_pair(prompt, answer, tokenizer, "row", LENGTH)[0][:LENGTH]) for prompt, answer in answers)
+    parts = [(row["prompt"], row["completion"]) for row in answers(count)]
+    return sum(len(encode_pair(prompt, answer, tokenizer, "row", LENGTH)[0][:LENGTH]) for prompt, answer in parts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--settings", nargs="*", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--child", choices=CONTENDERS)
-    parser.add_argument("--recompute", action="store_true")
+    parser.add_argument("--losses", nargs="*", choices=list(LOSSES), default=list(LOSSES))
+    parser.add_argument("--pairs", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--recompute", action="store_true", help="recompute activations; without it all are kept")
+    parser.add_argument("--child", choices=NAMES)
+    parser.add_argument("--loss", choices=("sft", *LOSSES))
     args = parser.parse_args()
     if args.child:
         return child(args)
     make_model()
-    tokens, runs = num_tokens(args.pairs), {}
+    tokens = num_tokens(args.pairs)
+    common = ["--pairs", str(args.pairs), "--steps", str(args.steps), *(["--recompute"] if args.recompute else [])]
+    turns = [("onecard", "sft"), *((name, loss) for loss in args.losses for name in NAMES)]
+    runs: dict[tuple[str, str], list[dict[str, Any]]] = {turn: [] for turn in turns}
     for number in range(args.rounds):
-        for setting in args.settings:
-            for name in CONTENDERS:
-                extra = ["--recompute"] if setting == "recompute" else []
-                common = ["--pairs", str(args.pairs), "--steps", str(args.steps)]
-                found = run_child("benchmarks.preference", "--child", name, *common, *extra)
-                runs.setdefault((name, setting), []).append(found)
-                speed = tokens / statistics.median(found["seconds"][1:])
-                print(f"round {number + 1}  {name:4s} {setting:10s} {speed:7.1f} tok/s  {found['peak'] / MB:7.0f} MB",
-                      [round(loss, 4) for loss in found["losses"]], flush=True)  # fmt: skip
-    print(report(args, tokens, runs))
+        for turn in turns:
+            found = run_child("benchmarks.preference", "--child", turn[0], "--loss", turn[1], *common)
+            runs[turn].append(found)
+            speed = tokens / statistics.median(found["seconds"][1:])
+            losses = [[round(value, 4) for value in found[what]] for what in ("losses", "float32")]
+            print(f"round {number + 1}", *turn, f"{speed:.1f} tok/s {found['peak'] / MB:.0f} MB", *losses, flush=True)
+            if done := [loss for loss in args.losses if all(runs[each, loss] for each in NAMES)]:
+                print(report(args, done, tokens, runs), flush=True)  # a run that is ended early leaves these
 
 
-def report(args: argparse.Namespace, tokens: int, runs: dict[tuple[str, str], list[dict[str, Any]]]) -> Path:
+def report(
+    args: argparse.Namespace, losses: list[str], tokens: int, runs: dict[tuple[str, str], list[dict[str, Any]]]
+) -> Path:
     """Write the ratios and the losses of the steps."""
-    seconds = {key: statistics.median(s for run in found for s in run["seconds"][1:]) for key, found in runs.items()}
-    peak = {key: statistics.median(run["peak"] for run in found) for key, found in runs.items()}
-    own = {key: statistics.median(run["peak"] - run["before"] for run in found) for key, found in runs.items()}
-    lines = []
-    for setting in args.settings:
-        for other in ("trl", "sft"):
-            one, two = ("dpo", setting), (other, setting)
-            ratios = (seconds[two] / seconds[one], peak[one] / peak[two], own[one] / own[two])
-            lines.append([CONTENDERS[other], setting, *(f"{ratio:.2f}x" for ratio in ratios), f"{peak[one] / MB:,.0f}"])
-    header = ["onecard's DPO against", "activations", "speed", "peak", "peak above the libraries", "its peak, MB"]
-    losses = []
-    for setting in args.settings:
-        for name in ("dpo", "trl"):
-            for what in ("losses", "margins", "norms"):
-                values = [f"{value:.4f}" for value in runs[name, setting][0][what]]
-                losses.append([CONTENDERS[name], setting, what, *values])
-    steps = [f"step {i + 1}" for i in range(args.steps)]
+
+    def median(turn: tuple[str, str], what: str) -> float:
+        if what == "seconds":
+            return statistics.median(second for run in runs[turn] for second in run["seconds"][1:])
+        return statistics.median(run["peak"] - (run["before"] if what == "own" else 0) for run in runs[turn])
+
+    lines, steps = [], []
+    for loss in losses:
+        ours, theirs, sft = ("onecard", loss), ("trl", loss), ("onecard", "sft")
+        speeds = [median(other, "seconds") / median(ours, "seconds") for other in (theirs, sft)]
+        peaks = [median(ours, what) / median(other, what) for other in (theirs, sft) for what in ("peak", "own")]
+        goal = "met" if max(peaks[2:]) <= GOAL else "missed"
+        lines.append([loss, *(f"{ratio:.2f}x" for ratio in (speeds[0], *peaks[:2], speeds[1], *peaks[2:])), goal])
+        for dtype, what in (("float32", "float32"), ("bfloat16", "losses")):
+            both = [runs[name, loss][0][what] for name in NAMES]
+            steps += [[loss, dtype, name, *(f"{value:.5f}" for value in values)] for name, values in zip(NAMES, both)]
+        apart = [
+            abs(one - other) / abs(other) for one, other in zip(*(runs[name, loss][0]["float32"] for name in NAMES))
+        ]
+        steps.append([loss, "float32", "relative difference", *(f"{value:.0e}" for value in apart)])
+    header = ["loss", "speed against trl", "peak against trl", "above the libraries", "speed against SFT",
+              "peak against SFT", "above the libraries", f"goal: at most {GOAL}x SFT's peak"]  # fmt: skip
     body = (
         f"SmolLM2-135M-Instruct, {args.pairs} pairs of GSM8K, {tokens:,} tokens a step, rank {RANK} on all linears, "
-        f"bfloat16; medians of {args.rounds} processes of {args.steps} steps each, the first step left out. The "
-        f"machine was busy: only the ratios are of use. Speed is of the steps. onecard's reference is computed before "
-        f"them, trl's in them.\n"
-        f"\n{table(header, lines)}\n\n{table(['', 'activations', '', *steps], losses)}"
+        f"{'activations recomputed' if args.recompute else 'all activations kept'}; medians of {args.rounds} processes "
+        f"of {args.steps} steps each, the first step left out. The machine was busy: only the ratios are of use. Peaks "
+        f"and speeds are those of bfloat16, a peak that of the whole process or what it adds to the imported "
+        f"libraries. Speed is of the steps, more is better: onecard's reference is computed before them, trl's in "
+        f"them. trl runs over peft and bitsandbytes. SFT is onecard's, of the same documents.\n"
+        f"\n{table(header, lines)}\n\nLosses of the steps:\n"
+        f"\n{table(['loss', 'dtype', '', *(f'step {i + 1}' for i in range(args.steps))], steps)}"
     )
-    return write_result("preference", "DPO, side by side", body)
+    return write_result("preference", "Losses on preferences, side by side", body)
 
 
 if __name__ == "__main__":
