@@ -93,7 +93,7 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
             exists, no disk space, a package that is not installed.
     """
     from onecard.adapter.head import refuse_head
-    from onecard.adapter.origin import STORED, stored_as
+    from onecard.adapter.origin import STORED, stored_as, written_otherwise
     from onecard.export.folder import need_package
     from onecard.terminal import quiet_process, tell
 
@@ -122,4 +122,9 @@ def export(config: ExportConfig, *, quiet: bool = True) -> Exported:
             where = (config.model, config.adapter, config.data, config.output)
             found = export_folder(config.format, *where, config, config.base, quant, on_data)
             path, lines = found.folder, found.lines()
+        kind = config.outtype if config.format == "gguf" else config.format
+        nearest = config.data is None and config.imatrix is None and config.base != "original"
+        changed = {"group_size", "sym"} & config.model_dump(exclude_defaults=True).keys()
+        notes = written_otherwise(config.adapter, kind, nearest and not changed)
+        lines = [*(f"note     {note}" for note in notes), *lines]
         return Exported(path, lines if rows is None else [*verify_export(config, path, quant, rows), *lines])

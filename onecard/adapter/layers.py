@@ -32,9 +32,12 @@ from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.hf.head import is_headed
 from onecard.kernels import ops
+from onecard.kernels.reference import Lora
 from onecard.nn.experts import Experts4bit, Factors
+from onecard.nn.grid import Grid, merged_linear
 from onecard.nn.linear import Linear4bit
 from onecard.nn.linears import beside_text, read_directly
+from onecard.quant.state import PackedWeight
 
 
 class LoraLinear4bit(PeftLinear):
@@ -42,9 +45,13 @@ class LoraLinear4bit(PeftLinear):
 
     Attributes:
         starts: A0 and -B0 of the adapters that started from W.
+        grid: of the file that is trained for; None: the weight is not rounded.
+        beside: the layers whose merged weights share a scale in that file, this one among them.
     """
 
     starts: dict[str, tuple[Tensor, Tensor]] = {}  # noqa: RUF012  # peft makes the start before __init__ ends
+    grid: Grid | None = None
+    beside: tuple[LoraLinear4bit, ...] = ()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         name = self.plain_adapter()
@@ -56,16 +63,13 @@ class LoraLinear4bit(PeftLinear):
         dropout = self.lora_dropout[name]
         adapter_B: Any = self.lora_B[name]
         active = self.training and not isinstance(dropout, nn.Identity)
-        packed, state = base.stored()
-        y = ops.qlora_linear(
-            x_in,
-            packed,
-            state,
-            base.bias,
-            *self.factors(name),
-            self.scaling[name],
-            dropout(x_in) if active else None,
-        )
+        if self.grid is not None:
+            peak = max((self.grid.peak(*other.parts(name)) for other in self.beside), default=0.0)
+            weight, lora = self.parts(name)
+            y = merged_linear(x_in, weight, base.bias, lora, self.grid, peak)
+        else:
+            dropped = dropout(x_in) if active else None
+            y = ops.qlora_linear(x_in, *base.stored(), base.bias, *self.factors(name), self.scaling[name], dropped)
         if adapter_B.bias is not None:
             y = y + (self.scaling[name] * adapter_B.bias).to(y.dtype)
         return y.to(x.dtype)
@@ -78,6 +82,11 @@ class LoraLinear4bit(PeftLinear):
         if len(names) != 1 or names[0] in self.lora_variant:
             return None
         return names[0]
+
+    def parts(self, name: str) -> tuple[PackedWeight, Lora]:
+        """Return the frozen weight, and what is added to it."""
+        base: Any = self.get_base_layer()
+        return PackedWeight.of(*base.stored()), Lora(*self.factors(name), self.scaling[name])
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the A and B that are added to W: the adapter's, with its frozen start if it has one."""

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from transformers.pytorch_utils import Conv1D
 
-from onecard.config import LoadConfig, QuantConfig, QuantType, make_config
+from onecard.config import LoadConfig, QuantConfig, QuantType, TrainFor, make_config
 from onecard.documents import Own, hold, read_object
 from onecard.errors import UserError
 from onecard.files import sha256
@@ -95,6 +95,7 @@ class Origin(Own):
         quant_type, blocksize, double_quant: how its linears were quantized in memory.
         sample, scales: its `sample_base`. Files of an older release have no scales.
         form: None in a file of an older release.
+        train_for: the format that the run rounded to in its forward passes.
         files: sha256 of each other file of the folder, by name.
         sha256: digest of all other fields.
     """
@@ -106,6 +107,7 @@ class Origin(Own):
     sample: str = Field(pattern="^[0-9a-f]{64}$")
     scales: str | None = Field(None, pattern="^([0-9a-f]{16})+$")
     form: Form | None = None
+    train_for: TrainFor | None = None
     files: dict[str, str] = Field(default_factory=dict)
     sha256: str | None = None
 
@@ -115,7 +117,8 @@ class Origin(Own):
 
     def digest(self) -> str:
         """Return the sha256 of all fields except `sha256`."""
-        content = self.model_dump(mode="json", exclude={"sha256"})
+        later = {"train_for"} if self.train_for is None else set()  # files of older releases have no such field
+        content = self.model_dump(mode="json", exclude={"sha256", *later})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -173,6 +176,26 @@ def form_beside(adapter: str | Path | None) -> Form | None:
     """Return the form of an adapter's prompts; None if its folder does not record one."""
     origin = read_origin(adapter) if adapter is not None else None
     return origin.form if origin is not None else None
+
+
+def trained_for(adapter: str | Path | None) -> TrainFor | None:
+    """Return the format that an adapter's run rounded to; None if it did not."""
+    origin = read_origin(adapter) if adapter is not None else None
+    return origin.train_for if origin is not None else None
+
+
+def written_otherwise(adapter: str | Path | None, written: str, is_nearest: bool) -> list[str]:
+    """Return a note for the user if an adapter was trained for another file than the one that is written.
+
+    Args:
+        written: the file's format, a value of train_for or another one.
+        is_nearest: whether its codes are the nearest ones, as in training.
+    """
+    expected = trained_for(adapter)
+    if expected is None or (written == expected and is_nearest):
+        return []
+    found = f"{written} with other codes than the nearest" if written == expected else written
+    return [f"the adapter was trained for {expected}, and this is {found}: its effect may differ"]
 
 
 def changed(path: Path, found: str) -> UserError:

@@ -14,6 +14,7 @@ from torch import Tensor
 from onecard.adapter.load import WEIGHTS, modules_of, read_config, stored_tensors
 from onecard.errors import UserError
 from onecard.hf.quantizer import check_finite
+from onecard.nn.grid import add_update
 from onecard.patterns import first_match
 
 PREFIX = "base_model.model."
@@ -33,7 +34,7 @@ class Update:
     def add_to(self, W_NK: Tensor, start: int) -> Tensor:
         """Return the weight's float32 rows with the update added. W_NK holds its rows from `start` on."""
         rows = slice(start, start + W_NK.shape[0])
-        W_NK = W_NK + self.scaling * (self.B_NR[rows] @ self.A_RK)
+        W_NK = add_update(W_NK, self.A_RK, self.B_NR[rows], self.scaling)
         if self.magnitude_N is not None:
             W_NK *= self.magnitude_N[rows, None] / torch.linalg.vector_norm(W_NK, dim=1, keepdim=True)
         return W_NK

@@ -38,7 +38,7 @@ def merge(
         device: Where --verify computes.
     """
     from onecard.adapter.head import labels_beside, refuse_head
-    from onecard.adapter.origin import read_origin, stored_as
+    from onecard.adapter.origin import read_origin, stored_as, written_otherwise
     from onecard.hf.head import model_class
     from onecard.hf.skeleton import read_config
 
@@ -69,6 +69,8 @@ def merge(
 
         run(model, adapter, output, kept, config)
     print(f"merged   {output}  ({requantize or '16-bit'}, {kept} base)")
+    for note in written_otherwise(adapter, requantize or "in 16 bits", kept == "dequantized"):
+        print(f"note     {note}")
     if left is not None and left.share is not None:
         print(f"left     {left.share:.1%} of the update in the weights, with rounding errors of {left.noise:.1%} of it")
     if labels_beside(adapter):

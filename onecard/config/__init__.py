@@ -33,9 +33,9 @@ from onecard.config.data import (
     TrainOn,
 )
 from onecard.config.evaluation import EvaluationData, EvaluationSettings, eval_key
-from onecard.config.export import CalibrationConfig, ExportConfig, Folder, GgufConfig
+from onecard.config.export import CALIBRATED, CalibrationConfig, ExportConfig, Folder, GgufConfig
 from onecard.config.infer import SamplingConfig, ServeConfig
-from onecard.config.lora import LoraSettings
+from onecard.config.lora import LoraSettings, TrainFor
 from onecard.config.optim import ADAMW, Optim, OptimSettings
 from onecard.config.preference import LossSettings, PreferenceSettings
 from onecard.config.quant import (
@@ -60,6 +60,7 @@ __all__ = [
     "BLOCKSIZES",
     "BNB_TYPES",
     "CACHE_PROBE",
+    "CALIBRATED",
     "FORMATS_OF",
     "FUSION_PROBE_TOKENS",
     "HEAD",
@@ -108,6 +109,7 @@ __all__ = [
     "Strict",
     "StudioConfig",
     "TrainConfig",
+    "TrainFor",
     "TrainOn",
     "eval_key",
     "is_loopback",

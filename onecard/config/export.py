@@ -11,7 +11,7 @@ from onecard.config.quant import StoredConfig
 from onecard.config.strict import Strict
 
 Folder = Literal["gptq", "awq", "w4a16", "fp8", "nvfp4", "mlx"]
-CALIBRATED = ("gptq", "awq")  # which need data; w4a16 may have it
+CALIBRATED = ("gptq", "w4a16")  # which may have data; awq needs it
 NEAREST = ("fp8", "nvfp4", "mlx")
 
 
@@ -84,8 +84,8 @@ class ExportConfig(StoredConfig, GgufConfig, CalibrationConfig):
 
     @model_validator(mode="after")
     def _calibrated_on_data(self) -> ExportConfig:
-        if self.format in CALIBRATED and self.data is None:
-            raise ValueError("gptq and awq are calibrated on your data: give data")
+        if self.format == "awq" and self.data is None:
+            raise ValueError("awq is calibrated on your data: give data")
         if self.format in NEAREST and self.data is not None:
             raise ValueError("fp8, nvfp4 and mlx take the nearest codes: leave data out")
         if self.format == "w4a16" and (self.desc_act or not self.sym):

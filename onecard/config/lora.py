@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
@@ -41,6 +41,9 @@ def check_tokens(value: list[str]) -> list[str]:
 
 
 Tokens = Annotated[list[str], BeforeValidator(split_tokens), AfterValidator(check_tokens)]
+
+
+TrainFor = Literal["q4_0", "gptq", "nvfp4", "nf4"]
 
 
 class LoraSettings(Strict):
@@ -83,6 +86,11 @@ class LoraSettings(Strict):
     modules_to_save: list[str] | None = Field(
         default=None, description="modules trained in full and saved with the adapter"
     )
+    train_for: TrainFor | None = Field(
+        default=None,
+        description="format of the file that will be served: each linear computes with its merged weight rounded to "
+        "it, so that the file keeps what is learned",
+    )
 
     add_tokens: Tokens | None = Field(
         default=None,
@@ -113,6 +121,13 @@ class LoraSettings(Strict):
     def _plain_lora_on_experts(self) -> LoraSettings:
         if self.target_parameters and (self.lora_dropout > 0 or self.use_dora or self.lora_bias):
             raise ValueError("target_parameters take no lora_dropout, no use_dora and no lora_bias, as in peft")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_that_a_file_has(self) -> LoraSettings:
+        if self.train_for and (self.lora_dropout > 0 or self.use_dora or self.target_parameters):
+            raise ValueError("train_for takes no lora_dropout, no use_dora and no target_parameters: a linear computes "
+                             "with W + s B A, rounded")  # fmt: skip
         return self
 
     @model_validator(mode="after")

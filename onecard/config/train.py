@@ -165,6 +165,17 @@ class TrainConfig(
         return self
 
     @model_validator(mode="after")
+    def _what_training_for_a_file_takes(self) -> TrainConfig:
+        if self.train_for is None:
+            return self
+        if self.has_head or self.has_reference or self.metric:
+            found = f"task {self.task}" if self.has_head else f"loss {self.loss}" if self.has_reference else "metric"
+            raise ValueError(f"train_for rounds the weights of each forward: it does not go with {found}")
+        if self.parallel == "fsdp":
+            raise ValueError("train_for needs each linear's whole weight: leave parallel fsdp out")
+        return self
+
+    @model_validator(mode="after")
     def _what_a_preference_takes(self) -> TrainConfig:
         if self.format not in ("auto", *FORMATS_OF[self.objective]):
             what = f"task {self.task}" if self.has_head else f"loss {self.loss}"

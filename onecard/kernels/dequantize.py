@@ -34,6 +34,20 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def dequantize_part(weight: PackedWeight, absmax: Tensor, first: int, count: int) -> Tensor:
+    """Dequantize `count` weights from index `first` on to float32.
+
+    Args:
+        absmax: the weight's float32 scales (`state_absmax`).
+    """
+    skip, size = first % weight.blocksize, weight.blocksize
+    out = torch.empty(skip + count, device=weight.codes.device)
+    codes = weight.codes.view(-1)[(first - skip) // 2 : (first + count + 1) // 2]
+    part = PackedWeight(codes, absmax[first // size :], None, None, weight.quant_type, size, list(out.shape))
+    backend(out.device).codec.dequantize_into(part, out)
+    return out[skip:]
+
+
 @contextmanager
 def dequantize_to_scratch(weight: PackedWeight, dtype: torch.dtype) -> Iterator[Tensor]:
     """Dequantize the weight into a scratch buffer, which is valid in the body.

@@ -21,6 +21,7 @@ from onecard.hf.skeleton import Model
 from onecard.kernels.cpu import native
 from onecard.memory.activations import Activations, gated_mlps, intermediate, layer_activations
 from onecard.memory.workload import Workload, assumed, multiple
+from onecard.nn.grid import SLAB_VALUES, merged_bytes
 from onecard.optim.make import state_bytes
 from onecard.paging.files import ALIGNMENT
 from onecard.paging.weights import layer_of
@@ -341,6 +342,15 @@ class PlanInputs:
         tiled_rows = native.tiled_rows()
         rows = self.c * min(self.batch_tokens, tiled_rows) * widest
         return Term("scratch", rows + weight, f"c min(T, {tiled_rows}) x the widest matrix")
+
+    @cached_property
+    def merged(self) -> list[Term]:
+        """The term of training for a file: the merged weight of one linear, and what it is made from (nn/grid.py)."""
+        if self.config.train_for is None:
+            return []
+        sizes = (merged_bytes(self.config.train_for, m.weight.shape, self.c) for m in self.model.linears.values())
+        copies = "(c + 2.5)" if self.config.train_for == "nf4" else "c"
+        return [Term("merged weight", max(sizes), f"{copies} x the largest matrix + 8 x {SLAB_VALUES >> 20} Mi of it")]
 
     @cached_property
     def unpaged_bytes(self) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from onecard.adapter.served import check_served
 from onecard.adapter.targets import check_names
 from onecard.config import TrainConfig, make_config
 from onecard.errors import UserError
@@ -168,6 +169,7 @@ def plan_model(
             searches take most of the time.
     """
     check_names(known, config)
+    check_served(known, config)
     num_new = sum(len(read_tokens(named)) for named in (config.add_tokens, config.add_special_tokens))
     inputs = PlanInputs(known, config, torch.bfloat16, num_new_tokens=num_new, num_processes=num_processes)
     if method != "full" and not inputs.adapted:

@@ -46,6 +46,7 @@ def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStr
     )
     P, P_l = inputs.model.num_weights, inputs.num_lora
     base = base_terms(inputs, strategy) if method in ("qlora", "generate") else [Term("weights, 16-bit", 2 * P, "2 P")]
+    base += inputs.merged if method == "qlora" else []
     lora = Term("LoRA weights", 4 * P_l, "4 P_l")
     if method == "full":
         masters = Term("float32 masters", 4 * P, "4 P")

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from onecard.adapter.served import without_grids
 from onecard.config import TrainConfig
 from onecard.data.sources import flags_of, name_of
 from onecard.data.stream import StreamLoader
@@ -32,7 +33,8 @@ def measure(
     with run.ranks.in_step(run.base), apart():
         if run.ranks.is_first:
             asked = (prepared.tokenizer, prepared.samples, prepared.form.end_tokens)
-            found["answers"] = answer_samples(result.model, *asked)
+            with without_grids(result.model):  # as generate and chat answer with the adapter
+                found["answers"] = answer_samples(result.model, *asked)
             if extra:
                 found["facts"] = extra(result, when)
     return found

@@ -15,6 +15,7 @@ from onecard.adapter.form import form_of, template_digest
 from onecard.adapter.head import check_labels, headed_config
 from onecard.adapter.load import WEIGHTS
 from onecard.adapter.origin import Form
+from onecard.adapter.served import check_served
 from onecard.adapter.start import check_loftq
 from onecard.adapter.targets import check_names, check_new_tokens
 from onecard.adapter.trained import check_same_tokens, check_trained
@@ -163,6 +164,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
         leave_out(model.modules)
     head_config = headed_config(model, tokenizer, str(folder / "config.json")) if labels else None
     check_names(model, config)
+    check_served(model, config)
     if config.init_lora_weights == "loftq" and not config.calibrate:
         linears = [path.removesuffix(".weight") for path in model.linears]
         check_loftq(checkpoint, model.modules, linears, config)

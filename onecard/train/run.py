@@ -152,13 +152,13 @@ def count_batches(loader: Loader, config: TrainConfig) -> int:
 
 def make_graphs(run: Run, limit: int) -> DecoderGraphs | None:
     """Return CUDA graphs if enabled and possible: on a GPU, with the packed loss, all resident and kept, no experts,
-    no noise on embeddings.
+    no noise on embeddings, no training for a file.
 
     Args:
         limit: bytes of device memory that the run may use.
     """
     held = run.strategy == MemoryStrategy() and run.loss is packed_loss and not has_experts(run.base)
-    held = held and run.noise is None and not run.is_sharded
+    held = held and run.noise is None and not run.is_sharded and run.config.train_for is None
     if run.device.type != "cuda" or not run.config.cuda_graphs or not held:
         return None
     return DecoderGraphs(run.base, run.trainable.values(), limit)

@@ -14,6 +14,7 @@ from rich.console import Console
 from onecard.adapter.layers import lora_config
 from onecard.adapter.origin import origin_of
 from onecard.adapter.save import save_adapter
+from onecard.adapter.served import set_grids
 from onecard.adapter.start import Start, set_loftq, set_start
 from onecard.adapter.tokens import add_adapter
 from onecard.adapter.trained import set_trained
@@ -23,6 +24,7 @@ from onecard.errors import Stopped, UserError
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.head import start_head
 from onecard.hf.load import (
+    find_checkpoint,
     load_model,
     pick_device,
 )
@@ -228,7 +230,7 @@ def run_locked(
     for line in end_at_best(run, result, output):
         console.print(line, highlight=False)
     if ranks.is_first:
-        origin = origin.model_copy(update={"form": prepared.form})
+        origin = origin.model_copy(update={"form": prepared.form, "train_for": config.train_for})
         save_adapter(model, result.adapter, origin, prepared.own_tokenizer, prepared.head_config)
     finish_report(result, prepared, before, measure(result, prepared, "after", report_extra, run, evaluate), run)
     result.report.facts |= base.facts if base is not None else {}
@@ -316,6 +318,8 @@ def load_adapted(config: TrainConfig, prepared: Prepared, console: Console) -> A
         raise UserError(must, str(error), "correct it", "target_modules") from None
     if config.adapter is not None:
         set_trained(model, config.adapter)
+    if config.train_for is not None:
+        set_grids(model, find_checkpoint(config.model), config)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     console.rule("training", align="left")
     console.print(

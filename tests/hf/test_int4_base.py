@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq
-from onecard.export.calibrated.grouped import Grouped, pack_int32
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.rounding import second_rounding
 from onecard.hf.skeleton import read_model
 from onecard.hf.stored import read_rows, read_tensor
+from onecard.quant.grouped import Grouped, pack_int32
 from tests.conftest import make_checkpoint
 from tests.export.merge.test_merged import make_adapter
 from tests.hf.test_fp8 import check_merged_alike, load, set_quantization, write_twins

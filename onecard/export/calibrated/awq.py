@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from onecard.config import CalibrationConfig
 from onecard.export.calibrated.calibration import Layer
-from onecard.export.calibrated.grouped import IN_LAYER, Grouped, pack_int32, round_to_nearest
 from onecard.export.calibrated.hessian import Inputs
+from onecard.quant.grouped import IN_LAYER, Grouped, pack_int32, round_to_nearest
 
 title, shares_scale = "AWQ", False
 GRID = 20  # steps of alpha from 0 to 1

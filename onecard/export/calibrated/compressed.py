@@ -19,14 +19,9 @@ from torch import Tensor
 
 from onecard.config import CalibrationConfig
 from onecard.export.calibrated import gptq
-from onecard.export.calibrated.grouped import Grouped, pack_int32
-from onecard.quant.codebook import MXFP4 as E2M1
-from onecard.quant.mxfp4 import encode_e2m1
+from onecard.quant.grouped import Grouped, pack_int32
+from onecard.quant.nvfp4 import BLOCK, E4M3, LARGEST, quantize_nvfp4
 
-E4M3 = torch.float8_e4m3fn
-LARGEST, SMALLEST = 448.0, 2.0**-9  # of E4M3
-BLOCK = 16  # of nvfp4
-ENDS = (6.0, 4.0)  # levels of E2M1 that the largest weight of a block may have
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
@@ -139,25 +134,12 @@ class NVFP4:
 
     @staticmethod
     def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float) -> Scaled:
-        """Round a float32 weight to the nearest codes. Of a block's scales that give its largest weight the level 6 or
-        4, the one with the least squared error is taken.
+        """Round a float32 weight to the nearest codes.
 
         Args:
             peak: the largest magnitude of the module's weights; 0 if all are.
         """
-        divisor = torch.tensor([LARGEST * ENDS[0] / peak if peak > 0 else 1.0], dtype=torch.float32)
-        x = W_NK.view(len(W_NK), -1, BLOCK)
-        largest, least = x.abs().amax(-1), torch.full(x.shape[:-1], torch.inf)
-        codes, scales = torch.empty_like(x, dtype=torch.uint8), torch.empty(x.shape[:-1], dtype=E4M3)
-        levels = torch.tensor(E2M1)
-        for end in ENDS:
-            scale = (largest / end * divisor).clamp(SMALLEST, LARGEST).to(E4M3)
-            s = (scale.float() / divisor)[..., None]
-            found = encode_e2m1(x / s)
-            error = (levels[found.int()] * s - x).square().sum(-1)
-            better = error < least
-            codes[better], scales[better], least[better] = found[better], scale[better], error[better]
-        codes = codes.view_as(W_NK)
+        codes, scales, divisor = quantize_nvfp4(W_NK, peak)
         return Scaled(codes[:, 0::2] | codes[:, 1::2] << 4, scales, divisor)
 
     @staticmethod

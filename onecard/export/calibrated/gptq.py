@@ -19,7 +19,8 @@ from torch import Tensor
 
 from onecard.config import CalibrationConfig
 from onecard.export.calibrated.calibration import Layer
-from onecard.export.calibrated.grouped import (
+from onecard.export.calibrated.hessian import damped_cholesky
+from onecard.quant.grouped import (
     IN_LAYER,
     Grouped,
     choose_scales,
@@ -27,7 +28,6 @@ from onecard.export.calibrated.grouped import (
     pack_int32,
     round_to_nearest,
 )
-from onecard.export.calibrated.hessian import damped_cholesky
 
 title, shares_scale = "GPTQ", False
 FIRST_ZERO = 1  # the files hold zero - 1

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from onecard.config import CalibrationConfig
 from onecard.errors import UserError
-from onecard.export.calibrated.grouped import LEVELS, pack_int32
 from onecard.export.gguf.scales import affine_scales, reciprocal
+from onecard.quant.grouped import LEVELS, pack_int32
 
 GROUP = 64
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi3")  # whose logits in mlx-lm are the model's

@@ -14,8 +14,8 @@ import torch
 from onecard.config import CalibrationConfig
 from onecard.export.calibrated.calibration import Layer
 from onecard.export.calibrated.experts import RoutedExperts
-from onecard.export.calibrated.grouped import Grouped
 from onecard.export.merge.experts import Experts
+from onecard.quant.grouped import Grouped
 
 Found = list[tuple[str, Grouped]]
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onecard.config import CalibrationConfig, Data, DataConfig, Folder, QuantConfig, make_config
+from onecard.adapter.origin import trained_for
+from onecard.config import CALIBRATED, CalibrationConfig, Data, DataConfig, Folder, QuantConfig, make_config
 from onecard.data.chat.template import set_template
 from onecard.data.dataset import Dataset
 from onecard.data.load import load_dataset
@@ -25,7 +26,6 @@ from onecard.export.calibrated import awq, gptq, mlx
 from onecard.export.calibrated.calibration import Layer, calibrate, first_batches
 from onecard.export.calibrated.check import check_layers
 from onecard.export.calibrated.compressed import FP8, NVFP4, W4A16
-from onecard.export.calibrated.grouped import IN_LAYER, Grouped
 from onecard.export.calibrated.layers import LayeredModel
 from onecard.export.calibrated.routed import quantize_experts
 from onecard.export.folder import Shapes, check_room, new_folder, write_others
@@ -34,6 +34,7 @@ from onecard.hf.load import load_tokenizer, pick_device
 from onecard.hf.quantizer import check_finite
 from onecard.hf.stored import FLOAT_DTYPES
 from onecard.hf.writer import TensorFile
+from onecard.quant.grouped import IN_LAYER, Grouped, pick_group_size
 
 STORAGES: dict[Folder, Any] = {
     "gptq": gptq, "awq": awq, "w4a16": W4A16, "fp8": FP8, "nvfp4": NVFP4, "mlx": mlx.MLX
@@ -42,7 +43,6 @@ ALONE = {  # formats without experts, and what to do
     "nvfp4": "choose fp8 or w4a16; transformers 5.23 reads experts of NVFP4 without their float32 scale",
     "mlx": "merge it, and let mlx_lm.convert join its experts",
 }
-GROUP_SIZES = (128, 64, 32)
 Matrices = dict[str, tuple[int, int]]  # (N, K), by the module's name in the checkpoint
 
 
@@ -101,9 +101,11 @@ def export_folder(
     matrices = matrices_of(merged)
     check_experts(merged, format, model)
     more, notes = mlx.model_fields(merged.model.modules.config) if format == "mlx" else ({}, [])
-    if format == "w4a16" and data is None:
+    if format in CALIBRATED and data is None and trained_for(adapter) != "gptq":
         notes = ["each weight has the nearest code; --data calibrates them, and keeps more of the model"]
-    config = config.model_copy(update={"group_size": pick_group_size(matrices, config.group_size)})
+    config = config.model_copy(
+        update={"group_size": pick_group_size((K for _, K in matrices.values()), config.group_size)}
+    )
     fitting = {n: s for n, s in matrices.items() if s[0] % 8 == 0 and s[1] % storage.width(config) == 0}
     if not fitting:
         raise UserError("a linear's width must be a multiple of 32", "none is", "export another format", model)
@@ -251,12 +253,6 @@ def read_rows(
     if on_data:
         on_data(dataset)
     return dataset
-
-
-def pick_group_size(matrices: Matrices, largest: int) -> int:
-    """Return the group size that divides the widths of most matrices, up to `largest`; in a tie, the larger size."""
-    sizes = [size for size in GROUP_SIZES if size <= largest]
-    return max(sizes, key=lambda size: (sum(K % size == 0 for _, K in matrices.values()), size))
 
 
 def result_shapes(merged: Merged, quantized: dict[str, Shapes]) -> Shapes:

@@ -10,7 +10,7 @@ d, dmin and m are F16. A group's scale is found first (scales.py) and rounded to
 needs. Then the codes follow, and with them d and dmin are solved for once more, by least squares over the whole block.
 The codes are those of the final scales. The layouts of bytes are ggml's (ggml-common.h), which the gguf package's
 dequantizers read. That package itself quantizes the types with blocks of 32, except IQ4_NL, unless there is an
-importance matrix.
+importance matrix; Q4_0 without one is quant/q4_0.py, with the package's bytes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from onecard.export.calibrated.layers import Workers
 from onecard.export.gguf.scales import affine_scales, largest, reciprocal, signed_scales, weights_of
+from onecard.quant.q4_0 import quantize_q4_0
 
 CHUNK = 1 << 16  # weights that one task quantizes: its tensors stay in a core's cache
 TABLE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113.0])  # IQ4_NL's values
@@ -58,6 +59,8 @@ def quantize(W: Tensor, kind: Kind, importance: Tensor | None = None) -> np.ndar
         W: (N, K), K a multiple of the type's block; finite.
         importance: of each input, (K,) float32, not negative.
     """
+    if kind == Kind.Q4_0 and importance is None:  # as training for the file rounds it (quant/q4_0.py)
+        return pack_q4_0(*quantize_q4_0(W.float())).reshape(-1)
     if kind not in LAYOUTS or (importance is None and kind not in OURS):
         return gguf.quantize(W.float().numpy(), kind).reshape(-1)
     size, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -224,6 +227,11 @@ def pack_32(found: Codes, lowest: int = 0, is_5_bit: bool = False) -> np.ndarray
     least = [] if found.dmin is None else [floats(-found.dmin)]
     high = [np.packbits(q >> 4, axis=1, bitorder="little")] if is_5_bit else []
     return join(floats(found.d), *least, *high, low)
+
+
+def pack_q4_0(codes: Tensor, d: Tensor) -> np.ndarray:
+    """Pack codes and scales of quant/q4_0.py."""
+    return join(d.reshape(-1, 1).numpy().view(np.uint8), merge_bits(codes.numpy().reshape(-1, 2, 16), 4, 1))
 
 
 @dataclass(frozen=True)

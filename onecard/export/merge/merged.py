@@ -36,15 +36,15 @@ from onecard.hf.skeleton import Model, read_model, stored_dtype
 from onecard.hf.stored import DTYPE_BITS, FLOAT_DTYPES, read_tensor
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
-from onecard.kernels.backend import backend
+from onecard.kernels.dequantize import dequantize_part
 from onecard.nn.experts import turns
+from onecard.nn.grid import slab_rows
 from onecard.quant.blockwise import state_absmax
 from onecard.quant.mxfp4 import SCALES, from_mxfp4
 from onecard.quant.state import BNB_KEYS, STATE_KEY, PackedWeight, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
 NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
-SLAB_VALUES = 1 << 22
 SUFFIXES = tuple(f".{key}" for key in BNB_KEYS)
 
 
@@ -122,20 +122,20 @@ class Merged:
     def base_slabs(self, name: str, expert: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Yield a matrix of the base, (N, K), in float32: the number of the first row, and some rows."""
         N, K = self.matrix_shape(name)
-        rows = max(SLAB_VALUES // K, 1)
+        rows = slab_rows(K)
         if name not in self.rounded:
             W = self.original(name, expert)
             yield from ((start, W[start : start + rows].float()) for start in range(0, N, rows))
             return
         packed, state, skip = self.in_4bit(name, expert)
-        absmax = state_absmax(state)
+        weight, absmax = PackedWeight.of(packed, state), state_absmax(state)
         if expert is not None and turns(self.experts.is_transposed(name), state.quant_type):
-            W = dequantize_part(packed, absmax, state, skip, N * K).view(K, N).T
+            W = dequantize_part(weight, absmax, skip, N * K).view(K, N).T
             yield from ((start, W[start : start + rows]) for start in range(0, N, rows))
             return
         for start in range(0, N, rows):
             count = min(rows, N - start) * K
-            yield start, dequantize_part(packed, absmax, state, skip + start * K, count).view(-1, K)
+            yield start, dequantize_part(weight, absmax, skip + start * K, count).view(-1, K)
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
         """Return (N, K) of a weight, or of a stacked tensor's matrices."""
@@ -173,16 +173,6 @@ class Merged:
 def num_bytes(shapes: Shapes) -> int:
     """Return the number of bytes of tensors with these dtypes and shapes."""
     return sum(DTYPE_BITS[dtype] // 8 * prod(shape) for dtype, shape in shapes.values())
-
-
-def dequantize_part(packed: Tensor, absmax: Tensor, state: QuantState, first: int, count: int) -> Tensor:
-    """Dequantize `count` weights from index `first` on to float32; `absmax` are the 4-bit weight's float32 scales."""
-    skip = first % state.blocksize
-    block, out = first // state.blocksize, torch.empty(skip + count)
-    codes = packed.view(-1)[(first - skip) // 2 : (first + count + 1) // 2]
-    weight = PackedWeight(codes, absmax[block:], None, None, state.quant_type, state.blocksize, list(out.shape))
-    backend(out.device).codec.dequantize_into(weight, out)
-    return out[skip:]
 
 
 def open_merged(model: str, adapter: str | None, base: Base | None = None, quant: QuantConfig | None = None) -> Merged:

@@ -23,15 +23,16 @@ from onecard.config import BNB_TYPES, NESTED_BLOCKSIZE, QuantConfig
 from onecard.errors import UserError
 from onecard.export.folder import Shapes, check_room, new_folder, write_others
 from onecard.export.merge.experts import matrix_key, part_in_4bit
-from onecard.export.merge.merged import Base, Merged, dequantize_part, open_merged, write_tensor
+from onecard.export.merge.merged import Base, Merged, open_merged, write_tensor
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import find_checkpoint
 from onecard.hf.quantizer import BitsAndBytesConfig
 from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
+from onecard.kernels.dequantize import dequantize_part
 from onecard.nn.linears import skipped_names
 from onecard.quant.blockwise import state_absmax
-from onecard.quant.state import STATE_KEY, QuantState, to_bnb
+from onecard.quant.state import STATE_KEY, PackedWeight, QuantState, to_bnb
 
 STATE_BYTES = 256  # of a weight's JSON, padded with spaces
 
@@ -60,10 +61,10 @@ class Kept:
             return
         if place is not None:
             packed, state, skip = part_in_4bit(packed, state, place, expert)
-        absmax = state_absmax(state)
+        weight, absmax = PackedWeight.of(packed, state), state_absmax(state)
         for start, W in merged.base_slabs(name, expert):
             D = update.add_to(W, start) - W
-            found = dequantize_part(packed, absmax, state, skip + start * W.shape[1], W.numel()).view_as(W) - W
+            found = dequantize_part(weight, absmax, skip + start * W.shape[1], W.numel()).view_as(W) - W
             self.along += (found * D).sum(dtype=torch.float64).item()
             self.whole += D.square().sum(dtype=torch.float64).item()
             self.found += found.square().sum(dtype=torch.float64).item()

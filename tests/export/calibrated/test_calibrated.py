@@ -18,11 +18,11 @@ from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.calibrated import awq, gptq, routed, writer
 from onecard.export.calibrated.calibration import calibrate, first_batches
-from onecard.export.calibrated.grouped import Grouped, round_to_nearest
 from onecard.export.calibrated.layers import LayeredModel
-from onecard.export.calibrated.writer import export_folder, pick_group_size
+from onecard.export.calibrated.writer import export_folder
 from onecard.export.merge.merged import merge, open_merged
 from onecard.hf.load import load_tokenizer
+from onecard.quant.grouped import Grouped, pick_group_size, round_to_nearest
 from tests import conftest
 from tests.conftest import FAMILIES, make_checkpoint
 from tests.export.merge.test_merged import make_adapter
@@ -318,8 +318,7 @@ def test_linears_that_fit_no_group_stay(tmp_path, chats, format):
 
 @pytest.mark.parametrize("largest, widths, expected", [(128, (256, 704), 64), (128, (256, 512), 128), (64, (256,), 64)])
 def test_the_group_size_is_the_largest_that_all_widths_take(largest, widths, expected):
-    linears = {str(K): (8, K) for K in widths}
-    assert pick_group_size(linears, largest) == expected
+    assert pick_group_size(widths, largest) == expected
 
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path, chats):

@@ -117,3 +117,10 @@ def test_affine_scales_are_close_to_the_best():
     shares = torch.linspace(0.7, 1.1, 60)
     best = torch.stack([weighted(span * a / n, low * b) for a in shares for b in shares]).amin(0)
     assert found.sum() < 1.1 * best.sum()  # the search has one dimension: 5 % of the error
+
+
+def test_q4_0_without_importance_has_the_packages_bytes():
+    """Also of several largest magnitudes of both signs, and of rows whose scale is no F16."""
+    ties = torch.randint(-3, 4, (64, 512), generator=torch.Generator().manual_seed(1)).float()
+    for W in (hard_rows()[:10], ties):
+        assert (quantize(W, Kind.Q4_0) == gguf.quantize(W.numpy(), Kind.Q4_0).reshape(-1)).all()

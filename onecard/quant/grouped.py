@@ -9,6 +9,7 @@ Shapes: N outputs, K inputs, G groups of g inputs in a row.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from onecard.errors import UserError
 
 IN_LAYER = re.compile(r"\.\d+\.")  # in the name of a module of a layer
 LEVELS = 15  # the largest code
+GROUP_SIZES = (128, 64, 32)
 SMALLEST = 2.0**-24  # float16's, subnormal
 
 
@@ -93,6 +95,12 @@ def round_to_nearest(
     codes = encode(W, scale, zero).to(torch.uint8).view_as(W_NK)
     group_K = torch.arange(W_NK.shape[1], device=W.device, dtype=torch.int32) // group_size
     return Grouped(codes, scale[..., 0], zero[..., 0].to(torch.uint8), group_K)
+
+
+def pick_group_size(widths: Iterable[int], largest: int) -> int:
+    """Return the group size that divides most numbers of inputs, up to `largest`; in a tie, the larger size."""
+    sizes, widths = [size for size in GROUP_SIZES if size <= largest], list(widths)
+    return max(sizes, key=lambda size: (sum(K % size == 0 for K in widths), size))
 
 
 def pack_int32(codes: Tensor) -> Tensor:
