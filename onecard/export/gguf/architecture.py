@@ -19,7 +19,15 @@ from transformers import CONFIG_MAPPING
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from onecard.errors import UserError
-from onecard.export.gguf.families import EPSILONS, FAMILIES, GEMMAS, LAYERS_27B, NO_ROPE_PERIOD, WINDOW_PERIOD
+from onecard.export.gguf.families import (
+    EPSILONS,
+    FAMILIES,
+    GEMMAS,
+    LAYERS_27B,
+    NO_ROPE_PERIOD,
+    WINDOW_PERIOD,
+    WINDOWED_EXAONE4,
+)
 
 PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # of a stack of experts
 TEXT_PART = re.compile(r"^(?:model\.)?language_model\.(?:model\.)?")  # before a tensor's name in a multimodal model
@@ -68,6 +76,8 @@ class Architecture:
         counts = (getattr(config, key, 0) for key in ("num_local_experts", "num_experts"))
         self.num_experts = next((count for count in counts if count), 0)
         self.notes = [f"the file has the text part of {whole}; images need llama.cpp's own mmproj file"] * self.is_part
+        if self.rope.get("rope_type") == "yarn" and self.rope.get("truncate") is False:
+            self.notes.append("llama.cpp rounds the bounds between which YaRN scales, the model does not")
         if self.facts.ignores_window and window and window < config.max_position_embeddings:
             self.notes.append(f"llama.cpp attends to the whole context, the model to its last {window:,} tokens")
 
@@ -89,7 +99,10 @@ class Architecture:
             require(found == [int(i % period < period - 1) for i in range(len(found))], "no_rope_layers", found)
         if self.family == "olmoe":  # one norm over all heads
             require(self.num_kv_heads == self.num_heads, "num_key_value_heads", self.num_kv_heads)
-        if self.family == "cohere2":
+        if self.family == "exaone4":
+            windowed = config.num_hidden_layers == WINDOWED_EXAONE4
+            require(bool(config.sliding_window) == windowed, "sliding_window", config.sliding_window)
+        if self.family in ("cohere2", "gpt_oss") or (self.family == "exaone4" and config.sliding_window):
             require(self.windows() == self.usual_windows(), "layer_types", config.layer_types)
         if self.family in LAYERS_27B:
             scale, heads = config.query_pre_attn_scalar, config.num_attention_heads
@@ -111,6 +124,12 @@ class Architecture:
         assert layer is not None, stack
         return tuple(f"blk.{layer[1]}.ffn_{part}_exps.weight" for part in PARTS[stack.rpartition(".")[2]])
 
+    def expert_rows(self, number: int, count: int, num_rows: int) -> slice:
+        """Return the rows of a stack's matrices that are those of its tensor `number` of `count`."""
+        if self.facts.interleaves:
+            return slice(number, None, count)
+        return slice(number * num_rows // count, (number + 1) * num_rows // count)
+
     def tensor_name(self, name: str) -> str | None:
         """Return a tensor's name in the file; None for a tensor that is not written."""
         if self.is_part:
@@ -123,7 +142,7 @@ class Architecture:
         found = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise UserError(f"a tensor of {self.family} must have a place in GGUF", name, DO, "checkpoint")
-        return found
+        return found if found.endswith((".weight", ".bias")) else f"{found}.weight"
 
     def row_order(self, name: str) -> Tensor | None:
         """Return the order of a tensor's rows in the file; None if it is the checkpoint's order."""
@@ -144,6 +163,7 @@ class Architecture:
     def add_metadata(self, writer: gguf.GGUFWriter, vocab_size: int) -> None:
         """Write the model's hyperparameters."""
         config, windowed = self.config, self.family in WINDOW_PERIOD or self.family == "phi3"
+        windowed = windowed and (config.sliding_window is not None or self.family != "exaone4")
         epsilon = next(getattr(config, key) for key in EPSILONS if hasattr(config, key))
         writer.add_block_count(config.num_hidden_layers)
         writer.add_context_length(config.max_position_embeddings)

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from onecard.export.calibrated.layers import Workers
 from onecard.export.gguf.scales import affine_scales, largest, reciprocal, signed_scales, weights_of
+from onecard.quant.mxfp4 import encode_mxfp4
 from onecard.quant.q4_0 import quantize_q4_0
 
 CHUNK = 1 << 16  # weights that one task quantizes: its tensors stay in a core's cache
@@ -61,6 +62,8 @@ def quantize(W: Tensor, kind: Kind, importance: Tensor | None = None) -> np.ndar
     """
     if kind == Kind.Q4_0 and importance is None:  # as training for the file rounds it (quant/q4_0.py)
         return pack_q4_0(*quantize_q4_0(W.float())).reshape(-1)
+    if kind == Kind.MXFP4:  # values that are MXFP4's stay as they are
+        return pack_mxfp4(*encode_mxfp4(W.float().reshape(-1))).reshape(-1)
     if kind not in LAYOUTS or (importance is None and kind not in OURS):
         return gguf.quantize(W.float().numpy(), kind).reshape(-1)
     size, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -232,6 +235,11 @@ def pack_32(found: Codes, lowest: int = 0, is_5_bit: bool = False) -> np.ndarray
 def pack_q4_0(codes: Tensor, d: Tensor) -> np.ndarray:
     """Pack codes and scales of quant/q4_0.py."""
     return join(d.reshape(-1, 1).numpy().view(np.uint8), merge_bits(codes.numpy().reshape(-1, 2, 16), 4, 1))
+
+
+def pack_mxfp4(codes: Tensor, exponents: Tensor) -> np.ndarray:
+    """Pack codes and exponents of quant/mxfp4.py."""
+    return join(exponents.reshape(-1, 1).numpy(), merge_bits(codes.numpy().reshape(-1, 2, 16), 4, 1))
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Family:
         needs: settings that the graph cannot have otherwise, with the values that it has.
         numbers: the keys of numbers that only some families have, by the config's setting.
         ignores_window: whether the graph attends to the whole context where the model has a window.
+        interleaves: whether a stack of experts has the rows of gates and ups in turn, not one after the other.
     """
 
     arch: ARCH
@@ -41,6 +42,7 @@ class Family:
     needs: Mapping[str, Any] = field(default_factory=dict)
     numbers: Mapping[str, str] = field(default_factory=dict)
     ignores_window: bool = False
+    interleaves: bool = False
 
 
 GRANITE = {
@@ -65,6 +67,13 @@ FAMILIES = {
         numbers={**EXPERTS, "moe_intermediate_size": LLM.EXPERT_FEED_FORWARD_LENGTH},
     ),
     "olmoe": Family(ARCH.OLMOE, needs={**NO_BIAS, "norm_topk_prob": False, "clip_qkv": None}, numbers=EXPERTS),
+    "gpt_oss": Family(
+        ARCH.GPT_OSS,
+        ropes=("default", "yarn"),
+        needs={"attention_bias": True, "swiglu_alpha": 1.702, "swiglu_limit": 7.0},
+        numbers={**LOCAL_EXPERTS, "intermediate_size": LLM.EXPERT_FEED_FORWARD_LENGTH},
+        interleaves=True,
+    ),
     "granite": Family(ARCH.GRANITE, turns_heads=True, needs=NO_BIAS, numbers=GRANITE),
     "granitemoe": Family(ARCH.GRANITE_MOE, turns_heads=True, needs=NO_BIAS, numbers={**GRANITE, **LOCAL_EXPERTS}),
     "gemma": Family(ARCH.GEMMA, activations=GELU[:1], needs={"tie_word_embeddings": True}),
@@ -75,7 +84,7 @@ FAMILIES = {
     "smollm3": Family(ARCH.SMOLLM3, turns_heads=True, needs={**NO_BIAS, "use_sliding_window": False}),
     "glm4": Family(ARCH.GLM4),
     "ernie4_5": Family(ARCH.ERNIE4_5, needs={"use_bias": False}),
-    "exaone4": Family(ARCH.EXAONE4, needs={"sliding_window": None}),
+    "exaone4": Family(ARCH.EXAONE4),
     "cohere2": Family(
         ARCH.COHERE2, has_means=True, ropes=("default",), needs=NO_BIAS, numbers={"logit_scale": LLM.LOGIT_SCALE}
     ),
@@ -90,6 +99,7 @@ FAMILIES = {
 }
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 NO_ROPE_PERIOD = {"smollm3": 4}  # of so many layers, the last one has no rotary embedding
-WINDOW_PERIOD = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4}  # of so many, the last one attends to all positions
+WINDOW_PERIOD = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "gpt_oss": 2, "exaone4": 4}  # the last attends to all
+WINDOWED_EXAONE4 = 64  # layers of the only exaone4 to which llama.cpp gives a window
 LAYERS_27B = {"gemma2": 46, "gemma3_text": 62}  # here llama.cpp scales scores by hidden size / heads
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "norm_epsilon")

@@ -65,7 +65,7 @@ class Mix:
 
     def kind(self, name: str, shape: tuple[int, ...]) -> Kind:
         """Return the type in which a tensor is stored."""
-        if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight")):
+        if len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight", ".bias")):
             return Kind.F32
         wanted, K = self.wanted(name, shape[-1]), shape[-1]
         fitting = [kind for kind in (wanted, SMALLER.get(wanted, wanted), Kind.F16) if K % values(kind) == 0]

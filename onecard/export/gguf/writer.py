@@ -2,6 +2,7 @@
 
 The whole model is the merged checkpoint (`onecard.export.merge.merged`) under llama.cpp's names. Matrices have the
 types of llama.cpp's mixes (mix.py): BF16, F16, or blocks of codes and scales (blocks.py). Vectors and norms are F32.
+Experts that the checkpoint has in MXFP4 stay in it.
 Memory holds one tensor as stored, some of its rows in float32, its blocks, and its merge.
 
 An adapter alone has A (r, K) and B (N, r) in F32 for each weight. llama.cpp adds alpha / r * B A with one alpha for
@@ -33,6 +34,7 @@ from onecard.export.gguf.importance import Source
 from onecard.export.gguf.mix import Mix
 from onecard.export.gguf.modelfile import modelfile
 from onecard.export.gguf.vocabulary import add_vocabulary
+from onecard.export.merge.experts import matrix_key
 from onecard.export.merge.merged import Base, Merged, open_merged
 from onecard.hf.documents import read_generation_document
 from onecard.hf.load import load_tokenizer
@@ -190,6 +192,9 @@ def model_parts(merged: Merged, arch: Architecture, mix: Mix) -> Iterator[Part]:
     for source, (_, shape) in merged.shapes.items():
         if source in merged.experts.places:
             continue
+        if source.removesuffix("_bias") in merged.experts.stacks:
+            yield from expert_biases(merged, arch, source, shape)
+            continue
         name = arch.tensor_name(source)
         if name is not None:
             yield Part(name, shape, mix.kind(name, shape), lambda s=source: slabs(merged, arch, s))
@@ -197,11 +202,27 @@ def model_parts(merged: Merged, arch: Architecture, mix: Mix) -> Iterator[Part]:
 
 def expert_parts(merged: Merged, arch: Architecture, mix: Mix, stack: str, shape: tuple[int, ...]) -> Iterator[Part]:
     """Yield the tensors of a stack of experts' matrices, (E, N, K)."""
-    names = arch.expert_names(stack)
-    E, N, K = shape[0], shape[1] // len(names), shape[2]
+    names, is_turned = arch.expert_names(stack), merged.experts.stacks[stack].is_transposed
+    N, K = shape[:0:-1] if is_turned else shape[1:]
     for i, name in enumerate(names):
-        rows = slice(i * N, (i + 1) * N)
-        yield Part(name, (E, N, K), mix.kind(name, (E, N, K)), lambda rows=rows: (W[rows] for W in merged.stack(stack)))
+        rows, made = arch.expert_rows(i, len(names), N), (shape[0], N // len(names), K)
+        kind = Kind.MXFP4 if stays_in_mxfp4(merged, stack) else mix.kind(name, made)
+        yield Part(name, made, kind, lambda rows=rows: ((W.T if is_turned else W)[rows] for W in merged.stack(stack)))
+
+
+def stays_in_mxfp4(merged: Merged, stack: str) -> bool:
+    """Whether a stack of experts is in MXFP4 in the checkpoint, and no adapter changes it."""
+    names = [name for _, parts in merged.experts.parts(stack) for name in parts]
+    return merged.mxfp4.issuperset(names) and matrix_key(names[0], 0) not in merged.adapter.updates
+
+
+def expert_biases(merged: Merged, arch: Architecture, source: str, shape: tuple[int, ...]) -> Iterator[Part]:
+    """Yield the tensors of a stack of experts' biases, (E, N)."""
+    names = arch.expert_names(source.removesuffix("_bias"))
+    for i, name in enumerate(names):
+        rows, made = arch.expert_rows(i, len(names), shape[1]), (shape[0], shape[1] // len(names))
+        name = f"{name.removesuffix('.weight')}.bias"
+        yield Part(name, made, Kind.F32, lambda rows=rows: [merged.read(source)[:, rows]])
 
 
 def slabs(merged: Merged, arch: Architecture, name: str) -> Iterator[Tensor]:
@@ -259,7 +280,7 @@ def encode(part: Part) -> np.ndarray:
     """Return a tensor's bytes, (nbytes,) uint8."""
     out, at = np.empty(part.nbytes, np.uint8), 0
     for number, piece in pieces(part):
-        if part.kind not in (Kind.F32, Kind.BF16) and not piece.abs().max() < F16_END:  # NaN neither
+        if part.kind not in (Kind.F32, Kind.BF16, Kind.MXFP4) and not piece.abs().max() < F16_END:  # NaN neither
             found = f"values up to {piece.abs().max().item():g}"
             raise UserError("F16 must hold every weight", found, "choose --outtype bf16", part.name)
         made = encode_rows(piece, part.kind, part.importance[number] if part.importance else None)

@@ -7,7 +7,9 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from onecard.config import DataConfig, ExportConfig, GgufConfig
 from onecard.data.load import load_dataset
@@ -17,9 +19,10 @@ from onecard.export.gguf.importance import importance_of
 from onecard.export.gguf.writer import export_gguf
 from onecard.hf.load import load_tokenizer
 from tests import conftest
-from tests.conftest import make_checkpoint, make_tokenizer
+from tests.conftest import PLAIN_ROPE, make_checkpoint, make_tokenizer
 from tests.export.gguf.test_gguf import CASES
 from tests.families.build import make_family
+from tests.mxfp4 import make_mxfp4
 
 GRANITE = {
     "attention_multiplier": 0.3,
@@ -40,6 +43,7 @@ SETTINGS = {
     "cohere2": {"num_hidden_layers": 5, "sliding_window": 16, "logit_scale": 0.25},
     "starcoder2": {},
     "gpt_neox": {"num_key_value_heads": None},
+    "gpt_oss": {**LOCAL, "sliding_window": 16, "rope_parameters": PLAIN_ROPE},
     "granite": GRANITE,
     "granitemoe": {**GRANITE, **LOCAL},
     "mixtral": LOCAL,
@@ -47,7 +51,8 @@ SETTINGS = {
     "olmoe": {**FEW, "num_key_value_heads": 4},
 }
 READ = ("starcoder2", "qwen3_moe")  # by transformers
-EXPERTS = [family for family, settings in SETTINGS.items() if "num_experts_per_tok" in settings]
+EXPERTS = [family for family, settings in SETTINGS.items() if "num_experts_per_tok" in settings and family != "gpt_oss"]
+WINDOWED = {"num_hidden_layers": 64, "sliding_window": 16, "layer_types": None}  # llama.cpp windows 64 layers only
 
 
 @pytest.fixture
@@ -107,16 +112,41 @@ def test_transformers_reads_the_same_model(family, make, tmp_path):
     assert np.array_equal(logits(read, ids), logits(plain, ids))
 
 
-@pytest.mark.parametrize("family", SETTINGS)
-def test_llama_cpp_computes_the_same_logits(family, make, tmp_path):
-    """Its products have factors in F16: errors of 2^-11 of a logit's size, of some 20 products one after another."""
+@pytest.mark.parametrize(("family", "more"), [*((family, {}) for family in SETTINGS), ("exaone4", WINDOWED)])
+def test_llama_cpp_computes_the_same_logits(family, more, make, tmp_path):
+    """Its products have factors in F16: errors of 2^-11 of a logit's size, of some 20 products one after another, and
+    more in a model of 64 layers. Without its window that one is off by more than a third."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    folder = make(family)
+    folder = make(family, **more)
     export(folder, tmp_path / "m.gguf", "f16")
     ids = [(7 * i * i + 3 * i + 5) % 300 for i in range(60)]
     wanted = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), ids)
-    found = in_llama_cpp(tmp_path / "m.gguf", ids)
-    assert np.sqrt(np.square(found - wanted).mean()) < 20 * 2**-11 * wanted.std()
+    found, products = in_llama_cpp(tmp_path / "m.gguf", ids), 3 * more.get("num_hidden_layers", 2) + 14
+    assert np.sqrt(np.square(found - wanted).mean()) < products * 2**-11 * wanted.std()
+
+
+@pytest.mark.parametrize("outtype", ["bf16", "q4_k_m"])
+def test_experts_in_mxfp4_stay_in_it(outtype, tmp_path, monkeypatch):
+    """The file's dequantized experts are those of transformers, and their biases and sinks are in float32."""
+    folder = make_mxfp4(tmp_path / "model")
+    export(folder, tmp_path / "m.gguf", outtype)
+    found = tensors_of(tmp_path / "m.gguf")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
+    stored, place = load_file(folder / "model.safetensors"), "model.layers.1.mlp.experts."
+    up, down = (
+        convert_moe_packed_tensors(*(stored[f"{place}{name}_{part}"] for part in ("blocks", "scales")))
+        .float().mT.numpy()
+        for name in ("gate_up_proj", "down_proj")
+    )  # fmt: skip
+    bias = stored[f"{place}gate_up_proj_bias"].float().numpy()
+    expected = {"gate": (up[:, ::2], bias[:, ::2]), "up": (up[:, 1::2], bias[:, 1::2])}
+    expected["down"] = (down, stored[f"{place}down_proj_bias"].float().numpy())
+    for name, (weight, own) in expected.items():
+        assert kinds[f"blk.1.ffn_{name}_exps.weight"] == "MXFP4"
+        assert np.array_equal(found[f"blk.1.ffn_{name}_exps.weight"], weight), name
+        assert np.array_equal(found[f"blk.1.ffn_{name}_exps.bias"], own), name
+    assert np.array_equal(found["blk.1.attn_sinks.weight"], stored["model.layers.1.self_attn.sinks"].float())
+    assert kinds["blk.1.ffn_gate_inp.weight"] == kinds["blk.1.attn_sinks.weight"] == "F32"
 
 
 def test_every_family_is_read_back_somewhere():
@@ -188,6 +218,9 @@ def test_importance_of_experts_is_of_their_own_tokens(make, tmp_path, chats):
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1, 1]}, "no_rope_layers"),
         ("cohere2", {"layer_types": ["full_attention"] * 5}, "layer_types"),
         ("exaone4", {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}, "sliding_window"),
+        ("exaone4", {"num_hidden_layers": 64, "layer_types": ["full_attention"] * 64}, "sliding_window"),
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "layer_types"),
+        ("gpt_oss", {"swiglu_limit": 6.0}, "swiglu_limit"),
         ("starcoder2", {"use_bias": False}, "use_bias"),
         ("olmo2", {"attention_bias": True}, "attention_bias"),
     ],
