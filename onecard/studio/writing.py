@@ -15,7 +15,7 @@ MERGE_FIELDS = ("model", "adapter", "output", "base", "verify", "requantize")
 
 
 def words_of(fields: dict[str, Any]) -> list[str]:
-    """Return the words of `onecard merge` or `onecard export`. `format` is merge, gguf, gptq or awq.
+    """Return the words of `onecard merge` or `onecard export`. `format` is merge or one of `onecard export`.
 
     Raises:
         UserError: a wrong setting; an output that exists; merge without an adapter.

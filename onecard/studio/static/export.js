@@ -5,13 +5,15 @@ import { Fault, Field, Log, Path, bytes, lines } from "./parts.js";
 import { t } from "./words.js";
 
 const OUTTYPES = ["bf16", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0", "iq4_nl", "q3_k_m"];
+const FORMATS = ["merge", "gguf", "gptq", "awq", "w4a16", "fp8", "nvfp4", "mlx"];
+const WITH_DATA = ["gptq", "awq", "w4a16"];
 const BEFORE = { format: "merge", model: "", adapter: "", output: "", data: "", outtype: "bf16" };
 
 function fieldsOf(form) {
   const fields = { format: form.format, model: form.model.trim(), adapter: form.adapter.trim(), output: form.output.trim() };
   const data = lines(form.data);
   if (form.format === "merge" && data.length) fields.verify = data;
-  if (["gptq", "awq"].includes(form.format) && data.length) fields.data = data.length === 1 ? data[0] : data;
+  if (WITH_DATA.includes(form.format) && data.length) fields.data = data.length === 1 ? data[0] : data;
   if (form.format === "gguf") fields.outtype = form.outtype;
   return Object.fromEntries(Object.entries(fields).filter(([, value]) => value !== ""));
 }
@@ -33,13 +35,13 @@ export function Export({ state }) {
     <h1>${t("export")}</h1>
     <form class="card" onSubmit=${(e) => { e.preventDefault(); start(); }}>
       <div class="grid">
-        <${Field} label=${t("target")}><select value=${form.format} onChange=${set("format")}>${["merge", "gguf", "gptq", "awq"].map((name) => html`<option key=${name} value=${name}>${t(name)}</option>`)}</select><//>
+        <${Field} label=${t("target")}><select value=${form.format} onChange=${set("format")}>${FORMATS.map((name) => html`<option key=${name} value=${name}>${t(name)}</option>`)}</select><//>
         <${Field} label=${t("tunedRun")}><select id="export-tuned" onChange=${(e) => pick(e.target.value)}><option value="">${t("own")}</option>${tuned.map((each) => html`<option key=${each.name} value=${each.name}>${each.name}</option>`)}</select><//>
         <${Path} label=${t("model")} kind="model" value=${form.model} onChange=${set("model")} />
         <${Path} label=${t("adapter")} kind="adapter" value=${form.adapter} onChange=${set("adapter")} />
         <${Path} id="export-output" label=${t("output")} kind="folder" value=${form.output} onChange=${set("output")} />
         ${form.format === "gguf" && html`<${Field} label=${t("outtype")}><select value=${form.outtype} onChange=${set("outtype")}>${OUTTYPES.map((name) => html`<option key=${name} value=${name}>${name}</option>`)}</select><//>`}
-        ${form.format !== "gguf" && html`<${Path} label=${t(form.format === "merge" ? "verify" : "calibrate")} kind="data" many value=${form.data} onChange=${set("data")} />`}
+        ${["merge", ...WITH_DATA].includes(form.format) && html`<${Path} label=${t(form.format === "merge" ? "verify" : "calibrate")} kind="data" many value=${form.data} onChange=${set("data")} />`}
       </div>
       <${Fault} error=${error} />
       <p class="go"><button type="submit" class="primary" disabled=${!form.model || !form.output}>${t("write")}</button></p>

@@ -42,6 +42,7 @@ const WORDS = {
   seed: ["Seed", "种子"], sampling: ["Sampling", "采样"], edit: ["Edit and send again", "编辑并重发"], clear: ["Clear", "清空"], saveTalk: ["Save as JSONL", "保存为 JSONL"],
   noModel: ["Load a model to talk with it.", "加载模型后即可对话。"], you: ["You", "你"],
   target: ["Write", "写出"], merge: ["Merged checkpoint, 16-bit", "合并的 16 位检查点"], gguf: ["GGUF for llama.cpp, Ollama", "GGUF（llama.cpp、Ollama）"], gptq: ["GPTQ", "GPTQ"], awq: ["AWQ", "AWQ"],
+  w4a16: ["W4A16 of compressed-tensors", "compressed-tensors 的 W4A16"], fp8: ["FP8 of compressed-tensors", "compressed-tensors 的 FP8"], nvfp4: ["NVFP4 of compressed-tensors", "compressed-tensors 的 NVFP4"], mlx: ["MLX in 4 bits", "MLX 4 位"],
   adapter: ["Adapter folder", "适配器目录"], outtype: ["How matrices are stored", "矩阵存储类型"], verify: ["Data to verify on, one a line", "验证用数据，每行一个"],
   calibrate: ["Data to calibrate on, one a line", "校准用数据，每行一个"], write: ["Start the export", "开始导出"], exports: ["Exports", "导出任务"], written: ["written", "已写"],
   name: ["Name", "名称"], size: ["Size", "大小"], formula: ["Formula", "公式"], shown: ["shown", "显示"], none: ["none", "无"],
