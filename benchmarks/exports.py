@@ -30,7 +30,7 @@ from onecard.data.load import load_dataset
 from onecard.demo.run import SETTINGS, exact_match, read_rows, run_demo
 from onecard.export.calibrated.writer import export_folder
 from onecard.export.merge.merged import merge
-from onecard.export.verify import logits
+from onecard.export.readers import logits
 from onecard.hf.load import load_model, load_tokenizer
 from onecard.quant.grouped import round_to_nearest
 from onecard.train.loss import supervised

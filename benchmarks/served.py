@@ -27,7 +27,7 @@ from onecard.config import DataConfig, ExportConfig, QuantConfig, TrainConfig, m
 from onecard.data.load import load_dataset
 from onecard.demo.run import SETTINGS
 from onecard.export.merge.quantized import requantize
-from onecard.export.verify import load_written, logits
+from onecard.export.readers import load_written, logits
 from onecard.hf.load import load_model, load_tokenizer
 from onecard.train.loss import supervised
 

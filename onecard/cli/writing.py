@@ -95,11 +95,11 @@ def quantize(model: str, output: str, *, fields: QuantizeFields = None) -> None:
     """
     quiet_libraries()
     config = make_config(QuantizeConfig, given(fields), "command line")
+    reading = make_config(DataConfig, config.model_dump(include=set(DataConfig.model_fields)), "quantize")
+    rows = None if config.verify is None else read_data(config.verify, model, None, reading)
     if config.calibrate:
         from onecard.export.calibrated.base import quantize_calibrated
 
-        fields_of_data = config.model_dump(include=set(DataConfig.model_fields))
-        reading = make_config(DataConfig, fields_of_data, "quantize")
         assert config.data is not None, "checked by the config"
         dataset = read_data(config.data, model, None, reading)
         lines = quantize_calibrated(model, output, config, dataset, make_console()).lines()
@@ -108,6 +108,10 @@ def quantize(model: str, output: str, *, fields: QuantizeFields = None) -> None:
 
         quantize_checkpoint(model, output, config)
         lines = []
+    if rows is not None:
+        from onecard.export.verify import verify_quantized
+
+        lines += verify_quantized(model, Path(output), rows, config.device)
     print("\n".join([f"quantized {output}  ({config.quant_type})", *lines, "next"]))
     print(f"  onecard train --model {quote(output)} --weights-budget 4GiB ...")
 

@@ -86,7 +86,13 @@ class QuantizeConfig(QuantConfig, BaseCalibration, FormatConfig):
     data: Data | None = Field(default=None, description="calibrate: data as of train, best that of the training")
     max_seq_length: int = Field(default=1024, ge=8, description="calibrate: tokens a row")
     device: str = Field(
-        default="auto", description="calibrate: where a decoder layer is run: auto, cpu, cuda or cuda:N"
+        default="auto",
+        description="calibrate: where a decoder layer is run; verify: the model: auto, cpu, cuda or cuda:N",
+    )
+    verify: Data | None = Field(
+        default=None,
+        description="data as of train, on whose first rows, 32 and some 8,000 tokens at most, the 4-bit checkpoint is "
+        "compared with the model",
     )
 
     @model_validator(mode="after")

@@ -38,15 +38,12 @@ from onecard.export.calibrated.writer import read_rows
 from onecard.export.folder import check_room, new_folder
 from onecard.export.merge.merged import Base, open_merged, write_merged
 from onecard.export.merge.quantized import Kept, check_type, write_quantized
+from onecard.export.readers import is_read_by_bitsandbytes, load_in_bitsandbytes, load_written, logits
 from onecard.hf.attention import use_packed_attention
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.documents import read_model_document
 from onecard.hf.gguf.config import FAMILIES as READ
-from onecard.hf.head import model_class
-from onecard.hf.load import find_checkpoint, load_model, pick_device, source_of
-from onecard.hf.report import check_report
-from onecard.hf.skeleton import meta_model, read_config, stored_dtype
-from onecard.nn.embedding import Head, cast_output, device_of
+from onecard.hf.load import find_checkpoint, load_model, pick_device
 from onecard.train.evaluate import choose_loss
 from onecard.train.loss import packed_loss, supervised
 
@@ -240,6 +237,22 @@ def verify_export(config: ExportConfig, written: Path, quant: QuantConfig, datas
     return [rows_line(dataset), *Verified(written, found.name, live.agreement, [found]).table()]
 
 
+def verify_quantized(model: str, written: Path, dataset: Dataset, device: str) -> list[str]:
+    """Compare a written 4-bit checkpoint with the 16-bit model: as onecard reads it, and as transformers does with
+    bitsandbytes, where that is installed. Return the lines that say so.
+
+    Raises:
+        UserError: a checkpoint that its reader refuses.
+    """
+    rows, device = first_rows(dataset, NUM_EXAMPLES, NUM_TOKENS), str(pick_device(device))
+    with tempfile.TemporaryFile(dir=written.parent) as file:
+        live = run_live(model, None, QuantConfig(), dataset, rows, device, file)
+        tried = [compare(live, "onecard", written, device)]
+        if is_read_by_bitsandbytes(written):
+            tried.append(compare(live, "bitsandbytes", written, device, load_in_bitsandbytes))
+    return [rows_line(dataset), *Verified(written, "", live.agreement, tried).table()]
+
+
 def first_rows(dataset: Dataset, num_examples: int, num_tokens: int) -> Sequence[Example]:
     """Return the first examples with at most num_tokens together. The first one is truncated to that."""
     first = dataset.examples[0]
@@ -319,9 +332,11 @@ def run_live(
 
 
 @torch.no_grad()
-def compare(live: Live, name: str, path: Path, device: str) -> Agreement:
-    """Compare a checkpoint's folder, or a GGUF file, with the live adapter."""
-    model = load_written(path, device)
+def compare(
+    live: Live, name: str, path: Path, device: str, load: Callable[[Path, str], Any] = load_written
+) -> Agreement:
+    """Compare a checkpoint's folder, or a GGUF file, as `load` reads it, with the live adapter."""
+    model = load(path, device)
     off = along = 0.0
     hits, right, losses, divergences = [], [], [], []
     for (ids, positions, target), (before, after) in zip(shown(live.examples, f"{name} model"), live.read()):
@@ -350,45 +365,3 @@ def shown(examples: list[Any], what: str) -> Iterable[Any]:
     """Return the examples with a progress bar on a terminal, which is removed at the end."""
     console = Console(stderr=True)
     return track(examples, f"verify: {what}", console=console, transient=True, disable=not console.is_terminal)
-
-
-def load_written(path: Path, device: str) -> Any:
-    """Load a checkpoint's folder, or a GGUF file, as a model that computes in float32. Linears and embeddings keep the
-    16-bit values that the file has, or that are dequantized from it, and are cast at use.
-
-    Raises:
-        UserError: a file that its reader refuses; a tensor that is missing or unknown.
-    """
-    folder = find_checkpoint(str(path))
-    checkpoint = inspect_checkpoint(folder)
-    if checkpoint.is_4bit:
-        return load_model(str(folder), compute_dtype=torch.float32, device=device)
-    config = read_config(folder)
-    how: dict[str, Any] = {"dtype": "auto"}
-    kind: Any = model_class(config)
-    if checkpoint.kinds:
-        kind = type(meta_model(config, str(folder / "config.json"), checkpoint))
-        vars(config).pop("quantization_config", None)
-        how = {"config": config, "dtype": stored_dtype(folder)}
-    with source_of(checkpoint) as source:
-        model, report = kind.from_pretrained(**source, **how, local_files_only=True, output_loading_info=True)
-    check_report(report, folder)
-    model.eval()
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            model.set_submodule(name, Head(module))
-        elif isinstance(module, nn.Embedding):
-            module.register_forward_hook(cast_output(torch.float32))
-    for module in model.modules():
-        if not isinstance(module, (Head, nn.Embedding)):
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.float()
-    return model.to(device)
-
-
-def logits(model: Any, ids: Tensor, positions: Tensor, packed: bool) -> Tensor:
-    """Return float32 logits (P, V) at some positions of one document (1, T)."""
-    ids = ids.to(device_of(model))
-    how = {"cu_seqlens": [0, ids.shape[1]]} if packed else {}
-    kept = positions.to(ids.device)
-    return model(input_ids=ids, use_cache=False, logits_to_keep=kept, **how).logits[0].float().cpu()

@@ -6,19 +6,21 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import onecard
-from onecard.config import DataConfig, ExportConfig, QuantConfig
+from onecard.cli.writing import quantize
+from onecard.config import DataConfig, ExportConfig, QuantConfig, QuantizeConfig
 from onecard.data.load import load_dataset
 from onecard.errors import UserError
 from onecard.export.merge.merged import merge
 from onecard.export.merge.quantized import requantize
+from onecard.export.readers import load_written
 from onecard.export.verify import (
     Agreement,
     bases_of,
     better,
-    load_written,
     merge_verified,
     rows_to_verify,
     verify_export,
+    verify_quantized,
 )
 from onecard.hf.load import load_tokenizer
 from onecard.nn.linear import Linear4bit
@@ -188,3 +190,22 @@ def test_a_gguf_file_without_a_reader_is_refused_before_it_is_written(tmp_path, 
     assert not (tmp_path / "m.gguf").exists()
     with pytest.raises(ValueError, match="verify reads a whole model"):
         ExportConfig(verify=str(chats), adapter_only=True, **where)
+
+
+def test_quantize_compares_what_onecard_and_bitsandbytes_read_with_the_model(tmp_path, chats, capsys):
+    """With other codes of one matrix, both readers say that it is further away."""
+    pytest.importorskip("bitsandbytes")
+    base = make_checkpoint(tmp_path / "base", intermediate_size=128)  # bitsandbytes on a CPU needs rows of whole blocks
+    quantize(str(base), str(tmp_path / "q"), fields=QuantizeConfig(verify=str(chats), device="cpu"))
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("(nf4)") and said[1].startswith("verifying on 24 of 24 rows")
+    model, ours, theirs = (line.split() for line in said[3:6])
+    assert model[:2] == ["the", "model"] and ours[0] == "onecard" and theirs[0] == "bitsandbytes"
+    assert float(ours[3]) > 0 and ours[3:7] == theirs[3:7]  # error, tokens and loss to the last digit that is shown
+    file = tmp_path / "q" / "model.safetensors"
+    stored = load_file(file)
+    stored["model.layers.0.mlp.up_proj.weight"].bitwise_not_()
+    save_file(stored, file, metadata={"format": "pt"})
+    dataset = load_dataset(str(chats), load_tokenizer(str(base)), DataConfig())
+    far = [line.split() for line in verify_quantized(str(base), tmp_path / "q", dataset, "cpu")[3:5]]
+    assert all(float(line[3]) > 1.5 * float(ours[3]) for line in far)

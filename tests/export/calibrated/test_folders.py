@@ -14,7 +14,7 @@ import onecard
 from onecard.config import ExportConfig
 from onecard.errors import UserError
 from onecard.export.merge.merged import merge
-from onecard.export.verify import load_written
+from onecard.export.readers import load_written
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.stored import read_tensor
 from tests.conftest import make_checkpoint
