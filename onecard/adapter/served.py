@@ -45,14 +45,17 @@ def check_served(model: Model, lora: LoraSettings) -> None:
     turned = next((n for n, m in model.modules.named_modules() if isinstance(m, Conv1D)), None)
     if turned is not None:
         raise UserError(must, f"{turned}, a Conv1D", do, WHERE)
+    made = next((name for name in names if model.stored and f"{name}.weight" not in model.stored), None)
+    if made is not None:
+        raise UserError(must, f"{made}, which transformers makes from other tensors of the checkpoint", do, WHERE)
     outside = next((name for name in names if not IN_LAYER.search(name)), None)
     if outside is not None:
         raise UserError(must, f"{outside}, outside of the decoder layers", do, WHERE)
-    size = block_size(model, lora)
+    size, outputs = block_size(model, lora), 8 if format in ("gptq", "nvfp4") else 1
     for name in names:
         N, K = model.linears[f"{name}.weight"].weight.shape
-        if K % size or (format in ("gptq", "nvfp4") and N % 8):
-            must = f"train_for {format} needs linears of whole blocks of {size} inputs" + ", and of 8 outputs" * (N % 8)
+        if K % size or N % outputs:
+            must = f"train_for {format} needs linears whose inputs are a multiple of {size}, and outputs of {outputs}"
             raise UserError(must, f"{name} of shape {[N, K]}", do, WHERE)
 
 

@@ -209,7 +209,7 @@ def test_settings_that_do_not_go_with_it_are_refused_before_loading(setting, mus
 
 
 @pytest.mark.parametrize(
-    "family, more, must", [("mixtral", {}, "experts, as in"), ("llama", {"intermediate_size": 104}, "of 32 inputs")]
+    "family, more, must", [("mixtral", {}, "experts, as in"), ("llama", {"intermediate_size": 104}, "a multiple of 32")]
 )
 def test_models_that_do_not_go_with_it_are_refused_before_loading(family, more, must, chats, tmp_path):
     model = make_checkpoint(tmp_path / "m", family, **more)
