@@ -68,8 +68,9 @@ class LoraLinear4bit(PeftLinear):
             weight, lora = self.parts(name)
             y = merged_linear(x_in, weight, base.bias, lora, self.grid, peak)
         else:
-            dropped = dropout(x_in) if active else None
-            y = ops.qlora_linear(x_in, *base.stored(), base.bias, *self.factors(name), self.scaling[name], dropped)
+            packed, state = base.stored()
+            lora, dropped = self.factors(name), dropout(x_in) if active else None
+            y = ops.qlora_linear(x_in, packed, state, base.bias, *lora, self.scaling[name], dropped)
         if adapter_B.bias is not None:
             y = y + (self.scaling[name] * adapter_B.bias).to(y.dtype)
         return y.to(x.dtype)

@@ -23,6 +23,7 @@ from onecard.hf.stored import FLOAT_DTYPES
 from onecard.nn.grid import Grid
 from onecard.quant import nvfp4, q4_0
 from onecard.quant.grouped import IN_LAYER, pick_group_size
+from onecard.quant.state import QuantState
 
 LARGEST_GROUP = CalibrationConfig.model_fields["group_size"].default  # of `export --format gptq`
 WHERE = "train_for"
@@ -80,7 +81,7 @@ def set_grids(model: Any, folder: Path, lora: LoraSettings) -> None:
         if isinstance(module, LoraLinear4bit):
             base: Any = module.get_base_layer()
             info = checkpoint.tensors[known.stored[f"{name}.weight"]]
-            state = base.loaded_state
+            state: QuantState = base.loaded_state
             dtype = FLOAT_DTYPES.get(info.dtype, state.dtype)  # a weight that is stored in 4 bits says it there
             assert lora.train_for is not None
             module.grid = Grid(lora.train_for, dtype, size, state.blocksize, state.nested)

@@ -86,8 +86,7 @@ class QuantizeConfig(QuantConfig, BaseCalibration, FormatConfig):
     data: Data | None = Field(default=None, description="calibrate: data as of train, best that of the training")
     max_seq_length: int = Field(default=1024, ge=8, description="calibrate: tokens a row")
     device: str = Field(
-        default="auto",
-        description="calibrate: where a decoder layer is run; verify: the model: auto, cpu, cuda or cuda:N",
+        default="auto", description="calibrate and verify: where the model is run: auto, cpu, cuda or cuda:N"
     )
     verify: Data | None = Field(
         default=None,
