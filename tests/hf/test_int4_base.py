@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 
 from onecard.config import QuantConfig
 from onecard.errors import UserError
-from onecard.export.calibrated import awq, gptq
+from onecard.export.calibrated.awq import AWQ as AWQ_STORAGE
+from onecard.export.calibrated.gptq import GPTQ as GPTQ_STORAGE
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.fingerprint import fingerprint
 from onecard.hf.rounding import second_rounding
@@ -50,9 +51,9 @@ def stored_as(scheme, weight):
     """The tensors of a weight in a scheme, by suffix, and the weight as it then is."""
     plain = Grouped(weight.codes_NK, weight.scales_NG, weight.zeros_NG, weight.group_K.sort().values)
     if scheme == "awq":
-        return {f".{key}": t for key, t in awq.tensors(plain).items()}, plain
+        return {f".{key}": t for key, t in AWQ_STORAGE().tensors(plain).items()}, plain
     if scheme.startswith("gptq"):
-        found = {f".{key}": t for key, t in gptq.tensors(weight).items()}
+        found = {f".{key}": t for key, t in GPTQ_STORAGE().tensors(weight).items()}
         if scheme == "gptq version 2":
             N = len(weight.zeros_NG)
             found[".qzeros"] = pack_int32(weight.zeros_NG.T.contiguous().view(-1, N // 8, 8))

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from onecard.config import CalibrationConfig
 from onecard.export.calibrated.calibration import Layer
 from onecard.export.calibrated.hessian import Inputs
+from onecard.export.calibrated.storage import Calibrated
+from onecard.export.folder import Shapes
 from onecard.quant.grouped import IN_LAYER, Grouped, pack_int32, round_to_nearest
 
-title, shares_scale = "AWQ", False
 GRID = 20  # steps of alpha from 0 to 1
 SHRINKS = [1 - step / 20 for step in range(8)]  # shares of a group's range that its levels may cover
 NIBBLES = [0, 2, 4, 6, 1, 3, 5, 7]  # which of 8 outputs each four bits of an int32 hold
@@ -107,38 +108,6 @@ class Scaling:
         return s
 
 
-def quantize_layer(
-    layer: Layer, names: set[str], config: CalibrationConfig, dtype: torch.dtype
-) -> Iterator[tuple[str, Grouped | Tensor]]:
-    """Yield a layer's quantized weights by their linear's name within it, and its other changed tensors by their own.
-    They become those that a reader dequantizes.
-
-    Args:
-        names: of the linears; dtype: of the scales, which is float16 in this format.
-    """
-    scaling = scale_layer(layer, names, config.group_size)
-    yield from scaling.changed.items()
-    for inputs in layer.inputs:
-        for name in names.intersection(inputs.names):
-            found = quantize(scaling.weight(name), inputs.H_KK, config.group_size)
-            layer.module.get_parameter(f"{name}.weight").copy_(found.dequantize())
-            yield name, found
-
-
-def quantize_expert(
-    ups: list[Tensor], down: Tensor, H_up: Tensor, H_down: Tensor, config: CalibrationConfig, dtype: torch.dtype
-) -> list[Grouped]:
-    """Quantize an expert's float32 weights, with H of their inputs: those before its activation, then the one after.
-    The range of each group is clipped. There are no s: the router and the other experts share their inputs."""
-    given = [*((W, H_up) for W in ups), (down, H_down)]
-    return [quantize(W, H, config.group_size) for W, H in given]
-
-
-def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Grouped:
-    """Round a float32 weight to the nearest levels."""
-    return round_to_nearest(W_NK, config.group_size, sym=False)
-
-
 def scale_layer(layer: Layer, names: set[str], group_size: int) -> Scaling:
     """Find every s of a layer. Norms and biases are divided in place; `Scaling.weight` returns the scaled weights."""
     scaling = Scaling(layer)
@@ -207,44 +176,62 @@ def quantize(W_NK: Tensor, H_KK: Tensor, group_size: int) -> Grouped:
     return round_to_nearest(W_NK, group_size, False, shrink)
 
 
-def scale_dtype(stored: str) -> str:
-    return "F16"
+class AWQ(Calibrated):
+    """Scales and zeros of groups. Experts have no s: the router and the other experts share their inputs. The range of
+    each of their groups is clipped."""
 
+    title = "AWQ"
 
-def width(config: CalibrationConfig) -> int:
-    """Return what a linear's number of inputs must be a multiple of."""
-    return config.group_size
+    def quantize_layer(
+        self, layer: Layer, names: set[str], config: CalibrationConfig, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Grouped | Tensor]]:
+        scaling = scale_layer(layer, names, config.group_size)
+        yield from scaling.changed.items()
+        for inputs in layer.inputs:
+            for name in names.intersection(inputs.names):
+                found = quantize(scaling.weight(name), inputs.H_KK, config.group_size)
+                layer.module.get_parameter(f"{name}.weight").copy_(found.dequantize())
+                yield name, found
 
+    def quantize_expert(
+        self,
+        ups: list[Tensor],
+        down: Tensor,
+        H_up: Tensor,
+        H_down: Tensor,
+        config: CalibrationConfig,
+        dtype: torch.dtype,
+    ) -> list[Grouped]:
+        given = [*((W, H_up) for W in ups), (down, H_down)]
+        return [quantize(W, H, config.group_size) for W, H in given]
 
-def tensors(weight: Grouped) -> dict[str, Tensor]:
-    """Return a weight's tensors as an AWQ file stores them."""
-    N, K = weight.codes_NK.shape
-    return {
-        "qweight": pack_int32(weight.codes_NK.T.reshape(K, N // 8, 8)[..., NIBBLES]),
-        "qzeros": pack_int32(weight.zeros_NG.T.reshape(-1, N // 8, 8)[..., NIBBLES]),
-        "scales": weight.scales_NG.T,
-    }
+    def nearest(self, W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float = 0.0) -> Grouped:
+        return round_to_nearest(W_NK, config.group_size, sym=False)
 
+    def tensors(self, weight: Grouped) -> dict[str, Tensor]:
+        N, K = weight.codes_NK.shape
+        return {
+            "qweight": pack_int32(weight.codes_NK.T.reshape(K, N // 8, 8)[..., NIBBLES]),
+            "qzeros": pack_int32(weight.zeros_NG.T.reshape(-1, N // 8, 8)[..., NIBBLES]),
+            "scales": weight.scales_NG.T,
+        }
 
-def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the dtype and shape of each tensor of `tensors`; `dtype`: of scales."""
-    groups = K // config.group_size
-    return {
-        "qweight": ("I32", (K, N // 8)),
-        "qzeros": ("I32", (groups, N // 8)),
-        "scales": (dtype, (groups, N)),
-    }
+    def shapes(self, N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
+        groups = K // config.group_size
+        return {
+            "qweight": ("I32", (K, N // 8)),
+            "qzeros": ("I32", (groups, N // 8)),
+            "scales": (dtype, (groups, N)),
+        }
 
-
-def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
-    """Return config.json's fields. Arguments are the same as in `gptq.config_fields`."""
-    left_out = [name for name in left_out if IN_LAYER.search(name)]
-    found = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": config.group_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": left_out or None,
-    }
-    return {"quantization_config": found}
+    def config_fields(self, config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+        left_out = [name for name in left_out if IN_LAYER.search(name)]
+        found = {
+            "quant_method": "awq",
+            "bits": 4,
+            "group_size": config.group_size,
+            "zero_point": True,
+            "version": "gemm",
+            "modules_to_not_convert": left_out or None,
+        }
+        return {"quantization_config": found}

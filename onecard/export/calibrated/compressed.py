@@ -18,34 +18,26 @@ import torch
 from torch import Tensor
 
 from onecard.config import CalibrationConfig
-from onecard.export.calibrated import gptq
+from onecard.export.calibrated.gptq import GPTQ
+from onecard.export.calibrated.storage import Storage
+from onecard.export.folder import Shapes
 from onecard.quant.grouped import Grouped, pack_int32
 from onecard.quant.nvfp4 import BLOCK, E4M3, LARGEST, quantize_nvfp4
 
 Tensors = dict[str, Tensor]
-Shapes = dict[str, tuple[str, tuple[int, ...]]]
 
 
-class W4A16:
+class W4A16(GPTQ):
     """Symmetric 4-bit integers in groups of consecutive inputs, rounded as in GPTQ: transformers loads no others of
     compressed-tensors."""
 
-    title, shares_scale = "compressed-tensors W4A16", False
-    quantize_layer, quantize_expert = staticmethod(gptq.quantize_layer), staticmethod(gptq.quantize_expert)
-    nearest = staticmethod(gptq.nearest)
+    title = "compressed-tensors W4A16"
 
-    @staticmethod
-    def scale_dtype(stored: str) -> str:
+    def scale_dtype(self, stored: str) -> str:
         """Return the dtype of scales: the model's, since vLLM casts them to it. It runs float32 models in float16."""
         return stored if stored in ("BF16", "F16") else "F16"
 
-    @staticmethod
-    def width(config: CalibrationConfig) -> int:
-        return config.group_size
-
-    @staticmethod
-    def tensors(weight: Grouped) -> Tensors:
-        """Return a weight's tensors as the file stores them."""
+    def tensors(self, weight: Grouped) -> Tensors:
         N, K = weight.codes_NK.shape
         return {
             "weight_packed": pack_int32(weight.codes_NK.reshape(N, K // 8, 8)),
@@ -53,17 +45,14 @@ class W4A16:
             "weight_shape": torch.tensor([N, K]),
         }
 
-    @staticmethod
-    def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
-        """Return the dtype and shape of each tensor of `tensors`; `dtype`: of scales."""
+    def shapes(self, N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
         return {
             "weight_packed": ("I32", (N, K // 8)),
             "weight_scale": (dtype, (N, K // config.group_size)),
             "weight_shape": ("I64", (2,)),
         }
 
-    @staticmethod
-    def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+    def config_fields(self, config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
         weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": config.group_size}
         return scheme("pack-quantized", {**weights, "symmetric": True}, None, left_out)
 
@@ -83,81 +72,54 @@ class Scaled:
     divisor: Tensor | None = None
 
 
-class FP8:
+class FP8(Storage[Scaled]):
     """E4M3 with a scale for each row."""
 
-    title, shares_scale = "compressed-tensors FP8", False
+    title = "compressed-tensors FP8"
 
-    @staticmethod
-    def scale_dtype(stored: str) -> str:
-        return stored
-
-    @staticmethod
-    def width(config: CalibrationConfig) -> int:
-        return 1
-
-    @staticmethod
-    def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Scaled:
-        """Round a float32 weight to the nearest codes."""
-        peak = W_NK.abs().amax(1, keepdim=True)
-        scales = (peak / LARGEST).clamp(min=torch.finfo(dtype).tiny).to(dtype)
+    def nearest(self, W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float = 0.0) -> Scaled:
+        largest = W_NK.abs().amax(1, keepdim=True)
+        scales = (largest / LARGEST).clamp(min=torch.finfo(dtype).tiny).to(dtype)
         codes = (W_NK / scales.float()).clamp(-LARGEST, LARGEST).to(E4M3)
         return Scaled(codes, scales)
 
-    @staticmethod
-    def tensors(weight: Scaled) -> Tensors:
+    def tensors(self, weight: Scaled) -> Tensors:
         return {"weight": weight.codes, "weight_scale": weight.scales}
 
-    @staticmethod
-    def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
+    def shapes(self, N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
         return {"weight": ("F8_E4M3", (N, K)), "weight_scale": (dtype, (N, 1))}
 
-    @staticmethod
-    def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+    def config_fields(self, config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
         weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
         inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
         return scheme("float-quantized", weights, inputs, left_out)
 
 
-class NVFP4:
+class NVFP4(Storage[Scaled]):
     """E2M1 in blocks of 16."""
 
-    title, shares_scale = "compressed-tensors NVFP4", True
+    title, block, shares_scale = "compressed-tensors NVFP4", BLOCK, True
 
-    @staticmethod
-    def scale_dtype(stored: str) -> str:
+    def scale_dtype(self, stored: str) -> str:
         return "F8_E4M3"
 
-    @staticmethod
-    def width(config: CalibrationConfig) -> int:
-        return BLOCK
-
-    @staticmethod
-    def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float) -> Scaled:
-        """Round a float32 weight to the nearest codes.
-
-        Args:
-            peak: the largest magnitude of the module's weights; 0 if all are.
-        """
+    def nearest(self, W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float = 0.0) -> Scaled:
         codes, scales, divisor = quantize_nvfp4(W_NK, peak)
         return Scaled(codes[:, 0::2] | codes[:, 1::2] << 4, scales, divisor)
 
-    @staticmethod
-    def tensors(weight: Scaled) -> Tensors:
+    def tensors(self, weight: Scaled) -> Tensors:
         assert weight.divisor is not None
         names = ("weight_packed", "weight_scale", "weight_global_scale")
         return dict(zip(names, (weight.codes, weight.scales, weight.divisor)))
 
-    @staticmethod
-    def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
+    def shapes(self, N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
         return {
             "weight_packed": ("U8", (N, K // 2)),
             "weight_scale": ("F8_E4M3", (N, K // BLOCK)),
             "weight_global_scale": ("F32", (1,)),
         }
 
-    @staticmethod
-    def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+    def config_fields(self, config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
         weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": BLOCK, "symmetric": True}
         return scheme("nvfp4-pack-quantized", weights, None, left_out)
 

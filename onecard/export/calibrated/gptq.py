@@ -20,6 +20,8 @@ from torch import Tensor
 from onecard.config import CalibrationConfig
 from onecard.export.calibrated.calibration import Layer
 from onecard.export.calibrated.hessian import damped_cholesky
+from onecard.export.calibrated.storage import Calibrated
+from onecard.export.folder import Shapes
 from onecard.quant.grouped import (
     IN_LAYER,
     Grouped,
@@ -29,37 +31,7 @@ from onecard.quant.grouped import (
     round_to_nearest,
 )
 
-title, shares_scale = "GPTQ", False
 FIRST_ZERO = 1  # the files hold zero - 1
-
-
-def quantize_layer(
-    layer: Layer, names: set[str], config: CalibrationConfig, dtype: torch.dtype
-) -> Iterator[tuple[str, Grouped]]:
-    """Yield a layer's quantized weights by their linear's name within it. They become those that a reader dequantizes.
-
-    Args:
-        names: of the linears; dtype: of the scales.
-    """
-    for inputs in layer.inputs:
-        for name in inputs.names:
-            if name in names:
-                linear: Any = layer.module.get_submodule(name)
-                found = quantize(linear.weight.float(), inputs.H_KK, config, dtype)
-                linear.weight.copy_(found.dequantize())
-                yield name, found
-
-
-def quantize_expert(
-    ups: list[Tensor], down: Tensor, H_up: Tensor, H_down: Tensor, config: CalibrationConfig, dtype: torch.dtype
-) -> list[Grouped]:
-    """Quantize an expert's float32 weights, with H of their inputs: those before its activation, then the one after."""
-    return [*(quantize(W, H_up, config, dtype) for W in ups), quantize(down, H_down, config, dtype)]
-
-
-def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Grouped:
-    """Round a float32 weight to the nearest levels."""
-    return round_to_nearest(W_NK, config.group_size, config.sym, None, FIRST_ZERO, dtype)
 
 
 def quantize(W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig, dtype: torch.dtype = torch.float16) -> Grouped:
@@ -91,60 +63,72 @@ def inverse_factor(H: Tensor, damp_percent: float) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(damped_cholesky(H, damp_percent)), upper=True)
 
 
-def scale_dtype(stored: str) -> str:
-    return "F16"
+class GPTQ(Calibrated):
+    """Scales and zeros of groups, inputs in any order."""
 
+    title = "GPTQ"
 
-def width(config: CalibrationConfig) -> int:
-    """Return what a linear's number of inputs must be a multiple of."""
-    return config.group_size
+    def quantize_layer(
+        self, layer: Layer, names: set[str], config: CalibrationConfig, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Grouped]]:
+        for inputs in layer.inputs:
+            for name in inputs.names:
+                if name in names:
+                    linear: Any = layer.module.get_submodule(name)
+                    found = quantize(linear.weight.float(), inputs.H_KK, config, dtype)
+                    linear.weight.copy_(found.dequantize())
+                    yield name, found
 
+    def quantize_expert(
+        self,
+        ups: list[Tensor],
+        down: Tensor,
+        H_up: Tensor,
+        H_down: Tensor,
+        config: CalibrationConfig,
+        dtype: torch.dtype,
+    ) -> list[Grouped]:
+        return [*(quantize(W, H_up, config, dtype) for W in ups), quantize(down, H_down, config, dtype)]
 
-def tensors(weight: Grouped) -> dict[str, Tensor]:
-    """Return a weight's tensors as a GPTQ file stores them."""
-    N, K = weight.codes_NK.shape
-    zeros = (weight.zeros_NG.T - FIRST_ZERO).contiguous()
-    return {
-        "qweight": pack_int32(weight.codes_NK.reshape(N, K // 8, 8)).T,
-        "qzeros": pack_int32(zeros.view(-1, N // 8, 8)),
-        "scales": weight.scales_NG.T,
-        "g_idx": weight.group_K,
-    }
+    def nearest(self, W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float = 0.0) -> Grouped:
+        return round_to_nearest(W_NK, config.group_size, config.sym, None, FIRST_ZERO, dtype)
 
+    def tensors(self, weight: Grouped) -> dict[str, Tensor]:
+        N, K = weight.codes_NK.shape
+        zeros = (weight.zeros_NG.T - FIRST_ZERO).contiguous()
+        return {
+            "qweight": pack_int32(weight.codes_NK.reshape(N, K // 8, 8)).T,
+            "qzeros": pack_int32(zeros.view(-1, N // 8, 8)),
+            "scales": weight.scales_NG.T,
+            "g_idx": weight.group_K,
+        }
 
-def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return the dtype and shape of each tensor of `tensors`; `dtype`: of scales."""
-    groups = K // config.group_size
-    return {
-        "qweight": ("I32", (K // 8, N)),
-        "qzeros": ("I32", (groups, N // 8)),
-        "scales": (dtype, (groups, N)),
-        "g_idx": ("I32", (K,)),
-    }
+    def shapes(self, N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
+        groups = K // config.group_size
+        return {
+            "qweight": ("I32", (K // 8, N)),
+            "qzeros": ("I32", (groups, N // 8)),
+            "scales": (dtype, (groups, N)),
+            "g_idx": ("I32", (K,)),
+        }
 
-
-def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
-    """Return config.json's fields, with the keys of transformers, vLLM and GPTQModel.
-
-    Args:
-        linears, left_out: names of the matrices in 4 bits, and of the decoder layers' others.
-    """
-    found: dict[str, Any] = {
-        "quant_method": "gptq",
-        "bits": 4,
-        "group_size": config.group_size,
-        "sym": config.sym,
-        "desc_act": config.desc_act,
-        "damp_percent": config.damp_percent,
-        "checkpoint_format": "gptq",
-        "pack_dtype": "int32",
-        "true_sequential": False,
-        "static_groups": False,
-        "lm_head": False,
-    }
-    left_out = [name for name in left_out if IN_LAYER.search(name)]
-    if left_out:
-        found["dynamic"] = {f"-:{name.replace('.', '[.]')}": {} for name in left_out}
-        inside = dict.fromkeys(name.split(".layers.")[-1].split(".", 1)[1] for name in linears)
-        found["modules_in_block_to_quantize"] = [list(inside)]
-    return {"quantization_config": found}
+    def config_fields(self, config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "quant_method": "gptq",
+            "bits": 4,
+            "group_size": config.group_size,
+            "sym": config.sym,
+            "desc_act": config.desc_act,
+            "damp_percent": config.damp_percent,
+            "checkpoint_format": "gptq",
+            "pack_dtype": "int32",
+            "true_sequential": False,
+            "static_groups": False,
+            "lm_head": False,
+        }
+        left_out = [name for name in left_out if IN_LAYER.search(name)]
+        if left_out:
+            found["dynamic"] = {f"-:{name.replace('.', '[.]')}": {} for name in left_out}
+            inside = dict.fromkeys(name.split(".layers.")[-1].split(".", 1)[1] for name in linears)
+            found["modules_in_block_to_quantize"] = [list(inside)]
+        return {"quantization_config": found}

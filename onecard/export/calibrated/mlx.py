@@ -19,6 +19,8 @@ from torch import Tensor
 
 from onecard.config import CalibrationConfig
 from onecard.errors import UserError
+from onecard.export.calibrated.storage import Storage
+from onecard.export.folder import Shapes
 from onecard.export.gguf.scales import affine_scales, reciprocal
 from onecard.quant.grouped import LEVELS, pack_int32
 
@@ -64,40 +66,27 @@ class Affine:
     biases_NG: Tensor
 
 
-class MLX:
+class MLX(Storage[Affine]):
     """4-bit integers in groups of 64."""
 
-    title, shares_scale = "MLX", False
+    title, block = "MLX", GROUP
 
-    @staticmethod
-    def scale_dtype(stored: str) -> str:
-        return stored
-
-    @staticmethod
-    def width(config: CalibrationConfig) -> int:
-        return GROUP
-
-    @staticmethod
-    def nearest(W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Affine:
-        """Round a float32 weight to the nearest codes."""
+    def nearest(self, W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float = 0.0) -> Affine:
         x = W_NK.view(-1, GROUP).T.contiguous()  # groups last, as affine_scales adds them
         scale, least = (t.to(dtype) for t in affine_scales(x, torch.ones_like(x), LEVELS))
         codes = ((x + least.float()) * reciprocal(scale.float())).round_().clamp_(0, LEVELS)
         shape = (len(W_NK), -1)
         return Affine(codes.T.to(torch.uint8).reshape_as(W_NK), scale.view(shape), -least.view(shape))
 
-    @staticmethod
-    def tensors(weight: Affine) -> dict[str, Tensor]:
+    def tensors(self, weight: Affine) -> dict[str, Tensor]:
         N, K = weight.codes_NK.shape
         packed = pack_int32(weight.codes_NK.reshape(N, K // 8, 8))
         return {"weight": packed, "scales": weight.scales_NG, "biases": weight.biases_NG}
 
-    @staticmethod
-    def shapes(N: int, K: int, config: CalibrationConfig, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def shapes(self, N: int, K: int, config: CalibrationConfig, dtype: str) -> Shapes:
         groups = (dtype, (N, K // GROUP))
         return {"weight": ("U32", (N, K // 8)), "scales": groups, "biases": groups}
 
-    @staticmethod
-    def config_fields(config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
+    def config_fields(self, config: CalibrationConfig, linears: list[str], left_out: list[str]) -> dict[str, Any]:
         how = {"group_size": GROUP, "bits": 4, "mode": "affine"}
         return {"quantization": how, "quantization_config": how}

@@ -7,13 +7,13 @@ such an expert is rounded to the nearest levels, and named.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 
 from onecard.config import CalibrationConfig
 from onecard.export.calibrated.calibration import Layer
 from onecard.export.calibrated.experts import RoutedExperts
+from onecard.export.calibrated.storage import Calibrated
 from onecard.export.merge.experts import Experts
 from onecard.quant.grouped import Grouped
 
@@ -21,13 +21,13 @@ Found = list[tuple[str, Grouped]]
 
 
 def quantize_experts(
-    layer: Layer, stored: Experts, method: Any, config: CalibrationConfig, dtype: torch.dtype
+    layer: Layer, stored: Experts, method: Calibrated, config: CalibrationConfig, dtype: torch.dtype
 ) -> tuple[Found, list[str]]:
     """Quantize a layer's experts. Its weights become those that a reader dequantizes.
 
     Args:
         stored: the checkpoint's experts, each matrix a tensor of its own.
-        method: gptq or awq.
+        method: of the format.
         dtype: of the scales.
 
     Returns:
@@ -51,7 +51,13 @@ def quantize_experts(
 
 
 def quantize_expert(
-    experts: RoutedExperts, up: str, count: int, method: Any, config: CalibrationConfig, dtype: torch.dtype, expert: int
+    experts: RoutedExperts,
+    up: str,
+    count: int,
+    method: Calibrated,
+    config: CalibrationConfig,
+    dtype: torch.dtype,
+    expert: int,
 ) -> tuple[list[Grouped], int]:
     """Quantize one expert's matrices. Return its number of tokens, too.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,15 @@ from onecard.data.chat.template import set_template
 from onecard.data.dataset import Dataset
 from onecard.data.load import load_dataset
 from onecard.errors import UserError
-from onecard.export.calibrated import awq, gptq, mlx
+from onecard.export.calibrated import mlx
+from onecard.export.calibrated.awq import AWQ
 from onecard.export.calibrated.calibration import Layer, calibrate, first_batches
 from onecard.export.calibrated.check import check_layers
 from onecard.export.calibrated.compressed import FP8, NVFP4, W4A16
+from onecard.export.calibrated.gptq import GPTQ
 from onecard.export.calibrated.layers import LayeredModel
 from onecard.export.calibrated.routed import quantize_experts
+from onecard.export.calibrated.storage import Calibrated, Storage
 from onecard.export.folder import Shapes, check_room, new_folder, write_others
 from onecard.export.merge.merged import Base, Merged, common_dtype, num_bytes, open_merged, write_tensor
 from onecard.hf.load import load_tokenizer, pick_device
@@ -36,8 +38,8 @@ from onecard.hf.stored import FLOAT_DTYPES
 from onecard.hf.writer import TensorFile
 from onecard.quant.grouped import IN_LAYER, Grouped, pick_group_size
 
-STORAGES: dict[Folder, Any] = {
-    "gptq": gptq, "awq": awq, "w4a16": W4A16, "fp8": FP8, "nvfp4": NVFP4, "mlx": mlx.MLX
+STORAGES: dict[Folder, Storage[Any]] = {
+    "gptq": GPTQ(), "awq": AWQ(), "w4a16": W4A16(), "fp8": FP8(), "nvfp4": NVFP4(), "mlx": mlx.MLX()
 }  # fmt: skip
 ALONE = {  # formats without experts, and what to do
     "nvfp4": "choose fp8 or w4a16; transformers 5.23 reads experts of NVFP4 without their float32 scale",
@@ -157,12 +159,15 @@ class Rounding:
         few: the experts that saw too few tokens.
     """
 
-    def __init__(self, storage: Any, merged: Merged, names: set[str], config: CalibrationConfig, dtype: torch.dtype):
+    def __init__(
+        self, storage: Storage[Any], merged: Merged, names: set[str], config: CalibrationConfig, dtype: torch.dtype
+    ):
         self.storage, self.merged, self.names, self.config, self.dtype = storage, merged, names, config, dtype
         self.few: list[str] = []
 
     def calibrated(self, layer: Layer, writer: Writer) -> None:
         """Write a layer's linears, what changes with them, and its experts."""
+        assert isinstance(self.storage, Calibrated), "config/export.py takes data for no other format"
         modules = [f"{layer.name}.{name}" for name, _ in layer.module.named_modules()]
         names = {n.removeprefix(f"{layer.name}.") for n in modules if self.module_of(n) in self.names}
         for name, found in self.storage.quantize_layer(layer, names, self.config, self.dtype):
@@ -183,14 +188,15 @@ class Rounding:
         for name in left:
             parents.setdefault(name.rsplit(".", 2)[0], []).append(name)
         for names in parents.values():
-            rounding = self.storage.nearest
+            peak = 0.0
             if self.storage.shares_scale:
                 peak = max(slab.abs().max().item() for name in names for slab in self.merged.slabs(name))
-                rounding = partial(rounding, peak=peak)
             for name in names:
                 W_NK = self.merged.read(name).float()
                 check_finite(name, W_NK)
-                self.write(writer, name.removesuffix(".weight"), rounding(W_NK, self.config, self.dtype))
+                self.write(
+                    writer, name.removesuffix(".weight"), self.storage.nearest(W_NK, self.config, self.dtype, peak)
+                )
 
     def write(self, writer: Writer, module: str, found: Any) -> None:
         """Write the tensors of a matrix."""
