@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import replace
 from itertools import chain
@@ -27,6 +26,7 @@ from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
 from onecard.paging.sharded import ShardedBase
 from onecard.paging.weights import PagedBase
+from onecard.quant.blockwise import check_stack
 from onecard.quant.mxfp4 import BLOCKS, SCALES, from_mxfp4
 from onecard.quant.state import QuantState, from_bnb
 
@@ -43,7 +43,8 @@ class Quantize4bit(ConversionOps):
 
     def __init__(self, hf_quantizer: Any):
         self.hf_quantizer = hf_quantizer
-        self.paging = paging.get()
+        self.paging = found = paging.get()
+        self.sharded = found[0] if found and isinstance(found[0], ShardedBase) else None
 
     def __deepcopy__(self, memo: dict) -> Quantize4bit:
         return self  # transformers copies it for every weight, but errors and pages must be shared
@@ -76,7 +77,10 @@ class Quantize4bit(ConversionOps):
         """Quantize W into `linear`. Raises UserError for a wrong shape, NaN or Inf."""
         W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
         check_shape(W, (linear.out_features, linear.in_features), name)
-        self.set(linear, *ops.quantize_4bit(W, *self.quantization, name))
+        if self.sharded is None:
+            self.set(linear, *ops.quantize_4bit(W, *self.quantization, name))
+        else:
+            self.sharded.quantize(linear, W.shape, [(0, name, W)], self.quantization)
         release_file_pages(W)
 
     def quantize_experts(self, name: str, values: Any, weight: StackedWeight) -> None:
@@ -95,16 +99,25 @@ class Quantize4bit(ConversionOps):
                 name,
             )
 
-        def experts() -> Iterator[Tensor]:
-            for number, value in enumerate(values):
-                pieces = [value] if isinstance(value, Tensor) else value
-                for piece in pieces:
-                    check_shape(piece, (shape[0] // len(pieces), *shape[1:]), f"{name}, expert {number}")
-                W = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-                yield W.mT if weight.turns(self.quantization[0]) else W
+        def expert(number: int) -> Tensor:
+            value = values[number]
+            pieces = [value] if isinstance(value, Tensor) else value
+            for piece in pieces:
+                check_shape(piece, (shape[0] // len(pieces), *shape[1:]), f"{name}, expert {number}")
+            W = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            return W.mT if weight.turns(self.quantization[0]) else W
 
         stored_shape = weight.stored_shape(self.quantization[0])
-        self.set(weight, *ops.quantize_stack(experts(), stored_shape, *self.quantization, name))
+        if self.sharded is None:
+            experts = map(expert, range(num_experts))
+            self.set(weight, *ops.quantize_stack(experts, stored_shape, *self.quantization, name))
+        else:
+            blocksize = self.quantization[1]
+            numel, own = check_stack(stored_shape, blocksize, name), self.sharded.own(stored_shape.numel(), blocksize)
+            first = min(own.start // numel, num_experts - 1)
+            numbers = range(first, max(-(-own.stop // numel), first + 1))
+            parts = ((number * numel, f"{name}, expert {number}", expert(number)) for number in numbers)
+            self.sharded.quantize(weight, stored_shape, parts, self.quantization)
         release_file_pages(*[piece for value in values for piece in ([value] if isinstance(value, Tensor) else value)])
 
     @property

@@ -29,7 +29,7 @@ from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import Head, cast_output
 from onecard.nn.linear import Linear4bit
 from onecard.paging.files import Segment
-from onecard.paging.sharded import ShardedBase
+from onecard.paging.sharded import ShardedBase, is_of_exchange
 from onecard.paging.weights import PagedBase
 
 TORCH_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -93,7 +93,8 @@ def load_model(
     checkpoint = replace(inspect_checkpoint(find_checkpoint(model)), labels=tuple(labels))
     folder = Path(page_folder or Path.home() / ".cache" / "onecard")
     if sharded:
-        loaded = load_paged(checkpoint, config, target, dtype, ShardedBase(folder, target))
+        host = torch.device("cpu")  # where a tensor is a mapped file, of which only what is used is read
+        loaded = load_paged(checkpoint, config, host, dtype, ShardedBase(folder, target))
     elif weights_budget is None or labels:
         loaded = from_pretrained(checkpoint, config, target, dtype)
     else:
@@ -192,6 +193,8 @@ def from_pretrained(
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # from transformers, about a value of the config
+        if is_of_exchange(error):
+            raise
         raise bad_config(error, str(folder / "config.json")) from error
     model, report = loaded
     model.name_or_path = model.config._name_or_path = str(checkpoint.source)

@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
-from onecard.hf.convert import NOT_MORE, Deserialize4bit, DeserializeMxfp4, Quantize4bit, check_shape
+from onecard.hf.convert import NOT_MORE, Deserialize4bit, DeserializeMxfp4, Quantize4bit, check_shape, paging
 from onecard.hf.experts import GatherExperts, only_stacks
 from onecard.hf.fusion import fuse
 from onecard.hf.text_only import attach, detach
@@ -228,6 +228,9 @@ class OnecardQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         attach(model, self.left_out)
+        taker = paging.get()
+        if taker is not None:
+            taker[0].end_load(model)
         check_loaded(model)
         for name, tensor in model.named_parameters():
             if name in self.shapes:  # transformers before 5.21 checks it only without a quantizer

@@ -6,6 +6,10 @@ the same time, and drops them afterwards. At most three gathered layers exist: i
 LoRA, norms, biases, the head and the scales of double quantization's scales are whole in each process. The embedding
 is read row by row from its file.
 
+A 16-bit weight is quantized in parts: each process reads and quantizes its own blocks. A block's codes depend on the
+block alone. Double quantization needs the scales of all blocks, for their mean and for groups that lie in two
+processes. So they are gathered in float32 when all weights are loaded, one weight's at a time: 1/16 byte a weight.
+
 All processes must make the same forwards and backwards in the same order. `before_forward` and `gather_once` are for
 callers that have more of them in one process than in another. So a forward must run each layer once and in order, which
 the first one checks.
@@ -13,7 +17,8 @@ the first one checks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import datetime
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +32,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from onecard.errors import UserError
-from onecard.paging.files import Segment, Spill
-from onecard.paging.weights import Holder, PagedEmbedding, weights_by_layer
+from onecard.kernels import ops
+from onecard.paging.files import Segment
+from onecard.paging.weights import Holder, MovedBase, weights_by_layer
+from onecard.quant.blockwise import check_quantizable, not_finite
+from onecard.quant.nested import quantize_absmax
 from onecard.quant.state import QuantState
+
+LOAD = datetime.timedelta(hours=3)  # a process waits as long for the others to load their parts
 
 
 class Shards(nn.Module):
@@ -63,7 +73,7 @@ class ShardedWeight:
         return codes, replace(self.state, absmax=absmax.view(self.state.absmax.dtype))
 
 
-class ShardedBase:
+class ShardedBase(MovedBase):
     """Keeps this process's part of a model's 4-bit weights while it loads, and has FSDP2 gather them afterwards.
 
     Attributes:
@@ -72,41 +82,111 @@ class ShardedBase:
 
     def __init__(self, folder: Path, device: torch.device):
         """Args: folder: for an unnamed file with an embedding that no checkpoint contains as it is."""
-        self.folder, self.device = folder, device
+        super().__init__(folder, device)
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
-        self.spill: Spill | None = None
         self.mesh = init_device_mesh(device.type, (self.count,))
         self.taken: dict[Holder, ShardedWeight] = {}
+        self.scales: dict[Holder, Tensor] = {}  # own blocks', float32, of weights with double quantization
         self.layers: list[FSDPModule] = []
         self.ran: list[int] | None = None  # numbers of the layers that the current forward has run
         self.before_forward: Callable[[], Any] | None = None
-        self.open: list[Any] = []
 
-    def write(self, tensor: Tensor) -> Segment:
-        """Write a tensor's bytes to the unnamed file."""
-        self.spill = self.spill or Spill(self.folder)
-        return self.spill.write(tensor)
+    def own(self, numel: int, blocksize: int) -> range:
+        """Return which weights of `numel` are in this process's blocks."""
+        first = self.rank * self.rows(-(-numel // blocksize)) * blocksize
+        return range(min(first, numel), min(first + self.rows(-(-numel // blocksize)) * blocksize, numel))
+
+    def rows(self, blocks: int) -> int:
+        """Return how many of a weight's blocks each process has; the last ones may have fewer."""
+        return -(-blocks // self.count)
+
+    def quantize(
+        self,
+        weight: Holder,
+        shape: torch.Size,
+        parts: Iterable[tuple[int, str, Tensor]],
+        quantization: tuple[str, int, bool],
+    ) -> None:
+        """Quantize this process's blocks of a 16-bit weight, to the same bits as `quantize_4bit` of the whole weight.
+
+        Args:
+            parts: parts of the flat weight, at least one and all that hold own blocks, in order: the number of its
+                first weight, its name, and the part, which is whole blocks unless it is the last one.
+            quantization: quant_type, blocksize and double_quant.
+
+        Raises:
+            UserError: same as `quantize_4bit`.
+        """
+        quant_type, blocksize, double_quant = quantization
+        own, dtype, codes, absmax = self.own(shape.numel(), blocksize), None, [], []
+        for at, name, W in parts:
+            check_quantizable(W, quant_type, blocksize, double_quant, name)
+            flat, dtype = W.detach().reshape(-1), W.dtype
+            piece = flat[max(own.start - at, 0) : max(own.stop - at, 0)].to(self.device)
+            if not piece.numel():
+                continue
+            try:
+                packed, found = ops.quantize_4bit(piece, quant_type, blocksize, False, name)
+            except UserError:
+                raise not_finite(flat, W.shape, name) from None
+            codes.append(packed)
+            absmax.append(found.absmax)
+        assert dtype is not None
+        own_absmax = torch.cat(absmax) if absmax else torch.empty(0, device=self.device)
+        state = QuantState(own_absmax.new_empty(0), shape, dtype, blocksize, quant_type)
+        own_codes = torch.cat(codes) if codes else own_absmax.new_empty(0, 1, dtype=torch.uint8)
+        self.hold(weight, own_codes, own_absmax, state)
+        if double_quant:
+            self.scales[weight] = own_absmax
 
     def take(self, weight: Holder, segments: tuple[Segment, Segment] | None = None) -> None:
         """Keep this process's blocks of a weight, and free the others. `segments`: where a file has them."""
-        packed, state = weight.weight, weight.loaded_state
-        blocks = len(state.absmax)
-        shards = Shards()
-        shards.hold("codes_0", self.part(packed, -(-state.blocksize // 2), blocks))
-        shards.hold("absmax_0", self.part(state.absmax, state.absmax.itemsize, blocks))
-        weight.weight = nn.Parameter(packed.new_empty(0, 1), requires_grad=False)
-        weight.quant_state = replace(state, absmax=state.absmax.new_empty(0))
-        weight.fetch = ShardedWeight(shards, 0, packed.numel(), state.absmax.nbytes, weight.quant_state)
-        self.taken[weight] = weight.fetch
+        packed, state = weight.weight.detach(), weight.loaded_state
+        own = self.own(state.numel, state.blocksize)
+        codes = packed.view(-1)[own.start // 2 : (own.stop + 1) // 2]
+        absmax = state.absmax[own.start // state.blocksize : -(-own.stop // state.blocksize)]
+        self.hold(weight, codes, absmax, state.to(self.device))
 
-    def part(self, tensor: Tensor, block_bytes: int, blocks: int) -> DTensor:
+    def hold(self, weight: Holder, codes: Tensor, absmax: Tensor, state: QuantState) -> None:
+        """Keep this process's codes and absmax of a weight with this state."""
+        blocks, shards = -(-state.numel // state.blocksize), Shards()
+        shards.hold("codes_0", self.part(codes, -(-state.blocksize // 2), blocks))
+        shards.hold("absmax_0", self.part(absmax, absmax.itemsize, blocks))
+        state = replace(state, absmax=torch.empty(0, dtype=absmax.dtype, device=self.device))
+        self.empty(weight, state)
+        num_codes = (state.numel + 1) // 2
+        weight.fetch = self.taken[weight] = ShardedWeight(shards, 0, num_codes, blocks * absmax.itemsize, state)
+
+    def part(self, own: Tensor, block_bytes: int, blocks: int) -> DTensor:
         """Copy this process's blocks of uint8 (blocks, block_bytes). Zeros make the parts of all processes equal."""
-        rows = -(-blocks // self.count)
-        found = torch.zeros(rows * block_bytes, dtype=torch.uint8, device=self.device)
-        flat, begin = tensor.detach().view(-1).view(torch.uint8), self.rank * rows * block_bytes
-        own = flat[begin : begin + len(found)]
-        found[: len(own)] = own
-        return DTensor.from_local(found.view(rows, block_bytes), self.mesh, [Shard(0)], run_check=False)
+        found = torch.zeros(self.rows(blocks), block_bytes, dtype=torch.uint8, device=self.device)
+        flat = own.contiguous().view(-1).view(torch.uint8)
+        found.view(-1)[: len(flat)] = flat
+        return DTensor.from_local(found, self.mesh, [Shard(0)], run_check=False)
+
+    def end_load(self, model: nn.Module) -> None:
+        """Quantize the scales of double quantization, and move what is whole to the device. All processes must be here
+        within `LOAD`. Raises torch's error if one is not."""
+        model.to(self.device)
+        if not self.scales:
+            return
+        group = dist.new_group(backend="gloo", timeout=LOAD)
+        for weight, own in self.scales.items():
+            blocks = -(-weight.loaded_state.numel // weight.loaded_state.blocksize)
+            padded = torch.zeros(self.rows(blocks))
+            padded[: len(own)] = own
+            every = torch.empty(self.count * len(padded))
+            dist.all_gather_into_tensor(every, padded, group=group)
+            codes, nested_absmax, offset = quantize_absmax(every[:blocks].to(self.device))
+            first = self.rank * len(padded)
+            taken = self.taken[weight]
+            taken.shards.hold("absmax_0", self.part(codes[first : first + len(padded)], 1, blocks))
+            taken.state = weight.quant_state = replace(
+                taken.state, absmax=codes.new_empty(0), nested_absmax=nested_absmax, nested_offset=offset
+            )
+            taken.num_absmax_bytes = blocks
+        self.scales.clear()
+        dist.destroy_process_group(group)
 
     def start(
         self,
@@ -116,6 +196,8 @@ class ShardedBase:
         head: tuple[Segment, torch.dtype],
     ) -> None:
         """Have FSDP2 gather the model's layers. `embedding` is the segment and dtype of its values in a file."""
+        self.replace_embedding(model, embedding, compute_dtype)
+        model.to(self.device)
         whole = set(model.parameters())
         for number, (name, weights) in enumerate(weights_by_layer(model).items()):
             layer = model.get_submodule(name)
@@ -126,12 +208,12 @@ class ShardedBase:
             self.layers.append(fully_shard(layer, mesh=self.mesh, reshard_after_forward=True, ignored_params=whole))
             layer.shards.load_state_dict(parts, assign=True)
             layer.register_forward_pre_hook(partial(self.note, number))
+        for layer, before in zip(self.layers, [self.layers[0], *self.layers]):
+            # The first one names itself. Without a name, FSDP2 gathers what the last forward without a backward ran.
+            layer.set_modules_to_backward_prefetch([before])
         decoder = fully_shard(model.base_model, mesh=self.mesh, ignored_params=whole)
         decoder.register_forward_pre_hook(self.announce)
         decoder.register_forward_hook(self.check_order)
-        before = model.get_input_embeddings()
-        if type(before) is nn.Embedding:
-            model.set_input_embeddings(PagedEmbedding(before, *embedding, compute_dtype))
         model.sharded_base = self
 
     def joined(self, shards: Shards, weights: list[Holder]) -> dict[str, Tensor]:
@@ -168,3 +250,8 @@ class ShardedBase:
         for layer in self.layers:
             layer.unshard()
             layer.reshard()
+
+
+def is_of_exchange(error: BaseException) -> bool:
+    """Whether an exchange of torch.distributed has failed."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))

@@ -103,14 +103,17 @@ class PagedEmbedding(nn.Module):
             yield rows.to(self.dtype)
 
 
-class PagedBase:
-    """Collects a model's 4-bit weights while it loads, and pages them afterwards."""
+class MovedBase:
+    """A model's 4-bit weights that are not in its modules: PagedBase and ShardedBase, which take them while it loads.
 
-    def __init__(self, budget_bytes: int, folder: Path, device: torch.device):
-        """Args: folder: for an unnamed file with the weights that no checkpoint contains in 4 bits."""
-        self.budget_bytes, self.folder, self.device = budget_bytes, folder, device
+    Attributes:
+        open: the checkpoint's files, which stay open.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        """Args: folder: for an unnamed file with what no checkpoint contains."""
+        self.folder, self.device = folder, device
         self.spill: Spill | None = None
-        self.segments: dict[Holder, tuple[Segment, Segment]] = {}
         self.open: list[Any] = []
 
     def write(self, tensor: Tensor) -> Segment:
@@ -118,14 +121,35 @@ class PagedBase:
         self.spill = self.spill or Spill(self.folder)
         return self.spill.write(tensor)
 
+    def empty(self, weight: Holder, state: QuantState) -> None:
+        """Leave a weight without codes and absmax."""
+        weight.weight = nn.Parameter(torch.empty(0, 1, dtype=torch.uint8, device=self.device), requires_grad=False)
+        weight.quant_state = replace(state, absmax=state.absmax.new_empty(0))
+
+    def end_load(self, model: nn.Module) -> None:
+        """All weights are taken; forwards follow."""
+
+    def replace_embedding(self, model: Any, segment: tuple[Segment, torch.dtype], compute_dtype: torch.dtype) -> None:
+        """Have the model's embedding read the rows it needs, unless it has a class of its own."""
+        before = model.get_input_embeddings()
+        if type(before) is nn.Embedding:
+            model.set_input_embeddings(PagedEmbedding(before, *segment, compute_dtype))
+
+
+class PagedBase(MovedBase):
+    """Collects a model's 4-bit weights while it loads, and pages them afterwards."""
+
+    def __init__(self, budget_bytes: int, folder: Path, device: torch.device):
+        super().__init__(folder, device)
+        self.budget_bytes = budget_bytes
+        self.segments: dict[Holder, tuple[Segment, Segment]] = {}
+
     def take(self, linear: Holder, segments: tuple[Segment, Segment] | None = None) -> None:
         """Move codes and absmax out of memory. `segments` are their places if a file already contains them."""
         packed, state = linear.weight, linear.loaded_state
-        absmax_dtype = state.absmax.dtype
         self.segments[linear] = segments or (self.write(packed), self.write(state.absmax))
-        linear.weight = nn.Parameter(packed.new_empty(0, 1), requires_grad=False)
-        linear.quant_state = replace(state, absmax=state.absmax.new_empty(0))
-        linear.fetch = lambda: self.read(linear, absmax_dtype)
+        self.empty(linear, state)
+        linear.fetch = lambda: self.read(linear, state.absmax.dtype)
 
     def read(self, linear: Holder, absmax_dtype: torch.dtype) -> tuple[Tensor, QuantState]:
         """Read one weight from its file, without keeping it. Used until `start` makes pages."""
@@ -144,7 +168,7 @@ class PagedBase:
         groups = weights_by_layer(model)
         pages = {name: self.page(name, [s for m in linears for s in self.segments[m]])
                  for name, linears in groups.items()}  # fmt: skip
-        before, last = model.get_input_embeddings(), model.get_output_embeddings()
+        last = model.get_output_embeddings()
         paged_head = self.page("head", [head[0]]) if isinstance(last, Head) else None
         pager = Pager(self.device, self.budget_bytes, [*pages.values(), *([paged_head] if paged_head else [])])
         for name, linears in groups.items():
@@ -155,8 +179,7 @@ class PagedBase:
                 linear.fetch = PagedWeight(pager, pages[name], codes, absmax, linear.loaded_state, dtype)
         if paged_head is not None:
             model.set_output_embeddings(PagedHead(last, pager, paged_head, head[1]))
-        if type(before) is nn.Embedding:
-            model.set_input_embeddings(PagedEmbedding(before, *embedding, compute_dtype))
+        self.replace_embedding(model, embedding, compute_dtype)
         model.get_input_embeddings().register_forward_pre_hook(lambda *_: pager.begin_pass())
         model.pager, model.paged_base = pager, self
         return pager

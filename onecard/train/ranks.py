@@ -28,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from onecard.config import TrainConfig
 from onecard.errors import UserError, first_line
+from onecard.paging.sharded import is_of_exchange
 
 EXCHANGE = datetime.timedelta(minutes=30)  # a layer to gather, a sum: all reach it within a micro-batch of each other
 WORK = datetime.timedelta(hours=3)  # each has its own part before it: an update's micro-batches, rows of an evaluation
@@ -180,11 +181,6 @@ class Ranks:
             sharded.before_forward = None
         while self.any(False):
             sharded.gather_once()
-
-
-def is_of_exchange(error: BaseException) -> bool:
-    """Whether an exchange of torch.distributed has failed."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def join(device: str) -> Ranks:
