@@ -86,7 +86,7 @@ class ShardedBase(MovedBase):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.mesh = init_device_mesh(device.type, (self.count,))
         self.taken: dict[Holder, ShardedWeight] = {}
-        self.scales: dict[Holder, Tensor] = {}  # own blocks', float32, of weights with double quantization
+        self.scales: dict[Holder, Tensor] = {}  # own blocks', float32, on the host; with double quantization
         self.layers: list[FSDPModule] = []
         self.ran: list[int] | None = None  # numbers of the layers that the current forward has run
         self.before_forward: Callable[[], Any] | None = None
@@ -132,12 +132,14 @@ class ShardedBase(MovedBase):
             codes.append(packed)
             absmax.append(found.absmax)
         assert dtype is not None
-        own_absmax = torch.cat(absmax) if absmax else torch.empty(0, device=self.device)
-        state = QuantState(own_absmax.new_empty(0), shape, dtype, blocksize, quant_type)
-        own_codes = torch.cat(codes) if codes else own_absmax.new_empty(0, 1, dtype=torch.uint8)
-        self.hold(weight, own_codes, own_absmax, state)
+        own_codes = torch.cat(codes) if codes else torch.empty(0, dtype=torch.uint8, device=self.device)
+        kind = torch.uint8 if quant_type == "mxfp4" else torch.float32
+        own_absmax = torch.cat(absmax) if absmax else own_codes.new_empty(0, dtype=kind)
         if double_quant:
-            self.scales[weight] = own_absmax
+            self.scales[weight] = own_absmax.cpu()
+            own_absmax = own_codes.new_empty(0)
+        state = QuantState(own_absmax, shape, dtype, blocksize, quant_type)
+        self.hold(weight, own_codes, own_absmax, state)
 
     def take(self, weight: Holder, segments: tuple[Segment, Segment] | None = None) -> None:
         """Keep this process's blocks of a weight, and free the others. `segments`: where a file has them."""
@@ -184,7 +186,6 @@ class ShardedBase(MovedBase):
             taken.state = weight.quant_state = replace(
                 taken.state, absmax=codes.new_empty(0), nested_absmax=nested_absmax, nested_offset=offset
             )
-            taken.num_absmax_bytes = blocks
         self.scales.clear()
         dist.destroy_process_group(group)
 

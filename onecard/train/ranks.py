@@ -30,9 +30,11 @@ from onecard.config import TrainConfig
 from onecard.errors import UserError, first_line
 from onecard.paging.sharded import is_of_exchange
 
+MEETING = datetime.timedelta(minutes=10)  # torchrun starts all at the same time; each imports its libraries before
 EXCHANGE = datetime.timedelta(minutes=30)  # a layer to gather, a sum: all reach it within a micro-batch of each other
 WORK = datetime.timedelta(hours=3)  # each has its own part before it: an update's micro-batches, rows of an evaluation
 ALONE = datetime.timedelta(days=1)  # the first one reads the data, calibrates, or computes the references
+LEAVING = datetime.timedelta(seconds=15)  # the end of a run: all are through their last exchange
 SECONDS_TO_ANSWER = 3.0  # after a failed exchange: those that also failed in it write so
 T = TypeVar("T")
 
@@ -187,7 +189,7 @@ def join(device: str) -> Ranks:
     """Return the processes that torchrun has started, connected; one process without torchrun.
 
     Raises:
-        UserError: more processes than GPUs; a device that all of them would use.
+        UserError: more processes than GPUs; a device that all of them would use; not all are there in `MEETING`.
     """
     number, count = int(os.environ.get("RANK", 0)), num_processes()
     if count == 1:
@@ -202,7 +204,8 @@ def join(device: str) -> Ranks:
             raise UserError("each process must have a GPU of its own", found, "start fewer processes", "torchrun")
         torch.cuda.set_device(local)
     try:
-        store, *_ = next(iter(rendezvous("env://", timeout=EXCHANGE)))
+        store, *_ = next(iter(rendezvous("env://", timeout=MEETING)))
+        store.set_timeout(EXCHANGE)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=EXCHANGE)
         works = dist.new_group(backend="gloo", timeout=ALONE)
@@ -228,6 +231,10 @@ def num_beside() -> int:
 
 
 def leave(ranks: Ranks) -> None:
-    """Disconnect at the end of a run."""
+    """Disconnect at the end of a run. In gloo's exchanges, one process may be through before another: it waits for it,
+    as the other's exchange would fail."""
     if ranks.count > 1:
+        with suppress(RuntimeError):  # one was killed in the end, or the others have left, with the store
+            ranks.store.set(f"through {ranks.number}", "")
+            ranks.store.wait([f"through {number}" for number in range(ranks.count)], LEAVING)
         dist.destroy_process_group()
