@@ -215,4 +215,5 @@ def fused_class(own: type[nn.Module], form: type[Fused]) -> type[Fused]:
         for name, parameter in inspect.signature(own.forward).parameters.items()
         if name != "self" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
     ]
-    return type(f"Fused{own.__name__}", (form, own), {"own": own, "names": tuple(names)})
+    # The name stays: accelerate finds the layers to shard by it.
+    return type(own.__name__, (form, own), {"own": own, "names": tuple(names)})

@@ -8,12 +8,14 @@ and its linears may be in 16 bits or in bitsandbytes' 4 bits. Experts in MXFP4 s
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -126,6 +128,22 @@ class OnecardQuantizer(HfQuantizer):
         self.stacks: list[str] = []  # weights of the model's experts, by the end of their names
         self.left_out: dict[str, nn.Module] = {}  # modules that do not load
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UserError under a launcher that would take the codes apart from their scales, or cannot shard codes."""
+        uses_fsdp, at_first = (
+            os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+            for name in ("ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING")
+        )
+        found = {
+            "DeepSpeed ZeRO-3": is_deepspeed_zero3_enabled(),
+            "fsdp_version 1": uses_fsdp and os.environ.get("FSDP_VERSION", "1") == "1",
+            "fsdp_cpu_ram_efficient_loading: true": uses_fsdp and at_first,
+        }
+        for name in (name for name, holds in found.items() if holds):
+            must = "accelerate must train 4-bit weights with DDP, or with FSDP2 on weights that each process loads"
+            do = "set fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false, or use `onecard train --parallel fsdp`"
+            raise UserError(must, name, do, "accelerate")
+
     @property
     def quantized_element_size(self) -> float:
         return 0.5
@@ -228,15 +246,15 @@ class OnecardQuantizer(HfQuantizer):
         if self.errors:
             raise self.errors[0]
         attach(model, self.left_out)
-        taker = paging.get()
-        if taker is not None:
-            taker[0].end_load(model)
         check_loaded(model)
         for name, tensor in model.named_parameters():
             if name in self.shapes:  # transformers before 5.21 checks it only without a quantizer
                 check_shape(tensor, tuple(self.shapes[name]), name)
         kept = [c for c in getattr(model, "_weight_conversions", ()) if not is_experts(c)]
         model._weight_conversions = kept  # type: ignore[assignment]  # save_pretrained inverts them
+        taker = paging.get()
+        if taker is not None:
+            taker[0].end_load(model)
         self.tell_how_stored(model)
         fuse(model)
         head = model.get_output_embeddings()

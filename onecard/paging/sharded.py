@@ -172,7 +172,7 @@ class ShardedBase(MovedBase):
         model.to(self.device)
         if not self.scales:
             return
-        group = dist.new_group(backend="gloo", timeout=LOAD)
+        group: Any = dist.new_group(backend="gloo", timeout=LOAD)
         for weight, own in self.scales.items():
             blocks = -(-weight.loaded_state.numel // weight.loaded_state.blocksize)
             padded = torch.zeros(self.rows(blocks))
