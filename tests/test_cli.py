@@ -35,6 +35,18 @@ def test_train_says_what_it_will_do_and_where_it_lies(trained):
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_report_makes_the_report_of_a_run_again_and_runs_lists_it(trained):
+    output, _ = trained
+    before = {name: (output / name).read_bytes() for name in ("loss_curve.png", "report.md", "report.html")}
+    for name in before:
+        (output / name).unlink()
+    code, out, err = onecard("report", output)
+    assert code == 0 and "report.html" in out and not err, err
+    assert {name: (output / name).read_bytes() for name in before} == before
+    code, out, err = onecard("runs", output.parent)
+    assert code == 0 and "finished  3/3" in out and out.splitlines()[1].endswith(output.name), out + err
+
+
 def test_generate_and_eval_with_the_adapter(trained, checkpoint, tmp_path):
     adapter = trained[0] / "adapter"
     code, out, err = onecard(

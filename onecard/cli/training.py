@@ -86,6 +86,44 @@ def merge_fields(
     return {**merged, **(read_yaml(config) if config else {}), **given(fields)}
 
 
+@app.command
+def runs(root: str = ".", *, json: bool = False) -> None:
+    """List the runs under a folder: state, steps, loss, last change. The newest change is first.
+
+    A run is a folder with run.json or metrics.jsonl. States: running; finished; stopped (by a signal, can be resumed);
+    failed (by an error); killed (its process is gone); unknown (no record, or a damaged one).
+
+    Args:
+        root: Folder that is searched, six levels deep.
+        json: Print JSON.
+    """
+    from json import dumps
+
+    from onecard.train.folders import list_runs, run_lines
+
+    rows, is_cut = list_runs(root)
+    if is_cut:
+        print("note: there are too many folders: some were not searched", file=sys.stderr)
+    if json:
+        return print(dumps(rows, allow_nan=False))
+    print("\n".join(run_lines(rows)) if rows else f"no run under {one_line(root)}")
+
+
+@app.command
+def report(output: str) -> None:
+    """Make the report of a run again, from the files in its output folder.
+
+    Of a run that did not end, the report has its settings, its plan, its curve and its last evaluation.
+
+    Args:
+        output: The run's output folder.
+    """
+    from onecard.train.remade import remake_report
+
+    path, source = remake_report(output)
+    print(f"report   {path}  (of {source})")
+
+
 @app.command(name="config")
 def show_config(
     dump: str | None = None,

@@ -31,9 +31,10 @@ from onecard.memory.measure import available_bytes, format_bytes
 from onecard.studio import prepare, writing
 from onecard.studio.guard import COOKIE, PageGuard
 from onecard.studio.jobs import Jobs
-from onecard.studio.runs import REPORT, Runs, differences
+from onecard.studio.runs import Runs, as_text, differences
 from onecard.studio.stream import Board, Stream
 from onecard.studio.talk import Talk
+from onecard.train.folders import REPORT
 
 STATIC = Path(__file__).parent / "static"
 POLICY = (
@@ -206,7 +207,7 @@ def add_runs(app: FastAPI, studio: Studio) -> None:
         name = request.query_params.get("run", "")
         record = runs.need_record(name)
         facts = record.model_dump(include={"command", "folder", "plan", "choice", "num_processes", "config"})
-        return {**facts, "path": str(runs.get(name).path)}
+        return {**facts, "path": as_text(runs.get(name).path)}
 
     @app.get("/api/compare")
     async def compare(request: Request) -> list[dict[str, Any]]:

@@ -1,8 +1,4 @@
-"""All runs under a root: found by their files, with state and newest numbers. Stop and resume.
-
-A folder with run.json or metrics.jsonl is a run's output, who ever started it. Nothing in it is locked or written: a
-lock that is only tried would refuse a run that begins at this moment.
-"""
+"""All runs under a root as the page shows them, beside its jobs. Stop and resume."""
 
 from __future__ import annotations
 
@@ -18,51 +14,11 @@ from onecard.config.document import config_yaml
 from onecard.errors import UserError
 from onecard.faults import as_user_error
 from onecard.files import write_synced
-from onecard.studio.curves import Curves
 from onecard.studio.jobs import Job, Jobs
-from onecard.train.record import FILE, Record, read_record
+from onecard.train.folders import ADAPTER, REPORT, RunFolder, search
+from onecard.train.record import Record
 
-METRICS, REPORT = "metrics.jsonl", "report.html"
-DEEPEST, MOST_FOLDERS = 6, 20_000
-NOT_SEARCHED = {"checkpoints", "adapter", "node_modules", "__pycache__"}
 SHOWN = ("loss", "supervised_tokens_per_second", "memory_bytes", "epoch", "eval_loss", "learning_rate", "grad_norm")
-
-
-@dataclass
-class RunFolder:
-    """The output folder of a run."""
-
-    path: Path
-    curves: Curves
-    record: Record | None = None
-    error: str | None = None  # what is wrong with the record
-    stamp: tuple[int, int] | None = None  # of the record's file that was read
-
-    def refresh(self) -> None:
-        self.curves.refresh()
-        try:
-            found = (self.path / FILE).stat()
-        except OSError:
-            self.record, self.stamp, self.error = None, None, None
-            return
-        stamp = (found.st_ino, found.st_mtime_ns)
-        if stamp != self.stamp:
-            self.stamp = stamp
-            try:
-                self.record, self.error = read_record(self.path), None
-            except UserError as error:
-                self.record, self.error = None, str(error)
-
-    def state(self, starting: Job | None, stopping: set[tuple[int, float]]) -> str:
-        """Return running, stopping, starting, finished, stopped, failed, killed or unknown."""
-        record = self.record
-        if record is not None and record.is_running:
-            return "stopping" if (record.pid, record.process_started) in stopping else "running"
-        if starting is not None:
-            return "starting"
-        if record is None:
-            return "finished" if (self.path / REPORT).is_file() else "unknown"
-        return "killed" if record.state == "running" else record.state
 
 
 @dataclass
@@ -87,40 +43,45 @@ class Runs:
 
     def summaries(self) -> list[dict[str, Any]]:
         there, self.is_cut = search(self.root)
-        self.found = {
-            name: self.found.get(name) or RunFolder(path, Curves(path / METRICS)) for name, path in there.items()
-        }
+        self.found = {name: self.found.get(name) or RunFolder.of(path) for name, path in there.items()}
         jobs = {job.output: job for job in reversed(self.jobs.refresh()) if job.kind == "train"}
         rows = [self.summary(name, jobs.pop(str(run.path), None)) for name, run in self.found.items()]
         rows += [self.summary_of_job(job) for job in jobs.values()]
         return sorted(rows, key=lambda row: row["began"], reverse=True)
 
+    def state(self, run: RunFolder, is_starting: bool) -> str:
+        """Return the run's state, or what the page has asked for: starting, stopping."""
+        record, state = run.record, run.state
+        if state == "running":
+            assert record is not None, "only a record says so"
+            return "stopping" if (record.pid, record.process_started) in self.jobs.stopping else "running"
+        return "starting" if is_starting else state
+
     def summary(self, name: str, job: Job | None) -> dict[str, Any]:
         """Return what the list shows of a run. `job` is the newest that the page has started in its folder."""
         run = self.found[name]
         run.refresh()
-        record, last = run.record, run.curves.last
-        state = run.state(job if job and job.is_running else None, self.jobs.stopping)
+        record = run.record
+        state = self.state(run, job is not None and job.is_running)
         failed_again = job is not None and record is not None and job.began > record.began and not job.is_running
-        message = run.error or (record.message if record and state == "failed" else None)
         return {
             "name": name,
             "state": state,
-            "step": int(last.get("step", 0)),
+            "step": run.step,
             "num_steps": record.num_steps if record else None,
-            "began": record.began if record else modified(run.path / METRICS),
+            "began": run.began,
             "version": run.curves.version,
-            "last": {key: as_number(last[key]) for key in SHOWN if key in last},
+            "last": run.numbers(SHOWN),
             "planned_bytes": record.planned_bytes if record else None,
             "process_bytes": record.process_bytes if record else None,
             "model": Path(record.config["model"]).name if record else None,
             "model_path": beside(record.folder, record.config["model"]) if record else None,
-            "adapter_path": str(run.path / "adapter"),
-            "message": message,
+            "adapter_path": as_text(run.path / ADAPTER),
+            "message": run.message if state in ("failed", "unknown") else None,
             "job": job.name if job else None,
             "failed_again": failed_again,
             "has_report": (run.path / REPORT).is_file(),
-            "has_adapter": (run.path / "adapter" / "adapter_config.json").is_file(),
+            "has_adapter": run.has_adapter,
             "can_resume": record is not None and state in ("stopped", "failed", "killed"),
         }
 
@@ -177,7 +138,7 @@ class Runs:
         if record.is_running:
             raise UserError("a run that runs goes on by itself", "it runs", "stop it first", name)
         folder = Path(record.folder)
-        if not folder.is_dir() or (folder / record.config["output"]).resolve() != run.path.resolve():
+        if not os.path.isdir(folder) or (folder / record.config["output"]).resolve() != run.path.resolve():
             found = f"its settings say {folder / record.config['output']}"
             raise UserError("the run must be where it was written", found, "move it back", name)
         path = self.write_config(f"resume-{sha256(name.encode()).hexdigest()[:12]}", record.config)
@@ -195,23 +156,6 @@ class Runs:
         return path
 
 
-def search(root: Path) -> tuple[dict[str, Path], bool]:
-    """Return the output folders under a root, and whether the search was cut short."""
-    found: dict[str, Path] = {}
-    top = len(root.parts)
-    for count, (folder, below, files) in enumerate(os.walk(root)):
-        if count == MOST_FOLDERS:
-            return found, True
-        path = Path(folder)
-        if FILE in files or METRICS in files:
-            found[path.relative_to(root).as_posix()] = path
-            below.clear()
-        elif len(path.parts) - top >= DEEPEST:
-            below.clear()
-        below[:] = sorted(name for name in below if not name.startswith(".") and name not in NOT_SEARCHED)
-    return found, False
-
-
 def differences(records: dict[str, Record]) -> list[dict[str, Any]]:
     """Return the settings in which runs differ: name, default, and the value of each run."""
     rows = []
@@ -225,17 +169,10 @@ def differences(records: dict[str, Record]) -> list[dict[str, Any]]:
 
 def beside(folder: str, model: str) -> str:
     """Return a model's path as it was for the run. A hub id, or the name of no folder, stays."""
-    path = Path(folder, model)
-    return str(path) if path.exists() else model
+    path = os.path.join(folder, model)
+    return path if os.path.exists(path) else model
 
 
-def modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def as_number(value: float) -> float | None:
-    """Return a number that JSON has; None for NaN and Inf."""
-    return value if abs(value) != float("inf") and value == value else None
+def as_text(path: Path) -> str:
+    """Return a path that JSON can have, also if a name on it is no UTF-8."""
+    return str(path).encode(errors="backslashreplace").decode()

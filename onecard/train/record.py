@@ -1,7 +1,8 @@
 """run.json in a run's output folder: which process runs it, how it was started, its settings, its plan, how it ended.
 
-`onecard studio` reads it. It is written when the training begins, so that a run which fails before leaves no file. A
-killed process leaves the state "running". Its number and its start time together tell whether it still runs.
+`onecard studio`, `runs` and `report` read it. It is written when the training begins, so that a run which fails before
+leaves no file. A killed process leaves the state "running". Its number and its start time together tell whether it
+still runs.
 """
 
 from __future__ import annotations
@@ -12,20 +13,23 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
+from pydantic import Field, field_validator
 
 from onecard.documents import Own, hold, read_object
 from onecard.errors import Stopped, UserError, first_line
 from onecard.faults import about
 from onecard.train.metrics import replace_text
-from onecard.train.prepare import Prepared
-from onecard.train.ranks import Ranks
-from onecard.train.run import Run
 from onecard.train.signals import Signalled
 
-FILE = "run.json"
+if TYPE_CHECKING:  # they import torch, which the list of runs does without
+    from onecard.train.prepare import Prepared
+    from onecard.train.ranks import Ranks
+    from onecard.train.run import Run
+
+FILE, STORED = "run.json", "report.json"
 
 
 class Record(Own):
@@ -42,7 +46,7 @@ class Record(Own):
     """
 
     state: Literal["running", "finished", "stopped", "failed"]
-    pid: int
+    pid: int = Field(gt=0, lt=1 << 31)
     process_started: float
     command: list[str]
     folder: str
@@ -56,6 +60,14 @@ class Record(Own):
     process_bytes: int
     choice: str
     message: str | None = None
+
+    @field_validator("config")
+    @classmethod
+    def _check_config(cls, config: dict[str, Any]) -> dict[str, Any]:
+        for name in ("model", "output"):
+            if not isinstance(config.get(name), str):
+                raise ValueError(f"{name} must be a text")
+        return config
 
     @property
     def is_running(self) -> bool:
@@ -74,7 +86,8 @@ def process_of(pid: int, process_started: float) -> psutil.Process | None:
 
 
 def write_record(prepared: Prepared, run: Run) -> None:
-    """Write the record of a run that begins its training."""
+    """Write the record of a run that begins its training. The content of an earlier end's report goes."""
+    output = Path(prepared.config.output)
     plan = prepared.plan
     record = Record(
         state="running",
@@ -92,7 +105,9 @@ def write_record(prepared: Prepared, run: Run) -> None:
         process_bytes=prepared.process_bytes,
         choice=plan.choice or "",
     )
-    replace_text(Path(prepared.config.output) / FILE, record.model_dump_json(indent=1))
+    with about(output / STORED):
+        (output / STORED).unlink(missing_ok=True)
+    replace_text(output / FILE, record.model_dump_json(indent=1))
 
 
 def read_record(output: Path) -> Record | None:
@@ -101,7 +116,8 @@ def read_record(output: Path) -> Record | None:
     if not path.is_file():
         return None
     content = read_object(path, "leave this folder out, or remove the file")
-    content["plan"] = [tuple(term) if isinstance(term, list) else term for term in content.get("plan") or []]
+    if isinstance(plan := content.get("plan"), list):
+        content["plan"] = [tuple(term) if isinstance(term, list) else term for term in plan]
     return hold(Record, content, str(path), "leave this folder out, or remove the file")
 
 

@@ -1,4 +1,4 @@
-"""A run's report: loss_curve.png, report.md, report.html."""
+"""A run's report: loss_curve.png, report.md, report.html. `onecard report` makes them again from report.json."""
 
 from __future__ import annotations
 
@@ -6,25 +6,39 @@ import base64
 import json
 import platform
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
-from math import ceil, exp
+from math import ceil, exp, isfinite
 from pathlib import Path
 from typing import Any
 
 from onecard.faults import about
 from onecard.memory.measure import format_bytes
+from onecard.train.curves import smooth
+from onecard.train.metrics import replace_text
+from onecard.train.record import STORED
 
-MOST_NEIGHBOURS = 50  # on each side of a smoothed loss
 VALIDATION_COLOURS = ("#c2410c", "#7c3aed", "#0f766e", "#a16207", "#be185d")
 SHOWN_REWARDS = ("rewards/accuracies", "rewards/margins")  # of what preferences measure
+MOST_SHOWN = 1e30  # an axis has no greater number
 LEAST_SHARE = 0.6  # part of the loss axis that nine tenths of the steps fill at least
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, the platform and the main packages."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in ("onecard", "torch", "transformers", "peft", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 @dataclass
 class Report:
-    """The content of the report, except the versions."""
+    """The content of the report."""
 
     title: str
     command: str
@@ -33,13 +47,14 @@ class Report:
     memory: list[tuple[str, int]]
     metrics: list[dict[str, Any]]
     num_steps: int
-    seconds: float
+    seconds: float | None  # None: not known
     before: dict[str, float] = field(default_factory=dict)  # each metric of an evaluation by its name
     after: dict[str, float] = field(default_factory=dict)
     samples: list[tuple[str, str, str]] = field(default_factory=list)
     facts: dict[str, str] = field(default_factory=dict)
     next_commands: list[str] = field(default_factory=list)
     sources: list[dict[str, str]] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=versions)
 
     @property
     def loss_before(self) -> float | None:
@@ -55,17 +70,6 @@ def first_loss(scores: dict[str, float]) -> float | None:
     return next((value for name, value in scores.items() if name.endswith("loss")), None)
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python, the platform and the main packages."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
-    for name in ("onecard", "torch", "transformers", "peft", "safetensors"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
 def write_report(output: Path, report: Report) -> None:
     """Write the curve and both reports under `output`."""
     picture = output / "loss_curve.png"
@@ -76,8 +80,13 @@ def write_report(output: Path, report: Report) -> None:
         ("report.md", to_markdown(report.title, sections)),
         ("report.html", to_html(report.title, sections, picture)),
     ):
-        with about(output / name):
-            (output / name).write_text(text, encoding="utf-8")
+        replace_text(output / name, text)
+
+
+def store_report(output: Path, report: Report) -> None:
+    """Write the content of a report, without the metrics, which have a file of their own."""
+    content = {name: value for name, value in asdict(report).items() if name != "metrics"}
+    replace_text(output / STORED, json.dumps(content, indent=1, default=str))
 
 
 def draw_curve(path: Path, metrics: list[dict[str, Any]], unit: str) -> None:
@@ -87,10 +96,9 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]], unit: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot, ticker
 
-    steps = [row["step"] for row in metrics if "loss" in row]
-    losses = [row["loss"] for row in metrics if "loss" in row]
+    steps, losses = points_of(metrics, "loss")
     names = dict.fromkeys(name for row in metrics for name in row if re.fullmatch("eval_(.*_)?loss", name))
-    checked = {name: [(row["step"], row[name]) for row in metrics if name in row] for name in names}
+    checked = {name: list(zip(*points)) for name in names if (points := points_of(metrics, name))[0]}
     figure, (top, bottom) = pyplot.subplots(
         2, 1, figsize=(8, 5), sharex=True, height_ratios=[4, 1], layout="constrained"
     )
@@ -108,7 +116,7 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]], unit: str) -> None:
     top.set_ylim(low, high)
     top.grid(alpha=0.25)
     top.legend(frameon=False)
-    bottom.plot(steps, [row["learning_rate"] for row in metrics if "loss" in row], color="#4d7c0f")
+    bottom.plot(*points_of(metrics, "learning_rate"), color="#4d7c0f")
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -118,31 +126,11 @@ def draw_curve(path: Path, metrics: list[dict[str, Any]], unit: str) -> None:
     pyplot.close(figure)
 
 
-def smooth(values: list[float]) -> list[float]:
-    """Fit a straight line to each step's neighbours, by least squares with weights that fall on both sides.
-
-    A straight line stays unchanged, also at the ends: there is no lag and no bias. A loss falls fastest at the start,
-    so the window is narrow there: an eighth of the steps before, at most a twentieth of all and `MOST_NEIGHBOURS`.
-    Where the window is whole, the fit at its middle is the weighted mean: one convolution.
-    """
-    import numpy
-
-    y = numpy.asarray(values, dtype=float)
-    widest = min(max(len(values) // 20, 2), MOST_NEIGHBOURS)
-    weight = widest + 1 - numpy.abs(numpy.arange(-widest, widest + 1.0))
-    out = numpy.convolve(y, weight / weight.sum(), "same") if len(y) > 2 * widest else numpy.zeros_like(y)
-    first_whole, after_whole = max(8 * (widest - 1), widest), len(y) - widest
-    for at in (*range(min(first_whole, len(y))), *range(max(after_whole, first_whole), len(y))):
-        half = min(widest, 1 + at // 8)
-        distance = numpy.arange(max(-half, -at), min(half, len(y) - 1 - at) + 1)
-        weight = 1 - numpy.abs(distance) / (half + 1)
-        near = y[at + distance]
-        mean = (weight * distance).sum() / weight.sum()
-        centred = distance - mean
-        spread = (weight * centred**2).sum()
-        slope = (weight * centred * near).sum() / spread if spread else 0.0
-        out[at] = (weight * near).sum() / weight.sum() - slope * mean
-    return out.tolist()
+def points_of(metrics: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """Return the steps that have a number of this name, and the numbers. What no axis holds is left out, as NaN."""
+    points = [(row["step"], row[name]) for row in metrics if name in row]
+    points = [(step, value) for step, value in points if isfinite(value) and abs(value) < MOST_SHOWN]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def limits(losses: list[float], checked: list[float]) -> tuple[float, float]:
@@ -160,7 +148,8 @@ Section = tuple[str, str, Any]  # heading; "table", "grid", "code" or "samples";
 
 
 def make_sections(report: Report) -> list[Section]:
-    rows = [("steps", f"{report.num_steps:,}"), ("time", f"{report.seconds:,.1f} s")]
+    rows = [("steps", f"{report.num_steps:,}")]
+    rows += [("time", f"{report.seconds:,.1f} s")] if report.seconds is not None else []
     for name in {**report.before, **report.after}:
         if "/" in name and not name.endswith(SHOWN_REWARDS):
             continue
@@ -183,7 +172,7 @@ def make_sections(report: Report) -> list[Section]:
         ("Next", "code", "\n".join(report.next_commands)),
         ("Command", "code", report.command),
         ("Settings", "code", json.dumps(report.config, indent=1, default=str)),
-        ("Versions", "table", list(versions().items())),
+        ("Versions", "table", list(report.versions.items())),
     ]
 
 

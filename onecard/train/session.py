@@ -63,7 +63,7 @@ from onecard.train.progress import Progress
 from onecard.train.ranks import WORK, Ranks, is_sharded, join, leave
 from onecard.train.record import end_of_record, write_record
 from onecard.train.reference import reference_identity, set_references
-from onecard.train.report import write_report
+from onecard.train.report import store_report, write_report
 from onecard.train.result import Result
 from onecard.train.run import Run, make_graphs
 from onecard.train.show import resume_shown, show
@@ -238,6 +238,7 @@ def run_locked(
         result.report.facts["processes"] = f"{ranks.count}, data parallel{', the base sharded' * run.is_sharded}"
     if not ranks.is_first:
         return result
+    store_report(output, result.report)
     write_report(output, result.report)
     write_card(result.adapter, prepared.config, prepared.folder, result.report)
     if config.push_to_hub:

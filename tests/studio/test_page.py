@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from onecard.cli import app as cli
@@ -27,8 +26,9 @@ from onecard.studio.app import Studio, make_server
 from onecard.studio.jobs import Jobs
 from onecard.studio.runs import Runs, differences
 from onecard.terminal import joined_flags
-from onecard.train.record import FILE, Record
+from onecard.train.record import FILE
 from tests.conftest import write_rows
+from tests.train.test_folders import record_of
 
 DEMO = Path(__file__).parents[2] / "onecard" / "demo"
 BASE, DATA = str(DEMO / "base"), str(DEMO / "data" / "heldout.jsonl")
@@ -75,23 +75,6 @@ def page(tmp_path_factory):
     made = Running(root=str(tmp_path_factory.mktemp("root")))
     yield made
     made.stop()
-
-
-def record_of(output, pid=None, **fields):
-    """Write a run's record, of a process that runs or of none."""
-    output.mkdir(parents=True, exist_ok=True)
-    config = make_config(TrainConfig, {"model": BASE, "data": DATA, "output": str(output), **fields.pop("config", {})})
-    started = psutil.Process(pid).create_time() if pid else 1.0
-    found = Record(
-        **{
-            "state": "running", "pid": pid or 1, "process_started": started, "command": ["onecard", "train"],
-            "folder": os.getcwd(), "began": 100.0, "num_processes": 1, "num_steps": 50, "first_step": 0,
-            "config": config.model_dump(mode="json"), "plan": [("base", 7, "P")], "planned_bytes": 7,
-            "process_bytes": 3, "choice": "none of 4 layers recomputed", **fields,
-        }
-    )  # fmt: skip
-    (output / FILE).write_text(found.model_dump_json())
-    return found
 
 
 # ---- the guard ----

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from onecard.train.metrics import COLUMNS, HEAD_COLUMNS, PREFERENCE_COLUMNS, SCORE
-from onecard.train.report import smooth
 
 NUMBERS = {int, float}  # not bool
 KNOWN = {*COLUMNS, *PREFERENCE_COLUMNS, *HEAD_COLUMNS}
 MOST_COLUMNS = 200  # names of scores come from the file
 LEAST_SMOOTHED = 8  # losses
+MOST_NEIGHBOURS = 50  # on each side of a smoothed loss
+MOST_STEPS = 1 << 53  # a float has every integer up to it
 Points = dict[str, list[float | None]]
 
 
@@ -43,6 +45,8 @@ class Curves:
     def refresh(self) -> None:
         """Read what the file has more than before. A file that is not there has no rows."""
         try:
+            if not stat.S_ISREG(self.path.stat().st_mode):  # a pipe would be waited for
+                raise FileNotFoundError
             with self.path.open("rb") as file:
                 found = os.fstat(file.fileno())
                 if found.st_ino != self.inode or found.st_size < self.offset:
@@ -93,7 +97,9 @@ class Curves:
 
 def is_row(row: Any) -> bool:
     """Whether a line is a row of metrics. Others are left out, as by `onecard train --resume`."""
-    return type(row) is dict and type(row.get("step")) is int and all(type(value) in NUMBERS for value in row.values())
+    if type(row) is not dict or type(row.get("step")) is not int or not 0 <= row["step"] <= MOST_STEPS:
+        return False
+    return all(type(value) in NUMBERS for value in row.values())
 
 
 def as_float(value: int | float) -> float:
@@ -148,3 +154,28 @@ def spaced(x: np.ndarray, y: np.ndarray, most: int) -> Points:
 def as_json(x: np.ndarray, y: np.ndarray) -> Points:
     """Return lists. JSON has no NaN and no Inf: they are null, a gap in the curve."""
     return {"x": x.tolist(), "y": [value if np.isfinite(value) else None for value in y.tolist()]}
+
+
+def smooth(values: list[float]) -> list[float]:
+    """Fit a straight line to each step's neighbours, by least squares with weights that fall on both sides.
+
+    A straight line stays unchanged, also at the ends: there is no lag and no bias. A loss falls fastest at the start,
+    so the window is narrow there: an eighth of the steps before, at most a twentieth of all and `MOST_NEIGHBOURS`.
+    Where the window is whole, the fit at its middle is the weighted mean: one convolution.
+    """
+    y = np.asarray(values, dtype=float)
+    widest = min(max(len(values) // 20, 2), MOST_NEIGHBOURS)
+    weight = widest + 1 - np.abs(np.arange(-widest, widest + 1.0))
+    out = np.convolve(y, weight / weight.sum(), "same") if len(y) > 2 * widest else np.zeros_like(y)
+    first_whole, after_whole = max(8 * (widest - 1), widest), len(y) - widest
+    for at in (*range(min(first_whole, len(y))), *range(max(after_whole, first_whole), len(y))):
+        half = min(widest, 1 + at // 8)
+        distance = np.arange(max(-half, -at), min(half, len(y) - 1 - at) + 1)
+        weight = 1 - np.abs(distance) / (half + 1)
+        near = y[at + distance]
+        mean = (weight * distance).sum() / weight.sum()
+        centred = distance - mean
+        spread = (weight * centred**2).sum()
+        slope = (weight * centred * near).sum() / spread if spread else 0.0
+        out[at] = (weight * near).sum() / weight.sum() - slope * mean
+    return out.tolist()

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from onecard.studio.curves import Curves, thinned
+from onecard.train.curves import Curves, thinned
 from onecard.train.report import smooth
 
 
