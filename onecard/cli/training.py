@@ -157,6 +157,7 @@ def plan(
     method: Literal["full", "lora", "qlora", "generate"] = "qlora",
     device_memory: str | None = None,
     num_processes: int = 1,
+    prefix_cache: str | None = None,
     json: bool = False,
     plot: str | None = None,
 ) -> None:
@@ -167,6 +168,8 @@ def plan(
         method: qlora; generate (its KV cache for max_seq_length tokens); lora (16-bit base) and full, to compare.
         device_memory: What there is, such as 24GiB: plans for what train would keep, recompute, offload and page in it.
         num_processes: Processes of the run, each on a device of its own; the plan is of one of them.
+        prefix_cache: With --method generate: the server's prefix cache, such as 256MiB. The plan is then that of
+            `onecard serve` with --per-device-train-batch-size answers at a time.
         json: Print JSON.
         plot: PNG file for the terms as bars.
     """
@@ -177,7 +180,7 @@ def plan(
 
     quiet_libraries()
     limit = None if device_memory is None else parse_bytes(device_memory)
-    found = run(model, method, limit, num_processes, **given(fields))
+    found = run(model, method, limit, num_processes, parse_bytes(prefix_cache or "0B"), **given(fields))
     if plot:
         from onecard.memory.figures import plot_plan
 

@@ -70,6 +70,7 @@ class PlanInputs:
     known: Workload | None = None  # from the data; None if there is none: workload.py assumes one
     num_new_tokens: int = 0  # that the run adds
     num_processes: int = 1
+    prefix_cache_bytes: int = 0  # of a server
 
     @cached_property
     def workload(self) -> Workload:
@@ -85,16 +86,16 @@ class PlanInputs:
         named = self.config.device
         return pick_device("auto").type if named == "auto" else named.partition(":")[0]
 
-    @property
+    @cached_property
     def length(self) -> int:
         return min(self.config.max_seq_length, self.model.longest_context)
 
-    @property
+    @cached_property
     def row_tokens(self) -> int:
         """Tokens of a row. A row of preferences has room for the two answers of a pair."""
         return self.length * self.config.documents_per_example
 
-    @property
+    @cached_property
     def batch_tokens(self) -> int:
         """Tokens of a micro-batch, with the loader's padding."""
         return multiple(self.row_tokens * self.config.per_device_train_batch_size)
@@ -214,6 +215,11 @@ class PlanInputs:
         return sum(size for name, size in self.sizes.items() if name.startswith(mlps)) if self.layer.mlp else 0
 
     @cached_property
+    def num_quantized(self) -> int:
+        """Number of weights in 4 bits."""
+        return sum(self.sizes.values())
+
+    @cached_property
     def num_linear_weights(self) -> int:
         """Number of weights of all linears."""
         return sum(linear.weight.numel() for linear in self.model.linears.values())
@@ -257,6 +263,21 @@ class PlanInputs:
         return self.layer_pages + ([] if head is None else [head.weight.numel() * self.model.head_itemsize])
 
     @cached_property
+    def paged_bytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(self.pages)
+
+    @cached_property
+    def bases_bytes(self) -> dict[bool, int]:
+        """What strategy.py has counted: bytes of the base's terms, by whether it is paged."""
+        return {}
+
+    @cached_property
+    def steps_bytes(self) -> dict[MemoryStrategy, int]:
+        """What strategy.py has counted: bytes of all terms but those of the base and of the optimizer's states."""
+        return {}
+
+    @cached_property
     def budget(self) -> int | None:
         """Bytes of weights_budget, if it is set. Raises UserError if the two largest pages exceed it."""
         if self.config.weights_budget is None:
@@ -284,6 +305,15 @@ class PlanInputs:
         optim = self.config.optim
         rows = [state_bytes("adamw" if optim == "muon" else optim, shape) for shape in self.row_shapes]
         return [*(state_bytes(optim, shape) for shape in self.lora_shapes), *rows, *saved]
+
+    @cached_property
+    def whole_states_bytes(self) -> tuple[int, int]:
+        """Bytes of all the optimizer's states, and of the largest one."""
+        return sum(self.state_sizes), max(self.state_sizes, default=0)
+
+    def states_bytes(self, offloaded: bool) -> int:
+        """Bytes of the optimizer's states on the device."""
+        return self.whole_states_bytes[offloaded]
 
     @cached_property
     def layer(self) -> Activations:

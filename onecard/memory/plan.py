@@ -13,7 +13,7 @@ import torch
 
 from onecard.adapter.served import check_served
 from onecard.adapter.targets import check_names
-from onecard.config import TrainConfig, make_config
+from onecard.config import ServeConfig, TrainConfig, make_config, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.load import pick_compute_dtype
 from onecard.hf.skeleton import Model
@@ -44,11 +44,15 @@ OF_MODEL = (
     "num_saved",
     "expert_factors",
     "sizes",
+    "num_quantized",
+    "num_mlp_weights",
     "num_linear_weights",
     "num_met",
     "pages",
+    "paged_bytes",
     "smallest_budget",
     "state_sizes",
+    "whole_states_bytes",
     "layer",
     "unpaged_bytes",
 )  # properties of PlanInputs that no setting of rows changes
@@ -113,6 +117,7 @@ def plan(
     method: Method = "qlora",
     device_memory_bytes: int | None = None,
     num_processes: int = 1,
+    prefix_cache_bytes: int = 0,
     **fields: Any,
 ) -> Plan:
     """Count the memory that training a model takes, without its weights.
@@ -125,6 +130,7 @@ def plan(
         device_memory_bytes: the memory of the device, in bytes. QLoRA's plan is then for what `onecard train` would
             choose, and has the largest context and batch that fit. None plans for everything resident and kept.
         num_processes: of a QLoRA run. The plan is of one of them.
+        prefix_cache_bytes: of `onecard serve`, for "generate": per_device_train_batch_size is its max_num_seqs.
         fields: any field of TrainConfig, such as r, max_seq_length or per_device_train_batch_size.
 
     Returns:
@@ -141,6 +147,9 @@ def plan(
     if num_processes < 1:
         do = "pass 2 or more"
         raise UserError("a run must have a process", str(num_processes), do, "num_processes")
+    if prefix_cache_bytes and method != "generate":
+        found, do = f"method {method}", "pass --method generate, or leave it out"
+        raise UserError("a prefix cache is a server's", found, do, "prefix_cache")
     config = make_config(TrainConfig, {"data": "-", "output": "-", **fields, "model": model}, "plan")
     known = find_model(model, ASSUMED_LABELS.get(config.task, ()), config.text_only)
     if config.max_seq_length > known.longest_context and "max_seq_length" in fields:
@@ -150,7 +159,24 @@ def plan(
             f"give at most --max-seq-length {known.longest_context}",
             "max_seq_length",
         )
-    return plan_model(known, config, method, device_memory_bytes, num_processes=num_processes)
+    return plan_model(
+        known, config, method, device_memory_bytes, num_processes=num_processes, prefix_cache_bytes=prefix_cache_bytes
+    )
+
+
+def plan_server(model: str, config: ServeConfig, **fields: Any) -> Plan:
+    """Count the memory of `onecard serve`: the base, a full KV cache of each answer, and a full prefix cache.
+
+    Args:
+        fields: of LoadConfig, and the device.
+
+    Raises:
+        UserError: same as `plan`.
+    """
+    length = find_model(model).longest_context
+    fields |= {"max_seq_length": min(config.max_model_len or length, length)}
+    prefix = parse_bytes(config.prefix_cache)
+    return plan(model, "generate", prefix_cache_bytes=prefix, per_device_train_batch_size=config.max_num_seqs, **fields)
 
 
 def plan_model(
@@ -160,6 +186,7 @@ def plan_model(
     limit: int | None = None,
     searches: bool = True,
     num_processes: int = 1,
+    prefix_cache_bytes: int = 0,
 ) -> Plan:
     """Same as `plan`, for a model that is already found.
 
@@ -171,7 +198,10 @@ def plan_model(
     check_names(known, config)
     check_served(known, config)
     num_new = sum(len(read_tokens(named)) for named in (config.add_tokens, config.add_special_tokens))
-    inputs = PlanInputs(known, config, torch.bfloat16, num_new_tokens=num_new, num_processes=num_processes)
+    inputs = PlanInputs(
+        known, config, torch.bfloat16, num_new_tokens=num_new, num_processes=num_processes,
+        prefix_cache_bytes=prefix_cache_bytes,
+    )  # fmt: skip
     if method != "full" and not inputs.adapted:
         raise UserError(
             "target_modules must name linears of the model",

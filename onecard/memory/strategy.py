@@ -18,7 +18,7 @@ from onecard.config import MLP_CHUNK_TOKENS
 from onecard.hf.skeleton import Model
 from onecard.memory.activations import heads_of
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
-from onecard.memory.terms import plan_terms
+from onecard.memory.terms import base_terms, plan_terms
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def price(inputs: PlanInputs, strategy: MemoryStrategy) -> Price:
     """Count an update's seconds and moved bytes with a strategy."""
     rates, model, text = RATES[inputs.device], inputs.model, inputs.model.text
     layers, again = model.num_layers, strategy.num_recomputed / model.num_layers
-    P_q, (P_m, P_l), S = sum(inputs.sizes.values()), inputs.num_met, inputs.length
+    P_q, (P_m, P_l), S = inputs.num_quantized, inputs.num_met, inputs.length
     heads, _, head = heads_of(text)
     a = heads * head
     forward = 2 * P_m + 2 * P_l + 2 * S * a * layers
@@ -63,10 +63,10 @@ def price(inputs: PlanInputs, strategy: MemoryStrategy) -> Price:
         chunks = -(-inputs.tokens(strategy) // strategy.mlp_chunk)
         dequantized += ((3 + again) * chunks - 2 - again) * inputs.num_mlp_weights
     computing = batches * inputs.batch_tokens * token / rates.operations + parts * dequantized / rates.dequantized
-    outside = 0 if strategy.weights_budget is None else max(0, sum(inputs.pages) - strategy.weights_budget)
+    outside = 0 if strategy.weights_budget is None else max(0, inputs.paged_bytes - strategy.weights_budget)
     input_values = batches * inputs.batch_tokens * strategy.num_offloaded * inputs.layer.hidden
     bytes_in = 2 * parts * outside + input_values
-    states = sum(inputs.state_sizes) if strategy.offload_optimizer_states else 0
+    states = inputs.states_bytes(False) if strategy.offload_optimizer_states else 0
     moving = bytes_in / rates.bytes_in + input_values / rates.bytes_out
     waiting = states / rates.bytes_in + states / rates.bytes_out
     both = computing + moving if inputs.device == "cpu" else max(computing, moving)
@@ -74,7 +74,23 @@ def price(inputs: PlanInputs, strategy: MemoryStrategy) -> Price:
 
 
 def total_bytes(inputs: PlanInputs, strategy: MemoryStrategy) -> int:
-    return sum(term.num_bytes for term in plan_terms(inputs, "qlora", strategy))
+    """Return the bytes of the plan. A search asks for hundreds of them: the terms that neither the budget nor the
+    place of the optimizer's states changes are summed once for each step."""
+    step = replace(strategy, weights_budget=None, offload_optimizer_states=False)
+    if step not in inputs.steps_bytes:
+        terms = sum(term.num_bytes for term in plan_terms(inputs, "qlora", step))
+        inputs.steps_bytes[step] = terms - base_bytes(inputs, None) - inputs.states_bytes(False)
+    base = base_bytes(inputs, strategy.weights_budget)
+    return inputs.steps_bytes[step] + base + inputs.states_bytes(strategy.offload_optimizer_states)
+
+
+def base_bytes(inputs: PlanInputs, budget: int | None) -> int:
+    """Return the bytes of the base's terms, which grow with the budget up to all pages."""
+    kind = budget is not None
+    if kind not in inputs.bases_bytes:
+        terms = base_terms(inputs, MemoryStrategy(weights_budget=0 if kind else None))
+        inputs.bases_bytes[kind] = sum(term.num_bytes for term in terms)
+    return inputs.bases_bytes[kind] + (0 if budget is None or inputs.is_sharded else min(budget, inputs.paged_bytes))
 
 
 def choose_strategy(inputs: PlanInputs, limit: int, whole: bool = False) -> MemoryStrategy:
@@ -162,7 +178,7 @@ def with_budget(inputs: PlanInputs, strategy: MemoryStrategy, limit: int) -> Mem
     if inputs.budget is not None:
         return replace(strategy, weights_budget=inputs.budget)
     left = limit - total_bytes(inputs, replace(strategy, weights_budget=0))
-    return replace(strategy, weights_budget=min(max(left, inputs.smallest_budget), sum(inputs.pages)))
+    return replace(strategy, weights_budget=min(max(left, inputs.smallest_budget), inputs.paged_bytes))
 
 
 def recompute_counts(inputs: PlanInputs) -> list[int]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from onecard.config import ADAMW, ROW_MULTIPLE, logits_chunk_bytes
+from onecard.config import ADAMW, PREFILL_TOKENS, ROW_MULTIPLE, logits_chunk_bytes
 from onecard.hf.attention import supports_packing
 from onecard.kernels.cpu import allocator
 from onecard.memory.activations import heads_of
@@ -56,7 +56,9 @@ def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStr
         )
     elif method == "generate":
         rows, tokens = inputs.config.per_device_train_batch_size, inputs.length
-        own, step = [lora], generate_terms(inputs, rows, tokens, inputs.batch_tokens)
+        own, step = [lora], generate_terms(inputs, rows, tokens, min(inputs.batch_tokens, PREFILL_TOKENS))
+        if inputs.prefix_cache_bytes:
+            step.append(Term("prefix cache", inputs.prefix_cache_bytes, "the server's prefix_cache, when it is full"))
     else:
         saved, gradients = (
             Term("modules saved", inputs.c * inputs.num_saved, "c P_s"),

@@ -1,6 +1,7 @@
 """Exact: terms against the parameters of real models; public models' sizes against what they are known for."""
 
 import re
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +13,15 @@ from transformers import AutoConfig
 
 import onecard
 from onecard.adapter.layers import lora_config
-from onecard.config import LoraSettings, TrainConfig, parse_bytes
+from onecard.config import LoraSettings, ServeConfig, TrainConfig, make_config, parse_bytes
 from onecard.errors import UserError
 from onecard.hf.skeleton import Model, meta_model
 from onecard.kernels.cpu import native
-from onecard.memory.inputs import PlanInputs
+from onecard.memory.inputs import MemoryStrategy, PlanInputs
 from onecard.memory.model import find_model, known_config
-from onecard.memory.plan import OF_MODEL, changed, plan, plan_model
+from onecard.memory.plan import OF_MODEL, changed, plan, plan_model, plan_server
 from onecard.memory.shapes import KNOWN
+from onecard.memory.strategy import total_bytes
 from onecard.memory.terms import plan_terms
 from onecard.nn.experts import weights_of
 from onecard.optim.adamw import AdamW
@@ -230,6 +232,32 @@ def test_generating_holds_the_cache_of_every_layer(checkpoint):
     assert "LoRA gradients" not in found and "AdamW states" not in found
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_search_counts_is_the_sum_of_the_terms(checkpoint, device):
+    """A search counts the terms that it does not change once."""
+    fields = {"model": str(checkpoint), "data": "-", "output": "-", "device": device, "optim": "paged_adamw_8bit"}
+    config = make_config(TrainConfig, {**fields, "per_device_train_batch_size": 4})
+    inputs = PlanInputs(find_model(str(checkpoint)), config, torch.bfloat16)
+    kept = [(0, 0, False), (1, 0, False), (1, 0, True), (2, 1, False), (2, 2, True)]
+    budgets = (None, 0, 50_000, inputs.smallest_budget, sum(inputs.pages) - 1, sum(inputs.pages), 1 << 40)
+    for budget, (again, offloaded, keeps) in product(budgets, kept):
+        for offload, tokens in product((False, True), (None, 2048, 4096)):
+            strategy = MemoryStrategy(again, budget, offload, offloaded, tokens, keeps)
+            expected = sum(term.num_bytes for term in plan_terms(inputs, "qlora", strategy))
+            assert total_bytes(inputs, strategy) == expected, strategy
+
+
+def test_a_server_s_plan_has_all_answers_and_the_prefix_cache(checkpoint):
+    found = plan_server(str(checkpoint), ServeConfig(max_num_seqs=3, prefix_cache="2MiB", max_model_len=64))
+    one = plan(str(checkpoint), "generate", max_seq_length=64, per_device_train_batch_size=3)
+    assert [vars(t) for t in found.terms if t.name != "prefix cache"] == [vars(term) for term in one.terms]
+    assert found.total_bytes == one.total_bytes + (2 << 20)
+    longest = plan_server(str(checkpoint), ServeConfig(max_num_seqs=1, prefix_cache="0B"))
+    assert longest.terms == plan(str(checkpoint), "generate", max_seq_length=256).terms
+    with pytest.raises(UserError, match="a prefix cache is a server's"):
+        plan(str(checkpoint), prefix_cache_bytes=1)
+
+
 def test_every_term_and_its_formula_stand_in_the_docs():
     text = (Path(__file__).parents[2] / "docs" / "plan.md").read_text(encoding="utf-8")
     kinds = [
@@ -239,6 +267,7 @@ def test_every_term_and_its_formula_stand_in_the_docs():
     ]
     plans = [plan("llama-2-7b", **kind) for kind in kinds]
     plans.append(plan("llama-2-7b", device_memory_bytes=3 * 10**9, max_seq_length=512))
+    plans.append(plan("llama-2-7b", "generate", prefix_cache_bytes=1))
     names = {term.name for found in plans for term in found.terms}
     missing = [name for name in names if name not in text]
     assert not missing, missing
