@@ -21,7 +21,11 @@ from tests.hf.test_added_tokens import add
 from tests.hf.test_checkpoint import DAMAGES as CHECKPOINTS
 from tests.hf.test_load_mxfp4 import DAMAGES as PACKED
 from tests.infer.test_generate import DAMAGES as ADAPTERS
+from tests.infer.test_prompts import WRONG as PROMPTS
+from tests.infer.test_prompts import use_wrong as read_wrong
 from tests.mxfp4 import make_mxfp4
+from tests.train.test_folders import WRONG as RUNS
+from tests.train.test_folders import use_wrong as report_wrong
 
 MXFP4 = "Checkpoints with experts in MXFP4"
 KINDS = {
@@ -31,6 +35,8 @@ KINDS = {
     "Adapters": list(ADAPTERS),
     "New tokens": list(TOKENS),
     "Importance matrices": list(IMPORTANCE),
+    "Folders of runs": list(RUNS),
+    "Files of prompts": list(PROMPTS),
 }
 HEAD = """# What onecard says
 
@@ -94,6 +100,8 @@ def tables(folder: Path) -> dict[str, list[str]]:
         "Adapters": damaged_rows(adapter, ADAPTERS, lambda path: with_adapter(base, path)),
         "New tokens": [row(kind, partial(add, folder, kind), folder) for kind in TOKENS],
         "Importance matrices": [row(kind, partial(use_wrong, sound, folder, kind), folder) for kind in IMPORTANCE],
+        "Folders of runs": [row(kind, partial(report_wrong, folder, kind), folder) for kind in RUNS],
+        "Files of prompts": [row(kind, partial(read_wrong, folder, kind), folder) for kind in PROMPTS],
     }
 
 

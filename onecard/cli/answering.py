@@ -4,52 +4,116 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Literal
+from contextlib import suppress
+from typing import Any, Literal
 
 from onecard.cli.app import DataFields, DataWords, QuantFields, SamplingFields, ServeFields, app
 from onecard.cli.launch import is_started, launch
 from onecard.config import DataConfig, SamplingConfig, ServeConfig, make_config
-from onecard.errors import UserError, printable
-from onecard.terminal import given, load, load_base, load_headed, make_console, read_data
+from onecard.errors import UserError, one_line, printable
+from onecard.terminal import given, load, load_base, load_headed, make_console, quiet_libraries, read_data
 
 
 @app.command
 def generate(
     model: str,
-    prompt: str,
+    prompt: str | None = None,
     adapter: str | None = None,
     max_new_tokens: int = 256,
     *,
+    prompts: str | None = None,
+    output: str | None = None,
+    batch_size: int = 8,
     sampling: SamplingFields = None,
     system: str | None = None,
     quant: QuantFields = None,
     device: str = "auto",
     raw: bool | None = None,
 ) -> None:
-    """Answer one prompt, streaming.
+    """Answer one prompt, streaming, or each prompt of a file.
 
     Args:
         model: Checkpoint folder or hub id.
         prompt: The user's message, written as the adapter's training rows were; without an adapter, with the chat
             template, or as it is where the tokenizer has none.
         adapter: Folder of a trained adapter.
+        prompts: In place of prompt: a .jsonl file of objects with "prompt" or "messages", or a .txt file of lines. The
+            answers are lines of JSON in the same order: the object with "answer" and "finish_reason".
+        output: New file for these lines; default: they are printed. After an end before the last answer, the same
+            command goes on from OUTPUT.part.
+        batch_size: Answers to prompts of a file at a time; one forward pass gives a token to each.
         system: A system message before the prompt, for a chat template that takes one.
         raw: Go on from the prompt as it is; --no-raw: with the chat template. Default: as the adapter was trained.
     """
-    from onecard.adapter.form import ask
     from onecard.adapter.origin import form_beside
+
+    config, form = make_config(SamplingConfig, given(sampling), "command line"), form_beside(adapter)
+    if (prompt is None) == (prompts is None):
+        found = "neither" if prompt is None else "both"
+        raise UserError("either --prompt or --prompts must be given", found, "give one of them", "prompt")
+    if prompts is not None:
+        settings = {"max_new_tokens": max_new_tokens, "sampling": config.model_dump(mode="json"), "system": system}
+        settings |= {"raw": raw, "stored": given(quant), "batch_size": batch_size}
+        return generate_all(prompts, output, model, adapter, form, config, settings, quant, device)
+    if output is not None:
+        raise UserError("--output is for the answers to --prompts", "--prompt", "leave it out", "output")
+    assert prompt is not None, "checked above"
+    from onecard.adapter.form import ask
     from onecard.infer.generate import generate as run
 
-    config = make_config(SamplingConfig, given(sampling), "command line")
     shown = printable if sys.stdout.isatty() else str  # a file gets the text unchanged
     loaded, tokenizer = load(model, adapter, quant, device)
-    form = form_beside(adapter)
     ids, goes_on, note = ask(prompt, tokenizer, form, raw, system)
     if note:
         print(f"note: {note}", file=sys.stderr)
     how = (max_new_tokens, config, lambda text: print(shown(text), end="", flush=True), goes_on)
     run(loaded, tokenizer, ids, *how, form.end_tokens if form else ())
     print()
+
+
+def generate_all(
+    prompts: str,
+    output: str | None,
+    model: str,
+    adapter: str | None,
+    form: Any,
+    config: SamplingConfig,
+    settings: dict[str, Any],
+    quant: Any,
+    device: str,
+) -> None:
+    """Answer the prompts of a file. The prompts are read and encoded before the weights load."""
+    if settings["batch_size"] < 1:
+        raise UserError("batch_size must be 1 or more", str(settings["batch_size"]), "correct it", "batch_size")
+    from contextlib import closing, nullcontext
+
+    from onecard.hf.load import load_tokenizer
+    from onecard.infer import prompts as files
+
+    rows = files.read_prompts(prompts)
+    made = nullcontext()
+    if output is not None:
+        made = closing(files.Output(output, files.settings_of(prompts, model, adapter, **settings), len(rows)))
+    with made as out:
+        first = out.done if out else 0
+        quiet_libraries()
+        tokenizer = load_tokenizer(model, adapter)
+        encoded, notes = files.encode(rows, tokenizer, form, settings["raw"], settings["system"])
+        for note in sorted(notes):
+            print(f"note: {one_line(note)}", file=sys.stderr)
+        if first < len(rows):
+            loaded, _ = load(model, adapter, quant, device)
+            files.check_room(loaded, rows, encoded, settings["max_new_tokens"])
+            ends, size = form.end_tokens if form else (), settings["batch_size"]
+            found = files.answers(loaded, tokenizer, encoded, settings["max_new_tokens"], config, ends, size, first)
+            for row, answer in zip(rows[first:], found):
+                if out:
+                    out.write(files.line_of(row, answer))
+                else:
+                    print(files.line_of(row, answer, ascii_only=sys.stdout.isatty()), flush=True)
+        if out:
+            out.finish()
+            print(f"answers  {one_line(str(output))}  ({len(rows) - first:,} of {len(rows):,} made now)")
 
 
 @app.command
@@ -137,7 +201,24 @@ def serve(
 
     folders = name_models(model, adapter or [])
     first = next(filter(None, folders.values()), None)
+    quiet_libraries()
+    tell_plan(model, config, {**given(quant), "device": device})
     run(load_base(model, first, quant, device), model, folders, config)
+
+
+def tell_plan(model: str, config: ServeConfig, fields: dict[str, Any]) -> None:
+    """Print what the server's answers take at most. A model that has no plan is served without this line."""
+    from onecard.hf.load import pick_device
+    from onecard.memory.measure import available_bytes, format_bytes
+    from onecard.memory.plan import plan_server
+
+    with suppress(UserError):
+        found, free = plan_server(model, config, **fields), available_bytes(pick_device(fields["device"]))
+        most = f"{config.max_num_seqs} full answers and a full prefix cache ({config.prefix_cache})"
+        print(f"memory   {format_bytes(found.total_bytes)} with {most}; {format_bytes(free)} free", flush=True)
+        if found.total_bytes > free:
+            do = "pass a smaller --max-model-len, --max-num-seqs or --prefix-cache"
+            print(f"note     full answers need more memory than is free: {do}", flush=True)
 
 
 @app.command(name="eval")
