@@ -180,7 +180,8 @@ def plan(
 
     quiet_libraries()
     limit = None if device_memory is None else parse_bytes(device_memory)
-    found = run(model, method, limit, num_processes, parse_bytes(prefix_cache or "0B"), **given(fields))
+    prefix = None if prefix_cache is None else parse_bytes(prefix_cache)
+    found = run(model, method, limit, num_processes, prefix, **given(fields))
     if plot:
         from onecard.memory.figures import plot_plan
 

@@ -1,4 +1,5 @@
-"""Answers that match a JSON schema: before each token, the tokens that the schema does not allow get the logit -inf.
+"""Answers and calls of tools that match a JSON schema: before each token, the logits of all tokens that the schema does
+not allow become -inf.
 
 llguidance computes the allowed tokens (it parses the answer so far, Earley 1970, over a trie of the vocabulary). White
 space between JSON tokens is fixed: small models write spaces without an end where any number is allowed.
@@ -69,13 +70,17 @@ def trie(tokenizer: Any, ends: tuple[int, ...], vocab_size: int) -> Any:
     return from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=list(ends))
 
 
-def check_schema(schema: dict[str, Any]) -> None:
-    """Raise UserError for a schema that llguidance does not keep to completely, or if it is not installed."""
+def check_schema(schema: dict[str, Any], where: str = "response_format") -> None:
+    """Raise UserError for a schema that llguidance does not keep to completely, or if it is not installed.
+
+    Args:
+        where: the parameter that has it.
+    """
     try:
         from llguidance import LLMatcher
     except ImportError as error:
-        must, do = "response_format needs llguidance", "pip install 'onecard[serve]' on the server"
-        raise UserError(must, str(error), do, "response_format") from None
+        must, do = f"{where} needs llguidance", "pip install 'onecard[serve]' on the server"
+        raise UserError(must, str(error), do, where) from None
     found = "too deep"
     try:
         json.dumps(schema)
@@ -85,4 +90,4 @@ def check_schema(schema: dict[str, Any]) -> None:
         found = one_line(lines[0])
     except (ValueError, RecursionError) as error:
         found = one_line(str(error)) or found
-    raise UserError("the schema must be one that answers can be held to", found[:300], "simplify it", "response_format")
+    raise UserError("the schema must be one that answers can be held to", found[:300], "simplify it", where)

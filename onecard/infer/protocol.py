@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from onecard.config import SamplingConfig
 
@@ -227,10 +227,24 @@ class ChatRequest(Request):
 
     @field_validator("tool_choice")
     @classmethod
-    def _check_choice(cls, choice: Any) -> Any:
-        if choice not in (None, "none", "auto"):
-            raise ValueError(f"tool_choice may be none or auto; found {str(choice)[:80]}")
-        return choice
+    def _check_choice(cls, choice: Any, info: ValidationInfo) -> Any:
+        """Return none, auto, required, or the function that must be called, which is one of the tools."""
+        if choice in (None, "none", "auto"):
+            return choice
+        names = [tool.function.name for tool in info.data.get("tools", [])]
+        if choice == "required" and names:
+            return choice
+        if any(choice == {"type": "function", "function": {"name": name}} for name in names):
+            return choice
+        found = f"{str(choice)[:80]} with the tools {', '.join(names)[:200] or 'none'}"
+        raise ValueError(f"it may be none, auto, required or a function, of which tools has some; found {found}")
+
+    def forced(self) -> list[Tool]:
+        """Return the tools of which the answer must call one; none if it may be text."""
+        if self.tool_choice in (None, "none", "auto"):
+            return []
+        name = self.tool_choice["function"]["name"] if self.tool_choice != "required" else None
+        return [tool for tool in self.tools if name in (None, tool.function.name)]
 
     @property
     def num_logprobs(self) -> int | None:
@@ -260,6 +274,9 @@ class CompletionRequest(Request):
         return self.logprobs
 
     def called(self) -> list[dict[str, Any]]:
+        return []
+
+    def forced(self) -> list[Tool]:
         return []
 
     def one_prompt(self) -> str | list[int]:

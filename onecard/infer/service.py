@@ -23,7 +23,7 @@ from onecard.infer.grammar import Grammar, check_schema
 from onecard.infer.metrics import Metrics
 from onecard.infer.protocol import ApiError, ChatRequest
 from onecard.infer.sampling import check_bias
-from onecard.infer.tools import ToolFormat, ToolText
+from onecard.infer.tools import ToolFormat, ToolText, call_schema, forced_prefix
 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 SHORT_PROMPT = 8192  # characters or tokens; another thread encodes longer prompts, so that short ones do not wait
@@ -91,9 +91,14 @@ class Service:
             raise ApiError(400, "a prompt must have tokens, all of the vocabulary", "prompt", "invalid_value")
         try:
             check_bias(request.sampling().logit_bias, vocab_size)
-            if (schema := request.response_format.schema()) is None:
+            schema, where = request.response_format.schema(), "response_format"
+            if forced := [(tool.function.name, tool.function.parameters) for tool in request.forced()]:
+                kind = served.tools or "text"
+                schema, where = call_schema(forced, kind), "tools"
+                ids = ids + tokenizer(forced_prefix(kind), add_special_tokens=False)["input_ids"]
+            if schema is None:
                 return ids, [None] * request.n
-            check_schema(schema)
+            check_schema(schema, where)
         except UserError as error:
             raise ApiError(400, f"{error.must}; found: {error.found}", error.where, "invalid_value") from None
         ends = tuple(end_tokens(self.eos_token_id, tokenizer, served.form.end_tokens if served.form else ()))
@@ -168,8 +173,9 @@ class Service:
         ]  # fmt: skip
         if not self.engine.submit(*works):
             raise overloaded()
+        forced = bool(request.forced())
         names = {tool["function"]["name"] for tool in request.called()}
-        return works, pieces, [ToolText(served.tools or "text", names) if names else None for _ in works]
+        return works, pieces, [ToolText(served.tools or "text", names, forced) if names else None for _ in works]
 
     async def encoded(self, request: Any) -> tuple[list[int], list[Grammar | None]]:
         """Encode a request's prompt in a thread. Raises ApiError, also if too many requests wait."""

@@ -1,9 +1,12 @@
-"""Finds calls of tools in an answer's text, in two usual formats.
+"""Finds calls of tools in an answer's text, in two usual formats, and makes the schema of a call that is forced.
 
 hermes (Hermes, Qwen, SmolLM): <tool_call>{"name": ..., "arguments": {...}}</tool_call>, once or several times.
 llama (Llama 3): the whole answer is {"name": ..., "parameters": {...}}.
 
 What does not parse, or calls a tool that the request does not have, stays text.
+
+A forced call (tool_choice) is held to a JSON schema: the object above, without the marks of hermes, whose first one is
+put at the end of the prompt. So the model goes on inside the marks, as it learned to.
 """
 
 from __future__ import annotations
@@ -45,19 +48,77 @@ def format_of(tokenizer: Any) -> ToolFormat | None:
     return "llama" if '"parameters":' in source else "text"
 
 
+def arguments_key(kind: ToolFormat) -> str:
+    """Return the key of a call's arguments."""
+    return "parameters" if kind == "llama" else "arguments"
+
+
+def forced_prefix(kind: ToolFormat) -> str:
+    """Return what the prompt of a forced call ends with."""
+    return f"{OPEN}\n" if kind == "hermes" else ""
+
+
+def call_schema(tools: list[tuple[str, dict[str, Any] | None]], kind: ToolFormat) -> dict[str, Any]:
+    """Return the JSON schema of a call of one of these tools.
+
+    The schemas of the arguments stand under $defs, and their references are changed to point there.
+
+    Args:
+        tools: name and JSON schema of the arguments; None: any object.
+
+    Raises:
+        UserError: the arguments of a tool are not an object.
+    """
+    key, calls, definitions = arguments_key(kind), [], {}
+    for i, (name, parameters) in enumerate(tools):
+        schema = {"type": "object", **(parameters or {})}
+        if schema["type"] != "object":
+            found = f"type {str(schema['type'])[:80]}"
+            raise UserError(f"the parameters of {name[:80]} must be an object", found, "correct the schema", "tools")
+        definitions[f"tool{i}"] = moved(schema, f"#/$defs/tool{i}")
+        calls.append(
+            {
+                "type": "object",
+                "properties": {"name": {"const": name}, key: {"$ref": f"#/$defs/tool{i}"}},
+                "required": ["name", key],
+                "additionalProperties": False,
+            }
+        )
+    return {"anyOf": calls, "$defs": definitions}
+
+
+def moved(schema: Any, place: str) -> Any:
+    """Return a schema whose references to itself are right at another place. Values that are data stay."""
+    if isinstance(schema, list):
+        return [moved(each, place) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {}
+    for key, value in schema.items():
+        if key == "$ref" and isinstance(value, str):
+            made[key] = place + value[1:] if value.startswith("#") else value
+        else:
+            made[key] = value if key in ("const", "enum", "default", "examples") else moved(value, place)
+    return made
+
+
 class ToolText:
     """Separates the calls in a growing text from what is said beside them.
 
     Args:
         names: the tools that may be called.
+        forced: the whole text is a call.
     """
 
-    def __init__(self, kind: ToolFormat, names: set[str]):
+    def __init__(self, kind: ToolFormat, names: set[str], forced: bool = False):
         self.kind, self.names, self.held, self.num_shown = kind, names, "", 0
+        self.forced = forced
 
     def push(self, text: str) -> str:
         """Add text. Return what cannot be part of a call."""
         self.held += text
+        if self.forced:
+            return ""
         if self.kind == "text":
             return self.release(len(self.held))
         if self.kind == "llama":
@@ -76,8 +137,8 @@ class ToolText:
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """Return the text that was held back and is no call, and the calls."""
         calls: list[dict[str, Any]] = []
-        if self.kind == "llama":
-            call = self.parse(self.held, "parameters")
+        if self.forced or self.kind == "llama":
+            call = self.parse(self.held, arguments_key(self.kind))
             return ("", [call]) if call else (self.held, [])
         rest, said = self.held, ""
         while OPEN in rest:

@@ -70,7 +70,7 @@ class PlanInputs:
     known: Workload | None = None  # from the data; None if there is none: workload.py assumes one
     num_new_tokens: int = 0  # that the run adds
     num_processes: int = 1
-    prefix_cache_bytes: int = 0  # of a server
+    prefix_cache_bytes: int | None = None  # of a server
 
     @cached_property
     def workload(self) -> Workload:

@@ -117,7 +117,7 @@ def plan(
     method: Method = "qlora",
     device_memory_bytes: int | None = None,
     num_processes: int = 1,
-    prefix_cache_bytes: int = 0,
+    prefix_cache_bytes: int | None = None,
     **fields: Any,
 ) -> Plan:
     """Count the memory that training a model takes, without its weights.
@@ -147,7 +147,7 @@ def plan(
     if num_processes < 1:
         do = "pass 2 or more"
         raise UserError("a run must have a process", str(num_processes), do, "num_processes")
-    if prefix_cache_bytes and method != "generate":
+    if prefix_cache_bytes is not None and method != "generate":
         found, do = f"method {method}", "pass --method generate, or leave it out"
         raise UserError("a prefix cache is a server's", found, do, "prefix_cache")
     config = make_config(TrainConfig, {"data": "-", "output": "-", **fields, "model": model}, "plan")
@@ -186,7 +186,7 @@ def plan_model(
     limit: int | None = None,
     searches: bool = True,
     num_processes: int = 1,
-    prefix_cache_bytes: int = 0,
+    prefix_cache_bytes: int | None = None,
 ) -> Plan:
     """Same as `plan`, for a model that is already found.
 

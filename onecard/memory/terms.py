@@ -56,7 +56,8 @@ def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStr
         )
     elif method == "generate":
         rows, tokens = inputs.config.per_device_train_batch_size, inputs.length
-        own, step = [lora], generate_terms(inputs, rows, tokens, min(inputs.batch_tokens, PREFILL_TOKENS))
+        at_once = inputs.batch_tokens if inputs.prefix_cache_bytes is None else min(inputs.batch_tokens, PREFILL_TOKENS)
+        own, step = [lora], generate_terms(inputs, rows, tokens, at_once)  # a server computes a piece of one prompt
         if inputs.prefix_cache_bytes:
             step.append(Term("prefix cache", inputs.prefix_cache_bytes, "the server's prefix_cache, when it is full"))
     else:

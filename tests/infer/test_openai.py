@@ -16,7 +16,7 @@ from onecard.infer.sampling import Sampler
 from onecard.infer.server import Served, make_server
 from onecard.infer.tools import format_of
 from tests.infer.test_server import BASE, Running, said
-from tests.infer.test_tools import CHAT, HERMES
+from tests.infer.test_tools import CHAT, HERMES, LLAMA, OTHER
 
 ASKED = "How many mugs does Ann have?"
 SCHEMA = {
@@ -30,6 +30,24 @@ SCHEMA = {
     "additionalProperties": False,
 }
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": {}}}}
+NONE = {"type": "object", "properties": {}, "additionalProperties": False}
+BARE = {"type": "function", "function": {"name": "count", "parameters": NONE}}
+PAINT = {
+    "type": "function",
+    "function": {
+        "name": "paint",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "colour": {"$ref": "#/$defs/Colour"},
+                "times": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["colour", "times"],
+            "additionalProperties": False,
+            "$defs": {"Colour": {"enum": ["red", "blue"]}},
+        },
+    },
+}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
 
 
@@ -45,9 +63,11 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def running(model, tokenizer):
-    calling = load_tokenizer(BASE)
-    calling.chat_template = HERMES + CHAT
-    models = {"base": Served(None, tokenizer), "calls": Served(None, calling, None, format_of(calling))}
+    models = {"base": Served(None, tokenizer)}
+    for name, head in (("calls", HERMES), ("calls-llama", LLAMA), ("calls-text", OTHER)):
+        calling = load_tokenizer(BASE)
+        calling.chat_template = head + CHAT
+        models[name] = Served(None, calling, None, format_of(calling))
     made = Running(make_server(model, models, ServeConfig(port=0)))
     yield made
     made.stop()
@@ -185,6 +205,56 @@ def test_calls_of_tools_come_as_calls(client, tokenizer, monkeypatch):
     for fields in ({"tools": [other]}, {"tools": [TOOL], "tool_choice": "none"}, {}):
         choice = ask(client, **fields, **how).choices[0]
         assert choice.message.content == text and choice.finish_reason == "stop" and not choice.message.tool_calls
+
+
+@pytest.mark.parametrize(
+    "name, stream", [("calls", False), ("calls", True), ("calls-llama", False), ("calls-text", True)]
+)
+def test_a_forced_call_is_made_and_its_result_is_answered(client, name, stream):
+    """The untrained model is held to the call, in each format of templates. Then the talk goes on with the result."""
+    named = {"type": "function", "function": {"name": "paint"}}
+    for choice, names in (("required", {"count", "paint"}), (named, {"paint"})):
+        for seed in range(2):
+            how = {"model": name, "tools": [BARE, PAINT], "tool_choice": choice, "max_tokens": 200}
+            how |= {"temperature": 1, "seed": seed}
+            if stream:
+                chunks = [chunk.choices[0] for chunk in ask(client, stream=True, **how)]
+                (call,) = [each for chunk in chunks for each in chunk.delta.tool_calls or []]
+                content, reason = "".join(chunk.delta.content or "" for chunk in chunks), chunks[-1].finish_reason
+            else:
+                found = ask(client, **how).choices[0]
+                (call,), content, reason = found.message.tool_calls, found.message.content, found.finish_reason
+            assert not content and reason == "tool_calls" and call.function.name in names
+            arguments = json.loads(call.function.arguments)
+            if call.function.name == "paint":
+                assert arguments.keys() == {"colour", "times"} and arguments["colour"] in ("red", "blue")
+                assert type(arguments["times"]) is int and 1 <= arguments["times"] <= 9
+            assert isinstance(arguments, dict)
+    called = {"id": call.id, "type": "function", "function": call.function.model_dump()}
+    talk = [*said(ASKED), {"role": "assistant", "content": None, "tool_calls": [called]}]
+    talk.append({"role": "tool", "tool_call_id": call.id, "content": "painted twice"})
+    how = {"model": name, "tools": [BARE, PAINT], "temperature": 0, "max_tokens": 9}
+    answered = client.chat.completions.create(messages=talk, **how)
+    assert answered.choices[0].message.content and answered.usage.prompt_tokens > 20
+    other = [*talk[:-1], {**talk[-1], "content": "painted seven times over"}]
+    assert client.chat.completions.create(messages=other, **how).usage.prompt_tokens > answered.usage.prompt_tokens
+
+
+@pytest.mark.parametrize(
+    "fields, param",
+    [
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "name": "count"}}, "tool_choice"),
+        ({"tool_choice": "any"}, "tool_choice"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"format": "zip", "properties": {
+            "a": {"type": "string", "format": "zip"}}}}}]}, "tools"),
+    ],
+)  # fmt: skip
+def test_a_forced_call_that_cannot_be_is_refused(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, **{"model": "calls", "tools": [TOOL], "tool_choice": "required", **fields})
+    assert error.value.param == param
 
 
 def test_tools_are_in_the_prompt_and_a_template_without_them_is_refused(client, running):
