@@ -24,6 +24,8 @@ from tests.infer.test_generate import DAMAGES as ADAPTERS
 from tests.infer.test_prompts import WRONG as PROMPTS
 from tests.infer.test_prompts import use_wrong as read_wrong
 from tests.mxfp4 import make_mxfp4
+from tests.studio.test_page import WRONG as PAGE
+from tests.studio.test_page import use_wrong as page_wrong
 from tests.train.test_folders import WRONG as RUNS
 from tests.train.test_folders import use_wrong as report_wrong
 
@@ -37,6 +39,7 @@ KINDS = {
     "Importance matrices": list(IMPORTANCE),
     "Folders of runs": list(RUNS),
     "Files of prompts": list(PROMPTS),
+    "The page": list(PAGE),
 }
 HEAD = """# What onecard says
 
@@ -102,6 +105,7 @@ def tables(folder: Path) -> dict[str, list[str]]:
         "Importance matrices": [row(kind, partial(use_wrong, sound, folder, kind), folder) for kind in IMPORTANCE],
         "Folders of runs": [row(kind, partial(report_wrong, folder, kind), folder) for kind in RUNS],
         "Files of prompts": [row(kind, partial(read_wrong, folder, kind), folder) for kind in PROMPTS],
+        "The page": [row(kind, partial(page_wrong, folder / "root", kind), folder) for kind in PAGE],
     }
 
 

@@ -5,6 +5,7 @@ Screenshots go to the folder that ONECARD_SCREENSHOTS names.
 
 import json
 import os
+import re
 import shlex
 import shutil
 import time
@@ -196,6 +197,20 @@ def test_the_command_to_copy_is_the_form(wide, page):
     assert config.per_device_train_batch_size == 3 and config.model == BASE and config.data == [DATA]
 
 
+def told_of_tokens(tab):
+    """Under the pointer and with the arrow keys, each part of an answer tells the tokens that may stand there."""
+    answer = tab.locator(".answer").first
+    assert "".join(answer.locator(".token").all_text_contents()) == answer.text_content()
+    answer.locator(".token").nth(1).hover()
+    tip = tab.locator(".tip").first
+    drawn, *likeliest = [float(share) for share in re.findall(r"([\d.]+) %", tip.inner_text())]
+    assert len(likeliest) == 5 and likeliest == sorted(likeliest, reverse=True) and sum(likeliest) <= 100.3
+    assert drawn == likeliest[0], "at temperature 0"
+    answer.focus()
+    tab.keyboard.press("ArrowRight")
+    assert tab.locator(".picked").count() == 1 and tip.is_visible()
+
+
 @pytest.mark.slow
 def test_prepare_start_watch_and_chat(wide, page):
     """The whole way on the embedded model, with real processes."""
@@ -216,6 +231,7 @@ def test_prepare_start_watch_and_chat(wide, page):
     wide.fill("#message", "two blue mugs to Bern")
     wide.get_by_role("button", name="Send").click()
     wide.wait_for_selector(".talks[aria-busy=false] .said.assistant >> nth=1", timeout=120_000)
+    told_of_tokens(wide)
     shot(wide, "chat-whole")
     with wide.expect_download() as saved:
         wide.get_by_role("button", name="Save as JSONL").click()

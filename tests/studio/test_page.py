@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from onecard.cli import app as cli
@@ -22,9 +23,11 @@ from onecard.errors import UserError
 from onecard.hf.load import load_tokenizer
 from onecard.memory.plan import plan
 from onecard.studio import prepare
-from onecard.studio.app import Studio, make_server
+from onecard.studio.app import Studio, fields_of, make_server, text_of
 from onecard.studio.jobs import Jobs
 from onecard.studio.runs import Runs, differences
+from onecard.studio.talk import load_service
+from onecard.studio.writing import words_of
 from onecard.terminal import joined_flags
 from onecard.train.record import FILE
 from tests.conftest import write_rows
@@ -425,6 +428,100 @@ def test_settings_that_no_flag_has_are_only_yaml(page):
 def test_mistakes_name_their_place(page, path, content, where):
     answer = page.post(path, **content)
     assert answer.status_code == 400 and answer.json()["where"] == where, answer.text
+
+
+def made_runs(folder):
+    """A root with a run that has no record, and one that was stopped and moved."""
+    (folder / "old").mkdir(parents=True, exist_ok=True)
+    write_rows(folder / "old" / "metrics.jsonl", [{"step": 3, "loss": 1.5}])
+    record_of(folder / "moved", state="stopped", config={"output": str(folder / "before")})
+    record_of(folder / "own", os.getpid())
+    found = Runs(folder, Jobs(folder))
+    found.refresh()
+    return found
+
+
+def studio_in(folder):
+    made_runs(folder)
+    return Studio(StudioConfig(root=str(folder)))
+
+
+def stop_twice(folder):
+    jobs = Jobs(folder)
+    started = psutil.Process().create_time()
+    jobs.stopping.add((os.getpid(), started))
+    jobs.stop(os.getpid(), started)
+
+
+FORM = {"model": BASE, "data": DATA}
+WRONG = {  # what the page may send, or find
+    "no model": lambda folder: prepare.Planner().plan({}, None, False),
+    "no data": lambda folder: prepare.check_fields({"model": BASE}),
+    "no memory": lambda folder: prepare.Planner().plan(FORM, "0GiB", False),
+    "a context beyond the model's": lambda folder: prepare.Planner().plan(
+        {**FORM, "max_seq_length": 1 << 20}, None, False
+    ),
+    "settings that are no YAML": lambda folder: prepare.parsed("r: [1"),
+    "settings that are a list": lambda folder: prepare.parsed("- r"),
+    "a folder that is not there": lambda folder: prepare.list_folder(str(folder / "a" / "b")),
+    "an output outside the root": lambda folder: studio_in(folder).train({**FORM, "output": str(folder.parent)}),
+    "an output with entries": lambda folder: studio_in(folder).train({**FORM, "output": str(folder / "old")}),
+    "no object": lambda folder: fields_of({"fields": 3}),
+    "no text": lambda folder: text_of({"run": 3}, "run"),
+    "an unknown run": lambda folder: made_runs(folder).get("other"),
+    "a run without a record": lambda folder: made_runs(folder).need_record("old"),
+    "stop a run that does not run": lambda folder: made_runs(folder).stop("old"),
+    "resume a run that runs": lambda folder: made_runs(folder).resume("own"),
+    "resume a run that was moved": lambda folder: made_runs(folder).resume("moved"),
+    "an unknown job": lambda folder: Jobs(folder).log("other"),
+    "stop what has ended": lambda folder: Jobs(folder).stop(1, 1.0),
+    "stop twice": stop_twice,
+    "a model that is not there": lambda folder: load_service(
+        str(folder / "none"), {"none": None}, StudioConfig(root=str(folder))
+    ),
+    "merge without an adapter": lambda folder: words_of({"format": "merge", "model": BASE}),
+    "merge with another setting": lambda folder: words_of(
+        {"format": "merge", "model": BASE, "adapter": "a", "output": "o", "r": 4}
+    ),
+    "an output that exists": lambda folder: words_of(
+        {"format": "merge", "model": BASE, "adapter": "a", "output": str(folder)}
+    ),
+}
+
+
+def use_wrong(folder, kind):
+    """Do what the page's server refuses."""
+    folder.mkdir(exist_ok=True)
+    WRONG[kind](folder)
+
+
+def messages():
+    """The messages that the page has in Chinese, as patterns."""
+    listed = re.findall(r'^  \["(.*)", "(.*)"\],$', (STATIC / "messages.js").read_text(encoding="utf-8"), re.MULTILINE)
+    assert all(english.count("*") == chinese.count("*") for english, chinese in listed)
+    assert all(re.search("[\u4e00-\u9fff]", chinese) for _, chinese in listed) and len(dict(listed)) == len(listed)
+    return [re.compile(".*".join(map(re.escape, english.split("*"))), re.DOTALL) for english in dict(listed)]
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_each_message_of_the_server_is_there_in_chinese(tmp_path, kind):
+    with pytest.raises(UserError) as found:
+        use_wrong(tmp_path / "root", kind)
+    for text in (found.value.must, found.value.do):
+        assert any(pattern.fullmatch(text) for pattern in messages()), text
+
+
+def test_plan_and_counts_are_there_in_chinese():
+    shown = set(prepare.preview({**FORM, "output": "-"})["counts"])
+    planner = prepare.Planner()
+    for device, memory, fields in (
+        ("cpu", "8GiB", {}), ("cuda", "8GiB", {"per_device_train_batch_size": 8, "optim": "paged_adamw_8bit"}),
+        ("cuda", "24GiB", {"compute_dtype": "float16"}), ("cpu", "1GiB", {"lora_dropout": 0.1}),
+    ):  # fmt: skip
+        found = planner.plan({"model": "llama-2-7b", "device": device, **fields}, memory, False)
+        shown |= {term["name"] for term in found["terms"]} | set(found["choice"].split(", "))
+    known = messages()
+    assert not [text for text in shown if not any(pattern.fullmatch(text) for pattern in known)]
 
 
 def test_yaml_wins_over_the_form(page):

@@ -1,5 +1,7 @@
 // Requests to the server. A mistake of the user is an Error with the three parts of the server's answer.
 
+const LIKELIEST = 5; // tokens in each place
+
 export class Mistake extends Error {
   constructor(parts) {
     super(`${parts.must}; found: ${parts.found}`);
@@ -48,10 +50,11 @@ export function listen(onState, onConnection) {
   return () => { document.removeEventListener("visibilitychange", follow); source?.close(); };
 }
 
-// Texts of a chat's answer, as they come.
+// Pieces of a chat's answer, as they come: a text, and its tokens with their log-probabilities.
 export async function* streamed(body, signal) {
   const response = await fetch("/chat/v1/chat/completions", {
-    method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify({ ...body, stream: true }), signal,
+    method: "POST", headers: { "content-type": "application/json" }, signal,
+    body: JSON.stringify({ ...body, stream: true, logprobs: true, top_logprobs: LIKELIEST }),
   });
   if (!response.ok) await answered(response);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
@@ -66,8 +69,8 @@ export async function* streamed(body, signal) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Mistake({ must: "the model must answer", found: chunk.error.message, do: "try again", where: null });
-      const text = chunk.choices[0]?.delta?.content;
-      if (text) yield text;
+      const choice = chunk.choices[0], text = choice?.delta?.content ?? "", tokens = choice?.logprobs?.content ?? [];
+      if (text || tokens.length) yield { text, tokens };
     }
   }
 }

@@ -1,5 +1,6 @@
 // Base and adapters side by side on the same message, streaming.
 import { html, useRef, useState } from "./vendor/preact-htm.js";
+import { Answer } from "./answer.js";
 import { post, streamed } from "./api.js";
 import { Fault, Field, Path, lines } from "./parts.js";
 import { t } from "./words.js";
@@ -39,16 +40,16 @@ export function Chat({ state }) {
     stop.current = new AbortController();
     setBusy(true); setError(null); setMessage("");
     const begun = Object.fromEntries(answering.map((name) => [name, [...(talks[name] ?? []), asked]]));
-    setTalks((before) => ({ ...before, ...Object.fromEntries(answering.map((name) => [name, [...begun[name], { role: "assistant", content: "" }]])) }));
+    setTalks((before) => ({ ...before, ...Object.fromEntries(answering.map((name) => [name, [...begun[name], { role: "assistant", content: "", tokens: [] }]])) }));
     const one = async (name) => {
-      const messages = [...(how.system ? [{ role: "system", content: how.system }] : []), ...begun[name]];
+      const messages = [...(how.system ? [{ role: "system", content: how.system }] : []), ...begun[name].map(({ role, content }) => ({ role, content }))];
       const body = { model: name, messages, temperature: Number(how.temperature), max_tokens: Number(how.max_tokens) || 256 };
       if (how.top_p) body.top_p = Number(how.top_p);
       if (how.seed) body.seed = Number(how.seed);
-      for await (const text of streamed(body, stop.current.signal)) {
+      for await (const { text, tokens } of streamed(body, stop.current.signal)) {
         setTalks((before) => {
           const said = before[name] ?? [], last = said.at(-1);
-          return last ? { ...before, [name]: [...said.slice(0, -1), { ...last, content: last.content + text }] } : before;
+          return last ? { ...before, [name]: [...said.slice(0, -1), { ...last, content: last.content + text, tokens: [...last.tokens, ...tokens] }] } : before;
         });
       }
     };
@@ -76,7 +77,7 @@ export function Chat({ state }) {
   return html`
     <h1>${t("chat")}</h1>
     <div class="card">
-      <div class="grid">
+      <div class="grid folders">
         <${Field} label=${t("tunedRun")}><select id="tuned" value=${run} onChange=${(e) => pick(e.target.value)}><option value="">${t("own")}</option>
           ${tuned.map((each) => html`<option key=${each.name} value=${each.name}>${each.name}</option>`)}</select><//>
         <${Path} id="chat-model" label=${t("model")} kind="model" value=${model} onChange=${setModel} />
@@ -99,7 +100,8 @@ export function Chat({ state }) {
       <div class="talks" aria-live="polite" aria-busy=${isBusy}>${answering.map((name) => html`<section class="card talk" key=${name}><h2>${name}</h2>
         ${(talks[name] ?? []).map((said, at) => html`<div key=${at} class=${`said ${said.role}`}>
           ${said.role === "user" && html`<header><small>${t("you")}</small> <button type="button" disabled=${isBusy} onClick=${() => edit(at)}>${t("edit")}</button></header>`}
-          <p>${said.content || "…"}</p></div>`)}</section>`)}</div>
+          ${said.role === "user" ? html`<p>${said.content}</p>` : html`<${Answer} said=${said} />`}</div>`)}</section>`)}</div>
+      ${hasTalk && html`<p class="note">${t("tokensHint")}</p>`}
       <form class="card send" onSubmit=${(e) => { e.preventDefault(); send(); }}>
         <${Field} label=${t("prompt")}><textarea id="message" rows="3" value=${message} onInput=${(e) => setMessage(e.target.value)}
           onKeyDown=${(e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); send(); } }}></textarea><//>

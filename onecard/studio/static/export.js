@@ -34,7 +34,7 @@ export function Export({ state }) {
   return html`
     <h1>${t("export")}</h1>
     <form class="card" onSubmit=${(e) => { e.preventDefault(); start(); }}>
-      <div class="grid">
+      <div class="grid folders">
         <${Field} label=${t("target")}><select value=${form.format} onChange=${set("format")}>${FORMATS.map((name) => html`<option key=${name} value=${name}>${t(name)}</option>`)}</select><//>
         <${Field} label=${t("tunedRun")}><select id="export-tuned" onChange=${(e) => pick(e.target.value)}><option value="">${t("own")}</option>${tuned.map((each) => html`<option key=${each.name} value=${each.name}>${each.name}</option>`)}</select><//>
         <${Path} label=${t("model")} kind="model" value=${form.model} onChange=${set("model")} />

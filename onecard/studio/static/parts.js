@@ -1,6 +1,7 @@
 // Parts that the views share: errors, a picker of files, numbers as text.
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { post } from "./api.js";
+import { told } from "./messages.js";
 import { t } from "./words.js";
 
 const UNITS = ["bytes", "KiB", "MiB", "GiB", "TiB"];
@@ -27,10 +28,10 @@ export function Fault({ error }) {
   const parts = error.parts ?? { must: error.message, found: "", do: "", where: null };
   const [found, ...more] = parts.found.split("\n");
   return html`<div class="fault" role="alert">
-    <p>${parts.where && html`<code class="where">${parts.where}</code> `}${parts.must}</p>
+    <p>${parts.where && html`<code class="where">${parts.where}</code> `}${told(parts.must)}</p>
     <dl>
-      <dt>${t("found")}</dt><dd>${found}${more.length > 0 && html`<ul>${more.map((line) => html`<li><code>${line.trim()}</code></li>`)}</ul>`}</dd>
-      ${parts.do && html`<dt>${t("doThis")}</dt><dd>${parts.do}</dd>`}
+      <dt>${t("found")}</dt><dd>${told(found)}${more.length > 0 && html`<ul>${more.map((line) => html`<li><code>${line.trim()}</code></li>`)}</ul>`}</dd>
+      ${parts.do && html`<dt>${t("doThis")}</dt><dd>${told(parts.do)}</dd>`}
     </dl>
   </div>`;
 }

@@ -1,6 +1,7 @@
 // Prepare a run: model and data, the tokens it learns, its memory plan, its command; start it.
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { post } from "./api.js";
+import { told, toldParts } from "./messages.js";
 import { Copied, Fault, Field, Path, bytes, lines, percent, short } from "./parts.js";
 import { t } from "./words.js";
 
@@ -128,12 +129,12 @@ function Plan({ plan, searched, isCurrent, limit }) {
       <small>${t("planIn")} <span id="plan-time">${Math.round(plan.milliseconds)}</span> ms</small></header>
     <${Fault} error=${plan.error} />
     <p class="verdict" aria-live="polite"><strong>${bytes(found.total_bytes)}</strong> ${t("of")} ${bytes(limit)}: ${found.fits ? t("fits") : t("doesNotFit")}</p>
-    <div class="bar" role="img" aria-label=${found.terms.map((term) => `${term.name} ${bytes(term.num_bytes)}`).join(", ")}>
-      ${found.terms.map((term, i) => html`<i key=${term.name} class=${`term-${i % 12}`} style=${{ width: width(term.num_bytes) }} title=${`${term.name}: ${bytes(term.num_bytes)}`}></i>`)}
+    <div class="bar" role="img" aria-label=${found.terms.map((term) => `${told(term.name)} ${bytes(term.num_bytes)}`).join(", ")}>
+      ${found.terms.map((term, i) => html`<i key=${term.name} class=${`term-${i % 12}`} style=${{ width: width(term.num_bytes) }} title=${`${told(term.name)}: ${bytes(term.num_bytes)}`}></i>`)}
       ${limit > 0 && !isSmall && html`<b style=${{ left: width(limit) }}></b>`}</div>
     ${isSmall && html`<div class="bar gauge" aria-hidden="true"><i class="term-0" style=${{ width: `${(100 * found.total_bytes) / limit}%` }}></i></div>`}
-    <p>${found.choice}</p>
-    <div class="scroll" tabindex="0"><table class="terms"><tbody>${found.terms.map((term, i) => html`<tr key=${term.name}><th scope="row"><i class=${`chip term-${i % 12}`}></i> ${term.name}</th><td>${bytes(term.num_bytes)}</td><td class="formula"><small>${term.formula}</small></td></tr>`)}</tbody></table></div>
+    <p>${toldParts(found.choice)}</p>
+    <div class="scroll" tabindex="0"><table class="terms"><tbody>${found.terms.map((term, i) => html`<tr key=${term.name}><th scope="row"><i class=${`chip term-${i % 12}`}></i> ${told(term.name)}</th><td>${bytes(term.num_bytes)}</td><td class="formula"><small>${term.formula}</small></td></tr>`)}</tbody></table></div>
     ${isCurrent && searched?.largest_length !== undefined && searched?.largest_length !== null && html`<p>${t("largest")}: ${searched.largest_length.toLocaleString("en")} ${t("tokens")}, ${searched.largest_batch.toLocaleString("en")} ${t("rows")}</p>`}
     ${isCurrent && searched?.changes.length > 0 && html`<p>${t("change")}:</p><ul>${searched.changes.map((each) => html`<li key=${each.setting}><code>${each.setting}</code> (${short(each.time)} ${t("times")})</li>`)}</ul>`}
     <p class="note">${t("assumed")}</p></section>`;
@@ -142,7 +143,7 @@ function Plan({ plan, searched, isCurrent, limit }) {
 function Preview({ found }) {
   const counts = { ...found.counts, [t("supervised")]: percent(found.share_supervised), [t("truncated")]: percent(found.share_truncated), [t("packed")]: `${found.rows.toLocaleString("en")}, ${percent(found.share_filled)} ${t("full")}` };
   return html`
-    <dl class="counts">${Object.entries(counts).map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${typeof value === "number" ? value.toLocaleString("en") : value}</dd></div>`)}</dl>
+    <dl class="counts">${Object.entries(counts).map(([name, value]) => html`<div key=${name}><dt>${told(name)}</dt><dd>${typeof value === "number" ? value.toLocaleString("en") : value}</dd></div>`)}</dl>
     ${found.sources.length > 0 && html`<div class="scroll" tabindex="0"><table><thead><tr>${Object.keys(found.sources[0]).map((name) => html`<th key=${name}>${name}</th>`)}</tr></thead>
       <tbody>${found.sources.map((row) => html`<tr key=${row.source}>${Object.entries(row).map(([name, cell]) => html`<td key=${name}>${cell}</td>`)}</tr>`)}</tbody></table></div>`}
     ${found.notices.map((notice) => html`<p class="note" key=${notice}>${notice}</p>`)}

@@ -2,6 +2,7 @@
 import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
 import { get, post } from "./api.js";
 import { Chart } from "./chart.js";
+import { told, toldParts } from "./messages.js";
 import { Fault, Log, bytes, percent, short } from "./parts.js";
 import { t } from "./words.js";
 
@@ -76,17 +77,17 @@ export function Runs({ state, info, isShown, theme }) {
       <${Charts} curves=${curves} selected=${selected} runs=${runs} hasRaw=${hasRaw} theme=${theme} onRange=${(a, b) => setRange([a, b])} />
       ${differences && html`<section class="card"><h2>${t("differences")}</h2>${differences.length === 0 ? t("noDifference") : html`
         <div class="scroll" tabindex="0"><table class="differences"><thead><tr><th>${t("setting")}</th>${recorded.map((name) => html`<th key=${name}><i class=${`chip run-${place(name)}`}></i> ${name}</th>`)}</tr></thead>
-        <tbody>${differences.map((row) => html`<tr key=${row.name}><th scope="row"><code>${row.name}</code></th>${recorded.map((name) => html`<td key=${name}>${told(row.values[name])}</td>`)}</tr>`)}</tbody></table></div>`}</section>`}
+        <tbody>${differences.map((row) => html`<tr key=${row.name}><th scope="row"><code>${row.name}</code></th>${recorded.map((name) => html`<td key=${name}>${asText(row.values[name])}</td>`)}</tr>`)}</tbody></table></div>`}</section>`}
       ${recorded.length === 1 && html`<${Facts} name=${recorded[0]} key=${recorded[0]} />`}`}`;
 }
 
-const told = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+const asText = (value) => (typeof value === "string" ? value : JSON.stringify(value));
 
 function Row({ run, place, onToggle, onStop, onResume, onLog }) {
   const share = run.num_steps ? run.step / run.num_steps : 0;
   const beside = run.last.memory_bytes && run.process_bytes !== null ? Math.max(run.last.memory_bytes - run.process_bytes, 0) : null;
   return html`<tr class=${`state-${run.state}`}>
-    <td data-label=${t("show")}><input type="checkbox" aria-label=${`${t("show")} ${run.name}`} checked=${place >= 0} onChange=${onToggle} /> <i class=${`chip run-${place}`}></i></td>
+    <td data-label=${t("show")}><span><input type="checkbox" aria-label=${`${t("show")} ${run.name}`} checked=${place >= 0} onChange=${onToggle} /> <i class=${`chip run-${place}`}></i></span></td>
     <td data-label=${t("run")}><strong>${run.name}</strong>${run.model && html` <small>${run.model}</small>`}${run.message && html`<small class="bad">${run.message}</small>`}</td>
     <td data-label=${t("state")}><span class="state">${t(run.state)}</span></td>
     <td data-label=${t("step")}>${run.step.toLocaleString("en")}${run.num_steps ? html` / ${run.num_steps.toLocaleString("en")}<progress max="1" value=${share} aria-label=${`${run.name} ${percent(share)}`}></progress>` : ""}</td>
@@ -124,8 +125,8 @@ function Facts({ name }) {
   useEffect(() => { get("/api/run", { run: name }).then(setFacts, () => setFacts(null)); }, [name]);
   if (!facts) return null;
   return html`<section class="card facts"><h2>${name}</h2><p><code>${facts.path}</code></p>
-    <details><summary>${t("plan")}: ${facts.choice}</summary><div class="scroll" tabindex="0"><table><tbody>
-      ${facts.plan.map(([term, size, formula]) => html`<tr key=${term}><th scope="row">${term}</th><td>${bytes(size)}</td><td><small>${formula}</small></td></tr>`)}</tbody></table></div></details>
+    <details><summary>${t("plan")}: ${toldParts(facts.choice)}</summary><div class="scroll" tabindex="0"><table><tbody>
+      ${facts.plan.map(([term, size, formula]) => html`<tr key=${term}><th scope="row">${told(term)}</th><td>${bytes(size)}</td><td><small>${formula}</small></td></tr>`)}</tbody></table></div></details>
     <details><summary>${t("settings")}</summary><pre tabindex="0">${JSON.stringify(facts.config, null, 1)}</pre></details>
     <details><summary>${t("command")}</summary><pre tabindex="0">${facts.command.join(" ")}</pre></details></section>`;
 }

@@ -1,4 +1,4 @@
-// The page's words in English and Chinese. Messages of the server are in English.
+// The page's words in English and Chinese. messages.js has those of the server.
 
 const WORDS = {
   runs: ["Runs", "训练"], prepare: ["Prepare", "准备"], chat: ["Compare and chat", "对比与对话"], export: ["Export", "导出"],
@@ -40,6 +40,8 @@ const WORDS = {
   load: ["Load", "加载"], loading: ["Loading …", "加载中…"], loaded: ["Loaded", "已加载"], ask: ["Models that answer", "回答的模型"], system: ["System prompt", "系统提示"],
   prompt: ["Message", "消息"], send: ["Send", "发送"], temperature: ["Temperature", "温度"], topP: ["Top p", "Top p"], maxTokens: ["Tokens at most", "最多词元"],
   seed: ["Seed", "种子"], sampling: ["Sampling", "采样"], edit: ["Edit and send again", "编辑并重发"], clear: ["Clear", "清空"], saveTalk: ["Save as JSONL", "保存为 JSONL"],
+  answerTokens: ["Answer. Arrow keys choose a token.", "回答。用方向键选择词元。"],
+  tokensHint: ["Point at a word of an answer, or choose it with the arrow keys: its probability and the likeliest tokens in its place are shown.", "将指针移到回答的词上，或用方向键选择，可看到其概率和此处最可能的词元。"],
   noModel: ["Load a model to talk with it.", "加载模型后即可对话。"], you: ["You", "你"],
   target: ["Write", "写出"], merge: ["Merged checkpoint, 16-bit", "合并的 16 位检查点"], gguf: ["GGUF for llama.cpp, Ollama", "GGUF（llama.cpp、Ollama）"], gptq: ["GPTQ", "GPTQ"], awq: ["AWQ", "AWQ"],
   w4a16: ["W4A16 of compressed-tensors", "compressed-tensors 的 W4A16"], fp8: ["FP8 of compressed-tensors", "compressed-tensors 的 FP8"], nvfp4: ["NVFP4 of compressed-tensors", "compressed-tensors 的 NVFP4"], mlx: ["MLX in 4 bits", "MLX 4 位"],
