@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
 from typing import Any, Literal
 
 from onecard.cli.app import DataFields, DataWords, QuantFields, SamplingFields, ServeFields, app
@@ -202,23 +201,26 @@ def serve(
     folders = name_models(model, adapter or [])
     first = next(filter(None, folders.values()), None)
     quiet_libraries()
-    tell_plan(model, config, {**given(quant), "device": device})
-    run(load_base(model, first, quant, device), model, folders, config)
+    lines = plan_lines(model, config, {**given(quant), "device": device})
+    run(load_base(model, first, quant, device), model, folders, config, lines)
 
 
-def tell_plan(model: str, config: ServeConfig, fields: dict[str, Any]) -> None:
-    """Print what the server's answers take at most. A model that has no plan is served without this line."""
+def plan_lines(model: str, config: ServeConfig, fields: dict[str, Any]) -> list[str]:
+    """Return lines about what the server's answers take at most; none for a model that has no plan."""
     from onecard.hf.load import pick_device
     from onecard.memory.measure import available_bytes, format_bytes
     from onecard.memory.plan import plan_server
 
-    with suppress(UserError):
+    try:
         found, free = plan_server(model, config, **fields), available_bytes(pick_device(fields["device"]))
-        most = f"{config.max_num_seqs} full answers and a full prefix cache ({config.prefix_cache})"
-        print(f"memory   {format_bytes(found.total_bytes)} with {most}; {format_bytes(free)} free", flush=True)
-        if found.total_bytes > free:
-            do = "pass a smaller --max-model-len, --max-num-seqs or --prefix-cache"
-            print(f"note     full answers need more memory than is free: {do}", flush=True)
+    except UserError:
+        return []
+    most = f"{config.max_num_seqs} full answers and a full prefix cache ({config.prefix_cache})"
+    lines = [f"memory   {format_bytes(found.total_bytes)} with {most}; {format_bytes(free)} was free"]
+    if found.total_bytes > free:
+        do = "pass a smaller --max-model-len, --max-num-seqs or --prefix-cache"
+        lines.append(f"note     full answers need more memory than was free: {do}")
+    return lines
 
 
 @app.command(name="eval")

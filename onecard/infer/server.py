@@ -205,12 +205,15 @@ def name_models(model: str, adapters: list[str]) -> dict[str, str | None]:
     return folders
 
 
-def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: ServeConfig) -> None:
+def serve(
+    model: Any, checkpoint: str, folders: dict[str, str | None], config: ServeConfig, lines: list[str] | None = None
+) -> None:
     """Load the adapters, bind the address, print it, and run the server until Ctrl-C.
 
     Args:
         checkpoint: the base's folder or hub id.
         folders: the result of `name_models`.
+        lines: printed after the address.
 
     Raises:
         UserError: the address is not free; same as `with_adapter`.
@@ -238,5 +241,6 @@ def serve(model: Any, checkpoint: str, folders: dict[str, str | None], config: S
         raise UserError(must, error.strerror or str(error), do, f"{host}:{config.port}") from None
     make_context(model)  # an unsuitable model raises UserError before the first request
     port = door.getsockname()[1]
-    print(f"serving  {', '.join(models)}\nbase_url http://{host}:{port}/v1  (Ctrl-C ends)", flush=True)
+    told = [f"serving  {', '.join(models)}", f"base_url http://{host}:{port}/v1  (Ctrl-C ends)", *(lines or [])]
+    print("\n".join(told), flush=True)
     make_server(model, models, config).run(sockets=[door])

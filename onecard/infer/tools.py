@@ -111,8 +111,8 @@ class ToolText:
     """
 
     def __init__(self, kind: ToolFormat, names: set[str], forced: bool = False):
-        self.kind, self.names, self.held, self.num_shown = kind, names, "", 0
-        self.forced = forced
+        self.kind: ToolFormat = kind
+        self.names, self.held, self.num_shown, self.forced = names, "", 0, forced
 
     def push(self, text: str) -> str:
         """Add text. Return what cannot be part of a call."""

@@ -145,8 +145,9 @@ def run_lines(rows: list[dict[str, Any]], now: float | None = None) -> list[str]
     table = [("state", "step", "loss", "eval loss", "changed", "run")]
     for row in rows:
         of = f"/{row['num_steps']:,}" if row["num_steps"] is not None else ""
-        losses = ["" if row[name] is None else f"{row[name]:.4g}" for name in ("loss", "eval_loss")]
-        table.append((row["state"], f"{row['step']:,}{of}", *losses, age(now - row["changed"]), one_line(row["name"])))
+        loss, eval_loss = ("" if row[name] is None else f"{row[name]:.4g}" for name in ("loss", "eval_loss"))
+        changed, name = age(now - row["changed"]), one_line(row["name"])
+        table.append((row["state"], f"{row['step']:,}{of}", loss, eval_loss, changed, name))
     widths = [max(len(line[i]) for line in table) for i in range(5)]
     lines = ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[5]]) for line in table]
     notes = [(row["name"], row["message"].splitlines()) for row in rows if row["message"]]

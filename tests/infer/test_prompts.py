@@ -4,9 +4,12 @@ import json
 import os
 
 import pytest
+import torch
+from peft import get_peft_model
 
+from onecard.adapter.layers import lora_config
 from onecard.cli import app as cli
-from onecard.config import SamplingConfig
+from onecard.config import LoraSettings, SamplingConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.load import load_model, load_tokenizer
 from onecard.infer import prompts as files
@@ -98,6 +101,21 @@ def test_the_same_command_goes_on_and_another_one_is_refused(checkpoint, tmp_pat
     assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     with pytest.raises(UserError, match="never written over"):
         run(checkpoint, prompts, *how)
+
+
+def test_the_adapter_answers(checkpoint, loaded):
+    base, tokenizer = load_model(str(checkpoint), compute_dtype="float32", device="cpu"), loaded[1]
+    settings = make_config(LoraSettings, {"r": 4, "target_modules": ["q_proj", "v_proj"]})
+    tuned = get_peft_model(base, lora_config(settings)).eval()
+    torch.manual_seed(0)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    asked = [[{"role": "user", "content": text}] for text in ("how many mugs?", "two blue ones")]
+    prompts = [(files.prompt_ids(messages, tokenizer), False) for messages in asked]
+    expected = [generate(tuned, tokenizer, ids, 12) for ids, _ in prompts]
+    found = [each.text for each in files.answers(tuned, tokenizer, prompts, 12, GREEDY, (), 2)]
+    assert found == expected != [alone(loaded, messages) for messages in asked]
 
 
 def test_two_commands_do_not_write_one_file(tmp_path):

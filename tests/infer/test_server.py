@@ -616,6 +616,7 @@ def test_serve_answers_and_ends_with_ctrl_c(adapter):
     try:
         assert "serving  base, mine" in process.stdout.readline()
         url = process.stdout.readline().split()[1]
+        assert "full answers and a full prefix cache (256MiB)" in process.stdout.readline()
         client = openai.OpenAI(base_url=url, api_key="none", timeout=600, max_retries=0)
         chunks = client.completions.create(model="mine", prompt=LONG, max_tokens=900, temperature=0, stream=True)
         next(iter(chunks))
