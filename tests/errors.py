@@ -26,8 +26,8 @@ from tests.infer.test_prompts import use_wrong as read_wrong
 from tests.mxfp4 import make_mxfp4
 from tests.studio.test_page import WRONG as PAGE
 from tests.studio.test_page import use_wrong as page_wrong
-from tests.train.test_folders import WRONG as RUNS
-from tests.train.test_folders import use_wrong as report_wrong
+from tests.train.test_run_folders import WRONG as RUNS
+from tests.train.test_run_folders import use_wrong as report_wrong
 
 MXFP4 = "Checkpoints with experts in MXFP4"
 KINDS = {

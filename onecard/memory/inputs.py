@@ -268,13 +268,8 @@ class PlanInputs:
         return sum(self.pages)
 
     @cached_property
-    def bases_bytes(self) -> dict[bool, int]:
-        """What strategy.py has counted: bytes of the base's terms, by whether it is paged."""
-        return {}
-
-    @cached_property
-    def steps_bytes(self) -> dict[MemoryStrategy, int]:
-        """What strategy.py has counted: bytes of all terms but those of the base and of the optimizer's states."""
+    def counted(self) -> dict[Any, int]:
+        """Sums that strategy.py has made."""
         return {}
 
     @cached_property

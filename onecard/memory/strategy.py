@@ -77,20 +77,20 @@ def total_bytes(inputs: PlanInputs, strategy: MemoryStrategy) -> int:
     """Return the bytes of the plan. A search asks for hundreds of them: the terms that neither the budget nor the
     place of the optimizer's states changes are summed once for each step."""
     step = replace(strategy, weights_budget=None, offload_optimizer_states=False)
-    if step not in inputs.steps_bytes:
+    if step not in inputs.counted:
         terms = sum(term.num_bytes for term in plan_terms(inputs, "qlora", step))
-        inputs.steps_bytes[step] = terms - base_bytes(inputs, None) - inputs.states_bytes(False)
+        inputs.counted[step] = terms - base_bytes(inputs, None) - inputs.states_bytes(False)
     base = base_bytes(inputs, strategy.weights_budget)
-    return inputs.steps_bytes[step] + base + inputs.states_bytes(strategy.offload_optimizer_states)
+    return inputs.counted[step] + base + inputs.states_bytes(strategy.offload_optimizer_states)
 
 
 def base_bytes(inputs: PlanInputs, budget: int | None) -> int:
     """Return the bytes of the base's terms, which grow with the budget up to all pages."""
     kind = budget is not None
-    if kind not in inputs.bases_bytes:
+    if kind not in inputs.counted:
         terms = base_terms(inputs, MemoryStrategy(weights_budget=0 if kind else None))
-        inputs.bases_bytes[kind] = sum(term.num_bytes for term in terms)
-    return inputs.bases_bytes[kind] + (0 if budget is None or inputs.is_sharded else min(budget, inputs.paged_bytes))
+        inputs.counted[kind] = sum(term.num_bytes for term in terms)
+    return inputs.counted[kind] + (0 if budget is None or inputs.is_sharded else min(budget, inputs.paged_bytes))
 
 
 def choose_strategy(inputs: PlanInputs, limit: int, whole: bool = False) -> MemoryStrategy:

@@ -17,7 +17,7 @@ from onecard.cli import app as cli
 from onecard.config import TrainConfig, make_config
 from onecard.terminal import joined_flags
 from tests.studio.test_page import BASE, DATA, Running, until
-from tests.train.test_folders import record_of
+from tests.train.test_run_folders import record_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="pip install 'onecard[browser]'")
 axe_of = pytest.importorskip("axe_playwright_python.sync_playwright", reason="pip install 'onecard[browser]'")

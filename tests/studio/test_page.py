@@ -31,7 +31,7 @@ from onecard.studio.writing import words_of
 from onecard.terminal import joined_flags
 from onecard.train.record import FILE
 from tests.conftest import write_rows
-from tests.train.test_folders import record_of
+from tests.train.test_run_folders import record_of
 
 DEMO = Path(__file__).parents[2] / "onecard" / "demo"
 BASE, DATA = str(DEMO / "base"), str(DEMO / "data" / "heldout.jsonl")
