@@ -113,8 +113,10 @@ def memory(args: argparse.Namespace) -> None:
 
 
 def timing(args: argparse.Namespace) -> None:
-    settings = {"max_seq_length": args.length, "max_steps": args.updates, "sample_prompts": [], "compute_dtype": "bfloat16",
-                "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}  # fmt: skip
+    settings = {
+        "max_seq_length": args.length, "max_steps": args.updates, "sample_prompts": [], "compute_dtype": "bfloat16",
+        "gradient_accumulation_steps": 4, "per_device_train_batch_size": 1,
+    }  # fmt: skip
     rows = []
     for shape in args.shapes or ["135m"]:
         found: dict[int, list[list[float]]] = {1: [], 2: []}
