@@ -129,7 +129,9 @@ def make_trial(args: argparse.Namespace, folder: Path, chosen: dict[str, torch.T
         def quantized(self, name: str, factor: Any) -> Any:
             return mx_calibrated(self.matrix(name).float(), factor, args.variant)
 
-    class Kept(MxTrial if args.kind == "mxfp4" else variant_of_calibrator(args.variant)):
+    kind: Any = MxTrial if args.kind == "mxfp4" else variant_of_calibrator(args.variant)
+
+    class Kept(kind):
         def put(self, name: str, W: torch.Tensor) -> None:
             super().put(name, W)
             chosen[name] = W.bfloat16()  # the nearest, then the calibrated
