@@ -32,7 +32,6 @@ from onecard.train.ranks import Ranks, join
 from onecard.train.session import check_ranks, run_training
 from onecard.train.step import optimizer_step
 from tests.conftest import chat_rows, make_checkpoint, write_rows
-from tests.families.build import make_family
 from tests.forks import Forked, command_line, ranks
 from tests.train.test_loop import adapter_bytes, fields, quiet
 
@@ -89,12 +88,10 @@ def check_equal(several, one_process):
 
 
 def changed(settings, what, tmp_path):
-    """The settings for linears, for linears and experts, for a multimodal model's linears, or for preferences."""
+    """The settings for linears, for linears and experts, or for preferences."""
     if what == "experts":
         model = make_checkpoint(tmp_path / "m", "mixtral")
         return {**settings, "model": str(model), "target_parameters": STACKS}
-    if what == "images":  # the vision tower is whole in each process
-        return {**settings, "model": str(make_family(tmp_path / "m", "mistral3"))}
     if what == "dpo":
         pairs = write_rows(tmp_path / "p.jsonl", PAIRS)
         return {**settings, "loss": "dpo", "metric": [], "eval_data": None, "data": str(pairs)}
@@ -105,7 +102,7 @@ def changed(settings, what, tmp_path):
     "count, what",
     [
         (2, "experts"),
-        *(pytest.param(2, what, marks=pytest.mark.slow) for what in ("dense", "dpo", "images")),
+        *(pytest.param(2, what, marks=pytest.mark.slow) for what in ("dense", "dpo")),
         *(pytest.param(4, what, marks=pytest.mark.slow) for what in ("dense", "experts", "dpo")),
     ],
 )
