@@ -68,10 +68,11 @@ def load_in_bitsandbytes(path: Path, device: str) -> Any:
     """Load a 4-bit checkpoint with transformers and bitsandbytes, which onecard has no part in."""
     import bitsandbytes
 
+    layers: Any = bitsandbytes.nn
     kind: Any = model_class(read_config(path))
     model = kind.from_pretrained(path, dtype=torch.float32, device_map={"": device}, local_files_only=True).eval()
     for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
+        if isinstance(module, layers.Linear4bit):
             module.compute_dtype, module.compute_type_is_set = torch.float32, True
             module.train()  # in evaluation mode it repacks its weight on a CPU
     return model
