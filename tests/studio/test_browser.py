@@ -216,7 +216,7 @@ def test_prepare_start_watch_and_chat(wide, page):
     """The whole way on the embedded model, with real processes."""
     show(wide, page, "prepare")
     fill(wide, page.studio.root / "whole")
-    wide.click("summary")
+    wide.click(".prepare summary")
     wide.get_by_label("More settings, as YAML").fill("max_steps: 12\ndevice: cpu\nlearning_rate: 2.0e-3")
     wide.get_by_role("button", name="Start the run").click()
     wide.wait_for_url("**/#/runs")
