@@ -18,7 +18,7 @@ from onecard.config import MLP_CHUNK_TOKENS
 from onecard.hf.skeleton import Model
 from onecard.memory.activations import heads_of
 from onecard.memory.inputs import MemoryStrategy, PlanInputs
-from onecard.memory.terms import base_terms, plan_terms
+from onecard.memory.terms import base_terms, computing_terms, plan_terms
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,11 @@ def price(inputs: PlanInputs, strategy: MemoryStrategy) -> Price:
 def total_bytes(inputs: PlanInputs, strategy: MemoryStrategy) -> int:
     """Return the bytes of the plan. A search asks for hundreds of them: the terms that neither the budget nor the
     place of the optimizer's states changes are summed once for each step."""
-    step = replace(strategy, weights_budget=None, offload_optimizer_states=False)
+    offloaded = strategy.offload_optimizer_states and bool(computing_terms(inputs))  # then the larger of two moments
+    step = replace(strategy, weights_budget=None, offload_optimizer_states=offloaded)
     if step not in inputs.counted:
         terms = sum(term.num_bytes for term in plan_terms(inputs, "qlora", step))
-        inputs.counted[step] = terms - base_bytes(inputs, None) - inputs.states_bytes(False)
+        inputs.counted[step] = terms - base_bytes(inputs, None) - inputs.states_bytes(offloaded)
     base = base_bytes(inputs, strategy.weights_budget)
     return inputs.counted[step] + base + inputs.states_bytes(strategy.offload_optimizer_states)
 

@@ -46,7 +46,7 @@ def plan_terms(inputs: PlanInputs, method: Method = "qlora", strategy: MemoryStr
     )
     P, P_l = inputs.model.num_weights, inputs.num_lora
     base = base_terms(inputs, strategy) if method in ("qlora", "generate") else [Term("weights, 16-bit", 2 * P, "2 P")]
-    base += inputs.merged if method == "qlora" else []
+    base = [*base, *(inputs.merged if method == "qlora" else [])]  # not +=: the list of a resident base is kept
     lora = Term("LoRA weights", 4 * P_l, "4 P_l")
     if method == "full":
         masters = Term("float32 masters", 4 * P, "4 P")
@@ -96,6 +96,8 @@ def computing_terms(inputs: PlanInputs) -> list[Term]:
     D D^T, its eigenvectors, and twice their bytes as LAPACK's workspace (adapter/start.py).
     """
     start, sizes = inputs.config.init_lora_weights, []
+    if not start.startswith(("pissa", "olora", "loftq")):
+        return []
     for path, m in inputs.adapted.items():
         if path in inputs.model.linears:
             N, K = m.out_features, m.in_features

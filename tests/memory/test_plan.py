@@ -232,11 +232,14 @@ def test_generating_holds_the_cache_of_every_layer(checkpoint):
     assert "LoRA gradients" not in found and "AdamW states" not in found
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_a_search_counts_is_the_sum_of_the_terms(checkpoint, device):
+@pytest.mark.parametrize(
+    "device, more", [("cpu", {}), ("cuda", {}), ("cpu", {"init_lora_weights": "pissa", "max_seq_length": 16}),
+                     ("cpu", {"train_for": "q4_0"})],
+)  # fmt: skip
+def test_what_a_search_counts_is_the_sum_of_the_terms(checkpoint, device, more):
     """A search counts the terms that it does not change once."""
     fields = {"model": str(checkpoint), "data": "-", "output": "-", "device": device, "optim": "paged_adamw_8bit"}
-    config = make_config(TrainConfig, {**fields, "per_device_train_batch_size": 4})
+    config = make_config(TrainConfig, {"max_seq_length": 2048, **fields, "per_device_train_batch_size": 4, **more})
     inputs = PlanInputs(find_model(str(checkpoint)), config, torch.bfloat16)
     kept = [(0, 0, False), (1, 0, False), (1, 0, True), (2, 1, False), (2, 2, True)]
     budgets = (None, 0, 50_000, inputs.smallest_budget, sum(inputs.pages) - 1, sum(inputs.pages), 1 << 40)

@@ -517,6 +517,7 @@ def test_plan_and_counts_are_there_in_chinese():
     for device, memory, fields in (
         ("cpu", "8GiB", {}), ("cuda", "8GiB", {"per_device_train_batch_size": 8, "optim": "paged_adamw_8bit"}),
         ("cuda", "24GiB", {"compute_dtype": "float16"}), ("cpu", "1GiB", {"lora_dropout": 0.1}),
+        ("cuda", "6GiB", {"max_seq_length": 4096}),
     ):  # fmt: skip
         found = planner.plan({"model": "llama-2-7b", "device": device, **fields}, memory, False)
         shown |= {term["name"] for term in found["terms"]} | set(found["choice"].split(", "))
