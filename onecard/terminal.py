@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from onecard.errors import one_line, printable
 
-NOISY = [standard.getLogger(name) for name in ("torch", "bitsandbytes")]  # loggers that may show only errors
+# Loggers that may show only errors
+NOISY = [standard.getLogger(name) for name in ("torch", "bitsandbytes", "matplotlib")]
 
 
 def partial(kind: type[BaseModel]) -> type[BaseModel]:

@@ -118,9 +118,10 @@ def test_a_preview_of_a_file_of_train(checkpoint, tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(json.dumps({"model": str(checkpoint), "data": data, "r": 4}))
     code, out, err = onecard("preview", "--config", file, "--num-examples", 2)
-    assert code == 0 and "n.jsonl:1" in out and "c.jsonl:1" in out and re.search(r"^examples +5$", out, re.MULTILINE), (
-        out + err
-    )
+    flat = out.replace("\n", "")
+    assert (
+        code == 0 and "n.jsonl:1" in flat and "c.jsonl:1" in flat and re.search(r"^examples +5$", out, re.MULTILINE)
+    ), out + err
     code, out, err = onecard("preview", "--config", file, "--data", chats)
     assert code == 0 and re.search(r"^examples +3$", out, re.MULTILINE), out + err
     file.write_text(json.dumps({"model": str(checkpoint), "data": data, "rank": 4}))
