@@ -24,7 +24,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from onecard.config import QuantConfig, make_config
 from onecard.errors import UserError
-from onecard.hf.convert import NOT_MORE, Deserialize4bit, DeserializeMxfp4, Quantize4bit, check_shape, paging
+from onecard.hf.convert import (
+    NOT_MORE,
+    SMALL,
+    Deserialize4bit,
+    DeserializeMxfp4,
+    Quantize4bit,
+    check_shape,
+    paging,
+    release_file_pages,
+)
 from onecard.hf.experts import GatherExperts, only_stacks
 from onecard.hf.fusion import fuse
 from onecard.hf.text_only import attach, detach
@@ -298,6 +307,8 @@ def check_loaded(model: nn.Module) -> None:
     for name, tensor in model.named_parameters():
         if tensor.is_floating_point() and tensor.device.type != "meta":
             check_finite(name, tensor)
+            if tensor.nbytes >= SMALL:  # an embedding and a head are large, and not in memory at a time
+                release_file_pages(tensor)
 
 
 def check_finite(name: str, tensor: Tensor, slab: int = 1 << 22) -> None:

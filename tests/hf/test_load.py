@@ -15,8 +15,10 @@ from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.hf.convert import is_mapped, mapped_files
 from onecard.hf.load import load_tokenizer
+from onecard.memory.measure import begin_peak, peak_memory_bytes
 from onecard.nn.linear import Linear4bit
 from tests.conftest import FAMILIES, make_checkpoint
+from tests.forks import Forked
 
 
 def hashes(folder):
@@ -207,3 +209,24 @@ def test_of_a_hub_s_files_only_what_is_used_is_fetched(weights, monkeypatch):
     with pytest.raises(UserError, match="out of reach"):
         onecard.load_model("org/name", device="cpu") if weights else load_tokenizer("org/name")
     assert fetched == [*there[:4], *(there[4:6] if weights else there[5:6]), "README.md"]
+
+
+def peak_of_load(warm, folder):
+    """Print the peak of a load in bytes beyond what the process had."""
+    cpu = torch.device("cpu")
+    onecard.load_model(str(warm), device="cpu")  # libraries' own memory
+    before = begin_peak(cpu)
+    onecard.load_model(str(folder), device="cpu")
+    print(peak_memory_bytes(cpu) - before)
+
+
+def test_an_embedding_and_a_head_are_not_in_memory_at_a_time(tmp_path):
+    """The check for NaN reads each of them whole, and leaves it in its file."""
+    warm = make_checkpoint(tmp_path / "warm")
+    folder = make_checkpoint(
+        tmp_path / "wide", dtype=torch.bfloat16, vocab_size=150_000, hidden_size=256, tie_word_embeddings=False
+    )
+    done = Forked(peak_of_load, warm, folder).wait()
+    assert done.code == 0, done.err
+    size = 2 * 150_000 * 256
+    assert int(done.out.split()[-1]) < 1.5 * size
