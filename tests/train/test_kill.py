@@ -96,23 +96,41 @@ def all_paged(checkpoint, chats, tmp_path):
     return {"optim": config.optim, "device_memory": str(total_bytes(inputs, strategy))}
 
 
+@pytest.fixture(scope="module")
+def straight(checkpoint, chats, tmp_path_factory):
+    """The folder of a run that was not killed, and its adapter's bytes, for each of two settings."""
+    found = {}
+
+    def run(**more):
+        key = bool(more)
+        if key not in found:
+            folder = tmp_path_factory.mktemp("straight")
+            found[key] = folder / "straight", straight_bytes(checkpoint, chats, folder, **more)
+        return found[key]
+
+    return run
+
+
+HOW = {"paged": 2, "cached": 1, "streaming": 1, "plain": 2}  # and how often it is killed
+
+
 @pytest.mark.parametrize("how", ["paged", "cached", "streaming", pytest.param("plain", marks=pytest.mark.slow)])
-def test_kill_9(how, checkpoint, chats, tmp_path):
+def test_kill_9(how, straight, checkpoint, chats, tmp_path):
     """Paged, stored, streamed or not, killed or not, the same bytes; and nothing of what was paged out or stored stays
     behind but the one entry of the cache."""
     every = {"streaming": True, "buffer_size": 7, "max_steps": 12} if how == "streaming" else {}
-    expected = straight_bytes(checkpoint, chats, tmp_path, **every)
+    whole, expected = straight(**every)
     more = every | (all_paged(checkpoint, chats, tmp_path) if how == "paged" else {})
     if how == "cached":
         os.utime(chats, (1_700_000_000, 1_700_000_000))  # a file that has changed just now is not kept
         more |= {"data_cache": str(tmp_path / "cache"), "begin": on_few_tokens}
-    found, _ = kill_and_resume(checkpoint, chats, tmp_path, 2, random.Random(0), **more)
-    assert found == expected
+    found, kills = kill_and_resume(checkpoint, chats, tmp_path, HOW[how], random.Random(0), **more)
+    assert found == expected and kills
     if how == "cached":
         (entry,) = (tmp_path / "cache").iterdir()
         assert ENTRY.fullmatch(entry.name) and len(list(entry.iterdir())) == 2
     (output,) = tmp_path.glob("killed-*")
-    assert {path.name for path in output.iterdir()} == {path.name for path in (tmp_path / "straight").iterdir()}
+    assert {path.name for path in output.iterdir()} == {path.name for path in whole.iterdir()}
 
 
 @pytest.mark.slow
