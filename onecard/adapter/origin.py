@@ -42,6 +42,7 @@ from onecard.quant.state import STATE_KEY, read_facts
 FILE = "onecard.json"
 SAMPLE_VALUES = 4096  # values of each linear: a multiple of every blocksize
 STORED = ("quant_type", "blocksize", "double_quant")
+LATER = ("scales", "train_for")  # fields that were added, in an Origin
 ROUNDING = 1e-6  # of a mean of at most 128 float32 scales
 
 
@@ -116,8 +117,8 @@ class Origin(Own):
         return {key: getattr(self, key) for key in STORED}
 
     def digest(self) -> str:
-        """Return the sha256 of all fields except `sha256`."""
-        later = {"train_for"} if self.train_for is None else set()  # files of older releases have no such field
+        """Return the sha256 of all fields except `sha256`, and those that a file of an older release does not have."""
+        later = {name for name in LATER if getattr(self, name) is None}
         content = self.model_dump(mode="json", exclude={"sha256", *later})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

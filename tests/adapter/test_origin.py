@@ -1,6 +1,8 @@
 """Behaviour: an adapter's folder tells how its base was stored and which it was; nothing else is taken for it."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ def test_a_run_writes_what_it_stood_on_and_peft_does_not_mind(trained, checkpoin
     recwarn.clear()
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(checkpoint), trained)
     assert not [str(w.message) for w in recwarn if issubclass(w.category, UserWarning)]
+
+
+def test_a_file_of_before_its_later_fields_is_read(trained, checkpoint, tmp_path):
+    folder = Path(shutil.copytree(trained, tmp_path / "older"))
+    content = json.loads((folder / FILE).read_text())
+    for name in ("scales", "train_for", "sha256"):
+        content.pop(name, None)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (folder / FILE).write_text(json.dumps({**content, "sha256": digest}))
+    with_adapter(onecard.load_model(str(checkpoint), device="cpu", **STORED), str(folder))
+    (folder / FILE).write_text(json.dumps({**content, "sha256": digest, "model": "another"}))
+    with pytest.raises(UserError, match="as training wrote them"):
+        read_origin(folder)
 
 
 def test_what_is_not_given_comes_from_the_run(trained):
