@@ -178,7 +178,7 @@ DATA_OPTIONS = [  # keys of the file; rows, the most tokens of a row, and learne
 ]
 
 
-@pytest.mark.parametrize("more, rows, most, turns", DATA_OPTIONS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize("more, rows, most, turns", DATA_OPTIONS, ids=[" ".join(more) for more, *_ in DATA_OPTIONS])
 def test_what_an_option_of_the_data_does(more, rows, most, turns, tmp_path):
     """The table of docs/from-other-tools.md: the rows are read as the run reads them."""
     config = make_config(TrainConfig, factory(tmp_path, **more).fields)
@@ -214,7 +214,9 @@ TRAINING_OPTIONS = [  # keys of the file; what they become in peft and in the op
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("more, lora, group, rate", TRAINING_OPTIONS, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(
+    "more, lora, group, rate", TRAINING_OPTIONS, ids=[" ".join(more) for more, *_ in TRAINING_OPTIONS]
+)
 def test_what_an_option_of_the_training_does(more, lora, group, rate, tmp_path):
     config = make_config(TrainConfig, factory(tmp_path, val_size=0, **more).fields)
     model = LlamaForCausalLM(
