@@ -237,6 +237,7 @@ class Position(Own):
     loss_scale: float = Field(gt=0)
     num_finite_steps: int = Field(default=0, ge=0)
     max_forward_tokens: int | None = None
+    mlp_chunk: int | None = Field(default=None, gt=0)
     num_threads: int | None = None
     num_processes: int = 1
     arithmetic: str | None = None
@@ -280,6 +281,7 @@ def checkpoint(run: Run, root: Path) -> None:
         loss_scale=run.loss_scale,
         num_finite_steps=run.num_finite_steps,
         max_forward_tokens=run.max_forward_tokens,
+        mlp_chunk=run.strategy.mlp_chunk,
         num_threads=torch.get_num_threads(),
         num_processes=run.ranks.count,
         arithmetic=arithmetic(run.device),
@@ -316,9 +318,7 @@ def resume(run: Run, state: State) -> None:
     position = position_of(state)
     run.num_steps = steps_of_resumed(position, run.loader, run.config)
     run.step, run.loss_scale, run.num_finite_steps = position.step, position.loss_scale, position.num_finite_steps
-    before = position.max_forward_tokens
-    if run.max_forward_tokens is None or (before is not None and before < run.max_forward_tokens):
-        run.max_forward_tokens = before  # the earlier split, for bit-identical results
+    run.split_as(position.max_forward_tokens, position.mlp_chunk)
     run.loader.load_state_dict(position.loader.model_dump())
     if run.best is not None and position.best is not None:
         run.best.position = position.best

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,6 +113,14 @@ class Run:
     def pager(self) -> Pager | None:
         return getattr(self.base, "pager", None)
 
+    def split_as(self, max_forward_tokens: int | None, mlp_chunk: int | None) -> None:
+        """Compute in the parts of the checkpoint's process, for bit-identical results, or in smaller ones."""
+        self.max_forward_tokens = smaller(self.max_forward_tokens, max_forward_tokens)
+        chunk = smaller(self.strategy.mlp_chunk, mlp_chunk)
+        if chunk is not None:
+            self.strategy = replace(self.strategy, mlp_chunk=chunk, keep_dequantized_weights=False)
+            self.graphs = None
+
     def saved_as_pages(self) -> AbstractContextManager:
         """Make autograd save references to a paged base's pages instead of their tensors."""
         return nullcontext() if self.pager is None else self.pager.saved_as_pages()
@@ -139,6 +147,10 @@ class Run:
     def is_over(self) -> bool:
         """Whether no update follows: all are made, or early stopping ends the run."""
         return self.step >= self.num_steps or (self.best is not None and self.best.is_over)
+
+
+def smaller(one: int | None, other: int | None) -> int | None:
+    return min((number for number in (one, other) if number is not None), default=None)
 
 
 def count_batches(loader: Loader, config: TrainConfig) -> int:

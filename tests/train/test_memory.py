@@ -43,7 +43,7 @@ from onecard.train.run import Run
 from onecard.train.session import load_adapted, run_training
 from onecard.train.step import gradients, to_device
 from tests.conftest import make_checkpoint
-from tests.train.test_loop import adapter_bytes, fields, quiet, run
+from tests.train.test_loop import adapter_bytes, copy_at, fields, quiet, run
 
 DEEP = {"num_hidden_layers": 6, "hidden_size": 128, "intermediate_size": 192}
 BUDGET = "360KB"  # two of the pages of DEEP, six layers and a head
@@ -72,6 +72,18 @@ def test_a_run_may_change_its_budget_when_it_is_resumed(deep, chats, tmp_path):
             shutil.rmtree(folder)
     run(deep, chats, tmp_path / "o", resuming=True, max_steps=4, weights_budget="500KB")
     assert adapter_bytes(tmp_path / "o") == adapter_bytes(tmp_path / "straight")
+
+
+def test_a_resumed_run_keeps_its_chunks(deep, chats, tmp_path, monkeypatch):
+    """Also where there is room for whole MLPs by now, so that dropout's masks and sums over tokens are the same."""
+    monkeypatch.setitem(MLP_CHUNK_TOKENS, "cpu", 40)
+    more = {"max_steps": 4, "lora_dropout": 0.3, "optim": "adamw"}
+    least = smallest(case_of(deep, chats, tmp_path, max_seq_length=96, lora_dropout=0.3))
+    run(deep, chats, tmp_path / "whole", **more)
+    run(deep, chats, tmp_path / "straight", device_memory=str(least), **more)
+    resumed = copy_at(tmp_path / "straight", tmp_path / "o", 2)
+    run(deep, chats, resumed, resuming=True, **more)
+    assert adapter_bytes(resumed) == adapter_bytes(tmp_path / "straight") != adapter_bytes(tmp_path / "whole")
 
 
 def case_of(checkpoint, chats, tmp_path, **more):
