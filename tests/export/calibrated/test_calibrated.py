@@ -132,7 +132,7 @@ def test_packing_is_what_the_format_says(format):
     if format == "gptq":
         groups = groups[torch.randperm(K, generator=rng)]
     weight = Grouped(codes, torch.rand(N, K // g, generator=rng).half(), zeros, groups)
-    method = {"gptq": gptq, "awq": awq}[format]
+    method = writer.STORAGES[format]
     found = {key: tensor.contiguous() for key, tensor in method.tensors(weight).items()}
     names = {torch.int32: "I32", torch.float16: "F16"}
     assert {k: (names[t.dtype], tuple(t.shape)) for k, t in found.items()} == method.shapes(N, K, CONFIG, "F16")
