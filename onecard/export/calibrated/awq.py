@@ -193,17 +193,8 @@ class AWQ(Calibrated):
                 layer.module.get_parameter(f"{name}.weight").copy_(found.dequantize())
                 yield name, found
 
-    def quantize_expert(
-        self,
-        ups: list[Tensor],
-        down: Tensor,
-        H_up: Tensor,
-        H_down: Tensor,
-        config: CalibrationConfig,
-        dtype: torch.dtype,
-    ) -> list[Grouped]:
-        given = [*((W, H_up) for W in ups), (down, H_down)]
-        return [quantize(W, H, config.group_size) for W, H in given]
+    def quantize(self, W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Grouped:
+        return quantize(W_NK, H_KK, config.group_size)
 
     def nearest(self, W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float = 0.0) -> Grouped:
         return round_to_nearest(W_NK, config.group_size, sym=False)

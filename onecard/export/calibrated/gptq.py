@@ -79,16 +79,8 @@ class GPTQ(Calibrated):
                     linear.weight.copy_(found.dequantize())
                     yield name, found
 
-    def quantize_expert(
-        self,
-        ups: list[Tensor],
-        down: Tensor,
-        H_up: Tensor,
-        H_down: Tensor,
-        config: CalibrationConfig,
-        dtype: torch.dtype,
-    ) -> list[Grouped]:
-        return [*(quantize(W, H_up, config, dtype) for W in ups), quantize(down, H_down, config, dtype)]
+    def quantize(self, W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Grouped:
+        return quantize(W_NK, H_KK, config, dtype)
 
     def nearest(self, W_NK: Tensor, config: CalibrationConfig, dtype: torch.dtype, peak: float = 0.0) -> Grouped:
         return round_to_nearest(W_NK, config.group_size, config.sym, None, FIRST_ZERO, dtype)

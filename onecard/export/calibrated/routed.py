@@ -69,4 +69,5 @@ def quantize_expert(
     if len(x_MK) < config.group_size:
         return [method.nearest(W, config, dtype) for W in (*ups, down)], len(x_MK)
     H_up, H_down = (x.T @ x for x in (x_MK, experts.inputs("down_proj", expert)))
-    return method.quantize_expert(ups, down, H_up, H_down, config, dtype), len(x_MK)
+    found = [method.quantize(W, H_up, config, dtype) for W in ups]
+    return [*found, method.quantize(down, H_down, config, dtype)], len(x_MK)

@@ -85,14 +85,5 @@ class Calibrated(Storage[Grouped]):
         """
 
     @abstractmethod
-    def quantize_expert(
-        self,
-        ups: list[Tensor],
-        down: Tensor,
-        H_up: Tensor,
-        H_down: Tensor,
-        config: CalibrationConfig,
-        dtype: torch.dtype,
-    ) -> list[Grouped]:
-        """Quantize an expert's float32 weights, with H of their inputs: those before its activation, then the one
-        after."""
+    def quantize(self, W_NK: Tensor, H_KK: Tensor, config: CalibrationConfig, dtype: torch.dtype) -> Grouped:
+        """Quantize a float32 weight of an expert, with H of its calibration inputs. `dtype`: of the scales."""
