@@ -10,7 +10,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -75,17 +74,13 @@ class FusedGatedMLP(Fused):
         tokens = x.flatten(0, -2)
         if self.chunk is None or len(tokens) <= self.chunk:
             return self.whole(x)
-        again = partial(checkpoint, use_reentrant=False) if torch.is_grad_enabled() else apply
-        return torch.cat([again(self.whole, part) for part in tokens.split(self.chunk)]).view_as(x)
+        parts = [checkpoint(self.whole, part, use_reentrant=False) for part in tokens.split(self.chunk)]
+        return torch.cat(parts).view_as(x)
 
     def whole(self: Any, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         joined = is_silu(self.act_fn) and elementwise.supports(gate, up)
         return self.down_proj(elementwise.swiglu(gate, up) if joined else self.act_fn(gate) * up)
-
-
-def apply(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return function(x)
 
 
 def is_silu(activation: nn.Module) -> bool:
