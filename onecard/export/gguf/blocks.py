@@ -34,6 +34,8 @@ CHUNK = 1 << 16  # weights that one task quantizes: its tensors stay in a core's
 TABLE = torch.tensor([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113.0])  # IQ4_NL's values
 MIDDLES = (TABLE[1:] + TABLE[:-1]) / 2  # all multiples of 0.5
 LOOKUP = torch.bucketize(torch.arange(-256, 256) / 2 + 0.25, MIDDLES)  # by floor(2 x) + 256: the nearest value's index
+# A block's largest weight becomes one of these: from the third value to half a gap beyond the first, with both signs.
+PLACES = torch.outer(torch.tensor([1.0, -1.0]), torch.linspace(87.0, 138.5, 11)).flatten()
 LOOKUP_CODES, LOOKUP_VALUES = LOOKUP.float().numpy(), TABLE[LOOKUP].numpy()
 
 
@@ -139,7 +141,7 @@ def affine_32(x: Tensor, w: Tensor, n: int) -> Codes:
 
 def nonlinear(x: Tensor, w: Tensor) -> Codes:
     """Return the indices of IQ4_NL's values."""
-    d = half(signed_scales(x, w, 127, partial(look_up, table=LOOKUP_VALUES))[0])
+    d = half(signed_scales(x, w, 127, partial(look_up, table=LOOKUP_VALUES), PLACES)[0])
     return Codes(look_up(x * reciprocal(d), LOOKUP_CODES), d, torch.ones(1, len(d)))
 
 

@@ -37,19 +37,23 @@ def weights_of(x: Tensor, importance: Tensor | None) -> Tensor:
     return w if importance is None else w.mul_(importance)
 
 
-def signed_scales(x: Tensor, w: Tensor, n: int, round: Callable[[Tensor], Tensor]) -> Tensor:
+def signed_scales(
+    x: Tensor, w: Tensor, n: int, round: Callable[[Tensor], Tensor], places: Tensor | None = None
+) -> Tensor:
     """Return a scale for each block, (..., S). It is negative where the weight of the largest magnitude is positive, so
-    that this one may get the code -n.
+    that this one may get the code -n, unless `places` are of both signs.
 
     Args:
         n: the largest magnitude of a code; -n is one.
         round: rounds numbers to codes, in place.
+        places: the number that the weight of the largest magnitude becomes with each candidate, times -1. None: from
+            n / 6 within to half a code beyond n.
     """
     peak = -largest(x, -2)
     inverse, scale, most = reciprocal(peak), peak / n, torch.zeros_like(peak)
     wx, q, product = w * x, torch.empty_like(x), torch.empty_like(x)
-    for end in torch.linspace(-n / 6, 0.5, CANDIDATES).tolist():
-        q = round(torch.mul(x, (inverse * (n + end)).unsqueeze(-2), out=q))
+    for place in (n + torch.linspace(-n / 6, 0.5, CANDIDATES) if places is None else places).tolist():
+        q = round(torch.mul(x, (inverse * place).unsqueeze(-2), out=q))
         xq = torch.mul(wx, q, out=product).sum(-2)
         qq = q.square_().mul_(w).sum(-2)
         gain = xq * xq / qq

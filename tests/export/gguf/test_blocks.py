@@ -5,7 +5,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from onecard.export.gguf.blocks import LAYOUTS, OURS, TABLE, codes_of, quantize
+from onecard.export.gguf.blocks import LAYOUTS, OURS, PLACES, TABLE, codes_of, quantize
 from onecard.export.gguf.scales import affine_scales, signed_scales
 
 AFFINE = {Kind.Q4_K: 15, Kind.Q5_K: 31}  # the largest code
@@ -90,15 +90,20 @@ def test_the_number_of_threads_changes_no_bit():
     assert (found[0] == found[1]).all()
 
 
-@pytest.mark.parametrize("n", [4, 32])
-def test_signed_scales_are_close_to_the_best(n):
+@pytest.mark.parametrize("kind, n", [(Kind.Q3_K, 4), (Kind.Q6_K, 32), (Kind.IQ4_NL, 127)])
+def test_signed_scales_are_close_to_the_best(kind, n):
     """Against 800 scales of each block, in float64, with weights of the errors."""
     x, w = torch.randn(2, 16, 60, generator=torch.Generator().manual_seed(5))
-    w = w.square() + 0.1
-    code = lambda q: q.round_().clamp_(-n, n - 1)  # noqa: E731
-    weighted = lambda s: ((code(x / s) * s - x).double().square() * w).sum(0)  # noqa: E731
-    found = weighted(signed_scales(x, w, n, code))
-    tried = x.abs().amax(0) / n * torch.linspace(0.5, 1.3, 400)[:, None]
+    w, places = w.square() + 0.1, PLACES if kind == Kind.IQ4_NL else None
+
+    def code(q):
+        return TABLE[(q[..., None] - TABLE).abs().argmin(-1)] if places is not None else q.round_().clamp_(-n, n - 1)
+
+    def weighted(s):
+        return ((code(x / s) * s - x).double().square() * w).sum(0)
+
+    found = weighted(signed_scales(x, w, n, code, places))
+    tried = x.abs().amax(0) / n * torch.linspace(0.5, 1.6, 400)[:, None]
     best = torch.stack([weighted(s) for s in (*tried, *-tried)]).amin(0)
     assert found.sum() < 1.05 * best.sum()
 
