@@ -373,7 +373,8 @@ class PlanInputs:
         """The term of training for a file: the merged weight of one linear, and what it is made from (nn/grid.py)."""
         if self.config.train_for is None:
             return []
-        sizes = (merged_bytes(self.config.train_for, m.weight.shape, self.c) for m in self.model.linears.values())
+        shapes = (m.weight.shape for m in self.model.linears.values())
+        sizes = (merged_bytes(self.config.train_for, shape, self.c, self.device) for shape in shapes)
         copies = "(c + 2.5)" if self.config.train_for == "nf4" else "c"
         return [Term("merged weight", max(sizes), f"{copies} x the largest matrix + 8 x {SLAB_VALUES >> 20} Mi of it")]
 

@@ -35,7 +35,8 @@ from onecard.quant.state import PackedWeight
 
 SLAB_VALUES = 1 << 22  # weights whose merge is in float32 at a time
 ROUNDING_BYTES = 64  # temporaries of a weight while it is rounded
-PIECE_VALUES = 1 << 16  # weights that are rounded at a time: the temporaries stay in a core's cache
+# Weights that are rounded at a time: on a CPU the temporaries stay in a core's cache, on a GPU the launches are few.
+PIECE_VALUES = {"cpu": 1 << 16, "cuda": 1 << 20}
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,9 @@ class Grid:
             del W_NK
             return weights.dequantize(PackedWeight.of(packed, state), dtype)
         out_NK = torch.empty(N, K, dtype=dtype, device=weight.codes.device)
+        count = piece_rows(K, out_NK.device.type)
         for start, rows in merged_rows(weight, lora):
-            pieces = rows.split(max(PIECE_VALUES // K, 1))
+            pieces = rows.split(count)
             for piece, out in zip(pieces, out_NK[start : start + len(rows)].split(len(pieces[0]))):
                 out.copy_(self.nearest(piece.to(self.dtype).float(), peak))
         return out_NK
@@ -90,10 +92,11 @@ class Grid:
         return max(rows.to(self.dtype).abs().max().item() for _, rows in merged_rows(weight, lora))
 
 
-def merged_bytes(format: TrainFor, shape: Sequence[int], itemsize: int) -> int:
-    """Return the most bytes of a merged weight (N, K) and its temporaries; `itemsize`: of the compute dtype."""
+def merged_bytes(format: TrainFor, shape: Sequence[int], itemsize: int, device: str) -> int:
+    """Return the most bytes of a merged weight (N, K) and its temporaries on a device, "cpu" or "cuda"; `itemsize`: of
+    the compute dtype."""
     N, K = shape
-    slab, piece = min(N, slab_rows(K)) * K, min(N, max(PIECE_VALUES // K, 1)) * K
+    slab, piece = min(N, slab_rows(K)) * K, min(N, piece_rows(K, device)) * K
     if format == "nf4":  # the merged weight in 16 bits, and its codes with their scales
         return (itemsize * 2 + 5) * N * K // 2 + 8 * slab
     return itemsize * N * K + 8 * slab + ROUNDING_BYTES * piece
@@ -102,6 +105,11 @@ def merged_bytes(format: TrainFor, shape: Sequence[int], itemsize: int) -> int:
 def slab_rows(K: int) -> int:
     """Return how many rows of K weights are merged at a time."""
     return max(SLAB_VALUES // K, 1)
+
+
+def piece_rows(K: int, device: str) -> int:
+    """Return how many rows of K weights are rounded at a time."""
+    return max(PIECE_VALUES[device] // K, 1)
 
 
 def add_update(W_NK: Tensor, A_RK: Tensor, B_NR: Tensor, scaling: float) -> Tensor:

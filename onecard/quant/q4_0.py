@@ -21,7 +21,12 @@ def quantize_q4_0(W_NK: Tensor) -> tuple[Tensor, Tensor]:
         Codes, uint8 (N, K), and scales, float16 (N, K / 32).
     """
     x = W_NK.reshape(len(W_NK), -1, BLOCK)
-    d = x.gather(-1, x.abs().argmax(-1, keepdim=True)) / -8
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    peak = torch.where(high > -low, high, low)
+    if (ties := (high == -low)[..., 0]).any():
+        some = x[ties]
+        peak[ties] = some.gather(-1, some.abs().argmax(-1, keepdim=True))
+    d = peak / -8
     inverse = torch.where(d.abs() < torch.finfo(torch.float32).tiny, 0.0, 1 / d)  # of a subnormal it would be Inf
     codes = (x * inverse).add_(8.5).to(torch.uint8).clamp_(max=15)
     return codes.view_as(W_NK), d[..., 0].half()

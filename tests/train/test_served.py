@@ -169,7 +169,7 @@ def test_a_recomputation_keeps_its_merged_weight(monkeypatch):
 def test_the_plan_holds_what_a_merged_weight_takes(format, tmp_path, monkeypatch):
     """Allocations as torch's profiler records them, for a matrix of several slabs."""
     monkeypatch.setattr(grid_module, "SLAB_VALUES", 1 << 18)
-    monkeypatch.setattr(grid_module, "PIECE_VALUES", 1 << 14)
+    monkeypatch.setitem(grid_module.PIECE_VALUES, "cpu", 1 << 14)
     _, weight, lora, _, _ = case(format, N=2048, K=256)
     lora, grid = Lora(lora.A_RK.detach(), lora.B_NR.detach(), 0.5), Grid(format, torch.bfloat16, 64, 64, True)
     grid.merged(weight, lora, 9.0, torch.bfloat16)
@@ -178,7 +178,7 @@ def test_the_plan_holds_what_a_merged_weight_takes(format, tmp_path, monkeypatch
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     used = [e["args"]["Total Allocated"] for e in events if e.get("name") == "[memory]"]
-    peak, planned = max(used) - used[0], merged_bytes(format, weight.shape, 2)
+    peak, planned = max(used) - used[0], merged_bytes(format, weight.shape, 2, "cpu")
     assert 0.5 * planned < peak <= planned, (format, peak, planned)
 
 
@@ -186,7 +186,7 @@ def test_a_plan_counts_it(base, chats, tmp_path):
     model = read_model(inspect_checkpoint(base))
     config = make_config(TrainConfig, fields(base, chats, tmp_path, train_for="q4_0"))
     (term,) = PlanInputs(model, config, torch.float32).merged
-    assert term.num_bytes == max(merged_bytes("q4_0", m.weight.shape, 4) for m in model.linears.values())
+    assert term.num_bytes == max(merged_bytes("q4_0", m.weight.shape, 4, "cpu") for m in model.linears.values())
     assert term in prepare(config).plan.terms
 
 
