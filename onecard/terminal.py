@@ -15,6 +15,7 @@ from typing import Annotated, Any, Optional, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from onecard.errors import one_line, printable
+from onecard.torchrun import process_number
 
 # Loggers that may show only errors
 NOISY = [standard.getLogger(name) for name in ("torch", "bitsandbytes", "matplotlib")]
@@ -93,11 +94,6 @@ def load_base(
     if not labels:
         refuse_head(adapter, "this command")
     return load_model(model, **config.model_dump(), device=device, labels=labels, sharded=sharded)
-
-
-def process_number() -> int:
-    """Return the number of this process among those of a run that torchrun started; else 0."""
-    return int(os.environ.get("RANK", 0))
 
 
 def make_console(quiet: bool = False) -> Any:

@@ -13,6 +13,7 @@ ORDER = [
     "files",
     "documents",
     "patterns",
+    "torchrun",
     "config",
     "recipes",
     "quant",

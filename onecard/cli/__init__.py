@@ -10,7 +10,8 @@ from cyclopts import CycloptsError
 from onecard.cli import answering, page, training, writing  # noqa: F401  # they register the commands
 from onecard.cli.app import app
 from onecard.errors import UserError
-from onecard.terminal import process_number, run_app
+from onecard.terminal import run_app
+from onecard.torchrun import process_number
 
 
 def main() -> None:

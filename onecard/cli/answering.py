@@ -7,10 +7,11 @@ import sys
 from typing import Any, Literal
 
 from onecard.cli.app import DataFields, DataWords, QuantFields, SamplingFields, ServeFields, app
-from onecard.cli.launch import is_started, launch
+from onecard.cli.launch import launch
 from onecard.config import DataConfig, SamplingConfig, ServeConfig, make_config
 from onecard.errors import UserError, one_line, printable
 from onecard.terminal import given, load, load_base, load_headed, make_console, quiet_libraries, read_data
+from onecard.torchrun import is_started
 
 
 @app.command

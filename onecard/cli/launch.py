@@ -10,11 +10,6 @@ from onecard.errors import UserError
 SECONDS_TO_STOP = 3600  # after a signal: a process finishes its step and writes a checkpoint
 
 
-def is_started() -> bool:
-    """Whether torchrun has started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def launch(num_processes: int, words: list[str]) -> None:
     """Run `onecard WORDS` in several processes on this machine, and exit with the status of the first one that failed.
 

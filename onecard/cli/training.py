@@ -7,11 +7,12 @@ import sys
 from typing import Any, Literal
 
 from onecard.cli.app import DataFields, OptionalWords, PlanFields, TrainFields, app
-from onecard.cli.launch import is_started, launch
+from onecard.cli.launch import launch
 from onecard.config import DataConfig, LoraSettings, TrainConfig, make_config, parse_bytes
 from onecard.documents import read_yaml
 from onecard.errors import Stopped, UserError, one_line
-from onecard.terminal import finish, given, make_console, process_number, quiet_libraries
+from onecard.terminal import finish, given, make_console, quiet_libraries
+from onecard.torchrun import is_started, process_number
 
 
 @app.command

@@ -52,11 +52,12 @@ from onecard.memory.terms import Term
 from onecard.memory.workload import Answers, assumed, known
 from onecard.optim.make import check_package
 from onecard.paging.weights import layer_of
+from onecard.torchrun import num_beside, num_processes
 from onecard.train.evaluate import model_size
 from onecard.train.head import check_classes, labels_for
 from onecard.train.hub import check_login
 from onecard.train.metrics import import_logger
-from onecard.train.ranks import is_sharded, num_beside, num_processes
+from onecard.train.ranks import is_sharded
 from onecard.train.reference import FILE
 from onecard.train.samples import Sample, make_samples
 from onecard.train.scoring import Question, Score, make_questions, make_score

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 from onecard.config import TrainConfig
 from onecard.errors import UserError, first_line
 from onecard.paging.sharded import is_of_exchange
+from onecard.torchrun import num_beside, num_processes, number_beside, process_number
 
 MEETING = datetime.timedelta(minutes=10)  # torchrun starts all at the same time; each imports its libraries before
 EXCHANGE = datetime.timedelta(minutes=30)  # a layer to gather, a sum: all reach it within a micro-batch of each other
@@ -191,10 +191,10 @@ def join(device: str) -> Ranks:
     Raises:
         UserError: more processes than GPUs; a device that all of them would use; not all are there in `MEETING`.
     """
-    number, count = int(os.environ.get("RANK", 0)), num_processes()
+    number, count = process_number(), num_processes()
     if count == 1:
         return Ranks()
-    local = int(os.environ["LOCAL_RANK"])
+    local = number_beside()
     if device not in ("auto", "cpu", "cuda"):
         do = "give auto, cpu or cuda, and choose the GPUs with CUDA_VISIBLE_DEVICES"
         raise UserError("each process must have a device of its own", device, do, "device")
@@ -215,19 +215,9 @@ def join(device: str) -> Ranks:
     return Ranks(number, count, works, PrefixStore("onecard", store))
 
 
-def num_processes() -> int:
-    """Return the number of the run's processes on all machines."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def is_sharded(config: TrainConfig) -> bool:
     """Whether the base is sharded over the processes."""
     return config.parallel == "fsdp" and num_processes() > 1
-
-
-def num_beside() -> int:
-    """Return the number of the run's processes on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def leave(ranks: Ranks) -> None:
