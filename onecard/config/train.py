@@ -40,6 +40,11 @@ class MemorySettings(Strict):
         description="8bit: states of 2 bytes a weight; paged: states are offloaded when memory is short; "
         "adamw_torch and adamw_torch_fused are adamw, adamw_bnb_8bit is adamw_8bit",
     )
+    shard_optimizer: bool = Field(
+        default=False,
+        description="with several processes: each has the optimizer's states of its part of the LoRA weights, updates "
+        "these and sends them to the others",
+    )
     gradient_checkpointing: bool | None = Field(
         default=None,
         description="recompute activations: less memory, more time; default: the plan decides",
@@ -144,6 +149,8 @@ class TrainConfig(
             raise ValueError(f"neftune_noise_alpha is for sft: with {self.loss} the noise would move the reference too")
         if self.optim == "muon" and self.target_parameters:
             raise ValueError("optim muon takes matrices, and target_parameters have the experts' matrices in stacks")
+        if self.optim == "schedule_free_adamw" and self.shard_optimizer:
+            raise ValueError("optim schedule_free_adamw keeps an average of all weights: leave shard_optimizer out")
         if self.optim == "schedule_free_adamw":
             if self.lr_scheduler_type not in ("constant", "constant_with_warmup"):
                 raise ValueError(

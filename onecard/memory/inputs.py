@@ -22,7 +22,7 @@ from onecard.kernels.cpu import native
 from onecard.memory.activations import Activations, gated_mlps, intermediate, layer_activations
 from onecard.memory.workload import Workload, assumed, multiple
 from onecard.nn.grid import SLAB_VALUES, merged_bytes
-from onecard.optim.make import state_bytes
+from onecard.optim.make import largest_share, state_bytes
 from onecard.paging.files import ALIGNMENT
 from onecard.paging.weights import layer_of
 from onecard.quant.mxfp4 import BLOCKSIZE
@@ -303,8 +303,10 @@ class PlanInputs:
 
     @cached_property
     def whole_states_bytes(self) -> tuple[int, int]:
-        """Bytes of all the optimizer's states, and of the largest one."""
-        return sum(self.state_sizes), max(self.state_sizes, default=0)
+        """Bytes of all the optimizer's states that a process has, and of the largest one."""
+        numbers = [*self.lora_sizes, *map(prod, self.row_shapes), *self.saved_sizes]
+        count = self.num_processes if self.config.shard_optimizer else 1
+        return largest_share(numbers, self.state_sizes, count), max(self.state_sizes, default=0)
 
     def states_bytes(self, offloaded: bool) -> int:
         """Bytes of the optimizer's states on the device."""

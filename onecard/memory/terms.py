@@ -221,10 +221,13 @@ def state_term(inputs: PlanInputs, strategy: MemoryStrategy) -> Term:
     """Return the optimizer's states of all trainable weights."""
     name = "AdamW states" if inputs.config.optim in ADAMW else f"{inputs.config.optim} states"
     if strategy.offload_optimizer_states:
-        return Term(name, max(inputs.state_sizes, default=0), "one tensor's at a time")
+        return Term(name, inputs.states_bytes(True), "one tensor's at a time")
     saved = f" + {8 if inputs.c == 4 else 12} P_s" if inputs.num_saved else ""
     saved = (" and of P_n" if inputs.row_shapes else "") + saved
-    return Term(name, sum(inputs.state_sizes), state_formula(inputs.config.optim) + saved)
+    formula = state_formula(inputs.config.optim) + saved
+    if inputs.config.shard_optimizer and inputs.num_processes > 1:
+        formula = f"({formula}) / {inputs.num_processes}"
+    return Term(name, inputs.states_bytes(False), formula)
 
 
 def base_terms(inputs: PlanInputs, strategy: MemoryStrategy) -> list[Term]:
@@ -264,8 +267,12 @@ def exchange_terms(inputs: PlanInputs) -> list[Term]:
     N, config = inputs.num_processes, inputs.config
     if N == 1:
         return []
-    num_gradients = inputs.num_lora + inputs.num_row_weights + inputs.num_saved
+    num_masters = inputs.num_lora + inputs.num_row_weights
+    num_gradients = num_masters + inputs.num_saved
     terms = [Term("gradients", 8 * num_gradients * (N - 1) // N, f"2 x 4 P_l x {N - 1}/{N}")]
+    if config.shard_optimizer:
+        weights = (4 * num_masters + inputs.c * inputs.num_saved) * (N - 1) // N
+        terms.append(Term("updated weights", weights, f"4 P_l x {N - 1}/{N}"))
     if inputs.is_sharded:
         passes = 3 if config.has_reference and config.precompute_reference is False else 2
         num_gathers = passes * -(-config.gradient_accumulation_steps // N)
@@ -281,7 +288,7 @@ def disk_terms(inputs: PlanInputs, strategy: MemoryStrategy, paged_from_file: bo
     states = state_term(inputs, MemoryStrategy())
     num_trained = inputs.num_lora + inputs.num_row_weights + inputs.num_saved
     trained = 4 * num_trained * (inputs.config.optim == "schedule_free_adamw")  # beside the average
-    one = adapter + states.num_bytes + trained
+    one = adapter + sum(inputs.state_sizes) + trained
     limit = inputs.config.save_total_limit
     count = 1 + (max(limit, 2) if inputs.config.load_best_model_at_end else limit)  # the next one is complete first
     learned = lora + (" + 4 P_n" if inputs.row_shapes else "") + (" + c P_s" if inputs.num_saved else "")

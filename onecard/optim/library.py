@@ -38,10 +38,6 @@ class LibraryOptimizer:
     def param_groups(self) -> list[dict[str, Any]]:
         return [group for each in self.inner for group in each.param_groups]
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for each in self.inner:
-            each.zero_grad(set_to_none=set_to_none)
-
     def step(self) -> None:
         for each in self.inner:
             each.step()

@@ -45,9 +45,9 @@ def make_optimizer(trainable: dict[str, torch.nn.Parameter], config: TrainConfig
     if name == "muon":
         matrices = {n: p for n, p in trainable.items() if is_lora_matrix(n, p)}
         others = {n: p for n, p in trainable.items() if n not in matrices}
-        found: list[Any] = [
-            torch.optim.Muon(parameter_groups(matrices, config), adjust_lr_fn="match_rms_adamw", **common)
-        ]
+        found: list[Any] = []
+        if matrices:
+            found.append(torch.optim.Muon(parameter_groups(matrices, config), adjust_lr_fn="match_rms_adamw", **common))
         if others:
             found.append(AdamW(parameter_groups(others, config), betas=betas, eps=config.adam_epsilon, **common))
         return LibraryOptimizer(found)
@@ -87,6 +87,28 @@ def parameter_groups(trainable: dict[str, torch.nn.Parameter], config: TrainConf
 
 def is_lora_matrix(name: str, p: torch.nn.Parameter) -> bool:
     return p.ndim == 2 and ("lora_A" in name or "lora_B" in name)
+
+
+def owners_of(sizes: list[int], count: int) -> list[int]:
+    """Return which of `count` processes has the states of each tensor, if they are sharded: the one with the fewest
+    weights so far. `sizes` are the tensors' numbers of weights."""
+    held, owners = [0] * count, []
+    for size in sizes:
+        owners.append(held.index(min(held)))
+        held[owners[-1]] += size
+    return owners
+
+
+def largest_share(sizes: list[int], num_bytes: list[int], count: int) -> int:
+    """Return the bytes of the states of the process that has most of them, of `count`.
+
+    Args:
+        sizes, num_bytes: each tensor's number of weights, and the bytes of its states.
+    """
+    own = [0] * count
+    for owner, size in zip(owners_of(sizes, count), num_bytes):
+        own[owner] += size
+    return max(own)
 
 
 def state_bytes(optim: str, shape: tuple[int, ...]) -> int:

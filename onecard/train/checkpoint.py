@@ -47,6 +47,7 @@ FREE_TO_CHANGE = {
     "device_memory",
     "weights_budget",
     "parallel",  # the same bits
+    "shard_optimizer",  # the same bits
     "cuda_graphs",
     "output",
     "save_strategy",
@@ -264,17 +265,9 @@ def position_of(state: State) -> Position:
 
 def checkpoint(run: Run, root: Path) -> None:
     """Write a checkpoint of all that the next update depends on. Of several processes, the first one writes."""
-    random = gathered_random(run)
+    tensors = {"optimizer": run.owners.all_states(run.optimizer), "random": gathered_random(run)}
     if not run.ranks.is_first:
         return
-    tensors = {
-        "optimizer": {
-            f"{name}.{key}": value.contiguous()
-            for name, p in run.trainable.items()
-            for key, value in run.optimizer.state_tensors(p).items()
-        },
-        "random": random,
-    }
     position = Position(
         step=run.step,
         num_steps=run.num_steps,
@@ -312,7 +305,8 @@ def resume(run: Run, state: State) -> None:
         parameter.data.copy_(state.tensors["adapter"][name])
         found = {key: value for key, value in state.tensors["optimizer"].items() if key.rpartition(".")[0] == name}
         found = {key.rpartition(".")[2]: value.clone() for key, value in found.items()}  # not a view of the file
-        run.optimizer.load_state(parameter, found)
+        if name in run.owners.own:
+            run.optimizer.load_state(parameter, found)
     for name, tensor in starts(run.model).items():
         tensor.copy_(state.tensors["adapter"][name])
     position = position_of(state)

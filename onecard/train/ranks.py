@@ -116,6 +116,22 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
+    def broadcast(self, values: Tensor, number: int) -> None:
+        """Replace the values of all processes by those of process `number`."""
+        with self.together():
+            dist.broadcast(values, number)
+
+    def send(self, values: Tensor) -> None:
+        """Send a tensor in host memory to the first process."""
+        with self.together():
+            dist.send(values, 0)
+
+    def receive(self, out: Tensor, number: int) -> Tensor:
+        """Fill and return `out` with what process `number` sends to this one, the first."""
+        with self.together():
+            dist.recv(out, number)
+        return out
+
     @contextmanager
     def together(self, whole_run: bool = False) -> Iterator[None]:
         """Turn the end or silence of another process into Lost. `whole_run`: the block has other errors, too, which are

@@ -26,6 +26,7 @@ from onecard.train.best import Best, best_of
 from onecard.train.graphs import DecoderGraphs
 from onecard.train.loss import packed_loss
 from onecard.train.noise import EmbeddingNoise
+from onecard.train.owners import Owners
 from onecard.train.ranks import Ranks
 
 LossFunction = Callable[[PreTrainedModel, dict[str, Any], int], Tensor]
@@ -66,13 +67,15 @@ class Run:
     max_forward_tokens: int | None = field(init=False)  # most tokens in one forward
     offload: Offload | None = field(init=False, default=None)
     paged: Statistics = field(default_factory=Statistics)  # in all steps so far
+    owners: Owners = field(init=False)  # who has the optimizer's states of which weights
     optimizer: Optimizer = field(init=False)
     noise: EmbeddingNoise | None = field(init=False, default=None)
     trainable: dict[str, torch.nn.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
         self.trainable = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(self.trainable, self.config)
+        self.owners = Owners.of(self.trainable, self.ranks, self.config.shard_optimizer)
+        self.optimizer = make_optimizer(self.owners.own, self.config)
         if self.optimizer.paged is not None:
             self.optimizer.paged.crowded = self.strategy.offload_optimizer_states
         self.best = best_of(self.config)
@@ -112,6 +115,11 @@ class Run:
     @property
     def pager(self) -> Pager | None:
         return getattr(self.base, "pager", None)
+
+    def drop_gradients(self) -> None:
+        """Drop all gradients, also those of weights that another process updates."""
+        for parameter in self.trainable.values():
+            parameter.grad = None
 
     def split_as(self, max_forward_tokens: int | None, mlp_chunk: int | None) -> None:
         """Compute in the parts of the checkpoint's process, for bit-identical results, or in smaller ones."""

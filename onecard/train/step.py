@@ -40,7 +40,8 @@ def optimizer_step(run: Run) -> dict[str, Any]:
     for group in run.optimizer.param_groups:
         group["lr"] = rate * group["lr_ratio"]
     update(run)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.owners.spread()
+    run.drop_gradients()
     run.step += 1
     seconds = time.perf_counter() - start
     return {
@@ -131,7 +132,7 @@ def own_gradients(run: Run, own: list[dict[str, Any]], divisor: Any, generators:
     Args:
         generators: the random states at the window's start.
     """
-    run.optimizer.zero_grad(set_to_none=True)
+    run.drop_gradients()
     if run.graphs is not None:
         run.graphs.attach_gradients()
     restore_random(generators, run.device)

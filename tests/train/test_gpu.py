@@ -38,7 +38,7 @@ def test_a_micro_batch_of_fixed_shape_is_a_cuda_graph(checkpoint, chats, tmp_pat
     second = {**first, "input_ids": first["input_ids"].flip(1)}  # of the same shapes
 
     def gradients(batch):
-        made.optimizer.zero_grad(set_to_none=True)
+        made.drop_gradients()
         made.loss(made.base, batch, num_tokens).backward()
         return [p.grad.clone() for p in made.trainable.values()]
 
@@ -48,7 +48,7 @@ def test_a_micro_batch_of_fixed_shape_is_a_cuda_graph(checkpoint, chats, tmp_pat
             expected = gradients(second)
             gradients(first)
         torch.cuda.current_stream().wait_stream(side)
-        made.optimizer.zero_grad(set_to_none=True)
+        made.drop_gradients()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             made.loss(made.base, first, num_tokens).backward()
@@ -68,7 +68,7 @@ def test_graphs_give_what_the_layers_give(checkpoint, chats, tmp_path, dropout):
     with use_packed_attention(made.base):
         for made.graphs in (None, graphs, graphs, graphs):
             torch.cuda.manual_seed(0)
-            made.optimizer.zero_grad(set_to_none=True)
+            made.drop_gradients()
             if made.graphs is not None:
                 graphs.attach_gradients()
             losses = torch.stack([micro_batch(made, batch, num_tokens) for batch in window])

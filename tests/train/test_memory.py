@@ -170,7 +170,7 @@ def make_run(checkpoint, chats, tmp_path, strategy=None, **more):
 
 def fresh_gradients(made, window, num_tokens, spike=None):
     """Loss and gradients from the same random numbers each time."""
-    made.optimizer.zero_grad(set_to_none=True)
+    made.drop_gradients()
     torch.manual_seed(3)
     with use_packed_attention(made.base), spike or nullcontext():
         loss, *_ = gradients(made, window, num_tokens)

@@ -216,7 +216,8 @@ def test_stopped_under_torchrun_they_go_on_in_the_same_bits(settings, tmp_path):
 
 
 def count_received(path, folder):
-    """Train, and write what each update's collectives bring to this process, in bytes by their kind."""
+    """Train, and write each update's bytes: what the collectives bring to this process, by their kind, and the
+    states of its optimizer."""
     received, updates = Counter(), []
 
     def counted(name, share):
@@ -231,11 +232,13 @@ def count_received(path, folder):
     def step(run):
         received.clear()
         row = optimizer_step(run)
-        updates.append(dict(received))
+        states = [tensor for state in run.optimizer.state.values() for tensor in state.values()]
+        updates.append({**received, "states": sum(tensor.nbytes for tensor in states if tensor.ndim)})
         return row
 
     # A ring's all-reduce brings each value twice, but half of them, the own part, stay at 2 processes.
     counted("all_reduce", lambda tensor, *_: tensor.nbytes)
+    counted("broadcast", lambda tensor, number: tensor.nbytes * (number != int(os.environ["RANK"])))
     counted("all_gather_single", lambda whole, own, *_: whole.nbytes - own.nbytes)
     loop.optimizer_step = step
     try:
@@ -244,16 +247,22 @@ def count_received(path, folder):
         (folder / os.environ["RANK"]).write_text(json.dumps(updates))
 
 
-@pytest.mark.parametrize("parallel", ["fsdp", pytest.param("ddp", marks=pytest.mark.slow)])
-def test_an_update_receives_what_the_plan_says(parallel, checkpoint, settings, tmp_path):
-    settings |= {"parallel": parallel, "metric": [], "eval_data": None, "max_steps": 2}
+@pytest.mark.parametrize(
+    "parallel, shards", [("fsdp", True), *(pytest.param("ddp", how, marks=pytest.mark.slow) for how in (False, True))]
+)
+def test_an_update_receives_what_the_plan_says(parallel, shards, checkpoint, settings, tmp_path):
+    settings |= {"parallel": parallel, "shard_optimizer": shards, "metric": [], "eval_data": None, "max_steps": 2}
     path = words(settings, tmp_path / "o")[-1]
     finished(ranks(2, count_received, path, tmp_path))
-    how = {name: settings[name] for name in ("parallel", "r", "gradient_accumulation_steps")}
-    planned = {term.name: term.num_bytes for term in plan(str(checkpoint), num_processes=2, **how).exchanged}
+    names = ("parallel", "shard_optimizer", "r", "gradient_accumulation_steps")
+    counted = plan(str(checkpoint), num_processes=2, **{name: settings[name] for name in names})
+    planned = {term.name: term.num_bytes for term in (*counted.terms, *counted.exchanged)}
     num_linears, blocks = 14, 32  # bytes of a block's codes
-    first, found = json.loads((tmp_path / "1").read_text())
+    (first, found), (_, other) = (json.loads((tmp_path / number).read_text()) for number in "10")
     assert first == found
+    own, received = ([each.get(key, 0) for each in (found, other)] for key in ("states", "broadcast"))
+    assert max(own) == planned["AdamW states"] and sum(own) == (2 if shards else 4) * planned["gradients"]
+    assert sum(received) == planned["gradients"] * shards == 2 * planned.get("updated weights", 0)
     flags = 4 * 2 * num_linears + 4 + 8 * 8  # of each LoRA weight; a wait; the losses
     assert found["all_reduce"] == planned["gradients"] + flags
     gathered, passes = found.get("all_gather_single", 0), 4
