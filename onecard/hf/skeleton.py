@@ -14,6 +14,7 @@ from torch.nn import Linear
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
+from onecard.config import QuantConfig
 from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint
 from onecard.hf.documents import far_more_refused, read_model_document
@@ -23,6 +24,7 @@ from onecard.hf.names import stored_names
 from onecard.hf.stacks import Stack, stacks_of
 from onecard.hf.stored import DTYPE_BITS
 from onecard.nn.linears import linears_of
+from onecard.nn.slabs import is_grouped
 from onecard.quant.mxfp4 import BLOCKS
 from onecard.quant.state import BNB_KEYS
 
@@ -52,6 +54,14 @@ class Model:
     def quantized(self) -> dict[str, Any]:
         """All linears and stacks to quantize, by their weight's name."""
         return {**self.linears, **self.stacks}
+
+    def slab_bytes(self, config: QuantConfig, device: torch.device, dtype: torch.dtype) -> int:
+        """Return the bytes of the largest slab of experts (nn/slabs.py); 0 if they are computed in turn."""
+        if not is_grouped(device, dtype):
+            return 0
+        kinds = {name: "mxfp4" if name in self.mxfp4 else config.quant_type for name in self.stacks}
+        sizes = (stack.slab_bytes(kinds[name], config.blocksize, dtype.itemsize) for name, stack in self.stacks.items())
+        return max(sizes, default=0)
 
     def unmerged(self, checkpoint: Checkpoint) -> str | None:
         """Return a weight to quantize that the checkpoint stores neither as such nor as experts' matrices, or None.

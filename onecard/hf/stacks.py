@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from onecard.nn.experts import STACKS, are_stacked_experts
+from onecard.nn.experts import STACKS, are_stacked_experts, turns
 from onecard.nn.linears import beside_text
+from onecard.nn.slabs import slab_bytes
+from onecard.quant.mxfp4 import BLOCKSIZE
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,12 @@ class Stack:
     @property
     def out_features(self) -> int:
         return self.num_experts * self.weight.shape[2 if self.is_transposed else 1]
+
+    def slab_bytes(self, quant_type: str, blocksize: int, itemsize: int) -> int:
+        """Return the bytes of its largest slab (nn/slabs.py)."""
+        E, *matrix = self.weight.shape
+        stored = torch.Size([E, *(reversed(matrix) if turns(self.is_transposed, quant_type) else matrix)])
+        return slab_bytes(stored, BLOCKSIZE if quant_type == "mxfp4" else blocksize, itemsize)
 
 
 def stacks_of(modules: Any) -> dict[str, Stack]:

@@ -15,6 +15,9 @@ values of the compute dtype. What changes that:
 - a norm without a fused form keeps a float32 copy of its input; norms of the query and key keep a + k more;
 - an MLP without a fused form keeps the activation's output, f;
 - experts (nn/experts.py) keep their input, d, and 2 f, adapted or not; f counts all experts of a token;
+- experts that are computed together (nn/slabs.py) also have each token's d once for each of its J experts. Their
+  backward works on max(J d + 3 f, 2 J d + 2 f) in place of 2 f: g, h and dh, or du and dx. A product has its LoRA
+  term, or the part of a slab, beside it;
 - on a GPU, keys and values are repeated for all query heads where torch's attention takes no groups (float32, or a GPU
   before Ampere): 2 a for 2 k;
 - attention with capped scores or sinks keeps its scores: (4 + 2 c) bytes per head and pair of a document's tokens.
@@ -33,6 +36,7 @@ from onecard.hf.fused import FusedGatedMLP, FusedRMSNorm, counterpart, is_silu
 from onecard.hf.stacks import stacks_of
 from onecard.kernels.elementwise import widest_norm
 from onecard.nn.linears import beside_text, is_inside
+from onecard.nn.slabs import is_grouped
 
 INNER = ("o_proj", "down_proj", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "fc_out", "wo", "w2")
 
@@ -45,8 +49,10 @@ class Activations:
         kept: bytes per token that its backward needs.
         working: additional bytes per token while its backward runs.
         formula: of `kept`, in values of the compute dtype.
+        working_formula: of `working` less 2 d.
         hidden: bytes per token of its input.
         pair, pair_working: bytes per pair of a document's tokens, kept and additional in the backward.
+        together: bytes per token in a forward of experts that are computed together; 0 for other MLPs.
         mlp: of `kept` and `working`, bytes per token in gated MLPs, which can compute it in chunks; 0 if a layer has
             something else, too.
     """
@@ -54,9 +60,11 @@ class Activations:
     kept: float
     working: float
     formula: str
+    working_formula: str
     hidden: int
     pair: float
     pair_working: float
+    together: float
     mlp: float
 
 
@@ -111,21 +119,38 @@ def layer_activations(
             inside.update(own if dropout or inner else {"r": own["r"]})
     if dropout or not any((parent, False) in shared for parent in mlps):
         inside["d"] -= 1  # a whole MLP does not keep its input
+    together = bool(stacks) and is_grouped(torch.device(device), dtype)
+    Jd = experts * size["d"]
+    working = max(workings(experts if together else 0), key=lambda count: valued(count, size))
     linears = {name: m for name, m in adapted.items() if name not in stacks}
     beside = {name: 4 * m.in_features + (c + 4) * m.out_features for name, m in linears.items()} if dora else {}
     in_mlps = sum(size for name, size in beside.items() if name.rsplit(".", 2)[0] in mlps)
-    chunked = c * sum(number * size[symbol] for symbol, number in inside.items()) + in_mlps / layers
+    chunked = c * valued(inside, size) + in_mlps / layers
     sinks = any(name.endswith(".sinks") for name, _ in modules.named_parameters())
     capped = sinks or getattr(text, "attn_logit_softcapping", None) is not None
     return Activations(
-        kept=c * sum(number * size[symbol] for symbol, number in count.items()) + sum(beside.values()) / layers,
-        working=c * (2 * size["f"] + 2 * size["d"]),
+        kept=c * valued(count, size) + sum(beside.values()) / layers,
+        working=c * (valued(working, size) + 2 * size["d"]),
         formula=" + ".join([f"{n:.3g} {symbol}" for symbol, n in count.items() if n] + ["DoRA's"] * dora),
+        working_formula=" + ".join(f"{n:.3g} {symbol}" for symbol, n in working.items()),
         hidden=c * size["d"],
         pair=heads * (4 + 2 * c) if capped else 0,
         pair_working=heads * (8 + c) if capped else 0,
+        together=c * (max(4 * size["f"] + Jd, 3 * size["f"] + 2 * Jd) + 2 * size["d"]) if together else 0,
         mlp=chunked + c * 2 * size["f"] if len(mlps) == layers and not stacks else 0,
     )
+
+
+def workings(J: int) -> list[Counter[str]]:
+    """Return what an MLP's backward works on, in values per token; with J experts together, at each of its moments."""
+    if J == 0:
+        return [Counter({"f": 2})]
+    return [Counter({"f": 3, "d": J}), Counter({"f": 2, "d": 2 * J})]
+
+
+def valued(count: Counter[str], size: dict[str, int]) -> float:
+    """Return the sum of a count of sizes."""
+    return sum(number * size[symbol] for symbol, number in count.items())
 
 
 def gated_mlps(modules: Any) -> set[str]:

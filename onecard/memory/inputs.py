@@ -352,17 +352,18 @@ class PlanInputs:
 
     @cached_property
     def scratch(self) -> Term:
-        """Scratch buffers of products: a dequantized weight, or on tiles (AMX) the input rows. Experts use a weight."""
+        """Scratch buffers of products: a dequantized weight, a slab of experts, or on tiles (AMX) the input rows."""
+        slab = self.model.slab_bytes(self.config, torch.device(self.device), self.dtype)
         if self.config.use_dora:  # its norm needs the weight, B A and their sum
             largest = max((m.weight.numel() for m in self.model.linears.values()), default=0)
-            return Term("scratch", (self.c + 8) * largest, "(c + 8) x the largest matrix")
-        matrices = [
-            m.weight.numel() // getattr(m, "num_experts", 1)
-            for m in (self.model.stacks if self.on_tiles else self.model.quantized).values()
-        ]
-        graphs = self.device == "cuda" and self.config.cuda_graphs and not self.model.stacks
-        buffers = 1 + graphs  # CUDA graphs are recorded on a stream of their own
+            return Term("scratch", max((self.c + 8) * largest, slab), "(c + 8) x the largest matrix")
+        weights = self.model.stacks if self.on_tiles else self.model.quantized
+        matrices = [m.weight.numel() // getattr(m, "num_experts", 1) for m in weights.values()]
+        # CUDA graphs are recorded on a stream of their own.
+        buffers = 2 if self.device == "cuda" and self.config.cuda_graphs and not self.model.stacks else 1
         weight = buffers * self.c * max(matrices, default=0)
+        if slab > weight:
+            return Term("scratch", slab, "a slab of experts, its codes and scales")
         if not self.on_tiles:
             return Term("scratch", weight, "c x the largest matrix")
         widest = max((n for m in self.model.linears.values() for n in m.weight.shape), default=0)

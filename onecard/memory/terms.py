@@ -145,7 +145,7 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
             return gradients
         return Term(gradients.name, int(share * gradients.num_bytes), f"those so far of {gradients.formula}")
 
-    first = activations(whole + ends, f"{layer.formula} + 2 f + {2 + num_ends} d", end=chunked)
+    first = activations(whole + ends, f"{layer.formula} + {layer.working_formula} + {2 + num_ends} d", end=chunked)
     moments = [[so_far(1), first]]
     loss = activations(
         stay * kept + tokens * waiting * layer.hidden + ends,
@@ -156,7 +156,9 @@ def step_terms(inputs: PlanInputs, strategy: MemoryStrategy, gradients: Term) ->
     moments.append([so_far(0), loss, logits_term(inputs, tokens)])
     if again:
         num_bytes = tokens * waiting * layer.hidden + whole + ends
-        last = activations(num_bytes, input_formula, f"{layer.formula} + 2 f + {2 + num_ends} d", end=chunked)
+        last = activations(
+            num_bytes, input_formula, f"{layer.formula} + {layer.working_formula} + {2 + num_ends} d", end=chunked
+        )
         weights = inputs.c * inputs.num_linear_weights // layers
         saved_weights = [Term("a layer's weights", weights, "c P_q / L")] if strategy.keep_dequantized_weights else []
         moments.append([so_far(stay / layers), last, *saved_weights])
@@ -188,7 +190,7 @@ def generate_terms(inputs: PlanInputs, rows: int, length: int, prompt_tokens: in
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * inputs.model.num_layers
     lengths = [min(length, window) if "sliding" in kind else length for kind in kinds]
     cached = 2 * inputs.c * heads * head * rows
-    working = inputs.c * prompt_tokens * (3 * inputs.intermediate + 2 * text.hidden_size)
+    working = prompt_tokens * max(inputs.c * (3 * inputs.intermediate + 2 * text.hidden_size), inputs.layer.together)
     return [
         Term("KV cache", cached * (sum(lengths) + max(lengths)), "2 c k T (L + 1), T at most the window's"),
         Term("prompt's activations", working, "c T (3 f + 2 d)"),

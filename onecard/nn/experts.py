@@ -1,17 +1,20 @@
-"""Experts4bit: the stacked experts of a mixture-of-experts layer in 4 bits, dequantized one at a time.
+"""Experts4bit: the stacked experts of a mixture-of-experts layer in 4 bits.
 
 For a token x, its experts e and their routing weights w_e, with up's weights U_e (N, K) and down's D_e:
 
     u_e = x U_e^T + b_e,    h_e = act(u_e),    y = sum over e of w_e (h_e D_e^T + c_e)
 
-Each product may have a LoRA term s B_e A_e. U_e and D_e exist only in a scratch buffer while the tokens of expert e
-are computed, in the forward and in the backward. Experts without tokens are not dequantized. The forward keeps x, the
-routing and u for the backward. With g = dL/dy, the backward is
+Each product may have a LoRA term s B_e A_e. The forward keeps x, the routing and u for the backward. With g = dL/dy,
+the backward is
 
     dh_e = g D_e,    dw_e = <dh_e, h_e> + <g, c_e>,    du_e = act'(u_e) w_e dh_e,    dx = sum over e of du_e U_e
 
 It runs act, the model's own function, again for h_e and act'. Routers stay in 16 bits, the same as with bitsandbytes:
 transformers does not build them as linears. They are small, but a wrong choice of expert is a large error.
+
+On a CPU, on a GPU without grouped products, and for few tokens, the experts with tokens are computed in turn. U_e and
+D_e exist only in a scratch buffer while the tokens of expert e are computed. The host reads the number of tokens of
+each expert first, once in each layer. Other GPUs compute all experts together, and the host reads nothing (slabs.py).
 
 Shape suffixes: T tokens, J experts of a token, S = T J pairs sorted by expert, M pairs of one expert, E experts,
 N outputs and K inputs of a product, R the LoRA rank.
@@ -34,6 +37,7 @@ from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.dequantize import dequantize_to_scratch
 from onecard.kernels.reference import Lora
 from onecard.nn.linear import Linear4bit
+from onecard.nn.slabs import GroupedExperts, can_group
 from onecard.quant.state import PackedWeight, QuantState, part_of
 
 FEW_ROWS, FILL_ROWS = 8, 16
@@ -138,11 +142,14 @@ class Experts4bit(nn.Module):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Return y (T, K) for hidden_states (T, K), top_k_index, int64 (T, J), and top_k_weights (T, J)."""
         up, down = (self.factors.get(name) for name in self.weights)
-        y = _Experts.apply(
-            hidden_states.to(self.compute_dtype or hidden_states.dtype),
+        x = hidden_states.to(self.compute_dtype or hidden_states.dtype)
+        states = [weight.loaded_state for weight in self.weights.values()]
+        y = (GroupedExperts if can_group(top_k_index, states, x) else ExpertsInTurn).apply(
+            x,
             top_k_weights,
             top_k_index,
             self,
+            products,
             *((up.scaling, up.A_ERK, up.B_NRE) if up else (1.0, None, None)),
             *((down.scaling, down.A_ERK, down.B_NRE) if down else (1.0, None, None)),
         )
@@ -236,11 +243,11 @@ class Product:
         return g_MN.new_empty(0) if dx_MK is None else dx_MK
 
 
-class _Experts(torch.autograd.Function):
+class ExpertsInTurn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, w_TJ, index_TJ, experts, s_up, A_up, B_up, s_down, A_down, B_down):
+    def forward(ctx, x_TK, w_TJ, index_TJ, experts, make, s_up, A_up, B_up, s_down, A_down, B_down):
         x = x_TK.to(product_dtype(x_TK.dtype, x_TK.device.type))
-        up, down = products(experts, (s_up, A_up, B_up), (s_down, A_down, B_down), x)
+        up, down = make(experts, (s_up, A_up, B_up), (s_down, A_down, B_down), x)
         pairs_S, counts = by_expert(index_TJ, experts.num_experts)
         u_SN = x.new_empty(len(pairs_S), up.num_outputs)
         xA_SR, hA_SR = (x.new_empty(len(pairs_S), 0 if A is None else A.shape[1]) for A in (A_up, A_down))
@@ -255,7 +262,7 @@ class _Experts(torch.autograd.Function):
                 if kept.numel():
                     kept[part] = made[:M]
             y_TK.index_add_(0, tokens_M, y_MK[:M].float() * w_TJ.reshape(-1)[pairs_S[part], None])
-        ctx.experts, ctx.counts, ctx.scalings = experts, counts, (s_up, s_down)
+        ctx.experts, ctx.make, ctx.counts, ctx.scalings = experts, make, counts, (s_up, s_down)
         ctx.save_for_backward(x_TK, w_TJ, pairs_S, u_SN, xA_SR, hA_SR, A_up, B_up, A_down, B_down)
         return y_TK.to(x_TK.dtype)
 
@@ -263,7 +270,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx, grad_y_TK):
         x_TK, w_TJ, pairs_S, u_SN, xA_SR, hA_SR, A_up, B_up, A_down, B_down = ctx.saved_tensors
         x, g_TK = x_TK.to(u_SN.dtype), grad_y_TK.to(u_SN.dtype)
-        up, down = products(ctx.experts, (ctx.scalings[0], A_up, B_up), (ctx.scalings[1], A_down, B_down), x)
+        up, down = ctx.make(ctx.experts, (ctx.scalings[0], A_up, B_up), (ctx.scalings[1], A_down, B_down), x)
         dx_TK = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         dw_S = torch.zeros(w_TJ.numel(), dtype=torch.float32, device=x.device)
         for expert, part in expert_slices(ctx.counts):
@@ -288,7 +295,7 @@ class _Experts(torch.autograd.Function):
         (dA_up, dB_up), (dA_down, dB_down) = (
             (None, None) if dA is None else (dA, dB.permute(1, 2, 0)) for dA, dB in (up.grads, down.grads)
         )
-        return dx, dw_S.view(w_TJ.shape).to(w_TJ.dtype), None, None, None, dA_up, dB_up, None, dA_down, dB_down
+        return dx, dw_S.view(w_TJ.shape).to(w_TJ.dtype), None, None, None, None, dA_up, dB_up, None, dA_down, dB_down
 
 
 def products(experts: Experts4bit, up: Term, down: Term, x: Tensor) -> tuple[Product, Product]:
