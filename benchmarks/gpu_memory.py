@@ -2,11 +2,13 @@
 
     123b         a 123B-shaped base paged from pinned host memory under a cap of 24 GB, micro-batches of 2,048 tokens;
                  its time per layer compared with that of 16 resident layers under the same cap
-    7b           a 7B-shaped run of 512 tokens, recomputed: the allocator's peak, which must be at most 6 GB
-    8b-context   the longest row, doubled from 8,192 tokens, that an 8B-shaped run can train under 24 GB
+    7b           updates of a 7B-shaped run on rows of 512 tokens, recomputed, under a cap of 6 GB
+    8b-context   an update of an 8B-shaped run on a row of 100,032 tokens under a cap of 24 GB, MLPs in chunks and if
+                 need be layers' inputs offloaded; then longer rows if it fits, else shorter ones
 
-All pages of the paged base share one host buffer, so that a machine with less memory than the base can measure it: the
-bytes copied to the card are the same. A cap on torch's allocator simulates the memory of other cards.
+The caps are enforced: torch's allocator fails beyond them. What the CUDA context takes is a part of the cap. Updates
+are the product's own. All pages of the paged base share one host buffer, so that a machine with less memory than the
+base can measure it: the bytes copied to the card are the same.
 """
 
 from __future__ import annotations
@@ -14,14 +16,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
+import tempfile
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from benchmarks.gpu import SHAPES, random_model, wait
+from benchmarks.gpu_steps import SHAPES, Row, clock, our_run, our_step, random_model
+from onecard.errors import UserError
+from onecard.memory.inputs import MemoryStrategy
+from onecard.paging.mover import Statistics
 
 GB = 10**9
 SHAPES |= {
@@ -32,48 +38,33 @@ SHAPES |= {
 }  # fmt: skip
 RESIDENT_LAYERS = 16  # of the 123B shape: 11 GB, without head, embedding and a row's activations
 WINDOW = 3  # micro-batches per update
+GOAL, OTHERS = (
+    100_032,
+    {True: (114_688, 131_072), False: (81_920, 65_536, 49_152)},
+)  # tokens, after the goal fits or not
 
 
 def cap(num_bytes: int, device: torch.device) -> None:
-    """Limit the memory of torch's allocator."""
+    """Limit what this process takes on the device, its CUDA context included."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(num_bytes / total, 1.0), device)
+        torch.zeros(1, device=device)  # makes the context
+        free, total = torch.cuda.mem_get_info(device)
+        context = total - free - torch.cuda.memory_reserved(device)
+        torch.cuda.set_per_process_memory_fraction(min(max(num_bytes - context, 1) / total, 1.0), device)
 
 
-def peak_gb(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else 0.0
+def reserved_gb(device: torch.device) -> float:
+    return torch.cuda.max_memory_reserved(device) / GB if device.type == "cuda" else 0.0
 
 
-def seconds_a_row(model: Any, length: int, window: int, device: torch.device) -> float:
-    """Return seconds per micro-batch of `length` tokens in an update of `window`; warmed up, all layers recomputed."""
-    from onecard.hf.attention import use_packed_attention
-    from onecard.memory.inputs import MemoryStrategy
-    from onecard.optim.adamw import AdamW
-    from onecard.train.loss import packed_loss
-    from onecard.train.recompute import recompute_layers
-
-    base, pager = model.get_base_model(), getattr(model.get_base_model(), "pager", None)
-    recompute_layers(base, MemoryStrategy(base.config.num_hidden_layers))
-    optimizer = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-    ids = torch.randint(0, base.config.vocab_size, (1, length), device=device)
-    at = torch.arange(length, device=device)
-    batch = {"input_ids": ids, "position_ids": at[None], "supervised": (at[:-1], ids[0, 1:]), "cu_seqlens": [0, length]}
-    with use_packed_attention(base):
-        for count in (1, window):
-            wait(device)
-            start = time.perf_counter()
-            for _ in range(count):
-                if pager is None:
-                    loss = packed_loss(base, batch, window * length)
-                else:
-                    with pager.saved_as_pages():
-                        loss = packed_loss(base, batch, window * length)
-                loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            wait(device)
-    return (time.perf_counter() - start) / window
+def seconds_a_row(
+    model: Any, row: Row, strategy: MemoryStrategy, window: int, device: torch.device
+) -> tuple[float, Statistics]:
+    """Return the seconds per micro-batch of the product's update of `window`, without the first update, and what both
+    updates have paged."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        run = our_run(model, row, device, strategy, gradient_accumulation_steps=window, output=folder)
+        return clock(our_step(run, False, stack), device, 1, 1) / window, run.paged
 
 
 def page_layers(model: Any, budget: int, device: torch.device) -> None:
@@ -105,52 +96,74 @@ def page_layers(model: Any, budget: int, device: torch.device) -> None:
 
 def large(shape: str, length: int, limit: int, device: torch.device) -> str:
     """Measure the paged base, and up to RESIDENT_LAYERS resident layers of it."""
-    layers = SHAPES[shape]["num_hidden_layers"]
+    layers, row = SHAPES[shape]["num_hidden_layers"], Row(length, 1, True)
     cap(limit, device)
-    resident = random_model(shape, "onecard", device, num_hidden_layers=min(RESIDENT_LAYERS, layers)).train()
-    alone = seconds_a_row(resident, length, WINDOW, device) / min(RESIDENT_LAYERS, layers)
+    some = min(RESIDENT_LAYERS, layers)
+    resident = random_model(shape, "onecard", device, num_hidden_layers=some).train()
+    alone = seconds_a_row(resident, row, MemoryStrategy(some), WINDOW, device)[0] / some
     del resident
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     paged = random_model(shape, "onecard", device, share=True).train()
     page_layers(paged, int(0.3 * limit), device)
-    seconds = seconds_a_row(paged, length, WINDOW, device)
-    statistics = paged.get_base_model().pager.take_statistics()
+    seconds, moved = seconds_a_row(paged, row, MemoryStrategy(layers), WINDOW, device)
     return (
-        f"{length / seconds:,.0f} tok/s, peak {peak_gb(device):.1f} GB; a layer {seconds / layers * 1e3:.1f} ms, "
-        f"resident {alone * 1e3:.1f} ms: {alone * layers / seconds:.0%} of its speed; "
-        f"{statistics.bytes_in / GB:,.0f} GB brought, {statistics.stall_seconds:.1f} s waited"
+        f"{length / seconds:,.0f} tok/s, {reserved_gb(device):.1f} GB reserved; a layer takes "
+        f"{1e3 * seconds / layers:.1f} ms, resident {alone * 1e3:.1f} ms: {alone * layers / seconds:.0%} of its speed; "
+        f"in 2 updates {moved.bytes_in / GB:,.0f} GB brought, {moved.stall_seconds:.1f} s waited"
     )
 
 
-def peak(shape: str, length: int, device: torch.device) -> str:
-    """Measure a step's peak memory."""
-    seconds = seconds_a_row(random_model(shape, "onecard", device).train(), length, 1, device)
-    return f"peak {peak_gb(device):.2f} GB at {length} tokens, {length / seconds:,.0f} tok/s"
-
-
-def context(shape: str, first: int, most: int, limit: int, device: torch.device) -> str:
-    """Find the longest row of first, 2 first, ... most tokens that does not run out of memory."""
+def within(shape: str, length: int, limit: int, device: torch.device) -> str:
+    """Update under the cap with every layer recomputed."""
     cap(limit, device)
-    model, length, reached = random_model(shape, "onecard", device).train(), first, "none"
-    while length <= most:
-        try:
-            seconds = seconds_a_row(model, length, 1, device)
-        except torch.OutOfMemoryError:
+    model = random_model(shape, "onecard", device).train()
+    strategy = MemoryStrategy(SHAPES[shape]["num_hidden_layers"])
+    seconds, _ = seconds_a_row(model, Row(length, 1, True), strategy, 1, device)
+    return f"{length} tokens in {limit / GB:g} GB: {reserved_gb(device):.2f} GB reserved, {length / seconds:,.0f} tok/s"
+
+
+def context(shape: str, goal: int, others: dict[bool, tuple[int, ...]], limit: int, device: torch.device) -> str:
+    """Tell which rows can be trained under the cap: the goal, then longer or shorter ones until the answer changes."""
+    cap(limit, device)
+    model = random_model(shape, "onecard", device).train()
+    reached = longest(model, goal, device)
+    found = [f"{goal:,} tokens: {reached or 'out of memory'}"]
+    for length in others[bool(reached)]:
+        result = longest(model, length, device)
+        found.append(f"{length:,} tokens: {result or 'out of memory'}")
+        if bool(result) != bool(reached):
             break
-        reached = f"{length:,} tokens, {length / seconds:,.0f} tok/s, peak {peak_gb(device):.1f} GB"
-        length *= 2
-    return f"longest row {reached}"
+    return "; ".join(found)
+
+
+def longest(model: Any, length: int, device: torch.device) -> str:
+    """Update on a row with MLPs in chunks, and if that fails with all layers' inputs offloaded, too. Return its speed
+    and memory, or "" if it does not fit."""
+    layers = model.config.num_hidden_layers
+    for offloaded in (0, layers):
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            strategy = MemoryStrategy(layers, num_offloaded=offloaded, mlp_chunk=4096)
+            seconds, _ = seconds_a_row(model, Row(length, 1, True), strategy, 1, device)
+        except (torch.OutOfMemoryError, UserError, MemoryError):
+            model.zero_grad(set_to_none=True)
+            continue
+        where = ", inputs offloaded" if offloaded else ""
+        return f"{length / seconds:,.0f} tok/s, {reserved_gb(device):.1f} GB reserved{where}"
+    return ""
 
 
 CASES = {
-    "123b": lambda dry, device: large(*(("tiny", 64, GB // 100) if dry else ("123b", 2048, 24 * GB)), device),
-    "7b": lambda dry, device: peak(*(("tiny", 64) if dry else ("7b", 512)), device),
+    "7b": lambda dry, device: within(*(("tiny", 64, GB) if dry else ("7b", 512, 6 * GB)), device),
     "8b-context": lambda dry, device: context(
-        *(("tiny", 64, 128) if dry else ("8b", 8192, 131072)), 24 * GB, device
+        *(("tiny", 128, {True: (192,), False: ()}) if dry else ("8b", GOAL, OTHERS)), 24 * GB, device
     ),
-}  # fmt: skip
+    "123b": lambda dry, device: large(*(("tiny", 64, GB // 100) if dry else ("123b", 2048, 24 * GB)), device),
+}
 
 
 def main() -> None:
@@ -158,7 +171,8 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, required=True)
     parser.add_argument("--dry-run", action="store_true", help="the CPU and a tiny shape")
     args = parser.parse_args()
-    sys.stdin.readline()  # wait until the parent releases the GPU
+    if not sys.stdin.isatty():
+        sys.stdin.readline()  # wait until the parent releases the GPU
     device = torch.device("cuda" if torch.cuda.is_available() and not args.dry_run else "cpu")
     print(json.dumps({"found": CASES[args.case](args.dry_run, device)}))
 
