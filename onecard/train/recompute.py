@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -13,6 +16,33 @@ from onecard.hf.fused import FusedGatedMLP
 from onecard.kernels.dequantize import saved_weights
 from onecard.memory.inputs import MemoryStrategy
 from onecard.paging.activations import Offload
+
+
+class Recomputed:
+    """A layer's checkpoint function. It saves the random states for the recomputation only if the layer draws random
+    numbers, as dropout does. The first forward tells.
+
+    Args:
+        inner: torch.utils.checkpoint.checkpoint, or a function with its arguments.
+    """
+
+    def __init__(self, inner: Callable[..., Any]):
+        self.inner = inner
+        self.is_random: bool | None = None
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
+        if self.is_random is not None or not torch.is_grad_enabled():
+            return self.inner(function, *args, preserve_rng_state=self.is_random is not False)
+        before = random_states()
+        result = self.inner(function, *args, preserve_rng_state=True)
+        self.is_random = any(not torch.equal(a, b) for a, b in zip(before, random_states()))
+        return result
+
+
+def random_states() -> list[torch.Tensor]:
+    """Return the states of the CPU's generator and of the current GPU's. They are on the host."""
+    states = [torch.get_rng_state()]
+    return states + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
 
 
 def recompute_layers(base: PreTrainedModel, strategy: MemoryStrategy, offload: Offload | None = None) -> None:
@@ -34,8 +64,11 @@ def recompute_layers(base: PreTrainedModel, strategy: MemoryStrategy, offload: O
     base.gradient_checkpointing_enable({"use_reentrant": False, **kept})
     base.enable_input_require_grads()
     layers: list[Any] = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers[: strategy.num_offloaded]:
-        assert offload is not None
-        layer._gradient_checkpointing_func = partial(offload.checkpoint, **kept)
+    for number, layer in enumerate(layers[: strategy.num_recomputed]):
+        inner = partial(checkpoint, use_reentrant=False, **kept)
+        if number < strategy.num_offloaded:
+            assert offload is not None
+            inner = partial(offload.checkpoint, **kept)
+        layer._gradient_checkpointing_func = Recomputed(inner)
     for layer in layers[strategy.num_recomputed :]:
         layer.gradient_checkpointing = False
