@@ -156,23 +156,34 @@ inline void zip_values(const void* x, Dtype dtype, int64_t rows, int64_t columns
     for (int64_t i = row; i < row + 32; i += 2, out += 16) store_zipped(values(i), values(i + 1), out);
 }
 
-// Reads 32 weights of a row at a time. Each row has a look-up table, which is made again when the row enters a block.
+// Reads 32 weights of a row at a time. Each row has a look-up table, which is made again when the row enters a block. It
+// holds the levels of two blocks of 16, or twice those of a larger one.
 struct Reader {
     const Weight& w;
     __m512i levels[16];
 
     void enter(int row, int64_t first, bool begin) {
-        if (!begin && (first & (w.blocksize - 1)) != 0) return;
-        float scale;
-        w.scales(first / w.blocksize, 1, &scale);
-        __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(w.quant_map), _mm512_set1_ps(scale));
-        levels[row] = _mm512_broadcast_i64x4(Isa::narrow(scaled, BFloat16{}));
+        if (w.blocksize > 32 && !begin && (first & (w.blocksize - 1)) != 0) return;
+        float scale[2];
+        w.scales(first / w.blocksize, w.blocksize == 16 ? 2 : 1, scale);
+        __m256i low = scaled(scale[0]), high = w.blocksize == 16 ? scaled(scale[1]) : low;
+        levels[row] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
-    __m512i look_up(int row, __m128i bytes) const {
+    __m256i scaled(float scale) const {
+        return Isa::narrow(_mm512_mul_ps(_mm512_loadu_ps(w.quant_map), _mm512_set1_ps(scale)), BFloat16{});
+    }
+    // `second`: in each of 16 pairs of weights, 16 if it is in the second block of 16.
+    __m512i look_up(int row, __m128i bytes, __m128i second) const {
         __m512i wide = _mm512_cvtepu8_epi32(bytes);
         __m512i codes = _mm512_or_si512(_mm512_srli_epi32(wide, 4), _mm512_slli_epi32(wide, 16));
+        if (w.blocksize == 16) {
+            __m512i half = _mm512_cvtepu8_epi32(second);
+            half = _mm512_or_si512(half, _mm512_slli_epi32(half, 16));
+            codes = _mm512_or_si512(_mm512_and_si512(codes, _mm512_set1_epi16(15)), half);
+        }
         return _mm512_permutexvar_epi16(codes, levels[row]);
     }
+    static __m128i second_pairs() { return _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16); }
     __m128i bytes(int64_t first) const {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(w.packed + first / 2));
     }
@@ -180,14 +191,14 @@ struct Reader {
     __m512i read(int row, int64_t first, bool begin) {
         if (w.dense) return _mm512_loadu_si512(w.dense + first);
         enter(row, first, begin);
-        return look_up(row, bytes(first));
+        return look_up(row, bytes(first), second_pairs());
     }
     // The same in the order of `split`.
     __m512i read_split(int row, int64_t first, bool begin) {
         if (w.dense) return split(_mm512_loadu_si512(w.dense + first));
         enter(row, first, begin);
         __m128i order = _mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
-        return look_up(row, _mm_shuffle_epi8(bytes(first), order));
+        return look_up(row, _mm_shuffle_epi8(bytes(first), order), _mm_shuffle_epi8(second_pairs(), order));
     }
 };
 

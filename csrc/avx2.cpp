@@ -163,6 +163,14 @@ struct Isa {
         }
     }
 
+    // The scales of half a chunk's eight words, eight weights each.
+    static __m256 word_scales(const float* s, int64_t blocksize) {
+        if (blocksize >= 64) return _mm256_set1_ps(s[0]);
+        if (blocksize == 32) return _mm256_blend_ps(_mm256_set1_ps(s[0]), _mm256_set1_ps(s[1]), 0xF0);
+        __m256 four = _mm256_castps128_ps256(_mm_loadu_ps(s));
+        return _mm256_permutevar8x32_ps(four, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+    }
+
     // Half a chunk, 64 weights in eight words, at a time.
     template <int R, int M>
     static void product_tile(const Weight& w, const uint8_t* row, const float* scales, const float* x, int64_t K,
@@ -178,9 +186,7 @@ struct Isa {
             for (int r = 0; r < R; ++r) {
                 words[r] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + (r * K + k) / 2));
                 _mm_prefetch(reinterpret_cast<const char*>(row + (r * K + k) / 2 + kAhead), _MM_HINT_T0);
-                const float* s = scales + r * blocks + k / w.blocksize;
-                scale[r] = w.blocksize >= 64 ? _mm256_set1_ps(s[0])
-                                             : _mm256_blend_ps(_mm256_set1_ps(s[0]), _mm256_set1_ps(s[1]), 0xF0);
+                scale[r] = word_scales(scales + r * blocks + k / w.blocksize, w.blocksize);
             }
             const float* x_k = x + k / 128 * 128 + (k % 128 ? 8 : 0);
 #pragma GCC unroll 8

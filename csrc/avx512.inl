@@ -156,6 +156,10 @@ struct Isa {
                               : _mm512_mask_blend_ps(0xFF00, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
         }
         if (blocksize >= 128) return _mm512_set1_ps(scales[chunk * 128 / blocksize]);
+        if (blocksize == 16) {
+            __m512i half = _mm512_srli_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), 1);
+            return _mm512_permutexvar_ps(half, _mm512_maskz_loadu_ps(left < 128 ? 0x0F : 0xFF, scales + 8 * chunk));
+        }
         const float* s = scales + 4 * chunk;
         __m512 low = _mm512_mask_blend_ps(0x00F0, _mm512_set1_ps(s[0]), _mm512_set1_ps(s[1]));
         if (left < 128) return low;

@@ -24,7 +24,7 @@ struct Weight {
     float offset;
     const float* quant_map;      // 16 values
     int64_t num_weights;
-    int64_t blocksize;           // a power of two, at least 32
+    int64_t blocksize;           // a power of two, at least 16
     const uint16_t* dense;       // if not null, a bfloat16 weight; the other fields are not set
 
     void scales(int64_t block, int64_t count, float* out) const {

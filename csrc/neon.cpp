@@ -168,7 +168,9 @@ struct Isa {
                 V scale[4];  // of 32 weights each
                 for (int q = 0; q < 4; ++q) {
                     int64_t first = k + 32 * q;
-                    scale[q] = set1(first < K ? scales[r * blocks + first / w.blocksize] : 0.0f);
+                    const float* s = scales + r * blocks + first / w.blocksize;
+                    scale[q] = set1(first < K ? s[0] : 0.0f);
+                    if (w.blocksize == 16 && first < K) scale[q] = vcombine_f32(vdup_n_f32(s[0]), vdup_n_f32(s[1]));
                 }
                 for (int j = 0; j < 8; ++j) {
                     uint8x16_t byte = words.val[j / 2];

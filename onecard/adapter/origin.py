@@ -3,7 +3,7 @@
 peft's files hold neither. Without it, an adapter trained over fp4 would load on an nf4 base without an error, and so
 would an adapter of another model of the same shape. A sample identifies the base: the 4-bit codes of the first values
 of each linear, and the mean of their scales. The codes are the same whether its checkpoint is in 16 bits or in 4, the
-scales up to the error of double quantization.
+scales up to the error of double quantization. A linear that stays in the checkpoint's own few bits has these codes.
 
 The JSON also holds the form of the training prompts, and the sha256 of each file of the folder. A changed file is an
 error wherever the adapter is read.
@@ -30,13 +30,15 @@ from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
 from onecard.hf.head import labels_of
 from onecard.hf.load import find_checkpoint
 from onecard.hf.names import stored_names
-from onecard.hf.skeleton import meta_model, read_config
-from onecard.hf.stored import read_bytes, read_rows, read_tensor
+from onecard.hf.quantizer import quantization_of
+from onecard.hf.skeleton import kept_packed, meta_model, read_config
+from onecard.hf.stored import TensorInfo, read_bytes, read_packed, read_rows, read_tensor
 from onecard.kernels import ops
 from onecard.nn.linear import Linear4bit
 from onecard.quant.codebook import dynamic_map
 from onecard.quant.mxfp4 import exponent_map
 from onecard.quant.nested import dequantize_absmax
+from onecard.quant.scales import state_absmax
 from onecard.quant.state import STATE_KEY, read_facts
 
 FILE = "onecard.json"
@@ -93,7 +95,7 @@ class Origin(Own):
 
     Attributes:
         model: its name, as the user wrote it.
-        quant_type, blocksize, double_quant: how its linears were quantized in memory.
+        quant_type, blocksize, double_quant: how its linears were quantized in memory, but those that stay as stored.
         sample, scales: its `sample_base`. Files of an older release have no scales.
         form: None in a file of an older release.
         train_for: the format that the run rounded to in its forward passes.
@@ -125,15 +127,18 @@ class Origin(Own):
 
 def origin_of(model: Any, name: str) -> Origin:
     """Return the origin of adapters that are trained on this loaded 4-bit model."""
+    quant = quantization_of(model)
+    sample = sample_base(*sources_of(model), quant["quant_type"], quant["blocksize"])
+    return Origin(model=name, **quant, sample=sample.codes, scales=sample.scales)
+
+
+def sources_of(model: Any) -> tuple[Checkpoint, Any, list[str]]:
+    """Return a loaded model's checkpoint, its modules without weights, and the names of its linears' weights."""
     named = model.named_modules()  # names have peft's wrappers if an adapter is loaded
-    linears = {f"{n.replace('.base_layer', '')}.weight": m for n, m in named if isinstance(m, Linear4bit)}
-    state = next(iter(linears.values())).loaded_state
-    quant = {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
+    linears = [f"{n.replace('.base_layer', '')}.weight" for n, m in named if isinstance(m, Linear4bit)]
     checkpoint, labels = inspect_checkpoint(find_checkpoint(model.name_or_path)), labels_of(model.config)
     where = str(checkpoint.folder / "config.json")
-    modules = meta_model(read_config(checkpoint.folder), where, checkpoint, labels)
-    sample = sample_base(checkpoint, modules, linears, state.quant_type, state.blocksize)
-    return Origin(model=name, **quant, sample=sample.codes, scales=sample.scales)
+    return checkpoint, meta_model(read_config(checkpoint.folder), where, checkpoint, labels), linears
 
 
 def write_origin(folder: Path, origin: Origin) -> None:
@@ -236,36 +241,60 @@ def check_origin(model: Any, adapter: str) -> None:
     expected = read_origin(adapter)
     if expected is None:
         return
-    found = origin_of(model, expected.model)
-    stored_as(adapter, found.quant)
-    check_sample(Sample(found.sample, found.scales or ""), expected, adapter, model.name_or_path)
+    stored_as(adapter, quantization_of(model))
+    check_sample(*sources_of(model), expected, adapter)
 
 
-def check_sample(found: Sample, expected: Origin, adapter: str | Path, folder: str | Path) -> None:
-    """Raise UserError unless the sample is that of the base which the adapter's onecard.json records."""
-    if not found.is_of(Sample(expected.sample, expected.scales or found.scales)):
-        raise UserError(
-            f"the base must be the one that the adapter was trained on, {expected.model}",
-            "other weights",
-            f"pass that model, or delete {Path(adapter) / FILE} to use the adapter on this one all the same",
-            str(folder),
+def check_sample(
+    checkpoint: Checkpoint, modules: Any, linears: Iterable[str], expected: Origin, adapter: str | Path
+) -> None:
+    """Raise UserError unless the checkpoint is the base which the adapter's onecard.json records."""
+    names = list(linears)
+
+    def is_base(keeps: bool) -> bool:
+        found = sample_base(checkpoint, modules, names, expected.quant_type, expected.blocksize, keeps)
+        return found.is_of(Sample(expected.sample, expected.scales or found.scales))
+
+    if is_base(True):
+        return
+    do = f"pass that model, or delete {Path(adapter) / FILE} to use the adapter on this one all the same"
+    if kept_packed(modules, checkpoint) and is_base(False):
+        kinds = ", ".join(checkpoint.kinds)
+        found = (
+            f"a base that stays in {kinds}; the adapter's run, of an older release, rounded it to {expected.quant_type}"
         )
+        must, do = "the base must be stored as the adapter met it", do.replace("pass that model", "train again")
+        raise UserError(must, found, do, str(checkpoint.source))
+    must = f"the base must be the one that the adapter was trained on, {expected.model}"
+    raise UserError(must, "other weights", do, str(checkpoint.source))
 
 
 def sample_base(
-    checkpoint: Checkpoint, modules: Any, linears: Iterable[str], quant_type: str, blocksize: int
+    checkpoint: Checkpoint,
+    modules: Any,
+    linears: Iterable[str],
+    quant_type: str,
+    blocksize: int,
+    keeps: bool = True,
 ) -> Sample:
     """Return the sample of a checkpoint. It reads a few KiB of each linear.
 
     Args:
         modules: transformers' model of the checkpoint, without weights.
         linears: names of their weights in it; a weight that transformers builds from other tensors is left out.
+        keeps: whether linears that the checkpoint stores in few bits stay so. Older releases quantized them.
     """
+    kept = kept_packed(modules, checkpoint) if keeps else {}
     codes: list[bytes] = []
     scales: list[tuple[float, float]] = []
     stored = stored_names(modules, checkpoint.tensors)
     infos = {name: checkpoint.tensors[stored[name]] for name in sorted(linears) if name in stored}
     for name, info in infos.items():
+        if name in kept:
+            head, scale = stored_sample(info)
+            scales.append((scale, 0.0))
+            codes.append(name.encode() + head)
+            continue
         is_4bit = info.dtype == "U8"
         is_turned = not is_4bit and isinstance(modules.get_submodule(name.removesuffix(".weight")), Conv1D)
         num_values, width = SAMPLE_VALUES // (2 if is_4bit else 1), info.shape[0 if is_turned else 1]
@@ -281,6 +310,13 @@ def sample_base(
         codes.append(name.encode() + head.numpy().tobytes())
     found = numpy.array(scales, "<f4").tobytes().hex()
     return Sample(hashlib.sha256(b"".join(codes)).hexdigest(), found)
+
+
+def stored_sample(info: TensorInfo) -> tuple[bytes, float]:
+    """Return the first codes of a weight that stays packed, and the mean of their scales."""
+    packed, state = read_packed(info, 0, min(-(-SAMPLE_VALUES // info.shape[1]), info.shape[0]))
+    absmax = state_absmax(state)[: SAMPLE_VALUES // state.blocksize]
+    return packed.view(-1)[: SAMPLE_VALUES // 2].numpy().tobytes(), absmax.double().mean().item()
 
 
 def stored_scale(checkpoint: Checkpoint, name: str, num_blocks: int) -> tuple[float, float]:

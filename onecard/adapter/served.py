@@ -18,6 +18,7 @@ from onecard.adapter.layers import LoraLinear4bit, adapted_linears
 from onecard.config import CalibrationConfig, LoraSettings
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
+from onecard.hf.quantizer import quantization_of
 from onecard.hf.skeleton import Model, read_model
 from onecard.hf.stored import FLOAT_DTYPES
 from onecard.nn.grid import Grid
@@ -72,11 +73,11 @@ def set_grids(model: Any, folder: Path, lora: LoraSettings) -> None:
 
     Args:
         model: peft's, over a base in 4 bits.
-        folder: the base's checkpoint. Its blocksize and double_quant in memory are those of nf4.
+        folder: the base's checkpoint. The load's blocksize and double_quant are those of nf4.
     """
     checkpoint = inspect_checkpoint(folder)
     known = read_model(checkpoint)
-    size, parents = block_size(known, lora), {}
+    size, quant, parents = block_size(known, lora), quantization_of(model.get_base_model()), {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLinear4bit):
             base: Any = module.get_base_layer()
@@ -84,7 +85,7 @@ def set_grids(model: Any, folder: Path, lora: LoraSettings) -> None:
             state: QuantState = base.loaded_state
             dtype = FLOAT_DTYPES.get(info.dtype, state.dtype)  # a weight that is stored in 4 bits says it there
             assert lora.train_for is not None
-            module.grid = Grid(lora.train_for, dtype, size, state.blocksize, state.nested)
+            module.grid = Grid(lora.train_for, dtype, size, quant["blocksize"], quant["double_quant"])
             parents.setdefault(name.rpartition(".")[0], []).append(module)
     if lora.train_for == "nvfp4":
         for beside in parents.values():

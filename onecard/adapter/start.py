@@ -23,7 +23,7 @@ from onecard.config import LoraSettings
 from onecard.errors import UserError
 from onecard.hf.checkpoint import Checkpoint, inspect_checkpoint
 from onecard.hf.names import stored_names
-from onecard.hf.skeleton import read_model
+from onecard.hf.skeleton import kept_packed, read_model
 from onecard.hf.stored import FLOAT_DTYPES, TensorInfo, read_tensor
 
 Start = dict[str, tuple[Tensor, Tensor]]  # by weight: A (R, K), B (N, R), float32; B A is the correction
@@ -40,7 +40,9 @@ def residual_sources(checkpoint: Checkpoint, model: Any, linears: Iterable[str])
     """
     stored = stored_names(model, checkpoint.tensors)
     found = {name: checkpoint.tensors[stored[f"{name}.weight"]] for name in linears if f"{name}.weight" in stored}
-    missing = [name for name in linears if name not in found or found[name].dtype not in FLOAT_DTYPES]
+    kept = kept_packed(model, checkpoint)
+    exact = {name for name in found if found[name].dtype in FLOAT_DTYPES and f"{name}.weight" not in kept}
+    missing = [name for name in linears if name not in exact]
     if missing:
         must = "init_lora_weights loftq needs the linears' weights as the checkpoint stores them, in 16 or 32 bits"
         what = "in 4 bits" if missing[0] in found else "made from other tensors"

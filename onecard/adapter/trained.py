@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from onecard.adapter.load import AdapterDocument, check_ranks, fill, modules_of, read_config, stored_tensors
-from onecard.adapter.origin import check_origin, check_sample, read_origin, sample_base
+from onecard.adapter.origin import check_origin, check_sample, read_origin
 from onecard.adapter.tokens import indices_of
 from onecard.config import TrainConfig
 from onecard.errors import UserError
@@ -63,8 +63,7 @@ def check_trained(config: TrainConfig, model: Model, adapted: list[str], checkpo
         for name, before in origin.quant.items():
             if getattr(config, name) != before:
                 raise different(name, before, getattr(config, name), path)
-        sample = sample_base(checkpoint, model.modules, model.linears, origin.quant_type, origin.blocksize)
-        check_sample(sample, origin, folder, checkpoint.folder)
+        check_sample(checkpoint, model.modules, model.linears, origin, folder)
     return []
 
 

@@ -20,6 +20,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from onecard.errors import UserError
+from onecard.hf.stored import TensorInfo, read_packed
 from onecard.kernels import ops
 from onecard.nn.experts import StackedWeight, weights_of
 from onecard.nn.linear import Linear4bit
@@ -32,6 +33,8 @@ from onecard.quant.state import QuantState, from_bnb
 
 paging: ContextVar[tuple[PagedBase | ShardedBase, dict[str, Segment]] | None] = ContextVar("paging", default=None)
 """While a paged or sharded model loads: who takes its weights, and where the checkpoint's tensors lie."""
+kept: ContextVar[dict[str, TensorInfo] | None] = ContextVar("kept", default=None)
+"""While a model loads: the linears' weights that stay packed as the checkpoint stores them, by the model's names."""
 MADV_DONTNEED = 4  # of Linux
 MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ")  # the first line of each in /proc/self/maps
 SMALL = 1 << 20  # bytes of a tensor that is copied out of its file
@@ -45,6 +48,7 @@ class Quantize4bit(ConversionOps):
         self.hf_quantizer = hf_quantizer
         self.paging = found = paging.get()
         self.sharded = found[0] if found and isinstance(found[0], ShardedBase) else None
+        self.kept = kept.get() or {}
 
     def __deepcopy__(self, memo: dict) -> Quantize4bit:
         return self  # transformers copies it for every weight, but errors and pages must be shared
@@ -74,7 +78,12 @@ class Quantize4bit(ConversionOps):
         return result
 
     def quantize(self, name: str, W: Tensor, linear: Linear4bit) -> None:
-        """Quantize W into `linear`. Raises UserError for a wrong shape, NaN or Inf."""
+        """Quantize W into `linear`, or read its codes. Raises UserError for a wrong shape, NaN or Inf."""
+        if name in self.kept:
+            packed, state = read_packed(self.kept[name])
+            check_shape(torch.empty(state.shape, device="meta"), (linear.out_features, linear.in_features), name)
+            self.set(linear, packed.to(W.device), state.to(W.device))
+            return
         W = W.T.contiguous() if name in self.hf_quantizer.transposed else W
         check_shape(W, (linear.out_features, linear.in_features), name)
         if self.sharded is None:

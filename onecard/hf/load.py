@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,14 +17,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from onecard.config import HEAD, QuantConfig, make_config
 from onecard.errors import UserError, first_line
 from onecard.hf.checkpoint import Checkpoint, as_indexed, inspect_checkpoint, zeros_at_end
-from onecard.hf.convert import leave_files, paging, release_file_pages
+from onecard.hf.convert import kept, leave_files, paging, release_file_pages
 from onecard.hf.documents import read_model_document, read_processor_template, read_tokenizer_document
 from onecard.hf.gguf.folder import check_tokenizer, check_tokens, gguf_folder, is_gguf, source_in
 from onecard.hf.head import causal_head_names, is_headed, model_class, set_pad, start_head
 from onecard.hf.quantizer import BitsAndBytesConfig, as_dtype
 from onecard.hf.report import check_report
-from onecard.hf.skeleton import bad_config, meta_model, read_config, stored_dtype
-from onecard.hf.stored import Lazy
+from onecard.hf.skeleton import bad_config, kept_packed, meta_model, read_config, stored_dtype
+from onecard.hf.stored import Lazy, TensorInfo
 from onecard.kernels.cpu_info import product_dtype
 from onecard.nn.embedding import Head, cast_output
 from onecard.nn.linear import Linear4bit
@@ -56,7 +56,8 @@ def load_model(
 
     Args:
         model: checkpoint folder, or a hub id if there is a network. Its linears are in 16 or 32 bits, or in
-            bitsandbytes' 4-bit format. Its experts may be in MXFP4, which they keep.
+            bitsandbytes' 4-bit format. Its experts may be in MXFP4, and its linears in the forms that docs/formats.md
+            calls packed; they keep it.
         quant_type, blocksize, double_quant: same as in quantize_4bit. A 4-bit checkpoint keeps its own.
         compute_dtype: dtype that weights are dequantized to. "auto" is bfloat16 if the device multiplies it
             natively, else float16 on GPUs and float32 on CPUs.
@@ -178,8 +179,10 @@ def from_pretrained(
     if labels:
         set_pad(model_config, load_tokenizer(str(folder)), was_headed, str(folder / "config.json"))
     kind: Any = type(modules) if checkpoint.kinds else model_class(model_config, labels)
+    packed = kept_packed(modules, checkpoint)
+    token = kept.set(packed)
     try:
-        with source_of(checkpoint) as source:
+        with source_of(checkpoint, packed.values()) as source:
             loaded: Any = kind.from_pretrained(
                 **source,
                 **how_quantized(checkpoint, config, model_config),
@@ -196,6 +199,8 @@ def from_pretrained(
         if is_of_exchange(error):
             raise
         raise bad_config(error, str(folder / "config.json")) from error
+    finally:
+        kept.reset(token)
     model, report = loaded
     model.name_or_path = model.config._name_or_path = str(checkpoint.source)
     if labels and not was_headed:
@@ -210,10 +215,15 @@ def from_pretrained(
 
 
 @contextmanager
-def source_of(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
-    """Yield from_pretrained's arguments for the weights: a folder, or tensors that are converted when it reads them."""
+def source_of(checkpoint: Checkpoint, packed: Collection[TensorInfo] = ()) -> Iterator[dict[str, Any]]:
+    """Yield from_pretrained's arguments for the weights: a folder, or tensors that are converted when it reads them.
+
+    Args:
+        packed: weights that stay packed.
+    """
     if checkpoint.kinds:
-        tensors = {name: Lazy(info) for name, info in checkpoint.tensors.items()}
+        ids = set(map(id, packed))
+        tensors = {name: Lazy(info, id(info) in ids) for name, info in checkpoint.tensors.items()}
         yield {"pretrained_model_name_or_path": None, "state_dict": tensors}
     else:
         with as_indexed(checkpoint) as indexed:

@@ -4,7 +4,7 @@
                                                             s = float32(scale) / tensor_scale      (compressed-tensors)
 
 s is rounded to float32, and so is the product, which is then rounded once to the checkpoint's 16-bit dtype, as in
-compressed-tensors. Two codes are in a byte, the first in the low half:
+compressed-tensors. A linear keeps these codes and scales in memory. Two codes are in a byte, the first in the low half:
 
     ModelOpt            weight (N, K / 2), weight_scale (N, K / 16), weight_scale_2 (one value)
     compressed-tensors  weight_packed (N, K / 2), weight_scale (N, K / 16), weight_global_scale (one value)
@@ -27,8 +27,10 @@ from onecard.hf.fp8 import DO, UNUSED, WHERE, model_dtype, refused
 from onecard.hf.stored import Form, TensorInfo, computed, damaged, read_rows, read_tensor
 from onecard.quant.blockwise import all_finite
 from onecard.quant.codebook import MXFP4 as E2M1
+from onecard.quant.nvfp4 import BLOCK, from_nvfp4, scale_map
+from onecard.quant.scales import Storage
+from onecard.quant.state import QuantState
 
-BLOCK = 16
 SUFFIXES = {  # of codes, scales and the tensor's scale
     "modelopt": (".weight", ".weight_scale", ".weight_scale_2"),
     "compressed-tensors": (".weight_packed", ".weight_scale", ".weight_global_scale"),
@@ -79,13 +81,27 @@ class NVFP4(Form):
     def kind(self) -> str:
         return "NVFP4"
 
+    @property
+    def storage(self) -> Storage:
+        return Storage("nvfp4", BLOCK)
+
+    def packed(self, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, QuantState]:
+        """Return codes and state. Raises UserError for a scale of NaN or Inf, also after the tensor's."""
+        scales = read_rows(self.scales, first, count).view(torch.uint8)
+        table = scale_map(read_tensor(self.tensor_scale).reshape(()), self.divides)
+        self.check(table[scales.unique().long()])
+        return from_nvfp4(read_rows(self.codes, first, count), scales, table, dtype)
+
+    def check(self, scales: Tensor) -> None:
+        if not all_finite(scales):
+            raise damaged("scales of NVFP4 must be finite", "a scale that is NaN or Inf", self.codes, self.name)
+
     def rows(self, first: int, count: int) -> Tensor:
         """Return rows in float32, (count, K). Raises UserError for a scale of NaN or Inf, also after the tensor's."""
         codes = read_rows(self.codes, first, count)
         scales, whole = read_rows(self.scales, first, count).float(), read_tensor(self.tensor_scale).reshape(())
         scales = scales / whole if self.divides else scales * whole
-        if not all_finite(scales):
-            raise damaged("scales of NVFP4 must be finite", "a scale that is NaN or Inf", self.codes, self.name)
+        self.check(scales)
         W = torch.tensor(E2M1)[torch.stack([codes & 15, codes >> 4], dim=-1).int()]
         return W.view(*scales.shape, BLOCK).mul_(scales[..., None]).flatten(1)
 

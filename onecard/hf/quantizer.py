@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from onecard.config import QuantConfig, make_config
+from onecard.config import QUANT_TYPES, QuantConfig, make_config
 from onecard.errors import UserError
 from onecard.hf.convert import (
     NOT_MORE,
@@ -43,7 +43,7 @@ from onecard.nn.linear import Linear4bit
 from onecard.nn.linears import beside_text, kept_names, linears_of, skipped_names
 from onecard.quant.blockwise import all_finite
 from onecard.quant.mxfp4 import BLOCKS, SCALES
-from onecard.quant.state import BNB_KEYS, to_bnb
+from onecard.quant.state import BNB_KEYS, QuantState, to_bnb
 
 MXFP4 = (BLOCKS, SCALES)
 METHOD = "onecard"
@@ -274,7 +274,7 @@ class OnecardQuantizer(HfQuantizer):
 
     def tell_how_stored(self, model: PreTrainedModel) -> None:
         """Write the type, blocksize and nesting of the loaded weights, which a 4-bit checkpoint sets, to the config."""
-        state = next((m.loaded_state for m in model.modules() if isinstance(m, Linear4bit)), None)
+        state = state_by_settings(model)
         if state is not None:
             config: Any = self.quantization_config
             config.bnb_4bit_quant_type, config.bnb_4bit_blocksize = state.quant_type, state.blocksize
@@ -283,6 +283,24 @@ class OnecardQuantizer(HfQuantizer):
 
 register_quantization_config(METHOD)(BitsAndBytesConfig)
 register_quantizer(METHOD)(OnecardQuantizer)
+
+
+def state_by_settings(model: nn.Module) -> QuantState | None:
+    """Return the state of a linear that was not kept packed in a form that no setting names; None if there is none."""
+    states = (m.loaded_state for m in model.modules() if isinstance(m, Linear4bit))
+    return next((state for state in states if state.quant_type in QUANT_TYPES), None)
+
+
+def quantization_of(model: Any) -> dict[str, Any]:
+    """Return how a loaded model's weights in 16 bits were quantized: quant_type, blocksize, double_quant."""
+    state, config = state_by_settings(model), model.config.quantization_config
+    if state is not None:
+        return {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
+    return {
+        "quant_type": config.bnb_4bit_quant_type,
+        "blocksize": config.bnb_4bit_blocksize,
+        "double_quant": config.bnb_4bit_use_double_quant,
+    }
 
 
 def is_experts(converter: Any) -> bool:

@@ -1,15 +1,25 @@
-"""What a second rounding costs: weights that a checkpoint stores in few bits are rounded again, to our 4 bits."""
+"""Weights that a checkpoint stores in few bits: they stay as they are, or are rounded again, to our 4 bits."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from onecard.hf.checkpoint import Checkpoint
-from onecard.hf.stored import read_rows
+from onecard.hf.experts import expert_places
+from onecard.hf.stored import Form, read_rows
 from onecard.kernels import ops
 
 NUM_WEIGHTS = 8  # of the sample, spread over the model
 NUM_ROWS = 64  # of each
+
+
+def lines_of_few_bits(checkpoint: Checkpoint, model: Any, quant: Any) -> list[str]:
+    """Return a line about the linears that stay as they are stored, if there are any, and `second_rounding`'s."""
+    kept = [checkpoint.tensors[model.stored[name]].form for name in model.kept]
+    kinds = ", ".join(sorted({form.kind for form in kept if form is not None}))
+    line = f"{len(kept)} of {len(model.linears)} linears stay in {kinds}, as the base stores them: no second rounding"
+    rounded = second_rounding(checkpoint, model, quant)
+    return [line] * bool(kept) + ([rounded] if rounded else [])
 
 
 def second_rounding(checkpoint: Checkpoint, model: Any, quant: Any) -> str | None:
@@ -19,8 +29,11 @@ def second_rounding(checkpoint: Checkpoint, model: Any, quant: Any) -> str | Non
         model: `read_model` of the checkpoint.
         quant: a QuantConfig.
     """
-    names = [model.stored[name] for name in model.linears if name in model.stored]
-    forms = {name: form for name in names if (form := checkpoint.tensors[name].form) is not None and form.is_rounded}
+    names = [model.stored[name] for name in model.linears if name in model.stored and name not in model.kept]
+    names += expert_places(model.modules, model.stacks, checkpoint.tensors) if model.stacks else []
+    forms: dict[str, Form] = {
+        name: form for name in names if (form := checkpoint.tensors[name].form) is not None and form.is_rounded
+    }
     if not forms:
         return None
     error = whole = 0.0
@@ -31,7 +44,8 @@ def second_rounding(checkpoint: Checkpoint, model: Any, quant: Any) -> str | Non
         whole += W.double().square().sum().item()
     kinds = ", ".join(sorted({form.kind for form in forms.values()}))
     share = f"{(error / whole) ** 0.5:.1%}" if whole else "nothing"
+    why = "; ".join(sorted({form.obstacle for form in forms.values() if form.obstacle}))
     return (
-        f"the base is stored in {kinds}; training rounds each weight a second time, to {quant.quant_type}, which moves "
-        f"it by {share} of its norm (a sample)"
+        f"{len(forms)} weights of the base are stored in {kinds}; training rounds them a second time, to "
+        f"{quant.quant_type}, which moves each by {share} of its norm (a sample){why and f': {why}'}"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from onecard.hf.experts import expert_places
 from onecard.hf.head import check_head, is_causal, is_headed, is_multimodal, model_class, with_labels
 from onecard.hf.names import stored_names
 from onecard.hf.stacks import Stack, stacks_of
-from onecard.hf.stored import DTYPE_BITS
+from onecard.hf.stored import DTYPE_BITS, TensorInfo
 from onecard.nn.linears import linears_of
 from onecard.nn.slabs import is_grouped
 from onecard.quant.mxfp4 import BLOCKS
+from onecard.quant.scales import Storage
 from onecard.quant.state import BNB_KEYS
 
 
@@ -37,6 +38,7 @@ class Model:
     itemsize: dict[str, int]  # of a parameter as stored; 2 if it is not named
     stored: dict[str, str] = field(default_factory=dict)  # the checkpoint's name of each parameter that it holds
     mxfp4: frozenset[str] = frozenset()  # names of the stacks that the checkpoint stores in MXFP4
+    kept: dict[str, Storage] = field(default_factory=dict)  # of the linears' weights that stay packed, by name
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
@@ -106,7 +108,20 @@ def read_model(checkpoint: Checkpoint) -> Model:
     """Make a checkpoint's Model from its config and headers."""
     sizes = {name: DTYPE_BITS[info.dtype] // 8 for name, info in checkpoint.tensors.items()}
     where = str(checkpoint.folder / "config.json")
-    return named(meta_model(read_config(checkpoint.folder), where, checkpoint, checkpoint.labels), sizes)
+    found = named(meta_model(read_config(checkpoint.folder), where, checkpoint, checkpoint.labels), sizes)
+    kept = {name: info.form.storage for name, info in kept_packed(found.modules, checkpoint).items() if info.form}
+    return replace(found, kept=kept)
+
+
+def kept_packed(modules: Any, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Return the linears' weights that stay in memory as the checkpoint stores them in few bits, by the model's names.
+    A Conv1D's do not: its matrix is turned."""
+    if not checkpoint.kinds:
+        return {}
+    stored, linears = stored_names(modules, checkpoint.tensors), linears_of(modules)
+    named = {f"{name}.weight": linear for name, linear in linears.items() if not isinstance(linear, Conv1D)}
+    infos = {name: checkpoint.tensors[stored[name]] for name in named if name in stored}
+    return {name: info for name, info in infos.items() if info.form is not None and info.form.storage is not None}
 
 
 def named(modules: Any, sizes: dict[str, int]) -> Model:

@@ -1,7 +1,8 @@
 """Reads a checkpoint's stored tensors: the one place that knows how their bytes become 16-bit values.
 
 Most tensors are stored in their own dtype. Others have a `form`: FP8 codes with scales, or blocks of a GGUF file. The
-load, the merge, the exports and the sample of a base read a whole tensor or some of its rows here.
+load, the merge, the exports and the sample of a base read a whole tensor or some of its rows here. If one of our
+storages has the values of a form, its codes and scales can be read, too (`read_packed`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from onecard.errors import UserError
 from onecard.faults import about
+from onecard.quant.scales import Storage
+from onecard.quant.state import QuantState
 
 DTYPE_BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I64": 64, "I32": 32, "I16": 16,
@@ -48,9 +51,23 @@ class Form(Protocol):
         """The rows to compute together at least: 1, unless each call reads from all over the file."""
         return 1
 
+    @property
+    def storage(self) -> Storage | None:
+        """Our storage that has exactly these values; None if there is none."""
+        return None
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why this weight has no storage, if others of its kind may have one."""
+        return None
+
     def rows(self, first: int, count: int) -> Tensor:
         """Return `count` rows in float32, from row `first` on. A vector has one row."""
         ...
+
+    def packed(self, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, QuantState]:
+        """Return the codes and the state of `count` rows from row `first` on, of a form with a storage."""
+        raise TypeError(f"{self.kind} has no storage")
 
 
 @dataclass(frozen=True)
@@ -127,15 +144,22 @@ def read_bytes(info: TensorInfo, begin: int, size: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=STORED_DTYPES[info.dtype]) if size else torch.empty(0)
 
 
-class Lazy:
-    """A stored tensor in a state_dict for from_pretrained, which reads it by `[...]` when its turn comes."""
+def read_packed(info: TensorInfo, first: int = 0, count: int | None = None) -> tuple[Tensor, QuantState]:
+    """Return the codes and the state of `count` rows of a weight with a storage, from row `first` on. None: of all."""
+    assert info.form is not None and info.form.storage is not None
+    return info.form.packed(first, info.shape[0] - first if count is None else count, FLOAT_DTYPES[info.dtype])
 
-    def __init__(self, info: TensorInfo):
-        self.info = info
+
+class Lazy:
+    """A stored tensor in a state_dict for from_pretrained, which reads it by `[...]` when its turn comes. One that
+    stays packed has no values then: its converter reads it."""
+
+    def __init__(self, info: TensorInfo, is_packed: bool):
+        self.info, self.is_packed = info, is_packed
 
     def __getitem__(self, where: object) -> Tensor:
         assert where is Ellipsis
-        return read_tensor(self.info)
+        return torch.empty(0) if self.is_packed else read_tensor(self.info)
 
 
 def kinds_of(tensors: Iterable[TensorInfo]) -> list[str]:

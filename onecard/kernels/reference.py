@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onecard.quant.blockwise import dequantize_blocks, quantize_blocks, state_absmax
+from onecard.quant.blockwise import dequantize_blocks, quantize_blocks
 from onecard.quant.dynamic import STATE_BLOCKSIZE, dequantize_8bit, quantize_8bit
+from onecard.quant.scales import state_absmax
 from onecard.quant.state import PackedWeight
 
 __all__ = ["adamw_8bit_", "cross_entropy_", "dequantize_into", "quantize_blocks"]

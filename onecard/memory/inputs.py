@@ -1,7 +1,4 @@
-"""A model with its settings, and the choices that save memory: the inputs of a plan's terms.
-
-Letters are the same as in terms.py.
-"""
+"""A model with its settings, and the choices that save memory: the inputs of a plan's terms. Letters: see terms.py."""
 
 from __future__ import annotations
 
@@ -226,12 +223,12 @@ class PlanInputs:
 
     def scale_bytes(self, name: str) -> tuple[int, int]:
         """Return the bytes of a weight's scales, and of double quantization's own scales and offset."""
+        if name in self.model.kept:
+            return self.model.kept[name].scale_bytes(self.sizes[name])
         if name in self.model.mxfp4 or self.config.quant_type == "mxfp4":
             return -(-self.sizes[name] // BLOCKSIZE), 0
         blocks = -(-self.sizes[name] // self.config.blocksize)
-        if not self.config.double_quant:
-            return 4 * blocks, 0
-        return blocks, 4 * -(-blocks // NESTED_BLOCKSIZE) + 4
+        return (blocks, 4 * -(-blocks // NESTED_BLOCKSIZE) + 4) if self.config.double_quant else (4 * blocks, 0)
 
     @cached_property
     def num_met(self) -> tuple[float, float]:
@@ -393,10 +390,11 @@ class PlanInputs:
     @property
     def scale_formula(self) -> str:
         """The formula of the scales' bytes. Experts in MXFP4 have one byte for 32 weights."""
-        blocksize, packed = self.config.blocksize, self.model.mxfp4
+        if self.model.kept:
+            return "as the checkpoint stores them, and by the settings where it has 16 bits"
+        blocksize, P = self.config.blocksize, "(P_q - P_e)" if self.model.mxfp4 else "P_q"
         if self.config.quant_type == "mxfp4":
             return f"P_q / {BLOCKSIZE}"
-        P = "(P_q - P_e)" if packed else "P_q"
         nested = f"{P} / {blocksize} + 4 {P} / ({blocksize} x {NESTED_BLOCKSIZE})"
         own = nested if self.config.double_quant else f"4 {P} / {blocksize}"
-        return f"{own} + P_e / {BLOCKSIZE} (MXFP4)" if packed else own
+        return f"{own} + P_e / {BLOCKSIZE} (MXFP4)" if self.model.mxfp4 else own

@@ -29,8 +29,8 @@ from onecard.kernels import ops
 from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.reference import Lora
 from onecard.quant import nvfp4, q4_0
-from onecard.quant.blockwise import state_absmax
 from onecard.quant.grouped import round_to_nearest
+from onecard.quant.scales import state_absmax
 from onecard.quant.state import PackedWeight
 
 SLAB_VALUES = 1 << 22  # weights whose merge is in float32 at a time

@@ -17,9 +17,10 @@ from onecard.config import BLOCKSIZES, MXFP4_STORAGE, QUANT_TYPES
 from onecard.errors import UserError
 from onecard.quant.codebook import decision_bounds, quant_map
 from onecard.quant.mxfp4 import BLOCKSIZE as MXFP4_BLOCKSIZE
-from onecard.quant.mxfp4 import encode_mxfp4, exponent_map, has_exponents
-from onecard.quant.nested import dequantize_absmax, quantize_absmax
-from onecard.quant.state import PackedWeight, QuantState
+from onecard.quant.mxfp4 import encode_mxfp4
+from onecard.quant.nested import quantize_absmax
+from onecard.quant.scales import state_absmax
+from onecard.quant.state import QuantState
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SLAB = 1 << 18  # weights in a slab; a multiple of every blocksize
@@ -185,15 +186,6 @@ def make_state(
         return QuantState(absmax, shape, dtype, blocksize, quant_type)
     codes, nested_absmax, offset = quantize_absmax(absmax)
     return QuantState(codes, shape, dtype, blocksize, quant_type, nested_absmax, offset)
-
-
-def state_absmax(state: QuantState | PackedWeight) -> Tensor:
-    """Return the scales, float32 (num_blocks,), dequantized if nested or exponents."""
-    if has_exponents(state.absmax, state.nested_absmax):
-        return exponent_map(state.absmax.device)[state.absmax.long()]
-    if state.nested_absmax is None or state.nested_offset is None:
-        return state.absmax
-    return dequantize_absmax(state.absmax, state.nested_absmax, state.nested_offset)
 
 
 def all_finite(x: Tensor) -> bool:

@@ -4,10 +4,7 @@
 
 A scale is the exponent e alone, a uint8; 255 means NaN. A level has two significant bits, so that each product is exact
 in float32 and bfloat16. Blocks run along a weight's inputs. A QuantState holds the exponents as `absmax`, uint8 without
-nested_absmax: no other storage has this form, and kernels recognize it by that.
-
-For kernels that read nested scales, exponents are nested scales with another map: 2^(e-127) for the dynamic map, 1 for
-nested_absmax and no offset. So each such kernel reads them without a change, and no scale exists in float32.
+nested_absmax.
 """
 
 from __future__ import annotations
@@ -17,10 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from onecard.config import NESTED_BLOCKSIZE
 from onecard.errors import UserError
-from onecard.quant.codebook import dynamic_map
-from onecard.quant.state import PackedWeight, QuantState
+from onecard.quant.state import QuantState
 
 BLOCKSIZE = 32
 BLOCKS, SCALES = "_blocks", "_scales"  # after a weight's name in a checkpoint
@@ -34,32 +29,6 @@ def exponent_map(device: torch.device | str = "cpu") -> Tensor:
     bits = torch.arange(256, dtype=torch.int32) << 23
     bits[0], bits[255] = 1 << 22, 0x7FC00000
     return bits.view(torch.float32).to(device)
-
-
-@cache
-def ones(count: int, device: torch.device) -> Tensor:
-    """Return float32 (count,) of ones. It is kept, because a captured CUDA graph may hold its address."""
-    return torch.ones(count, dtype=torch.float32, device=device)
-
-
-def has_exponents(absmax: Tensor, nested_absmax: Tensor | None) -> bool:
-    """Whether scales are exponents."""
-    return absmax.dtype == torch.uint8 and nested_absmax is None
-
-
-def scale_tensors(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Return a weight's scales for kernels: absmax, nested_absmax, the map of nested scales, nested_offset."""
-    absmax, device = weight.absmax, weight.codes.device
-    if has_exponents(absmax, weight.nested_absmax):
-        groups = -(-absmax.numel() // NESTED_BLOCKSIZE)
-        return absmax, ones(groups, device), exponent_map(device), zero(device)
-    return absmax, weight.nested_absmax, dynamic_map(device), weight.nested_offset
-
-
-@cache
-def zero(device: torch.device) -> Tensor:
-    """Return float32 () of 0, which is kept (`ones`)."""
-    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def encode_mxfp4(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,12 +81,18 @@ def from_mxfp4(
             "fetch the checkpoint again",
             name,
         )
-    packed = torch.empty(blocks.numel(), dtype=torch.uint8, device=blocks.device)
-    for piece, swapped in zip(blocks.reshape(-1).split(SLAB), packed.split(SLAB)):
-        torch.bitwise_left_shift(piece, 4, out=swapped)
-        swapped |= piece >> 4
+    packed = swapped_nibbles(blocks.reshape(-1))
     shape = torch.Size([*blocks.shape[:-2], blocks.shape[-2] * BLOCKSIZE])
     return packed.view(-1, 1), QuantState(exponents, shape, dtype, BLOCKSIZE, "mxfp4")
+
+
+def swapped_nibbles(codes: Tensor) -> Tensor:
+    """Return two codes a byte, uint8 (n,), with the other one in the high nibble, in new memory."""
+    found = torch.empty_like(codes)
+    for piece, swapped in zip(codes.split(SLAB), found.split(SLAB)):
+        torch.bitwise_left_shift(piece, 4, out=swapped)
+        swapped |= piece >> 4
+    return found
 
 
 def check_mxfp4(name: str, blocks: tuple[int, ...], scales: tuple[int, ...]) -> None:

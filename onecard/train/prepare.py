@@ -40,7 +40,7 @@ from onecard.hf.load import (
     pick_device,
     tokenizer_folder,
 )
-from onecard.hf.rounding import second_rounding
+from onecard.hf.rounding import lines_of_few_bits
 from onecard.hf.skeleton import Model, read_config, read_model
 from onecard.hf.text_only import leave_out
 from onecard.hf.tokens import NewTokens, add_tokens
@@ -185,8 +185,7 @@ def prepare(config: TrainConfig, date: str | None = None, answers: Answers | Non
     inputs = PlanInputs(model, config, dtype, load, len(new), num_processes())
     if is_sharded(config):
         check_shardable(model)
-    rounding = second_rounding(checkpoint, model, config)
-    notes = ([rounding] if rounding else []) + new.notes()
+    notes = lines_of_few_bits(checkpoint, model, config) + new.notes()
     occurrences = training.stored.count(list(new.texts))
     notes += [
         f"{text} is in none of {rows_of(config)}: all that is learned of it is that it does not come next"

@@ -1,16 +1,21 @@
-"""Exact: NVFP4 checkpoints of ModelOpt and compressed-tensors load as the 16-bit checkpoint that they mean."""
+"""Exact: the linears of NVFP4 checkpoints, of ModelOpt and of compressed-tensors, stay in NVFP4 and have the values of
+the 16-bit checkpoint that they mean. Experts are quantized as those of that checkpoint are."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from onecard.config import QuantConfig
 from onecard.errors import UserError
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.fingerprint import fingerprint
-from onecard.hf.rounding import second_rounding
+from onecard.hf.rounding import lines_of_few_bits
 from onecard.hf.skeleton import read_model
 from onecard.hf.stored import read_rows, read_tensor
+from onecard.kernels import ops
+from onecard.nn.experts import weights_of
+from onecard.nn.linear import Linear4bit
 from tests.conftest import make_checkpoint
 from tests.export.merge.test_merged import make_adapter
 from tests.hf.test_fp8 import check_merged_alike, load, set_quantization, write_twins
@@ -78,14 +83,66 @@ def test_values_are_those_of_the_16_bit_checkpoint(tmp_path, scheme):
         assert torch.equal(read_tensor(found.tensors[name]), W), name
         if W.ndim == 2:
             assert torch.equal(read_rows(found.tensors[name], 3, 21), W[3:24]), name
-    assert fingerprint(load(model)) == fingerprint(load(twin))
-    line = second_rounding(found, read_model(found), QuantConfig())
-    assert line is not None and "NVFP4" in line
+    check_kept(load(model), wanted, "nvfp4", 16)
+    lines = lines_of_few_bits(found, read_model(found), QuantConfig())
+    assert lines == ["14 of 14 linears stay in NVFP4, as the base stores them: no second rounding"]
 
 
-def test_experts_are_read_one_by_one(tmp_path):
-    model, twin = make_nvfp4(tmp_path, "modelopt", family="qwen3_moe")
-    assert fingerprint(load(model)) == fingerprint(load(twin))
+def check_kept(model, wanted, quant_type, blocksize):
+    """All linears of a loaded model are in this storage, and dequantized they have the bits of 16-bit weights."""
+    linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+    assert linears.keys() == {name for name in wanted if name.endswith("proj.weight")}
+    for name, linear in linears.items():
+        state, W = linear.loaded_state, wanted[name]
+        assert (state.quant_type, state.blocksize, state.dtype) == (quant_type, blocksize, W.dtype)
+        assert torch.equal(ops.dequantize_4bit(linear.weight, state), W), name
+
+
+def test_the_settings_change_nothing(tmp_path):
+    model, _ = make_nvfp4(tmp_path, "compressed")
+    assert fingerprint(load(model)) == fingerprint(load(model, quant_type="fp4", blocksize=128, double_quant=False))
+
+
+def test_logits_are_those_of_the_16_bit_model(tmp_path):
+    """A second rounding moves them; ours and transformers' differ by roundings of products in bfloat16 alone."""
+    model, twin = make_nvfp4(tmp_path, "modelopt")
+    plain = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.bfloat16).eval()
+    ids = torch.randint(5, 100, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        kept, rounded, wanted, exact = (
+            m(ids).logits.double()
+            for m in (
+                load(model, compute_dtype="bfloat16"),
+                load(twin, compute_dtype="bfloat16"),
+                plain,
+                AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32).eval(),
+            )
+        )
+    assert (kept - exact).norm() <= 2 * (wanted - exact).norm() < (rounded - exact).norm() / 2
+
+
+def test_linears_in_16_bits_and_experts_get_the_settings(tmp_path):
+    model, twin = make_nvfp4(tmp_path, "modelopt", lambda stored: as_16_bits(stored, Q), family="qwen3_moe")
+    ours, theirs = load(model), load(twin)
+    kept = [name for name, m in ours.named_modules() if isinstance(m, Linear4bit) and name != Q]
+    found = read_model(inspect_checkpoint(model))
+    assert found.kept.keys() == {f"{name}.weight" for name in kept} and len(kept) == 7
+    assert ours.get_submodule(Q).loaded_state.quant_type == "nf4"
+    one, two = (dict(m.named_modules())["model.layers.0.mlp.experts"] for m in (ours, theirs))
+    for weight, other in zip(dict(weights_of(one)).values(), dict(weights_of(two)).values()):
+        assert torch.equal(weight.weight, other.weight) and torch.equal(
+            *(w.loaded_state.absmax for w in (weight, other))
+        )
+    line, rounded = lines_of_few_bits(inspect_checkpoint(model), found, QuantConfig())
+    assert line.startswith("7 of 8 linears stay in NVFP4") and "weights of the base are stored in NVFP4" in rounded
+
+
+def as_16_bits(stored, module):
+    """Put a plain weight in the place of a packed one."""
+    N, K = stored[f"{module}.weight"].shape
+    for suffix in (".weight", ".weight_scale", ".weight_scale_2", ".input_scale"):
+        del stored[module + suffix]
+    stored[f"{module}.weight"] = torch.randn(N, 2 * K, generator=torch.Generator().manual_seed(1)).bfloat16()
 
 
 def test_an_adapter_is_merged_into_16_bits(tmp_path):

@@ -79,7 +79,7 @@ const std::vector<float> dynamic_map = even_map(-1.0f);
 
 template <class T>
 void blocks(Dtype dtype, const std::string& name) {
-    for (int64_t blocksize : {32, 64, 256}) {
+    for (int64_t blocksize : {16, 32, 64, 256}) {
         for (size_t size : {1u, 33u, 64u, 1000u, 4097u}) {
             std::vector<float> W = normal(size);
             for (size_t i = 0; i < std::min<size_t>(size, 40); ++i) W[i] *= i % 3 ? 1e-39f : 0.0f;
@@ -109,7 +109,7 @@ void blocks(Dtype dtype, const std::string& name) {
 
 void products() {
     for (int64_t K : {64, 192, 576, 2048}) {
-        for (int64_t blocksize : {32, 64}) {
+        for (int64_t blocksize : {16, 32, 64}) {
             for (int64_t M : {1, 2, 3, 7}) {
                 constexpr int64_t N = 5;
                 std::vector<uint8_t> packed(N * K / 2), codes(N * K / blocksize);

@@ -9,8 +9,8 @@ from onecard.errors import UserError
 from onecard.kernels import ops, reference
 from onecard.kernels.cpu import native
 from onecard.kernels.cpu.library import call, library
-from onecard.quant.blockwise import state_absmax
 from onecard.quant.mxfp4 import LARGEST_EXPONENT, from_mxfp4
+from onecard.quant.scales import state_absmax
 from onecard.quant.state import PackedWeight, part_of
 from tests.kernels.cpu.test_native import DTYPES, bits, isa  # noqa: F401  # a fixture
 from tests.mxfp4 import random_mxfp4

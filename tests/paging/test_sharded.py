@@ -13,6 +13,7 @@ from onecard.hf.fingerprint import fingerprint
 from onecard.train.ranks import join
 from tests.conftest import make_checkpoint
 from tests.forks import ranks
+from tests.hf.test_nvfp4_base import make_nvfp4
 
 COUNT = 3
 NF4 = {"quant_type": "nf4", "blocksize": 64, "double_quant": True}
@@ -22,6 +23,7 @@ CASES = [
     ("llama", {"quant_type": "nf4", "blocksize": 4096, "double_quant": True}),  # fewer blocks than processes
     ("mixtral", NF4),  # its experts are stored one by one, and the two parts of a weight apart
     ("gpt_oss", {"quant_type": "mxfp4", "blocksize": 32, "double_quant": False}),
+    ("nvfp4", NF4),  # its linears stay as they are stored, so each process reads all of them
 ]
 
 
@@ -59,11 +61,13 @@ def load(folder, found):
 def test_each_process_reads_its_own_part(tmp_path):
     expected = []
     for case, (family, quant) in enumerate(CASES):
-        whole = make_checkpoint(tmp_path / family, family)
+        kept = family == "nvfp4"
+        whole = make_nvfp4(tmp_path, "modelopt")[0] if kept else make_checkpoint(tmp_path / family, family)
         expected.append(fingerprint(onecard.load_model(str(whole), **quant, compute_dtype="float32", device="cpu")))
         for number in range(COUNT):
             copy = shutil.copytree(whole, tmp_path / "parts" / f"{case}-{number}")
-            poison(copy, number, quant["blocksize"])
+            if not kept:
+                poison(copy, number, quant["blocksize"])
     (tmp_path / "found").mkdir()
     for process in ranks(COUNT, load, tmp_path / "parts", tmp_path / "found"):
         end = process.wait()

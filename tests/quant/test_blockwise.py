@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from onecard.errors import UserError
-from onecard.quant.blockwise import SLAB, all_finite, dequantize_4bit, pack, quantize_4bit, state_absmax, unpack
+from onecard.quant.blockwise import SLAB, all_finite, dequantize_4bit, pack, quantize_4bit, unpack
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 from onecard.quant.nested import dequantize_absmax, fixed_order_mean, quantize_absmax
+from onecard.quant.scales import state_absmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((1,), (63,), (64, 64), (129,), (7, 33), (3, 5, 17), (1, 4097), (200, 96), (2, 2))

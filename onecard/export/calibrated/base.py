@@ -80,7 +80,12 @@ class Source:
         if checkpoint.is_4bit or checkpoint.is_mxfp4:
             do = "pass the 16-bit checkpoint, or leave calibrate out"
             raise UserError("a model to calibrate must be in 16 or 32 bits", "4 bits", do, self.model)
-        return open_merged(self.model, None, "original")
+        merged = open_merged(self.model, None, "original")
+        if merged.model.kept:
+            do = "leave calibrate out: training keeps these weights as they are"
+            must, found = "a model to calibrate must be in 16 or 32 bits", ", ".join(checkpoint.kinds)
+            raise UserError(must, found, do, self.model)
+        return merged
 
     def identity(self, merged: Merged) -> dict[str, str]:
         """Return what determines the base of the opened model and its measurement, apart from the general text."""

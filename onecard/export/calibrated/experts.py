@@ -23,7 +23,8 @@ from onecard.export.calibrated.feedback import (
     spread,
 )
 from onecard.export.calibrated.layers import Workers
-from onecard.quant.blockwise import check_stack, make_state, state_absmax
+from onecard.quant.blockwise import check_stack, make_state
+from onecard.quant.scales import state_absmax
 from onecard.quant.state import QuantState
 
 

@@ -29,8 +29,9 @@ from onecard.config import StoredConfig
 from onecard.export.calibrated.hessian import damped_cholesky
 from onecard.kernels import ops
 from onecard.kernels.backend import backend
-from onecard.quant.blockwise import all_finite, make_state, not_finite, pack, state_absmax
+from onecard.quant.blockwise import all_finite, make_state, not_finite, pack
 from onecard.quant.codebook import decision_bounds, quant_map
+from onecard.quant.scales import state_absmax
 from onecard.quant.state import QuantState
 
 SHARES = torch.tensor([1 - step / 20 for step in range(9)])  # of a block's largest weight: 1.00 ... 0.60

@@ -3,7 +3,8 @@
     W' = W + s B A        DoRA: W' = m (W + s B A) / ||W + s B A||, norms of rows (arXiv 2402.09353)
 
 By default W is the dequantized 4-bit weight of every linear that training quantized. "original" uses the checkpoint's
-own weights, which training did not use. Sums are float32, rounded once to the checkpoint's dtype. Rounding to 4 bits
+own weights, which training did not use. A linear that training keeps in the checkpoint's few bits has one form of its
+values, dequantized to 16 bits. Sums are float32, rounded once to the checkpoint's dtype. Rounding to 4 bits
 again would undo most of the update, so the result is 16-bit. The output has the base's file names; its folder has a
 temporary name until it is complete. Experts are merged matrix by matrix (experts.py). Tensors have the checkpoint's
 names, which transformers may change at load (hf/names.py). A Conv1D's matrix is transposed there.
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from onecard.adapter.head import labels_beside
-from onecard.adapter.origin import check_sample, read_origin, sample_base, stored_as
+from onecard.adapter.origin import check_sample, read_origin, stored_as
 from onecard.adapter.update import Adapter, read_adapter
 from onecard.config import QuantConfig
 from onecard.errors import UserError
@@ -39,8 +40,8 @@ from onecard.kernels import ops
 from onecard.kernels.dequantize import dequantize_part
 from onecard.nn.experts import turns
 from onecard.nn.grid import slab_rows
-from onecard.quant.blockwise import state_absmax
 from onecard.quant.mxfp4 import SCALES, from_mxfp4
+from onecard.quant.scales import state_absmax
 from onecard.quant.state import BNB_KEYS, STATE_KEY, PackedWeight, QuantState, from_bnb, read_facts
 
 Base = Literal["dequantized", "original"]
@@ -212,6 +213,7 @@ def open_merged(model: str, adapter: str | None, base: Base | None = None, quant
         linears = {known.stored[own] for own in known.linears}
     quant = trained_over(checkpoint, known, {owners.get(name, name) for name in linears}, adapter, quant)
     rounded = linears | set(experts.places) if base == "dequantized" else packed
+    rounded -= {known.stored[name] for name in known.kept}
     full, config = saved_tensors(tuned, checkpoint, shapes, ends)
     for name, tensor in full.items():
         dtype = shapes[name][0] if name in shapes else common_dtype(shapes)
@@ -240,8 +242,7 @@ def trained_over(
         fields |= {"quant_type": state.quant_type, "blocksize": state.blocksize, "double_quant": state.nested}
     found, origin = stored_as(adapter, fields), read_origin(adapter) if adapter is not None else None
     if origin is not None and adapter is not None:
-        sample = sample_base(checkpoint, known.modules, linears, found.quant_type, found.blocksize)
-        check_sample(sample, origin, adapter, checkpoint.folder)
+        check_sample(checkpoint, known.modules, linears, origin, adapter)
     return found
 
 

@@ -31,7 +31,7 @@ from onecard.hf.writer import TensorFile
 from onecard.kernels import ops
 from onecard.kernels.dequantize import dequantize_part
 from onecard.nn.linears import skipped_names
-from onecard.quant.blockwise import state_absmax
+from onecard.quant.scales import state_absmax
 from onecard.quant.state import STATE_KEY, PackedWeight, QuantState, to_bnb
 
 STATE_BYTES = 256  # of a weight's JSON, padded with spaces

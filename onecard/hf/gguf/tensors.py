@@ -22,7 +22,7 @@ from onecard.errors import UserError
 from onecard.faults import about
 from onecard.hf.gguf.config import DO, GEMMAS
 from onecard.hf.gguf.header import Header, Stored
-from onecard.hf.stored import TensorInfo, computed
+from onecard.hf.stored import Form, TensorInfo, computed
 from onecard.quant.blockwise import all_finite
 
 ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -53,7 +53,7 @@ DTYPES = {"F32": "F32", "F16": "F16"}  # of a model by the type of its matrices;
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Form):
     """Values of a GGUF file: blocks of a type, or floats.
 
     Attributes:

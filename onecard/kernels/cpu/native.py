@@ -16,7 +16,7 @@ from onecard.kernels.reference import Lora
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 from onecard.quant.dynamic import midpoints
-from onecard.quant.mxfp4 import scale_tensors
+from onecard.quant.scales import scale_tensors
 from onecard.quant.state import PackedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -17,7 +17,7 @@ from onecard.config import NESTED_BLOCKSIZE
 from onecard.kernels.triton import launch
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, quant_map
-from onecard.quant.mxfp4 import scale_tensors
+from onecard.quant.scales import scale_tensors
 from onecard.quant.state import PackedWeight
 
 WEIGHTS_A_PROGRAM = {"quantize": 1024, "dequantize": 4096}  # measured on an H200 (LOG.md)

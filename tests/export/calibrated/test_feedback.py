@@ -20,8 +20,9 @@ from onecard.export.calibrated.feedback import (
     quantize_with_start,
 )
 from onecard.kernels import ops
-from onecard.quant.blockwise import nearest_codes, state_absmax, unpack
+from onecard.quant.blockwise import nearest_codes, unpack
 from onecard.quant.codebook import CODES
+from onecard.quant.scales import state_absmax
 from tests.export.calibrated.test_calibrated import correlated, output_error
 
 TYPES = ("nf4", "fp4", "int4")

@@ -1,0 +1,73 @@
+"""The scales of each storage, in the one form that kernels read.
+
+    none nested     absmax[i]                                                     float32
+    nested          map[absmax[i]] * nested_absmax[i // 256] + offset             map: the dynamic map (nested.py)
+    mxfp4           map[absmax[i]], map: 2^(e-127)                                absmax: exponents (mxfp4.py)
+    nvfp4           map[absmax[i]], map: 256 values of the weight's own           absmax: E4M3's bytes (nvfp4.py)
+
+Kernels know the first two. For them, the last two are nested scales with another map, 1 for nested_absmax and no
+offset. That changes no value, and no scale exists in float32.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onecard.config import NESTED_BLOCKSIZE
+from onecard.quant.codebook import dynamic_map
+from onecard.quant.mxfp4 import exponent_map
+from onecard.quant.nested import dequantize_absmax
+from onecard.quant.state import PackedWeight, QuantState
+
+
+class Storage(NamedTuple):
+    """How the codes of a checkpoint's weight stay in memory as they are stored: of a QuantState."""
+
+    quant_type: str
+    blocksize: int
+
+    def scale_bytes(self, numel: int) -> tuple[int, int]:
+        """Return the bytes of absmax, and of the map of a weight of `numel`."""
+        return -(-numel // self.blocksize), 4 * 256
+
+
+def own_map(weight: PackedWeight | QuantState) -> Tensor | None:
+    """Return the scale of each byte of absmax, float32 (256,); None for scales that are not mapped, or nested."""
+    if weight.quant_type == "mxfp4" and weight.absmax.dtype == torch.uint8:
+        return exponent_map(weight.absmax.device)
+    return weight.nested_absmax if weight.quant_type == "nvfp4" else None
+
+
+def state_absmax(state: QuantState | PackedWeight) -> Tensor:
+    """Return a weight's scales, float32 (num_blocks,)."""
+    table = own_map(state)
+    if table is not None:
+        return table[state.absmax.long()]
+    if state.nested_absmax is None or state.nested_offset is None:
+        return state.absmax
+    return dequantize_absmax(state.absmax, state.nested_absmax, state.nested_offset)
+
+
+def scale_tensors(weight: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Return a weight's scales for kernels: absmax, nested_absmax, the map of nested scales, nested_offset."""
+    absmax, device, table = weight.absmax, weight.codes.device, own_map(weight)
+    if table is not None:
+        groups = -(-absmax.numel() // NESTED_BLOCKSIZE)
+        return absmax, ones(groups, device), table, zero(device)
+    return absmax, weight.nested_absmax, dynamic_map(device), weight.nested_offset
+
+
+@cache
+def ones(count: int, device: torch.device) -> Tensor:
+    """Return float32 (count,) of ones. It is kept, because a captured CUDA graph may hold its address."""
+    return torch.ones(count, dtype=torch.float32, device=device)
+
+
+@cache
+def zero(device: torch.device) -> Tensor:
+    """Return float32 () of 0, which is kept (`ones`)."""
+    return torch.zeros((), dtype=torch.float32, device=device)

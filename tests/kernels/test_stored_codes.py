@@ -1,0 +1,97 @@
+"""Exact: weights in NVFP4 are dequantized to the bits of their formula, on every path. Bound from the maths: the
+product straight from the codes."""
+
+import pytest
+import torch
+
+from onecard.kernels import reference
+from onecard.kernels.cpu import native
+from onecard.kernels.cpu.library import call, library
+from onecard.kernels.dequantize import dequantize_part
+from onecard.quant.nvfp4 import E4M3, from_nvfp4, scale_map
+from onecard.quant.scales import state_absmax
+from onecard.quant.state import PackedWeight
+from tests.kernels.cpu.test_native import DTYPES, bits, isa  # noqa: F401  # a fixture
+
+LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def nvfp4(N, K, dtype=torch.float32, divides=True, seed=0, spread=False):
+    """A random weight in NVFP4, and its values by the formula. `spread`: every scale of E4M3, also subnormal ones."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (N, K), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(1 if spread else 0x30, 0x7F, (N, K // 16), generator=generator, dtype=torch.uint8)
+    whole = torch.rand((), generator=generator) * 3 + 0.1
+    each = scales.view(E4M3).float()
+    each = each / whole if divides else each * whole
+    W = torch.tensor(LEVELS + tuple(-level for level in LEVELS))[codes.int()] * each.repeat_interleave(16, dim=1)
+    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    weight = PackedWeight.of(*from_nvfp4(packed, scales, scale_map(whole, divides), dtype))
+    return weight, W.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", [reference, native], ids=["reference", "native"])
+@pytest.mark.parametrize("divides", [True, False], ids=["compressed-tensors", "ModelOpt"])
+def test_every_path_has_the_bits_of_the_formula(isa, backend, dtype, divides):  # noqa: F811
+    for N, K in ((1, 16), (3, 48), (5, 112), (7, 1024), (65, 16 * 67)):
+        weight, W = nvfp4(N, K, dtype, divides, seed=N, spread=True)
+        found = torch.empty(N, K, dtype=dtype)
+        backend.dequantize_into(weight, found)
+        assert torch.equal(bits(found), bits(W))
+
+
+def test_rows_are_those_of_the_whole():
+    weight, W = nvfp4(9, 80)
+    rows = dequantize_part(weight, state_absmax(weight), 4 * 80, 3 * 80)
+    assert torch.equal(rows.view(3, 80), W[4:7])
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 16])
+@pytest.mark.parametrize("K", [64, 192, 1088])
+def test_product_is_within_its_rounding(isa, num_rows, K):  # noqa: F811
+    product_is_within_its_rounding(native.multiply, num_rows, 13, K)
+
+
+def product_is_within_its_rounding(multiply, num_rows, N, K):
+    weight, W = nvfp4(N, K)
+    x = torch.randn(num_rows, K, generator=torch.Generator().manual_seed(1))
+    bound = (K + 2) * 2**-24 * (x.double().abs() @ W.double().abs().T)  # a float32 sum of K products, in any order
+    assert ((multiply(x, weight).double() - x.double() @ W.double().T).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_product_of_bfloat16_is_within_its_rounding(isa, num_rows):  # noqa: F811
+    """The levels are exact in bfloat16, and so are the products of two of them in float32."""
+    weight, W = nvfp4(24, 448)
+    x = torch.randn(num_rows, 448, generator=torch.Generator().manual_seed(1)).bfloat16()
+    bound = (448 + 2) * 2**-24 * (x.double().abs() @ W.double().abs().T)
+    assert ((native.multiply(x, weight).double() - x.double() @ W.double().T).abs() <= bound).all()
+
+
+def test_triton_has_the_bits_too():
+    codec = pytest.importorskip("onecard.kernels.triton.codec", reason="Triton is not installed")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for N, K in ((3, 48), (7, 1104)):
+        weight, W = nvfp4(N, K, spread=True)
+        moved = PackedWeight(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in weight))
+        found = torch.empty(N, K, device=device)
+        codec.dequantize_into(moved, found)
+        assert torch.equal(bits(found.cpu()), bits(W))
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_product_of_triton_is_within_its_rounding(num_rows):
+    product = pytest.importorskip("onecard.kernels.triton.product", reason="Triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("tests on a GPU: test_triton.py has the same launch")
+    product_is_within_its_rounding(product.multiply, num_rows, 7, 96)
+
+
+@pytest.mark.skipif(library() is None or not call("onecard_has_linear"), reason="this CPU or build has no AMX")
+def test_the_weight_on_tiles_is_that_of_dequantize():
+    """x the identity: every sum has one term that is not zero."""
+    weight, W = nvfp4(96, 672, torch.bfloat16)
+    y, _ = native.linear(torch.eye(672, dtype=torch.bfloat16), weight, None)
+    assert torch.equal(y, W.T)
+    assert torch.equal(native.linear_backward(torch.eye(96).bfloat16(), weight, [True] * 4)[0], W)
