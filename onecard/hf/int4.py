@@ -2,7 +2,8 @@
 
     W[n, k] = float32(scale[n, g]) * (code[n, k] - zero[n, g])        g: the group of input k
 
-The product is exact in float32 and is rounded once to the checkpoint's 16-bit dtype. The layouts, with eight codes in
+The product is exact in float32 and is rounded once to the checkpoint's 16-bit dtype. A linear keeps its codes and
+scales in memory if its zeros are 8 and its groups are blocks of memory (`obstacle`). The layouts, with eight codes in
 an int32 (the lowest bits first):
 
     GPTQ                qweight (K / 8, N), qzeros (G, N / 8) of zero - 1 (version 2: of zero), scales (G, N), g_idx (K)
@@ -13,16 +14,31 @@ an int32 (the lowest bits first):
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from onecard.config import BLOCKSIZES
 from onecard.documents import Foreign, hold
 from onecard.errors import UserError
 from onecard.hf.fp8 import DO, UNUSED, WHERE, model_dtype, refused
-from onecard.hf.stored import FLOAT_DTYPES, Form, TensorInfo, computed, damaged, read_columns, read_rows, read_tensor
+from onecard.hf.stored import (
+    FLOAT_DTYPES,
+    SLAB_VALUES,
+    Form,
+    TensorInfo,
+    computed,
+    damaged,
+    read_columns,
+    read_rows,
+    read_tensor,
+)
+from onecard.quant.blockwise import pack
+from onecard.quant.scales import Storage
+from onecard.quant.state import QuantState
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 MIDDLE = 8  # the zero of symmetric codes
@@ -113,20 +129,58 @@ class Int4(Form):
         wide = {"gptq": (columns, 8 * rows), "awq": (8 * columns, rows)}
         return wide.get(self.layout, (rows, 8 * columns))
 
+    @property
+    def storage(self) -> Storage | None:
+        return None if self.obstacle else Storage("uint4", self.group_size)
+
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why the codes cannot stay. Reads the zeros and the groups. Raises UserError for one out of range."""
+        K = self.shape[1]
+        if self.group_size not in BLOCKSIZES or K % self.group_size:
+            return (
+                f"groups of {self.group_size} inputs of {K}: they must divide a row, and be a power of two from 32 on"
+            )
+        if self.scales.dtype not in ("F16", "BF16"):
+            return f"scales in {self.scales.dtype}"
+        in_order = torch.arange(K) // self.group_size
+        if self.groups is not None and not torch.equal(self.index(K // self.group_size), in_order):
+            return "groups of inputs that are not consecutive (desc_act)"
+        if self.zeros is not None and (self.read_zeros() != MIDDLE).any():
+            return f"zeros other than {MIDDLE}"
+        return None
+
+    def packed(self, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, QuantState]:
+        """Return codes and state. Raises UserError for a scale of NaN or Inf."""
+        K, scales = self.shape[1], self.read_scales(first, count)
+        packed, step = torch.empty(count, K // 2, dtype=torch.uint8), max(SLAB_VALUES // K, self.least_rows)
+        for start in range(0, count, step):
+            size = min(step, count - start)
+            codes = self.read_codes(first + start, size).to(torch.uint8)
+            packed[start : start + size] = pack(codes.reshape(-1)).view(size, -1)
+        state = QuantState(scales.reshape(-1), torch.Size([count, K]), dtype, self.group_size, "uint4")
+        return packed.view(-1, 1), state
+
     def rows(self, first: int, count: int) -> Tensor:
         """Return rows in float32, (count, K). Raises UserError for a scale of NaN or Inf, and a group out of range."""
-        some = slice(first, first + count)
-        if self.layout == "compressed-tensors":
-            codes = nibbles(read_rows(self.codes, first, count)).reshape(count, -1)
-            scales = read_rows(self.scales, first, count).float()
-        else:
-            codes = self.columns(first, count)
-            scales = read_tensor(self.scales).T[some].float()
+        codes, scales = self.read_codes(first, count), self.read_scales(first, count)
         index = self.index(scales.shape[1])
-        if not scales.isfinite().all():
+        zeros = torch.full_like(scales, MIDDLE) if self.zeros is None else self.read_zeros()[first : first + count]
+        return codes.float().sub_(zeros.float()[:, index]).mul_(scales[:, index])
+
+    def read_codes(self, first: int, count: int) -> Tensor:
+        """Return codes (count, K)."""
+        if self.layout == "compressed-tensors":
+            return nibbles(read_rows(self.codes, first, count)).reshape(count, -1)
+        return self.columns(first, count)
+
+    def read_scales(self, first: int, count: int) -> Tensor:
+        """Return scales, float32 (count, G). Raises UserError for NaN or Inf."""
+        rows = self.layout == "compressed-tensors"
+        found = read_rows(self.scales, first, count) if rows else read_tensor(self.scales).T[first : first + count]
+        if not found.isfinite().all():
             raise self.damaged("a scale that is NaN or Inf")
-        zeros = torch.full_like(scales, MIDDLE) if self.zeros is None else self.read_zeros()[some].float()
-        return codes.float().sub_(zeros[:, index]).mul_(scales[:, index])
+        return found.float()
 
     def columns(self, first: int, count: int) -> Tensor:
         """Return codes (count, K) of a layout whose outputs are columns."""

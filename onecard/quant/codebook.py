@@ -4,6 +4,7 @@ NF4   QLoRA, arXiv 2305.14314, appendix E: quantiles of N(0, 1) at evenly spaced
       7 negative levels separately, so that zero is exact. They are scaled so that the ends are -1 and 1.
 FP4   one sign, two exponent bits and one mantissa bit (E2M1) with a subnormal of 1/192, scaled to [-1, 1].
 Int4  uniform levels for comparison: i/7 for i in -7 ... 7. Its sixteenth level, -8/7, is never chosen.
+UInt4 the integers of GPTQ and compressed-tensors less 8, not scaled. No weight is quantized to it here.
 MXFP4 E2M1 with a subnormal of 0.5, not scaled, with -0.0: the levels of the OCP Microscaling Formats (mxfp4.py).
 NVFP4 the same levels, with other scales (nvfp4.py). No weight is quantized to it; a checkpoint has such codes.
 
@@ -42,15 +43,17 @@ NF4 = (
 FP4_MAGNITUDES = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
 FP4 = FP4_MAGNITUDES + tuple(0.0 - x for x in FP4_MAGNITUDES)  # no -0.0: both zeros of bitsandbytes are +0.0
 INT4 = tuple(i / 7 for i in range(-8, 8))
+UINT4 = tuple(float(i) for i in range(-8, 8))
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4 = E2M1_MAGNITUDES + tuple(-x for x in E2M1_MAGNITUDES)
-CODES = {"nf4": NF4, "fp4": FP4, "int4": INT4, "mxfp4": MXFP4, "nvfp4": MXFP4}
+CODES = {"nf4": NF4, "fp4": FP4, "int4": INT4, "uint4": UINT4, "mxfp4": MXFP4, "nvfp4": MXFP4}
 
 # Codes in ascending order of their level. FP4's two zeros are levels 7 and 8: code 0, then code 8. MXFP4's: -0.0, 0.0.
 ASCENDING = {
     "nf4": tuple(range(16)),
     "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
     "int4": tuple(range(16)),
+    "uint4": tuple(range(16)),
     "mxfp4": (15, 14, 13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7),
     "nvfp4": (15, 14, 13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7),
 }

@@ -1,6 +1,6 @@
 """The scales of each storage, in the one form that kernels read.
 
-    none nested     absmax[i]                                                     float32
+    none nested     absmax[i]                                                     float32, also of uint4 (hf/int4.py)
     nested          map[absmax[i]] * nested_absmax[i // 256] + offset             map: the dynamic map (nested.py)
     mxfp4           map[absmax[i]], map: 2^(e-127)                                absmax: exponents (mxfp4.py)
     nvfp4           map[absmax[i]], map: 256 values of the weight's own           absmax: E4M3's bytes (nvfp4.py)
@@ -32,7 +32,8 @@ class Storage(NamedTuple):
 
     def scale_bytes(self, numel: int) -> tuple[int, int]:
         """Return the bytes of absmax, and of the map of a weight of `numel`."""
-        return -(-numel // self.blocksize), 4 * 256
+        blocks = -(-numel // self.blocksize)
+        return (blocks, 4 * 256) if self.quant_type == "nvfp4" else (4 * blocks, 0)
 
 
 def own_map(weight: PackedWeight | QuantState) -> Tensor | None:

@@ -57,7 +57,7 @@ class QuantState:
         shape: shape of the weight.
         dtype: dtype of the weight before quantization, and of dequantize_4bit's result.
         blocksize: weights that share a scale.
-        quant_type: "nf4", "fp4", "int4", "mxfp4" or "nvfp4".
+        quant_type: "nf4", "fp4", "int4", "mxfp4", or of a checkpoint's own codes "nvfp4" or "uint4".
         nested_absmax: float32 (ceil(num_blocks/256),), the scales of the scales; for nvfp4 float32 (256,), the scale of
             each E4M3 byte; else None.
         nested_offset: float32 (), the mean of absmax, subtracted before its quantization; None if not nested.

@@ -1,8 +1,9 @@
-"""Exact: GPTQ, AWQ and compressed-tensors checkpoints in 4 bits load as the 16-bit checkpoint that they mean."""
+"""Exact: GPTQ, AWQ and compressed-tensors checkpoints in 4 bits have the values of the 16-bit checkpoint they mean.
+Linears with zeros of 8 and groups in order stay as they are stored; the others load as those of that checkpoint."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from onecard.config import QuantConfig
 from onecard.errors import UserError
@@ -10,13 +11,16 @@ from onecard.export.calibrated.awq import AWQ as AWQ_STORAGE
 from onecard.export.calibrated.gptq import GPTQ as GPTQ_STORAGE
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.fingerprint import fingerprint
-from onecard.hf.rounding import second_rounding
+from onecard.hf.rounding import lines_of_few_bits
 from onecard.hf.skeleton import read_model
 from onecard.hf.stored import read_rows, read_tensor
+from onecard.kernels import ops
+from onecard.nn.linear import Linear4bit
 from onecard.quant.grouped import Grouped, pack_int32
 from tests.conftest import make_checkpoint
 from tests.export.merge.test_merged import make_adapter
 from tests.hf.test_fp8 import check_merged_alike, load, set_quantization, write_twins
+from tests.hf.test_nvfp4_base import check_kept
 
 Q = "model.layers.0.self_attn.q_proj"
 GROUP = 32
@@ -32,12 +36,18 @@ def packed(strategy="group", group_size=GROUP, **more):
 
 SCHEMES = {
     "gptq": GPTQ,
+    "gptq symmetric": {**GPTQ, "sym": True, "desc_act": False},
+    "gptq symmetric version 2": {**GPTQ, "sym": True, "desc_act": False, "checkpoint_format": "gptq_v2"},
     "gptq version 2": {**GPTQ, "checkpoint_format": "gptq_v2"},
     "awq": AWQ,
     "compressed": packed(symmetric=True),
     "compressed with zeros": packed(symmetric=False),
     "compressed rows": packed("channel", None),
 }
+KEPT = {"gptq symmetric": GROUP, "gptq symmetric version 2": GROUP, "compressed": GROUP, "compressed rows": None}
+OBSTACLES = {"awq": "zeros other than 8"} | dict.fromkeys(
+    ("gptq", "gptq version 2", "compressed with zeros"), "desc_act"
+)
 
 
 def random_grouped(N, K, size, generator):
@@ -52,9 +62,11 @@ def stored_as(scheme, weight):
     plain = Grouped(weight.codes_NK, weight.scales_NG, weight.zeros_NG, weight.group_K.sort().values)
     if scheme == "awq":
         return {f".{key}": t for key, t in AWQ_STORAGE().tensors(plain).items()}, plain
+    if scheme.startswith("gptq symmetric"):
+        weight = Grouped(plain.codes_NK, plain.scales_NG, torch.full_like(plain.zeros_NG, 8), plain.group_K)
     if scheme.startswith("gptq"):
         found = {f".{key}": t for key, t in GPTQ_STORAGE().tensors(weight).items()}
-        if scheme == "gptq version 2":
+        if scheme.endswith("version 2"):
             N = len(weight.zeros_NG)
             found[".qzeros"] = pack_int32(weight.zeros_NG.T.contiguous().view(-1, N // 8, 8))
         return found, weight
@@ -73,7 +85,9 @@ def stored_as(scheme, weight):
 
 def make_int4(folder, scheme, change=None):
     """A checkpoint of 4-bit integers, and beside it the float16 checkpoint that it means."""
-    model, twin = (make_checkpoint(folder / name, "qwen2", torch.float16) for name in ("int4", "twin"))
+    model, twin = (
+        make_checkpoint(folder / name, "qwen2", torch.float16, intermediate_size=128) for name in ("int4", "twin")
+    )
     generator, stored, meant = torch.Generator().manual_seed(0), {}, {}
     for name, W in load_file(model / "model.safetensors").items():
         if name.endswith("proj.weight"):
@@ -99,13 +113,56 @@ def test_values_are_those_of_the_16_bit_checkpoint(tmp_path, scheme):
         if W.ndim == 2:
             assert torch.equal(read_rows(found.tensors[name], 3, 21), W[3:24]), name
             assert torch.equal(read_rows(found.tensors[name], 8, 16), W[8:24]), name
-    assert fingerprint(load(model)) == fingerprint(load(twin))
-    line = second_rounding(found, read_model(found), QuantConfig())
-    assert line is not None and found.kinds[0] in line
+    (line,) = lines_of_few_bits(found, read_model(found), QuantConfig())
+    if scheme in KEPT:
+        check_kept(load(model), wanted, "uint4", KEPT[scheme])
+        assert line == f"14 of 14 linears stay in {found.kinds[0]}, as the base stores them: no second rounding"
+    else:
+        assert fingerprint(load(model)) == fingerprint(load(twin))
+        assert found.kinds[0] in line and "a second time" in line and OBSTACLES[scheme] in line
+
+
+@pytest.mark.parametrize(
+    "change, obstacle",
+    [
+        ({".scales": lambda t: t.float()}, "scales in F32"),
+        ({".qzeros": lambda t: t.clone().index_fill_(0, torch.tensor([0]), 0x77777778)}, "zeros other than 8"),
+        ({".g_idx": lambda t: t.flip(0)}, "desc_act"),
+    ],
+    ids=["scales", "zeros", "groups"],
+)
+def test_one_linear_that_cannot_stay_is_converted(tmp_path, change, obstacle):
+    def edit(stored):
+        stored.update({f"{Q}{key}": by(stored[f"{Q}{key}"]).contiguous() for key, by in change.items()})
+
+    model, _ = make_int4(tmp_path, "gptq symmetric", edit)
+    checkpoint, loaded = inspect_checkpoint(model), load(model, compute_dtype="float32")
+    kept, rounded = lines_of_few_bits(checkpoint, read_model(checkpoint), QuantConfig())
+    assert kept.startswith("13 of 14 linears stay") and rounded.startswith("1 weights") and obstacle in rounded
+    types = {name: m.loaded_state.quant_type for name, m in loaded.named_modules() if isinstance(m, Linear4bit)}
+    assert {name for name, quant_type in types.items() if quant_type == "nf4"} == {Q}
+    expected, _ = ops.quantize_4bit(read_tensor(checkpoint.tensors[f"{Q}.weight"]))
+    assert torch.equal(loaded.get_submodule(Q).weight, expected)
+
+
+def test_a_group_that_no_block_has_is_converted(tmp_path):
+    """Of 48: no power of two."""
+    model = make_checkpoint(tmp_path / "m", "qwen2", torch.float16, hidden_size=96, intermediate_size=192)
+    stored, generator = {}, torch.Generator().manual_seed(0)
+    for name, W in load_file(model / "model.safetensors").items():
+        if name.endswith("proj.weight") and W.shape[1] % 48 == 0:
+            tensors, _ = stored_as("compressed", random_grouped(*W.shape, 48, generator))
+            stored |= {name.removesuffix(".weight") + key: tensor.contiguous() for key, tensor in tensors.items()}
+        else:
+            stored[name] = W
+    save_file(stored, model / "model.safetensors", {"format": "pt"})
+    set_quantization(model, packed(group_size=48))
+    (line,) = lines_of_few_bits(checkpoint := inspect_checkpoint(model), read_model(checkpoint), QuantConfig())
+    assert "groups of 48 inputs of 96" in line
 
 
 def test_an_adapter_is_merged_into_16_bits(tmp_path):
-    model, twin = make_int4(tmp_path, "gptq")
+    model, twin = make_int4(tmp_path, "gptq symmetric")
     make_adapter(tmp_path / "adapter", model)
     check_merged_alike(tmp_path, model, twin)
 

@@ -89,12 +89,14 @@ def test_values_are_those_of_the_16_bit_checkpoint(tmp_path, scheme):
 
 
 def check_kept(model, wanted, quant_type, blocksize):
-    """All linears of a loaded model are in this storage, and dequantized they have the bits of 16-bit weights."""
+    """All linears of a loaded model are in this storage, and dequantized they have the bits of 16-bit weights.
+    blocksize None: a row."""
     linears = {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
     assert linears.keys() == {name for name in wanted if name.endswith("proj.weight")}
     for name, linear in linears.items():
         state, W = linear.loaded_state, wanted[name]
-        assert (state.quant_type, state.blocksize, state.dtype) == (quant_type, blocksize, W.dtype)
+        expected = (quant_type, blocksize or W.shape[1], W.dtype)
+        assert (state.quant_type, state.blocksize, state.dtype) == expected
         assert torch.equal(ops.dequantize_4bit(linear.weight, state), W), name
 
 

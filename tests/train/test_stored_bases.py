@@ -51,7 +51,6 @@ MADE = {
     "fp8, a scale a row": partial(make_fp8, scheme="compressed channel"),
     "gptq": partial(make_int4, scheme="gptq"),
     "awq": partial(make_int4, scheme="awq"),
-    "w4a16": partial(make_int4, scheme="compressed"),
     "mlx": make_mlx,
 }
 
@@ -71,6 +70,8 @@ def test_a_run_ends_in_the_bytes_of_a_run_on_16_bits(form, chats, tmp_path):
 KEPT = {
     "nvfp4 of modelopt": partial(make_nvfp4, scheme="modelopt"),
     "nvfp4 of compressed-tensors": partial(make_nvfp4, scheme="compressed"),
+    "symmetric gptq": partial(make_int4, scheme="gptq symmetric"),
+    "w4a16": partial(make_int4, scheme="compressed"),
 }
 
 

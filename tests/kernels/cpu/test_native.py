@@ -79,7 +79,7 @@ def test_quantize_is_bit_equal(isa, quant_type, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "uint4"])
 def test_dequantize_is_bit_equal(isa, quant_type, dtype):
     for W in weights(torch.float32):
         for blocksize in (32, 64, 256, 4096):
