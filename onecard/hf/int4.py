@@ -3,8 +3,8 @@
     W[n, k] = float32(scale[n, g]) * (code[n, k] - zero[n, g])        g: the group of input k
 
 The product is exact in float32 and is rounded once to the checkpoint's 16-bit dtype. A linear keeps its codes and
-scales in memory if its zeros are 8 and its groups are blocks of memory (`obstacle`). The layouts, with eight codes in
-an int32 (the lowest bits first):
+scales in memory, and zeros other than 8, if its groups are blocks of memory (`obstacle`). The layouts, with eight codes
+in an int32 (the lowest bits first):
 
     GPTQ                qweight (K / 8, N), qzeros (G, N / 8) of zero - 1 (version 2: of zero), scales (G, N), g_idx (K)
     AWQ, gemm           qweight (K, N / 8) and qzeros (G, N / 8) in the order 0 2 4 6 1 3 5 7, scales (G, N)
@@ -131,11 +131,16 @@ class Int4(Form):
 
     @property
     def storage(self) -> Storage | None:
-        return None if self.obstacle else Storage("uint4", self.group_size)
+        return None if self.obstacle else Storage("uint4" if self.is_symmetric else "uint4_zeros", self.group_size)
+
+    @cached_property
+    def is_symmetric(self) -> bool:
+        """Whether all zeros are MIDDLE. Reads them. Raises UserError for one out of range."""
+        return self.zeros is None or not bool((self.read_zeros() != MIDDLE).any())
 
     @cached_property
     def obstacle(self) -> str | None:
-        """Why the codes cannot stay. Reads the zeros and the groups. Raises UserError for one out of range."""
+        """Why the codes cannot stay. Reads the groups. Raises UserError for one out of range."""
         K = self.shape[1]
         if self.group_size not in BLOCKSIZES or K % self.group_size:
             return (
@@ -146,8 +151,6 @@ class Int4(Form):
         in_order = torch.arange(K) // self.group_size
         if self.groups is not None and not torch.equal(self.index(K // self.group_size), in_order):
             return "groups of inputs that are not consecutive (desc_act)"
-        if self.zeros is not None and (self.read_zeros() != MIDDLE).any():
-            return f"zeros other than {MIDDLE}"
         return None
 
     def packed(self, first: int, count: int, dtype: torch.dtype) -> tuple[Tensor, QuantState]:
@@ -158,7 +161,11 @@ class Int4(Form):
             size = min(step, count - start)
             codes = self.read_codes(first + start, size).to(torch.uint8)
             packed[start : start + size] = pack(codes.reshape(-1)).view(size, -1)
-        state = QuantState(scales.reshape(-1), torch.Size([count, K]), dtype, self.group_size, "uint4")
+        if not self.is_symmetric:
+            zeros = self.read_zeros()[first : first + count]
+            scales = torch.stack([scales, (MIDDLE - zeros) * scales], dim=-1)
+        quant_type = "uint4" if self.is_symmetric else "uint4_zeros"
+        state = QuantState(scales.reshape(-1), torch.Size([count, K]), dtype, self.group_size, quant_type)
         return packed.view(-1, 1), state
 
     def rows(self, first: int, count: int) -> Tensor:

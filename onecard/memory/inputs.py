@@ -223,8 +223,8 @@ class PlanInputs:
 
     def scale_bytes(self, name: str) -> tuple[int, int]:
         """Return the bytes of a weight's scales, and of double quantization's own scales and offset."""
-        if name in self.model.kept:
-            return self.model.kept[name].scale_bytes(self.sizes[name])
+        if storage := self.model.kept.get(name):
+            return storage.scale_bytes(self.sizes[name])
         if name in self.model.mxfp4 or self.config.quant_type == "mxfp4":
             return -(-self.sizes[name] // BLOCKSIZE), 0
         blocks = -(-self.sizes[name] // self.config.blocksize)
@@ -345,7 +345,7 @@ class PlanInputs:
     @cached_property
     def on_tiles(self) -> bool:
         """Whether products read the codes directly, without a dequantized weight (AMX)."""
-        return self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles()
+        return self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles() and not self.model.shifts
 
     @cached_property
     def scratch(self) -> Term:

@@ -37,6 +37,7 @@ from onecard.paging.files import Segment
 from onecard.paging.weights import Holder, MovedBase, weights_by_layer
 from onecard.quant.blockwise import check_quantizable, not_finite
 from onecard.quant.nested import quantize_absmax
+from onecard.quant.scales import per_block
 from onecard.quant.state import QuantState
 
 LOAD = datetime.timedelta(hours=3)  # a process waits as long for the others to load their parts
@@ -146,18 +147,20 @@ class ShardedBase(MovedBase):
         packed, state = weight.weight.detach(), weight.loaded_state
         own = self.own(state.numel, state.blocksize)
         codes = packed.view(-1)[own.start // 2 : (own.stop + 1) // 2]
-        absmax = state.absmax[own.start // state.blocksize : -(-own.stop // state.blocksize)]
+        each = per_block(state.quant_type)
+        absmax = state.absmax[own.start // state.blocksize * each : -(-own.stop // state.blocksize) * each]
         self.hold(weight, codes, absmax, state.to(self.device))
 
     def hold(self, weight: Holder, codes: Tensor, absmax: Tensor, state: QuantState) -> None:
         """Keep this process's codes and absmax of a weight with this state."""
         blocks, shards = -(-state.numel // state.blocksize), Shards()
         shards.hold("codes_0", self.part(codes, -(-state.blocksize // 2), blocks))
-        shards.hold("absmax_0", self.part(absmax, absmax.itemsize, blocks))
+        block_bytes = absmax.itemsize * per_block(state.quant_type)
+        shards.hold("absmax_0", self.part(absmax, block_bytes, blocks))
         state = replace(state, absmax=torch.empty(0, dtype=absmax.dtype, device=self.device))
         self.empty(weight, state)
         num_codes = (state.numel + 1) // 2
-        weight.fetch = self.taken[weight] = ShardedWeight(shards, 0, num_codes, blocks * absmax.itemsize, state)
+        weight.fetch = self.taken[weight] = ShardedWeight(shards, 0, num_codes, blocks * block_bytes, state)
 
     def part(self, own: Tensor, block_bytes: int, blocks: int) -> DTensor:
         """Copy this process's blocks of uint8 (blocks, block_bytes). Zeros make the parts of all processes equal."""

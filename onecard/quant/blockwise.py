@@ -19,7 +19,7 @@ from onecard.quant.codebook import decision_bounds, quant_map
 from onecard.quant.mxfp4 import BLOCKSIZE as MXFP4_BLOCKSIZE
 from onecard.quant.mxfp4 import encode_mxfp4
 from onecard.quant.nested import quantize_absmax
-from onecard.quant.scales import state_absmax
+from onecard.quant.scales import SHIFTED, state_absmax
 from onecard.quant.state import QuantState
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -156,7 +156,17 @@ def unpack(packed: Tensor, num_weights: int) -> Tensor:
 
 
 def dequantize_blocks(packed: Tensor, absmax: Tensor, quant_type: str, blocksize: int, out: Tensor) -> None:
-    """Dequantize codes and float32 scales into `out`, contiguous and of any float dtype."""
+    """Dequantize codes and float32 scales into `out`, contiguous and of any float dtype.
+
+    Args:
+        absmax: `state_absmax`.
+    """
+    if quant_type in SHIFTED:
+        scales, shifts = absmax.view(-1, 2).T
+        W = torch.empty(out.shape, dtype=torch.float32, device=out.device)
+        dequantize_blocks(packed, scales, "uint4", blocksize, W)
+        out.view(-1, blocksize).copy_(W.view(-1, blocksize) + shifts[:, None])
+        return
     levels = quant_map(quant_type, packed.device)
     pairs = torch.cartesian_prod(levels, levels)  # (256, 2): one look-up returns both weights of a byte
     flat = out.view(-1)

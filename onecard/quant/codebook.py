@@ -46,7 +46,7 @@ INT4 = tuple(i / 7 for i in range(-8, 8))
 UINT4 = tuple(float(i) for i in range(-8, 8))
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 MXFP4 = E2M1_MAGNITUDES + tuple(-x for x in E2M1_MAGNITUDES)
-CODES = {"nf4": NF4, "fp4": FP4, "int4": INT4, "uint4": UINT4, "mxfp4": MXFP4, "nvfp4": MXFP4}
+CODES = {"nf4": NF4, "fp4": FP4, "int4": INT4, "uint4": UINT4, "uint4_zeros": UINT4, "mxfp4": MXFP4, "nvfp4": MXFP4}
 
 # Codes in ascending order of their level. FP4's two zeros are levels 7 and 8: code 0, then code 8. MXFP4's: -0.0, 0.0.
 ASCENDING = {
@@ -54,6 +54,7 @@ ASCENDING = {
     "fp4": (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3),
     "int4": tuple(range(16)),
     "uint4": tuple(range(16)),
+    "uint4_zeros": tuple(range(16)),
     "mxfp4": (15, 14, 13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7),
     "nvfp4": (15, 14, 13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7),
 }

@@ -4,9 +4,12 @@
     nested          map[absmax[i]] * nested_absmax[i // 256] + offset             map: the dynamic map (nested.py)
     mxfp4           map[absmax[i]], map: 2^(e-127)                                absmax: exponents (mxfp4.py)
     nvfp4           map[absmax[i]], map: 256 values of the weight's own           absmax: E4M3's bytes (nvfp4.py)
+    uint4_zeros     absmax[2 i], and absmax[2 i + 1] is added to each product     float32
 
-Kernels know the first two. For them, the last two are nested scales with another map, 1 for nested_absmax and no
-offset. That changes no value, and no scale exists in float32.
+Kernels know the first two. For them, the next two are nested scales with another map, 1 for nested_absmax and no
+offset. That changes no value, and no scale exists in float32. The last one is integers with zeros, (q - z) s =
+(q - 8) s + (8 - z) s: with s in 16 bits, both terms and their sum are exact in float32. A kernel computes the first
+term, and torch adds the other one (kernels/dequantize.py).
 """
 
 from __future__ import annotations
@@ -23,6 +26,13 @@ from onecard.quant.mxfp4 import exponent_map
 from onecard.quant.nested import dequantize_absmax
 from onecard.quant.state import PackedWeight, QuantState
 
+SHIFTED = ("uint4_zeros",)  # the quant_types whose absmax has a scale and a shift of each block
+
+
+def per_block(quant_type: str) -> int:
+    """Return the number of values that absmax has of each block."""
+    return 2 if quant_type in SHIFTED else 1
+
 
 class Storage(NamedTuple):
     """How the codes of a checkpoint's weight stay in memory as they are stored: of a QuantState."""
@@ -33,7 +43,7 @@ class Storage(NamedTuple):
     def scale_bytes(self, numel: int) -> tuple[int, int]:
         """Return the bytes of absmax, and of the map of a weight of `numel`."""
         blocks = -(-numel // self.blocksize)
-        return (blocks, 4 * 256) if self.quant_type == "nvfp4" else (4 * blocks, 0)
+        return (blocks, 4 * 256) if self.quant_type == "nvfp4" else (4 * per_block(self.quant_type) * blocks, 0)
 
 
 def own_map(weight: PackedWeight | QuantState) -> Tensor | None:
@@ -44,7 +54,7 @@ def own_map(weight: PackedWeight | QuantState) -> Tensor | None:
 
 
 def state_absmax(state: QuantState | PackedWeight) -> Tensor:
-    """Return a weight's scales, float32 (num_blocks,)."""
+    """Return a weight's scales, float32 (num_blocks,); of SHIFTED, absmax as it is."""
     table = own_map(state)
     if table is not None:
         return table[state.absmax.long()]

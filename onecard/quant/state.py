@@ -53,11 +53,13 @@ class QuantState:
 
     Attributes:
         absmax: one scale for each block: float32 (num_blocks,), or if nested its 8-bit code, uint8 (num_blocks,); for
-            mxfp4 its exponent, and for nvfp4 its E4M3 byte, uint8 (num_blocks,), never nested (scales.py).
+            mxfp4 its exponent, and for nvfp4 its E4M3 byte, uint8 (num_blocks,), never nested; for uint4_zeros
+            float32 (2 num_blocks,) (scales.py).
         shape: shape of the weight.
         dtype: dtype of the weight before quantization, and of dequantize_4bit's result.
         blocksize: weights that share a scale.
-        quant_type: "nf4", "fp4", "int4", "mxfp4", or of a checkpoint's own codes "nvfp4" or "uint4".
+        quant_type: "nf4", "fp4", "int4", "mxfp4", or of a checkpoint's own codes "nvfp4", "uint4" or
+            "uint4_zeros".
         nested_absmax: float32 (ceil(num_blocks/256),), the scales of the scales; for nvfp4 float32 (256,), the scale of
             each E4M3 byte; else None.
         nested_offset: float32 (), the mean of absmax, subtracted before its quantization; None if not nested.

@@ -1,16 +1,17 @@
-"""Exact: weights in NVFP4 are dequantized to the bits of their formula, on every path. Bound from the maths: the
-product straight from the codes."""
+"""Exact: weights in NVFP4 are dequantized to the bits of their formula, on every path, and integers with zeros to its
+values. Bound from the maths: the product straight from the codes."""
 
 import pytest
 import torch
 
-from onecard.kernels import reference
+from onecard.kernels import dequantize, ops, reference
 from onecard.kernels.cpu import native
 from onecard.kernels.cpu.library import call, library
 from onecard.kernels.dequantize import dequantize_part
+from onecard.quant.blockwise import dequantize_4bit, pack
 from onecard.quant.nvfp4 import E4M3, from_nvfp4, scale_map
 from onecard.quant.scales import state_absmax
-from onecard.quant.state import PackedWeight
+from onecard.quant.state import PackedWeight, QuantState
 from tests.kernels.cpu.test_native import DTYPES, bits, isa  # noqa: F401  # a fixture
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -86,6 +87,34 @@ def test_product_of_triton_is_within_its_rounding(num_rows):
     if torch.cuda.is_available():
         pytest.skip("tests on a GPU: test_triton.py has the same launch")
     product_is_within_its_rounding(product.multiply, num_rows, 7, 96)
+
+
+def uint4_zeros(N, K, size, dtype):
+    """Random integers with zeros, and their values by the formula in float64."""
+    generator = torch.Generator().manual_seed(N)
+    codes, zeros = (torch.randint(0, 16, (N, k), generator=generator, dtype=torch.uint8) for k in (K, K // size))
+    scales = (torch.rand(N, K // size, generator=generator) * 0.05).bfloat16().float()
+    absmax = torch.stack([scales, (8 - zeros.float()) * scales], dim=-1).view(-1)
+    state = QuantState(absmax, torch.Size([N, K]), dtype, size, "uint4_zeros")
+    each = [x.double().repeat_interleave(size, dim=1) for x in (zeros, scales)]
+    return pack(codes.view(-1)), state, ((codes.double() - each[0]) * each[1]).float().to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integers_with_zeros_have_the_values_of_the_formula(dtype, monkeypatch):
+    """By the specification and by kernels, in several slabs; rows too. The product is of the dequantized weight."""
+    monkeypatch.setattr(dequantize, "SHIFTED_SLAB", 4096)
+    for N, K, size in ((3, 64, 32), (40, 384, 128), (5, 4096, 4096)):
+        packed, state, W = uint4_zeros(N, K, size, dtype)
+        assert torch.equal(dequantize_4bit(packed, state), W) and torch.equal(ops.dequantize_4bit(packed, state), W)
+        weight = PackedWeight.of(packed, state)
+        rows = dequantize_part(weight, state_absmax(weight), K, (N - 1) * K)
+        assert torch.equal(rows.to(dtype).view(-1, K), W[1:])
+        for num_rows in (1, 40) if dtype == torch.float32 else ():  # 16 bits may be computed in float32
+            x = torch.randn(num_rows, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
+            y = ops.qlora_linear(x, packed, state)
+            (grad,) = torch.autograd.grad(y.sum(), x)
+            assert torch.equal(y, x @ W.T) and torch.equal(grad, torch.ones_like(y) @ W)
 
 
 @pytest.mark.skipif(library() is None or not call("onecard_has_linear"), reason="this CPU or build has no AMX")

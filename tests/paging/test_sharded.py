@@ -4,6 +4,7 @@ import math
 import os
 import re
 import shutil
+from functools import partial
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,6 +14,7 @@ from onecard.hf.fingerprint import fingerprint
 from onecard.train.ranks import join
 from tests.conftest import make_checkpoint
 from tests.forks import ranks
+from tests.hf.test_int4_base import make_int4
 from tests.hf.test_nvfp4_base import make_nvfp4
 
 COUNT = 3
@@ -24,6 +26,7 @@ CASES = [
     ("mixtral", NF4),  # its experts are stored one by one, and the two parts of a weight apart
     ("gpt_oss", {"quant_type": "mxfp4", "blocksize": 32, "double_quant": False}),
     ("nvfp4", NF4),  # its linears stay as they are stored, so each process reads all of them
+    ("awq", NF4),
 ]
 
 
@@ -61,12 +64,12 @@ def load(folder, found):
 def test_each_process_reads_its_own_part(tmp_path):
     expected = []
     for case, (family, quant) in enumerate(CASES):
-        kept = family == "nvfp4"
-        whole = make_nvfp4(tmp_path, "modelopt")[0] if kept else make_checkpoint(tmp_path / family, family)
+        made = {"nvfp4": partial(make_nvfp4, scheme="modelopt"), "awq": partial(make_int4, scheme="awq")}.get(family)
+        whole = make_checkpoint(tmp_path / family, family) if made is None else made(tmp_path / f"{family} twins")[0]
         expected.append(fingerprint(onecard.load_model(str(whole), **quant, compute_dtype="float32", device="cpu")))
         for number in range(COUNT):
             copy = shutil.copytree(whole, tmp_path / "parts" / f"{case}-{number}")
-            if not kept:
+            if made is None:
                 poison(copy, number, quant["blocksize"])
     (tmp_path / "found").mkdir()
     for process in ranks(COUNT, load, tmp_path / "parts", tmp_path / "found"):

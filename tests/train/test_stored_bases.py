@@ -49,8 +49,7 @@ def make_mlx(folder):
 MADE = {
     "fp8 in blocks": partial(make_fp8, scheme="blocks"),
     "fp8, a scale a row": partial(make_fp8, scheme="compressed channel"),
-    "gptq": partial(make_int4, scheme="gptq"),
-    "awq": partial(make_int4, scheme="awq"),
+    "gptq by desc_act": partial(make_int4, scheme="gptq"),
     "mlx": make_mlx,
 }
 
@@ -72,6 +71,7 @@ KEPT = {
     "nvfp4 of compressed-tensors": partial(make_nvfp4, scheme="compressed"),
     "symmetric gptq": partial(make_int4, scheme="gptq symmetric"),
     "w4a16": partial(make_int4, scheme="compressed"),
+    "awq": partial(make_int4, scheme="awq"),
 }
 
 
