@@ -67,7 +67,11 @@ EXPERT_SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 32000,
         "tie_word_embeddings": False,
     }
-    for name, hidden, experts, layers in (("moe-0.1b", 512, 32, 6), ("moe-1.4b", 1024, 64, 12))
+    for name, hidden, experts, layers in (
+        ("moe-tiny", 256, 16, 2),
+        ("moe-0.1b", 512, 32, 6),
+        ("moe-1.4b", 1024, 64, 12),
+    )
 }
 
 
