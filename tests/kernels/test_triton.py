@@ -11,6 +11,7 @@ from onecard.kernels import reference
 from onecard.kernels.triton import codec, product
 from onecard.kernels.triton import elementwise as triton_rows
 from onecard.quant.blockwise import make_state
+from onecard.quant.codebook import decision_bounds
 from onecard.quant.dynamic import quantize_8bit
 from onecard.quant.state import PackedWeight
 from tests.kernels.cpu.test_native import bits, weights
@@ -43,6 +44,20 @@ def test_quantize_is_bit_equal(quant_type, dtype):
             expected_packed, expected_absmax = reference.quantize_blocks(W, quant_type, blocksize, "W")
             assert torch.equal(packed.cpu(), expected_packed)
             assert torch.equal(bits(absmax.cpu()), bits(expected_absmax))
+
+
+def test_a_short_block_is_divided_by_its_scale():
+    """Where a product with the inverse lies on the other side of a bound."""
+    bounds = decision_bounds("nf4", "cpu")[0]
+    absmax = 1 + torch.rand(200_000, 1, generator=torch.Generator().manual_seed(0))
+    x = bounds * absmax
+    apart = ((x / absmax > bounds) != (x * (1 / absmax) > bounds)).nonzero()
+    assert len(apart) >= 50
+    for row, column in apart[:: len(apart) // 5]:
+        tail = torch.cat([absmax[row], x[row, column].view(1), torch.zeros(1)])
+        W = torch.cat([torch.ones(64), tail])
+        found = codec.quantize_blocks(W.to(DEVICE), "nf4", 64, "W")[0].cpu()
+        assert torch.equal(found, reference.quantize_blocks(W, "nf4", 64, "W")[0])
 
 
 @pytest.mark.parametrize("dtype", OUTPUTS, ids=str)

@@ -31,34 +31,61 @@ def look_up(table, codes):
 
 
 @triton.jit
+def interval_of(x, bounds):
+    """Return how many of 15 ascending bounds are below x, by a binary search in registers: 0 for NaN."""
+    b0, b1, b2, b3, b4 = (
+        tl.load(bounds),
+        tl.load(bounds + 1),
+        tl.load(bounds + 2),
+        tl.load(bounds + 3),
+        tl.load(bounds + 4),
+    )
+    b5, b6, b7, b8, b9 = (
+        tl.load(bounds + 5), tl.load(bounds + 6), tl.load(bounds + 7), tl.load(bounds + 8), tl.load(bounds + 9)
+    )  # fmt: skip
+    b10, b11, b12, b13, b14 = (
+        tl.load(bounds + 10), tl.load(bounds + 11), tl.load(bounds + 12), tl.load(bounds + 13), tl.load(bounds + 14)
+    )  # fmt: skip
+    first = x > b7
+    second = x > tl.where(first, b11, b3)
+    third = x > tl.where(first, tl.where(second, b13, b9), tl.where(second, b5, b1))
+    upper = tl.where(second, tl.where(third, b14, b12), tl.where(third, b10, b8))
+    lower = tl.where(second, tl.where(third, b6, b4), tl.where(third, b2, b0))
+    fourth = x > tl.where(first, upper, lower)
+    found = (first.to(tl.int32) << 3) | (second.to(tl.int32) << 2) | (third.to(tl.int32) << 1)
+    return found | fourth.to(tl.int32)
+
+
+@triton.jit
 def quantize_kernel(
-    W, bounds, order, packed, absmax, num_weights, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
+    W, bounds, order, packed, absmax, num_weights,
+    BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, ASCENDING: tl.constexpr,
 ):  # fmt: skip
-    """Quantize BLOCKS blocks. Two neighbouring weights share a byte, the first in the high nibble."""
+    """Quantize BLOCKS blocks. Two neighbouring weights share a byte, the first in the high nibble.
+
+    WHOLE: the last block is whole. Only one that is not needs divisions. ASCENDING: codes are numbers of intervals.
+    """
+    HALF: tl.constexpr = BLOCKSIZE // 2
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    first = block[:, None] * BLOCKSIZE + 2 * tl.arange(0, BLOCKSIZE // 2)[None, :]
-    x0 = tl.load(W + first, mask=first < num_weights, other=0.0).to(tl.float32)
-    x1 = tl.load(W + first + 1, mask=first + 1 < num_weights, other=0.0).to(tl.float32)
+    at = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    x = tl.load(W + at, mask=at < num_weights, other=0.0).to(tl.float32)
     # Compare as integers, so that NaN and Inf are the largest.
-    bits0 = x0.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    bits1 = x1.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-    most = tl.max(tl.maximum(bits0, bits1), axis=1).to(tl.float32, bitcast=True)
+    most = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
     floor = tl.maximum(most, tl.full([BLOCKS], 1e-38, tl.float32), propagate_nan=tl.PropagateNan.ALL)
-    whole = (block + 1) * BLOCKSIZE <= num_weights
     inverse = tl.math.div_rn(tl.full([BLOCKS], 1.0, tl.float32), floor)
-    divisor = tl.broadcast_to(floor[:, None], [BLOCKS, BLOCKSIZE // 2])
-    scaled0 = tl.where(whole[:, None], x0 * inverse[:, None], tl.math.div_rn(x0, divisor))
-    scaled1 = tl.where(whole[:, None], x1 * inverse[:, None], tl.math.div_rn(x1, divisor))
-    interval0 = tl.zeros([BLOCKS, BLOCKSIZE // 2], tl.int32)
-    interval1 = tl.zeros([BLOCKS, BLOCKSIZE // 2], tl.int32)
-    for i in tl.static_range(15):
-        bound = tl.load(bounds + i)
-        interval0 += (scaled0 > bound).to(tl.int32)
-        interval1 += (scaled1 > bound).to(tl.int32)
-    table = tl.load(order + tl.arange(0, 16))
-    byte = (look_up(table, interval0) << 4) | look_up(table, interval1)
-    tl.store(packed + first // 2, byte.to(tl.uint8), mask=first < num_weights)
-    tl.store(absmax + block, tl.where(whole, most, floor), mask=block * BLOCKSIZE < num_weights)
+    scaled = x * inverse[:, None]
+    if not WHOLE:
+        whole = (block + 1) * BLOCKSIZE <= num_weights
+        divided = tl.math.div_rn(x, tl.broadcast_to(floor[:, None], [BLOCKS, BLOCKSIZE]))
+        scaled = tl.where(whole[:, None], scaled, divided)
+        most = tl.where(whole, most, floor)
+    code = interval_of(scaled, bounds)
+    if not ASCENDING:
+        code = look_up(tl.load(order + tl.arange(0, 16)), code)
+    high, low = tl.split(tl.reshape(code, [BLOCKS, HALF, 2]))
+    first = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    tl.store(packed + first, ((high << 4) | low).to(tl.uint8), mask=2 * first < num_weights)
+    tl.store(absmax + block, most, mask=block * BLOCKSIZE < num_weights)
 
 
 @triton.jit
@@ -97,10 +124,10 @@ def dequantize_kernel(
 
 
 @cache
-def coding(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the bounds, float32 (15,), and the code of each interval, int32 (16,)."""
+def coding(quant_type: str, device: torch.device) -> tuple[Tensor, Tensor, bool]:
+    """Return the bounds, float32 (15,), the code of each interval, int32 (16,), and whether that is its number."""
     bounds, order = decision_bounds(quant_type, device)
-    return bounds.contiguous(), order.int()
+    return bounds.contiguous(), order.int(), order.tolist() == list(range(16))
 
 
 def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tuple[Tensor, Tensor]:
@@ -110,10 +137,11 @@ def quantize_blocks(W: Tensor, quant_type: str, blocksize: int, name: str) -> tu
     packed = torch.empty((flat.numel() + 1) // 2, 1, dtype=torch.uint8, device=W.device)
     absmax = torch.empty(num_blocks, dtype=torch.float32, device=W.device)
     blocks = max(1, WEIGHTS_A_PROGRAM["quantize"] // blocksize)
-    bounds, order = coding(quant_type, W.device)
+    bounds, order, is_ascending = coding(quant_type, W.device)
     launch(
         quantize_kernel, triton.cdiv(num_blocks, blocks),
-        flat, bounds, order, packed, absmax, flat.numel(), BLOCKSIZE=blocksize, BLOCKS=blocks, enable_fp_fusion=False,
+        flat, bounds, order, packed, absmax, flat.numel(), BLOCKSIZE=blocksize, BLOCKS=blocks,
+        WHOLE=flat.numel() % blocksize == 0, ASCENDING=is_ascending, enable_fp_fusion=False,
     )  # fmt: skip
     if not torch.isfinite(absmax).all():
         raise not_finite(flat, W.shape, name)
