@@ -30,6 +30,7 @@ from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.cuda_graph import forbid_device_sync
 from onecard.kernels.dequantize import dequantize_to_scratch
 from onecard.quant.codebook import dynamic_map
+from onecard.quant.scales import per_block
 from onecard.quant.state import PackedWeight, QuantState
 
 if TYPE_CHECKING:
@@ -271,15 +272,17 @@ def slab_of(packed: Tensor, state: QuantState, dim: int, part: slice) -> PackedW
     first, last = part.start * width, part.stop * width  # of `stride` weights
     codes = packed.view(-1, stride // 2)[:, first // 2 : last // 2]
     first, last, stride = first // state.blocksize, last // state.blocksize, stride // state.blocksize
-    absmax = state.absmax.view(-1, stride)[:, first:last]
-    if state.nested_absmax is not None and state.nested_offset is not None:
+    each, nested_absmax = per_block(state.quant_type), state.nested_absmax
+    absmax = state.absmax.view(-1, each * stride)[:, each * first : each * last]
+    if nested_absmax is not None and state.nested_offset is not None:
         starts = torch.arange(len(absmax), device=absmax.device)[:, None] * stride
         group = (starts + torch.arange(first, last, device=absmax.device)) // NESTED_BLOCKSIZE
-        absmax = dynamic_map(absmax.device)[absmax.long()] * state.nested_absmax[group] + state.nested_offset
+        absmax = dynamic_map(absmax.device)[absmax.long()] * nested_absmax[group] + state.nested_offset
+        nested_absmax = None
     shape = list(state.shape)
     shape[dim] = part.stop - part.start
     codes, absmax = (tensor.contiguous().view(-1) for tensor in (codes, absmax))
-    return PackedWeight(codes, absmax, None, None, state.quant_type, state.blocksize, shape)
+    return PackedWeight(codes, absmax, nested_absmax, None, state.quant_type, state.blocksize, shape)
 
 
 def activated(experts: Experts4bit, u_SN: Tensor) -> Tensor:
