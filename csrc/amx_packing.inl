@@ -166,11 +166,12 @@ struct Reader {
         if (w.blocksize > 32 && !begin && (first & (w.blocksize - 1)) != 0) return;
         float scale[2];
         w.scales(first / w.blocksize, w.blocksize == 16 ? 2 : 1, scale);
-        __m256i low = scaled(scale[0]), high = w.blocksize == 16 ? scaled(scale[1]) : low;
+        __m256i low = scaled(scale[0], w.shift(first / w.blocksize)), high = w.blocksize == 16 ? scaled(scale[1], 0.0f) : low;
         levels[row] = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
     }
-    __m256i scaled(float scale) const {
-        return Isa::narrow(_mm512_mul_ps(_mm512_loadu_ps(w.quant_map), _mm512_set1_ps(scale)), BFloat16{});
+    __m256i scaled(float scale, float shift) const {
+        __m512 values = _mm512_mul_ps(_mm512_loadu_ps(w.quant_map), _mm512_set1_ps(scale));
+        return Isa::narrow(w.shifted ? _mm512_add_ps(values, _mm512_set1_ps(shift)) : values, BFloat16{});
     }
     // `second`: in each of 16 pairs of weights, 16 if it is in the second block of 16.
     __m512i look_up(int row, __m128i bytes, __m128i second) const {

@@ -89,10 +89,16 @@ void dequantize_typed(const Weight& w, T* out, bool stream, int64_t begin, int64
         if ((block - begin) % kBatch == 0) w.scales(block, std::min(kBatch, end - block), scales);
         float scale = scales[(block - begin) % kBatch];
         int64_t first = block * w.blocksize, n = std::min(w.blocksize, w.num_weights - first), even = n & ~int64_t{31};
-        Isa::decode(w.packed + first / 2, even, w.quant_map, scale, out + first, stream);
+        const float* levels = w.quant_map;
+        float own[16];
+        if (w.shifted) {  // exact: an integer times 16 bits, twice
+            for (int i = 0; i < 16; ++i) own[i] = w.quant_map[i] * scale + w.shift(block);
+            levels = own, scale = 1.0f;
+        }
+        Isa::decode(w.packed + first / 2, even, levels, scale, out + first, stream);
         for (int64_t i = even; i < n; ++i) {
             uint8_t byte = w.packed[(first + i) / 2];
-            convert(w.quant_map[i % 2 ? byte & 15 : byte >> 4] * scale, out[first + i]);
+            convert(levels[i % 2 ? byte & 15 : byte >> 4] * scale, out[first + i]);
         }
     }
 }

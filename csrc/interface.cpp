@@ -60,7 +60,7 @@ const Kernels* best() {
 const Kernels* current = best();
 
 Weight make_weight(const uint8_t* packed, const void* absmax, const float* nested_absmax, const float* dynamic_map,
-                   const float* offset, const float* quant_map, int64_t num_weights, int64_t blocksize) {
+                   const float* offset, const float* quant_map, int shifted, int64_t num_weights, int64_t blocksize) {
     bool nested = nested_absmax != nullptr;
     return {packed,
             nested ? nullptr : static_cast<const float*>(absmax),
@@ -71,7 +71,8 @@ Weight make_weight(const uint8_t* packed, const void* absmax, const float* neste
             quant_map,
             num_weights,
             blocksize,
-            nullptr};
+            nullptr,
+            shifted != 0};
 }
 
 // Whether an output is too large for the cache and its memory is already allocated: a page that the kernel must still
@@ -119,7 +120,7 @@ EXPORT int onecard_set_isa(const char* name) {
 // Returns a value that Python must share, by name: a structure's size, or a constant; -1 for another name.
 EXPORT int64_t onecard_constant(const char* name) {
     const std::pair<const char*, int64_t> known[] = {
-        {"interface", 2},  // raise it with any change of a function's arguments or of a structure's fields
+        {"interface", 3},  // raise it with any change of a function's arguments or of a structure's fields
         {"sizeof Attention", sizeof(Attention)}, {"sizeof AdamW8bit", sizeof(AdamW8bit)}, {"sizeof Linear", sizeof(Linear)},
         {"nested block", kNestedBlock}, {"state block", kStateBlock}, {"tiled rows", kTiledRows},
     };
@@ -149,9 +150,9 @@ EXPORT int onecard_quantize(const void* W, int dtype, int64_t num_weights, int64
 }
 
 EXPORT void onecard_dequantize(const uint8_t* packed, const void* absmax, const float* nested_absmax,
-                               const float* dynamic_map, const float* offset, const float* quant_map, int64_t num_weights,
-                               int64_t blocksize, void* out, int dtype, int num_threads) {
-    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, num_weights, blocksize);
+                               const float* dynamic_map, const float* offset, const float* quant_map, int shifted,
+                               int64_t num_weights, int64_t blocksize, void* out, int dtype, int num_threads) {
+    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, shifted, num_weights, blocksize);
     int64_t num_blocks = (num_weights + blocksize - 1) / blocksize;
     bool stream = worth_streaming(out, num_weights * (dtype == kFloat32 ? 4 : 2));
     parallel_for(num_blocks, 256, num_threads, [&](int64_t begin, int64_t end) {
@@ -162,9 +163,10 @@ EXPORT void onecard_dequantize(const uint8_t* packed, const void* absmax, const 
 // y (M, N) float32 = x (M, K) W^T directly from the codes; K a multiple of 64 and of the blocksize. Returns 0, or
 // -1 without memory.
 EXPORT int onecard_product(const uint8_t* packed, const void* absmax, const float* nested_absmax,
-                           const float* dynamic_map, const float* offset, const float* quant_map, int64_t N, int64_t K,
-                           int64_t blocksize, const void* x, int dtype, int64_t M, float* y, int num_threads) try {
-    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, N * K, blocksize);
+                           const float* dynamic_map, const float* offset, const float* quant_map, int shifted, int64_t N,
+                           int64_t K, int64_t blocksize, const void* x, int dtype, int64_t M, float* y,
+                           int num_threads) try {
+    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, shifted, N * K, blocksize);
     std::unique_ptr<float[]> arranged(new float[static_cast<size_t>(M * ((K + 127) / 128 * 128))]);
     current->arrange(x, static_cast<Dtype>(dtype), M, K, arranged.get());
     parallel_for(N, 16, num_threads, [&](int64_t begin, int64_t end) {
@@ -179,9 +181,9 @@ EXPORT int onecard_has_linear(int) { return current->linear_forward != nullptr; 
 // Computes the forward, or the backward if l.grad_y is set. With blocksize 0, packed is the weight in bfloat16. Returns
 // 0, or -1 without memory.
 EXPORT int onecard_linear(const uint8_t* packed, const void* absmax, const float* nested_absmax,
-                          const float* dynamic_map, const float* offset, const float* quant_map, int64_t blocksize,
-                          const Linear* l, int num_threads) try {
-    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, l->N * l->K, blocksize);
+                          const float* dynamic_map, const float* offset, const float* quant_map, int shifted,
+                          int64_t blocksize, const Linear* l, int num_threads) try {
+    Weight w = make_weight(packed, absmax, nested_absmax, dynamic_map, offset, quant_map, shifted, l->N * l->K, blocksize);
     if (blocksize == 0) w.dense = reinterpret_cast<const uint16_t*>(packed);
     (l->grad_y ? current->linear_backward : current->linear_forward)(w, *l, num_threads);
     return 0;

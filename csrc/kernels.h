@@ -14,7 +14,8 @@ enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // A 4-bit weight: two codes per byte (the first in the high nibble) and one scale per block. The scale of block b is
 // absmax[b], or if nested dynamic_map[codes8[b]] * nested_absmax[b / kNestedBlock] + offset with the product rounded
-// first (everything here is compiled without contraction to fused multiply-adds).
+// first (everything here is compiled without contraction to fused multiply-adds). A shifted weight has two values of
+// absmax a block, the scale and a shift that is added to each product; no product reads its codes but that of tiles.
 struct Weight {
     const uint8_t* packed;
     const float* absmax;         // null if nested
@@ -26,10 +27,13 @@ struct Weight {
     int64_t num_weights;
     int64_t blocksize;           // a power of two, at least 16
     const uint16_t* dense;       // if not null, a bfloat16 weight; the other fields are not set
+    bool shifted = false;
 
+    float shift(int64_t block) const { return shifted ? absmax[2 * block + 1] : 0.0f; }
     void scales(int64_t block, int64_t count, float* out) const {
         if (absmax) {
-            for (int64_t i = 0; i < count; ++i) out[i] = absmax[block + i];
+            int64_t stride = shifted ? 2 : 1;
+            for (int64_t i = 0; i < count; ++i) out[i] = absmax[(block + i) * stride];
             return;
         }
         for (int64_t i = 0; i < count; ++i) {

@@ -26,7 +26,7 @@ from onecard.hf.stored import DTYPE_BITS, TensorInfo
 from onecard.nn.linears import linears_of
 from onecard.nn.slabs import is_grouped
 from onecard.quant.mxfp4 import BLOCKS
-from onecard.quant.scales import SHIFTED, Storage
+from onecard.quant.scales import Storage
 from onecard.quant.state import BNB_KEYS
 
 
@@ -80,11 +80,6 @@ class Model:
             do = "train, generate and serve take it; save_pretrained of load_model's writes it in 4 bits"
             must = "the checkpoint must hold each weight that training has in 4 bits"
             raise UserError(must, found, do, str(checkpoint.folder))
-
-    @cached_property
-    def shifts(self) -> bool:
-        """Whether a linear stays packed with zeros, which products cannot read."""
-        return any(storage.quant_type in SHIFTED for storage in self.kept.values())
 
     @cached_property
     def num_weights(self) -> int:

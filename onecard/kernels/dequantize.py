@@ -15,15 +15,13 @@ from math import prod
 import torch
 from torch import Tensor
 
-from onecard.kernels.backend import REFERENCE, Backend, backend
-from onecard.quant.scales import SHIFTED, per_block
+from onecard.kernels.backend import backend
+from onecard.quant.scales import per_block
 from onecard.quant.state import PackedWeight
 
 # What a linear's forward saves of its dequantized weight: nothing, a tensor of the same shape without its values, or a
 # new tensor.
 SAVE_NOTHING, SAVE_SHAPE, SAVE_COPY = 0, 1, 2
-
-SHIFTED_SLAB = 1 << 20  # weights in float32 at a time; a multiple of every blocksize
 
 _thread = threading.local()
 _scratch: dict[tuple[torch.device, int], Tensor] = {}  # buffers that nobody uses, by device and stream
@@ -33,34 +31,8 @@ _lock = threading.Lock()
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Dequantize the weight into a new tensor."""
     out = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
-    dequantize_into(weight, out)
+    backend(out.device).codec.dequantize_into(weight, out)
     return out
-
-
-def products_of(weight: PackedWeight, device: torch.device) -> Backend:
-    """Return the kernels whose products read the codes: for integers with zeros none do."""
-    return REFERENCE if weight.quant_type in SHIFTED else backend(device)
-
-
-def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
-    """Dequantize the weight into `out`, contiguous and of any float dtype."""
-    if weight.quant_type in SHIFTED:
-        dequantize_shifted(weight, out)
-    else:
-        backend(out.device).codec.dequantize_into(weight, out)
-
-
-def dequantize_shifted(weight: PackedWeight, out: Tensor) -> None:
-    """Same, for integers with zeros: (q - 8) s from the kernel in float32, and (8 - z) s added. Whole blocks only."""
-    scales, shifts = weight.absmax.view(-1, 2).T
-    scales, flat, size = scales.contiguous(), out.view(-1), weight.blocksize
-    assert flat.numel() % size == 0
-    for start in range(0, flat.numel(), SHIFTED_SLAB):
-        piece = flat[start : start + SHIFTED_SLAB]
-        codes, blocks = weight.codes.view(-1)[start // 2 :], slice(start // size, (start + piece.numel()) // size)
-        part = PackedWeight(codes, scales[blocks], None, None, "uint4", size, list(piece.shape))
-        W = dequantize(part._replace(codes=codes[: piece.numel() // 2]), torch.float32)
-        piece.copy_(W.view(-1, size).add_(shifts[blocks, None]).view(-1))
 
 
 def dequantize_part(weight: PackedWeight, absmax: Tensor, first: int, count: int) -> Tensor:
@@ -74,7 +46,7 @@ def dequantize_part(weight: PackedWeight, absmax: Tensor, first: int, count: int
     codes = weight.codes.view(-1)[(first - skip) // 2 : (first + count + 1) // 2]
     absmax = absmax[first // size * each : -(-(first + count) // size) * each]
     part = PackedWeight(codes, absmax, None, None, weight.quant_type, size, list(out.shape))
-    dequantize_into(part, out)
+    backend(out.device).codec.dequantize_into(part, out)
     return out[skip:]
 
 
@@ -95,7 +67,7 @@ def dequantize_to_scratch(weight: PackedWeight, dtype: torch.dtype) -> Iterator[
         buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     try:
         W = buffer[:num_bytes].view(dtype).view(weight.shape)
-        dequantize_into(weight, W)
+        backend(device).codec.dequantize_into(weight, W)
         yield W
     finally:
         with _lock:

@@ -30,6 +30,7 @@ from onecard.kernels.cpu_info import product_dtype
 from onecard.kernels.operator import Operator
 from onecard.kernels.reference import Lora
 from onecard.quant.blockwise import check_quantizable, check_stack, make_state, quantize_mxfp4
+from onecard.quant.scales import SHIFTED
 from onecard.quant.state import PackedWeight, QuantState
 
 
@@ -188,9 +189,9 @@ def pick_product(
     x_MK: Tensor, weight: PackedWeight, lora: Lora | None
 ) -> tuple[CodeProduct | None, FusedLinear | None]:
     """Return the kernel that multiplies x without a dequantized weight, if any: of the first kind, or of the second."""
-    kernels = weights.products_of(weight, x_MK.device)
+    kernels, shifted = backend(x_MK.device), weight.quant_type in SHIFTED
     few_rows, fused = kernels.code_product, kernels.fused_linear
-    if few_rows is not None and few_rows.can_multiply(x_MK, weight.blocksize):
+    if few_rows is not None and not shifted and few_rows.can_multiply(x_MK, weight.blocksize):
         return few_rows, None
     return None, fused if fused is not None and fused.can_fuse(x_MK, weight.shape[0], lora) else None
 
@@ -215,7 +216,7 @@ def linear_backward(
     N, K = weight.shape
     work = product_dtype(grad_y.dtype, grad_y.device.type)
     g_MN = grad_y.reshape(-1, N).to(work)
-    fused = weights.products_of(weight, grad_y.device).fused_linear
+    fused = backend(grad_y.device).fused_linear
     lora_input_MK = None if lora_input is None else lora_input.reshape(-1, K).to(work)
     if fused is not None and fused.can_fuse(g_MN, K, lora):
         grads = fused.linear_backward(g_MN, weight, needed_grads, lora, lora_input_MK, xA_MR, has_own_lora_input)

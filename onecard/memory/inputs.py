@@ -345,7 +345,7 @@ class PlanInputs:
     @cached_property
     def on_tiles(self) -> bool:
         """Whether products read the codes directly, without a dequantized weight (AMX)."""
-        return self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles() and not self.model.shifts
+        return self.device == "cpu" and self.dtype == torch.bfloat16 and native.has_tiles()
 
     @cached_property
     def scratch(self) -> Term:

@@ -8,8 +8,8 @@
 
 Kernels know the first two. For them, the next two are nested scales with another map, 1 for nested_absmax and no
 offset. That changes no value, and no scale exists in float32. The last one is integers with zeros, (q - z) s =
-(q - 8) s + (8 - z) s: with s in 16 bits, both terms and their sum are exact in float32. A kernel computes the first
-term, and torch adds the other one (kernels/dequantize.py).
+(q - 8) s + (8 - z) s: with s in 16 bits, both terms and their sum are exact in float32. Kernels that
+dequantize a block add the shift; the products of few rows do not read such codes.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ values. Bound from the maths: the product straight from the codes."""
 import pytest
 import torch
 
-from onecard.kernels import dequantize, ops, reference
+from onecard.kernels import ops, reference
 from onecard.kernels.cpu import native
 from onecard.kernels.cpu.library import call, library
 from onecard.kernels.dequantize import dequantize_part
@@ -79,6 +79,10 @@ def test_triton_has_the_bits_too():
         found = torch.empty(N, K, device=device)
         codec.dequantize_into(moved, found)
         assert torch.equal(bits(found.cpu()), bits(W))
+    packed, state, W = uint4_zeros(7, 384, 128, torch.float32)
+    found = torch.empty(7, 384, device=device)
+    codec.dequantize_into(PackedWeight.of(packed.to(device), state.to(device)), found)
+    assert torch.equal(found.cpu(), W)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -101,26 +105,32 @@ def uint4_zeros(N, K, size, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_integers_with_zeros_have_the_values_of_the_formula(dtype, monkeypatch):
-    """By the specification and by kernels, in several slabs; rows too. The product is of the dequantized weight."""
-    monkeypatch.setattr(dequantize, "SHIFTED_SLAB", 4096)
+@pytest.mark.parametrize("backend", [reference, native], ids=["reference", "native"])
+def test_integers_with_zeros_have_the_values_of_the_formula(isa, backend, dtype):  # noqa: F811
     for N, K, size in ((3, 64, 32), (40, 384, 128), (5, 4096, 4096)):
         packed, state, W = uint4_zeros(N, K, size, dtype)
-        assert torch.equal(dequantize_4bit(packed, state), W) and torch.equal(ops.dequantize_4bit(packed, state), W)
-        weight = PackedWeight.of(packed, state)
-        rows = dequantize_part(weight, state_absmax(weight), K, (N - 1) * K)
-        assert torch.equal(rows.to(dtype).view(-1, K), W[1:])
-        for num_rows in (1, 40) if dtype == torch.float32 else ():  # 16 bits may be computed in float32
-            x = torch.randn(num_rows, K, generator=torch.Generator().manual_seed(1)).requires_grad_()
-            y = ops.qlora_linear(x, packed, state)
-            (grad,) = torch.autograd.grad(y.sum(), x)
-            assert torch.equal(y, x @ W.T) and torch.equal(grad, torch.ones_like(y) @ W)
+        found = torch.empty(N, K, dtype=dtype)
+        backend.dequantize_into(PackedWeight.of(packed, state), found)
+        assert torch.equal(found, W)
+
+
+@pytest.mark.parametrize("num_rows", [1, 40])
+def test_a_linear_of_integers_with_zeros_is_that_of_its_weight(num_rows):
+    packed, state, W = uint4_zeros(40, 384, 128, torch.float32)
+    weight = PackedWeight.of(packed, state)
+    assert torch.equal(dequantize_4bit(packed, state), W)
+    assert torch.equal(dequantize_part(weight, state_absmax(weight), 384, 39 * 384).view(-1, 384), W[1:])
+    x = torch.randn(num_rows, 384, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    y = ops.qlora_linear(x, packed, state)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(y, x @ W.T) and torch.equal(grad, torch.ones_like(y) @ W)
 
 
 @pytest.mark.skipif(library() is None or not call("onecard_has_linear"), reason="this CPU or build has no AMX")
 def test_the_weight_on_tiles_is_that_of_dequantize():
     """x the identity: every sum has one term that is not zero."""
-    weight, W = nvfp4(96, 672, torch.bfloat16)
-    y, _ = native.linear(torch.eye(672, dtype=torch.bfloat16), weight, None)
-    assert torch.equal(y, W.T)
-    assert torch.equal(native.linear_backward(torch.eye(96).bfloat16(), weight, [True] * 4)[0], W)
+    packed, state, values = uint4_zeros(96, 672, 32, torch.bfloat16)
+    for weight, W in (nvfp4(96, 672, torch.bfloat16), (PackedWeight.of(packed, state), values)):
+        y, _ = native.linear(torch.eye(672, dtype=torch.bfloat16), weight, None)
+        assert torch.equal(y, W.T)
+        assert torch.equal(native.linear_backward(torch.eye(96).bfloat16(), weight, [True] * 4)[0], W)

@@ -62,14 +62,14 @@ class Linear(ctypes.Structure):
 
 # csrc/kernels.h must have the same values.
 CONSTANTS = {
-    "interface": 2,  # raise it with any change of a function's arguments or of a structure's fields
+    "interface": 3,  # raise it with any change of a function's arguments or of a structure's fields
     "sizeof Attention": ctypes.sizeof(Attention),
     "sizeof AdamW8bit": ctypes.sizeof(AdamW8bit),
     "sizeof Linear": ctypes.sizeof(Linear),
     "nested block": NESTED_BLOCKSIZE,
     "state block": STATE_BLOCKSIZE,
 }
-_SCALES = (c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p)  # packed, absmax, nested, maps, offset
+_SCALES = (*[c_void_p] * 6, c_int)  # packed, absmax, nested_absmax, its map, offset, the levels, whether shifted
 SIGNATURES: dict[str, tuple] = {
     "onecard_constant": (c_int64, c_char_p),
     "onecard_isa": (c_char_p,), "onecard_set_isa": (c_int, c_char_p), "onecard_set_gomp": (None, c_void_p),

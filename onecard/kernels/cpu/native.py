@@ -16,7 +16,7 @@ from onecard.kernels.reference import Lora
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, dynamic_map, quant_map
 from onecard.quant.dynamic import midpoints
-from onecard.quant.scales import scale_tensors
+from onecard.quant.scales import SHIFTED, scale_tensors
 from onecard.quant.state import PackedWeight
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -50,7 +50,7 @@ def coding(quant_type: str) -> tuple[Tensor, Tensor]:
 
 def weight_tensors(weight: PackedWeight) -> tuple:
     """Return the arguments that describe a weight to every kernel."""
-    return weight.codes, *scale_tensors(weight), quant_map(weight.quant_type, "cpu")
+    return weight.codes, *scale_tensors(weight), quant_map(weight.quant_type, "cpu"), int(weight.quant_type in SHIFTED)
 
 
 def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
@@ -168,7 +168,7 @@ def contiguous(lora: Lora | None) -> tuple[Tensor | None, Tensor | None, float]:
 def weight_arguments(weight: PackedWeight | Tensor) -> tuple:
     """Return the tensors and blocksize of a 4-bit weight; of a bfloat16 weight, itself and blocksize 0."""
     if isinstance(weight, Tensor):
-        return weight.contiguous(), None, None, None, None, None, 0
+        return weight.contiguous(), None, None, None, None, None, 0, 0
     return *weight_tensors(weight), weight.blocksize
 
 

@@ -17,7 +17,7 @@ from onecard.config import NESTED_BLOCKSIZE
 from onecard.kernels.triton import launch
 from onecard.quant.blockwise import not_finite
 from onecard.quant.codebook import decision_bounds, quant_map
-from onecard.quant.scales import scale_tensors
+from onecard.quant.scales import SHIFTED, scale_tensors
 from onecard.quant.state import PackedWeight
 
 WEIGHTS_A_PROGRAM = {"quantize": 1024, "dequantize": 4096}  # measured on an H200 (LOG.md)
@@ -105,20 +105,25 @@ def block_scale(
 def dequantize_kernel(
     packed, absmax, nested_absmax, dynamic, offset, levels, out, num_weights, num_bytes,
     BLOCKSIZE: tl.constexpr, NESTED: tl.constexpr, NESTED_BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    SHIFTED: tl.constexpr,
 ):  # fmt: skip
-    """Dequantize BLOCKS blocks, each with one scale."""
+    """Dequantize BLOCKS blocks, each with one scale. SHIFTED: absmax has a shift after each scale."""
     HALF: tl.constexpr = BLOCKSIZE // 2
     PAIRS: tl.constexpr = BLOCKS * HALF
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     block = first + tl.arange(0, BLOCKS)
-    scale = block_scale(
-        block, block * BLOCKSIZE < num_weights, absmax, nested_absmax, dynamic, offset, NESTED, NESTED_BLOCKSIZE
-    )
+    inside = block * BLOCKSIZE < num_weights
+    place = 2 * block if SHIFTED else block
+    scale = block_scale(place, inside, absmax, nested_absmax, dynamic, offset, NESTED, NESTED_BLOCKSIZE)
     scale = tl.reshape(tl.broadcast_to(scale[:, None], [BLOCKS, HALF]), [PAIRS])
     pair = first * HALF + tl.arange(0, PAIRS)
     byte = tl.load(packed + pair, mask=pair < num_bytes, other=0).to(tl.int32)
     table = tl.load(levels + tl.arange(0, 16))
     high, low = look_up(table, byte >> 4) * scale, look_up(table, byte & 15) * scale
+    if SHIFTED:
+        shift = tl.load(absmax + 2 * block + 1, mask=inside, other=0.0)
+        shift = tl.reshape(tl.broadcast_to(shift[:, None], [BLOCKS, HALF]), [PAIRS])
+        high, low = high + shift, low + shift
     at = first * BLOCKSIZE + tl.arange(0, 2 * PAIRS)
     tl.store(out + at, tl.interleave(high, low).to(out.dtype.element_ty), mask=at < num_weights)
 
@@ -173,5 +178,6 @@ def dequantize_into(weight: PackedWeight, out: Tensor) -> None:
         NESTED=is_nested(weight),
         NESTED_BLOCKSIZE=NESTED_BLOCKSIZE,
         BLOCKS=blocks,
+        SHIFTED=weight.quant_type in SHIFTED,
         enable_fp_fusion=False,
     )
