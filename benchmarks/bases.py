@@ -35,7 +35,7 @@ from onecard.export.merge.quantized import quantize_checkpoint
 from onecard.export.readers import load_in_bitsandbytes
 from onecard.hf.checkpoint import inspect_checkpoint
 from onecard.hf.load import load_model
-from onecard.hf.stored import read_tensor
+from onecard.hf.stored import TensorInfo
 
 GROUP = 64  # 576 inputs are 9 groups of 64
 HEADER = ["base", "equal to", "bytes in memory", "load peak", "step peak", "first loss", "last loss"]
@@ -108,7 +108,7 @@ def of_compressed_tensors(path: Path) -> Weights:
         else:
             codes = unpack_from_int32(packed, 4, torch.Size(tensors[f"{name}.weight_shape"].tolist())).float()
         W = dequantize(codes, scale, args=args, dtype=torch.float32, global_scale=whole)
-        yield f"{name}.weight", W.bfloat16()
+        yield f"{name}.weight", W
 
 
 def of_mlx(path: Path) -> Weights:
@@ -116,9 +116,9 @@ def of_mlx(path: Path) -> Weights:
 
     tensors = mx.load(str(path / "model.safetensors"))
     for name in [key.removesuffix(".scales") for key in tensors if key.endswith(".scales")]:
-        parts = (tensors[f"{name}.{part}"] for part in ("weight", "scales", "biases"))
-        W = mx.dequantize(*parts, group_size=64, bits=4).astype(mx.float32)
-        yield f"{name}.weight", torch.tensor(W.tolist()).to(torch.bfloat16)
+        scales, biases = (tensors[f"{name}.{part}"].astype(mx.float32) for part in ("scales", "biases"))
+        W = mx.dequantize(tensors[f"{name}.weight"], scales, biases, group_size=64, bits=4)
+        yield f"{name}.weight", torch.tensor(W.tolist())
 
 
 REFERENCES: dict[str, tuple[str, Callable[[Path], Weights]]] = {
@@ -133,6 +133,12 @@ REFERENCES: dict[str, tuple[str, Callable[[Path], Weights]]] = {
 FORMS = ("bfloat16", *REFERENCES, "q4_k_m")
 
 
+def values(info: TensorInfo) -> Tensor:
+    """Return a stored weight before it is rounded to the checkpoint's 16 bits."""
+    assert info.form is not None
+    return info.form.rows(0, info.shape[0])
+
+
 def equality(form: str, path: Path) -> str:
     """Compare all weights of a form with those of its package. Return a cell of the table."""
     if form not in REFERENCES:
@@ -144,7 +150,7 @@ def equality(form: str, path: Path) -> str:
     try:
         for name, W in reference(path):
             module = modules.get(name.removesuffix(".weight"))
-            found = read_tensor(stored[name]) if module is None else module.dequantize()
+            found = values(stored[name]) if module is None else module.dequantize()
             compared, wrong = compared + 1, wrong + (not torch.equal(found.to(W.dtype), W))
     except ImportError as error:
         return f"not installed: {error.name}"

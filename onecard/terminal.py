@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import UnionType
-from typing import Annotated, Any, Optional, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -37,8 +37,11 @@ def partial(kind: type[BaseModel]) -> type[BaseModel]:
 
 def flag_kind(annotation: Any) -> Any:
     """Return the type of a field's flag. If it may be a list, it is one, so that it can be repeated. A mapping of
-    texts, and a list that may have mappings, is a list of texts, which the field's own check reads."""
+    texts, and a list that may have mappings, is a list of texts, which the field's own check reads; a choice of numbers
+    is a number, as a flag is a text first."""
     kinds = alternatives(annotation)
+    if any(get_origin(kind) is Literal and isinstance(get_args(kind)[0], int) for kind in kinds):
+        return int
     if dict[str, str] in kinds or dict[int, float] in kinds:
         return list[str]
     found = next((kind for kind in kinds if get_origin(kind) is list), annotation)

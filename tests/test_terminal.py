@@ -1,12 +1,17 @@
-"""Exact: a terminal obeys nothing that a file's names and texts hold."""
+"""Exact: a terminal obeys nothing that a file's names and texts hold, and a flag takes each choice of its field."""
 
 import io
+from typing import Annotated, Literal, get_args, get_origin
 
+import pytest
+from cyclopts import App
 from rich.console import Console
 from rich.table import Table
 
+from onecard.cli.app import flags
+from onecard.config import ExportConfig, PlanConfig, QuantizeConfig, ServeConfig, StudioConfig, TrainConfig
 from onecard.errors import UserError, printable
-from onecard.terminal import make_console
+from onecard.terminal import alternatives, given, make_console, partial
 
 OBEYED = "\x1b[2J\x1b]0;title\x07\r\x9b\u202e\u2028\ud800"
 
@@ -47,3 +52,18 @@ def test_rich_s_own_codes_stay():
         coloured.push_render_hook(hook)
     coloured.print("red \x1b[2J", style="red", highlight=False)
     assert out.getvalue() == "\x1b[31mred \\x1b[2J\x1b[0m\n"
+
+
+@pytest.mark.parametrize("kind", [ExportConfig, PlanConfig, QuantizeConfig, ServeConfig, StudioConfig, TrainConfig])
+def test_every_choice_can_be_a_flag(kind):
+    app, fields = App(), Annotated[partial(kind) | None, flags]
+
+    @app.default
+    def command(read: fields = None):  # type: ignore
+        return given(read)
+
+    for name, info in kind.model_fields.items():
+        choices = [c for each in alternatives(info.annotation) if get_origin(each) is Literal for c in get_args(each)]
+        for choice in choices:
+            call, bound, _ = app.parse_args([f"--{name.replace('_', '-')}", str(choice)])
+            assert call(*bound.args, **bound.kwargs) == {name: choice}, name
