@@ -61,8 +61,12 @@ class Sandbox:
         )
 
     def renew(self) -> None:
-        """Forget the process, which belongs to the process that this one was forked from."""
-        self.lock, self.process = threading.Lock(), None
+        """Forget the process, which belongs to the process that this one was forked from, and close the copies of its
+        pipes."""
+        inherited, self.lock, self.process = self.process, threading.Lock(), None
+        for stream in (inherited.stdin, inherited.stdout) if inherited is not None else ():
+            assert stream is not None
+            stream.close()
 
     def stop(self) -> int:
         """End the process and return its exit status."""
