@@ -21,7 +21,8 @@ class CalibrationConfig(ReadConfig):
     num_rows: int = Field(default=128, ge=1, description="with data: packed rows of examples that are run")
     max_seq_length: int = Field(default=1024, ge=8, description="with data: tokens a row")
     group_size: Literal[128, 64, 32] = Field(
-        default=128, description="gptq, awq, w4a16: weights that share a scale: 128, 64 or 32; less if it divides no width"
+        default=128,
+        description="gptq, awq, w4a16: weights that share a scale: 128, 64 or 32; less if it divides no width",
     )
     sym: bool = Field(default=True, description="gptq: levels on both sides of zero alike, as most kernels need")
     desc_act: bool = Field(default=False, description="gptq: inputs of large activations first; slower to read")
