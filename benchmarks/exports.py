@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
 from benchmarks.measure import table, write_result
-from benchmarks.served import settings
+from benchmarks.served import loss_of, mean_loss, settings
 from onecard.adapter.load import with_adapter
 from onecard.api import export, train
 from onecard.config import DataConfig, ExportConfig, QuantConfig, TrainConfig, make_config
@@ -42,10 +42,8 @@ from onecard.data.load import load_dataset
 from onecard.demo.run import ANSWER_TOKENS, exact_match, ordered_prompts, read_rows, run_demo
 from onecard.export.merge.merged import merge
 from onecard.export.merge.quantized import requantize
-from onecard.export.readers import logits
 from onecard.hf.load import load_model, load_tokenizer
 from onecard.quant.grouped import round_to_nearest
-from onecard.train.loss import supervised
 
 STEPS = 60
 GROUP = 64  # the demo's intermediate size is 704 = 11 x 64
@@ -78,7 +76,7 @@ class Task:
         """Return the scores of a model of transformers: exact matches and perplexity."""
         model.eval()
         match = f"{exact_match(model, self.tokenizer, self.rows):.1%}" if self.rows else ""
-        return [match, f"{self.perplexity(lambda ids, kept: logits(model, ids, kept, False)):.5f}"]
+        return [match, f"{exp(loss_of(model, self.dataset.examples)):.5f}"]
 
     def ask_mlx(self, path: Path) -> list[str]:
         """Return the scores of a folder in mlx-lm."""
@@ -97,18 +95,7 @@ class Task:
             return torch.tensor(model(mx.array(ids.tolist()))[0].astype(mx.float32).tolist())[kept]
 
         match = f"{right / len(self.rows):.1%}" if self.rows else ""
-        return [match, f"{self.perplexity(scores):.5f}"]
-
-    @torch.no_grad()
-    def perplexity(self, scores: Callable[[Tensor, Tensor], Tensor]) -> float:
-        """Return the perplexity of the supervised tokens. `scores` returns logits (P, V) of ids (1, T) at P places."""
-        total, count = 0.0, 0
-        for example in self.dataset.examples:
-            positions, target = supervised(torch.tensor([example.labels]))
-            z = scores(torch.tensor([example.input_ids]), positions)
-            total += torch.nn.functional.cross_entropy(z, target, reduction="sum").item()
-            count += len(target)
-        return exp(total / count)
+        return [match, f"{exp(mean_loss(scores, self.dataset.examples)):.5f}"]
 
     def written(self, format: str) -> Path:
         """Export the tuned model and return the folder."""

@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.shapes import LLAMAS
+
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
              "num_key_value_heads": 2, "vocab_size": 512},
-    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-           "num_key_value_heads": 4, "vocab_size": 32000},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
+    **{name: LLAMAS[name] for name in ("1b", "8b")},
 }  # fmt: skip
 RANK, STEPS, WARM, NEW_TOKENS, RATE = 16, 4, 4, 32, 1e-4
 CONTENDERS = ("onecard", "bnb", "eager", "lora", "onecard16")  # eager: onecard without CUDA graphs

@@ -24,16 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.measure import anonymous_peak, run_child, spread, status_bytes, table, write_result
-from benchmarks.shapes import CACHE, TOKENIZER
+from benchmarks.shapes import CACHE, LLAMAS, TOKENIZER
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
-           "num_key_value_heads": 4, "vocab_size": 32000},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-           "num_key_value_heads": 8, "vocab_size": 128256},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
-            "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
 RANDOM_BYTES = 1 << 26
 
 
@@ -46,7 +38,7 @@ def make_4bit_checkpoint(shape: str) -> Path:
     from onecard.hf.load import load_tokenizer
     from onecard.hf.writer import TensorFile
 
-    folder, s = CACHE / f"{shape}-4bit", SHAPES[shape]
+    folder, s = CACHE / f"{shape}-4bit", LLAMAS[shape]
     if (folder / "tokenizer.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,7 +132,7 @@ def child(args: argparse.Namespace) -> None:
     return_large_blocks()
     before = status_bytes("RssAnon")
     generator = torch.Generator().manual_seed(1)
-    rows = torch.randint(4, SHAPES[args.shape]["vocab_size"], (args.steps, args.length), generator=generator).tolist()
+    rows = torch.randint(4, LLAMAS[args.shape]["vocab_size"], (args.steps, args.length), generator=generator).tolist()
     fields = {
         "model": str(folder), "data": "-", "output": "-", "r": args.rank,
         "max_seq_length": args.length, "max_steps": args.steps, "gradient_accumulation_steps": 1, "packing": False,
@@ -176,7 +168,7 @@ def child(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--shape", choices=LLAMAS, default="1b")
     parser.add_argument("--device-memory", default="1GiB", help="what the paged run may take; the plan chooses how")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=3)

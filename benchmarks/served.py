@@ -14,10 +14,12 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import table, write_result
 from benchmarks.real import DATA, make_model
@@ -56,13 +58,18 @@ def settings(name: str, folder: Path, steps: int) -> dict[str, Any]:
     return {**fields, "sample_prompts": [], "eval_strategy": "no", "save_strategy": "no", "device": "cpu"}
 
 
-@torch.no_grad()
 def loss_of(model: Any, rows: list[Any]) -> float:
     """Return the mean loss per supervised token."""
+    return mean_loss(lambda ids, positions: logits(model, ids, positions, False), rows)
+
+
+@torch.no_grad()
+def mean_loss(scores: Callable[[Tensor, Tensor], Tensor], rows: Iterable[Any]) -> float:
+    """Return the mean loss per supervised token. `scores` returns logits (P, V) of ids (1, T) at P positions."""
     total = count = 0.0
     for row in rows:
         positions, targets = supervised(torch.tensor([row.labels]))
-        z = logits(model, torch.tensor([row.input_ids]), positions, False)
+        z = scores(torch.tensor([row.input_ids]), positions)
         total += torch.nn.functional.cross_entropy(z, targets, reduction="sum").item()
         count += len(targets)
     return total / count

@@ -13,6 +13,14 @@ from onecard.hf.load import load_tokenizer
 
 CACHE = Path(__file__).parent / ".checkpoints"
 TOKENIZER = Path(__file__).parents[1] / "onecard" / "demo" / "base"
+LLAMAS: dict[str, dict[str, int]] = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+           "num_key_value_heads": 4, "vocab_size": 32000},
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "vocab_size": 128256},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "vocab_size": 128256},
+}  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "demo": {
         "hidden_size": 256,
@@ -32,24 +40,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 49152,
         "tie_word_embeddings": True,
     },
-    "1.1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "vocab_size": 32000,
-        "tie_word_embeddings": False,
-    },
-    "8b-4": {  # four of the 32 layers of an 8B shape
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
+    "1.1b": {**LLAMAS["1b"], "tie_word_embeddings": False},
+    "8b-4": {**LLAMAS["8b"], "num_hidden_layers": 4, "tie_word_embeddings": False},  # four of its 32 layers
 }
 
 EXPERT_SHAPES: dict[str, dict[str, Any]] = {

@@ -164,8 +164,9 @@ class Int4(Form):
         if not self.is_symmetric:
             zeros = self.read_zeros()[first : first + count]
             scales = torch.stack([scales, (MIDDLE - zeros) * scales], dim=-1)
-        quant_type = "uint4" if self.is_symmetric else "uint4_zeros"
-        state = QuantState(scales.reshape(-1), torch.Size([count, K]), dtype, self.group_size, quant_type)
+        storage = self.storage
+        assert storage is not None
+        state = QuantState(scales.reshape(-1), torch.Size([count, K]), dtype, storage.blocksize, storage.quant_type)
         return packed.view(-1, 1), state
 
     def rows(self, first: int, count: int) -> Tensor:

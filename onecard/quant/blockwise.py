@@ -161,12 +161,7 @@ def dequantize_blocks(packed: Tensor, absmax: Tensor, quant_type: str, blocksize
     Args:
         absmax: `state_absmax`.
     """
-    if quant_type in SHIFTED:
-        scales, shifts = absmax.view(-1, 2).T
-        W = torch.empty(out.shape, dtype=torch.float32, device=out.device)
-        dequantize_blocks(packed, scales, "uint4", blocksize, W)
-        out.view(-1, blocksize).copy_(W.view(-1, blocksize) + shifts[:, None])
-        return
+    absmax, shifts = absmax.view(-1, 2).T if quant_type in SHIFTED else (absmax, None)
     levels = quant_map(quant_type, packed.device)
     pairs = torch.cartesian_prod(levels, levels)  # (256, 2): one look-up returns both weights of a byte
     flat = out.view(-1)
@@ -175,12 +170,15 @@ def dequantize_blocks(packed: Tensor, absmax: Tensor, quant_type: str, blocksize
         num_bytes = (piece.numel() + 1) // 2
         index = packed.view(-1)[start // 2 :][:num_bytes].int()
         values = pairs.index_select(0, index).view(-1)[: piece.numel()]
-        scales = absmax[start // blocksize :][: -(-piece.numel() // blocksize)]
+        blocks = slice(start // blocksize, -(-(start + piece.numel()) // blocksize))
         full = piece.numel() - piece.numel() % blocksize
         num_full = full // blocksize
-        piece[:full] = (values[:full].view(-1, blocksize) * scales[:num_full, None]).view(-1)
-        if full < piece.numel():
-            piece[full:] = values[full:] * scales[-1]
+        values[:full].view(-1, blocksize).mul_(absmax[blocks][:num_full, None])
+        values[full:].mul_(absmax[blocks][-1])
+        if shifts is not None:
+            values[:full].view(-1, blocksize).add_(shifts[blocks][:num_full, None])
+            values[full:].add_(shifts[blocks][-1])
+        piece.copy_(values)
 
 
 def make_state(

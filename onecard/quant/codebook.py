@@ -45,6 +45,7 @@ FP4 = FP4_MAGNITUDES + tuple(0.0 - x for x in FP4_MAGNITUDES)  # no -0.0: both z
 INT4 = tuple(i / 7 for i in range(-8, 8))
 UINT4 = tuple(float(i) for i in range(-8, 8))
 E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_ASCENDING = (*range(15, 7, -1), *range(8))
 MXFP4 = E2M1_MAGNITUDES + tuple(-x for x in E2M1_MAGNITUDES)
 CODES = {"nf4": NF4, "fp4": FP4, "int4": INT4, "uint4": UINT4, "uint4_zeros": UINT4, "mxfp4": MXFP4, "nvfp4": MXFP4}
 
@@ -55,8 +56,8 @@ ASCENDING = {
     "int4": tuple(range(16)),
     "uint4": tuple(range(16)),
     "uint4_zeros": tuple(range(16)),
-    "mxfp4": (15, 14, 13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7),
-    "nvfp4": (15, 14, 13, 12, 11, 10, 9, 8, 0, 1, 2, 3, 4, 5, 6, 7),
+    "mxfp4": E2M1_ASCENDING,
+    "nvfp4": E2M1_ASCENDING,
 }
 
 NF4_TAIL = 1 - (1 / 30 + 1 / 32) / 2  # the outermost quantile's probability: 1 - appendix E's delta

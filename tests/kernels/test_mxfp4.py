@@ -78,21 +78,32 @@ def test_a_part_of_a_stack_is_its_expert():
     assert skip == 0 and torch.equal(ops.dequantize_4bit(codes, part), theirs(blocks, scales, torch.bfloat16)[1])
 
 
-def product_is_within_its_rounding(multiply, num_rows, N, K):
+def case(N, K):
+    """A weight and its values in float32."""
     blocks, scales = codes_and_scales(1, N, K, exponents=(110, 130))
-    packed, state = from_mxfp4("w", blocks, scales)
-    weight = PackedWeight.of(packed, state)._replace(shape=[N, K])
-    W = theirs(blocks, scales, torch.float32)[0].double()
-    x = torch.randn(num_rows, K, generator=torch.Generator().manual_seed(1))
+    return weight_of(blocks, scales)._replace(shape=[N, K]), theirs(blocks, scales, torch.float32)[0]
+
+
+def product_is_within_its_rounding(multiply, weight, W, num_rows, dtype=torch.float32):
+    (N, K), exact = W.shape, W.double()
+    x = torch.randn(num_rows, K, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = multiply(x, weight).double()
-    bound = (K + 2) * 2**-24 * (x.double().abs() @ W.abs().T)  # a float32 sum of K products, in any order
-    assert ((y - x.double() @ W.T).abs() <= bound).all()
+    bound = (K + 2) * 2**-24 * (x.double().abs() @ exact.abs().T)  # a float32 sum of K products, in any order
+    assert y.shape == (num_rows, N) and ((y - x.double() @ exact.T).abs() <= bound).all()
+
+
+def tiles_have(weight, W):
+    """x the identity: every sum has one term that is not zero."""
+    N, K = W.shape
+    y, _ = native.linear(torch.eye(K, dtype=torch.bfloat16), weight, None)
+    assert torch.equal(y, W.T)
+    assert torch.equal(native.linear_backward(torch.eye(N).bfloat16(), weight, [True] * 4)[0], W)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3, 16])
 @pytest.mark.parametrize("N, K", [(5, 64), (48, 576)])
 def test_product_is_within_its_rounding(isa, num_rows, N, K):  # noqa: F811
-    product_is_within_its_rounding(native.multiply, num_rows, N, K)
+    product_is_within_its_rounding(native.multiply, *case(N, K), num_rows)
 
 
 @pytest.mark.parametrize("num_rows", [1, 3])
@@ -100,18 +111,13 @@ def test_product_of_triton_is_within_its_rounding(num_rows):
     product = pytest.importorskip("onecard.kernels.triton.product", reason="Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("tests on a GPU: test_triton.py has the same launch")
-    product_is_within_its_rounding(product.multiply, num_rows, 7, 96)
+    product_is_within_its_rounding(product.multiply, *case(7, 96), num_rows)
 
 
 @pytest.mark.skipif(library() is None or not call("onecard_has_linear"), reason="this CPU or build has no AMX")
 def test_the_weight_on_tiles_is_that_of_dequantize():
-    """x the identity: every sum has one term that is not zero."""
     blocks, scales = codes_and_scales(1, 96, 672, exponents=(100, 140))
-    weight = weight_of(blocks, scales)._replace(shape=[96, 672])
-    W = theirs(blocks, scales, torch.bfloat16)[0]
-    y, _ = native.linear(torch.eye(672, dtype=torch.bfloat16), weight, None)
-    assert torch.equal(y, W.T)
-    assert torch.equal(native.linear_backward(torch.eye(96).bfloat16(), weight, [True] * 4)[0], W)
+    tiles_have(weight_of(blocks, scales)._replace(shape=[96, 672]), theirs(blocks, scales, torch.bfloat16)[0])
 
 
 @pytest.mark.parametrize("exponent", [LARGEST_EXPONENT + 1, 255])

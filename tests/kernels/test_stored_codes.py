@@ -13,6 +13,7 @@ from onecard.quant.nvfp4 import E4M3, from_nvfp4, scale_map
 from onecard.quant.scales import state_absmax
 from onecard.quant.state import PackedWeight, QuantState
 from tests.kernels.cpu.test_native import DTYPES, bits, isa  # noqa: F401  # a fixture
+from tests.kernels.test_mxfp4 import product_is_within_its_rounding, tiles_have
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
@@ -51,23 +52,13 @@ def test_rows_are_those_of_the_whole():
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 7, 16])
 @pytest.mark.parametrize("K", [64, 192, 1088])
 def test_product_is_within_its_rounding(isa, num_rows, K):  # noqa: F811
-    product_is_within_its_rounding(native.multiply, num_rows, 13, K)
-
-
-def product_is_within_its_rounding(multiply, num_rows, N, K):
-    weight, W = nvfp4(N, K)
-    x = torch.randn(num_rows, K, generator=torch.Generator().manual_seed(1))
-    bound = (K + 2) * 2**-24 * (x.double().abs() @ W.double().abs().T)  # a float32 sum of K products, in any order
-    assert ((multiply(x, weight).double() - x.double() @ W.double().T).abs() <= bound).all()
+    product_is_within_its_rounding(native.multiply, *nvfp4(13, K), num_rows)
 
 
 @pytest.mark.parametrize("num_rows", [1, 5])
 def test_product_of_bfloat16_is_within_its_rounding(isa, num_rows):  # noqa: F811
     """The levels are exact in bfloat16, and so are the products of two of them in float32."""
-    weight, W = nvfp4(24, 448)
-    x = torch.randn(num_rows, 448, generator=torch.Generator().manual_seed(1)).bfloat16()
-    bound = (448 + 2) * 2**-24 * (x.double().abs() @ W.double().abs().T)
-    assert ((native.multiply(x, weight).double() - x.double() @ W.double().T).abs() <= bound).all()
+    product_is_within_its_rounding(native.multiply, *nvfp4(24, 448), num_rows, torch.bfloat16)
 
 
 def test_triton_has_the_bits_too():
@@ -90,7 +81,7 @@ def test_product_of_triton_is_within_its_rounding(num_rows):
     product = pytest.importorskip("onecard.kernels.triton.product", reason="Triton is not installed")
     if torch.cuda.is_available():
         pytest.skip("tests on a GPU: test_triton.py has the same launch")
-    product_is_within_its_rounding(product.multiply, num_rows, 7, 96)
+    product_is_within_its_rounding(product.multiply, *nvfp4(7, 96), num_rows)
 
 
 def uint4_zeros(N, K, size, dtype):
@@ -128,9 +119,6 @@ def test_a_linear_of_integers_with_zeros_is_that_of_its_weight(num_rows):
 
 @pytest.mark.skipif(library() is None or not call("onecard_has_linear"), reason="this CPU or build has no AMX")
 def test_the_weight_on_tiles_is_that_of_dequantize():
-    """x the identity: every sum has one term that is not zero."""
-    packed, state, values = uint4_zeros(96, 672, 32, torch.bfloat16)
-    for weight, W in (nvfp4(96, 672, torch.bfloat16), (PackedWeight.of(packed, state), values)):
-        y, _ = native.linear(torch.eye(672, dtype=torch.bfloat16), weight, None)
-        assert torch.equal(y, W.T)
-        assert torch.equal(native.linear_backward(torch.eye(96).bfloat16(), weight, [True] * 4)[0], W)
+    packed, state, W = uint4_zeros(96, 672, 32, torch.bfloat16)
+    tiles_have(PackedWeight.of(packed, state), W)
+    tiles_have(*nvfp4(96, 672, torch.bfloat16))
