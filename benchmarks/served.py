@@ -58,7 +58,7 @@ def settings(name: str, folder: Path, steps: int) -> dict[str, Any]:
     return {**fields, "sample_prompts": [], "eval_strategy": "no", "save_strategy": "no", "device": "cpu"}
 
 
-def loss_of(model: Any, rows: list[Any]) -> float:
+def loss_of(model: Any, rows: Iterable[Any]) -> float:
     """Return the mean loss per supervised token."""
     return mean_loss(lambda ids, positions: logits(model, ids, positions, False), rows)
 

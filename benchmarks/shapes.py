@@ -13,7 +13,7 @@ from onecard.hf.load import load_tokenizer
 
 CACHE = Path(__file__).parent / ".checkpoints"
 TOKENIZER = Path(__file__).parents[1] / "onecard" / "demo" / "base"
-LLAMAS: dict[str, dict[str, int]] = {
+LLAMAS: dict[str, dict[str, Any]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
            "num_key_value_heads": 4, "vocab_size": 32000},
     "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
